@@ -1,0 +1,39 @@
+# make demo    set-up, the main job on the embedded default, its pictures
+# make test    set-up, the tests
+.PHONY: setup demo test test-slow check clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= run_1
+
+setup: $(VENV)/.ready
+
+# torch first and pinned: an unpinned resolution may fetch gigabytes of CUDA packages.
+$(VENV)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("saelab needs Python 3.11 or later") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	@if [ -e $(RUN)/final_info.json ]; then echo "$(RUN) is complete: its pictures are drawn again (rm -r $(RUN) to train again)"; \
+	else $(BIN)/python experiment.py --out_dir=$(RUN); fi
+	$(BIN)/python plot.py
+	@echo "results: $(RUN)/summary.md and $(RUN)/final_info.json; pictures: $(RUN)_*.png in this folder"
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow -n 2
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

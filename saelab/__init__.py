@@ -1,0 +1,49 @@
+"""saelab: train sparse autoencoder variants side by side and say honestly whether they help.
+
+Importing it is quick: everything below is loaded on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from saelab.api import compare, evaluate, settings, train
+    from saelab.parts import register
+    from saelab.sae import SAE, SAEConfig
+    from saelab.study.plan import Arm, Run
+
+#: Public name -> module that defines it.
+_PLACES = {
+    "compare": "saelab.api",
+    "evaluate": "saelab.api",
+    "settings": "saelab.api",
+    "train": "saelab.api",
+    "register": "saelab.parts",
+    "SAE": "saelab.sae",
+    "SAEConfig": "saelab.sae",
+    "Arm": "saelab.study.plan",
+    "Run": "saelab.study.plan",
+}
+
+__all__ = [
+    "SAE",
+    "Arm",
+    "Run",
+    "SAEConfig",
+    "compare",
+    "evaluate",
+    "register",
+    "settings",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'saelab' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_PLACES[name]), name)

@@ -1,0 +1,160 @@
+"""The command line. Heavy packages are imported inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Train sparse autoencoder variants side by side and learn whether an idea helps.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+lm = typer.Typer(help="The embedded language model.", no_args_is_help=True)
+app.add_typer(lm, name="lm")
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one setting: --set train.lr=1e-3. May be repeated."),
+]
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Bad input ends with one sentence and exit code 2, a failed study with 1."""
+    from saelab.errors import SaelabError
+
+    try:
+        yield
+    except SaelabError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(help="A run of the table in experiment.py, 'run_1'.")],
+    force: Annotated[bool, typer.Option(help="Replace a complete run.")] = False,
+    experiment: Annotated[Path, typer.Option(help="File with the run table.")] = Path(
+        "experiment.py"
+    ),
+) -> None:
+    """Train, evaluate and judge all arms of one run (as `python experiment.py --out_dir=NAME`)."""
+    with _told():
+        from saelab.study.cells import load_experiment
+        from saelab.study.front import run_one
+
+        file = experiment.resolve()
+        run_one(load_experiment(file).RUNS, file, Path(name), force)
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path, typer.Argument(help="Base settings, for example configs/embedded.toml.")
+    ],
+    out_dir: Annotated[Path, typer.Option(help="Folder for the results.")],
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
+    set_: Set = None,
+) -> None:
+    """Train and evaluate the SAE that a config file describes."""
+    with _told():
+        from saelab.api import settings
+        from saelab.study.engine import Launch, launch
+        from saelab.study.plan import BASELINE, Arm, PlanConfig, Run
+
+        launch(
+            Launch(
+                name=out_dir.name,
+                run=Run(config.stem, [Arm(BASELINE, comment=f"as {config.name} says")]),
+                plan=PlanConfig(study=config.stem, seeds=seeds, target_l0=None),
+                base=settings(config, _changes(set_)),
+                out_dir=out_dir,
+                root=Path(),
+                limit=float("inf"),
+            )
+        )
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="Folder of a trained SAE (sae.json).")],
+    config: Annotated[Path, typer.Option(help="Base settings that name model, hook and texts.")],
+    evals: Annotated[str, typer.Option(help="Comma-separated: core, probing.")] = "core,probing",
+    set_: Set = None,
+) -> None:
+    """Evaluate a saved SAE on held-out text."""
+    with _told():
+        from saelab.api import evaluate as measure
+        from saelab.api import settings
+        from saelab.checkpoint import load
+        from saelab.errors import MismatchError
+
+        base = settings(config, _changes(set_))
+        sae, origin = load(path)
+        if origin.get("hook_name") not in ("", base.hook_name):
+            raise MismatchError(
+                f"the SAE was trained at {origin['hook_name']}, but hook_name = {base.hook_name}: "
+                "evaluate it where it was trained"
+            )
+        for metric, value in measure(sae, base, evals.split(",")).items():
+            typer.echo(f"{metric:32s} {value:.4f}")
+
+
+@lm.command("train")
+def lm_train(
+    out: Annotated[Path, typer.Option(help="Folder of the finished model.")] = Path(
+        "stdlib-neox-4l"
+    ),
+    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 20_000_000,
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores by default.")] = None,
+    device: Annotated[str, typer.Option(help="'cpu' or 'cuda' (cuda has not been run).")] = "cpu",
+) -> None:
+    """Make the embedded language model again from the interpreter's own standard library.
+
+    Takes about 40 minutes for 20 M tokens on 2 free cores. The same command goes on where it
+    stopped.
+    """
+    with _told():
+        from saelab.assets.recipe import Recipe
+        from saelab.assets.recipe import train as make
+
+        for name, loss in make(out, Recipe(tokens=tokens), threads, device).items():
+            typer.echo(f"{name:8s} {loss:.4f} nats per held-out token")
+
+
+def _changes(pairs: list[str] | None) -> dict[str, Any]:
+    """'train.lr=1e-3' -> {"train.lr": 0.001}; values are TOML, and plain words are text."""
+    import tomllib
+
+    from saelab.errors import SettingError
+
+    changes: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise SettingError("--set", pair, "use NAME=VALUE, for example train.lr=1e-3")
+        try:
+            changes[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[name] = value
+    return changes
+
+
+def main() -> None:
+    """Entry point; an interrupt ends with 130 and one sentence."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the same command goes on with the finished cells", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""saelab from Python: train one SAE, evaluate it, compare arms. Re-exported by `saelab`.
+
+base = saelab.settings("configs/embedded.toml")
+sae = saelab.train(base, seed=0)
+print(saelab.evaluate(sae, base)["explained_variance"])
+for c in saelab.compare(base, {"A1": {"sae.scaling": {"kind": "variance"}}}, seeds=3):
+    print(c.arm, c.word, c.mean_diff, c.low, c.high)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saelab.config import read_toml
+from saelab.data import models
+from saelab.data.stream import batches
+from saelab.errors import CellFailure, SettingError, nearest
+from saelab.evals.base import Row, Subject
+from saelab.evals.core import CoreData, evaluate_core
+from saelab.evals.probing import ProbingData, evaluate_probing
+from saelab.progress import progress
+from saelab.rundir import cache_folder
+from saelab.sae import SAE
+from saelab.study.cells import initial_sample
+from saelab.study.engine import Launch, launch
+from saelab.study.plan import BASELINE, Arm, BaseConfig, PlanConfig, Run
+from saelab.study.prepare import prepare
+from saelab.study.verdict import Comparison
+from saelab.training import loop
+
+EVALS = ("core", "probing")
+
+
+class Scores(dict[str, float]):
+    """Metric -> value over all data; `rows` holds every row, slices and missing values included."""
+
+    rows: list[Row]
+
+
+def settings(path: str | Path, changes: Mapping[str, Any] | None = None) -> BaseConfig:
+    """Base settings from a TOML file, with dotted settings changed.
+
+    Raises: SourceError for a missing file; SettingError for an unknown or impossible setting.
+    """
+    path = Path(path)
+    return BaseConfig.parse(read_toml(path), where=path.name).patched(dict(changes or {}))
+
+
+def train(base: BaseConfig, seed: int = 0, cache: str | Path = ".") -> SAE:
+    """Trains one SAE on the activations that `base` describes.
+
+    Args:
+        base: model, texts, hook, SAE and training.
+        seed: of initialisation, data order and resampling.
+        cache: harvested activations are kept in `<cache>/.saelab`.
+
+    Returns: the SAE in evaluation mode.
+    Raises: CellFailure when the loss is not finite; UsageError for bad input.
+    """
+    prepared = prepare(base, cache_folder(Path(cache)), base.model.device)
+    sample = initial_sample(prepared.train).to(base.model.device)
+    cell = loop.Cell(f"seed {seed}", base.sae, base.train, sample, seed)
+    stream = batches(prepared.train, seed, base.train.batch_size, base.layout)
+    with progress("training", base.train.steps, "steps") as bar:
+        failures = loop.train([cell], stream, lambda steps, _: bar.advance(steps))
+    for failure in failures.values():
+        raise CellFailure(failure.cell, failure.step, failure.reason)
+    return cell.sae
+
+
+def evaluate(
+    subject: Subject,
+    base: BaseConfig,
+    evals: Sequence[str] = EVALS,
+    seed: int = 0,
+    cache: str | Path = ".",
+) -> Scores:
+    """Evaluates anything with encode and decode on the held-out text of `base`.
+
+    Args:
+        subject: an SAE, or any object with d_in, d_sae, encode and decode in raw activation space.
+        evals: of 'core' and 'probing'.
+        seed: of the probing examples.
+
+    Raises: SettingError for an unknown evaluation.
+    """
+    for name in evals:
+        if name not in EVALS:
+            raise SettingError("evals", name, f"known: {', '.join(EVALS)}{nearest(name, EVALS)}")
+    prepared = prepare(base, cache_folder(Path(cache)), base.model.device)
+    rows: list[Row] = []
+    if "core" in evals:
+        model = models.load(base.model) if base.activations is None else None
+        rows += evaluate_core(
+            subject, CoreData(prepared.held_out, model, base.evaluation.loss_contexts)
+        )
+    if "probing" in evals and prepared.probing is not None:
+        data = ProbingData.load(prepared.probing)
+        rows += evaluate_probing(subject, data, seed, base.evaluation.probing.k_values)
+    scores = Scores({r.metric: r.value for r in rows if not r.slice and r.value is not None})
+    scores.rows = rows
+    return scores
+
+
+def compare(
+    base: BaseConfig,
+    arms: Mapping[str, Mapping[str, Any]],
+    seeds: int = 8,
+    out_dir: str | Path | None = None,
+    study: str = "compare",
+    workers: int = 0,
+    **plan: Any,
+) -> list[Comparison]:
+    """Trains arms beside the baseline, paired by seed, and gives the verdict on each.
+
+    Args:
+        base: settings of the baseline.
+        arms: name -> dotted settings that the arm changes.
+        seeds: per arm; fewer than 6 can't reach p < 0.05 by the exact test.
+        out_dir: folder for the run's files; None keeps none of them.
+        study: its name decides the seeds.
+        workers: processes; 0 works in this one.
+        plan: further settings of the plan, such as primary, sesoi or target_l0.
+
+    Returns: one `Comparison` per arm.
+    """
+    table = [Arm(BASELINE), *(Arm(name, changes) for name, changes in arms.items())]
+    options = {"seeds": seeds, "seeds_other": seeds, "seeds_levels": 0, "levels": ()} | plan
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(out_dir) if out_dir else Path(temporary) / "compare"
+        return launch(
+            Launch(
+                name=folder.name,
+                run=Run(f"Compare {', '.join(arms)}", table),
+                plan=PlanConfig.parse({"study": study, **options}),
+                base=base,
+                out_dir=folder,
+                root=Path(),
+                workers=workers,
+            )
+        )

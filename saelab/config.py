@@ -1,0 +1,126 @@
+"""Settings as frozen data: unknown names are refused with the nearest known one.
+
+`Frozen` is the base of every configuration class. A configuration is owned by the module that
+builds from it; derived values are properties; `patched` changes the named fields and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from saelab.errors import SettingError, SourceError, nearest
+
+
+class Frozen(BaseModel):
+    """Base of all settings: immutable, no extra fields, defaults checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], where: str = "") -> Self:
+        """Builds from plain data.
+
+        Raises: SettingError naming the setting, its value and the remedy.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise _setting_error(cls, error, where) from None
+
+    def patched(self, changes: dict[str, Any]) -> Self:
+        """The same settings with dotted names replaced: {"sae.d_sae": 512}.
+
+        A value of None removes an optional part; a dict replaces the part as a whole; a name that
+        ends in "+" appends to a list: {"sae.losses+": {"kind": "auxk"}}.
+        """
+        data = self.model_dump()
+        for name, value in changes.items():
+            append = name.endswith("+")
+            *parents, last = name.removesuffix("+").split(".")
+            node = data
+            for depth, key in enumerate(parents):
+                child = _child(node, key, name)
+                if not isinstance(child, (dict, list, tuple)):
+                    where = ".".join(parents[: depth + 1])
+                    raise SettingError(name, value, f"{where} is {child!r} here and has no fields")
+                if isinstance(child, tuple):
+                    child = list(child)
+                    node[int(key) if isinstance(node, list) else key] = child
+                node = child
+            old = _child(node, last, name)
+            new = [*old, value] if append else value
+            node[int(last) if isinstance(node, list) else last] = new
+        return type(self).parse(data)
+
+    def digest(self) -> str:
+        """A 16-character content hash of all settings."""
+        return digest(self.model_dump(mode="json"))
+
+
+def _child(node: Any, key: str, name: str) -> Any:
+    if isinstance(node, list):
+        if key.isdigit() and int(key) < len(node):
+            return node[int(key)]
+        raise SettingError(name, key, f"this list has {len(node)} entries, counted from 0")
+    if key not in node:
+        raise SettingError(name, key, f"no such setting{nearest(key, node)}")
+    return node[key]
+
+
+def digest(data: Any) -> str:
+    """A 16-character content hash of JSON-like data; the order of keys does not matter."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises: SourceError when the file is missing or is no TOML."""
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist: name an existing TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path} is no valid TOML ({error}): mend the file") from None
+
+
+def _setting_error(cls: type[BaseModel], error: ValidationError, where: str) -> SettingError:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    name = ".".join([*([where] if where else []), *location])
+    if first["type"] == "extra_forbidden":
+        remedy = f"no such setting{nearest(location[-1], _fields(cls, location[:-1]))}"
+    elif first["type"] == "union_tag_invalid":
+        tags = first.get("ctx", {}).get("expected_tags", "")
+        given = str(first.get("ctx", {}).get("tag", ""))
+        names = [tag.strip(" '") for tag in tags.split(",")]
+        remedy = f"unknown kind {given!r}{nearest(given, names)}; known: {', '.join(names)}"
+    else:
+        remedy = first["msg"][0].lower() + first["msg"][1:]
+    return SettingError(name, first.get("input"), remedy)
+
+
+def _fields(cls: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields at `path` below `cls`, over all members of unions."""
+    names: list[str] = []
+
+    def visit(kind: Any, rest: list[str]) -> None:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if not rest:
+                names.extend(kind.model_fields)
+            elif rest[0] in kind.model_fields:
+                visit(kind.model_fields[rest[0]].annotation, rest[1:])
+            elif "kind" in kind.model_fields:  # the tag of a discriminated union is in the path
+                if rest[0] in get_args(kind.model_fields["kind"].annotation):
+                    visit(kind, rest[1:])
+        else:
+            for argument in get_args(kind):
+                visit(argument, rest[1:] if rest and rest[0].isdigit() else rest)
+
+    visit(cls, path)
+    return names

@@ -1,0 +1,215 @@
+"""Tokens to activations: one pass of the model fills the sources of all hook points.
+
+    x_hook[c, p] = activation of the model at hook for position p of context c
+
+The pass stops after the last hooked layer and never computes logits. On disk, memory holds one
+shard for each hook and one batch; an interrupted harvest goes on with the next shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from saelab.config import Frozen
+from saelab.data.models import LanguageModel
+from saelab.data.store import (
+    FolderSource,
+    FolderWriter,
+    MemorySource,
+    Shard,
+    Source,
+)
+from saelab.data.texts import Tokens
+from saelab.errors import SettingError, SourceError
+from saelab.progress import Progress, progress
+
+#: Bytes for a position's mask (bool) and id (int32).
+_MASK_AND_ID = 5
+
+
+class HarvestConfig(Frozen):
+    """How activations are made.
+
+    Args:
+        batch: contexts in one pass of the model.
+        shard_tokens: at most so many positions a shard (but at least one context); shards are
+            evened out.
+        dtype: of the stored activations.
+    """
+
+    batch: int = 32
+    shard_tokens: int = 65536
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+def bytes_needed(n_tokens: int, positions: int, d: int, dtype: str) -> int:
+    """Memory (or disk) in bytes for the activations of one hook point.
+
+    Args:
+        n_tokens: counted tokens; each context of `positions` has at most positions - 1 of them.
+        positions: of a context.
+        d: width of an activation.
+        dtype: of the stored activations.
+    """
+    contexts = -(-n_tokens // max(1, positions - 1))
+    return contexts * positions * (d * getattr(torch, dtype).itemsize + _MASK_AND_ID)
+
+
+def harvest(
+    model: LanguageModel,
+    tokens: Tokens,
+    hook_names: Sequence[str],
+    config: HarvestConfig | None = None,
+    folder: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> dict[str, Source]:
+    """The activations of all hook points, made in one pass or found complete in the folder.
+
+    Args:
+        tokens: contexts; all of them are used.
+        hook_names: one source each.
+        folder: a subfolder for each hook point is written there; None keeps all in memory
+            (`bytes_needed` for each hook point).
+        identity: further fields of the headers, such as the corpus manifest.
+
+    Returns: hook name -> source.
+    Raises: SettingError for an unknown hook point; MismatchError when the folder holds a harvest of
+        another identity; SourceError for activations that are not finite in the stored dtype.
+    """
+    config = config or HarvestConfig()
+    for name in ("batch", "shard_tokens"):
+        if getattr(config, name) < 1:
+            raise SettingError(f"harvest.{name}", getattr(config, name), "use at least 1")
+    hooks = list(dict.fromkeys(hook_names))
+    if not hooks:
+        raise SettingError("hook_names", hook_names, "name at least one hook point")
+    headers = {
+        hook: _header(model, tokens, hook, d, config, identity or {})
+        for hook, d in _widths(model, tokens, hooks).items()
+    }
+    if folder is None:
+        return _in_memory(model, tokens, headers, config)
+    return _in_folder(model, tokens, headers, config, Path(folder))
+
+
+def _widths(model: LanguageModel, tokens: Tokens, hooks: list[str]) -> dict[str, int]:
+    """d of each hook point, from one short context."""
+    x = model.activations(tokens.ids[:1, :2], None, hooks)
+    return {hook: int(x[hook].shape[-1]) for hook in hooks}
+
+
+def _header(
+    model: LanguageModel,
+    tokens: Tokens,
+    hook: str,
+    d: int,
+    config: HarvestConfig,
+    extras: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a harvest is: everything that its bytes depend on."""
+    return {
+        "model": model.config.path,
+        "model_digest": model.digest,
+        "model_dtype": model.config.dtype,
+        "hook_name": hook,
+        "text_digest": tokens.digest,
+        "n_contexts": int(tokens.ids.shape[0]),
+        "context": int(tokens.ids.shape[1]),
+        "n_tokens": tokens.n_tokens,
+        "d": d,
+        "dtype": config.dtype,
+        "shard_contexts": _shard_contexts(tokens, config),
+        **extras,
+    }
+
+
+def _shard_contexts(tokens: Tokens, config: HarvestConfig) -> int:
+    """Contexts a shard, evened out so that the last shard is no small rest."""
+    contexts, positions = tokens.ids.shape
+    shards = -(-contexts // max(1, config.shard_tokens // positions))
+    return -(-contexts // shards)
+
+
+def _in_memory(
+    model: LanguageModel,
+    tokens: Tokens,
+    headers: dict[str, dict[str, Any]],
+    config: HarvestConfig,
+) -> dict[str, Source]:
+    shards: dict[str, list[Shard]] = {hook: [] for hook in headers}
+    parts = _parts(tokens, config)
+    with progress("harvest", tokens.ids.numel(), "tokens") as bar:
+        for part in parts:
+            for hook, shard in _shard(model, part, list(headers), config, bar).items():
+                shards[hook].append(shard)
+    made: dict[str, Source] = {
+        hook: MemorySource(shards[hook], header) for hook, header in headers.items()
+    }
+    return made
+
+
+def _in_folder(
+    model: LanguageModel,
+    tokens: Tokens,
+    headers: dict[str, dict[str, Any]],
+    config: HarvestConfig,
+    folder: Path,
+) -> dict[str, Source]:
+    places = {hook: folder / hook.replace("/", "_") for hook in headers}
+    complete = {hook: p for hook, p in places.items() if (p / "header.json").is_file()}
+    found: dict[str, Source] = {
+        hook: FolderSource.open(place, headers[hook]) for hook, place in complete.items()
+    }
+    writers = {
+        hook: FolderWriter(place, headers[hook])
+        for hook, place in places.items()
+        if hook not in complete
+    }
+    if writers:
+        with progress("harvest", tokens.ids.numel(), "tokens") as bar:
+            for i, part in enumerate(_parts(tokens, config)):
+                hooks = [hook for hook, writer in writers.items() if writer.done <= i]
+                if not hooks:
+                    bar.advance(part.ids.numel())
+                    continue
+                for hook, shard in _shard(model, part, hooks, config, bar).items():
+                    writers[hook].add(shard)
+    found.update({hook: writer.finish() for hook, writer in writers.items()})
+    return {hook: found[hook] for hook in headers}
+
+
+def _parts(tokens: Tokens, config: HarvestConfig) -> list[Tokens]:
+    """The contexts of each shard."""
+    size = _shard_contexts(tokens, config)
+    return [
+        Tokens(ids, mask)
+        for ids, mask in zip(tokens.ids.split(size), tokens.mask.split(size), strict=True)
+    ]
+
+
+def _shard(
+    model: LanguageModel, part: Tokens, hooks: list[str], config: HarvestConfig, bar: Progress
+) -> dict[str, Shard]:
+    """One shard for each hook point."""
+    dtype = getattr(torch, config.dtype)
+    stored: dict[str, torch.Tensor] = {}
+    start = 0
+    for ids in part.ids.split(config.batch):
+        for hook, x in model.activations(ids, None, hooks).items():
+            if hook not in stored:
+                stored[hook] = torch.empty((*part.ids.shape, x.shape[-1]), dtype=dtype)
+            stored[hook][start : start + len(ids)] = x
+        start += len(ids)
+        bar.advance(ids.numel())
+    for hook, x in stored.items():
+        if not bool(torch.isfinite(x).all()):
+            raise SourceError(
+                f"activations at {hook} are not finite as {config.dtype}: set harvest.dtype to "
+                "bfloat16 or float32, and model.dtype likewise"
+            )
+    ids = part.ids.to(torch.int32)
+    return {hook: Shard(x, part.mask, ids) for hook, x in stored.items()}

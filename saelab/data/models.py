@@ -1,0 +1,419 @@
+"""A language model read at its hook points: activations without logits, and losses with a splice.
+
+    activations: ids -> x_hook [contexts, positions, d]; the forward pass ends at the last hook.
+    losses:      loss[c, p] = -log softmax(logits[c, p])[ids[c, p + 1]], with x_hook replaced by
+                 fn(x_hook) when a splice is given.
+
+Hook points of block N, named as in TransformerLens:
+
+    blocks.N.hook_resid_pre    what goes into the block
+    blocks.N.hook_resid_post   what comes out of it; for the last block, before the final norm
+    blocks.N.hook_mlp_out      output of the block's MLP module, before it is added
+    blocks.N.hook_attn_out     output of the block's attention module, before it is added
+
+The last two are the modules' own outputs. Gemma-2 norms them once more before they are added, and
+TransformerLens takes them after that norm: name `model.layers.N.post_attention_layernorm` or
+`...post_feedforward_layernorm` for it. In BERT they are taken before dropout, addition and norm.
+Any other module is named by its path, as `model.named_modules()` has it; its output is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from saelab.assets import EMBEDDED_MODEL
+from saelab.config import Frozen, digest
+from saelab.data.texts import quiet
+from saelab.errors import SettingError, SourceError, nearest
+from saelab.files import sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Endings of architecture names that have a next-token head.
+HEADS = ("ForCausalLM", "LMHeadModel")
+KINDS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
+_BLOCK = re.compile(r"blocks\.(\d+)\.(hook_\w+)")
+#: Names of a block's attention and MLP in the model families; the first that is there counts.
+#: The dotted ones are BERT's, whose modules of the plain names add the residual themselves.
+_ATTENTION = ("attention.output.dense", "self_attn", "attention", "attn", "self_attention")
+_MLP = ("mlp", "output.dense", "feed_forward", "ffn", "block_sparse_moe")
+
+
+class ModelConfig(Frozen):
+    """Which language model, and how it computes.
+
+    Args:
+        path: 'embedded', a local folder, or a name on the hub.
+        dtype: of weights and activations while it runs.
+        revision: branch, tag or commit on the hub.
+        device: 'cpu', 'cuda', 'cuda:1' ...
+    """
+
+    path: str = "embedded"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    revision: str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """A place in the model: the input or the output of one module."""
+
+    name: str
+    module: nn.Module
+    side: Literal["input", "output"]
+
+
+class _Stop(Exception):
+    """Ends a forward pass when the last hooked place has been reached."""
+
+
+class LanguageModel:
+    """A transformers model with named hook points; built by `load`.
+
+    Args:
+        model: the model in evaluation mode.
+        tokenizer: its tokenizer.
+        config: what it was loaded from.
+        digest: content hash of its files, or the commit on the hub.
+        has_head: whether it predicts the next token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ModelConfig,
+        digest: str,
+        has_head: bool,
+    ) -> None:
+        text = model.config.get_text_config()
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.digest, self.has_head = digest, has_head
+        self.n_layers = int(text.num_hidden_layers)
+        self.d_model = int(text.hidden_size)
+        self.max_context: int | None = getattr(text, "max_position_embeddings", None)
+        self.blocks = _blocks(model, self.n_layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def hook_point(self, name: str) -> HookPoint:
+        """The place that `name` means.
+
+        Raises: SettingError for an unknown name or a block that is not there.
+        """
+        match = _BLOCK.fullmatch(name)
+        if match is None:
+            modules = dict(self.model.named_modules())
+            if name and name in modules:
+                return HookPoint(name, modules[name], "output")
+            known = [*modules, *self.block_hook_names()]
+            remedy = f"no such hook point{nearest(name, known)}; use blocks.N.hook_resid_post with "
+            raise SettingError("hook_name", name, f"{remedy}N from 0 to {self.n_layers - 1}")
+        layer, kind = int(match[1]), match[2]
+        if kind not in KINDS:
+            known = ", ".join(KINDS)
+            raise SettingError("hook_name", name, f"no {kind}{nearest(kind, KINDS)}; use {known}")
+        if layer >= self.n_layers:
+            last = f"blocks.{self.n_layers - 1}.{kind}"
+            remedy = f"the model has {self.n_layers} layers, counted from 0: the last is {last}"
+            raise SettingError("hook_name", name, remedy)
+        return self._block_point(name, self.blocks[layer], kind)
+
+    def block_hook_names(self) -> list[str]:
+        """All hook points that belong to a block."""
+        return [f"blocks.{n}.{kind}" for n in range(self.n_layers) for kind in KINDS]
+
+    def _block_point(self, name: str, block: nn.Module, kind: str) -> HookPoint:
+        if kind in ("hook_resid_pre", "hook_resid_post"):
+            return HookPoint(name, block, "input" if kind == "hook_resid_pre" else "output")
+        inside = dict(block.named_modules())
+        candidates = _ATTENTION if kind == "hook_attn_out" else _MLP
+        for candidate in candidates:
+            if candidate in inside:
+                return HookPoint(name, inside[candidate], "output")
+        there = ", ".join(n for n, _ in block.named_children())
+        remedy = f"this model's blocks have {there}: name one by its module path"
+        raise SettingError("hook_name", name, remedy)
+
+    # ------------------------------------------------------------ running
+
+    @torch.inference_mode()
+    def activations(
+        self, ids: Tensor, attention_mask: Tensor | None, hooks: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """The activations at the hook points; no layer after the last one runs, and no head.
+
+        Args:
+            ids: int64 [contexts, positions].
+            attention_mask: bool [contexts, positions], False on padding; None for full contexts.
+            hooks: names of hook points; several share one pass.
+
+        Returns: for each name [contexts, positions, d] in the model's dtype, on its device; they
+            are inference tensors, so clone before recording a graph.
+        Raises: SettingError for an unknown name or a place that the pass never reaches.
+        """
+        points = [self.hook_point(name) for name in dict.fromkeys(hooks)]
+        found: dict[str, Tensor] = {}
+
+        def keep(point: HookPoint) -> Callable[[Tensor], None]:
+            def take(x: Tensor) -> None:
+                found.setdefault(point.name, x)
+                if len(found) == len(points):
+                    raise _Stop
+
+            return take
+
+        if points:
+            with _hooked({point: keep(point) for point in points}), suppress(_Stop):
+                self._body(**self._inputs(ids, attention_mask))
+        missed = [point.name for point in points if point.name not in found]
+        if missed:
+            raise SettingError("hook_name", missed[0], "the model never runs it on text")
+        return {name: _of_contexts(found[name], ids, name) for name in dict.fromkeys(hooks)}
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        splice: tuple[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Tensor:
+        """Next-token logits [contexts, positions, vocabulary] in the model's dtype.
+
+        Args:
+            splice: a hook point and the function that replaces its activation: float32
+                [contexts, positions, d] -> the same shape.
+
+        Raises: SourceError when the model has no head.
+        """
+        if not self.has_head:
+            kind = type(self.model).__name__
+            raise SourceError(
+                f"model {self.config.path} is a {kind} without a language-model head, so it has "
+                "no next-token loss: use a causal language model for loss recovered"
+            )
+        replace = {} if splice is None else {self.hook_point(splice[0]): _replacing(splice[1])}
+        with _hooked(replace):
+            return self.model(**self._inputs(ids, attention_mask)).logits
+
+    @torch.inference_mode()
+    def losses(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        splice: tuple[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Tensor:
+        """Next-token loss in nats, float32 [contexts, positions - 1]; entry p is of token p + 1.
+
+        Args as in `logits`. Losses of padding or special targets are there too: leave them out
+        with `mask[:, 1:]`. Memory: contexts x positions x vocabulary numbers.
+        """
+        logits = self.logits(ids, attention_mask, splice)
+        target = ids.to(logits.device)[:, 1:]
+        rows = [
+            nn.functional.cross_entropy(row[:-1].float(), after, reduction="none")
+            for row, after in zip(logits, target, strict=True)
+        ]
+        return torch.stack(rows)
+
+    @property
+    def _body(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.base_model
+
+    def _inputs(self, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        if self.max_context is not None and ids.shape[1] > self.max_context:
+            limit = f"model {self.config.path} takes at most {self.max_context} positions"
+            raise SettingError("context", ids.shape[1], f"{limit}: lower the context")
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.device)}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask.to(self.device, torch.int64)
+        if hasattr(self.model.config, "use_cache"):
+            inputs["use_cache"] = False
+        return inputs
+
+
+def _of_contexts(x: Tensor, ids: Tensor, name: str) -> Tensor:
+    if x.dim() != 3 or x.shape[:2] != ids.shape:
+        shape = f"its output has shape {list(x.shape)}, not [contexts, positions, d]"
+        raise SettingError("hook_name", name, f"{shape}: name another module")
+    return x
+
+
+# ---------------------------------------------------------------- hooks
+
+
+@contextmanager
+def _hooked(functions: Mapping[HookPoint, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Calls each function on its activation; a tensor that it returns replaces the activation."""
+    handles = []
+    try:
+        for point, function in functions.items():
+            if point.side == "input":
+                hook = _on_input(function)
+                handles.append(point.module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                handles.append(point.module.register_forward_hook(_on_output(function)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_output(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            new = function(output[0])
+            return None if new is None else (new, *output[1:])
+        return function(output)
+
+    return hook
+
+
+def _on_input(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            new = function(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = function(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    return hook
+
+
+def _replacing(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def replace(x: Tensor) -> Tensor:
+        new = function(x.float())
+        if new.shape != x.shape:
+            raise ValueError(f"a splice must keep the shape {list(x.shape)}, not {list(new.shape)}")
+        return new.to(x.dtype)
+
+    return replace
+
+
+def _blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
+    """The list of blocks: of the module lists with `n_layers` entries the one with most weights."""
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    if not lists:
+        raise SourceError(
+            f"{type(model).__name__} has no list of {n_layers} blocks: only models with a plain "
+            "list of layers can be hooked"
+        )
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(config: ModelConfig) -> LanguageModel:
+    """Loads model and tokenizer; weights from safetensors only, never code from the hub.
+
+    Raises: SourceError when the folder is missing or incomplete, or the hub is not reached.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    path = _place(config)
+    _check_device(config.device)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if config.revision is not None:
+        options["revision"] = config.revision
+    try:
+        with quiet(), _no_bars():
+            settings = AutoConfig.from_pretrained(path, **options)
+            names = getattr(settings, "architectures", None) or []
+            has_head = any(name.endswith(HEADS) for name in names)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            kind: Any = AutoModelForCausalLM if has_head else AutoModel
+            model, info = kind.from_pretrained(
+                path,
+                dtype=getattr(torch, config.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise _unusable(config, path, error) from error
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise SourceError(
+            f"model {config.path} lacks {len(missing)} weights (the first is {missing[0]!r}): "
+            "complete its folder or download it again"
+        )
+    folder = Path(path)
+    commit = getattr(settings, "_commit_hash", None) or str(config.revision)
+    content = folder_digest(folder) if folder.is_dir() else commit
+    return LanguageModel(model.eval().to(config.device), tokenizer, config, content, has_head)
+
+
+def folder_digest(folder: Path) -> str:
+    """A content hash of the files that decide what the model computes; the place plays no part."""
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    files = [folder / name for name in names if (folder / name).is_file()]
+    files += sorted(folder.glob("*.safetensors"))
+    return digest([[file.name, file.stat().st_size, sha256(file)] for file in files])
+
+
+def _place(config: ModelConfig) -> str:
+    """The local folder, or the name on the hub."""
+    folder = EMBEDDED_MODEL if config.path == "embedded" else Path(config.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise SourceError(f"{folder} has no config.json: name the folder of a complete model")
+        return str(folder)
+    local = config.path == "embedded" or config.path.startswith((".", "/", "~", os.sep))
+    if local or config.path.count("/") > 1:
+        raise SourceError(
+            f"model folder {folder} does not exist: name an existing folder, or a model on the hub "
+            "as 'owner/name'"
+        )
+    return config.path
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars of transformers inside."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingError("model.device", name, "no such device: use 'cpu' or 'cuda'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SettingError("model.device", name, "this machine has no CUDA device: use 'cpu'")
+
+
+def _unusable(config: ModelConfig, path: str, error: Exception) -> SourceError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if Path(path).is_dir():
+        remedy = "its folder needs config.json, tokenizer files and weights as .safetensors"
+    else:
+        remedy = "check its name; where the hub is not reached, name a local folder instead"
+    return SourceError(f"model {config.path} can't be loaded ({reason}): {remedy}")

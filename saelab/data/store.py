@@ -1,0 +1,405 @@
+"""Activations as shards of whole contexts, in memory or in a folder of safetensors files.
+
+    <folder>/shard-00000.safetensors   x [contexts, positions, d], mask, ids
+    <folder>/header.json               identity, counts and the sha256 of each shard; written last
+
+A folder without header.json is not complete; `partial.json` then says which shards are there, and
+a writer of the same identity goes on after them. The digest of a source is a hash of its identity
+and of its shards' bytes, the same in memory and on disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from saelab.config import digest
+from saelab.errors import DamageError, MismatchError, SourceError
+from saelab.files import read_json, sha256, write_atomically, write_json
+
+#: Version of the folder's layout.
+FORMAT = 1
+#: Why loss recovered and probing are missing for activations without their model.
+FOREIGN_REASON = "activations were made elsewhere"
+#: Rows of a foreign file checked for non-finite values at a time; bounds the memory.
+ROWS_AT_ONCE = 65536
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Whole contexts of activations.
+
+    Args:
+        x: [contexts, positions, d] in the stored dtype.
+        mask: bool [contexts, positions]; True where the position counts.
+        ids: int32 [contexts, positions] token ids, or None when they are not known.
+    """
+
+    x: Tensor
+    mask: Tensor
+    ids: Tensor | None = None
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The counted positions in order: float32 [n, d] and their position int64 [n]."""
+        return self.x[self.mask].float(), self.mask.nonzero()[:, 1]
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.mask.sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a shard file holds."""
+        parts = {"x": self.x, "mask": self.mask}
+        if self.ids is not None:
+            parts["ids"] = self.ids
+        return {name: part.contiguous() for name, part in parts.items()}
+
+
+class Source(Protocol):
+    """Activations of one hook point.
+
+    `header` says where they come from (model, model_digest, text_digest, hook_name, context, dtype,
+    d, n_tokens ...); `shard_counts` is the number of counted tokens in each shard.
+    """
+
+    header: dict[str, Any]
+
+    @property
+    def d(self) -> int: ...
+
+    @property
+    def n_shards(self) -> int: ...
+
+    @property
+    def shard_counts(self) -> list[int]: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def shard(self, i: int) -> Shard: ...
+
+
+class MemorySource:
+    """Shards held in memory.
+
+    Args:
+        shards: at least one; all with the same d.
+        header: the identity; d, dtype, context and n_tokens are filled in from the shards.
+    """
+
+    def __init__(self, shards: Sequence[Shard], header: Mapping[str, Any]) -> None:
+        if not shards:
+            raise SourceError("no activations: a source needs at least one shard")
+        self._shards = list(shards)
+        self.header = {**_facts(self._shards[0]), **header, "n_tokens": sum(self.shard_counts)}
+
+    @property
+    def d(self) -> int:
+        return int(self._shards[0].x.shape[-1])
+
+    @property
+    def n_shards(self) -> int:
+        return len(self._shards)
+
+    @property
+    def shard_counts(self) -> list[int]:
+        return [shard.n_tokens for shard in self._shards]
+
+    @property
+    def digest(self) -> str:
+        return _source_digest(self.header, self._hashes)
+
+    @functools.cached_property
+    def _hashes(self) -> list[str]:
+        return [hashlib.sha256(save(shard.tensors())).hexdigest() for shard in self._shards]
+
+    def shard(self, i: int) -> Shard:
+        return self._shards[i]
+
+
+def _facts(shard: Shard) -> dict[str, Any]:
+    """What the first shard tells about all."""
+    _, positions, d = shard.x.shape
+    return {"context": positions, "d": d, "dtype": str(shard.x.dtype).removeprefix("torch.")}
+
+
+def _source_digest(header: Mapping[str, Any], hashes: list[str]) -> str:
+    return digest([header, hashes])
+
+
+# ---------------------------------------------------------------- folder
+
+
+class FolderSource:
+    """Shards on disk, opened by `FolderSource.open`; tensors are mapped, not read at once."""
+
+    def __init__(self, path: Path, header: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+        self.path, self.header, self._records = path, header, shards
+
+    @classmethod
+    def open(cls, path: Path, expected: Mapping[str, Any] | None = None) -> FolderSource:
+        """Opens a complete folder; the sizes of its files are checked, their bytes by `verify`.
+
+        Args:
+            expected: fields that the header must have, as `check_identity` takes them.
+
+        Raises: SourceError when there is no complete harvest, DamageError for a missing or
+            truncated shard, MismatchError when the header differs from `expected`.
+        """
+        path = Path(path)
+        if not (path / "header.json").is_file():
+            unfinished = (path / "partial.json").is_file()
+            why = (
+                "an unfinished harvest: run it again" if unfinished else "no harvested activations"
+            )
+            raise SourceError(f"{path} holds {why}" + ("" if unfinished else ": harvest first"))
+        stored = read_json(path / "header.json")
+        if stored.get("format") != FORMAT:
+            raise SourceError(
+                f"{path} has format {stored.get('format')!r}, this version reads {FORMAT}: "
+                "harvest it again"
+            )
+        source = cls(path, stored["header"], stored["shards"])
+        check_identity(source.header, expected or {}, str(path))
+        for record in source._records:
+            _check_size(path, record)
+        return source
+
+    @property
+    def d(self) -> int:
+        return int(self.header["d"])
+
+    @property
+    def n_shards(self) -> int:
+        return len(self._records)
+
+    @property
+    def shard_counts(self) -> list[int]:
+        return [record["n_tokens"] for record in self._records]
+
+    @property
+    def digest(self) -> str:
+        return _source_digest(self.header, [record["sha256"] for record in self._records])
+
+    def shard(self, i: int) -> Shard:
+        """Raises: DamageError when the file can't be read."""
+        file = self.path / self._records[i]["file"]
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                parts = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            return Shard(parts["x"], parts["mask"], parts.get("ids"))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DamageError(f"{file} can't be read ({error}): harvest it again") from error
+
+    def verify(self) -> None:
+        """Compares every shard with its checksum.
+
+        Raises: DamageError naming the first file that differs.
+        """
+        for record in self._records:
+            _check_bytes(self.path, record)
+
+
+def _check_size(path: Path, record: Mapping[str, Any]) -> None:
+    file = path / record["file"]
+    size = file.stat().st_size if file.is_file() else None
+    if size != record["bytes"]:
+        state = "is missing" if size is None else f"has {size} bytes, not {record['bytes']}"
+        raise DamageError(f"{file} {state}: delete {path} and harvest again")
+
+
+def _check_bytes(path: Path, record: Mapping[str, Any]) -> None:
+    _check_size(path, record)
+    if sha256(path / record["file"]) != record["sha256"]:
+        file = path / record["file"]
+        raise DamageError(f"{file} does not match its checksum: delete {path} and harvest again")
+
+
+class FolderWriter:
+    """Writes shards one after the other; goes on after those of an interrupted writer.
+
+    Args:
+        path: the folder.
+        header: the identity of the source; a partial harvest of another identity is refused.
+
+    Raises: MismatchError when the folder holds activations of another identity.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.path, self.header = Path(path), _as_json(header)
+        self._records: list[dict[str, Any]] = []
+        for name in ("header.json", "partial.json"):
+            if (self.path / name).is_file():
+                stored = read_json(self.path / name)
+                check_identity(stored.get("header", {}), self.header, str(self.path))
+                self._records = self._intact(stored.get("shards", []))
+                break
+
+    @property
+    def done(self) -> int:
+        """How many shards are written and intact."""
+        return len(self._records)
+
+    def _intact(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The records up to the first file that does not match."""
+        kept: list[dict[str, Any]] = []
+        for record in records:
+            try:
+                _check_bytes(self.path, record)
+            except DamageError:
+                break
+            kept.append(record)
+        return kept
+
+    def add(self, shard: Shard) -> None:
+        """Writes the next shard, then the record of it."""
+        name = f"shard-{self.done:05d}.safetensors"
+        file = self.path / name
+        write_atomically(file, lambda temporary: save_file(shard.tensors(), temporary))
+        record = {
+            "file": name,
+            "sha256": sha256(file),
+            "bytes": file.stat().st_size,
+            "contexts": int(shard.mask.shape[0]),
+            "n_tokens": shard.n_tokens,
+            "dtype": str(shard.x.dtype).removeprefix("torch."),
+        }
+        self._records.append(record)
+        write_json(self.path / "partial.json", self._state())
+
+    def finish(self) -> FolderSource:
+        """Writes header.json and opens the folder."""
+        write_json(self.path / "header.json", self._state())
+        (self.path / "partial.json").unlink(missing_ok=True)
+        return FolderSource.open(self.path)
+
+    def _state(self) -> dict[str, Any]:
+        return {"format": FORMAT, "header": self.header, "shards": self._records}
+
+
+def check_identity(
+    header: Mapping[str, Any], expected: Mapping[str, Any], where: str = "the activations"
+) -> None:
+    """Compares the fields of `expected` with a header.
+
+    Raises: MismatchError naming the first field that differs and both values.
+    """
+    for field, wanted in _as_json(expected).items():
+        found = header.get(field)
+        if found != wanted:
+            raise MismatchError(
+                f"{where} has {field} = {found!r}, but {wanted!r} is asked for: "
+                "name another folder, or delete this one"
+            )
+
+
+def _as_json(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data as it comes back from a JSON file (tuples become lists)."""
+    return json.loads(json.dumps(dict(data)))
+
+
+# ---------------------------------------------------------------- made elsewhere
+
+
+class ForeignSource:
+    """A folder of safetensors made elsewhere; each file holds one tensor.
+
+    It has shape [n, d] or [contexts, positions, d]. Rows without contexts become contexts of one
+    position. Every position counts.
+    """
+
+    def __init__(self, path: Path, files: list[Path], shapes: list[tuple[int, int, int]]) -> None:
+        self.path, self._files, self._shapes = path, files, shapes
+        positions = {shape[1] for shape in shapes}
+        self.header: dict[str, Any] = {
+            "model": None,
+            "model_digest": None,
+            "hook_name": None,
+            "reason": FOREIGN_REASON,
+            "folder": path.name,
+            "context": max(positions),
+            "d": shapes[0][2],
+            "dtype": str(self.shard(0).x.dtype).removeprefix("torch."),
+            "n_tokens": sum(contexts * length for contexts, length, _ in shapes),
+        }
+
+    @classmethod
+    def open(cls, path: Path) -> ForeignSource:
+        """Opens the folder and checks every value.
+
+        Raises: SourceError naming the file with a wrong shape, type or a value that is not finite.
+        """
+        path = Path(path)
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise SourceError(f"{path} holds no .safetensors file: name a folder with activations")
+        shapes = []
+        for file in files:
+            shapes.append(_checked_shape(file, _only_tensor(file)))
+            if shapes[-1][2] != shapes[0][2]:
+                raise SourceError(
+                    f"{file} has d = {shapes[-1][2]}, but {files[0].name} has {shapes[0][2]}: "
+                    "put activations of one width into a folder"
+                )
+        return cls(path, files, shapes)
+
+    @property
+    def d(self) -> int:
+        return self._shapes[0][2]
+
+    @property
+    def n_shards(self) -> int:
+        return len(self._files)
+
+    @property
+    def shard_counts(self) -> list[int]:
+        return [contexts * positions for contexts, positions, _ in self._shapes]
+
+    @property
+    def digest(self) -> str:
+        return _source_digest(self.header, self._hashes)
+
+    @functools.cached_property
+    def _hashes(self) -> list[str]:
+        return [sha256(file) for file in self._files]
+
+    def shard(self, i: int) -> Shard:
+        shape = self._shapes[i]
+        x = _only_tensor(self._files[i]).view(shape)
+        return Shard(x, torch.ones(shape[:2], dtype=torch.bool))
+
+
+def _only_tensor(file: Path) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            if len(names) != 1:
+                raise SourceError(f"{file} holds {len(names)} tensors: leave only the activations")
+            return tensors.get_tensor(names[0])
+    except SafetensorError as error:
+        raise SourceError(f"{file} is no readable safetensors file ({error})") from None
+
+
+def _checked_shape(file: Path, x: Tensor) -> tuple[int, int, int]:
+    """The shape as [contexts, positions, d]."""
+    if not x.is_floating_point() or x.dim() not in (2, 3) or x.numel() == 0:
+        kind = str(x.dtype).removeprefix("torch.")
+        raise SourceError(
+            f"{file} holds {kind} {list(x.shape)}: activations are floating-point "
+            "[n, d] or [contexts, positions, d]"
+        )
+    for part in x.view(-1, x.shape[-1]).split(ROWS_AT_ONCE):
+        if not bool(torch.isfinite(part).all()):
+            raise SourceError(f"{file} has values that are not finite: take them out")
+    contexts, positions = (x.shape[0], 1) if x.dim() == 2 else (x.shape[0], x.shape[1])
+    return contexts, positions, x.shape[-1]

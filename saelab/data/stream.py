@@ -1,0 +1,106 @@
+"""The stream of batches: shards in a fixed order, each read in every seed's own permutation.
+
+The permutation of buffer b for seed s comes from the named stream (s, 'data order', b) alone, so all
+arms of a seed see the same batches whatever else runs beside them. A stream yields
+`(batch, position)`; a position says how to go on from the batch after it, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saelab.data.store import Source
+from saelab.errors import SettingError
+from saelab.seeding import torch_stream
+
+Layout = Literal["rows", "contexts"]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stream stands: the buffer (counted over epochs) and the next row or context in it."""
+
+    buffer: int = 0
+    offset: int = 0
+
+
+@dataclass(eq=False)
+class Batch:
+    """One batch of activations.
+
+    Args:
+        x: float32 [N, d] rows, or [contexts, positions, d].
+        positions: token position of each vector in its context; int64, shape of x without d.
+        mask: bool of the same shape, False where a vector does not count; None when all count.
+    """
+
+    x: Tensor
+    positions: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        return self.positions.numel()
+
+    def rows(self) -> Batch:
+        """Flattened to the counted rows."""
+        if self.x.dim() == 2 and self.mask is None:
+            return self
+        keep = slice(None) if self.mask is None else self.mask
+        return Batch(self.x[keep].reshape(-1, self.x.shape[-1]), self.positions[keep].reshape(-1))
+
+    def within(self, low: int, high: int) -> Batch:
+        """Only the rows whose token position lies in [low, high)."""
+        keep = (self.positions >= low) & (self.positions < high)
+        return Batch(self.x[keep], self.positions[keep])
+
+
+def batches(
+    source: Source, seed: int, size: int, layout: Layout = "rows", start: Position = Position()
+) -> Iterator[tuple[Batch, Position]]:
+    """An endless stream of batches that goes on from `start`.
+
+    Args:
+        source: activations; its shards are the buffers.
+        seed: decides the order within each buffer.
+        size: rows per batch; in the 'contexts' layout the number of whole contexts is
+            size / positions. The rest of a buffer that fills no batch is left out.
+
+    Raises: SettingError when a buffer holds less than one batch.
+    """
+    buffer, offset = start.buffer, start.offset
+    while True:
+        x, positions, mask = _buffer(source, buffer % source.n_shards, layout)
+        count = size if layout == "rows" else max(1, size // x.shape[1])
+        if len(x) < count and source.n_shards == 1:
+            remedy = (
+                f"the activations hold only {len(x)}: lower the batch size or harvest more tokens"
+            )
+            raise SettingError("batch_size", size, remedy)
+        order = torch.randperm(len(x), generator=torch_stream(seed, "data order", buffer))
+        while offset + count <= len(x):
+            index = order[offset : offset + count]
+            offset += count
+            batch = Batch(x[index].float(), positions[index], None if mask is None else mask[index])
+            yield batch, Position(buffer, offset)
+        buffer, offset = buffer + 1, 0
+
+
+def _buffer(source: Source, index: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
+    shard = source.shard(index)
+    if layout == "rows":
+        x, positions = shard.rows()
+        return x, positions, None
+    length = shard.x.shape[1]
+    positions = torch.arange(length).expand(shard.x.shape[:2])
+    return shard.x, positions, shard.mask
+
+
+def steps_in(source: Source, size: int) -> int:
+    """Batches of `size` rows in one pass over the source."""
+    return sum(int(source.shard(i).mask.sum()) // size for i in range(source.n_shards))

@@ -1,0 +1,428 @@
+"""Text to tokens: documents of any source, cut into contexts that begin with BOS.
+
+    stream  = doc_1 EOS doc_2 EOS ...                   (no special tokens added by the tokenizer)
+    context = BOS stream[i (c - 1) : (i + 1) (c - 1)]   for contexts of c positions
+
+A position counts unless it holds a special id (BOS, EOS, PAD, UNK ...). Texts that lie on this
+machine (the standard library, local files) are cut as a whole and their contexts put in a random
+order, so that any number of tokens is a fair sample; a streamed data set is taken in its own order.
+Either way asking for fewer tokens gives a prefix.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from saelab.config import Frozen
+from saelab.data import stdlib
+from saelab.errors import SettingError, SourceError, nearest
+from saelab.files import sha256
+from saelab.seeding import numpy_stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Local files read as one document each; .jsonl and .parquet hold one document a row.
+PLAIN_SUFFIXES = (".txt", ".md")
+SUFFIXES = (*PLAIN_SUFFIXES, ".jsonl", ".parquet")
+#: Builders of `datasets` that only parse data (no pickle inside, as webdataset may have).
+SAFE_BUILDERS = ("parquet", "json", "text", "csv", "arrow")
+#: Documents tokenised in one call. Our choice: enough to be fast, few enough to stream.
+DOCUMENTS_AT_ONCE = 64
+
+
+class TextConfig(Frozen):
+    """Where the text comes from.
+
+    Args:
+        kind: 'stdlib' (the interpreter's own library), 'files' (local) or 'dataset' (`datasets`).
+        path: a file or a folder of .txt, .md, .jsonl or .parquet files; or a data set's name.
+        name: the data set's configuration.
+        split: stdlib: train, held_out or all. dataset: its split. files: where rows have a `split`
+            column, the rows with that value; where a folder has files named after the split
+            ('train.parquet', 'train-00000.jsonl'), those files; 'all' takes everything.
+        column: the column with the text; plain text files have none and ignore it.
+    """
+
+    kind: Literal["stdlib", "files", "dataset"] = "stdlib"
+    path: str | None = None
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Contexts of token ids.
+
+    Args:
+        ids: int64 [contexts, positions].
+        mask: bool [contexts, positions]; True where the position counts (no special id there).
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        """How many positions count."""
+        return int(self.mask.sum())
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A 16-character content hash of ids, mask and shape."""
+        content = hashlib.sha256(str(tuple(self.ids.shape)).encode())
+        content.update(np.ascontiguousarray(self.ids.numpy()).tobytes())
+        content.update(np.ascontiguousarray(self.mask.numpy()).tobytes())
+        return content.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- documents
+
+
+def documents(config: TextConfig) -> Iterator[str]:
+    """The documents in their own order, streamed; empty ones are left out.
+
+    Raises: SourceError when the source is missing, unreachable, empty or lacks the column.
+    """
+    found = {"stdlib": _stdlib, "files": _files, "dataset": _dataset}[config.kind](config)
+    return _not_empty(found, config)
+
+
+def manifest(config: TextConfig) -> dict[str, Any]:
+    """What the corpus is: for the header of everything made from it.
+
+    Returns the library's manifest, the local files with a content hash, or the data set's name.
+    """
+    if config.kind == "stdlib":
+        return {**stdlib.manifest(), "split": config.split}
+    if config.kind == "files":
+        hashes = {file.name: sha256(file) for file in _local_files(config)}
+        return {"corpus": Path(_path(config)).name, "split": config.split, "files": hashes}
+    return {"corpus": config.path, "name": config.name, "split": config.split}
+
+
+def _not_empty(found: Iterator[str], config: TextConfig) -> Iterator[str]:
+    filled = (text for text in found if text.strip())
+    first = next(filled, None)
+    if first is None:
+        raise SourceError(f"{_title(config)} holds no text: name a source that is not empty")
+    yield first
+    yield from filled
+
+
+def _title(config: TextConfig) -> str:
+    where = config.path or "the standard library"
+    return f"{where} (split {config.split!r})"
+
+
+def _path(config: TextConfig) -> str:
+    if not config.path:
+        raise SettingError("text.path", config.path, f"kind {config.kind!r} needs a path or a name")
+    return config.path
+
+
+def _stdlib(config: TextConfig) -> Iterator[str]:
+    known = ("train", "held_out", "all")
+    if config.split not in known:
+        hint = nearest(config.split, known)
+        raise SettingError("text.split", config.split, f"stdlib has {', '.join(known)}{hint}")
+    yield from stdlib.texts(config.split)
+
+
+def _local_files(config: TextConfig) -> list[Path]:
+    """The files to read, sorted by path; those named after the split where a folder has such."""
+    root = Path(_path(config)).expanduser()
+    if not root.exists():
+        raise SourceError(f"text file or folder {root} does not exist: name an existing one")
+    if root.is_file():
+        if root.suffix not in SUFFIXES:
+            raise SourceError(f"{root} is none of {', '.join(SUFFIXES)}: convert it to one of them")
+        return [root]
+    files = sorted(f for f in root.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    if not files:
+        raise SourceError(f"{root} has no {', '.join(SUFFIXES)} file: name a folder with text")
+    named = [f for f in files if f.stem == config.split or f.stem.startswith(f"{config.split}-")]
+    return named or files
+
+
+def _files(config: TextConfig) -> Iterator[str]:
+    files = _local_files(config)
+    split = _split_to_keep(files, config)
+    for file in files:
+        if file.suffix in PLAIN_SUFFIXES:
+            yield _read_text(file)
+            continue
+        for row in _rows(file, (config.column, "split")):
+            if split is None or row.get("split", split) == split:
+                yield _text_of(row, config.column, str(file))
+
+
+def _split_to_keep(files: list[Path], config: TextConfig) -> str | None:
+    """The value that rows must have in their `split` column; None when every row is wanted."""
+    if config.split == "all" or config.column == "split":
+        return None
+    there: set[str] = set()
+    for file in files:
+        for row in _rows(file, ("split",)):
+            if "split" not in row:
+                break  # the first row tells whether the file has the column
+            there.add(str(row["split"]))
+            if config.split in there:
+                return config.split
+    if there:
+        raise SourceError(
+            f"{config.path} has no rows of split {config.split!r}: its splits are "
+            f"{', '.join(sorted(there))}, and 'all' takes every row"
+        )
+    return None
+
+
+def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The rows of a .parquet or .jsonl file; of a plain file none.
+
+    Parquet reads the wanted columns only, and all of them when a wanted one besides `split` is not
+    there, so that the error can name them.
+    """
+    if file.suffix == ".jsonl":
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _json_row(line, f"{file}:{number}")
+    elif file.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(file) as table:
+                names = table.schema_arrow.names
+                there = [name for name in columns if name in names]
+                if not there and set(columns) != {"split"}:
+                    there = names
+                if there:
+                    for batch in table.iter_batches(batch_size=256, columns=there):
+                        yield from batch.to_pylist()
+        except pa.ArrowInvalid as error:
+            raise SourceError(f"{file} is no readable parquet file ({error}): mend it") from None
+
+
+def _json_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{where} is no JSON ({error}): write one object a line") from None
+    if not isinstance(row, dict):
+        raise SourceError(f"{where} is no JSON object: write one object a line")
+    return row
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{file} is no UTF-8 text ({error.reason}): convert it") from None
+
+
+def _text_of(row: dict[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise SourceError(
+            f"{where} has no column {column!r}{nearest(column, row)}: its columns are "
+            f"{', '.join(row)}; set text.column to one of them"
+        )
+    if row[column] is None:
+        return ""
+    if not isinstance(row[column], str):
+        kind = type(row[column]).__name__
+        raise SourceError(f"column {column!r} of {where} holds {kind}, no text: name another")
+    return row[column]
+
+
+def _dataset(config: TextConfig) -> Iterator[str]:
+    path = _path(config)
+    import datasets
+
+    try:
+        with quiet():
+            found = datasets.load_dataset(path, config.name, split=config.split, streaming=True)
+            builder = str(found.info.builder_name)
+            columns = found.column_names
+    except Exception as error:  # `datasets` raises a dozen kinds, none of its own root
+        raise _unusable(config, error) from error
+    if builder not in SAFE_BUILDERS:
+        raise SourceError(
+            f"data set {path} is of type {builder!r}: only {', '.join(SAFE_BUILDERS)} are read"
+        )
+    if columns is not None and config.column not in columns:
+        _text_of(dict.fromkeys(columns), config.column, f"data set {path}")
+    rows = iter(found)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _unusable(config, error) from error
+        yield _text_of(row, config.column, f"data set {path}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the hub's retries and the loaders' remarks: what matters is raised as an error."""
+    loggers = [logging.getLogger(n) for n in ("transformers", "huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _unusable(config: TextConfig, error: Exception) -> SourceError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return SourceError(
+        f"data set {config.path} (name {config.name!r}, split {config.split!r}) can't be read "
+        f"({reason}): check its name and split, or name local files where there is no network"
+    )
+
+
+# ---------------------------------------------------------------- tokens
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """The special ids of a tokenizer: first of a context, end of a document, filler, all."""
+
+    first: int
+    end: int
+    fill: int
+    special: np.ndarray
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> _Ids:
+        t = tokenizer
+        first = _first_id(t.bos_token_id, t.eos_token_id, t.cls_token_id)
+        end = _first_id(t.eos_token_id, t.sep_token_id, first)
+        if first is None or end is None:
+            raise SourceError(
+                "the tokenizer has no BOS, EOS or CLS token: a context needs one to begin with, "
+                "so add it to the tokenizer's special tokens"
+            )
+        fill = _first_id(t.pad_token_id, end)
+        known = {*t.all_special_ids, first, end, fill} - {None}
+        return cls(first, end, fill or 0, np.array(sorted(known), dtype=np.int64))
+
+    def counted(self, ids: np.ndarray) -> np.ndarray:
+        return ~np.isin(ids, self.special)
+
+
+def _first_id(*ids: Any) -> int | None:
+    return next((int(i) for i in ids if i is not None), None)
+
+
+def tokenize(
+    config: TextConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    tokens: int,
+    seed: int = 0,
+) -> Tokens:
+    """Contexts with at least `tokens` counted positions.
+
+    Args:
+        context: positions a context, the first one BOS.
+        tokens: how many counted positions are wanted.
+        seed: of the stream 'text order', in which the contexts of local texts are put.
+
+    Raises: SourceError when the text has fewer tokens.
+    """
+    if context < 2:
+        raise SettingError("context", context, "a context has BOS and at least one token: use >= 2")
+    if tokens < 1:
+        raise SettingError("tokens", tokens, "at least one token is needed")
+    ids = _Ids.of(tokenizer)
+    rows = _windows(_token_chunks(documents(config), tokenizer, ids.end), context - 1)
+    if config.kind != "dataset":
+        whole = list(rows)
+        order = numpy_stream(seed, "text order").permutation(len(whole))
+        rows = (whole[i] for i in order)
+    return _take(rows, ids, context, tokens, _title(config))
+
+
+def _take(rows: Iterable[np.ndarray], ids: _Ids, context: int, tokens: int, title: str) -> Tokens:
+    """The first rows that hold `tokens` counted ids, with BOS put before each."""
+    kept: list[np.ndarray] = []
+    count = 0
+    for row in rows:
+        kept.append(row)
+        count += int(ids.counted(row).sum())
+        if count >= tokens:
+            break
+    if count < tokens:
+        raise SourceError(
+            f"{title} has only {count:,} tokens in contexts of {context}, {tokens:,} are wanted: "
+            f"lower the number of tokens to {count:,} or name a larger text"
+        )
+    body = np.stack(kept).astype(np.int64)
+    full = np.concatenate([np.full((len(body), 1), ids.first, dtype=np.int64), body], axis=1)
+    return Tokens(torch.from_numpy(full), torch.from_numpy(ids.counted(full)))
+
+
+def _token_chunks(
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, end: int
+) -> Iterator[np.ndarray]:
+    """The token stream in pieces, int32; each document is followed by `end`."""
+    while group := list(islice(texts, DOCUMENTS_AT_ONCE)):
+        pieces = _encode(group, tokenizer)
+        yield np.fromiter(chain.from_iterable((*piece, end) for piece in pieces), dtype=np.int32)
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return found["input_ids"]  # type: ignore[return-value]
+
+
+def _windows(chunks: Iterator[np.ndarray], width: int) -> Iterator[np.ndarray]:
+    """Consecutive windows [width] over the pieces; what is left at the end is dropped."""
+    rest = np.empty(0, dtype=np.int32)
+    for chunk in chunks:
+        rest = np.concatenate([rest, chunk])
+        whole = len(rest) // width * width
+        yield from rest[:whole].reshape(-1, width)
+        rest = rest[whole:]
+
+
+def tokenize_texts(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One context for each text: BOS and its first tokens, padded on the right.
+
+    Args:
+        texts: n texts; an empty one has no counted position.
+        context: positions a context; what is longer is cut.
+
+    Returns: ids int64 [n, context]; attention mask bool [n, context], True on BOS and tokens;
+        mask bool [n, context], True where the position counts.
+    """
+    special = _Ids.of(tokenizer)
+    ids = np.full((len(texts), context), special.fill, dtype=np.int64)
+    attention = np.zeros((len(texts), context), dtype=bool)
+    for row, piece in enumerate(_encode(texts, tokenizer) if texts else []):
+        kept = [special.first, *piece[: context - 1]]
+        ids[row, : len(kept)] = kept
+        attention[row, : len(kept)] = True
+    mask = attention & special.counted(ids)
+    return torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(mask)

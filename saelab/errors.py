@@ -1,0 +1,66 @@
+"""Every error that saelab raises on purpose.
+
+SaelabError                  something went wrong that the user can act on
+├── UsageError               bad input: exit code 2, one sentence with setting, value and remedy
+│   ├── SettingError         a setting has an impossible value or an unknown name
+│   ├── SourceError          a model, text or activation source is missing or unusable
+│   └── MismatchError        two things that must agree (hook, context, dtype, definition) do not
+├── DamageError              a file that saelab wrote does not match its checksum
+├── CellFailure              one cell stopped (non-finite loss ...); the others go on
+└── StudyFailure             the launch as a whole has no usable result: exit code 1
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SaelabError(Exception):
+    """Base of the tree; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UsageError(SaelabError):
+    """Bad input, told in one sentence that names the remedy."""
+
+    exit_code = 2
+
+
+class SettingError(UsageError):
+    """A setting has an impossible value or an unknown name."""
+
+    def __init__(self, setting: str, value: object, remedy: str) -> None:
+        super().__init__(f"{setting} = {value!r}: {remedy}")
+        self.setting, self.value, self.remedy = setting, value, remedy
+
+
+class SourceError(UsageError):
+    """A model, text or activation source is missing or unusable."""
+
+
+class MismatchError(UsageError):
+    """Two things that must agree do not."""
+
+
+class DamageError(SaelabError):
+    """A file does not match the checksum that was written beside it."""
+
+
+class CellFailure(SaelabError):
+    """One cell cannot go on; `step` is where it stopped (optimiser steps)."""
+
+    def __init__(self, cell: str, step: int, reason: str) -> None:
+        super().__init__(f"cell {cell} stopped at step {step}: {reason}")
+        self.cell, self.step, self.reason = cell, step, reason
+
+
+class StudyFailure(SaelabError):
+    """The launch has no usable result (for example no valid baseline cell)."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean 'x'?)" for the closest known name, or "" when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

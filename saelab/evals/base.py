@@ -1,0 +1,71 @@
+"""What an evaluation is: subject and data in, rows out.
+
+A subject is anything with `encode` and `decode` in raw activation space: our SAE, a control, a
+peer's checkpoint. An evaluation never changes its subject and draws random numbers only from the
+named stream 'evaluation'. Every number leaves as a `Row`; a missing number is a row without a value
+and with a reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number.
+
+    Args:
+        metric: its name, for example 'fvu' or 'sae_top_5_test_accuracy'.
+        value: the number; None when it is missing.
+        definition: id and version of how it is computed, for example 'core/1'.
+        slice: what part of the data it covers ('' for all), for example 'entry=docs,class=email'.
+        reason: why the value is missing; '' when it is there.
+        arm, seed, level: the cell it belongs to, filled in by the study.
+    """
+
+    metric: str
+    value: float | None
+    definition: str
+    slice: str = ""
+    reason: str = ""
+    arm: str = ""
+    seed: int = -1
+    level: float = 0.0
+
+    def of_cell(self, arm: str, seed: int, level: float) -> Row:
+        return replace(self, arm=arm, seed=seed, level=level)
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def number(metric: str, value: float, definition: str, slice: str = "") -> Row:
+    """A row for `value`; a value that is not finite becomes a missing one with that reason."""
+    value = float(value)
+    if value != value or value in (float("inf"), float("-inf")):
+        return Row(metric, None, definition, slice, reason=f"not finite ({value})")
+    return Row(metric, value, definition, slice)
+
+
+def missing(metric: str, definition: str, reason: str, slice: str = "") -> Row:
+    return Row(metric, None, definition, slice, reason=reason)
+
+
+@runtime_checkable
+class Subject(Protocol):
+    """Anything that can be evaluated. All tensors are in raw activation space, float32."""
+
+    d_in: int
+    d_sae: int
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """x [n, d_in] -> dense code [n, d_sae]."""
+        ...
+
+    def decode(self, f: torch.Tensor) -> torch.Tensor:
+        """f [n, d_sae] -> reconstruction [n, d_in]."""
+        ...

@@ -1,0 +1,194 @@
+"""Core metrics in raw activation space on held-out text.
+
+    FVU = sum |x - x_hat|^2 / sum |x - mean(x)|^2       explained variance = 1 - FVU
+    loss recovered = (CE_zero - CE_spliced) / (CE_zero - CE_clean)
+
+CE_spliced runs the language model with the reconstruction in place of the activation, CE_zero with
+zeros (primary), CE_mean with the mean activation (beside it). Only counted positions are replaced:
+BOS and padding keep the model's own activation in every condition.
+
+SAEBench 0.6.0's own formula of explained variance is wrong; this is the one SAELens uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from saelab.data.models import LanguageModel
+from saelab.data.store import FOREIGN_REASON, Source
+from saelab.evals.base import Row, Subject, missing, number
+
+DEFINITION = "core/1"
+#: Rows encoded at once; bounds the dense code to CHUNK x d_sae floats.
+CHUNK = 4096
+#: Contexts per forward pass of the language model.
+CONTEXTS = 32
+#: Width of the density histogram's bins in log10, and its lowest edge. Our choice.
+BIN, LOWEST = 0.25, -5.0
+#: Positions per bucket of the by-position slices.
+BUCKET = 32
+
+
+@dataclass
+class CoreData:
+    """Held-out activations and, where there is one, the language model they came from.
+
+    Args:
+        source: held-out activations with token ids.
+        model: None when the activations were made elsewhere.
+        loss_contexts: how many contexts loss recovered is measured on.
+    """
+
+    source: Source
+    model: LanguageModel | None
+    loss_contexts: int = 128
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """All counted rows: x float32 [n, d], position int64 [n]."""
+        shards = [self.source.shard(i).rows() for i in range(self.source.n_shards)]
+        return torch.cat([x for x, _ in shards]), torch.cat([p for _, p in shards])
+
+    @cached_property
+    def mean(self) -> Tensor:
+        return self.rows[0].mean(0)
+
+    @cached_property
+    def contexts(self) -> tuple[Tensor, Tensor]:
+        """Token ids int64 and mask bool, [contexts, positions], for loss recovered."""
+        shard = self.source.shard(0)
+        assert shard.ids is not None
+        return shard.ids[: self.loss_contexts].long(), shard.mask[: self.loss_contexts]
+
+    @property
+    def hook_name(self) -> str:
+        return str(self.source.header["hook_name"])
+
+    @property
+    def why_no_loss(self) -> str:
+        """Why loss recovered does not exist here; '' when it does."""
+        if self.model is None:
+            return FOREIGN_REASON
+        return "" if self.model.has_head else "the model has no language-model head"
+
+    def loss(self, replace: Callable[[Tensor], Tensor] | None) -> float:
+        """Mean next-token loss in nats with `replace` (rows [n, d] -> [n, d]) at the hook."""
+        assert self.model is not None
+        total, count = 0.0, 0
+        ids, mask = self.contexts
+        for some, counted in zip(ids.split(CONTEXTS), mask.split(CONTEXTS), strict=True):
+            splice = (self.hook_name, _masked(replace, counted)) if replace else None
+            losses = self.model.losses(some, None, splice)
+            targets = counted[:, 1:].to(losses.device)
+            total += float(losses[targets].double().sum())
+            count += int(targets.sum())
+        return total / count
+
+    @cached_property
+    def reference_losses(self) -> dict[str, float]:
+        """CE without a splice, with zeros, and with the mean activation."""
+        return {
+            "ce_clean": self.loss(None),
+            "ce_zero": self.loss(torch.zeros_like),
+            "ce_mean": self.loss(lambda x: self.mean.to(x.device).expand_as(x)),
+        }
+
+
+def _masked(replace: Callable[[Tensor], Tensor], mask: Tensor) -> Callable[[Tensor], Tensor]:
+    def splice(x: Tensor) -> Tensor:
+        out = x.clone()
+        keep = mask.to(x.device)
+        out[keep] = replace(x[keep])
+        return out
+
+    return splice
+
+
+def evaluate_core(subject: Subject, data: CoreData) -> list[Row]:
+    """All core metrics of one subject.
+
+    Returns: rows l0, fvu, explained_variance, mse, cosine, dead_share, loss_recovered,
+        loss_recovered_mean, ce_*; fvu and l0 by position; the density histogram.
+    """
+    return [*_reconstruction(subject, data), *_loss_recovered(subject, data)]
+
+
+def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
+    x, positions = data.rows
+    error, active, cosine = (torch.empty(len(x)) for _ in range(3))
+    firings = torch.zeros(subject.d_sae, dtype=torch.int64)
+    for start in range(0, len(x), CHUNK):
+        rows = x[start : start + CHUNK]
+        f = subject.encode(rows)
+        x_hat = subject.decode(f)
+        fires = f != 0
+        here = slice(start, start + len(rows))
+        error[here] = (rows - x_hat).square().sum(1)
+        active[here] = fires.sum(1).float()
+        cosine[here] = torch.cosine_similarity(rows, x_hat, dim=1)
+        firings += fires.sum(0)
+    power = (x - data.mean).square().sum(1)
+    fvu = _ratio(error, power)
+    yield number("fvu", fvu, DEFINITION)
+    yield number("explained_variance", 1 - fvu, DEFINITION)
+    yield number("mse", float(error.double().mean()) / x.shape[1], DEFINITION)
+    yield number("cosine", float(cosine.double().mean()), DEFINITION)
+    yield number("l0", float(active.double().mean()), DEFINITION)
+    yield number("dead_share", float((firings == 0).double().mean()), DEFINITION)
+    for low in range(0, int(positions.max()) + 1, BUCKET):
+        here = (positions >= low) & (positions < low + BUCKET)
+        if here.any():
+            name = f"position={low}-{low + BUCKET - 1}"
+            yield number("fvu", _ratio(error[here], power[here]), DEFINITION, name)
+            yield number("l0", float(active[here].double().mean()), DEFINITION, name)
+    yield from _density(firings, len(x))
+
+
+def _ratio(error: Tensor, power: Tensor) -> float:
+    return float(error.double().sum() / power.double().sum())
+
+
+def _density(firings: Tensor, rows: int) -> Iterator[Row]:
+    """Share of latents per bin of log10 firing frequency; those that never fire apart."""
+    yield number(
+        "density_histogram",
+        float((firings == 0).double().mean()),
+        DEFINITION,
+        "log10_density=never",
+    )
+    bins = round(-LOWEST / BIN)
+    logs = (firings[firings > 0].double() / rows).log10()
+    index = ((logs - LOWEST) / BIN).floor().long().clamp(0, bins - 1)
+    counts = torch.bincount(index, minlength=bins)
+    for i, count in enumerate(counts.tolist()):
+        edge = f"log10_density={LOWEST + i * BIN:.2f}"
+        yield number("density_histogram", count / len(firings), DEFINITION, edge)
+
+
+def _loss_recovered(subject: Subject, data: CoreData) -> Iterator[Row]:
+    names = (
+        "loss_recovered",
+        "loss_recovered_mean",
+        "ce_clean",
+        "ce_zero",
+        "ce_mean",
+        "ce_spliced",
+    )
+    if data.why_no_loss:
+        yield from (missing(name, DEFINITION, data.why_no_loss) for name in names)
+        return
+    losses = dict(data.reference_losses)
+    losses["ce_spliced"] = data.loss(lambda x: subject.decode(subject.encode(x)))
+    yield from (number(name, value, DEFINITION) for name, value in losses.items())
+    for name, ablated in (("loss_recovered", "ce_zero"), ("loss_recovered_mean", "ce_mean")):
+        gap = losses[ablated] - losses["ce_clean"]
+        if gap <= 0:
+            reason = f"ablation does not hurt the model ({ablated} - ce_clean = {gap:.4f} nats)"
+            yield missing(name, DEFINITION, reason)
+        else:
+            yield number(name, (losses[ablated] - losses["ce_spliced"]) / gap, DEFINITION)

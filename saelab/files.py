@@ -1,0 +1,78 @@
+"""Files are written whole or not at all: bytes go to a temporary name, then one rename.
+
+Raises `SaelabError` subclasses with one sentence when the disk is full or the folder is read-only.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from saelab.errors import DamageError, SourceError
+
+
+class WriteError(SourceError):
+    """The disk is full or the folder can't be written: exit code 2."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write(temporary)` and renames the result to `path`; the old file stays on failure."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the system's write errors into one sentence with the remedy."""
+    try:
+        yield
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise WriteError(
+                f"{path} can't be written, the disk is full: free some space"
+            ) from error
+        if code in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise WriteError(
+                f"{path} can't be written ({error.strerror}): choose another folder"
+            ) from error  # type: ignore[union-attr]
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON; a NaN or infinity is an error here, since a missing number must be null."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises: DamageError when the file is no JSON, SourceError when it is missing."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamageError(f"{path} is damaged ({error}): delete it and run again") from None
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,98 @@
+"""The table of parts: one line per part, by seam. A new part is one file and one line here.
+
+A part written outside the package (in experiment.py) is added with `register`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, SerializeAsAny
+
+from saelab.errors import SettingError, nearest
+from saelab.parts.auxk import AuxKConfig
+from saelab.parts.base import PartConfig
+from saelab.parts.batchtopk import BatchTopKConfig
+from saelab.parts.jumprelu import JumpReLUConfig
+from saelab.parts.l0 import L0Config
+from saelab.parts.l0_target import L0TargetConfig
+from saelab.parts.l1 import L1Config
+from saelab.parts.ramp import RampConfig
+from saelab.parts.reconstruction import ReconstructionConfig
+from saelab.parts.relu import ReLUConfig
+from saelab.parts.resampling import ResamplingConfig
+from saelab.parts.topk import TopKConfig
+from saelab.parts.unit_norm import UnitNormConfig
+from saelab.parts.variance_scaling import ScalarPriorConfig, VarianceScalingConfig
+
+TABLE: dict[str, dict[str, type[PartConfig]]] = {}
+
+
+def register(seam: str, config: type[PartConfig]) -> type[PartConfig]:
+    """Adds a part under its `kind`; verified against its seam, so that a mistake shows at once.
+
+    Raises: SettingError when the seam is unknown, the kind is taken, or build() is missing.
+    """
+    if seam not in SEAMS:
+        raise SettingError("seam", seam, f"known seams: {', '.join(SEAMS)}{nearest(seam, SEAMS)}")
+    kind = config.model_fields["kind"].default
+    if not isinstance(kind, str):
+        raise SettingError(
+            "kind", kind, f'{config.__name__} needs `kind: Literal["name"] = "name"`'
+        )
+    taken = TABLE.setdefault(seam, {}).get(kind)
+    if taken is not None and taken.__qualname__ != config.__qualname__:
+        raise SettingError(
+            "kind", kind, f"is already taken by {taken.__name__}: choose another name"
+        )
+    if config.build is PartConfig.build:
+        raise SettingError("kind", kind, f"{config.__name__} needs build(self, dims) -> Part")
+    TABLE[seam][kind] = config
+    return config
+
+
+SEAMS = ("scaling", "activation", "loss", "controller", "constraint", "observer")
+
+for _seam, _configs in {
+    "scaling": (VarianceScalingConfig,),
+    "activation": (ReLUConfig, TopKConfig, BatchTopKConfig, JumpReLUConfig),
+    "loss": (ReconstructionConfig, L1Config, L0Config, AuxKConfig, ScalarPriorConfig),
+    "controller": (L0TargetConfig, RampConfig),
+    "constraint": (UnitNormConfig,),
+    "observer": (ResamplingConfig,),
+}.items():
+    for _config in _configs:
+        register(_seam, _config)
+
+
+def parse_part(seam: str, data: Any) -> PartConfig:
+    """A part's configuration from plain data, by its `kind`.
+
+    Raises: SettingError for an unknown kind (nearest name suggested) or an unknown field.
+    """
+    known = TABLE[seam]
+    if isinstance(data, PartConfig):
+        if type(data) not in known.values():
+            raise SettingError(seam, data.kind, f"is no {seam}; known: {', '.join(known)}")
+        return data
+    if isinstance(data, str):
+        data = {"kind": data}
+    if not isinstance(data, dict) or "kind" not in data:
+        raise SettingError(seam, data, f"needs a 'kind', one of: {', '.join(known)}")
+    kind = data["kind"]
+    if kind not in known:
+        remedy = f"no such {seam}{nearest(str(kind), known)}; known: {', '.join(known)}"
+        raise SettingError(f"{seam}.kind", kind, remedy)
+    return known[kind].parse(data, where=f"{seam}[{kind}]")
+
+
+def _field(seam: str) -> Any:
+    return Annotated[SerializeAsAny[PartConfig], BeforeValidator(lambda d: parse_part(seam, d))]
+
+
+ScalingField = _field("scaling")
+ActivationField = _field("activation")
+LossField = _field("loss")
+ControllerField = _field("controller")
+ConstraintField = _field("constraint")
+ObserverField = _field("observer")

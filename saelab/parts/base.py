@@ -1,0 +1,214 @@
+"""The seams: what a part is, what it is given, and when it is called.
+
+An SAE is composed of parts; none subclasses the model. Each part has a configuration (frozen data
+with a `kind`) that builds it, lives in one file and has one line in the table of `parts/__init__`.
+
+    Scaling      x - b_dec -> encoder input; may own parameters; folds into W_enc and b_enc
+    Activation   pre-activations -> code
+    LossTerm     one pass -> a scalar; pure; may own learnable scalars
+    Controller   one pass -> the next value of a named setting; schedules are controllers
+    Constraint   acts on gradients before the optimiser and on parameters after it
+    Observer     counts, and may reset latents; called by the loop only
+
+`update(p)` of any part is called once per step, after the optimiser, without gradient: the only
+place where running statistics change. Measuring and evaluating never call it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from saelab.config import Frozen
+from saelab.errors import SettingError
+from saelab.kernels import Code, Support
+
+if TYPE_CHECKING:
+    from saelab.sae import SAE
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What a part may need to know when it is built.
+
+    `steps` is how many optimiser steps the run has; `seed` is for the part's own named streams.
+    """
+
+    d_in: int
+    d_sae: int
+    steps: int = 1
+    seed: int = 0
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass, as losses, controllers and observers see it.
+
+    Args:
+        x: input in normalised space, float32 [N, d_in].
+        target: what is reconstructed; equal to x for an SAE; [N, d_in].
+        z: all pre-activations, without gradient, in the selection's dtype; [N, d_sae].
+        u: encoder input, float32 [N, d_in].
+        code: the code, sparse or dense.
+        recon: reconstruction in normalised space, [N, d_in].
+        sae: the model.
+        step: optimiser steps done before this pass; `steps` is how many the run has.
+        settings: values of the controllers by name.
+        shape: leading dimensions of the batch: (N,) rows or (contexts, positions).
+    """
+
+    x: Tensor
+    target: Tensor
+    z: Tensor
+    u: Tensor
+    code: Code
+    recon: Tensor
+    sae: SAE
+    step: int
+    steps: int
+    settings: dict[str, float]
+    shape: tuple[int, ...]
+
+    @property
+    def n(self) -> int:
+        return self.x.shape[0]
+
+    def setting(self, value: float | str) -> float:
+        """A number as it is; a name is looked up among the controllers."""
+        return self.settings[value] if isinstance(value, str) else value
+
+
+class PartConfig(Frozen):
+    """Base of all part configurations; subclasses fix `kind` as a Literal with a default.
+
+    `lr` is the learning rate of the part's own parameters; None means the run's rate.
+    """
+
+    kind: str
+    lr: float | None = None
+
+    def build(self, dims: Dims) -> Part:
+        raise SettingError("kind", self.kind, "this part has no build()")
+
+
+class Part(nn.Module):
+    """Base of all parts. Running state is kept in buffers, so that it is saved and restored."""
+
+    #: Ascend instead of descend on the part's own parameters.
+    maximise: ClassVar[bool] = False
+    #: Needs batches of whole contexts.
+    needs_contexts: ClassVar[bool] = False
+    lr: float | None = None
+
+    def update(self, p: Pass) -> None:
+        """Updates running statistics from one pass; called by the loop, once per step."""
+
+    def scalars(self) -> dict[str, float]:
+        """Named values for the log, read after the step."""
+        return {}
+
+
+class Scaling(Part):
+    """Maps the centred input to the encoder's input."""
+
+    foldable: ClassVar[bool] = True
+
+    def fit(self, sample: Tensor) -> None:
+        """Sets the statistics from centred, normalised rows [n, d_in] before training."""
+
+    def apply(self, centred: Tensor) -> Tensor:  # type: ignore[override]
+        """[N, d_in] -> [N, d_in], with gradients to the part's parameters."""
+        raise TypeError(f"{type(self).__name__} has no apply()")
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """(gain, shift), each [d_in], with apply(c) = gain * c + shift at inference."""
+        raise TypeError(f"{type(self).__name__} has no fold()")
+
+
+class Activation(Part):
+    """Maps pre-activations to a code, along two paths that must agree.
+
+    `dense` is the reference. On the sparse path `support` chooses the pairs (without gradient) and
+    `at` computes their values from the gathered pre-activations. In evaluation mode both use stored
+    statistics only, so that a token's code does not depend on its batch.
+    """
+
+    #: During training the code of a row depends on the other rows.
+    couples_batch: ClassVar[bool] = False
+    #: Every row has the same number of active latents.
+    exact_k: ClassVar[bool] = False
+
+    def check(self, d_sae: int) -> None:
+        """Raises: SettingError when the settings do not fit the number of latents."""
+
+    def dense(self, z: Tensor) -> Tensor:
+        """[N, d_sae] -> [N, d_sae] with gradients."""
+        raise TypeError(f"{type(self).__name__} has no dense()")
+
+    def support(self, z: Tensor) -> Support | None:
+        """Pairs that may be active, margin included; None asks for the dense path. No gradient."""
+        raise TypeError(f"{type(self).__name__} has no support()")
+
+    def at(self, values: Tensor, support: Support) -> Tensor:
+        """Gathered pre-activations [nnz] -> code values [nnz] with gradients."""
+        raise TypeError(f"{type(self).__name__} has no at()")
+
+    def export(self) -> dict[str, Any]:
+        """What another tool needs: 'architecture' and, for jumprelu, 'threshold' [d_sae]."""
+        raise TypeError(f"{type(self).__name__} has no export()")
+
+
+class LossTerm(Part):
+    """One term of the objective."""
+
+    def loss(self, p: Pass) -> Tensor:
+        """A scalar with gradient; must not change any state."""
+        raise TypeError(f"{type(self).__name__} has no loss()")
+
+
+class Controller(Part):
+    """Owns the value of the setting `name`, which other parts refer to by that name."""
+
+    name: str
+
+    def value(self, step: int) -> float:
+        raise TypeError(f"{type(self).__name__} has no value()")
+
+
+class Constraint(Part):
+    """Keeps parameters where they must be."""
+
+    def on_gradients(self, sae: SAE) -> None: ...
+
+    def on_parameters(self, sae: SAE) -> None: ...
+
+
+@dataclass(frozen=True)
+class Reset:
+    """Latents to start afresh.
+
+    Args:
+        latents: int64 [m].
+        directions: unit vectors in normalised space, float32 [m, d_in].
+        encoder_norm: norm of the new encoder rows, input scaling folded in.
+    """
+
+    latents: Tensor
+    directions: Tensor
+    encoder_norm: float
+
+
+class Observer(Part):
+    """Watches the run; may ask the loop to reset latents."""
+
+    def observe(self, p: Pass) -> Reset | None:
+        """Called after `update`; the loop carries out the reset, optimiser moments included."""
+
+
+@torch.no_grad()
+def bias_corrected(ema: Tensor, momentum: float, count: int) -> Tensor:
+    """An EMA that started at 0, divided by the weight it has gathered after `count` updates."""
+    return ema / (1 - momentum**count) if count else ema

@@ -1,0 +1,79 @@
+"""BatchTopK: the k*N largest positive pre-activations of a batch. Bussmann et al. 2024, eq. 1.
+
+    training    f = z where z is among the k*N largest of the batch and positive
+    inference   f = z * 1[z > threshold], threshold = EMA of the batch's smallest selected value
+
+The stored threshold makes a token's code independent of its batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from saelab.errors import SettingError
+from saelab.kernels import Support, support_of_mask
+from saelab.parts.base import Activation, Dims, PartConfig, Pass, bias_corrected
+
+
+class BatchTopKConfig(PartConfig):
+    """k: mean active latents per row; momentum: of the threshold's EMA."""
+
+    kind: Literal["batchtopk"] = "batchtopk"
+    k: PositiveInt = 32
+    momentum: float = Field(0.99, ge=0, lt=1)
+
+    def build(self, dims: Dims) -> BatchTopK:
+        return BatchTopK(self, dims)
+
+
+class BatchTopK(Activation):
+    couples_batch: ClassVar[bool] = True
+    ema: Tensor
+    count: Tensor
+
+    def __init__(self, config: BatchTopKConfig, dims: Dims) -> None:
+        super().__init__()
+        if config.k > dims.d_sae:
+            raise SettingError("activation.k", config.k, f"must be at most d_sae = {dims.d_sae}")
+        self.k, self.momentum = config.k, config.momentum
+        self.register_buffer("ema", torch.zeros(()))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def threshold(self) -> Tensor:
+        return bias_corrected(self.ema, self.momentum, int(self.count))
+
+    def _cut(self, z: Tensor) -> Tensor:
+        """The smallest value that is selected; a 0-dim tensor in z's dtype."""
+        if not self.training:
+            return self.threshold.to(z.dtype)
+        flat = z.flatten()
+        keep = min(self.k * z.shape[0], flat.numel())
+        return torch.kthvalue(flat, flat.numel() - keep + 1).values.clamp_min(0)
+
+    def _mask(self, z: Tensor) -> Tensor:
+        cut = self._cut(z)
+        above = z >= cut if self.training else z > cut
+        return above & (z > 0)
+
+    def dense(self, z: Tensor) -> Tensor:
+        return z * self._mask(z.detach())
+
+    def support(self, z: Tensor) -> Support | None:
+        return support_of_mask(self._mask(z))
+
+    def at(self, values: Tensor, support: Support) -> Tensor:
+        return values if self.training else values * (values > self.threshold)
+
+    def update(self, p: Pass) -> None:
+        active = p.code.values.detach()[p.code.active]
+        if active.numel():
+            self.ema.mul_(self.momentum).add_(active.min(), alpha=1 - self.momentum)
+            self.count += 1
+
+    def export(self) -> dict[str, Any]:
+        return {"architecture": "jumprelu", "threshold": self.threshold}

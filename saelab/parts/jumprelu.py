@@ -1,0 +1,109 @@
+"""JumpReLU with straight-through gradients for its thresholds. Rajamanoharan et al. 2024b, eq. 11-12.
+
+    f_i = z_i * 1[z_i > t_i],   t_i = exp(log_t_i)
+    pseudo-derivatives, K the box kernel of width h:
+        df/dt_i   = -(t_i / h) * K((z_i - t_i) / h)
+        d1/dt_i   = -(1 / h)   * K((z_i - t_i) / h)
+
+The threshold is kept as its logarithm with a learning rate of its own: at the weights' rate it
+would hardly move in a short run. The support holds a margin of half a bandwidth below the threshold,
+where only the pseudo-derivative is non-zero.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor, nn
+
+from saelab.kernels import Support, support_of_mask
+from saelab.parts.base import Activation, Dims, PartConfig
+
+
+class JumpReLUConfig(PartConfig):
+    """threshold: the start; bandwidth: of the kernel; both in normalised units (E|x|^2 = d_in)."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    threshold: PositiveFloat = 0.5
+    bandwidth: PositiveFloat = 0.5
+    lr: float | None = 1e-2
+
+    def build(self, dims: Dims) -> JumpReLU:
+        return JumpReLU(self, dims)
+
+
+class _Gate(torch.autograd.Function):
+    """1[z > t] with the pseudo-derivative to t; z gets no gradient from the step."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return (z > threshold).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        (g,) = grads
+        z, threshold = ctx.saved_tensors
+        near = (z - threshold).abs() < ctx.bandwidth / 2
+        return None, -(near * g) / ctx.bandwidth, None
+
+
+class _Jump(torch.autograd.Function):
+    """z * 1[z > t]: exact in z away from the step, pseudo-derivative in t."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return z * (z > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        (g,) = grads
+        z, threshold = ctx.saved_tensors
+        near = (z - threshold).abs() < ctx.bandwidth / 2
+        return g * (z > threshold), -(near * g * threshold) / ctx.bandwidth, None
+
+
+class JumpReLU(Activation):
+    def __init__(self, config: JumpReLUConfig, dims: Dims) -> None:
+        super().__init__()
+        self.bandwidth, self.lr = config.bandwidth, config.lr
+        start = torch.full((dims.d_sae,), math.log(config.threshold))
+        self.log_threshold = nn.Parameter(start)
+
+    @property
+    def threshold(self) -> Tensor:
+        return self.log_threshold.exp()
+
+    def _threshold_at(self, support: Support | None) -> Tensor:
+        log = self.log_threshold
+        return (log if support is None else log[support.latents]).exp()
+
+    def dense(self, z: Tensor) -> Tensor:
+        return _Jump.apply(z, self.threshold.expand_as(z), self.bandwidth)  # type: ignore[return-value]
+
+    def support(self, z: Tensor) -> Support | None:
+        floor = self.threshold.detach()
+        if self.training:
+            floor = floor - self.bandwidth / 2
+        return support_of_mask(z > floor.to(z.dtype))
+
+    def at(self, values: Tensor, support: Support) -> Tensor:
+        threshold = self._threshold_at(support)
+        return _Jump.apply(values, threshold, self.bandwidth)  # type: ignore[return-value]
+
+    def gate(self, z: Tensor, support: Support | None) -> Tensor:
+        """1[z > t] at the support (or densely), with the pseudo-derivative to the threshold."""
+        threshold = self._threshold_at(support)
+        return _Gate.apply(z, threshold.expand_as(z), self.bandwidth)  # type: ignore[return-value]
+
+    def scalars(self) -> dict[str, float]:
+        return {"threshold": float(self.log_threshold.detach().mean().exp())}
+
+    def export(self) -> dict[str, Any]:
+        return {"architecture": "jumprelu", "threshold": self.threshold.detach()}

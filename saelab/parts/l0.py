@@ -1,0 +1,39 @@
+"""Step penalty on the number of active latents, for activations with a learned threshold.
+
+    coefficient * sum_i 1[z_i > t_i], mean over rows; Rajamanoharan et al. 2024b, eq. 9
+
+Its gradient reaches the thresholds through the pseudo-derivative of the step.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from saelab.errors import SettingError
+from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
+from saelab.parts.jumprelu import JumpReLU
+
+
+class L0Config(PartConfig):
+    """coefficient: a number, or the name of the controller that sets it."""
+
+    kind: Literal["l0"] = "l0"
+    coefficient: float | str = "sparsity"
+
+    def build(self, dims: Dims) -> L0:
+        return L0(self)
+
+
+class L0(LossTerm):
+    def __init__(self, config: L0Config) -> None:
+        super().__init__()
+        self.coefficient = config.coefficient
+
+    def loss(self, p: Pass) -> Tensor:
+        activation = p.sae.activation
+        if not isinstance(activation, JumpReLU):
+            raise SettingError("losses", "l0", "needs an activation with thresholds (jumprelu)")
+        gates = activation.gate(p.code.pre, p.code.support)
+        return gates.sum() * (p.setting(self.coefficient) / p.n)

@@ -1,0 +1,75 @@
+"""Resampling of dead latents at fixed intervals. Bricken et al. 2023, appendix.
+
+A latent that has not fired for `patience` rows starts afresh: its direction is an input drawn in
+proportion to its squared error, its encoder has `encoder_norm` of the mean living norm, its bias is
+0, its optimiser moments are cleared. None in the last fifth of the run, so that resets can settle.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from saelab.parts.base import Dims, Observer, PartConfig, Pass, Reset
+from saelab.seeding import torch_stream
+
+
+class ResamplingConfig(PartConfig):
+    """Settings of fixed-interval resampling.
+
+    Args:
+        every: share of the run between two looks.
+        patience: rows without a firing after which a latent is dead.
+        until: share of the run after which nothing is reset.
+        encoder_norm: of the new encoder rows, relative to the mean living norm.
+    """
+
+    kind: Literal["resampling"] = "resampling"
+    every: float = Field(0.2, gt=0, le=1)
+    patience: PositiveInt = 50_000
+    until: float = Field(0.8, gt=0, le=1)
+    encoder_norm: PositiveFloat = 0.2
+
+    def build(self, dims: Dims) -> Resampling:
+        return Resampling(self, dims)
+
+
+class Resampling(Observer):
+    silent: Tensor
+    resets: Tensor
+
+    def __init__(self, config: ResamplingConfig, dims: Dims) -> None:
+        super().__init__()
+        self.config, self.seed = config, dims.seed
+        self.every = max(1, round(config.every * dims.steps))
+        self.register_buffer("silent", torch.zeros(dims.d_sae, dtype=torch.int64))
+        self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
+
+    def update(self, p: Pass) -> None:
+        self.silent.add_(p.n).masked_fill_(p.code.firings > 0, 0)
+
+    def observe(self, p: Pass) -> Reset | None:
+        step = p.step + 1
+        if step % self.every or step > self.config.until * p.steps:
+            return None
+        dead = (self.silent > self.config.patience).nonzero().flatten()
+        if not dead.numel():
+            return None
+        self.silent[dead] = 0
+        self.resets += dead.numel()
+        error = (p.target - p.recon).square().sum(1).double().cpu()
+        generator = torch_stream(self.seed, "resampling", step)
+        rows = torch.multinomial(error, dead.numel(), replacement=True, generator=generator)
+        directions = normalize(p.x[rows.to(p.x.device)] - p.sae.b_dec.detach(), dim=1)
+        living = torch.ones(p.sae.d_sae, dtype=torch.bool, device=dead.device)
+        living[dead] = False
+        norms = torch.linalg.vector_norm(p.sae.effective_encoder(), dim=1)
+        mean = float(norms[living].mean()) if bool(living.any()) else float(norms.mean())
+        return Reset(dead, directions, self.config.encoder_norm * mean)
+
+    def scalars(self) -> dict[str, float]:
+        return {"resampled": float(self.resets)}

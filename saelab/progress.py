@@ -1,0 +1,108 @@
+"""One way to show how far a long job is: a live bar on a terminal, plain lines elsewhere.
+
+Everything goes to stderr, so that a table on stdout can be piped. Nothing is shown when
+`SAELAB_PROGRESS=off`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+#: Seconds between two plain lines when stderr is no terminal. Our choice: a log stays short.
+PLAIN_INTERVAL = 15.0
+
+
+class Progress:
+    """Counts `done` of `total`; `advance` may be called as often as convenient."""
+
+    def __init__(self, title: str, total: float, unit: str = "") -> None:
+        self.title, self.total, self.unit = title, max(float(total), 1e-9), unit
+        self.done = 0.0
+        self.note = ""
+        self.start = time.monotonic()
+        self._last = self.start
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        self.done += amount
+        self.note = note or self.note
+        self._show()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if now - self._last >= PLAIN_INTERVAL:
+            self._last = now
+            print(self.line(now), file=sys.stderr, flush=True)
+
+    def line(self, now: float | None = None) -> str:
+        """One line: title, share, amount, rate, time left."""
+        elapsed = (now or time.monotonic()) - self.start
+        share = min(self.done / self.total, 1.0)
+        rate = self.done / elapsed if elapsed > 0 else 0.0
+        left = (self.total - self.done) / rate if rate > 0 else float("nan")
+        note = f"  {self.note}" if self.note else ""
+        return (
+            f"{self.title}: {share:4.0%}  {self.done:,.0f}/{self.total:,.0f} {self.unit}"
+            f"  {rate:,.0f}/s  {clock(left)} left{note}"
+        )
+
+    def close(self) -> None: ...
+
+
+class LiveProgress(Progress):
+    """The same on a terminal, drawn by rich."""
+
+    def __init__(self, title: str, total: float, unit: str = "") -> None:
+        super().__init__(title, total, unit)
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task(title, total=self.total, note="")
+        self._bar.start()
+
+    def _show(self) -> None:
+        self._bar.update(self._task, completed=self.done, note=self.note)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+@contextmanager
+def progress(title: str, total: float, unit: str = "") -> Iterator[Progress]:
+    """Opens a progress display for `total` units of work and closes it in any case."""
+    if os.environ.get("SAELAB_PROGRESS") == "off":
+        bar = _Silent(title, total, unit)
+    elif sys.stderr.isatty():
+        bar = LiveProgress(title, total, unit)
+    else:
+        bar = Progress(title, total, unit)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+class _Silent(Progress):
+    def _show(self) -> None: ...
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss; an unknown time is '?'."""
+    if not seconds == seconds or seconds == float("inf"):
+        return "?"
+    whole = int(seconds + 0.5)
+    hours, rest = divmod(whole, 3600)
+    minutes, secs = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"

@@ -1,0 +1,982 @@
+"""Every picture of a study, from the run folders alone: what plot.py calls.
+
+    loss             reconstruction loss and L0 over training
+    frontier         FVU and loss recovered against L0
+    probing          sparse probing accuracy by k, beside the model's own channels
+    probing_entries  the same at k = 5, entry by entry
+    density          how often latents fire
+    scalars          learned scalars over training
+    verdict          paired difference from the baseline
+
+Arms keep one look through all pictures of a run: the baseline is black, the others differ in colour
+(Okabe and Ito 2008, safe for colour-blind readers), marker and line style; controls are grey. Bands
+and bars go from the lowest to the highest seed, except in the verdict (95% t interval). Figures are
+made without pyplot and inside an rc context, so nothing of a caller's matplotlib changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from saelab.errors import SaelabError, SourceError
+from saelab.files import write_atomically
+from saelab.report.load import CONTROL, Curve, Run, load, present
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Inches across, and points: readable at half size. Our choice.
+WIDTH = 8.0
+TEXT, TITLE = 11.0, 13.0
+#: Inches that a line of text takes, and around the page.
+LINE, TITLE_LINE, MARGIN = 0.205, 0.25, 0.12
+DPI = 150
+#: Width of a bin of the density histogram, in log10 of the firing share.
+BIN = 0.25
+#: The k shown entry by entry, as in the verdict's secondary metrics.
+ENTRY_K = 5
+#: Scalars drawn over training, with the axis label.
+SCALARS = {
+    "beta": "beta",
+    "theta": "theta",
+    "tau": "tau",
+    "alpha": "alpha",
+    "k": "k (latents)",
+}
+NAMES = {
+    "fvu": "FVU",
+    "l0": "L0",
+    "mse": "MSE",
+    "sae_test_accuracy": "probing accuracy, all latents",
+} | {f"sae_top_{k}_test_accuracy": f"probing accuracy, k = {k}" for k in (1, 2, 5, 10, 20, 50)}
+WORDS = ("helps", "hurts", "no evidence", "cannot tell", "refused")
+
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": TEXT,
+    "axes.titlesize": TEXT,
+    "axes.titlelocation": "left",
+    "axes.labelsize": TEXT,
+    "xtick.labelsize": TEXT,
+    "ytick.labelsize": TEXT,
+    "legend.fontsize": TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 6,
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "saelab",
+    "text.parse_math": False,
+    "figure.dpi": DPI,
+}
+
+#: What a picture is: the figure, or the reason why there is none.
+Picture = Callable[[Run], "Figure | str"]
+
+# ---------------------------------------------------------------- the front door
+
+
+def draw(labels: Mapping[str, str]) -> None:
+    """Draws all runs of the current directory; this is the whole of plot.py.
+
+    Prints a line for every picture. What can't be drawn is said on stderr.
+
+    Args:
+        labels: run folder -> title; other runs are left out.
+
+    Raises: SystemExit with code 2 when there is no run, with the error's when a run is damaged.
+    """
+    code = 0
+    try:
+        folders = find_runs(Path(), labels)
+    except SaelabError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    for folder in folders:
+        try:
+            for line, drawn in draw_run(load(folder, labels[folder.name]), Path()):
+                print(line, file=sys.stdout if drawn else sys.stderr, flush=True)
+        except SaelabError as error:
+            print(error, file=sys.stderr)
+            code = error.exit_code
+    if code:
+        raise SystemExit(code)
+
+
+def find_runs(where: Path, labels: Mapping[str, str]) -> list[Path]:
+    """The run folders that hold a final_info.json and are in `labels`, in that order.
+
+    Raises: SourceError when there is none.
+    """
+    found = {file.parent.name: file.parent for file in where.glob("run_*/final_info.json")}
+    if folders := [found[name] for name in labels if name in found]:
+        return folders
+    remedy = (
+        f"add one of {', '.join(sorted(found))} to `labels` in plot.py"
+        if found
+        else "start `python experiment.py --out_dir=run_0` here first"
+    )
+    raise SourceError(f"no run_* folder with a final_info.json that is in `labels`: {remedy}")
+
+
+def draw_run(run: Run, where: Path) -> Iterator[tuple[str, bool]]:
+    """Draws one run as <run>_<picture>.png and .svg.
+
+    Args:
+        run: what to draw.
+        where: folder for the files.
+
+    Yields: for each picture one line to print, and whether it was written.
+    """
+    import matplotlib
+
+    for name, picture in PICTURES.items():
+        with matplotlib.rc_context(STYLE):
+            figure = picture(run)
+            if isinstance(figure, str):
+                yield f"{run.name}: no {name} picture, {figure}", False
+                continue
+            save(figure, where / f"{run.name}_{name}")
+        yield f"{run.name}_{name}.png", True
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """Writes <stem>.png and <stem>.svg; the same figure gives the same bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.image import imsave
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())
+    write_atomically(
+        stem.with_name(f"{stem.name}.png"),
+        lambda file: imsave(file, pixels, format="png", dpi=DPI, metadata={"Software": None}),
+    )
+    figure.set_layout_engine("none")  # the layout is done
+    write_atomically(
+        stem.with_name(f"{stem.name}.svg"),
+        lambda file: FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None}),
+    )
+
+
+# ---------------------------------------------------------------- looks
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an arm or control is drawn, in every picture."""
+
+    color: str
+    marker: str
+    dashes: Any
+    width: float
+    filled: bool = True
+    zorder: float = 3.0
+
+    def marks(self) -> dict[str, Any]:
+        return {
+            "color": self.color,
+            "marker": self.marker,
+            "markerfacecolor": self.color if self.filled else "white",
+            "markeredgecolor": self.color,
+            "zorder": self.zorder,
+        }
+
+    def line(self) -> dict[str, Any]:
+        return self.marks() | {"linestyle": self.dashes, "linewidth": self.width}
+
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
+MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
+DASHES = (
+    (0, (5, 1.5)),
+    (0, (1.2, 1.2)),
+    (0, (6, 1.5, 1.2, 1.5)),
+    (0, (9, 2)),
+    (0, (3, 1.2)),
+    (0, (6, 1.2, 1.2, 1.2, 1.2, 1.2)),
+    "-",
+)
+GREYS = ("#777777", "#999999", "#555555", "#AAAAAA")
+GREY_DASHES = ((0, (4, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)), (0, (2, 2)))
+GREY_MARKERS = ("x", "+", "1", "2")
+
+
+def looks(run: Run) -> dict[str, Look]:
+    """The look of every arm and control. The baseline is the widest line and lies underneath."""
+    found = {run.baseline: Look("black", "o", "-", 2.4, zorder=2.5)}
+    for i, arm in enumerate(run.arms[1:]):
+        found[arm] = Look(
+            COLORS[i % len(COLORS)],
+            MARKERS[i % len(MARKERS)],
+            DASHES[i % len(DASHES)],
+            1.6,
+            filled=i < len(COLORS),
+        )
+    for i, control in enumerate(run.controls):
+        found[control] = Look(
+            GREYS[i % len(GREYS)], GREY_MARKERS[i % len(GREY_MARKERS)],
+            GREY_DASHES[i % len(GREY_DASHES)], 1.6, zorder=2,
+        )  # fmt: skip
+    return found
+
+
+def shown(name: str) -> str:
+    """An arm or control as the legend names it."""
+    if name.startswith(CONTROL):
+        return f"control: {name.removeprefix(CONTROL).strip()}"
+    return textwrap.shorten(name, 44, placeholder=" …") or name[:44]
+
+
+def handle(name: str, look: Look, line: bool = True) -> Artist:
+    from matplotlib.lines import Line2D
+
+    style = look.line() if line else look.marks() | {"linestyle": ""}
+    return Line2D([], [], label=shown(name), **style)
+
+
+# ---------------------------------------------------------------- page
+
+
+class Page:
+    """Panels with a title and a sentence above, and legend and notes below.
+
+    The text is placed by its own size, so that it never meets the panels.
+
+    Args:
+        mosaic: names of the panels, row by row; one may span cells, '.' leaves a cell empty.
+        height: of the panels together, in inches.
+        grid: more for `Figure.subplot_mosaic`.
+    """
+
+    def __init__(self, mosaic: list[list[str]], height: float, **grid: Any) -> None:
+        from matplotlib.figure import Figure
+
+        self.height = height
+        self.figure = Figure(figsize=(WIDTH, height))
+        self.panels: dict[str, Axes] = self.figure.subplot_mosaic(mosaic, **grid)
+
+    def finish(
+        self, title: str, text: Sequence[str], handles: Sequence[Artist], notes: Sequence[str] = ()
+    ) -> Figure:
+        """Adds what stands around the panels.
+
+        Args:
+            title: says what is seen.
+            text: paragraphs: how to read it, and the numbers that matter.
+            handles: of the legend.
+            notes: what is missing and why.
+        """
+        titles = wrap(title, WIDTH - 2 * MARGIN, TITLE, bold=True)
+        above = [line for part in text for line in wrap(part, WIDTH - 2 * MARGIN)]
+        below = [line for part in notes for line in wrap(part, WIDTH - 2 * MARGIN)]
+        columns, rows = _legend_shape([str(handle.get_label()) for handle in handles])
+        top = MARGIN + len(titles) * TITLE_LINE + len(above) * LINE + 0.08
+        foot = MARGIN + len(below) * LINE
+        bottom = foot + rows * (LINE + 0.045) + (0.12 if rows else 0)
+        total = top + self.height + bottom
+        self.figure.set_size_inches(WIDTH, total)
+
+        def write(lines: Sequence[str], y: float, va: str, **style: Any) -> None:
+            where = (MARGIN / WIDTH, y / total)
+            self.figure.text(*where, "\n".join(lines), va=va, linespacing=1.2, **style)
+
+        write(titles, total - MARGIN, "top", fontsize=TITLE, fontweight="bold")
+        write(above, total - MARGIN - len(titles) * TITLE_LINE, "top", color="#333333")
+        write(below, MARGIN, "bottom", color="#333333")
+        if rows:
+            self.figure.legend(
+                handles=list(handles), loc="lower left", ncols=columns, frameon=False,
+                bbox_to_anchor=(MARGIN / WIDTH, (foot + 0.04) / total), borderaxespad=0,
+                handlelength=3.2, columnspacing=1.6, labelspacing=0.35, borderpad=0,
+            )  # fmt: skip
+        rect = (0.005, bottom / total, 0.99, self.height / total)
+        pads = {"w_pad": 0.06, "h_pad": 0.06, "wspace": 0.03, "hspace": 0.03}
+        self.figure.set_layout_engine("constrained", rect=rect, **pads)
+        return self.figure
+
+
+@functools.cache
+def text_width(text: str, size: float = TEXT, bold: bool = False) -> float:
+    """Inches that a line takes in the font of the pictures."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties("DejaVu Sans", weight="bold" if bold else "normal", size=size)
+    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
+
+
+def wrap(text: str, inches: float, size: float = TEXT, bold: bool = False) -> list[str]:
+    """Breaks a text at its spaces into lines that are not wider; a longer word stands alone."""
+    lines: list[str] = []
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and text_width(longer, size, bold) <= inches:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def _legend_shape(labels: Sequence[str]) -> tuple[int, int]:
+    """Columns and rows of a legend that is not wider than the page."""
+    if not labels:
+        return 1, 0
+    widest = max(map(text_width, labels)) + 0.9  # the line, and the gap to the next column
+    columns = max(1, min(len(labels), int((WIDTH - 2 * MARGIN + 0.25) / widest)))
+    rows = -(-len(labels) // columns)
+    return -(-len(labels) // rows), rows
+
+
+def _explain(axes: Axes, text: str) -> None:
+    """An empty panel says why it is empty."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_facecolor("#F5F5F5")
+    axes.spines[:].set_visible(False)
+    axes.text(
+        0.5, 0.5, "\n".join(wrap(text, 2.4)), ha="center", va="center",
+        transform=axes.transAxes, color="#444444",
+    )  # fmt: skip
+
+
+def _log(axes: Axes, which: Literal["x", "y"], ticks: Sequence[float] = ()) -> None:
+    """Makes an axis logarithmic with plain numbers, at `ticks` or else at round numbers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = sorted(axis.get_view_interval())
+    if ticks:
+        axis.set_major_locator(FixedLocator(list(ticks)))
+    elif high > 6 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    else:
+        axis.set_major_locator(MaxNLocator(5))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _by_arm(axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]]) -> None:
+    """Side by side in the order of the arms: seeds as dots, their mean and range."""
+    style = looks(run)
+    for x, arm in enumerate(run.arms):
+        if values := numbers.get(arm):
+            color = style[arm].color
+            spread = x + 0.24 * np.linspace(-1, 1, len(values)) * (len(values) > 1)
+            axes.plot(
+                spread, values, linestyle="", marker=".", markersize=5, color=color, alpha=0.5
+            )
+            axes.vlines(x, min(values), max(values), color=color, linewidth=1.6, zorder=3)
+            axes.plot(x, _mean(values), markersize=8, linestyle="", **style[arm].marks())
+    axes.set_xlim(-0.7, len(run.arms) - 0.3)
+    axes.set_xticks([])
+    axes.margins(y=0.1)
+
+
+# ---------------------------------------------------------------- words
+
+
+def _at(run: Run) -> str:
+    return "the run's L0" if not run.target_l0 else f"L0 {run.target_l0:g}"
+
+
+def _seeds(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    if high == 1:
+        return "one seed"
+    return f"{high} seeds" if low == high else f"{low} to {high} seeds"
+
+
+def _range(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:
+    """'baseline 0.171, others 0.166 (A) to 0.180 (B)'."""
+    parts = []
+    if run.baseline in means:
+        parts.append(f"{shown(run.baseline)} {means[run.baseline]:{form}}")
+    others = sorted((mean, arm) for arm, mean in means.items() if arm in run.arms[1:])
+    if len(others) > 1:
+        (low, first), (high, last) = others[0], others[-1]
+        parts.append(f"others {low:{form}} ({shown(first)}) to {high:{form}} ({shown(last)})")
+    elif others:
+        parts.append(f"{shown(others[0][1])} {others[0][0]:{form}}")
+    return ", ".join(parts)
+
+
+def _lost_cells(run: Run, metric: str, slice: str = "") -> list[str]:
+    """One note on the cells at the target L0 that have no value, [] when all have one."""
+    parts = []
+    for arm, rows in run.at_target(metric, slice).items():
+        lost = [row for row in rows if row.value is None]
+        if lost and arm in run.arms:
+            count = f"{len(lost)} of {len(rows)} seeds"
+            parts.append(f"{shown(arm)}, {count} ({lost[0].reason})")
+    return [f"Not in the picture: {'; '.join(parts)}."] if parts else []
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _means(numbers: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {arm: _mean(values) for arm, values in numbers.items()}
+
+
+# ---------------------------------------------------------------- over training
+
+
+def _unit(run: Run, name: str) -> tuple[float, str]:
+    """Tokens in one unit of the axis, and the unit's name."""
+    longest = max(
+        (
+            curve.tokens[-1]
+            for (n, _), of in run.curves.items()
+            if n == name
+            for curve in of.values()
+        ),
+        default=0,
+    )
+    return (1e6, "million tokens") if longest >= 2e5 else (1e3, "thousand tokens")
+
+
+def _band(curves: Mapping[int, Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, mean, lowest and highest over the seeds that got that far."""
+    tokens = np.unique(np.concatenate([curve.tokens for curve in curves.values()]))
+    rows = np.array(
+        [
+            np.interp(tokens, curve.tokens, curve.values, left=np.nan, right=np.nan)
+            for curve in curves.values()
+        ]
+    )
+    return tokens, np.nanmean(rows, 0), np.nanmin(rows, 0), np.nanmax(rows, 0)
+
+
+def _plot_band(
+    axes: Axes, look: Look, curves: Mapping[int, Curve], unit: float, turn: float
+) -> float:
+    """Mean line and band of one arm; `turn` in [0, 1) shifts its markers. Returns the last mean."""
+    tokens, mean, low, high = _band(curves)
+    every = max(1, len(tokens) // 6)
+    axes.plot(tokens / unit, mean, markevery=(int(turn * every), every), **look.line())
+    axes.fill_between(
+        tokens / unit, low, high, color=look.color, alpha=0.14, linewidth=0, zorder=1.5
+    )
+    return float(mean[-1])
+
+
+def _over_training(
+    axes: Axes, run: Run, name: str, curves: Mapping[str, Mapping[int, Curve]] | None = None
+) -> dict[str, float]:
+    """Draws one scalar of all arms, or the given curves. Returns the last mean of each arm."""
+    unit, unit_name = _unit(run, name)
+    if curves is None:
+        curves = {arm: run.curves[name, arm] for arm in run.arms if (name, arm) in run.curves}
+    style, last = looks(run), {}
+    for i, (arm, of_arm) in enumerate(curves.items()):
+        last[arm] = _plot_band(axes, style[arm], of_arm, unit, (i + 0.5) / len(curves))
+    axes.set_xlabel(f"training ({unit_name})")
+    axes.margins(x=0.02)
+    return last
+
+
+def _against_baseline(run: Run, name: str) -> dict[str, dict[int, Curve]]:
+    """100 * (arm / baseline - 1), seed by seed, for seeds that both have."""
+    base = run.curves.get((name, run.baseline), {})
+    found: dict[str, dict[int, Curve]] = {}
+    for arm in run.arms[1:]:
+        for seed, curve in run.curves.get((name, arm), {}).items():
+            if seed in base:
+                other = np.interp(curve.tokens, *base[seed], left=np.nan, right=np.nan)
+                kept = np.isfinite(other) & (other > 0)
+                ratio = 100 * (curve.values[kept] / other[kept] - 1)
+                if len(ratio):
+                    found.setdefault(arm, {})[seed] = Curve(curve.tokens[kept], ratio)
+    return found
+
+
+def _counts(run: Run, name: str) -> list[int]:
+    return [len(cells) for (n, _), cells in run.curves.items() if n == name]
+
+
+def loss(run: Run) -> Figure | str:
+    """Reconstruction loss (FVU in normalised space) and L0 over training."""
+    name = "loss.reconstruction"
+    if not (counts := _counts(run, name)):
+        return "curves.parquet has no loss.reconstruction at the target L0"
+    relative = _against_baseline(run, name)
+    mosaic = [["loss", "l0"], ["relative", "relative"]] if relative else [["loss", "l0"]]
+    page = Page(mosaic, 5.6 if relative else 3.4, height_ratios=(1.25, 1) if relative else (1,))
+    last = _over_training(page.panels["loss"], run, name)
+    _log(page.panels["loss"], "y")
+    page.panels["loss"].set(title="Reconstruction loss", ylabel="FVU of the batch (share)")
+    _l0_over_training(page.panels["l0"], run)
+    if relative:
+        _over_training(page.panels["relative"], run, name, relative)
+        _limit_to_late(page.panels["relative"], relative)
+        page.panels["relative"].axhline(0, color="black", linewidth=2.4, zorder=1)
+        page.panels["relative"].set(
+            title="Reconstruction loss against the baseline of the same seed; 0 is equal",
+            ylabel="difference (%)",
+        )
+    return page.finish(
+        f"{run.title} – reconstruction loss and sparsity over training",
+        [
+            f"Line: mean over {_seeds(counts)}; band: lowest to highest seed; cells of {_at(run)}.",
+            f"FVU of the last batch: {_range(run, last)}.",
+        ],
+        [handle(arm, looks(run)[arm]) for arm in last],
+    )
+
+
+def _l0_over_training(axes: Axes, run: Run) -> None:
+    axes.set_title("Sparsity")
+    if not _counts(run, "l0"):
+        _explain(axes, "curves.parquet has no l0")
+        return
+    _over_training(axes, run, "l0")
+    _log(axes, "y")
+    axes.set_ylabel("L0 (latents per token)")
+    if run.target_l0:
+        axes.axhline(run.target_l0, color="#555555", linewidth=1, linestyle=(0, (2, 2)))
+        axes.annotate(
+            f"target {run.target_l0:g}", (0.03, run.target_l0), (0, 3), va="bottom",
+            xycoords=("axes fraction", "data"), textcoords="offset points", color="#555555",
+        )  # fmt: skip
+
+
+def _limit_to_late(axes: Axes, curves: Mapping[str, Mapping[int, Curve]]) -> None:
+    """Limits the y axis to what happens after the first fifth, where differences are large."""
+    late = [
+        curve.values[curve.tokens >= 0.2 * curve.tokens[-1]]
+        for of_arm in curves.values()
+        for curve in of_arm.values()
+    ]
+    values = np.concatenate([*late, [0.0]])
+    low, high = values.min(), values.max()
+    pad = 0.06 * max(high - low, 0.1)
+    axes.set_ylim(low - pad, high + pad)
+
+
+def scalars(run: Run) -> Figure | str:
+    """Learned scalars over training; one that stays constant is told in words."""
+    moving, still = [], []
+    for name in SCALARS:
+        values = [
+            curve.values
+            for (n, arm), cells in run.curves.items()
+            if n == name and arm in run.arms
+            for curve in cells.values()
+        ]
+        if any(np.ptp(of_cell) > 1e-6 * np.abs(of_cell).max() for of_cell in values):
+            moving.append(name)
+        elif values:
+            low, high = (f(of_cell[0] for of_cell in values) for f in (min, max))
+            still.append(f"{name} ({low:.3g}{f' to {high:.3g}, by arm' if high > low else ''})")
+    if not moving:
+        return f"no scalar moves ({', '.join(still) or 'no arm has beta, theta, tau, alpha or k'})"
+    rows = -(-len(moving) // 3)
+    columns = -(-len(moving) // rows)
+    cells = [*moving, *["."] * (rows * columns - len(moving))]
+    page = Page([cells[i * columns : (i + 1) * columns] for i in range(rows)], 3.4 * rows)
+    arms: dict[str, None] = {}
+    ends = []
+    for name, axes in page.panels.items():
+        last = _over_training(axes, run, name)
+        axes.set_title(name)
+        axes.set_ylabel(SCALARS[name])
+        arms |= dict.fromkeys(last)
+        ends.append(f"{name} {_range(run, last, '.3g').removeprefix('others ')}")
+    counts = [count for name in moving for count in _counts(run, name)]
+    return page.finish(
+        f"{run.title} – learned scalars over training",
+        [
+            f"Line: mean over {_seeds(counts)}; band: lowest to highest seed; cells of {_at(run)}.",
+            f"At the end: {'; '.join(ends)}.",
+        ],
+        [handle(arm, looks(run)[arm]) for arm in run.arms if arm in arms],
+        [f"Constant over training and not drawn: {', '.join(still)}."] if still else [],
+    )
+
+
+# ---------------------------------------------------------------- frontier
+
+
+def frontier(run: Run) -> Figure | str:
+    """FVU and loss recovered against L0, a point per cell."""
+    if not any(present(rows) for (metric, _), rows in run.values.items() if metric == "fvu"):
+        return f"no cell has an FVU: {run.reason('fvu')}"
+    both = any(present(rows) for (metric, _), rows in run.values.items() if metric == OTHER)
+    mosaic = [["fvu", OTHER], ["fvu at target", f"{OTHER} at target" if both else OTHER]]
+    page = Page(mosaic, 5.9, height_ratios=(1.7, 1))
+    notes = []
+    for metric in ("fvu", *[OTHER] * both):
+        axes = page.panels[metric]
+        _against_l0(axes, run, metric)
+        title, axes_label = FRONTIER[metric]
+        axes.set(title=title, ylabel=axes_label)
+        below = page.panels[f"{metric} at target"]
+        _by_arm(below, run, run.numbers(metric))
+        below.locator_params(axis="y", nbins=4)
+        below.set(title=f"At {_at(run)}, by arm", ylabel=axes_label)
+        notes += [note for note in _lost_cells(run, metric) if note not in notes]
+    if not both:
+        page.panels[OTHER].set_title(FRONTIER[OTHER][0])
+        _explain(page.panels[OTHER], f"Not measured: {run.reason(OTHER)}")
+    arms = {cell.arm for cell in _cells(run, "fvu")}
+    return page.finish(
+        f"{run.title} – reconstruction against sparsity",
+        [
+            "Small dots: one cell (arm and seed). Large: mean over seeds; bars: lowest to highest.",
+            f"FVU at {_at(run)}: {_range(run, _means(run.numbers('fvu')))}.",
+        ],
+        [handle(arm, looks(run)[arm]) for arm in run.arms if arm in arms],
+        notes,
+    )
+
+
+OTHER = "loss_recovered"
+#: Title and axis label of the two metrics.
+FRONTIER = {
+    "fvu": ("Reconstruction (lower is better)", "FVU (share)"),
+    OTHER: ("Language-model loss (higher is better)", "loss recovered (share)"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained cell with its measured L0 (latents per token) and metric."""
+
+    arm: str
+    level: float
+    l0: float
+    value: float
+
+
+def _cells(run: Run, metric: str) -> list[Cell]:
+    l0 = {(v.arm, v.seed, v.level): v.value for v in run.values.get(("l0", ""), ())}
+    cells = []
+    for v in run.values.get((metric, ""), ()):
+        x = l0.get((v.arm, v.seed, v.level), v.level)
+        if v.value is not None and x is not None and x > 0 and v.arm in run.arms:
+            cells.append(Cell(v.arm, v.level, x, v.value))
+    return cells
+
+
+def _against_l0(axes: Axes, run: Run, metric: str) -> None:
+    """A dot per cell, a line through the means of the levels, a marker at the target L0."""
+    cells, style = _cells(run, metric), looks(run)
+    for arm in run.arms:
+        own = [cell for cell in cells if cell.arm == arm]
+        look = style[arm]
+        axes.plot(
+            [cell.l0 for cell in own], [cell.value for cell in own], linestyle="", marker=".",
+            markersize=5, color=look.color, alpha=0.5, zorder=2,
+        )  # fmt: skip
+        levels = sorted({cell.level for cell in own})
+        means = [_centre([cell for cell in own if cell.level == level]) for level in levels]
+        axes.plot(*_columns(means), **look.line() | {"marker": ""})
+        target = [mean for mean, level in zip(means, levels, strict=True) if run.is_target(level)]
+        axes.plot(*_columns(target), linestyle="", markersize=8, **look.marks())
+    axes.set_xlabel("L0 (latents per token)")
+    axes.margins(x=0.08, y=0.08)
+    _log(axes, "x", sorted({cell.level for cell in cells if cell.level > 0}))
+    values = [cell.value for cell in cells]
+    if min(values) > 0 and max(values) > 4 * min(values):
+        _log(axes, "y")
+
+
+def _centre(cells: Sequence[Cell]) -> tuple[float, float]:
+    return _mean([cell.l0 for cell in cells]), _mean([cell.value for cell in cells])
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+# ---------------------------------------------------------------- probing
+
+
+def _accuracies(run: Run, subject: str, k: int, slice: str = "") -> list[float]:
+    """Test accuracies of an arm or control by seed; k = 0 is the probe of all columns."""
+    part = f"top_{k}_" if k else ""
+    for prefix in ("sae", "llm"):
+        if found := run.numbers(f"{prefix}_{part}test_accuracy", slice).get(subject):
+            return found
+    return []
+
+
+def _ks(run: Run) -> list[int]:
+    """The k that were measured, ascending, and 0 for the full probe at the end."""
+    found = set()
+    for metric, slice in run.values:
+        words = metric.split("_")
+        if not slice and words[0] in ("sae", "llm") and words[-2:] == ["test", "accuracy"]:
+            if words[1] == "top" and len(words) == 5:
+                found.add(int(words[2]))
+            elif len(words) == 3:
+                found.add(0)
+    return sorted(found, key=lambda k: k or sys.maxsize)
+
+
+def probing(run: Run) -> Figure | str:
+    """Accuracy of k-sparse probes by k, for arms and controls."""
+    ks = _ks(run)
+    by_subject = {
+        subject: {x: numbers for x, k in enumerate(ks) if (numbers := _accuracies(run, subject, k))}
+        for subject in (*run.arms, *run.controls)
+    }
+    by_subject = {subject: points for subject, points in by_subject.items() if points}
+    if not any(subject in run.arms for subject in by_subject):
+        return f"no arm was probed: {run.reason('sae_test_accuracy')}"
+    page = Page([["by k"]], 3.9)
+    axes = page.panels["by k"]
+    for i, (subject, points) in enumerate(by_subject.items()):
+        dodge = 0.6 * ((i + 0.5) / len(by_subject) - 0.5)
+        _points_with_range(axes, looks(run)[subject], points, dodge)
+    axes.set_xticks(range(len(ks)), [f"{k}" if k else "all" for k in ks])
+    axes.set_xlim(-0.5, len(ks) - 0.5)
+    axes.grid(axis="x", visible=False)
+    for x in range(len(ks) - 1):
+        axes.axvline(x + 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
+    axes.set_xlabel("k (latents, or channels of the model, that the probe may use)")
+    axes.set_ylabel("test accuracy (mean over entries)")
+    if axes.get_ylim()[0] < 0.53:
+        axes.axhline(0.5, color="#555555", linewidth=1, linestyle=(0, (1, 2)))
+        axes.annotate(
+            "chance", (0.01, 0.5), (0, 3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", color="#555555",
+        )  # fmt: skip
+    k = ENTRY_K if ENTRY_K in ks else ks[0]
+    means = _means({s: found for s in by_subject if (found := _accuracies(run, s, k))})
+    controls = [f"{shown(c)} {means[c]:.3f}" for c in run.controls if c in means]
+    counts = [len(values) for s in run.arms for values in by_subject.get(s, {}).values()]
+    at_k = f"At k = {k}: " if k else "All latents: "
+    return page.finish(
+        f"{run.title} – sparse probing accuracy by number of latents",
+        [
+            f"Mean over {_seeds(counts)} at {_at(run)}; bars: lowest to highest seed.",
+            f"{at_k}{', '.join([_range(run, means), *controls])}.",
+        ],
+        [handle(subject, looks(run)[subject]) for subject in by_subject],
+        _lost_cells(run, f"sae_top_{k}_test_accuracy" if k else "sae_test_accuracy"),
+    )
+
+
+def _points_with_range(
+    axes: Axes, look: Look, points: Mapping[int, Sequence[float]], dodge: float
+) -> None:
+    x = [i + dodge for i in points]
+    means = [_mean(values) for values in points.values()]
+    low = [min(values) for values in points.values()]
+    high = [max(values) for values in points.values()]
+    axes.plot(x, means, **look.line())
+    axes.vlines(x, low, high, color=look.color, linewidth=1.4, zorder=look.zorder)
+
+
+def probing_entries(run: Run) -> Figure | str:
+    """Accuracy at one k for every entry: one panel each, one line per arm."""
+    entries = _entries(run)
+    if not entries:
+        return "metrics.parquet has no accuracies of single entries"
+    columns = min(4, len(entries))
+    cells = [*entries, *["."] * (-len(entries) % columns)]
+    mosaic = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    page = Page(mosaic, 1.95 * len(mosaic) + 0.1)
+    style, metric = looks(run), f"sae_top_{ENTRY_K}_test_accuracy"
+    lines: dict[str, Look] = {}
+    for entry, axes in page.panels.items():
+        _by_arm(axes, run, run.numbers(metric, f"entry={entry}"))
+        for control in run.controls:
+            if values := _accuracies(run, control, ENTRY_K, f"entry={entry}"):
+                look = lines.setdefault(control, style[control])
+                axes.axhline(_mean(values), color=look.color, linestyle=look.dashes, linewidth=2)
+        axes.set_title("\n".join(wrap(entry.replace("_", " "), 1.7)))
+        axes.locator_params(axis="y", nbins=4)
+    for row in mosaic:
+        page.panels[row[0]].set_ylabel("test accuracy")
+    found = run.numbers(metric)
+    counts = [len(found[arm]) for arm in run.arms if arm in found] or [1]
+    return page.finish(
+        f"{run.title} – sparse probing accuracy by entry, k\u00a0=\u00a0{ENTRY_K}",
+        [
+            f"Dots: {_seeds(counts)} at {_at(run)}; large: their mean; bars: lowest to highest."
+            " Each panel has its own axis."
+        ],
+        [
+            *[handle(arm, style[arm], line=False) for arm in run.arms],
+            *[_line_only(control, look) for control, look in lines.items()],
+        ],
+        _lost_cells(run, metric),
+    )
+
+
+def _entries(run: Run) -> list[str]:
+    """Entries on which some arm or control was probed at `ENTRY_K`, in the order of the file."""
+    metric = f"sae_top_{ENTRY_K}_test_accuracy"
+    return [
+        slice.removeprefix("entry=")
+        for name, slice in run.values
+        if name == metric and slice.startswith("entry=") and run.numbers(metric, slice)
+    ]
+
+
+def _line_only(name: str, look: Look) -> Artist:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=look.color, linestyle=look.dashes, linewidth=2, label=shown(name))
+
+
+# ---------------------------------------------------------------- density
+
+
+def density(run: Run) -> Figure | str:
+    """Share of latents by how often they fire, and the share that never fires."""
+    never, bins = _histograms(run)
+    if not bins:
+        return f"no density histogram: {run.reason('density_histogram', 'log10_density=never')}"
+    page = Page([["never", "fired"]], 3.7, width_ratios=(1, 2.6))
+    left, right = page.panels.values()
+    style = looks(run)
+    percent = {arm: [100 * value for value in values] for arm, values in never.items()}
+    _by_arm(left, run, percent)
+    edges = [edge for of_arm in bins.values() for edge in of_arm]
+    grid = np.arange(min(edges), max(edges) + BIN / 2, BIN)
+    for i, arm in enumerate(bins):
+        shares = np.array([100 * bins[arm].get(round(edge, 2), 0.0) for edge in grid])
+        look = style[arm]
+        right.stairs(
+            shares, np.append(grid, grid[-1] + BIN), baseline=None, color=look.color,
+            linestyle=look.dashes, linewidth=look.width, zorder=look.zorder,
+        )  # fmt: skip
+        marked = (np.arange(len(grid)) % 4 == i % 4) & (shares > 0.03 * shares.max())
+        where = grid[marked] + BIN * (i + 0.5) / len(bins)
+        right.plot(where, shares[marked], linestyle="", **look.marks())
+    left.set_title("Never fired")
+    left.set_ylabel("share of latents (%)")
+    left.set_ylim(bottom=0)
+    right.set_ylim(bottom=0)
+    right.set_title("Fired at least once")
+    right.set_xlabel("log10 of the share of tokens on which a latent fires")
+    right.set_ylabel(f"share of latents per bin of {BIN:g} (%)")
+    counts = [len(values) for values in never.values()] or [1]
+    return page.finish(
+        f"{run.title} – how often latents fire",
+        [
+            f"Mean over {_seeds(counts)} at {_at(run)}; dots: seeds; bars: lowest to highest.",
+            f"Never fired, in % of latents: {_range(run, _means(percent), '.1f')}.",
+        ],
+        [handle(arm, style[arm]) for arm in bins],
+        _lost_cells(run, "density_histogram", "log10_density=never"),
+    )
+
+
+def _histograms(run: Run) -> tuple[dict[str, list[float]], dict[str, dict[float, float]]]:
+    """Share that never fires by arm and seed; mean share by arm and left edge of the bin."""
+    never: dict[str, list[float]] = {}
+    bins: dict[str, dict[float, float]] = {}
+    for arm in run.arms:
+        for metric, slice in run.values:
+            if metric != "density_histogram":
+                continue
+            where = slice.removeprefix("log10_density=")
+            values = run.numbers(metric, slice).get(arm)
+            if values and where == "never":
+                never[arm] = values
+            elif values:
+                bins.setdefault(arm, {})[round(float(where), 2)] = _mean(values)
+    return never, bins
+
+
+# ---------------------------------------------------------------- verdict
+
+
+def verdict(run: Run) -> Figure | str:
+    """Paired difference of the primary metric from the baseline, with its 95% interval."""
+    metric = _primary(run)
+    arms = [
+        arm for arm in run.arms if f"verdict.{metric}" in run.info.get(arm, {}).get("means", {})
+    ]
+    if not arms:
+        return "final_info.json holds no verdict"
+    page = Page([["differences"]], max(1.9, 0.42 * len(arms) + 1.0))
+    axes = page.panels["differences"]
+    words = []
+    for y, arm in enumerate(arms):
+        means, look = run.info[arm]["means"], looks(run)[arm]
+        words.append(str(means[f"verdict.{metric}"] or "no word"))
+        middle, low, high = (means.get(f"diff.{metric}{end}") for end in ("", ".low", ".high"))
+        if middle is not None:
+            axes.plot(middle, y, markersize=9, linestyle="", **look.marks())
+        if low is not None and high is not None:
+            axes.hlines(y, low, high, color=look.color, linewidth=2.2, zorder=3)
+            axes.plot(
+                [low, high], [y, y], linestyle="", marker="|", markersize=10, color=look.color
+            )
+        axes.text(1.02, y, words[-1], transform=axes.get_yaxis_transform(), va="center",
+                  fontweight="bold" if words[-1] in ("helps", "hurts") else "normal")  # fmt: skip
+    axes.axvline(0, color="black", linewidth=1.2, zorder=2)
+    handles = _interest_band(axes, run)
+    axes.set_yticks(range(len(arms)), ["\n".join(wrap(shown(arm), 2.7)) for arm in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.margins(x=0.06)
+    axes.locator_params(axis="x", nbins=6)
+    axes.grid(axis="y", visible=False)
+    name = NAMES.get(metric, metric.replace("_", " "))
+    better = {"lower": "; left of 0 is better", "higher": "; right of 0 is better"}
+    axes.set_xlabel(
+        f"{name}, arm minus baseline{better.get(run.manifest.get('direction', ''), '')}"
+    )
+    counts = [
+        f"{word} {words.count(word)}" for word in dict.fromkeys((*WORDS, *words)) if word in words
+    ]
+    return page.finish(
+        f"{run.title} – {name} against the baseline: {', '.join(counts)}",
+        [
+            f"Mean difference paired by seed at {_at(run)}, with its 95% t interval, which covers"
+            " SAE initialisation and data order, not other models or texts."
+        ],
+        handles,
+    )
+
+
+def _primary(run: Run) -> str:
+    """The metric that was judged."""
+    if named := run.manifest.get("primary"):
+        return named
+    keys = [key for arm in run.arms for key in run.info.get(arm, {}).get("means", {})]
+    return next((key.removeprefix("verdict.") for key in keys if key.startswith("verdict.")), "fvu")
+
+
+def _interest_band(axes: Axes, run: Run) -> list[Artist]:
+    """Shades the smallest effect of interest where the manifest has one."""
+    sesoi = run.manifest.get("sesoi")
+    if not sesoi:
+        return []
+    label = f"smaller than the smallest effect of interest (±{sesoi:g})"
+    return [axes.axvspan(-sesoi, sesoi, color="#BBBBBB", alpha=0.4, linewidth=0, label=label)]
+
+
+#: Every picture by the name in its file name.
+PICTURES: dict[str, Picture] = {
+    "loss": loss,
+    "frontier": frontier,
+    "probing": probing,
+    "probing_entries": probing_entries,
+    "density": density,
+    "scalars": scalars,
+    "verdict": verdict,
+}

@@ -1,0 +1,259 @@
+"""The sparse autoencoder: one final class that composes parts.
+
+    x_n   = x / c                                  c one scalar with E|x_n - mean|^2 = d_in
+    u     = scaling(x_n - b_dec)                   z = W_enc u + b_enc
+    f     = activation(z)                          x_hat = c * (f W_dec + b_dec)
+
+Both weight matrices are kept latent-major, [d_sae, d_in]: row i belongs to latent i, so that sparse
+gradients gather and scatter whole rows. `encode` and `decode` work in raw activation space.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast, final
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
+
+from saelab.config import Frozen
+from saelab.errors import SettingError
+from saelab.kernels import Code, Precision, decode_at, encode_at, preactivations, selection_dtype
+from saelab.parts import (
+    ActivationField,
+    ConstraintField,
+    ControllerField,
+    LossField,
+    ObserverField,
+    ScalingField,
+)
+from saelab.parts.base import (
+    Activation,
+    Constraint,
+    Controller,
+    Dims,
+    LossTerm,
+    Observer,
+    Part,
+    Pass,
+    Reset,
+    Scaling,
+)
+from saelab.parts.l0_target import L0TargetConfig
+from saelab.parts.l1 import L1Config
+from saelab.parts.reconstruction import ReconstructionConfig
+from saelab.parts.relu import ReLUConfig
+from saelab.seeding import torch_stream
+
+
+class SAEConfig(Frozen):
+    """What an SAE is made of.
+
+    Args:
+        d_sae: number of latents.
+        activation, scaling, losses, controllers, constraints, observers: the parts.
+        encoder_bias: whether b_enc exists (idea A's literal form has none).
+        centre: whether b_dec is subtracted before the encoder.
+        precision: of the GEMM that selects active latents; values are float32 in any case.
+    """
+
+    d_sae: PositiveInt = 1536
+    activation: ActivationField = ReLUConfig()
+    scaling: ScalingField | None = None
+    losses: tuple[LossField, ...] = (ReconstructionConfig(), L1Config())
+    controllers: tuple[ControllerField, ...] = (L0TargetConfig(),)
+    constraints: tuple[ConstraintField, ...] = ()
+    observers: tuple[ObserverField, ...] = ()
+    encoder_bias: bool = True
+    centre: bool = True
+    precision: Precision = "auto"
+
+    def build(self, d_in: int, steps: int = 1, seed: int = 0) -> SAE:
+        """An uninitialised SAE; call `initialise` before training."""
+        return SAE(self, Dims(d_in, self.d_sae, steps, seed))
+
+
+@final
+class SAE(nn.Module):
+    scale: Tensor
+
+    def __init__(self, config: SAEConfig, dims: Dims) -> None:
+        super().__init__()
+        self.config, self.d_in, self.d_sae = config, dims.d_in, dims.d_sae
+        self.W_enc = nn.Parameter(torch.zeros(dims.d_sae, dims.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(dims.d_sae), requires_grad=config.encoder_bias)
+        self.W_dec = nn.Parameter(torch.zeros(dims.d_sae, dims.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(dims.d_in))
+        self.register_buffer("scale", torch.ones(()))
+        self.activation = cast(Activation, config.activation.build(dims))
+        self.scaling = cast(Scaling, config.scaling.build(dims)) if config.scaling else None
+        self.losses = _named(config.losses, dims)
+        self.controllers = _named(config.controllers, dims)
+        self.constraints = _named(config.constraints, dims)
+        self.observers = _named(config.observers, dims)
+
+    # ---- composition -------------------------------------------------------------------------
+
+    def parts(self) -> list[Part]:
+        """All parts in the order in which they are updated."""
+        own = [self.activation, *([self.scaling] if self.scaling is not None else [])]
+        groups = (self.losses, self.controllers, self.constraints, self.observers)
+        return [*own, *(cast(Part, part) for group in groups for part in group.values())]
+
+    def loss_terms(self) -> dict[str, LossTerm]:
+        return {name: cast(LossTerm, part) for name, part in self.losses.items()}
+
+    def settings(self, step: int) -> dict[str, float]:
+        """The controllers' values before the given step."""
+        values = (cast(Controller, part) for part in self.controllers.values())
+        return {controller.name: controller.value(step) for controller in values}
+
+    def constraint_parts(self) -> list[Constraint]:
+        return [cast(Constraint, part) for part in self.constraints.values()]
+
+    def observer_parts(self) -> list[Observer]:
+        return [cast(Observer, part) for part in self.observers.values()]
+
+    # ---- initialisation ----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def initialise(self, sample: Tensor, seed: int) -> None:
+        """Random unit decoder rows, the encoder their transpose, b_dec the sample's mean.
+
+        Args:
+            sample: raw activations, [n, d_in], the same for every arm of a launch.
+            seed: rows come from the named stream 'init' of this seed.
+        """
+        device = self.W_dec.device
+        mean = sample.mean(0)
+        power = float((sample - mean).square().sum(1).mean())
+        if not power > 0:
+            raise SettingError("activations", power, "are constant: check model, hook and text")
+        self.scale.fill_(math.sqrt(power / self.d_in))
+        draw = torch.randn(self.d_sae, self.d_in, generator=torch_stream(seed, "init"))
+        self.W_dec.copy_(normalize(draw, dim=1).to(device))
+        self.W_enc.copy_(self.W_dec)
+        self.b_enc.zero_()
+        self.b_dec.copy_(mean / self.scale)
+        if self.scaling is not None:
+            self.scaling.fit(sample / self.scale - self._centre())
+            if getattr(self.config.scaling, "start", "function") == "function":
+                gain, _ = self.scaling.fold()
+                self.W_enc.div_(gain)
+        self.check_alive()
+
+    def check_alive(self) -> None:
+        """Raises: SettingError when a weight matrix is all zero: no gradient could ever flow."""
+        for name in ("W_enc", "W_dec"):
+            if not bool(getattr(self, name).any()):
+                raise SettingError(name, 0, "is all zero, so nothing can be learned: initialise it")
+
+    # ---- training pass -----------------------------------------------------------------------
+
+    def forward(self, x: Tensor, step: int = 0, steps: int = 1) -> Pass:
+        """One pass in raw activation space.
+
+        Args:
+            x: float32 [N, d_in] rows, or [contexts, positions, d_in].
+            step, steps: where the run is, for schedules.
+        """
+        shape = tuple(x.shape[:-1])
+        x = x.reshape(-1, self.d_in) / self.scale
+        u = self._encoder_input(x)
+        dtype = selection_dtype(self.config.precision, x.device) if self.training else u.dtype
+        z = preactivations(u, self.W_enc, self.b_enc, dtype)
+        with torch.no_grad():
+            support = self.activation.support(z)
+        if support is None:
+            pre = linear(u, self.W_enc, self.b_enc)
+            code = Code(self.activation.dense(pre), pre, None)
+            recon = code.values @ self.W_dec + self.b_dec
+        else:
+            pre = encode_at(u, self.W_enc, self.b_enc, support, z)
+            code = Code(self.activation.at(pre, support), pre, support)
+            recon = decode_at(code.values, self.W_dec, support) + self.b_dec
+        return Pass(x, x, z, u, code, recon, self, step, steps, self.settings(step), shape)
+
+    def _centre(self) -> Tensor | float:
+        return self.b_dec if self.config.centre else 0.0
+
+    def _encoder_input(self, x: Tensor) -> Tensor:
+        centred = x - self.b_dec if self.config.centre else x
+        return centred if self.scaling is None else self.scaling.apply(centred)
+
+    # ---- inference, raw activation space -----------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Raw activations [n, d_in] -> code [n, d_sae], with stored statistics only."""
+        z = linear(self._encoder_input(x / self.scale), self.W_enc, self.b_enc)
+        return self.inference_activation().dense(z)
+
+    @torch.no_grad()
+    def decode(self, f: Tensor) -> Tensor:
+        """Code [n, d_sae] -> reconstruction in raw activation space [n, d_in]."""
+        return (f @ self.W_dec + self.b_dec) * self.scale
+
+    def inference_activation(self) -> Activation:
+        if self.training:
+            raise RuntimeError("call eval() before encode(): inference uses stored statistics")
+        return self.activation
+
+    @torch.no_grad()
+    def folded(self) -> dict[str, Tensor]:
+        """The same function as a standard SAE on raw activations.
+
+        Returns: W_enc [d_sae, d_in], b_enc, W_dec [d_sae, d_in], b_dec with
+            f = activation((x - b_dec) W_enc^T + b_enc),  x_hat = f W_dec + b_dec.
+
+        Raises: SettingError when the scaling depends on the batch.
+        """
+        w_enc, b_enc = self.W_enc, self.b_enc
+        if self.scaling is not None:
+            if not self.scaling.foldable:
+                raise SettingError("scaling", "batch statistics", "cannot be folded into weights")
+            gain, shift = self.scaling.fold()
+            b_enc = b_enc + w_enc @ shift
+            w_enc = w_enc * gain
+        if not self.config.centre:
+            b_enc = b_enc + w_enc @ self.b_dec
+        return {
+            "W_enc": w_enc / self.scale,
+            "b_enc": b_enc.clone(),
+            "W_dec": self.W_dec * self.scale,
+            "b_dec": self.b_dec * self.scale,
+        }
+
+    @torch.no_grad()
+    def effective_encoder(self) -> Tensor:
+        """W_enc with the input scaling's gain folded in, normalised space; [d_sae, d_in]."""
+        return self.W_enc if self.scaling is None else self.W_enc * self.scaling.fold()[0]
+
+    # ---- resets ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset_latents(self, reset: Reset) -> None:
+        """Gives the named latents new directions; the folded encoder gets the asked norm."""
+        encoder = reset.directions * reset.encoder_norm
+        if self.scaling is not None:
+            encoder = encoder / self.scaling.fold()[0]
+        self.W_dec[reset.latents] = reset.directions
+        self.W_enc[reset.latents] = encoder
+        self.b_enc[reset.latents] = 0
+
+    def scalars(self) -> dict[str, float]:
+        """All named values of the parts, for the log."""
+        return {name: value for part in self.parts() for name, value in part.scalars().items()}
+
+
+def _named(configs: Any, dims: Dims) -> nn.ModuleDict:
+    """Builds parts under their kind; a second one of a kind gets a number."""
+    built = nn.ModuleDict()
+    for config in configs:
+        name = config.kind
+        while name in built:
+            name = f"{config.kind}_{len(built)}"
+        built[name] = config.build(dims)
+    return built

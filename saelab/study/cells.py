@@ -1,0 +1,329 @@
+"""One job of a launch: a few cells of one seed, trained on one stream, evaluated, written.
+
+A finished cell is a folder of the cache under its content hash:
+
+    sae.safetensors, sae.json    the trained SAE
+    curves.parquet               every logged value over training, thinned
+    cell.json                    rows, facts for the gate, failure if any; written last
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import inspect
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from saelab import checkpoint, stats
+from saelab.config import digest
+from saelab.data import models
+from saelab.data.models import ModelConfig
+from saelab.data.store import Source
+from saelab.data.stream import Layout, batches
+from saelab.errors import SourceError
+from saelab.evals.base import Row, Subject
+from saelab.evals.core import CoreData, evaluate_core
+from saelab.evals.probing import ProbingData, evaluate_probing
+from saelab.files import write_atomically, write_json
+from saelab.parts.base import Dims
+from saelab.rundir import package_digest
+from saelab.sae import SAE, SAEConfig
+from saelab.study.plan import CellSpec
+from saelab.study.prepare import open_source
+from saelab.training.loop import Cell, Log, train
+from saelab.training.module_cell import ModuleCell
+from saelab.training.optim import TrainConfig
+
+#: Points kept of each curve.
+CURVE_POINTS = 200
+#: Share of the run before which the loss moves by design (warm-up) and no spike is counted.
+SETTLED = 0.2
+#: Rows of the first shard that initialise every cell of a launch.
+SAMPLE_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Data:
+    """What every job of a launch shares; plain data, so that it can be sent to a worker."""
+
+    train: Path
+    held_out: Path
+    foreign: bool
+    probing: Path | None
+    model: ModelConfig | None
+    layout: Layout
+    loss_contexts: int
+    k_values: tuple[int, ...]
+    probing_seed: int
+    device: str
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Cells of one seed, with their cache keys; `experiment` is the file that holds the run table."""
+
+    cells: list[dict[str, Any]]
+    seed: int
+    data: Data
+    cache: Path
+    experiment: Path | None
+    run: str
+
+
+def cell_key(spec: CellSpec, data: dict[str, Any]) -> str:
+    """The content hash of a cell: settings, seed, data, and the code that computes it."""
+    code = [package_digest(), torch.__version__, *_foreign_code(spec)]
+    sae, training = spec.sae.model_dump(mode="json"), spec.train.model_dump(mode="json")
+    return digest([sae, training, spec.seed, spec.level, data, code])
+
+
+def _foreign_code(spec: CellSpec) -> list[str]:
+    """Source of parts and modules that are written outside the package."""
+    owners: list[Any] = [spec.module] if spec.module else []
+    config = spec.sae
+    groups = (config.losses, config.controllers, config.constraints, config.observers)
+    parts = [config.activation, config.scaling, *(part for group in groups for part in group)]
+    for part in parts:
+        if part is not None and not type(part).__module__.startswith("saelab."):
+            owners += [type(part), type(part.build(Dims(2, config.d_sae)))]
+    return [inspect.getsource(owner) for owner in owners]
+
+
+def as_job_cell(spec: CellSpec, key: str) -> dict[str, Any]:
+    """A cell as plain data for a worker."""
+    return {
+        "arm": spec.arm,
+        "seed": spec.seed,
+        "level": spec.level,
+        "sae": spec.sae.model_dump(mode="json"),
+        "train": spec.train.model_dump(mode="json"),
+        "own_module": spec.module is not None,
+        "probe": True,
+        "key": key,
+    }
+
+
+def load_experiment(path: Path) -> ModuleType:
+    """Imports experiment.py from its file (which registers its own parts).
+
+    Raises: SourceError when the file is missing or defines no RUNS.
+    """
+    name = "saelab_experiment"
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
+        return sys.modules[name]
+    if not path.is_file():
+        raise SourceError(f"{path} does not exist: run in the folder that holds experiment.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    if not hasattr(module, "RUNS"):
+        raise SourceError(f"{path} defines no RUNS: keep the run table under that name")
+    return module
+
+
+# ---- in a worker -----------------------------------------------------------------------------
+
+
+class Worker:
+    """What a process keeps between jobs: the opened data and the language model."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self.train = open_source(data.train, data.foreign)
+        self.sample = initial_sample(self.train).to(data.device)
+        model = models.load(data.model) if data.model else None
+        self.core = CoreData(open_source(data.held_out, data.foreign), model, data.loss_contexts)
+        self.probing = ProbingData.load(data.probing) if data.probing else None
+
+    def run(self, job: Job, advance: Callable[[float], None]) -> None:
+        """Trains and evaluates the job's cells; `advance` counts token-steps."""
+        cells = [self._build(job, cell) for cell in job.cells]
+        config = cells[0].config
+        stream = batches(self.train, job.seed, config.batch_size, self.data.layout)
+        start = time.monotonic()
+        failures = train(
+            cells, stream, lambda steps, living: advance(steps * len(living) * config.batch_size)
+        )
+        seconds = (time.monotonic() - start) / len(cells)
+        for cell, plain in zip(cells, job.cells, strict=True):
+            failure = failures.get(cell.name)
+            rows = [] if failure else self.evaluate(cell.sae, plain["probe"])
+            facts = self._facts(cell, plain, rows)
+            if failure:
+                facts["nonfinite_step"] = failure.step
+            self._write(job.cache / "cells" / plain["key"], cell, plain, rows, facts, seconds)
+            advance(evaluation_cost(config))
+
+    def evaluate(self, subject: Subject, probe: bool) -> list[Row]:
+        rows = evaluate_core(subject, self.core)
+        if probe and self.probing is not None:
+            seed = self.data.probing_seed
+            rows += evaluate_probing(subject, self.probing, seed, self.data.k_values)
+        return rows
+
+    def _build(self, job: Job, plain: dict[str, Any]) -> Cell:
+        config = TrainConfig.parse(plain["train"])
+        name = f"{plain['arm']}/seed {plain['seed']}"
+        if plain["own_module"]:
+            assert job.experiment is not None
+            runs = load_experiment(job.experiment).RUNS
+            arm = next(arm for arm in runs[job.run].arms if arm.name == plain["arm"])
+            d_sae = SAEConfig.parse(plain["sae"]).d_sae
+            return ModuleCell(name, arm.module, d_sae, config, self.sample, job.seed)
+        return Cell(name, SAEConfig.parse(plain["sae"]), config, self.sample, job.seed)
+
+    def _facts(self, cell: Cell, plain: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
+        values = {row.metric: row.value for row in rows if not row.slice and row.value is not None}
+        constant = [row.value for row in rows if row.metric == "probing_constant"]
+        names = ("l0", "explained_variance", "loss_recovered", "dead_share")
+        hook = self.data.provenance["hook_name"] or None
+        return {
+            **{name: values.get(name) for name in names},
+            "target_l0": plain["level"] or None,
+            "d_sae": cell.sae.d_sae,
+            "d_in": cell.sae.d_in,
+            "steps": cell.steps_done,
+            "tokens": cell.tokens,
+            "hook_sae": hook,
+            "hook_activations": hook,
+            "hook_evaluation": hook,
+            "probing_constant": float(all(constant)) if constant else None,
+            "data_passes": cell.config.tokens / max(1, sum(self.train.shard_counts)),
+            "planned_passes": math.ceil(
+                cell.config.tokens / max(1, sum(self.train.shard_counts)) - 0.01
+            ),
+            **_weights_facts(cell.sae),
+            **_curve_facts(cell.log),
+        }
+
+    def _write(
+        self,
+        folder: Path,
+        cell: Cell,
+        plain: dict[str, Any],
+        rows: list[Row],
+        facts: dict[str, Any],
+        seconds: float,
+    ) -> None:
+        origin = {"arm": plain["arm"], "seed": plain["seed"], "level": plain["level"]}
+        if isinstance(cell.sae, SAE):
+            checkpoint.save(cell.sae, folder, {**self.data.provenance, **origin})
+        own = [row.of_cell(plain["arm"], plain["seed"], plain["level"]).as_dict() for row in rows]
+        write_curves(folder / "curves.parquet", cell)
+        last = {name: _finite(values[cell.log.length - 1]) for name, values in _logged(cell.log)}
+        write_json(
+            folder / "cell.json",
+            {
+                "settings": {name: plain[name] for name in ("sae", "train", "level", "seed")},
+                "rows": own,
+                "facts": {name: _finite(value) for name, value in facts.items()},
+                "last": last,
+                "seconds": round(seconds, 3),
+            },
+        )
+
+
+def evaluation_cost(config: TrainConfig) -> float:
+    """What evaluating a cell counts for in the progress bar, in token-steps. Our measurement."""
+    return 0.5 * config.tokens
+
+
+def initial_sample(source: Source) -> torch.Tensor:
+    """Raw rows [n, d_in] of the first shard: they initialise every cell of a launch."""
+    return source.shard(0).rows()[0][:SAMPLE_ROWS].float()
+
+
+def untrained(worker: Worker, spec: dict[str, Any]) -> SAE:
+    """The SAE of a cell at its initialisation: the control that training must beat."""
+    sae = SAEConfig.parse(spec["sae"]).build(worker.sample.shape[1], 1, spec["seed"])
+    sae.to(worker.sample.device).initialise(worker.sample, spec["seed"])
+    return sae.eval()
+
+
+def _weights_facts(sae: Any) -> dict[str, float]:
+    decoder = getattr(sae, "W_dec", None)
+    if decoder is None:
+        return {}
+    encoder = sae.W_enc.detach()
+    rows = torch.nn.functional.normalize(decoder.detach(), dim=1)
+    twins = 0
+    for start in range(0, len(rows), 2048):
+        cosine = rows[start : start + 2048] @ rows.T
+        cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = 0
+        twins += int((cosine.max(1).values > 0.95).sum())
+    zero = not bool(encoder.any()) or not bool(decoder.detach().any())
+    return {"weights_zero": float(zero), "near_duplicate_share": twins / len(rows)}
+
+
+def _curve_facts(log: Log) -> dict[str, float | None]:
+    """Spikes of the loss and its improvement over the last tenth of the run."""
+    name = "loss.reconstruction" if "loss.reconstruction" in log.columns else "loss"
+    if name not in log.columns or log.length < 50:
+        return {}
+    loss = log.columns[name][: log.length].astype(np.float64)
+    tenth = max(1, log.length // 10)
+    before, last = loss[-2 * tenth : -tenth].mean(), loss[-tenth:].mean()
+    return {"last_tenth_improvement": float(1 - last / before), "spikes": float(spikes(loss))}
+
+
+def spikes(loss: np.ndarray, window: int = 51, factor: float = 10.0, least: int = 3) -> int:
+    """Loss spikes: log loss above its running median by `factor` MAD for `least` steps or more."""
+    logs = np.log(np.maximum(loss, 1e-12))
+    half = window // 2
+    start = int(SETTLED * len(logs))
+    padded = np.pad(logs, half, mode="edge")
+    median = np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
+    residual = (logs - median)[start:]
+    high = residual > factor * max(stats.mad(residual), 1e-9)
+    runs, length = 0, 0
+    for flag in [*high.tolist(), False]:
+        if flag:
+            length += 1
+        else:
+            runs += length >= least
+            length = 0
+    return runs
+
+
+def _logged(log: Log) -> list[tuple[str, np.ndarray]]:
+    return [(name, column) for name, column in log.columns.items() if log.length]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def write_curves(path: Path, cell: Cell) -> None:
+    """The log as a long table: step, tokens, name, value; each point the mean of its bin."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    n = cell.log.length
+    edges = np.unique(np.linspace(0, n, min(n, CURVE_POINTS) + 1).astype(int))
+    columns: dict[str, list[Any]] = {"step": [], "tokens": [], "name": [], "value": []}
+    for name, values in _logged(cell.log):
+        for low, high in itertools.pairwise(edges):
+            some = values[low:high]
+            some = some[np.isfinite(some)]
+            if some.size:
+                columns["step"].append(int(high))
+                columns["tokens"].append(int(high) * cell.config.batch_size)
+                columns["name"].append(name)
+                columns["value"].append(float(some.mean()))
+    table = pa.table(columns)
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary))

@@ -1,0 +1,398 @@
+"""One launch from start to end: plan, data, cells, verdict, files.
+
+    cells(plan) -> prepare (harvest) -> jobs in workers -> gate and verdict -> run folder
+
+A cell that is in the cache is not trained again. The run folder is filled at the end and
+`final_info.json` and `manifest.json` are its last files, so an interrupted launch leaves no folder
+that looks complete, and the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import saelab
+from saelab.config import digest
+from saelab.errors import SettingError, StudyFailure
+from saelab.files import read_json, write_atomically, write_json, write_text
+from saelab.progress import clock, progress
+from saelab.rundir import cache_folder, package_digest, place
+from saelab.seeding import study_seeds
+from saelab.study import cells as celljob
+from saelab.study.cells import Data, Job, Worker, as_job_cell, cell_key, evaluation_cost
+from saelab.study.executor import run_jobs, worker_count
+from saelab.study.final_info import ArmResult, final_info, judge_run
+from saelab.study.plan import BASELINE, BaseConfig, CellSpec, PlanConfig, Run, arm_settings, cells
+from saelab.study.prepare import Prepared, prepare, source_path
+from saelab.study.summary import summary_text, table
+from saelab.study.verdict import Comparison
+
+#: Cells of one seed that share a pass over the stream in one job.
+GROUP = 3
+#: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.
+LONGEST = 7000.0
+CONTROL_CHANNELS, CONTROL_UNTRAINED = "control:model channels", "control:untrained"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to do and where.
+
+    Args:
+        name: of the run, 'run_3'.
+        run: its arms.
+        out_dir: the run folder to make.
+        root: folder of plan.toml; the cache lies there.
+        experiment: the file with the run table, for workers that need its parts.
+        purpose: 'explore' or 'confirm': which seeds.
+        force: replace a complete run.
+        limit: seconds that the launch may be expected to take.
+        workers: processes; 0 works in this one, None takes one per core.
+    """
+
+    name: str
+    run: Run
+    plan: PlanConfig
+    base: BaseConfig
+    out_dir: Path
+    root: Path
+    experiment: Path | None = None
+    purpose: str = "explore"
+    force: bool = False
+    limit: float = LONGEST
+    workers: int | None = None
+
+
+def launch(task: Launch) -> list[Comparison]:
+    """Runs one launch and writes its folder; prints the table of results.
+
+    Raises: UsageError for bad input, StudyFailure when the baseline has no valid cell.
+    """
+    start = time.monotonic()
+    if (task.out_dir / "final_info.json").exists() and not task.force:
+        raise SettingError(
+            "out_dir", str(task.out_dir), "is a complete run: name another, or delete it first"
+        )
+    specs = cells(task.plan, task.base, task.run, task.purpose)
+    base = task.base.patched(dict(task.run.changes))
+    cache = cache_folder(task.root)
+    device = base.model.device
+    prepared = prepare(base, cache, device)
+    data = _data(base, prepared, task)
+    content = _data_content(base, prepared, data)
+    keys = {spec: cell_key(spec, content) for spec in specs}
+    controls = _controls(specs, content, prepared)
+    _train(task, specs, keys, controls, data, cache, prepared)
+    arms, table_rows = _collect(task, base, specs, keys, cache)
+    table_rows += _control_rows(cache, controls)
+    usable = [seed for seed in arms[BASELINE].values if arms[BASELINE].valid(seed)]
+    comparisons, differences = judge_run(arms, task.plan, task.purpose != "confirm")
+    info = final_info(arms, comparisons, differences, prepared.provenance)
+    _write(task, base, specs, keys, cache, arms, table_rows, prepared, comparisons, info, start)
+    if not usable:
+        reasons = "; ".join(sorted({g.summary() for g in arms[BASELINE].gates.values()}))
+        raise StudyFailure(
+            f"{task.name}: the baseline has no valid cell ({reasons}): mend the baseline's settings"
+        )
+    print(table(info, comparisons, task.plan))
+    print(f"\n{task.out_dir}: {len(specs)} cells in {clock(time.monotonic() - start)}")
+    return comparisons
+
+
+# ---- training --------------------------------------------------------------------------------
+
+
+def _data(base: BaseConfig, prepared: Prepared, task: Launch) -> Data:
+    return Data(
+        train=source_path(prepared.train),
+        held_out=source_path(prepared.held_out),
+        foreign=base.activations is not None,
+        probing=prepared.probing,
+        model=base.model if base.activations is None else None,
+        layout=base.layout,
+        loss_contexts=base.evaluation.loss_contexts,
+        k_values=base.evaluation.probing.k_values,
+        probing_seed=study_seeds(task.plan.study, "evaluation", 1)[0],
+        device=base.model.device,
+        provenance=prepared.provenance,
+    )
+
+
+def _data_content(base: BaseConfig, prepared: Prepared, data: Data) -> dict[str, Any]:
+    """What the numbers of a cell depend on besides its settings."""
+    return {
+        "train": prepared.train.digest,
+        "held_out": prepared.held_out.digest,
+        "probing": prepared.probing.name if prepared.probing else None,
+        "layout": data.layout,
+        "loss_contexts": data.loss_contexts,
+        "k_values": data.k_values,
+        "probing_seed": data.probing_seed,
+        "threads": 1,
+        "device": data.device,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _controls(
+    specs: Sequence[CellSpec], content: dict[str, Any], prepared: Prepared
+) -> list[dict[str, Any]]:
+    """Control subjects: the model's own channels, and the baseline at its initialisation."""
+    first = next(spec for spec in specs if spec.arm == BASELINE)
+    found = []
+    for name in (CONTROL_CHANNELS, CONTROL_UNTRAINED):
+        if name == CONTROL_CHANNELS and prepared.probing is None:
+            continue
+        found.append(
+            as_job_cell(first, digest([name, cell_key(first, content)])) | {"control": name}
+        )
+    return found
+
+
+def _train(
+    task: Launch,
+    specs: Sequence[CellSpec],
+    keys: Mapping[CellSpec, str],
+    controls: Sequence[dict[str, Any]],
+    data: Data,
+    cache: Path,
+    prepared: Prepared,
+) -> None:
+    """Trains and evaluates what is not in the cache."""
+    open_specs = [spec for spec in specs if not _done(cache, keys[spec])]
+    jobs = _jobs(task, open_specs, keys, data, cache)
+    controls = [control for control in controls if not _done(cache, control["key"])]
+    if controls:
+        jobs.append(Job(list(controls), controls[0]["seed"], data, cache, None, task.name))
+    if not jobs:
+        return
+    total = sum(s.train.tokens + evaluation_cost(s.train) for s in open_specs) or 1.0
+    workers = worker_count(data.device) if task.workers is None else task.workers
+    expected = _expected_seconds(open_specs, prepared.train.d) / max(1, min(workers, len(jobs)))
+    if expected > task.limit:
+        raise SettingError(
+            "tokens",
+            task.base.train.tokens,
+            f"this launch is expected to take {clock(expected)}, over the limit of "
+            f"{clock(task.limit)}: train fewer tokens, arms or seeds",
+        )
+    print(
+        f"{task.name}: {len(open_specs)} cells to train ({len(specs) - len(open_specs)} in the "
+        f"cache), {workers} workers",
+        file=sys.stderr,
+    )
+    with progress(f"{task.name}: train and evaluate", total, "tokens") as bar:
+        run_jobs(_work, jobs, workers, cache / "logs", bar)
+
+
+def _jobs(
+    task: Launch,
+    specs: Sequence[CellSpec],
+    keys: Mapping[CellSpec, str],
+    data: Data,
+    cache: Path,
+) -> list[Job]:
+    """Groups of cells with the same seed and batch size; the largest groups first."""
+    groups: dict[tuple[int, int, int], list[CellSpec]] = {}
+    for spec in specs:
+        key = (spec.seed, spec.train.batch_size, spec.train.tokens)
+        groups.setdefault(key, []).append(spec)
+    jobs = []
+    for (seed, _, _), members in groups.items():
+        for i in range(0, len(members), GROUP):
+            some = members[i : i + GROUP]
+            plain = [
+                as_job_cell(s, keys[s]) | {"probe": s.level == (task.plan.target_l0 or 0)}
+                for s in some
+            ]
+            jobs.append(Job(plain, seed, data, cache, task.experiment, task.name))
+    return sorted(jobs, key=lambda job: -len(job.cells))
+
+
+def _work(job: Job, advance: Any, state: dict[str, Any]) -> None:
+    """One job in a worker; the opened data stays for the next one."""
+    if job.experiment is not None:
+        celljob.load_experiment(job.experiment)
+    if state.get("data") != job.data:
+        state["data"], state["worker"] = job.data, Worker(job.data)
+    worker: Worker = state["worker"]
+    if "control" in job.cells[0]:
+        for control in job.cells:
+            _control(worker, control, job.cache)
+    else:
+        worker.run(job, advance)
+
+
+def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
+    if control["control"] == CONTROL_CHANNELS:
+        assert worker.probing is not None
+        seed, k_values = worker.data.probing_seed, worker.data.k_values
+        rows = celljob.evaluate_probing(None, worker.probing, seed, k_values, prefix="llm")
+    else:
+        rows = worker.evaluate(celljob.untrained(worker, control), probe=True)
+    own = [row.of_cell(control["control"], -1, control["level"]).as_dict() for row in rows]
+    write_json(cache / "cells" / control["key"] / "cell.json", {"rows": own})
+
+
+def _done(cache: Path, key: str) -> bool:
+    return (cache / "cells" / key / "cell.json").is_file()
+
+
+def _expected_seconds(specs: Sequence[CellSpec], d_in: int) -> float:
+    """Seconds on one worker, from a timed encoder GEMM (which only warns, and decides no bit)."""
+    total = 0.0
+    costs: dict[tuple[int, int], float] = {}
+    for spec in specs:
+        shape = (spec.train.batch_size, spec.sae.d_sae)
+        if shape not in costs:
+            costs[shape] = _gemm_seconds(shape[0], d_in, shape[1])
+        total += 1.5 * spec.train.steps * (3 * costs[shape] + 3e-3)
+    return total
+
+
+def _gemm_seconds(n: int, d_in: int, d_sae: int) -> float:
+    a, b = torch.ones(n, d_in), torch.ones(d_in, d_sae)
+    a @ b
+    start = time.perf_counter()
+    a @ b
+    return (time.perf_counter() - start) * max(1, torch.get_num_threads() // 2)
+
+
+# ---- collecting ------------------------------------------------------------------------------
+
+
+def _collect(
+    task: Launch,
+    base: BaseConfig,
+    specs: Sequence[CellSpec],
+    keys: Mapping[CellSpec, str],
+    cache: Path,
+) -> tuple[dict[str, ArmResult], list[dict[str, Any]]]:
+    """Results per arm at the target L0, and all rows of all cells."""
+    arms = {
+        arm.name: ArmResult(
+            arm.name, arm_settings(task.base, task.run, arm).model_dump(mode="json")
+        )
+        for arm in task.run.arms
+    }
+    rows: list[dict[str, Any]] = []
+    for spec in specs:
+        cell = read_json(cache / "cells" / keys[spec] / "cell.json")
+        own = {"arm": spec.arm, "seed": spec.seed, "level": spec.level}
+        rows += [row | own for row in cell["rows"]]
+        if spec.level == (task.plan.target_l0 or 0):
+            arms[spec.arm].add(spec.seed, cell, spec.expected)
+    return arms, rows
+
+
+def _control_rows(cache: Path, controls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        row
+        for control in controls
+        for row in read_json(cache / "cells" / control["key"] / "cell.json")["rows"]
+    ]
+
+
+def _write(
+    task: Launch,
+    base: BaseConfig,
+    specs: Sequence[CellSpec],
+    keys: Mapping[CellSpec, str],
+    cache: Path,
+    arms: Mapping[str, ArmResult],
+    rows: Sequence[dict[str, Any]],
+    prepared: Prepared,
+    comparisons: Sequence[Comparison],
+    info: dict[str, Any],
+    start: float,
+) -> None:
+    """Fills the run folder; final_info.json and manifest.json come last."""
+    out = task.out_dir
+    provenance = prepared.provenance | {"saelab": saelab.__version__}
+    _write_table(out / "metrics.parquet", [row | provenance for row in rows])
+    _write_curves(out / "curves.parquet", specs, keys, cache)
+    for spec in specs:
+        folder = out / "cells" / spec.arm / f"seed{spec.seed}-l0_{spec.level:g}"
+        for name in ("sae.safetensors", "sae.json"):
+            source = cache / "cells" / keys[spec] / name
+            if source.is_file():
+                place(source, folder / name)
+    write_text(out / "summary.md", summary_text(task, arms, comparisons, prepared.why_no_probing))
+    write_json(out / "final_info.json", info)
+    manifest = {
+        "run": task.name,
+        "title": task.run.title,
+        "study": task.plan.study,
+        "baseline": BASELINE,
+        "primary": task.plan.primary,
+        "sesoi": task.plan.sesoi,
+        "target_l0": task.plan.target_l0,
+        "levels": sorted({spec.level for spec in specs}),
+        "purpose": task.purpose,
+        "seeds": sorted({spec.seed for spec in specs}),
+        "arms": {
+            arm.name: {"comment": arm.comment, "changes": _plain(arm.changes)}
+            for arm in task.run.arms
+        },
+        "cells": {spec.name: keys[spec] for spec in specs},
+        "plan": task.plan.model_dump(mode="json"),
+        "base": base.model_dump(mode="json"),
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "data": {
+            "train": prepared.train.header,
+            "held_out": prepared.held_out.header,
+            "probing": prepared.probing.name if prepared.probing else prepared.why_no_probing,
+        },
+        "versions": {
+            "saelab": saelab.__version__,
+            "package_digest": package_digest(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads_per_worker": 1,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+        },
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    write_json(out / "manifest.json", manifest)
+
+
+def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+        for name, value in changes.items()
+    }
+
+
+def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table_ = pa.Table.from_pylist(list(rows))
+    write_atomically(path, lambda temporary: pq.write_table(table_, temporary))
+
+
+def _write_curves(
+    path: Path, specs: Sequence[CellSpec], keys: Mapping[CellSpec, str], cache: Path
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = []
+    for spec in specs:
+        curves = pq.read_table(cache / "cells" / keys[spec] / "curves.parquet")
+        n = len(curves)
+        for i, (name, value) in enumerate(
+            (("arm", spec.arm), ("seed", spec.seed), ("level", float(spec.level)))
+        ):
+            curves = curves.add_column(i, name, pa.array([value] * n))
+        tables.append(curves)
+    whole = pa.concat_tables(tables)
+    write_atomically(path, lambda temporary: pq.write_table(whole, temporary))

@@ -1,0 +1,139 @@
+"""Runs jobs in local worker processes, each with one thread, and reports their progress.
+
+Workers die with their parent and write their stderr to a log file. One thread per worker on a CPU:
+the bits of a result then do not depend on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from saelab.errors import StudyFailure
+from saelab.progress import Progress
+
+#: Seconds between two looks at the workers' progress.
+POLL = 0.25
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_counter: Any = None
+_state: dict[str, Any] = {}
+
+
+def run_jobs(
+    function: Callable[[Any, Callable[[float], None], dict[str, Any]], None],
+    jobs: Sequence[Any],
+    workers: int,
+    logs: Path,
+    bar: Progress,
+) -> None:
+    """Calls `function(job, advance, state)` for every job in up to `workers` processes.
+
+    Args:
+        function: importable; `state` is a dictionary that a worker keeps between its jobs.
+        jobs: picklable, the longest first.
+        workers: 0 runs the jobs one after the other in this process, with the same bits.
+        logs: folder for the workers' stderr.
+        bar: advanced by the amounts that the jobs pass to `advance`.
+
+    Raises: what a job raises; StudyFailure when a worker dies.
+    """
+    if workers == 0:
+        _inline(function, jobs, bar)
+        return
+    logs.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("d", 0.0)
+    pool = ProcessPoolExecutor(
+        min(workers, max(1, len(jobs))), context, _initialise, (counter, logs, os.getpid())
+    )
+    futures: list[Future[None]] = []
+    try:
+        futures = [pool.submit(_run, function, job) for job in jobs]
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=POLL, return_when=FIRST_EXCEPTION)
+            bar.advance(counter.value - bar.done)
+            for future in done:
+                future.result()
+    except BrokenProcessPool:
+        raise StudyFailure(
+            f"a worker process died (out of memory?): see {logs}; free memory or lower the number "
+            "of workers with SAELAB_WORKERS, then run the same command again"
+        ) from None
+    finally:
+        for future in futures:
+            future.cancel()
+        _stop(pool)
+
+
+def _inline(
+    function: Callable[[Any, Callable[[float], None], dict[str, Any]], None],
+    jobs: Sequence[Any],
+    bar: Progress,
+) -> None:
+    import torch
+
+    threads, state = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    try:
+        for job in jobs:
+            function(job, bar.advance, state)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _stop(pool: ProcessPoolExecutor) -> None:
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    deadline = time.monotonic() + 5
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.terminate()
+
+
+def _initialise(counter: Any, logs: Path, parent: int) -> None:
+    global _counter
+    _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+    log = os.open(logs / f"worker-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 2)
+    os.environ["SAELAB_PROGRESS"] = "off"
+    import torch
+
+    from saelab.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    torch.set_num_threads(1)
+
+
+def _run(function: Callable[..., None], job: Any) -> None:
+    def advance(amount: float) -> None:
+        with _counter.get_lock():
+            _counter.value += amount
+
+    function(job, advance, _state)
+
+
+def worker_count(device: str) -> int:
+    """Workers of a launch: SAELAB_WORKERS, else one per core, else one for a GPU."""
+    named = os.environ.get("SAELAB_WORKERS", "")
+    if named.isdigit() and int(named) > 0:
+        return int(named)
+    if device != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,168 @@
+"""From cells to `final_info.json`: per arm means, standard errors and the values of every seed.
+
+    {arm: {"means": {...}, "stderrs": {...}, "final_info_dict": {metric: [per seed]}}}
+
+at the matched L0. An invalid seed is null everywhere; the standard error is sd (ddof 1) / sqrt(n),
+null for one seed. `means` holds at most 40 entries; everything else is in metrics.parquet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from saelab import stats
+from saelab.study.gate import GateResult, gate
+from saelab.study.plan import BASELINE, PlanConfig
+from saelab.study.verdict import Comparison, Difference, compare_secondary, judge
+
+#: Most entries of `means`: an autonomous driver's model sees nothing else.
+MOST_MEANS = 40
+#: Metrics that are averaged over seeds, in the order in which they are shown.
+CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")
+PROBING = (
+    *(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50)),
+    "sae_test_accuracy",
+)
+#: Logged values whose last entry is reported.
+SCALARS = ("beta", "theta", "tau", "alpha", "k", "threshold", "sparsity")
+#: Secondary metrics whose paired difference is shown, without a word.
+SECONDARY = ("loss_recovered", "sae_top_5_test_accuracy")
+
+
+@dataclass
+class ArmResult:
+    """All cells of one arm at the target L0, by seed."""
+
+    name: str
+    settings: dict[str, Any]
+    values: dict[int, dict[str, float]] = field(default_factory=dict)
+    gates: dict[int, GateResult] = field(default_factory=dict)
+    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, seed: int, cell: Mapping[str, Any], expected: Sequence[str]) -> None:
+        rows = [row for row in cell["rows"] if not row["slice"] and row["value"] is not None]
+        values = {row["metric"]: row["value"] for row in rows}
+        last = {k: v for k, v in cell["last"].items() if k in SCALARS and v is not None}
+        loss = cell["last"].get("loss")
+        self.facts[seed] = cell["facts"]
+        self.gates[seed] = gate(cell["facts"], expected)
+        self.values[seed] = values | last | ({} if loss is None else {"final_loss": loss})
+
+    def valid(self, seed: int) -> bool:
+        return self.gates[seed].outcome != "invalid"
+
+    def metric(self, name: str) -> dict[int, float | None]:
+        """Seed -> value; null when invalid or not measured."""
+        return {
+            seed: values.get(name) if self.valid(seed) else None
+            for seed, values in self.values.items()
+        }
+
+    @property
+    def failed(self) -> set[int]:
+        return {seed for seed, result in self.gates.items() if result.outcome == "failed"}
+
+    @property
+    def gate_summary(self) -> str:
+        """The gate's word for the arm: 'ok', or each finding with the number of its seeds."""
+        words: dict[str, int] = {}
+        for result in self.gates.values():
+            for finding in result.findings:
+                label = f"{finding.outcome}: {finding.check}" + (" (expected)" * finding.expected)
+                words[label] = words.get(label, 0) + 1
+        total = len(self.gates)
+        return "; ".join(f"{word} in {n} of {total}" for word, n in words.items()) or "ok"
+
+
+def judge_run(
+    arms: Mapping[str, ArmResult], plan: PlanConfig, exploratory: bool
+) -> tuple[list[Comparison], list[Difference]]:
+    """The verdict on the primary metric, and secondary differences without words."""
+    others = {name: arm for name, arm in arms.items() if name != BASELINE}
+    base = arms[BASELINE]
+    l0 = {name: _numbers(arm.metric("l0")) for name, arm in arms.items()}
+    compared = {name: arm.metric(plan.primary) for name, arm in others.items()}
+    comparisons = judge(
+        plan.primary,
+        plan.direction,
+        plan.sesoi,
+        base.metric(plan.primary),
+        compared,
+        l0,
+        plan.target_l0,
+        plan.tolerance,
+        plan.alpha,
+        exploratory,
+        failed={name: arm.failed for name, arm in others.items()},
+        baseline_name=BASELINE,
+    )
+    differences: list[Difference] = []
+    for metric in SECONDARY:
+        if metric != plan.primary:
+            values = {name: arm.metric(metric) for name, arm in others.items()}
+            differences += compare_secondary(metric, base.metric(metric), values)
+    return comparisons, differences
+
+
+def _numbers(values: Mapping[int, float | None]) -> dict[int, float]:
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def final_info(
+    arms: Mapping[str, ArmResult],
+    comparisons: Sequence[Comparison],
+    differences: Sequence[Difference],
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of final_info.json."""
+    verdicts: dict[str, dict[str, Any]] = {name: {} for name in arms}
+    for comparison in comparisons:
+        verdicts[comparison.arm] |= comparison.means()
+    for difference in differences:
+        verdicts[difference.arm] |= {
+            f"diff.{difference.metric}": difference.mean_diff,
+            f"diff.{difference.metric}.low": difference.low,
+            f"diff.{difference.metric}.high": difference.high,
+        }
+    return {name: _group(arm, verdicts[name], provenance) for name, arm in arms.items()}
+
+
+def _group(
+    arm: ArmResult, verdict: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    present = {metric for values in arm.values.values() for metric in values}
+    shown = [m for m in (*CORE, *PROBING, *SCALARS, "final_loss") if m in present]
+    means: dict[str, Any] = {}
+    stderrs: dict[str, Any] = {}
+    per_seed: dict[str, list[float | None]] = {}
+    for metric in shown:
+        values = list(arm.metric(metric).values())
+        means[metric], stderrs[metric] = stats.mean_stderr(values)
+        per_seed[metric] = values
+    fixed = sorted({name for result in arm.gates.values() for name in result.fixed_scalars})
+    means |= verdict
+    means["gate"] = arm.gate_summary
+    if fixed:
+        means["fixed"] = ", ".join(fixed)
+    means |= _settings(arm, provenance)
+    return {
+        "means": dict(list(means.items())[:MOST_MEANS]),
+        "stderrs": stderrs,
+        "final_info_dict": per_seed,
+    }
+
+
+def _settings(arm: ArmResult, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    facts = next(iter(arm.facts.values()))
+    layer = "".join(c for c in str(provenance.get("hook_name", "")).split("hook")[0] if c.isdigit())
+    sparsity = [c.get("value") for c in arm.settings["sae"]["controllers"] if c["kind"] == "ramp"]
+    return {
+        "training_steps": facts["steps"],
+        "tokens": facts["tokens"],
+        "layer": int(layer) if layer else None,
+        "dict_size": facts["d_sae"],
+        "learning_rate": arm.settings["train"]["lr"],
+        "sparsity_penalty": sparsity[0] if sparsity else "L0 target",
+    }

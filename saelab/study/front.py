@@ -1,0 +1,80 @@
+"""The front door: `python experiment.py --out_dir=run_3`, and the same from the command line."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from saelab.errors import SaelabError, SettingError, nearest
+from saelab.study.plan import PlanConfig, Run, find_run, read_base, read_plan
+
+USAGE = "usage: python experiment.py --out_dir=run_1     (no other argument)"
+
+
+def main(runs: Mapping[str, Run], experiment: str) -> None:
+    """Runs one entry of the run table and ends the process with its exit code.
+
+    0: every cell finished or was declared invalid; 1: the baseline has no valid cell; 2: bad input.
+    The last line of stderr says what, where and the remedy.
+    """
+    try:
+        out_dir = parse_out_dir(sys.argv[1:], list(runs))
+        run_one(runs, Path(experiment).resolve(), out_dir)
+    except SaelabError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with the finished cells", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:  # the driver shows the end of stderr, so the last line must say it
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def parse_out_dir(arguments: list[str], runs: list[str]) -> Path:
+    """The folder that --out_dir names.
+
+    Raises: SettingError for any other argument.
+    """
+    if arguments in (["--help"], ["-h"]):
+        print(f"{USAGE}\nruns: {', '.join(runs)}")
+        sys.exit(0)
+    joined = [a for argument in arguments for a in argument.split("=", 1)]
+    if len(joined) != 2 or joined[0] != "--out_dir" or not joined[1]:
+        hint = nearest(joined[0], ["--out_dir"]) if joined else ""
+        raise SettingError("arguments", " ".join(arguments), f"{USAGE}{hint}")
+    return Path(joined[1])
+
+
+def run_one(
+    runs: Mapping[str, Run],
+    experiment: Path,
+    out_dir: Path,
+    force: bool = False,
+    plan_file: Path | None = None,
+) -> None:
+    """One launch of the run that the last part of `out_dir` names."""
+    from saelab.study.engine import Launch, launch
+
+    plan_file = plan_file or experiment.parent / "plan.toml"
+    plan: PlanConfig = read_plan(plan_file)
+    name = out_dir.name
+    run = find_run(runs, name)
+    root = plan_file.parent
+    purpose = "confirm" if name == "run_10" else "explore"
+    launch(
+        Launch(
+            name=name,
+            run=run,
+            plan=plan,
+            base=read_base(root / plan.base),
+            out_dir=out_dir,
+            root=root,
+            experiment=experiment,
+            purpose=purpose,
+            force=force,
+        )
+    )

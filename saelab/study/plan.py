@@ -1,0 +1,255 @@
+"""What a study is, as data: base settings, the pre-registered plan, runs, arms and cells.
+
+A base (configs/*.toml) says which model, texts, hook and SAE; the plan (plan.toml) what is compared
+and how it is judged; the run table (experiment.py) which arms each run has. An arm changes named
+settings of the base and nothing else. A cell is an arm at one seed and one sparsity level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from saelab.config import Frozen, read_toml
+from saelab.data.harvest import HarvestConfig
+from saelab.data.models import ModelConfig
+from saelab.data.stream import Layout
+from saelab.data.texts import TextConfig
+from saelab.errors import SettingError, nearest
+from saelab.sae import SAEConfig
+from saelab.seeding import study_seeds
+from saelab.training.optim import TrainConfig
+
+BASELINE = "baseline"
+
+
+class TableConfig(Frozen):
+    """A local table of labelled texts for probing: a folder with train and test files."""
+
+    name: str
+    path: str
+    text_column: str = "text"
+    label_column: str = "label"
+
+
+class ProbingConfig(Frozen):
+    """Sparse probing inside runs.
+
+    Args:
+        entries: 'embedded' (cut from the standard library) or 'none'; `tables` are added.
+        train_size, test_size: texts per class.
+        context: tokens per text, BOS included.
+    """
+
+    entries: Literal["embedded", "none"] = "embedded"
+    tables: tuple[TableConfig, ...] = ()
+    train_size: PositiveInt = 500
+    test_size: PositiveInt = 250
+    context: PositiveInt = 64
+    k_values: tuple[PositiveInt, ...] = (1, 2, 5, 10, 20, 50)
+
+
+class EvalConfig(Frozen):
+    """Core evaluation: tokens for reconstruction, contexts for loss recovered."""
+
+    tokens: PositiveInt = 65_024
+    loss_contexts: PositiveInt = 128
+    probing: ProbingConfig = ProbingConfig()
+
+
+class BaseConfig(Frozen):
+    """Everything a cell is made from, before an arm changes it.
+
+    Args:
+        hook_name: where activations are read, for example 'blocks.2.hook_resid_post'.
+        context: tokens per context, BOS included.
+        activations: folder of activations made elsewhere; model and texts are then not used.
+        layout: 'rows' (shuffled vectors) or 'contexts' (whole contexts in order).
+    """
+
+    model: ModelConfig = ModelConfig()
+    hook_name: str = "blocks.2.hook_resid_post"
+    context: PositiveInt = 128
+    activations: str | None = None
+    layout: Layout = "rows"
+    train_text: TextConfig = TextConfig(split="train")
+    eval_text: TextConfig = TextConfig(split="held_out")
+    harvest: HarvestConfig = HarvestConfig()
+    sae: SAEConfig = SAEConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvalConfig = EvalConfig()
+
+
+class PlanConfig(Frozen):
+    """What is pre-registered (plan.toml).
+
+    Args:
+        study: its name; all seeds are derived from it.
+        base: path of the base settings, relative to plan.toml.
+        primary, direction, sesoi: the metric that is judged, which way is better, and the smallest
+            effect of interest in the metric's units.
+        target_l0, levels, tolerance: sparsity at which arms are compared (None leaves every arm at
+            its own), further levels of the frontier, and the allowed relative distance.
+        seeds, seeds_other, seeds_levels: number of seeds of the baseline and of the run's primary
+            arm, of the other arms, and of the two main arms at the further levels.
+        alpha: level of the verdict.
+    """
+
+    study: str
+    base: str = "configs/embedded.toml"
+    primary: str = "fvu"
+    direction: Literal["lower", "higher"] = "lower"
+    sesoi: PositiveFloat = 0.005
+    target_l0: PositiveFloat | None = 32
+    levels: tuple[PositiveFloat, ...] = (16, 64)
+    tolerance: PositiveFloat = 0.05
+    seeds: PositiveInt = 8
+    seeds_other: PositiveInt = 3
+    seeds_levels: int = Field(2, ge=0)
+    alpha: float = Field(0.05, gt=0, lt=1)
+    exclusions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One variant.
+
+    Args:
+        name: as it is shown.
+        changes: dotted settings of the base and their values, for example
+            {"sae.scaling": {"kind": "variance"}, "train.lr": 1e-3}.
+        comment: one sentence on what the arm isolates.
+        primary: the run's primary arm gets as many seeds as the baseline, and further levels.
+        twin_of: the arm whose settings this one repeats on purpose.
+        expected: gate checks that this arm is expected to fail.
+        module: instead of changes to the SAE, the user's own torch module: a callable
+            (d_in, d_sae, seed) -> module with `encode`, `decode` and `loss(x) -> scalar`.
+    """
+
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    comment: str = ""
+    primary: bool = False
+    twin_of: str | None = None
+    expected: tuple[str, ...] = ()
+    module: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One launch: a title, its arms, and changes to the base that hold for all of them."""
+
+    title: str
+    arms: tuple[Arm, ...] | list[Arm]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """An arm at one seed and one level, with its settings worked out."""
+
+    arm: str
+    seed: int
+    level: float
+    sae: SAEConfig
+    train: TrainConfig
+    expected: tuple[str, ...] = ()
+    module: Callable[..., Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/seed {self.seed}/L0 {self.level:g}"
+
+
+def read_plan(path: Path) -> PlanConfig:
+    """Raises: SourceError when the file is missing, SettingError for an unknown setting."""
+    return PlanConfig.parse(read_toml(path), where=path.name)
+
+
+def read_base(path: Path) -> BaseConfig:
+    return BaseConfig.parse(read_toml(path), where=path.name)
+
+
+def find_run(runs: Mapping[str, Run], name: str) -> Run:
+    """Raises: SettingError when the run is not in the table (nearest name suggested)."""
+    if name not in runs:
+        remedy = f"no such run{nearest(name, runs)}; the table has {', '.join(runs)}"
+        raise SettingError("out_dir", name, remedy)
+    return runs[name]
+
+
+def at_level(sae: SAEConfig, level: float) -> SAEConfig:
+    """The settings with their sparsity at `level` latents per row: controller's target, or k."""
+    changes: dict[str, Any] = {}
+    for i, controller in enumerate(sae.controllers):
+        if controller.kind == "l0_target":
+            changes[f"controllers.{i}.target"] = level
+    if "k" in type(sae.activation).model_fields:
+        changes["activation.k"] = max(1, round(level))
+    return sae.patched(changes) if changes else sae
+
+
+def arm_settings(base: BaseConfig, run: Run, arm: Arm) -> BaseConfig:
+    """The base with the run's and the arm's changes.
+
+    Raises: SettingError for an unknown name, or for a change that must hold for the whole launch.
+    """
+    shared = base.patched(dict(run.changes))
+    settings = shared.patched(dict(arm.changes))
+    for name in type(base).model_fields:
+        if name not in ("sae", "train") and getattr(settings, name) != getattr(shared, name):
+            remedy = "is shared by all arms of a launch: put it into the run's changes"
+            raise SettingError(f"{arm.name}: {name}", getattr(settings, name), remedy)
+    if settings.train.batch_size != shared.train.batch_size:
+        remedy = "is shared by all arms, which see the same batches: change it for the run"
+        raise SettingError(f"{arm.name}: train.batch_size", settings.train.batch_size, remedy)
+    return settings
+
+
+def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore") -> list[CellSpec]:
+    """All cells of a run.
+
+    The baseline and the primary arm have `plan.seeds` seeds at the target L0 and `seeds_levels`
+    seeds at each further level; the other arms `seeds_other` seeds at the target.
+
+    Raises: SettingError for a run without baseline, equal arms, or impossible settings.
+    """
+    _check_arms(run)
+    seeds = study_seeds(plan.study, purpose, plan.seeds)
+    specs: list[CellSpec] = []
+    seen: dict[str, str] = {}
+    for arm in run.arms:
+        settings = arm_settings(base, run, arm)
+        key = settings.digest()
+        if arm.module is None and key in seen and arm.twin_of != seen[key]:
+            remedy = f"has exactly the settings of {seen[key]!r}: change it or declare twin_of"
+            raise SettingError("arm", arm.name, remedy)
+        if arm.module is None:
+            seen.setdefault(key, arm.name)
+        main = arm.name == BASELINE or arm.primary
+        further = plan.levels if main and plan.target_l0 else ()
+        count = plan.seeds if main else min(plan.seeds, plan.seeds_other)
+        places = [(plan.target_l0 or 0.0, seed) for seed in seeds[:count]]
+        places += [(level, seed) for level in further for seed in seeds[: plan.seeds_levels]]
+        for level, seed in places:
+            sae = at_level(settings.sae, level) if level else settings.sae
+            sae.build(2)  # shows impossible settings now, not in a worker
+            specs.append(
+                CellSpec(arm.name, seed, level, sae, settings.train, arm.expected, arm.module)
+            )
+    return specs
+
+
+def _check_arms(run: Run) -> None:
+    names = [arm.name for arm in run.arms]
+    if BASELINE not in names:
+        raise SettingError("arms", names, f"every run trains the baseline: add Arm({BASELINE!r})")
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingError("arm", name, "occurs twice: names must differ")
+        if not name or "/" in name or name.startswith((".", "control:")):
+            raise SettingError("arm", name, "may not be empty, hold '/' or start with '.'")

@@ -1,0 +1,112 @@
+"""What a run says in words: the printed table and summary.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from saelab import stats
+from saelab.study.plan import BASELINE, PlanConfig
+from saelab.study.verdict import COVERS, Comparison
+
+if TYPE_CHECKING:
+    from saelab.study.engine import Launch
+    from saelab.study.final_info import ArmResult
+
+#: Columns of the printed table: metric -> heading.
+COLUMNS = {
+    "fvu": "FVU",
+    "l0": "L0",
+    "loss_recovered": "loss recovered",
+    "sae_top_1_test_accuracy": "probe k=1",
+    "sae_top_5_test_accuracy": "probe k=5",
+    "sae_test_accuracy": "probe full",
+    "dead_share": "dead",
+}
+
+
+def table(info: Mapping[str, Any], comparisons: Sequence[Comparison], plan: PlanConfig) -> str:
+    """Arms x metrics, mean and 95% t interval (half width) over seeds, and the verdict."""
+    words = {c.arm: c.word for c in comparisons}
+    heads = ["arm", "seeds", *COLUMNS.values(), f"verdict on {plan.primary}"]
+    lines = [heads]
+    for arm, group in info.items():
+        seeds = max((len(v) for v in group["final_info_dict"].values()), default=0)
+        cells = [_cell(group["final_info_dict"].get(metric, [])) for metric in COLUMNS]
+        lines.append([arm, str(seeds), *cells, words.get(arm, "")])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    text = [
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "-"
+    mean = sum(numbers) / len(numbers)
+    if len(numbers) < 2:
+        return f"{mean:.4g}"
+    low, high = (float(bound) for bound in stats.t_interval(numbers))
+    return f"{mean:.4g} ±{(high - low) / 2:.2g}"
+
+
+def summary_text(
+    task: Launch, arms: Mapping[str, ArmResult], comparisons: Sequence[Comparison], no_probing: str
+) -> str:
+    """summary.md: question, verdict, cells that do not count, what to try next."""
+    plan = task.plan
+    better = "lower" if plan.direction == "lower" else "higher"
+    lines = [
+        f"# {task.name}: {task.run.title}",
+        "",
+        f"**Question.** Does an arm change {plan.primary} ({better} is better) against the "
+        f"baseline {f'at L0 {plan.target_l0:g}' if plan.target_l0 else 'at its own L0'}, by at "
+        f"least {plan.sesoi:g}?",
+        "",
+        "**Verdict.**" + (" Exploratory." if task.purpose != "confirm" else " Confirmatory."),
+        "",
+        "| arm | what it is | verdict | difference | 95% interval | pairs |",
+        "|---|---|---|---|---|---|",
+    ]
+    comments = {arm.name: arm.comment for arm in task.run.arms}
+    for c in comparisons:
+        interval = "-" if c.low is None else f"{c.low:+.4f} to {c.high:+.4f}"
+        difference = "-" if c.mean_diff is None else f"{c.mean_diff:+.4f}"
+        lines.append(
+            f"| {c.arm} | {comments.get(c.arm, '')} | {c.word} | {difference} | {interval} "
+            f"| {c.n} |"
+        )
+    lines += ["", COVERS, "", "**Why.**", ""]
+    lines += [f"- {c.arm}: {c.reason}" for c in comparisons]
+    lines += ["", "**Gate.**", "", *_gate_lines(arms)]
+    if no_probing:
+        lines += ["", f"**Missing.** Sparse probing: {no_probing}."]
+    lines += ["", "**What to try next.**", "", *_next(comparisons)]
+    return "\n".join(lines) + "\n"
+
+
+def _gate_lines(arms: Mapping[str, ArmResult]) -> list[str]:
+    lines = []
+    for name, arm in arms.items():
+        found = {}
+        for result in arm.gates.values():
+            for finding in result.findings:
+                found.setdefault((finding.check, finding.expected), []).append(finding.sentence)
+        for (check, expected), sentences in found.items():
+            note = " (expected)" if expected else ""
+            lines.append(f"- {name}, {check}{note}, {len(sentences)} cells: {sentences[0]}")
+    return lines or ["- nothing found"]
+
+
+def _next(comparisons: Sequence[Comparison]) -> list[str]:
+    lines = []
+    for c in comparisons:
+        if c.word == "cannot tell" and c.needed_seeds:
+            lines.append(f"- {c.arm}: about {c.needed_seeds} seeds would tell.")
+        elif c.word == "helps":
+            lines.append(f"- {c.arm}: confirm it on seeds used nowhere else.")
+        elif c.word == "refused":
+            lines.append(f"- {c.arm}: {c.reason}.")
+    return lines or [f"- nothing: every arm is told apart from {BASELINE} or shown to be as good."]

@@ -1,0 +1,582 @@
+"""The verdict: does an arm move the primary metric against the baseline of the same seeds?
+
+Differences are arm minus baseline, seed by seed. One test is chosen beforehand from the numbers of
+pairs and arms (`stats.choose_test`), its p is Holm-adjusted over the family, and then
+
+    helps / hurts   Holm-adjusted p <= alpha, by the sign against the declared direction
+    no evidence     otherwise, and an effect worth having is excluded: the equivalence test (TOST)
+                    inside +- the smallest effect of interest has p <= alpha
+    cannot tell     otherwise, with the number of seeds at which it could be told
+    refused         no comparison is made: L0 off target, fewer than two pairs, other definitions
+
+A cell that is `invalid` (the software's fault) has the value None and takes its pair out. A cell
+that `failed` (the arm's fault: it died, diverged or lost its sparsity) stays and counts against the
+arm, because dropping it would leave the survivors only. Its pair enters with its own number where
+that number is against the arm, and otherwise as a loss as large as the largest measured difference,
+at least the smallest effect of interest. An arm with a failed cell is never said to help, and with
+a loss of unknown size there is no 'no evidence' either.
+A baseline cell without a value takes its pair out, whatever the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+import numpy as np
+
+from saelab import stats
+from saelab.errors import SettingError
+from saelab.seeding import numpy_stream
+
+Word = Literal["helps", "hurts", "no evidence", "cannot tell", "refused"]
+Direction = Literal["lower", "higher"]
+Values = Mapping[int, float | None]
+Kind = Literal["normal", "skewed", "discrete", "asymmetric"]
+
+#: Said in every report: what the interval is an interval over.
+COVERS = "The interval covers SAE initialisation and data order, not other models or texts."
+#: Power at which smallest detectable effects and numbers of seeds are stated.
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against the baseline on the primary metric; numbers are None where there are none.
+
+    Args:
+        arm, metric: what is compared.
+        n: pairs that entered, failed ones included.
+        mean_diff, low, high: mean of arm - baseline and its t interval, in the metric's unit.
+        p, p_holm: of the test that decides, before and after Holm over the family.
+        test: 'sign-flip' or 't'; '' when refused.
+        sesoi: smallest effect of interest, in the metric's unit.
+        detectable: smallest true effect that n pairs of this spread find in 80% of studies
+            (t test at alpha, one comparison).
+        word: the verdict.
+        needed_seeds: for 'cannot tell', pairs at which it could be told, see `seeds_to_tell`;
+            None where more pairs would not help, as for an arm with a failed cell.
+        reason: one sentence with the numbers.
+        exploratory: false only for the confirmatory run.
+        bca_low, bca_high: BCa bootstrap interval, from 10 pairs.
+    """
+
+    arm: str
+    metric: str
+    n: int
+    mean_diff: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None
+    test: str
+    sesoi: float
+    detectable: float | None
+    word: Word
+    needed_seeds: int | None
+    reason: str
+    exploratory: bool
+    bca_low: float | None = None
+    bca_high: float | None = None
+
+    def means(self) -> dict[str, float | str | None]:
+        """The entries of `final_info.json` that hold this comparison."""
+        return {
+            f"verdict.{self.metric}": self.word,
+            f"diff.{self.metric}": self.mean_diff,
+            f"diff.{self.metric}.low": self.low,
+            f"diff.{self.metric}.high": self.high,
+        }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A secondary metric: mean of arm - baseline with its 95% t interval, and no word."""
+
+    arm: str
+    metric: str
+    n: int
+    mean_diff: float | None
+    low: float | None
+    high: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The pairs of one arm as gains (positive is good), or why there is no comparison."""
+
+    gains: stats.Array
+    measured: bool = True
+    failed: int = 0
+    losses: int = 0
+    excluded: int = 0
+    refusal: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return not self.refusal
+
+
+def judge(
+    primary: str,
+    direction: Direction,
+    sesoi: float,
+    baseline: Values,
+    arms: Mapping[str, Values],
+    l0: Mapping[str, Mapping[int, float]],
+    target_l0: float | None,
+    tolerance: float = 0.05,
+    alpha: float = 0.05,
+    exploratory: bool = True,
+    *,
+    failed: Mapping[str, set[int]] | None = None,
+    definitions: Mapping[str, str] | None = None,
+    family: int | None = None,
+    baseline_name: str = "baseline",
+) -> list[Comparison]:
+    """The verdict on the primary metric for every arm of one run.
+
+    Args:
+        primary: name of the metric.
+        direction: which way is better.
+        sesoi: smallest effect of interest, in the metric's unit; 0 means that none is declared.
+        baseline: seed -> value of the baseline; None is an invalid cell.
+        arms: arm -> seed -> value; all arms of the run, without the baseline.
+        l0: arm -> seed -> L0 (latents per token) at which the value holds; the baseline's under
+            `baseline_name` is checked too when given.
+        target_l0: L0 of the plan; None leaves sparsity unchecked.
+        tolerance: largest relative distance of a cell's L0 from the target.
+        alpha: level of the Holm-adjusted test and of the equivalence test.
+        exploratory: marks every comparison; false for the confirmatory run.
+        failed: arm -> seeds whose cell failed by the arm's own fault.
+        definitions: arm -> definition id of the metric, the baseline's under `baseline_name`.
+        family: planned number of comparisons when it is larger than the number of arms.
+        baseline_name: key of the baseline in `l0` and `definitions`.
+
+    Raises: SettingError for an impossible setting or a value that is not finite.
+    """
+    _check(direction, sesoi, target_l0, tolerance, alpha, baseline, arms, baseline_name)
+    m = max(len(arms), family or 0)
+    sign = 1.0 if direction == "higher" else -1.0
+    definitions, failed = definitions or {}, failed or {}
+    pairs: dict[str, _Pairs] = {}
+    for arm, values in arms.items():
+        refusal = _other_definition(arm, definitions, baseline_name)
+        pairs[arm] = (
+            _Pairs(np.zeros(0), refusal=refusal)
+            if refusal
+            else _pair(
+                sign,
+                sesoi,
+                baseline,
+                values,
+                set(failed.get(arm, ())),
+                _L0(target_l0, tolerance, l0.get(arm, {}), l0.get(baseline_name)),
+            )
+        )
+    usable = [arm for arm in arms if pairs[arm].usable]
+    p = {arm: float(stats.chosen_p(pairs[arm].gains, m, alpha)) for arm in usable}
+    adjusted = stats.holm(list(p.values()), m)
+    p_holm = dict(zip(usable, map(float, adjusted), strict=True))
+    blank = Comparison(
+        "", primary, 0, None, None, None, None, None, "", sesoi, None, "refused", None, "",
+        exploratory,
+    )  # fmt: skip
+    return [
+        _compare(
+            replace(blank, arm=arm, n=len(pairs[arm].gains), p=p.get(arm), p_holm=p_holm.get(arm)),
+            pairs[arm], sign, m, alpha,
+        )
+        for arm in arms
+    ]  # fmt: skip
+
+
+def words(gain: stats.Array, p_holm: stats.Array, p_tost: stats.Array, alpha: float) -> np.ndarray:
+    """The four words for mean gains (positive is good), Holm-adjusted p and equivalence p."""
+    told = p_holm <= alpha
+    conditions = [told & (gain > 0), told & (gain < 0), p_tost <= alpha]
+    return np.select(conditions, ["helps", "hurts", "no evidence"], "cannot tell")
+
+
+def compare_secondary(
+    metric: str, baseline: Values, arms: Mapping[str, Values], alpha: float = 0.05
+) -> list[Difference]:
+    """Differences of a secondary metric with t intervals; secondary metrics get no word."""
+    found = []
+    for arm, values in arms.items():
+        d = [a - b for a, b in _both(baseline, values).values()]
+        if not d:
+            found.append(Difference(arm, metric, 0, None, None, None, "no pair has both values"))
+            continue
+        summary = stats.paired(d, alpha)
+        reason = "" if summary.n > 1 else "one pair has no interval"
+        found.append(
+            Difference(arm, metric, summary.n, summary.mean, summary.low, summary.high, reason)
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------- pairing
+
+
+@dataclass(frozen=True)
+class _L0:
+    """Which L0 the cells of one arm and of the baseline have, and which they should have."""
+
+    target: float | None
+    tolerance: float
+    arm: Mapping[int, float]
+    baseline: Mapping[int, float] | None
+
+    def complaint(self, seeds: list[int]) -> str:
+        """Why these cells can't be compared at equal L0; '' when they can."""
+        cells = [("arm", seed, self.arm.get(seed)) for seed in seeds]
+        if self.baseline is not None:
+            cells += [("baseline", seed, self.baseline.get(seed)) for seed in seeds]
+        return next((text for cell in cells if (text := self._off(*cell))), "")
+
+    def _off(self, who: str, seed: int, l0: float | None) -> str:
+        if self.target is None:
+            return ""
+        if l0 is None:
+            return f"the {who}'s L0 at seed {seed} is missing: measure it"
+        off = abs(l0 / self.target - 1)
+        if off <= self.tolerance + 1e-9:
+            return ""
+        return (
+            f"the {who}'s L0 at seed {seed} is {l0:.4g}, {off:.1%} from the target "
+            f"{self.target:g} (tolerance {self.tolerance:.0%}): calibrate it, or interpolate "
+            "over its sparsity levels to the target"
+        )
+
+
+def _pair(
+    sign: float, sesoi: float, baseline: Values, values: Values, failed: set[int], l0: _L0
+) -> _Pairs:
+    """Gains by seed: healthy pairs first, then failed ones; or the refusal."""
+    both = _both(baseline, values)
+    healthy = [seed for seed in both if seed not in failed]
+    fallen = sorted(seed for seed in failed if baseline.get(seed) is not None)
+    n = len(healthy) + len(fallen)
+    excluded = len((set(values) | failed) - set(healthy) - set(fallen))
+    if n < 2:
+        return _Pairs(np.zeros(n), excluded=excluded, refusal=_too_few(n, excluded))
+    if complaint := l0.complaint(healthy):
+        return _Pairs(np.zeros(n), refusal=complaint)
+    gain = {seed: sign * (both[seed][0] - both[seed][1]) for seed in both}
+    loss = -max([sesoi, *(abs(gain[seed]) for seed in healthy)])
+    own = {seed: gain[seed] for seed in fallen if gain.get(seed, 0.0) < 0}
+    measured = bool(healthy or own)
+    if not measured:  # nothing but losses of unknown size: only their signs can be tested
+        loss = -1.0
+    gains = [gain[seed] for seed in healthy] + [own.get(seed, loss) for seed in fallen]
+    return _Pairs(np.array(gains), measured, len(fallen), len(fallen) - len(own), excluded=excluded)
+
+
+def _both(baseline: Values, values: Values) -> dict[int, tuple[float, float]]:
+    """seed -> (arm, baseline), in the baseline's order, for seeds where both are there."""
+    return {
+        seed: (value, reference)
+        for seed, reference in baseline.items()
+        if (value := values.get(seed)) is not None and reference is not None
+    }
+
+
+def _too_few(n: int, excluded: int) -> str:
+    why = f", {excluded} excluded because a cell is invalid or missing" if excluded else ""
+    return f"{_count(n, 'usable pair')}{why}: two are needed, so mend those cells or add seeds"
+
+
+def _other_definition(arm: str, definitions: Mapping[str, str], baseline_name: str) -> str:
+    if not definitions:
+        return ""
+    own, reference = definitions.get(arm), definitions.get(baseline_name)
+    if own == reference and own is not None:
+        return ""
+    return (
+        f"measured as {own!r}, the baseline as {reference!r}: numbers of different definitions "
+        "are not compared, so evaluate both in the same way"
+    )
+
+
+# ------------------------------------------------------------------------------------- the verdict
+
+
+def _compare(blank: Comparison, pairs: _Pairs, sign: float, m: int, alpha: float) -> Comparison:
+    """Fills in the numbers, the word and the reason of a usable comparison."""
+    if blank.p_holm is None:
+        return replace(blank, reason=pairs.refusal)
+    n = len(pairs.gains)
+    p_tost = stats.tost_p(pairs.gains, blank.sesoi) if pairs.measured else np.array(1.0)
+    word = cast(Word, str(words(pairs.gains.mean(), np.array(blank.p_holm), p_tost, alpha)))
+    if (word == "helps" and pairs.failed) or (word == "no evidence" and pairs.losses):
+        word = "cannot tell"
+    done = replace(blank, word=word, test=stats.choose_test(n, m, alpha))
+    if pairs.measured:
+        done = _with_numbers(done, sign * pairs.gains, alpha)
+    if word == "cannot tell" and pairs.measured and not pairs.failed:
+        needed = seeds_to_tell(stats.paired(pairs.gains, alpha), blank.sesoi, m, alpha)
+        done = replace(done, needed_seeds=needed)
+    return replace(done, reason=_reason(done, pairs, m))
+
+
+def _with_numbers(done: Comparison, d: stats.Array, alpha: float) -> Comparison:
+    summary = stats.paired(d, alpha)
+    sd = summary.sd or 0.0
+    bca = stats.bca_interval(d, alpha)
+    return replace(
+        done,
+        mean_diff=summary.mean,
+        low=summary.low,
+        high=summary.high,
+        detectable=stats.smallest_detectable(sd, summary.n, alpha, POWER),
+        bca_low=bca[0] if bca else None,
+        bca_high=bca[1] if bca else None,
+    )
+
+
+def seeds_to_tell(summary: stats.Paired, sesoi: float, m: int, alpha: float) -> int | None:
+    """Number of pairs at which it could be told, if the spread stays as it is.
+
+    The first of these that is more than there are now: pairs for 80% power both to find an effect
+    of sesoi and to exclude it when there is none; pairs to find an effect as large as the observed
+    one. The test's level is alpha / m, Holm's strictest. None when neither can be stated.
+    """
+    sd = summary.sd or 0.0
+    parts = (
+        stats.pairs_needed(sd, sesoi, alpha / m, POWER),
+        stats.pairs_needed_equivalence(sd, sesoi, alpha, POWER),
+    )
+    planned = max((part for part in parts if part is not None), default=None)
+    if None in parts:
+        planned = None
+    observed = stats.pairs_needed(sd, summary.mean, alpha / m, POWER)
+    return next((n for n in (planned, observed) if n is not None and n > summary.n), None)
+
+
+def _reason(c: Comparison, pairs: _Pairs, m: int) -> str:
+    """One sentence with the numbers behind the word."""
+    parts = [_measured(c), f"p = {c.p_holm:.3g} ({c.test}, Holm over {m})"]
+    if c.word in ("helps", "hurts") and c.mean_diff is not None and abs(c.mean_diff) < c.sesoi:
+        parts.append(f"smaller than the smallest effect of interest, {c.sesoi:g}")
+    if c.word == "no evidence":
+        parts.append(f"an effect of {c.sesoi:g} is excluded")
+    if c.word == "cannot tell":
+        parts.append(_untold(c, pairs))
+    if pairs.failed:
+        parts.append(_fallen(pairs))
+    if pairs.excluded:
+        parts.append(f"{_count(pairs.excluded, 'pair')} excluded as invalid or missing")
+    return "; ".join(part for part in parts if part)
+
+
+def _measured(c: Comparison) -> str:
+    if c.mean_diff is None:
+        return f"no number over {_count(c.n, 'pair')}"
+    span = f"[{c.low:.4g}, {c.high:.4g}]"
+    return f"{c.metric} differs by {c.mean_diff:+.4g} {span} over {_count(c.n, 'pair')}"
+
+
+def _untold(c: Comparison, pairs: _Pairs) -> str:
+    if pairs.failed:
+        return "an arm with a failed cell is not said to help, with any number of seeds"
+    if c.needed_seeds is not None:
+        return f"with this spread {c.needed_seeds} seeds could tell"
+    if c.sesoi == 0:
+        return "no smallest effect of interest is declared, so none can be excluded"
+    return f"the number of seeds that could tell can't be stated (or is above {stats.MOST_PAIRS})"
+
+
+def _fallen(pairs: _Pairs) -> str:
+    text = f"{pairs.failed} of {len(pairs.gains)} cells failed and count against the arm"
+    if pairs.losses and pairs.measured:
+        text += f", {pairs.losses} as a loss as large as the largest measured difference"
+    return text
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _check(
+    direction: str, sesoi: float, target_l0: float | None, tolerance: float, alpha: float,
+    baseline: Values, arms: Mapping[str, Values], baseline_name: str,
+) -> None:  # fmt: skip
+    if direction not in ("lower", "higher"):
+        raise SettingError("direction", direction, "say 'lower' or 'higher'")
+    if not (math.isfinite(sesoi) and sesoi >= 0):
+        raise SettingError("sesoi", sesoi, "a finite number >= 0 is needed")
+    if target_l0 is not None and not (math.isfinite(target_l0) and target_l0 > 0):
+        raise SettingError(
+            "target_l0", target_l0, "a number of latents per token above 0 is needed"
+        )
+    if not 0 < tolerance < 1:
+        raise SettingError("tolerance", tolerance, "a share between 0 and 1 is needed")
+    if not 0 < alpha < 0.5:
+        raise SettingError("alpha", alpha, "a level between 0 and 0.5 is needed")
+    if baseline_name in arms:
+        raise SettingError("arms", baseline_name, "the baseline is no arm of its own: leave it out")
+    for name, values in {baseline_name: baseline, **arms}.items():
+        for seed, value in values.items():
+            if value is not None and not math.isfinite(value):
+                raise SettingError(f"{name}, seed {seed}", value, "a missing number must be None")
+
+
+# -------------------------------------------------------------------------------------- validation
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What the rules say about simulated cells: shares over all simulated runs and arms.
+
+    Args:
+        kind, n, arms, effect, sesoi: the cells, see `simulate`.
+        test: the test that was chosen.
+        simulations: number of simulated runs.
+        any_told: share of runs in which at least one arm 'helps' or 'hurts'.
+        helps, hurts, no_evidence, cannot_tell: shares of the words over runs and arms.
+        coverage: share of t intervals that hold the true effect.
+    """
+
+    kind: Kind
+    n: int
+    arms: int
+    effect: float
+    sesoi: float
+    test: str
+    simulations: int
+    any_told: float
+    helps: float
+    hurts: float
+    no_evidence: float
+    cannot_tell: float
+    coverage: float
+
+
+def simulate(
+    kind: Kind,
+    n: int,
+    arms: int = 1,
+    effect: float = 0.0,
+    sesoi: float = 0.0,
+    simulations: int = 2000,
+    seed: int = 0,
+    alpha: float = 0.05,
+) -> Simulation:
+    """Applies the rules of `judge` to simulated runs.
+
+    Args:
+        kind: how cells are distributed: 'normal', 'skewed' (exponential) or 'discrete' (20 coin
+            throws), drawn alike for arm and baseline; 'asymmetric' draws skewed *differences*,
+            which no exchange of arm and baseline can give.
+        n: pairs.
+        arms: arms of the run, each with its own draws against a shared baseline.
+        effect: true effect of every arm, in standard deviations of the differences.
+        sesoi: smallest effect of interest, in the same unit.
+        simulations: simulated runs.
+        seed: of the stream 'simulation'.
+        alpha: level.
+    """
+    stream = numpy_stream(seed, "simulation", kind, n, arms)
+    d = _simulated_differences(stream, kind, (simulations, arms, n)) + effect
+    p_holm = stats.holm(stats.chosen_p(d, arms, alpha))
+    word = words(d.mean(axis=-1), p_holm, stats.tost_p(d, sesoi), alpha)
+    low, high = stats.t_interval(d, alpha)
+    told = (word == "helps") | (word == "hurts")
+    shares = [float(np.mean(word == w)) for w in ("helps", "hurts", "no evidence", "cannot tell")]
+    return Simulation(
+        kind, n, arms, effect, sesoi, stats.choose_test(n, arms, alpha), simulations,
+        float(told.any(axis=-1).mean()), *shares,
+        coverage=float(np.mean((low <= effect) & (effect <= high))),
+    )  # fmt: skip
+
+
+def _simulated_differences(
+    stream: np.random.Generator, kind: Kind, shape: tuple[int, int, int]
+) -> stats.Array:
+    """Differences [simulations, arms, n] of mean 0 and standard deviation 1."""
+    if kind == "asymmetric":
+        return stream.exponential(size=shape) - 1
+    simulations, arms, n = shape
+    cells = (simulations, arms + 1, n)
+    if kind == "normal":
+        values, sd = stream.normal(size=cells), 1.0
+    elif kind == "skewed":
+        values, sd = stream.exponential(size=cells), 1.0
+    else:
+        values, sd = stream.binomial(20, 0.8, size=cells) / 20, math.sqrt(0.2 * 0.8 / 20)
+    return (values[:, 1:] - values[:, :1]) / (sd * math.sqrt(2))
+
+
+@dataclass(frozen=True)
+class ValidationRow:
+    """One promise of the rules beside what simulation gives.
+
+    Args:
+        promise: in words.
+        run: the simulated runs.
+        observed: the share that the promise is about.
+        low, high: what is promised; None, None for a row that is shown without a promise.
+        kept: whether observed lies inside, with 3 standard errors of simulation allowed.
+    """
+
+    promise: str
+    run: Simulation
+    observed: float
+    low: float | None
+    high: float | None
+    kept: bool | None
+
+    def line(self) -> str:
+        run = self.run
+        bounds = "" if self.low is None else f"{self.low:.3f}-{self.high:.3f}"
+        kept = {True: "kept", False: "BROKEN", None: "no promise"}[self.kept]
+        return (
+            f"{self.promise:<34} {run.kind:<10} n {run.n}  arms {run.arms}  {run.test:<9} "
+            f"{self.observed:.3f}  {bounds:<11} {kept}"
+        )
+
+
+def validation_table(simulations: int = 2000, seed: int = 0) -> list[ValidationRow]:
+    """Checks the promises of the verdict by simulation, at alpha .05.
+
+    Returns: rows on false alarms, coverage, power at the smallest detectable effect and false
+        equivalence; two last rows show, without a promise, false alarms under skewed differences.
+    """
+    alpha, rows = 0.05, []
+
+    def row(
+        promise: str, run: Simulation, observed: float, bounds: tuple[float, float] | None
+    ) -> None:
+        low, high = bounds or (None, None)
+        rows.append(ValidationRow(promise, run, observed, low, high, _kept(observed, run, bounds)))
+
+    kinds: tuple[Kind, ...] = ("normal", "skewed", "discrete")
+    for kind in kinds:
+        for n, arms in ((3, 1), (5, 5), (8, 1), (8, 5)):
+            run = simulate(kind, n, arms, simulations=simulations, seed=seed)
+            row("no effect: helps or hurts", run, run.any_told, (0.0, alpha))
+    for n in (3, 5, 8):
+        run = simulate("normal", n, simulations=simulations, seed=seed)
+        row("95% interval covers", run, run.coverage, (0.93, 0.97))
+    for n, stated in ((3, (0.79, 0.81)), (5, (0.79, 0.81)), (8, (0.76, 0.80))):
+        effect = stats.detectable_factor(n)
+        run = simulate("normal", n, effect=effect, simulations=simulations, seed=seed)
+        row("smallest detectable effect: helps", run, run.helps, stated)
+    for n in (3, 8):
+        run = simulate("normal", n, effect=1.0, sesoi=1.0, simulations=simulations, seed=seed)
+        row("effect of interest: no evidence", run, run.no_evidence, (0.0, alpha))
+    for n, arms in ((5, 1), (8, 5)):
+        run = simulate("asymmetric", n, arms, simulations=simulations, seed=seed)
+        row("skewed differences: helps or hurts", run, run.any_told, None)
+    return rows
+
+
+def _kept(observed: float, run: Simulation, bounds: tuple[float, float] | None) -> bool | None:
+    if bounds is None:
+        return None
+    errors = [3 * math.sqrt(p * (1 - p) / run.simulations) for p in bounds]
+    return bounds[0] - errors[0] <= observed <= bounds[1] + errors[1]

@@ -1,0 +1,1 @@
+"""Training: one loop for n cells on one stream."""

@@ -1,0 +1,160 @@
+"""The training loop: n cells, one stream.
+
+A cell is one arm at one seed (and one sparsity level): an SAE with its optimiser and log. Cells
+never see each other, so adding one leaves the others' weights bitwise as they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saelab.data.stream import Batch
+from saelab.errors import CellFailure
+from saelab.sae import SAEConfig
+from saelab.training.optim import Optimiser, TrainConfig
+
+#: Steps between two rows of the log that are handed to `on_step` (every step is recorded).
+REPORT_EVERY = 16
+
+
+@dataclass(eq=False)
+class Log:
+    """Every step's named values: one float32 column per name, NaN before a name first appears."""
+
+    steps: int
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    length: int = 0
+
+    def append(self, record: dict[str, float]) -> None:
+        for name, value in record.items():
+            if name not in self.columns:
+                self.columns[name] = np.full(self.steps, np.nan, dtype=np.float32)
+            self.columns[name][self.length] = value
+        self.length += 1
+
+    def last(self, name: str, share: float = 0.0) -> float:
+        """The last value, or the mean over the last `share` of the run."""
+        column = self.columns[name][: self.length]
+        return float(column[-max(1, int(share * self.length)) :].mean())
+
+
+class Cell:
+    """One SAE in training.
+
+    Args:
+        name: for messages, for example 'baseline/seed 3'.
+        sae_config, train_config: what it is and how it is trained.
+        sample: raw activations [n, d_in] for initialisation, the same for all cells of a launch.
+        seed: of its named streams.
+    """
+
+    def __init__(
+        self, name: str, sae_config: SAEConfig, train_config: TrainConfig, sample: Tensor, seed: int
+    ) -> None:
+        self.name, self.config = name, train_config
+        self.sae = sae_config.build(sample.shape[1], train_config.steps, seed).to(sample.device)
+        self.sae.initialise(sample, seed)
+        self.sae.train()
+        self.optimiser = Optimiser(self.sae, train_config)
+        self.fired_at = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=sample.device)
+        self.log = Log(train_config.steps)
+        self.steps_done = 0
+        self.tokens = 0
+
+    @property
+    def done(self) -> bool:
+        return self.steps_done >= self.config.steps
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One optimiser step; returns the record that was logged.
+
+        Raises: CellFailure when the loss or the gradient is not finite; the weights stay as before.
+        """
+        step, sae = self.steps_done, self.sae
+        if self.config.positions is not None:
+            batch = batch.rows().within(*self.config.positions)
+        p = sae(batch.rows().x, step, self.config.steps)
+        terms = {name: term.loss(p) for name, term in sae.loss_terms().items()}
+        loss = torch.stack(list(terms.values())).sum()
+        self.optimiser.zero_grad()
+        loss.backward()
+        for constraint in sae.constraint_parts():
+            constraint.on_gradients(sae)
+        norm = float(self.optimiser.clip())
+        total = float(loss.detach())
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise CellFailure(self.name, step, f"loss {total}, gradient norm {norm}")
+        self.optimiser.step(step)
+        self._after(p)
+        record = {"loss": total, "grad_norm": norm, "l0": p.code.l0}
+        record |= {f"loss.{name}": float(term.detach()) for name, term in terms.items()}
+        record["dead"] = float((self.tokens - self.fired_at > self.dead_after).float().mean())
+        self.log.append(record | sae.scalars())
+        self.steps_done += 1
+        return record
+
+    @property
+    def dead_after(self) -> int:
+        """Rows of silence after which a latent counts as dead: a tenth of the run. Our choice."""
+        return self.config.tokens // 10
+
+    @torch.no_grad()
+    def _after(self, p) -> None:
+        sae = self.sae
+        for constraint in sae.constraint_parts():
+            constraint.on_parameters(sae)
+        self.tokens += p.n
+        self.fired_at[p.code.firings > 0] = self.tokens
+        for part in sae.parts():
+            part.update(p)
+        for observer in sae.observer_parts():
+            reset = observer.observe(p)
+            if reset is not None:
+                sae.reset_latents(reset)
+                self.optimiser.clear(sae, reset.latents)
+
+
+def train(
+    cells: Sequence[Cell],
+    stream: Iterable[tuple[Batch, object]],
+    on_step: Callable[[int, list[Cell]], None] | None = None,
+) -> dict[str, CellFailure]:
+    """Trains all cells on the one stream until each has done its steps.
+
+    A cell that fails stops alone; the others go on as if it had never been there.
+
+    Args:
+        cells: cells of one seed.
+        stream: yields (batch, position); must be long enough.
+        on_step: called every `REPORT_EVERY` steps and at the end with the steps done since the
+            last call and the living cells; it must not change anything.
+
+    Returns: failures by cell name.
+    """
+    failures: dict[str, CellFailure] = {}
+    living = [cell for cell in cells if not cell.done]
+    since = 0
+    if not living:
+        return failures
+    for batch, _ in stream:
+        for cell in living:
+            try:
+                cell.step(batch)
+            except CellFailure as failure:
+                failures[cell.name] = failure
+        living = [cell for cell in living if not cell.done and cell.name not in failures]
+        since += 1
+        if on_step and (since == REPORT_EVERY or not living):
+            on_step(since, living)
+            since = 0
+        if not living:
+            break
+    for cell in cells:
+        cell.sae.eval()
+    return failures

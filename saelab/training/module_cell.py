@@ -1,0 +1,77 @@
+"""A cell whose SAE is the user's own torch module: slower, but paired like the others.
+
+The module is made by a callable (d_in, d_sae, seed) and has
+
+    encode(x [n, d_in]) -> code [n, d_sae],  decode(f) -> x_hat [n, d_in],  loss(x) -> scalar
+
+in raw activation space. Everything else (batches, schedule, log, evaluation) is the study's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saelab.data.stream import Batch
+from saelab.errors import CellFailure, SettingError
+from saelab.training.loop import Cell, Log
+from saelab.training.optim import TrainConfig
+
+
+class ModuleCell(Cell):
+    """Trains `build(d_in, d_sae, seed)` on its own loss with Adam.
+
+    Raises: SettingError when the module lacks encode, decode or loss, or owns no parameters.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[..., Any],
+        d_sae: int,
+        config: TrainConfig,
+        sample: Tensor,
+        seed: int,
+    ) -> None:
+        d_in = sample.shape[1]
+        module = build(d_in, d_sae, seed)
+        for method in ("encode", "decode", "loss"):
+            if not callable(getattr(module, method, None)):
+                raise SettingError(f"{name}: module", type(module).__name__, f"needs {method}(x)")
+        module.d_in, module.d_sae = d_in, d_sae
+        self.name, self.config, self.sae = name, config, module.to(sample.device).train()
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if not parameters:
+            raise SettingError(f"{name}: module", type(module).__name__, "has nothing to train")
+        self.parameters = parameters
+        self.adam = torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True)
+        self.log = Log(config.steps)
+        self.steps_done = self.tokens = 0
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One optimiser step on the module's own loss.
+
+        Raises: CellFailure when loss or gradient is not finite.
+        """
+        if self.config.positions is not None:
+            batch = batch.rows().within(*self.config.positions)
+        x = batch.rows().x
+        loss = self.sae.loss(x)
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip))
+        total = float(loss.detach())
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise CellFailure(self.name, self.steps_done, f"loss {total}, gradient norm {norm}")
+        for group in self.adam.param_groups:
+            group["lr"] = self.config.lr * self.config.rate(self.steps_done)
+        self.adam.step()
+        record = {"loss": total, "grad_norm": norm}
+        self.log.append(record)
+        self.steps_done += 1
+        self.tokens += len(x)
+        return record

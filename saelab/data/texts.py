@@ -185,7 +185,7 @@ def _split_to_keep(files: list[Path], config: TextConfig) -> str | None:
     if there:
         raise SourceError(
             f"{config.path} has no rows of split {config.split!r}: its splits are "
-            f"{', '.join(sorted(there))}, and 'all' takes every row"
+            f"{', '.join(sorted(there))}; set text.split to one of them, or to 'all' for every row"
         )
     return None
 
@@ -197,7 +197,7 @@ def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     there, so that the error can name them.
     """
     if file.suffix == ".jsonl":
-        with open(file, encoding="utf-8") as lines:
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _json_row(line, f"{file}:{number}")
@@ -218,10 +218,10 @@ def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
             raise SourceError(f"{file} is no readable parquet file ({error}): mend it") from None
 
 
-def _json_row(line: str, where: str) -> dict[str, Any]:
+def _json_row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SourceError(f"{where} is no JSON ({error}): write one object a line") from None
     if not isinstance(row, dict):
         raise SourceError(f"{where} is no JSON object: write one object a line")

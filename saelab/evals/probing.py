@@ -421,7 +421,7 @@ def logistic_regression(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 SMALL_TRACE = 1e6
 #: Newton's method stops when the next step promises to lower the summed loss by less, per text, in
 #: nats. Our choice: at that point it converges quadratically, and accuracies no longer move.
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5
 MAX_STEPS = 100
 #: Weights p (1 - p) below this are raised to it: they only shape the step, never the solution.
 LEAST_WEIGHT = 1e-8

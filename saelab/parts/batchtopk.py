@@ -24,7 +24,7 @@ class BatchTopKConfig(PartConfig):
 
     kind: Literal["batchtopk"] = "batchtopk"
     k: PositiveInt = 32
-    momentum: float = Field(0.99, ge=0, lt=1)
+    momentum: float = Field(default=0.99, ge=0, lt=1)
 
     def build(self, dims: Dims) -> BatchTopK:
         return BatchTopK(self, dims)

@@ -36,11 +36,11 @@ class L0TargetConfig(PartConfig):
     kind: Literal["l0_target"] = "l0_target"
     name: str = "sparsity"
     target: PositiveFloat = 32
-    start: PositiveFloat = 3e-3
-    warmup: float = Field(0.3, gt=0, le=1)
-    proportional: float = Field(0.5, ge=0)
-    integral: float = Field(15.0, ge=0)
-    smoothing: float = Field(0.9, ge=0, lt=1)
+    start: PositiveFloat = 1e-2
+    warmup: float = Field(default=0.15, gt=0, le=1)
+    proportional: float = Field(default=1.0, ge=0)
+    integral: float = Field(default=60.0, ge=0)
+    smoothing: float = Field(default=0.9, ge=0, lt=1)
 
     def build(self, dims: Dims) -> L0Target:
         return L0Target(self, dims)

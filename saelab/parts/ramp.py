@@ -15,7 +15,7 @@ class RampConfig(PartConfig):
     kind: Literal["ramp"] = "ramp"
     name: str = "sparsity"
     value: float = 0.04
-    warmup: float = Field(0.1, ge=0, le=1)
+    warmup: float = Field(default=0.1, ge=0, le=1)
 
     def build(self, dims: Dims) -> Ramp:
         return Ramp(self, dims)

@@ -29,9 +29,9 @@ class ResamplingConfig(PartConfig):
     """
 
     kind: Literal["resampling"] = "resampling"
-    every: float = Field(0.2, gt=0, le=1)
+    every: float = Field(default=0.2, gt=0, le=1)
     patience: PositiveInt = 50_000
-    until: float = Field(0.8, gt=0, le=1)
+    until: float = Field(default=0.8, gt=0, le=1)
     encoder_norm: PositiveFloat = 0.2
 
     def build(self, dims: Dims) -> Resampling:

@@ -37,12 +37,12 @@ class VarianceScalingConfig(PartConfig):
     """
 
     kind: Literal["variance"] = "variance"
-    tau: float = Field(0.5, ge=0)
+    tau: float = Field(default=0.5, ge=0)
     statistics: Literal["running", "batch"] = "running"
     tying: Literal["global", "per_feature", "off"] = "global"
     beta: float = 1.0
     theta: float = 0.0
-    momentum: float = Field(0.99, ge=0, lt=1)
+    momentum: float = Field(default=0.99, ge=0, lt=1)
     start: Literal["function", "scaled"] = "function"
     literal: bool = False
 
@@ -104,8 +104,8 @@ class ScalarPriorConfig(PartConfig):
     """c_beta (beta - beta_0)^2 + c_theta (theta - theta_0)^2, mean over features when per feature."""
 
     kind: Literal["scalar_prior"] = "scalar_prior"
-    c_beta: float = Field(1e-3, ge=0)
-    c_theta: float = Field(1e-3, ge=0)
+    c_beta: float = Field(default=1e-3, ge=0)
+    c_theta: float = Field(default=1e-3, ge=0)
     beta_0: float = 1.0
     theta_0: float = 0.0
 

@@ -10,8 +10,8 @@ A finished cell is a folder of the cache under its content hash:
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import inspect
+import itertools
 import math
 import sys
 import time

@@ -109,8 +109,8 @@ class PlanConfig(Frozen):
     tolerance: PositiveFloat = 0.05
     seeds: PositiveInt = 8
     seeds_other: PositiveInt = 3
-    seeds_levels: int = Field(2, ge=0)
-    alpha: float = Field(0.05, gt=0, lt=1)
+    seeds_levels: int = Field(default=2, ge=0)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
     exclusions: tuple[str, ...] = ()
 
 

@@ -28,8 +28,8 @@ class TrainConfig(Frozen):
     tokens: PositiveInt = 524_288
     batch_size: PositiveInt = 512
     lr: PositiveFloat = 1e-3
-    warmup: float = Field(0.05, ge=0, le=1)
-    decay: float = Field(0.2, ge=0, le=1)
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    decay: float = Field(default=0.2, ge=0, le=1)
     betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: PositiveFloat = 1.0
     positions: tuple[int, int] | None = None

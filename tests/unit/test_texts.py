@@ -273,6 +273,9 @@ def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(b"caf\xe9")
     with pytest.raises(SourceError, match="no UTF-8"):
         list(documents(TextConfig(kind="files", path=str(tmp_path / "x.txt"))))
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "caf\xe9"}')
+    with pytest.raises(SourceError, match=r"x.jsonl:1 is no JSON"):
+        list(documents(TextConfig(kind="files", path=str(tmp_path / "x.jsonl"))))
 
 
 def test_missing_paths_are_named(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def train(
             Launch(
                 name=out_dir.name,
                 run=Run(config.stem, [Arm(BASELINE, comment=f"as {config.name} says")]),
-                plan=PlanConfig(study=config.stem, seeds=seeds, target_l0=None),
+                plan=PlanConfig.parse({"study": config.stem, "seeds": seeds, "target_l0": None}),
                 base=settings(config, _changes(set_)),
                 out_dir=out_dir,
                 root=Path(),

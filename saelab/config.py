@@ -43,7 +43,7 @@ class Frozen(BaseModel):
         for name, value in changes.items():
             append = name.endswith("+")
             *parents, last = name.removesuffix("+").split(".")
-            node = data
+            node: Any = data
             for depth, key in enumerate(parents):
                 child = _child(node, key, name)
                 if not isinstance(child, (dict, list, tuple)):
@@ -115,9 +115,10 @@ def _fields(cls: type[BaseModel], path: list[str]) -> list[str]:
                 names.extend(kind.model_fields)
             elif rest[0] in kind.model_fields:
                 visit(kind.model_fields[rest[0]].annotation, rest[1:])
-            elif "kind" in kind.model_fields:  # the tag of a discriminated union is in the path
-                if rest[0] in get_args(kind.model_fields["kind"].annotation):
-                    visit(kind, rest[1:])
+            elif "kind" in kind.model_fields and rest[0] in get_args(
+                kind.model_fields["kind"].annotation  # the tag of a union is in the path
+            ):
+                visit(kind, rest[1:])
         else:
             for argument in get_args(kind):
                 visit(argument, rest[1:] if rest and rest[0].isdigit() else rest)

@@ -28,9 +28,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
-            with open(temporary, "rb") as file:
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -41,15 +41,13 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
+        code, why = (error.errno, error.strerror) if isinstance(error, OSError) else (None, "")
         if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise WriteError(
                 f"{path} can't be written, the disk is full: free some space"
             ) from error
         if code in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise WriteError(
-                f"{path} can't be written ({error.strerror}): choose another folder"
-            ) from error  # type: ignore[union-attr]
+            raise WriteError(f"{path} can't be written ({why}): choose another folder") from error
         raise
 
 
@@ -74,5 +72,5 @@ def read_json(path: Path) -> Any:
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

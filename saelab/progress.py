@@ -6,6 +6,7 @@ Everything goes to stderr, so that a table on stdout can be piped. Nothing is sh
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -100,7 +101,7 @@ class _Silent(Progress):
 
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss; an unknown time is '?'."""
-    if not seconds == seconds or seconds == float("inf"):
+    if not math.isfinite(seconds):
         return "?"
     whole = int(seconds + 0.5)
     hours, rest = divmod(whole, 3600)

@@ -93,6 +93,8 @@ class SAE(nn.Module):
         self.controllers = _named(config.controllers, dims)
         self.constraints = _named(config.constraints, dims)
         self.observers = _named(config.observers, dims)
+        for part in self.parts():
+            part.check(self)
 
     # ---- composition -------------------------------------------------------------------------
 
@@ -140,8 +142,9 @@ class SAE(nn.Module):
         if self.scaling is not None:
             self.scaling.fit(sample / self.scale - self._centre())
             if getattr(self.config.scaling, "start", "function") == "function":
-                gain, _ = self.scaling.fold()
+                gain, shift = self.scaling.fold()
                 self.W_enc.div_(gain)
+                self.b_enc.sub_(self.W_enc @ shift)
         self.check_alive()
 
     def check_alive(self) -> None:

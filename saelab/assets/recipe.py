@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +76,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
+def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
+
+
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
     """All texts as one uint16 stream, each followed by EOS. Shape [tokens]."""
     eos = tokenizer.eos_token_id
@@ -85,7 +90,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.nda
 
 
 def batch_at(stream: np.ndarray, recipe: Recipe, step: int, bos: int) -> torch.Tensor:
-    """The batch of one step, from the seed and the step alone. int64 [batch, context], BOS first."""
+    """The batch of one step, from seed and step alone. int64 [batch, context], BOS first."""
     rng = np.random.default_rng([recipe.seed, step])
     starts = rng.integers(0, len(stream) - recipe.context, size=recipe.batch)
     rows = stream[starts[:, None] + np.arange(recipe.context - 1)]
@@ -151,7 +156,7 @@ def train(
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(stdlib.texts("train"), recipe.vocab_size)
-    bos = tokenizer.bos_token_id
+    bos = _id(tokenizer, BOS)
     train_tokens = token_stream(tokenizer, stdlib.texts("train"))
     held_out = windows(token_stream(tokenizer, stdlib.texts("held_out")), recipe.context, bos)
     model, optimizer, first = _start(out, recipe, tokenizer, device)
@@ -190,13 +195,13 @@ def _start(out: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, device
             intermediate_size=4 * recipe.d_model,
             max_position_embeddings=recipe.context,
             hidden_dropout=recipe.dropout,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=_id(tokenizer, BOS),
+            eos_token_id=_id(tokenizer, EOS),
+            pad_token_id=_id(tokenizer, PAD),
             tie_word_embeddings=False,
         )
     )
-    model.to(device).train()
+    model.to(torch.device(device)).train()  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=recipe.lr,
@@ -256,7 +261,7 @@ def _save_resume(out: Path, model, optimizer, recipe: Recipe, step: int) -> None
         tensors[f"square.{name}"] = optimizer.state[parameter]["exp_avg_sq"]
     state = json.dumps({"recipe": asdict(recipe), "step": step})
     save_file(tensors, folder / "state.tmp", metadata={"state": state})
-    os.replace(folder / "state.tmp", folder / "state.safetensors")
+    (folder / "state.tmp").replace(folder / "state.safetensors")
 
 
 def _write(out: Path, model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -292,12 +297,13 @@ autoencoders can be trained and judged on real activations without a network.
 
 Made by `saelab lm train` (`saelab/assets/recipe.py`; every setting is in `recipe.json`).
 
-- **Text**: the source of the standard library of Python {corpus["python"]}, without tests, character
-  tables and generated literals: {corpus["files"]} files, {corpus["bytes"]:,} bytes,
+- **Text**: the source of the standard library of Python {corpus["python"]}, without tests,
+  character tables and generated literals: {corpus["files"]} files, {corpus["bytes"]:,} bytes,
   sha256 `{corpus["sha256"]}`.
 - **Split**: {corpus["held_out_files"]} files are held out by a hash of their path and were never
   trained on; {train_tokens:,} training tokens.
-- **Training**: {recipe.tokens:,} tokens ({recipe.tokens / train_tokens:.1f} passes), AdamW, bfloat16 autocast.
+- **Training**: {recipe.tokens:,} tokens ({recipe.tokens / train_tokens:.1f} passes), AdamW,
+  bfloat16 autocast.
 
 | held-out loss of | nats per token |
 |---|---|

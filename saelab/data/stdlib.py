@@ -1,8 +1,9 @@
 """Real text that every Python has: the source of the interpreter's own standard library.
 
 It is read from the running interpreter and never copied. Test folders are left out, and so are
-`encodings` (character tables) and `pydoc_data` (one generated literal of 750 KB). One third of the modules is held out by a hash of the
-module path alone, so the split is the same on every machine and for every Python version:
+`encodings` (character tables) and `pydoc_data` (one generated literal of 750 KB). One third of the
+modules is held out by a hash of the module path alone, so the split is the same on every machine
+and for every Python version:
 
     held out  <=>  int(sha256(path)[:8], 16) mod 3 == 0
 """

@@ -1,7 +1,7 @@
 """The stream of batches: shards in a fixed order, each read in every seed's own permutation.
 
-The permutation of buffer b for seed s comes from the named stream (s, 'data order', b) alone, so all
-arms of a seed see the same batches whatever else runs beside them. A stream yields
+The permutation of buffer b for seed s comes from the named stream (s, 'data order', b) alone, so
+all arms of a seed see the same batches whatever else runs beside them. A stream yields
 `(batch, position)`; a position says how to go on from the batch after it, exactly.
 """
 

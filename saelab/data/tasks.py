@@ -424,16 +424,19 @@ def entries_from_table(
 def _texts_by_label(
     folder: Path, side: str, text_column: str, label_column: str
 ) -> dict[str, dict[str, None]]:
+    import pyarrow
     import pyarrow.json
     import pyarrow.parquet
 
     readers = {".parquet": pyarrow.parquet.read_table, ".jsonl": pyarrow.json.read_json}
-    for suffix, read in readers.items():
-        if (path := folder / f"{side}{suffix}").exists():
-            table = read(path)
-            break
-    else:
+    paths = [path for suffix in readers if (path := folder / f"{side}{suffix}").is_file()]
+    if not paths:
         raise SourceError(f"{folder} has no {side}.parquet or {side}.jsonl: name such a folder")
+    path = paths[0]
+    try:
+        table = readers[path.suffix](path)
+    except pyarrow.ArrowInvalid as error:
+        raise SourceError(f"{path} can't be read ({error}): mend it") from None
     for column in (text_column, label_column):
         if column not in table.column_names:
             known = ", ".join(table.column_names)

@@ -13,6 +13,7 @@ pre-activations (one GEMM). Both weight gradients use the one index sorted by la
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from saelab.kernels.code import Support
+
+# Torch says so at the first sampled product; tests compare that product with dense autograd.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 #: Pairs per slice where a gather is needed (devices without a sampled product): bounds memory.
 SLICE = 1 << 16
@@ -41,12 +45,12 @@ def preactivations(u: Tensor, w_enc: Tensor, b_enc: Tensor, dtype: torch.dtype) 
 
 
 def inner_products(a: Tensor, b: Tensor, support: Support) -> Tensor:
-    """<a_row, b_latent> for every pair of the support; a [N, d], b [F, d] -> float32 [nnz]."""
+    """<a_row, b_latent> for every pair of the support; a [N, d], b [F, d] -> [nnz]."""
     if a.device.type == "cpu" and torch.backends.mkl.is_available() and support.nnz:
         pattern = torch.sparse_csr_tensor(
             support.offsets,
             support.latents,
-            torch.zeros(support.nnz),
+            a.new_zeros(support.nnz),
             size=(support.n_rows, support.d_sae),
             check_invariants=False,
         )

@@ -5,9 +5,10 @@ A part written outside the package (in experiment.py) is added with `register`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
+from torch import nn
 
 from saelab.errors import SettingError, nearest
 from saelab.parts.auxk import AuxKConfig
@@ -31,7 +32,8 @@ TABLE: dict[str, dict[str, type[PartConfig]]] = {}
 def register(seam: str, config: type[PartConfig]) -> type[PartConfig]:
     """Adds a part under its `kind`; verified against its seam, so that a mistake shows at once.
 
-    Raises: SettingError when the seam is unknown, the kind is taken, or build() is missing.
+    Raises: SettingError when the seam is unknown, the kind is taken or impossible, or build() is
+        missing.
     """
     if seam not in SEAMS:
         raise SettingError("seam", seam, f"known seams: {', '.join(SEAMS)}{nearest(seam, SEAMS)}")
@@ -40,6 +42,8 @@ def register(seam: str, config: type[PartConfig]) -> type[PartConfig]:
         raise SettingError(
             "kind", kind, f'{config.__name__} needs `kind: Literal["name"] = "name"`'
         )
+    if "." in kind or hasattr(nn.ModuleDict(), kind):
+        raise SettingError("kind", kind, "is a name that torch modules use: choose another name")
     taken = TABLE.setdefault(seam, {}).get(kind)
     if taken is not None and taken.__qualname__ != config.__qualname__:
         raise SettingError(
@@ -90,9 +94,13 @@ def _field(seam: str) -> Any:
     return Annotated[SerializeAsAny[PartConfig], BeforeValidator(lambda d: parse_part(seam, d))]
 
 
-ScalingField = _field("scaling")
-ActivationField = _field("activation")
-LossField = _field("loss")
-ControllerField = _field("controller")
-ConstraintField = _field("constraint")
-ObserverField = _field("observer")
+if TYPE_CHECKING:  # to a type checker every such field is a part's configuration
+    ScalingField = ActivationField = LossField = PartConfig
+    ControllerField = ConstraintField = ObserverField = PartConfig
+else:
+    ScalingField = _field("scaling")
+    ActivationField = _field("activation")
+    LossField = _field("loss")
+    ControllerField = _field("controller")
+    ConstraintField = _field("constraint")
+    ObserverField = _field("observer")

@@ -1,4 +1,4 @@
-"""AuxK: dead latents learn to reconstruct what the living ones leave over. Gao et al. 2024, app. A.2.
+"""AuxK: dead latents learn what the living ones leave over. Gao et al. 2024, app. A.2.
 
     e = x - x_hat;   e_hat = sum over the k_aux largest pre-activations among dead latents
     coefficient * |e - e_hat|^2 / |e|^2

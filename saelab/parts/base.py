@@ -103,6 +103,9 @@ class Part(nn.Module):
     needs_contexts: ClassVar[bool] = False
     lr: float | None = None
 
+    def check(self, sae: SAE) -> None:
+        """Raises: SettingError when the SAE, once composed, lacks what the part needs."""
+
     def update(self, p: Pass) -> None:
         """Updates running statistics from one pass; called by the loop, once per step."""
 
@@ -141,9 +144,6 @@ class Activation(Part):
     #: Every row has the same number of active latents.
     exact_k: ClassVar[bool] = False
 
-    def check(self, d_sae: int) -> None:
-        """Raises: SettingError when the settings do not fit the number of latents."""
-
     def dense(self, z: Tensor) -> Tensor:
         """[N, d_sae] -> [N, d_sae] with gradients."""
         raise TypeError(f"{type(self).__name__} has no dense()")
@@ -156,13 +156,29 @@ class Activation(Part):
         """Gathered pre-activations [nnz] -> code values [nnz] with gradients."""
         raise TypeError(f"{type(self).__name__} has no at()")
 
+    def gate(self, z: Tensor, support: Support | None) -> Tensor:
+        """1[latent fires] at the support (or densely), with gradients to the thresholds.
+
+        Raises: SettingError when the activation has no thresholds.
+        """
+        raise SettingError(
+            "activation", type(self).__name__, "has no thresholds to penalise: choose jumprelu"
+        )
+
     def export(self) -> dict[str, Any]:
         """What another tool needs: 'architecture' and, for jumprelu, 'threshold' [d_sae]."""
         raise TypeError(f"{type(self).__name__} has no export()")
 
 
 class LossTerm(Part):
-    """One term of the objective."""
+    """One term of the objective; `coefficient` is a number or the name of a controller."""
+
+    coefficient: float | str = 1.0
+
+    def check(self, sae: SAE) -> None:
+        if isinstance(self.coefficient, str) and self.coefficient not in sae.settings(0):
+            remedy = "no controller sets it: add a controller of that name, or give a number"
+            raise SettingError("coefficient", self.coefficient, remedy)
 
     def loss(self, p: Pass) -> Tensor:
         """A scalar with gradient; must not change any state."""

@@ -67,7 +67,13 @@ class BatchTopK(Activation):
         return support_of_mask(self._mask(z))
 
     def at(self, values: Tensor, support: Support) -> Tensor:
-        return values if self.training else values * (values > self.threshold)
+        if not self.training:
+            return values * (values > self.threshold)
+        keep = values > 0
+        spare = support.nnz - self.k * support.n_rows
+        if spare > 0:  # a bfloat16 selection has ties at its cut: the exact values decide
+            keep &= values >= torch.kthvalue(values.detach(), spare + 1).values
+        return values * keep
 
     def update(self, p: Pass) -> None:
         active = p.code.values.detach()[p.code.active]

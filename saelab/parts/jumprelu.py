@@ -1,4 +1,4 @@
-"""JumpReLU with straight-through gradients for its thresholds. Rajamanoharan et al. 2024b, eq. 11-12.
+"""JumpReLU, straight-through gradients for its thresholds. Rajamanoharan et al. 2024b, eq. 11-12.
 
     f_i = z_i * 1[z_i > t_i],   t_i = exp(log_t_i)
     pseudo-derivatives, K the box kernel of width h:
@@ -6,8 +6,8 @@
         d1/dt_i   = -(1 / h)   * K((z_i - t_i) / h)
 
 The threshold is kept as its logarithm with a learning rate of its own: at the weights' rate it
-would hardly move in a short run. The support holds a margin of half a bandwidth below the threshold,
-where only the pseudo-derivative is non-zero.
+would hardly move in a short run. The support holds a margin of half a bandwidth below the
+threshold, where only the pseudo-derivative is non-zero.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class JumpReLU(Activation):
         return (log if support is None else log[support.latents]).exp()
 
     def dense(self, z: Tensor) -> Tensor:
-        return _Jump.apply(z, self.threshold.expand_as(z), self.bandwidth)  # type: ignore[return-value]
+        threshold = self.threshold.expand_as(z)
+        return _Jump.apply(z, threshold, self.bandwidth)  # type: ignore[return-value]
 
     def support(self, z: Tensor) -> Support | None:
         floor = self.threshold.detach()

@@ -7,13 +7,14 @@ Its gradient reaches the thresholds through the pseudo-derivative of the step.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from saelab.errors import SettingError
 from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
-from saelab.parts.jumprelu import JumpReLU
+
+if TYPE_CHECKING:
+    from saelab.sae import SAE
 
 
 class L0Config(PartConfig):
@@ -31,9 +32,10 @@ class L0(LossTerm):
         super().__init__()
         self.coefficient = config.coefficient
 
+    def check(self, sae: SAE) -> None:
+        super().check(sae)
+        sae.activation.gate(sae.W_enc.new_empty(0, sae.d_sae), None)
+
     def loss(self, p: Pass) -> Tensor:
-        activation = p.sae.activation
-        if not isinstance(activation, JumpReLU):
-            raise SettingError("losses", "l0", "needs an activation with thresholds (jumprelu)")
-        gates = activation.gate(p.code.pre, p.code.support)
+        gates = p.sae.activation.gate(p.code.pre, p.code.support)
         return gates.sum() * (p.setting(self.coefficient) / p.n)

@@ -2,11 +2,11 @@
 
 A proportional-integral controller on the logarithm of the coefficient:
 
-    e_t       = clip(log(L0_t / target_t), -1, 1)        L0_t: EMA of the batch's L0
+    e_t       = clip(log(L0_t / target_t), -1, 1)       L0_t: EMA of the batch's L0
     log c_t   = I_t + proportional * e_t,     I_t = I_{t-1} + integral * e_t / steps
 
-target_t falls geometrically from the first batch's L0 to the target over the first `warmup` share of
-the run: the sparsity warm-up. The controller replaces trial runs for each arm's penalty: every arm
+target_t falls geometrically from the first batch's L0 to the target over the first `warmup` share
+of the run: the sparsity warm-up. The controller replaces trial runs for each arm's penalty: each arm
 reaches the same L0 by the same rule (docs/decisions/0002). Our choice of gains: the largest that
 neither overshoot nor oscillate on the embedded model.
 """

@@ -1,4 +1,4 @@
-"""TopK: the k largest pre-activations of each row, negative ones set to zero. Gao et al. 2024, eq. 5.
+"""TopK: the k largest pre-activations of a row, negative ones set to zero. Gao et al. 2024, eq. 5.
 
 f_i = max(z_i, 0) if z_i is among the k largest of its row, else 0
 """

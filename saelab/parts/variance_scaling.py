@@ -1,9 +1,9 @@
 """Idea A at the input: per-dimension variance raised to a temperature, and two global scalars.
 
-    s_j = ((v_j + eps) / vbar)^(-tau)        v_j running variance, vbar geometric mean, eps 1e-6 mean v
+    s_j = ((v_j + eps) / vbar)^(-tau)   v_j running variance, vbar geometric mean, eps 1e-6 mean v
     u   = beta * s * (x - b_dec) + theta     z = W_enc u + b_enc
 
-tau 0 is no scaling, 0.5 unit variance, 1 over-corrects. At inference this is exactly a standard SAE:
+tau 0 is no scaling, 0.5 unit variance, 1 over-corrects. At inference this is a standard SAE:
 
     W_enc' = W_enc diag(beta s),   b_enc' = b_enc + theta * W_enc 1
 
@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from saelab.errors import SettingError
 from saelab.parts.base import Dims, LossTerm, PartConfig, Pass, Scaling
 
 
@@ -55,6 +56,8 @@ class VarianceScaling(Scaling):
 
     def __init__(self, config: VarianceScalingConfig, dims: Dims) -> None:
         super().__init__()
+        if config.start == "function" and config.beta == 0:
+            raise SettingError("scaling.beta", 0, "can't start as a function: set start = 'scaled'")
         self.config, self.lr = config, config.lr
         self.register_buffer("variance", torch.ones(dims.d_in))
         shape = (dims.d_in,) if config.tying == "per_feature" else ()
@@ -70,7 +73,7 @@ class VarianceScaling(Scaling):
         """s of the module's equation; [d_in] -> [d_in]."""
         if self.config.literal:
             return (variance + 1e-6).pow(-self.config.tau)
-        floored = variance + 1e-6 * variance.mean()
+        floored = (variance + 1e-6 * variance.mean()).clamp_min(torch.finfo(variance.dtype).tiny)
         centre = floored.log().mean().exp()
         return (floored / centre).pow(-self.config.tau)
 
@@ -101,7 +104,7 @@ class VarianceScaling(Scaling):
 
 
 class ScalarPriorConfig(PartConfig):
-    """c_beta (beta - beta_0)^2 + c_theta (theta - theta_0)^2, mean over features when per feature."""
+    """c_beta (beta - beta_0)^2 + c_theta (theta - theta_0)^2, mean over features if per feature."""
 
     kind: Literal["scalar_prior"] = "scalar_prior"
     c_beta: float = Field(default=1e-3, ge=0)

@@ -8,81 +8,57 @@
     scalars          learned scalars over training
     verdict          paired difference from the baseline
 
-Arms keep one look through all pictures of a run: the baseline is black, the others differ in colour
-(Okabe and Ito 2008, safe for colour-blind readers), marker and line style; controls are grey. Bands
-and bars go from the lowest to the highest seed, except in the verdict (95% t interval). Figures are
-made without pyplot and inside an rc context, so nothing of a caller's matplotlib changes.
+Bands and bars go from the lowest to the highest seed, except in the verdict (95% t interval). The
+titles carry the numbers that matter. What is missing is said in the picture, with its reason.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from saelab.errors import SaelabError, SourceError
-from saelab.files import write_atomically
-from saelab.report.load import CONTROL, Curve, Run, load, present
+from saelab.report.canvas import (
+    STYLE,
+    Look,
+    Page,
+    explain,
+    handle,
+    log_axis,
+    looks,
+    save,
+    shown,
+    wrap,
+)
+from saelab.report.load import Curve, Run, load
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Inches across, and points: readable at half size. Our choice.
-WIDTH = 8.0
-TEXT, TITLE = 11.0, 13.0
-#: Inches that a line of text takes, and around the page.
-LINE, TITLE_LINE, MARGIN = 0.205, 0.25, 0.12
-DPI = 150
 #: Width of a bin of the density histogram, in log10 of the firing share.
 BIN = 0.25
-#: The k shown entry by entry, as in the verdict's secondary metrics.
+#: The k that is shown entry by entry.
 ENTRY_K = 5
-#: Scalars drawn over training, with the axis label.
-SCALARS = {
-    "beta": "beta",
-    "theta": "theta",
-    "tau": "tau",
-    "alpha": "alpha",
-    "k": "k (latents)",
+#: Scalars drawn over training.
+SCALARS = ("beta", "theta", "tau", "alpha", "k")
+#: Share of training from which differences to the baseline set their axis; before, they are large.
+SETTLED = 0.2
+#: Title and axis label of the metrics drawn against L0.
+RECOVERED = "loss_recovered"
+FRONTIER = {
+    "fvu": ("Reconstruction (lower is better)", "FVU"),
+    RECOVERED: ("Language-model loss (higher is better)", "loss recovered"),
 }
-NAMES = {
-    "fvu": "FVU",
-    "l0": "L0",
-    "mse": "MSE",
-    "sae_test_accuracy": "probing accuracy, all latents",
-} | {f"sae_top_{k}_test_accuracy": f"probing accuracy, k = {k}" for k in (1, 2, 5, 10, 20, 50)}
+#: Metrics whose name is not what people say.
+NAMES = {"fvu": "FVU", "l0": "L0", "mse": "MSE"}
 WORDS = ("helps", "hurts", "no evidence", "cannot tell", "refused")
-
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": TEXT,
-    "axes.titlesize": TEXT,
-    "axes.titlelocation": "left",
-    "axes.labelsize": TEXT,
-    "xtick.labelsize": TEXT,
-    "ytick.labelsize": TEXT,
-    "legend.fontsize": TEXT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.7,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 6,
-    "savefig.facecolor": "white",
-    "svg.hashsalt": "saelab",
-    "text.parse_math": False,
-    "figure.dpi": DPI,
-}
 
 #: What a picture is: the figure, or the reason why there is none.
 Picture = Callable[[Run], "Figure | str"]
@@ -145,248 +121,14 @@ def draw_run(run: Run, where: Path) -> Iterator[tuple[str, bool]]:
     import matplotlib
 
     for name, picture in PICTURES.items():
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(cast(Any, STYLE)):
             figure = picture(run)
-            if isinstance(figure, str):
-                yield f"{run.name}: no {name} picture, {figure}", False
-                continue
-            save(figure, where / f"{run.name}_{name}")
-        yield f"{run.name}_{name}.png", True
-
-
-def save(figure: Figure, stem: Path) -> None:
-    """Writes <stem>.png and <stem>.svg; the same figure gives the same bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.image import imsave
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())
-    write_atomically(
-        stem.with_name(f"{stem.name}.png"),
-        lambda file: imsave(file, pixels, format="png", dpi=DPI, metadata={"Software": None}),
-    )
-    figure.set_layout_engine("none")  # the layout is done
-    write_atomically(
-        stem.with_name(f"{stem.name}.svg"),
-        lambda file: FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None}),
-    )
-
-
-# ---------------------------------------------------------------- looks
-
-
-@dataclass(frozen=True)
-class Look:
-    """How an arm or control is drawn, in every picture."""
-
-    color: str
-    marker: str
-    dashes: Any
-    width: float
-    filled: bool = True
-    zorder: float = 3.0
-
-    def marks(self) -> dict[str, Any]:
-        return {
-            "color": self.color,
-            "marker": self.marker,
-            "markerfacecolor": self.color if self.filled else "white",
-            "markeredgecolor": self.color,
-            "zorder": self.zorder,
-        }
-
-    def line(self) -> dict[str, Any]:
-        return self.marks() | {"linestyle": self.dashes, "linewidth": self.width}
-
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
-MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
-DASHES = (
-    (0, (5, 1.5)),
-    (0, (1.2, 1.2)),
-    (0, (6, 1.5, 1.2, 1.5)),
-    (0, (9, 2)),
-    (0, (3, 1.2)),
-    (0, (6, 1.2, 1.2, 1.2, 1.2, 1.2)),
-    "-",
-)
-GREYS = ("#777777", "#999999", "#555555", "#AAAAAA")
-GREY_DASHES = ((0, (4, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)), (0, (2, 2)))
-GREY_MARKERS = ("x", "+", "1", "2")
-
-
-def looks(run: Run) -> dict[str, Look]:
-    """The look of every arm and control. The baseline is the widest line and lies underneath."""
-    found = {run.baseline: Look("black", "o", "-", 2.4, zorder=2.5)}
-    for i, arm in enumerate(run.arms[1:]):
-        found[arm] = Look(
-            COLORS[i % len(COLORS)],
-            MARKERS[i % len(MARKERS)],
-            DASHES[i % len(DASHES)],
-            1.6,
-            filled=i < len(COLORS),
-        )
-    for i, control in enumerate(run.controls):
-        found[control] = Look(
-            GREYS[i % len(GREYS)], GREY_MARKERS[i % len(GREY_MARKERS)],
-            GREY_DASHES[i % len(GREY_DASHES)], 1.6, zorder=2,
-        )  # fmt: skip
-    return found
-
-
-def shown(name: str) -> str:
-    """An arm or control as the legend names it."""
-    if name.startswith(CONTROL):
-        return f"control: {name.removeprefix(CONTROL).strip()}"
-    return textwrap.shorten(name, 44, placeholder=" …") or name[:44]
-
-
-def handle(name: str, look: Look, line: bool = True) -> Artist:
-    from matplotlib.lines import Line2D
-
-    style = look.line() if line else look.marks() | {"linestyle": ""}
-    return Line2D([], [], label=shown(name), **style)
-
-
-# ---------------------------------------------------------------- page
-
-
-class Page:
-    """Panels with a title and a sentence above, and legend and notes below.
-
-    The text is placed by its own size, so that it never meets the panels.
-
-    Args:
-        mosaic: names of the panels, row by row; one may span cells, '.' leaves a cell empty.
-        height: of the panels together, in inches.
-        grid: more for `Figure.subplot_mosaic`.
-    """
-
-    def __init__(self, mosaic: list[list[str]], height: float, **grid: Any) -> None:
-        from matplotlib.figure import Figure
-
-        self.height = height
-        self.figure = Figure(figsize=(WIDTH, height))
-        self.panels: dict[str, Axes] = self.figure.subplot_mosaic(mosaic, **grid)
-
-    def finish(
-        self, title: str, text: Sequence[str], handles: Sequence[Artist], notes: Sequence[str] = ()
-    ) -> Figure:
-        """Adds what stands around the panels.
-
-        Args:
-            title: says what is seen.
-            text: paragraphs: how to read it, and the numbers that matter.
-            handles: of the legend.
-            notes: what is missing and why.
-        """
-        titles = wrap(title, WIDTH - 2 * MARGIN, TITLE, bold=True)
-        above = [line for part in text for line in wrap(part, WIDTH - 2 * MARGIN)]
-        below = [line for part in notes for line in wrap(part, WIDTH - 2 * MARGIN)]
-        columns, rows = _legend_shape([str(handle.get_label()) for handle in handles])
-        top = MARGIN + len(titles) * TITLE_LINE + len(above) * LINE + 0.08
-        foot = MARGIN + len(below) * LINE
-        bottom = foot + rows * (LINE + 0.045) + (0.12 if rows else 0)
-        total = top + self.height + bottom
-        self.figure.set_size_inches(WIDTH, total)
-
-        def write(lines: Sequence[str], y: float, va: str, **style: Any) -> None:
-            where = (MARGIN / WIDTH, y / total)
-            self.figure.text(*where, "\n".join(lines), va=va, linespacing=1.2, **style)
-
-        write(titles, total - MARGIN, "top", fontsize=TITLE, fontweight="bold")
-        write(above, total - MARGIN - len(titles) * TITLE_LINE, "top", color="#333333")
-        write(below, MARGIN, "bottom", color="#333333")
-        if rows:
-            self.figure.legend(
-                handles=list(handles), loc="lower left", ncols=columns, frameon=False,
-                bbox_to_anchor=(MARGIN / WIDTH, (foot + 0.04) / total), borderaxespad=0,
-                handlelength=3.2, columnspacing=1.6, labelspacing=0.35, borderpad=0,
-            )  # fmt: skip
-        rect = (0.005, bottom / total, 0.99, self.height / total)
-        pads = {"w_pad": 0.06, "h_pad": 0.06, "wspace": 0.03, "hspace": 0.03}
-        self.figure.set_layout_engine("constrained", rect=rect, **pads)
-        return self.figure
-
-
-@functools.cache
-def text_width(text: str, size: float = TEXT, bold: bool = False) -> float:
-    """Inches that a line takes in the font of the pictures."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font = FontProperties("DejaVu Sans", weight="bold" if bold else "normal", size=size)
-    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
-
-
-def wrap(text: str, inches: float, size: float = TEXT, bold: bool = False) -> list[str]:
-    """Breaks a text at its spaces into lines that are not wider; a longer word stands alone."""
-    lines: list[str] = []
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and text_width(longer, size, bold) <= inches:
-            lines[-1] = longer
+            if not isinstance(figure, str):
+                save(figure, where / f"{run.name}_{name}")
+        if isinstance(figure, str):
+            yield f"{run.name}: no {name} picture, {figure}", False
         else:
-            lines.append(word)
-    return lines
-
-
-def _legend_shape(labels: Sequence[str]) -> tuple[int, int]:
-    """Columns and rows of a legend that is not wider than the page."""
-    if not labels:
-        return 1, 0
-    widest = max(map(text_width, labels)) + 0.9  # the line, and the gap to the next column
-    columns = max(1, min(len(labels), int((WIDTH - 2 * MARGIN + 0.25) / widest)))
-    rows = -(-len(labels) // columns)
-    return -(-len(labels) // rows), rows
-
-
-def _explain(axes: Axes, text: str) -> None:
-    """An empty panel says why it is empty."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_facecolor("#F5F5F5")
-    axes.spines[:].set_visible(False)
-    axes.text(
-        0.5, 0.5, "\n".join(wrap(text, 2.4)), ha="center", va="center",
-        transform=axes.transAxes, color="#444444",
-    )  # fmt: skip
-
-
-def _log(axes: Axes, which: Literal["x", "y"], ticks: Sequence[float] = ()) -> None:
-    """Makes an axis logarithmic with plain numbers, at `ticks` or else at round numbers."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    axes.set(**{f"{which}scale": "log"})
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    low, high = sorted(axis.get_view_interval())
-    if ticks:
-        axis.set_major_locator(FixedLocator(list(ticks)))
-    elif high > 6 * low:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    else:
-        axis.set_major_locator(MaxNLocator(5))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _by_arm(axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]]) -> None:
-    """Side by side in the order of the arms: seeds as dots, their mean and range."""
-    style = looks(run)
-    for x, arm in enumerate(run.arms):
-        if values := numbers.get(arm):
-            color = style[arm].color
-            spread = x + 0.24 * np.linspace(-1, 1, len(values)) * (len(values) > 1)
-            axes.plot(
-                spread, values, linestyle="", marker=".", markersize=5, color=color, alpha=0.5
-            )
-            axes.vlines(x, min(values), max(values), color=color, linewidth=1.6, zorder=3)
-            axes.plot(x, _mean(values), markersize=8, linestyle="", **style[arm].marks())
-    axes.set_xlim(-0.7, len(run.arms) - 0.3)
-    axes.set_xticks([])
-    axes.margins(y=0.1)
+            yield f"{run.name}_{name}.png", True
 
 
 # ---------------------------------------------------------------- words
@@ -404,7 +146,7 @@ def _seeds(counts: Sequence[int]) -> str:
 
 
 def _range(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:
-    """'baseline 0.171, others 0.166 (A) to 0.180 (B)'."""
+    """'baseline 0.171, others 0.166 (A) to 0.180 (B)'; '-' without any."""
     parts = []
     if run.baseline in means:
         parts.append(f"{shown(run.baseline)} {means[run.baseline]:{form}}")
@@ -414,7 +156,7 @@ def _range(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:
         parts.append(f"others {low:{form}} ({shown(first)}) to {high:{form}} ({shown(last)})")
     elif others:
         parts.append(f"{shown(others[0][1])} {others[0][0]:{form}}")
-    return ", ".join(parts)
+    return ", ".join(parts) or "-"
 
 
 def _lost_cells(run: Run, metric: str, slice: str = "") -> list[str]:
@@ -434,6 +176,27 @@ def _mean(values: Sequence[float]) -> float:
 
 def _means(numbers: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {arm: _mean(values) for arm, values in numbers.items()}
+
+
+# ---------------------------------------------------------------- side by side
+
+
+def _by_arm(
+    axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: bool = True
+) -> None:
+    """Mean and range of every arm side by side in their order, and seeds as dots."""
+    style = looks(run)
+    for x, arm in enumerate(run.arms):
+        if values := numbers.get(arm):
+            color = style[arm].color
+            if dots and len(values) > 1:
+                spread = x + 0.24 * np.linspace(-1, 1, len(values))
+                axes.plot(spread, values, ".", markersize=5, color=color, alpha=0.5)
+            axes.vlines(x, min(values), max(values), color=color, linewidth=1.6, zorder=3)
+            axes.plot(x, _mean(values), **style[arm].marks(markersize=8))
+    axes.set_xlim(-0.7, len(run.arms) - 0.3)
+    axes.set_xticks([])
+    axes.margins(y=0.1)
 
 
 # ---------------------------------------------------------------- over training
@@ -521,7 +284,7 @@ def loss(run: Run) -> Figure | str:
     mosaic = [["loss", "l0"], ["relative", "relative"]] if relative else [["loss", "l0"]]
     page = Page(mosaic, 5.6 if relative else 3.4, height_ratios=(1.25, 1) if relative else (1,))
     last = _over_training(page.panels["loss"], run, name)
-    _log(page.panels["loss"], "y")
+    log_axis(page.panels["loss"], "y")
     page.panels["loss"].set(title="Reconstruction loss", ylabel="FVU of the batch (share)")
     _l0_over_training(page.panels["l0"], run)
     if relative:
@@ -545,23 +308,24 @@ def loss(run: Run) -> Figure | str:
 def _l0_over_training(axes: Axes, run: Run) -> None:
     axes.set_title("Sparsity")
     if not _counts(run, "l0"):
-        _explain(axes, "curves.parquet has no l0")
+        explain(axes, "curves.parquet has no l0")
         return
     _over_training(axes, run, "l0")
-    _log(axes, "y")
+    log_axis(axes, "y")
     axes.set_ylabel("L0 (latents per token)")
     if run.target_l0:
         axes.axhline(run.target_l0, color="#555555", linewidth=1, linestyle=(0, (2, 2)))
+        axes.set_ylim(bottom=min(axes.get_ylim()[0], 0.6 * run.target_l0))
         axes.annotate(
-            f"target {run.target_l0:g}", (0.03, run.target_l0), (0, 3), va="bottom",
+            f"target {run.target_l0:g}", (0.98, run.target_l0), (0, -6), va="top", ha="right",
             xycoords=("axes fraction", "data"), textcoords="offset points", color="#555555",
         )  # fmt: skip
 
 
 def _limit_to_late(axes: Axes, curves: Mapping[str, Mapping[int, Curve]]) -> None:
-    """Limits the y axis to what happens after the first fifth, where differences are large."""
+    """Limits the y axis to what happens once training has settled."""
     late = [
-        curve.values[curve.tokens >= 0.2 * curve.tokens[-1]]
+        curve.values[curve.tokens >= SETTLED * curve.tokens[-1]]
         for of_arm in curves.values()
         for curve in of_arm.values()
     ]
@@ -587,7 +351,7 @@ def scalars(run: Run) -> Figure | str:
             low, high = (f(of_cell[0] for of_cell in values) for f in (min, max))
             still.append(f"{name} ({low:.3g}{f' to {high:.3g}, by arm' if high > low else ''})")
     if not moving:
-        return f"no scalar moves ({', '.join(still) or 'no arm has beta, theta, tau, alpha or k'})"
+        return f"none of {', '.join(SCALARS)} moves in any arm"
     rows = -(-len(moving) // 3)
     columns = -(-len(moving) // rows)
     cells = [*moving, *["."] * (rows * columns - len(moving))]
@@ -597,7 +361,7 @@ def scalars(run: Run) -> Figure | str:
     for name, axes in page.panels.items():
         last = _over_training(axes, run, name)
         axes.set_title(name)
-        axes.set_ylabel(SCALARS[name])
+        axes.set_ylabel("k (latents)" if name == "k" else f"{name} (no unit)")
         arms |= dict.fromkeys(last)
         ends.append(f"{name} {_range(run, last, '.3g').removeprefix('others ')}")
     counts = [count for name in moving for count in _counts(run, name)]
@@ -617,25 +381,29 @@ def scalars(run: Run) -> Figure | str:
 
 def frontier(run: Run) -> Figure | str:
     """FVU and loss recovered against L0, a point per cell."""
-    if not any(present(rows) for (metric, _), rows in run.values.items() if metric == "fvu"):
-        return f"no cell has an FVU: {run.reason('fvu')}"
-    both = any(present(rows) for (metric, _), rows in run.values.items() if metric == OTHER)
-    mosaic = [["fvu", OTHER], ["fvu at target", f"{OTHER} at target" if both else OTHER]]
-    page = Page(mosaic, 5.9, height_ratios=(1.7, 1))
+    if not _cells(run, "fvu"):
+        return f"no cell has an FVU and an L0: {run.reason('fvu')}"
+    both = bool(_cells(run, RECOVERED))
+    page = Page(
+        [["fvu", RECOVERED], ["fvu at target", f"{RECOVERED} at target" if both else RECOVERED]],
+        5.9,
+        height_ratios=(1.7, 1),
+        width_ratios=(1 if both else 2, 1),
+    )
     notes = []
-    for metric in ("fvu", *[OTHER] * both):
+    for metric in ("fvu", *[RECOVERED] * both):
         axes = page.panels[metric]
         _against_l0(axes, run, metric)
-        title, axes_label = FRONTIER[metric]
-        axes.set(title=title, ylabel=axes_label)
+        title, name = FRONTIER[metric]
+        axes.set(title=title, ylabel=f"{name} (share)")
         below = page.panels[f"{metric} at target"]
         _by_arm(below, run, run.numbers(metric))
         below.locator_params(axis="y", nbins=4)
-        below.set(title=f"At {_at(run)}, by arm", ylabel=axes_label)
+        below.set(title=f"At {_at(run)}, by arm", ylabel=f"{name} (share)")
         notes += [note for note in _lost_cells(run, metric) if note not in notes]
     if not both:
-        page.panels[OTHER].set_title(FRONTIER[OTHER][0])
-        _explain(page.panels[OTHER], f"Not measured: {run.reason(OTHER)}")
+        page.panels[RECOVERED].set_title("Language-model loss")
+        explain(page.panels[RECOVERED], f"No loss recovered: {run.reason(RECOVERED)}", 1.8)
     arms = {cell.arm for cell in _cells(run, "fvu")}
     return page.finish(
         f"{run.title} – reconstruction against sparsity",
@@ -646,14 +414,6 @@ def frontier(run: Run) -> Figure | str:
         [handle(arm, looks(run)[arm]) for arm in run.arms if arm in arms],
         notes,
     )
-
-
-OTHER = "loss_recovered"
-#: Title and axis label of the two metrics.
-FRONTIER = {
-    "fvu": ("Reconstruction (lower is better)", "FVU (share)"),
-    OTHER: ("Language-model loss (higher is better)", "loss recovered (share)"),
-}
 
 
 @dataclass(frozen=True)
@@ -688,15 +448,15 @@ def _against_l0(axes: Axes, run: Run, metric: str) -> None:
         )  # fmt: skip
         levels = sorted({cell.level for cell in own})
         means = [_centre([cell for cell in own if cell.level == level]) for level in levels]
-        axes.plot(*_columns(means), **look.line() | {"marker": ""})
+        axes.plot(*_columns(means), **look.line(marker=""))
         target = [mean for mean, level in zip(means, levels, strict=True) if run.is_target(level)]
-        axes.plot(*_columns(target), linestyle="", markersize=8, **look.marks())
+        axes.plot(*_columns(target), **look.marks(markersize=8))
     axes.set_xlabel("L0 (latents per token)")
     axes.margins(x=0.08, y=0.08)
-    _log(axes, "x", sorted({cell.level for cell in cells if cell.level > 0}))
+    log_axis(axes, "x", sorted({cell.level for cell in cells if cell.level > 0}))
     values = [cell.value for cell in cells]
     if min(values) > 0 and max(values) > 4 * min(values):
-        _log(axes, "y")
+        log_axis(axes, "y")
 
 
 def _centre(cells: Sequence[Cell]) -> tuple[float, float]:
@@ -799,12 +559,12 @@ def probing_entries(run: Run) -> Figure | str:
     style, metric = looks(run), f"sae_top_{ENTRY_K}_test_accuracy"
     lines: dict[str, Look] = {}
     for entry, axes in page.panels.items():
-        _by_arm(axes, run, run.numbers(metric, f"entry={entry}"))
+        _by_arm(axes, run, run.numbers(metric, f"entry={entry}"), dots=False)
         for control in run.controls:
             if values := _accuracies(run, control, ENTRY_K, f"entry={entry}"):
                 look = lines.setdefault(control, style[control])
                 axes.axhline(_mean(values), color=look.color, linestyle=look.dashes, linewidth=2)
-        axes.set_title("\n".join(wrap(entry.replace("_", " "), 1.7)))
+        axes.set_title("\n".join(wrap(entry.replace("_", " "), 1.5)))
         axes.locator_params(axis="y", nbins=4)
     for row in mosaic:
         page.panels[row[0]].set_ylabel("test accuracy")
@@ -813,7 +573,7 @@ def probing_entries(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – sparse probing accuracy by entry, k\u00a0=\u00a0{ENTRY_K}",
         [
-            f"Dots: {_seeds(counts)} at {_at(run)}; large: their mean; bars: lowest to highest."
+            f"Mean over {_seeds(counts)} at {_at(run)}; bars: lowest to highest seed."
             " Each panel has its own axis."
         ],
         [
@@ -847,11 +607,11 @@ def density(run: Run) -> Figure | str:
     """Share of latents by how often they fire, and the share that never fires."""
     never, bins = _histograms(run)
     if not bins:
-        return f"no density histogram: {run.reason('density_histogram', 'log10_density=never')}"
+        return f"no histogram: {run.reason('density_histogram', 'log10_density=never')}"
     page = Page([["never", "fired"]], 3.7, width_ratios=(1, 2.6))
     left, right = page.panels.values()
     style = looks(run)
-    percent = {arm: [100 * value for value in values] for arm, values in never.items()}
+    percent = {arm: [100 * share for share in never[arm]] for arm in bins if arm in never}
     _by_arm(left, run, percent)
     edges = [edge for of_arm in bins.values() for edge in of_arm]
     grid = np.arange(min(edges), max(edges) + BIN / 2, BIN)
@@ -864,7 +624,7 @@ def density(run: Run) -> Figure | str:
         )  # fmt: skip
         marked = (np.arange(len(grid)) % 4 == i % 4) & (shares > 0.03 * shares.max())
         where = grid[marked] + BIN * (i + 0.5) / len(bins)
-        right.plot(where, shares[marked], linestyle="", **look.marks())
+        right.plot(where, shares[marked], **look.marks())
     left.set_title("Never fired")
     left.set_ylabel("share of latents (%)")
     left.set_ylim(bottom=0)
@@ -872,7 +632,7 @@ def density(run: Run) -> Figure | str:
     right.set_title("Fired at least once")
     right.set_xlabel("log10 of the share of tokens on which a latent fires")
     right.set_ylabel(f"share of latents per bin of {BIN:g} (%)")
-    counts = [len(values) for values in never.values()] or [1]
+    counts = [len(values) for values in percent.values()] or [1]
     return page.finish(
         f"{run.title} – how often latents fire",
         [
@@ -885,19 +645,25 @@ def density(run: Run) -> Figure | str:
 
 
 def _histograms(run: Run) -> tuple[dict[str, list[float]], dict[str, dict[float, float]]]:
-    """Share that never fires by arm and seed; mean share by arm and left edge of the bin."""
-    never: dict[str, list[float]] = {}
+    """Share that never fires by arm and seed; mean share by arm and left edge of the bin.
+
+    A bin that a cell has no row for is empty.
+    """
+    metric, begins = "density_histogram", "log10_density="
+    found = {
+        slice.removeprefix(begins): run.numbers(metric, slice)
+        for name, slice in run.values
+        if name == metric and slice.startswith(begins)
+    }
+    never = found.pop("never", {})
     bins: dict[str, dict[float, float]] = {}
     for arm in run.arms:
-        for metric, slice in run.values:
-            if metric != "density_histogram":
-                continue
-            where = slice.removeprefix("log10_density=")
-            values = run.numbers(metric, slice).get(arm)
-            if values and where == "never":
-                never[arm] = values
-            elif values:
-                bins.setdefault(arm, {})[round(float(where), 2)] = _mean(values)
+        seeds = max((len(numbers.get(arm, ())) for numbers in found.values()), default=0)
+        if seeds:
+            bins[arm] = {
+                round(float(edge), 2): sum(numbers.get(arm, ())) / seeds
+                for edge, numbers in found.items()
+            }
     return never, bins
 
 
@@ -920,7 +686,7 @@ def verdict(run: Run) -> Figure | str:
         words.append(str(means[f"verdict.{metric}"] or "no word"))
         middle, low, high = (means.get(f"diff.{metric}{end}") for end in ("", ".low", ".high"))
         if middle is not None:
-            axes.plot(middle, y, markersize=9, linestyle="", **look.marks())
+            axes.plot(middle, y, **look.marks(markersize=9))
         if low is not None and high is not None:
             axes.hlines(y, low, high, color=look.color, linewidth=2.2, zorder=3)
             axes.plot(
@@ -940,9 +706,7 @@ def verdict(run: Run) -> Figure | str:
     axes.set_xlabel(
         f"{name}, arm minus baseline{better.get(run.manifest.get('direction', ''), '')}"
     )
-    counts = [
-        f"{word} {words.count(word)}" for word in dict.fromkeys((*WORDS, *words)) if word in words
-    ]
+    counts = [f"{word} {words.count(word)}" for word in WORDS if word in words]
     return page.finish(
         f"{run.title} – {name} against the baseline: {', '.join(counts)}",
         [

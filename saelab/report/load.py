@@ -151,7 +151,10 @@ def load(folder: Path, title: str = "") -> Run:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    data = read_json(path) if path.is_file() else {}
+    if not isinstance(data, dict):
+        raise DamageError(f"{path} holds no names and values: delete it and run again")
+    return data
 
 
 def _values_of(info: Info, level: float) -> dict[tuple[str, str], list[Value]]:

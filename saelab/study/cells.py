@@ -71,7 +71,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Job:
-    """Cells of one seed, with their cache keys; `experiment` is the file that holds the run table."""
+    """Cells of one seed, with their cache keys; `experiment` is the file of the run table."""
 
     cells: list[dict[str, Any]]
     seed: int

@@ -260,9 +260,9 @@ def _expected_seconds(specs: Sequence[CellSpec], d_in: int) -> float:
 
 def _gemm_seconds(n: int, d_in: int, d_sae: int) -> float:
     a, b = torch.ones(n, d_in), torch.ones(d_in, d_sae)
-    a @ b
+    torch.mm(a, b)
     start = time.perf_counter()
-    a @ b
+    torch.mm(a, b)
     return (time.perf_counter() - start) * max(1, torch.get_num_threads() // 2)
 
 

@@ -1,0 +1,647 @@
+"""One battery for every registered part, steered by what the part declares.
+
+A new part is picked up from the table; nothing has to be added here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saelab.data.stream import Batch
+from saelab.errors import SettingError, UsageError
+from saelab.kernels import preactivations
+from saelab.parts import SEAMS, TABLE, base, parse_part, register
+from saelab.parts.base import Dims, Part, PartConfig, Pass
+from saelab.sae import SAE, SAEConfig
+from saelab.seeding import torch_stream
+from saelab.training.loop import Cell
+from saelab.training.optim import TrainConfig
+
+D_IN, D_SAE, ROWS, STEPS = 16, 512, 48, 40
+#: Where each seam's part stands in an SAE.
+FIELDS = {
+    "scaling": "scaling",
+    "activation": "activation",
+    "loss": "losses",
+    "controller": "controllers",
+    "constraint": "constraints",
+    "observer": "observers",
+}
+CLASSES = {
+    "scaling": base.Scaling,
+    "activation": base.Activation,
+    "loss": base.LossTerm,
+    "controller": base.Controller,
+    "constraint": base.Constraint,
+    "observer": base.Observer,
+}
+EVERY = [(seam, kind) for seam in SEAMS for kind in TABLE[seam]]
+
+
+def of(seam: str) -> Any:
+    return pytest.mark.parametrize("kind", list(TABLE[seam]))
+
+
+every_part = pytest.mark.parametrize(("seam", "kind"), EVERY)
+
+
+def composed(seam: str, kind: str, **changes: Any) -> SAEConfig:
+    """An SAE with the part in its place and whatever that part needs beside it."""
+    data: dict[str, Any] = {
+        "d_sae": D_SAE,
+        "losses": ["reconstruction"],
+        "controllers": [{"kind": "ramp", "name": "sparsity", "value": 0.01, "warmup": 0.5}],
+        "precision": "float32",
+    }
+    place = FIELDS[seam]
+    data[place] = [*data.get(place, []), kind] if place.endswith("s") else kind
+    if seam == "controller":
+        data[place] = [kind]
+    if seam == "loss":
+        data["losses"] = ["reconstruction"] if kind == "reconstruction" else data["losses"]
+        data["scaling"] = "variance"
+    config = SAEConfig.parse(data | changes)
+    try:
+        config.build(D_IN)
+    except SettingError:  # a loss that needs thresholds
+        config = config.patched({"activation": {"kind": "jumprelu"}})
+    return config
+
+
+def part_of(sae: SAE, seam: str, kind: str) -> Part:
+    place = getattr(sae, FIELDS[seam])
+    return place[kind] if FIELDS[seam].endswith("s") else place
+
+
+def data(seed: int, rows: int = ROWS) -> Tensor:
+    """Rows with a mean and with dimensions of unlike variance."""
+    x = torch.randn(rows, D_IN, generator=torch_stream(seed, "contract data"))
+    return 3 * (x * torch.linspace(0.3, 2, D_IN) + torch.linspace(-1, 1, D_IN))
+
+
+def batch(x: Tensor) -> Batch:
+    return Batch(x, torch.arange(len(x)))
+
+
+def cell(config: SAEConfig, seed: int, steps: int = STEPS) -> Cell:
+    training = TrainConfig(tokens=steps * ROWS, batch_size=ROWS, lr=3e-3)
+    return Cell("cell", config, training, data(seed, 256), seed)
+
+
+def trained(config: SAEConfig, seed: int, steps: int = 3) -> Cell:
+    one = cell(config, seed)
+    for i in range(steps):
+        one.step(batch(data(seed + i + 1)))
+    return one
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bitwise; a NaN that stands for 'not yet' equals itself."""
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name].nan_to_num(nan=-7.5), b[name].nan_to_num(nan=-7.5)) for name in a
+    )
+
+
+def rows_close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    """Each row within `tolerance` of its own norm (an almost empty row: of a hundredth of the mean)."""
+    got, wanted = got.view(len(got), -1), wanted.view(len(wanted), -1)
+    norms = torch.linalg.vector_norm(wanted, dim=1)
+    allowed = tolerance * norms.clamp_min(0.01 * float(norms.mean()))
+    worst = ((got - wanted).norm(dim=1) / allowed.clamp_min(1e-30)).max()
+    assert worst <= 1, f"{float(worst):.2f} times the tolerance of {tolerance}"
+
+
+# ---- configuration ---------------------------------------------------------------------------
+
+
+@every_part
+class TestConfiguration:
+    def test_round_trip_through_json(self, seam: str, kind: str) -> None:
+        config = TABLE[seam][kind]()
+        again = parse_part(seam, json.loads(config.model_dump_json()))
+        assert type(again) is type(config) and again == config
+        whole = composed(seam, kind)
+        parsed = SAEConfig.parse(json.loads(whole.model_dump_json()))
+        assert parsed == whole and parsed.digest() == whole.digest()
+        assert getattr(parsed, FIELDS[seam]) == getattr(whole, FIELDS[seam])
+
+    def test_by_name_alone(self, seam: str, kind: str) -> None:
+        assert parse_part(seam, kind) == TABLE[seam][kind]()
+
+    def test_unknown_field_is_refused_with_the_nearest(self, seam: str, kind: str) -> None:
+        for field in TABLE[seam][kind].model_fields:
+            if field == "kind":
+                continue
+            with pytest.raises(SettingError) as caught:
+                parse_part(seam, {"kind": kind, field + "x": 1})
+            assert f"did you mean '{field}'?" in str(caught.value)
+            assert field + "x" in str(caught.value) and caught.value.exit_code == 2
+
+    def test_is_frozen(self, seam: str, kind: str) -> None:
+        with pytest.raises(ValueError, match="frozen"):
+            TABLE[seam][kind]().lr = 1.0
+
+    def test_misspelt_kind(self, seam: str, kind: str) -> None:
+        with pytest.raises(UsageError, match=f"did you mean '{kind}'"):
+            parse_part(seam, {"kind": kind + "s"})
+
+    def test_builds_its_seam(self, seam: str, kind: str) -> None:
+        part = TABLE[seam][kind]().build(Dims(D_IN, D_SAE, STEPS, 0))
+        assert isinstance(part, CLASSES[seam])
+
+
+# ---- life in a run ---------------------------------------------------------------------------
+
+
+@every_part
+class TestLife:
+    def test_pass_runs(self, seam: str, kind: str, global_random_seed: int) -> None:
+        sae = cell(composed(seam, kind), global_random_seed).sae
+        p = sae(data(global_random_seed), 0, STEPS)
+        assert p.recon.shape == p.x.shape == p.target.shape == (ROWS, D_IN)
+        assert p.z.shape == (ROWS, D_SAE) and not p.z.requires_grad
+        assert p.recon.isfinite().all() and p.code.values.isfinite().all()
+        assert p.code.dense().shape == (ROWS, D_SAE)
+        if p.code.support is not None:
+            p.code.support.check()
+        nested = sae(data(global_random_seed).view(6, 8, D_IN), 0, STEPS)
+        assert nested.shape == (6, 8) and torch.equal(nested.recon, p.recon)
+
+    def test_loss_is_scalar_finite_and_pure(
+        self, seam: str, kind: str, global_random_seed: int
+    ) -> None:
+        one = trained(composed(seam, kind), global_random_seed)
+        before = snapshot(one.sae)
+        p = one.sae(data(global_random_seed), one.steps_done, STEPS)
+        for term in one.sae.loss_terms().values():
+            first, second = term.loss(p), term.loss(p)
+            assert first.shape == () and bool(first.isfinite())
+            assert torch.equal(first, second)
+        assert same(snapshot(one.sae), before)
+
+    def test_only_update_changes_state_and_only_buffers(
+        self, seam: str, kind: str, global_random_seed: int
+    ) -> None:
+        one = trained(composed(seam, kind), global_random_seed)
+        sae, part = one.sae, part_of(one.sae, seam, kind)
+        before, generator = snapshot(sae), torch.get_rng_state()
+        p = sae(data(global_random_seed), one.steps_done, STEPS)
+        part.scalars()
+        sae.settings(one.steps_done)
+        assert same(snapshot(sae), before)
+        with torch.no_grad():
+            part.update(p)
+            if isinstance(part, base.Observer):
+                part.observe(p)
+        own = {id(buffer) for buffer in part.buffers()}
+        for name, tensor in sae.state_dict(keep_vars=True).items():
+            assert id(tensor) in own or torch.equal(
+                tensor.detach().nan_to_num(), before[name].nan_to_num()
+            ), name
+        assert torch.equal(torch.get_rng_state(), generator)
+
+    def test_state_is_saved_and_restored(
+        self, seam: str, kind: str, global_random_seed: int
+    ) -> None:
+        config, x = composed(seam, kind), data(global_random_seed)
+        one = trained(config, global_random_seed)
+        fresh = config.build(D_IN, STEPS, global_random_seed)
+        fresh.load_state_dict(snapshot(one.sae))
+        passes = [sae(x, one.steps_done, STEPS) for sae in (one.sae, fresh)]
+        assert torch.equal(passes[0].recon, passes[1].recon)
+        assert passes[0].settings == passes[1].settings
+        losses = [
+            torch.stack([term.loss(p) for term in p.sae.loss_terms().values()]) for p in passes
+        ]
+        assert torch.equal(*losses)
+        with torch.no_grad():
+            for p in passes:
+                part_of(p.sae, seam, kind).update(p)
+        assert same(snapshot(one.sae), snapshot(fresh))
+        assert one.sae.scalars() == fresh.scalars()
+        codes = [sae.eval().encode(x) for sae in (one.sae, fresh)]
+        assert torch.equal(*codes)
+
+    def test_every_parameter_of_the_part_is_trained(
+        self, seam: str, kind: str, global_random_seed: int
+    ) -> None:
+        one = cell(composed(seam, kind), global_random_seed)
+        groups = one.optimiser.adam.param_groups
+        known = {id(p) for group in groups for p in group["params"]}
+        part = part_of(one.sae, seam, kind)
+        for parameter in part.parameters():
+            assert (id(parameter) in known) == parameter.requires_grad
+        one.step(batch(data(global_random_seed)))
+        for parameter in part.parameters():
+            assert parameter.grad is not None or not parameter.requires_grad
+
+
+# ---- activations -----------------------------------------------------------------------------
+
+
+def sparse_sae(kind: str, seed: int, precision: str = "float32") -> SAE:
+    """An SAE a few steps old whose code is sparse enough for the sparse path."""
+    one = trained(composed("activation", kind, precision=precision), seed)
+    with torch.no_grad():
+        one.sae.b_enc.sub_(1.5)
+    if one.sae.activation.couples_batch:  # its statistics must know the new bias
+        with torch.no_grad():
+            for i in range(20):
+                one.sae.activation.update(one.sae(data(seed + i)))
+    return one.sae
+
+
+def near_threshold(sae: SAE, x: Tensor) -> Tensor:
+    """Pairs whose code appears or disappears when pre-activations move by 1e-5."""
+    with torch.no_grad():
+        u = sae._encoder_input(x / sae.scale)
+        z = preactivations(u, sae.W_enc, sae.b_enc, torch.float32)
+        on = sae.activation.dense(z) != 0
+        near = torch.zeros_like(on)
+        for i in range(16):
+            sign = torch.randn(z.shape, generator=torch_stream(i, "near")).sign()
+            near |= (sae.activation.dense(z + 1e-5 * sign) != 0) != on
+        return near
+
+
+def gradients(sae: SAE, x: Tensor) -> tuple[Pass, dict[str, Tensor]]:
+    sae.zero_grad()
+    p = sae(x, 5, STEPS)
+    weight = torch.linspace(-1, 1, p.recon.numel()).view(p.recon.shape)
+    ((p.recon * weight).sum() + (p.recon - p.target).square().sum()).backward()
+    return p, {
+        name: parameter.grad.clone()
+        for name, parameter in sae.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@of("activation")
+@pytest.mark.parametrize("training", [True, False])
+class TestActivation:
+    def test_sparse_path_equals_dense_path(
+        self, kind: str, training: bool, global_random_seed: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sae, x = sparse_sae(kind, global_random_seed).train(training), data(global_random_seed)
+        x = x[~near_threshold(sae, x).any(1)]
+        assert len(x) > ROWS // 2
+        sparse, got = gradients(sae, x)
+        assert sparse.code.support is not None, "too dense: the sparse path was not taken"
+        sparse.code.support.check()
+        monkeypatch.setattr(sae.activation, "support", lambda z: None)
+        dense, wanted = gradients(sae, x)
+        assert dense.code.support is None
+        rows_close(sparse.code.dense().detach(), dense.code.values.detach())
+        assert torch.equal(sparse.code.dense() != 0, dense.code.values != 0)
+        rows_close(sparse.recon.detach(), dense.recon.detach())
+        assert got.keys() == wanted.keys()
+        for name, gradient in wanted.items() if training else ():  # evaluation has no gradients
+            rows_close(got[name], gradient)
+
+    def test_bfloat16_selects_and_values_are_float32(
+        self, kind: str, training: bool, global_random_seed: int
+    ) -> None:
+        sae = sparse_sae(kind, global_random_seed, "bfloat16").train(training)
+        p = sae(data(global_random_seed))
+        support = p.code.support
+        assert support is not None
+        assert p.z.dtype == (torch.bfloat16 if training else torch.float32)
+        exact = (p.u @ sae.W_enc.T + sae.b_enc).flatten()[support.flat]
+        torch.testing.assert_close(p.code.pre, exact, rtol=1e-5, atol=1e-5)
+        reference = sae.activation.dense((p.u @ sae.W_enc.T + sae.b_enc).detach())
+        differ = float((p.code.dense() != 0).ne(reference != 0).sum() / (reference != 0).sum())
+        assert differ < 0.05 if training else differ == 0
+        both = (p.code.dense() != 0) & (reference != 0)
+        torch.testing.assert_close(
+            p.code.dense()[both], reference[both], rtol=1e-5, atol=1e-5
+        )
+
+    def test_rows_are_independent_unless_declared(
+        self, kind: str, training: bool, global_random_seed: int
+    ) -> None:
+        sae, x = sparse_sae(kind, global_random_seed).train(training), data(global_random_seed)
+        if training and sae.activation.couples_batch:
+            other = x.clone()
+            other[5:] *= 10
+            assert not torch.equal(sae(x).code.dense()[:5], sae(other).code.dense()[:5])
+            return
+        whole = sae(x).code.dense().detach()
+        few = sae(x[3:8]).code.dense().detach()
+        keep = ~near_threshold(sae, x)[3:8]
+        rows_close(few * keep, whole[3:8] * keep)
+
+    def test_exact_k(self, kind: str, training: bool, global_random_seed: int) -> None:
+        sae = sparse_sae(kind, global_random_seed).train(training)
+        p = sae(data(global_random_seed))
+        counts = (p.code.dense() != 0).sum(1)
+        if sae.activation.exact_k:
+            assert p.code.support is not None
+            assert p.code.support.offsets.diff().unique().numel() == 1
+            assert counts.max() <= p.code.support.offsets[1]
+        else:
+            assert counts.unique().numel() > 1
+
+    def test_encode_is_the_dense_path(
+        self, kind: str, training: bool, global_random_seed: int
+    ) -> None:
+        sae, x = sparse_sae(kind, global_random_seed), data(global_random_seed)
+        if training:
+            with pytest.raises(RuntimeError, match=r"eval\(\)"):
+                sae.encode(x)
+            return
+        sae.eval()
+        keep = ~near_threshold(sae, x).any(1)
+        rows_close(sae.encode(x)[keep], sae(x).code.dense().detach()[keep])
+        rows_close(sae.decode(sae.encode(x))[keep], (sae(x).recon.detach() * sae.scale)[keep])
+
+
+@of("activation")
+def test_export_names_an_architecture(kind: str, global_random_seed: int) -> None:
+    sae = sparse_sae(kind, global_random_seed).eval()
+    exported = sae.activation.export()
+    assert exported["architecture"] in {"standard", "topk", "jumprelu"}
+    if exported["architecture"] == "jumprelu":
+        x = data(global_random_seed)
+        f = sae.encode(x)
+        z = (sae._encoder_input(x / sae.scale) @ sae.W_enc.T + sae.b_enc).detach()
+        keep = (z - exported["threshold"]).abs() > 1e-5
+        assert torch.equal((f != 0)[keep], (z > exported["threshold"])[keep])
+
+
+# ---- scalings --------------------------------------------------------------------------------
+
+
+def agrees_with_folded(sae: SAE, x: Tensor) -> None:
+    """f = activation((x - b_dec) W_enc^T + b_enc), x_hat = f W_dec + b_dec."""
+    w = sae.folded()
+    z = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
+    own = sae._encoder_input(x / sae.scale) @ sae.W_enc.T + sae.b_enc
+    rows_close(z, own.detach())
+    with torch.no_grad():
+        f = sae.activation.dense(z)
+    rows_close(f, sae.encode(x))
+    rows_close(f @ w["W_dec"] + w["b_dec"], sae.decode(sae.encode(x)))
+
+
+@of("scaling")
+def test_foldable_scaling(kind: str, global_random_seed: int) -> None:
+    sae = trained(composed("scaling", kind), global_random_seed).sae.eval()
+    assert sae.scaling is not None and sae.scaling.foldable
+    agrees_with_folded(sae, data(global_random_seed))
+    x = data(global_random_seed)
+    rows_close(sae.encode(x)[3:8], sae.encode(x[3:8]))
+    centred = x / sae.scale - sae.b_dec.detach()
+    gain, shift = sae.scaling.fold()
+    rows_close(sae.scaling.apply(centred).detach(), centred * gain + shift)
+
+
+def variance(**settings: Any) -> dict[str, Any]:
+    return {"scaling": {"kind": "variance", **settings}}
+
+
+@pytest.mark.parametrize("tau", [0, 0.1, 0.5, 1])
+@pytest.mark.parametrize("tying", ["global", "per_feature", "off"])
+@pytest.mark.parametrize("rest", [{}, {"literal": True, "start": "scaled"}])
+def test_folding_at_every_tau_and_tying(
+    tau: float, tying: str, rest: dict[str, Any], global_random_seed: int
+) -> None:
+    changes = variance(tau=tau, tying=tying, beta=1.3, theta=0.2, **rest)
+    for centre in (True, False):
+        config = composed("activation", "relu", centre=centre, encoder_bias=centre, **changes)
+        sae = trained(config, global_random_seed).sae.eval()
+        assert sae.scaling is not None
+        with torch.no_grad():
+            for parameter in sae.scaling.parameters():
+                noise = torch_stream(global_random_seed, "scalars")
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
+        agrees_with_folded(sae, data(global_random_seed))
+
+
+def test_variance_gain_by_hand() -> None:
+    """Variances 1, 4, 16 have geometric mean 4; tau .5 divides by standard deviations 1/2, 1, 2."""
+    sae = composed("activation", "relu", **variance(tau=0.5)).build(3)
+    assert sae.scaling is not None
+    sae.scaling.get_buffer("variance").copy_(torch.tensor([1.0, 4.0, 16.0]))
+    gain, shift = sae.scaling.fold()
+    torch.testing.assert_close(gain, torch.tensor([2.0, 1.0, 0.5]), rtol=1e-4, atol=0)
+    assert shift.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.3])
+def test_start_as_the_same_function(theta: float, global_random_seed: int) -> None:
+    x, sample = data(global_random_seed), data(global_random_seed, 256)
+    plain = composed("activation", "relu").build(D_IN)
+    scaled = composed("activation", "relu", **variance(tau=1, theta=theta)).build(D_IN)
+    for sae in (plain, scaled):
+        sae.initialise(sample, global_random_seed)
+        sae.eval()
+    rows_close(scaled.encode(x), plain.encode(x), 1e-4)
+
+
+def test_beta_zero_cannot_start_as_the_same_function() -> None:
+    with pytest.raises(SettingError, match="start"):
+        composed("activation", "relu", **variance(beta=0.0)).build(D_IN)
+    composed("activation", "relu", **variance(beta=0.0, start="scaled")).build(D_IN)
+
+
+def test_batch_statistics_couple_rows_and_do_not_fold(global_random_seed: int) -> None:
+    config = composed("activation", "relu", **variance(statistics="batch"))
+    sae, x = trained(config, global_random_seed).sae.eval(), data(global_random_seed)
+    assert sae.scaling is not None and not sae.scaling.foldable
+    with pytest.raises(SettingError, match="cannot be folded"):
+        sae.folded()
+    assert not torch.allclose(sae.encode(x)[:8], sae.encode(x[:8]), rtol=1e-3)
+    assert sae.encode(x[:1]).isfinite().all()  # one row has no variance
+
+
+# ---- the table -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table() -> Iterator[None]:
+    """Puts the table back as it was."""
+    before = {seam: dict(kinds) for seam, kinds in TABLE.items()}
+    yield
+    TABLE.clear()
+    TABLE.update(before)
+
+
+class TestRegister:
+    def test_own_part_takes_part(self, table: None, global_random_seed: int) -> None:
+        from typing import Literal
+
+        class PowerConfig(PartConfig):
+            kind: Literal["power"] = "power"
+            weight: float = 2.0
+
+            def build(self, dims: Dims) -> Part:
+                return Power(self.weight)
+
+        class Power(base.LossTerm):
+            def __init__(self, weight: float) -> None:
+                super().__init__()
+                self.weight = weight
+
+            def loss(self, p: Pass) -> Tensor:
+                return self.weight * p.recon.square().mean()
+
+        register("loss", PowerConfig)
+        one = trained(composed("loss", "power"), global_random_seed)
+        assert one.log.last("loss.power") > 0
+        with pytest.raises(SettingError, match="did you mean 'weight'"):
+            parse_part("loss", {"kind": "power", "wieght": 1})
+
+    def test_mistakes_show_at_once(self, table: None) -> None:
+        from typing import Literal
+
+        class Nameless(PartConfig):
+            def build(self, dims: Dims) -> Part:
+                return Part()
+
+        class NoBuild(PartConfig):
+            kind: Literal["no_build"] = "no_build"
+
+        class Taken(PartConfig):
+            kind: Literal["relu"] = "relu"
+
+            def build(self, dims: Dims) -> Part:
+                return Part()
+
+        class Reserved(PartConfig):
+            kind: Literal["train"] = "train"
+
+            def build(self, dims: Dims) -> Part:
+                return Part()
+
+        for seam, config, message in (
+            ("loss", Reserved, "choose another name"),
+            ("activations", Taken, "did you mean 'activation'"),
+            ("activation", Nameless, "needs `kind"),
+            ("activation", NoBuild, "needs build"),
+            ("activation", Taken, "already taken by ReLUConfig"),
+        ):
+            with pytest.raises(SettingError, match=message):
+                register(seam, config)
+        register("activation", TABLE["activation"]["relu"])  # a second import is no mistake
+
+    def test_wrong_seam_and_shape(self) -> None:
+        with pytest.raises(SettingError, match="is no loss"):
+            parse_part("loss", TABLE["activation"]["relu"]())
+        for wrong in (3, None, {"k": 3}, ["relu"]):
+            with pytest.raises(SettingError, match="needs a 'kind'"):
+                parse_part("activation", wrong)
+
+
+class TestComposition:
+    @pytest.mark.parametrize("kind", ["l1", "l0"])
+    def test_coefficient_without_controller(self, kind: str) -> None:
+        with pytest.raises(SettingError, match=r"sparsity.*no controller sets it"):
+            SAEConfig.parse(
+                {
+                    "d_sae": 8,
+                    "activation": "jumprelu",
+                    "losses": ["reconstruction", kind],
+                    "controllers": [],
+                }
+            ).build(4)
+
+    def test_threshold_penalty_without_thresholds(self) -> None:
+        config = SAEConfig.parse({"d_sae": 8, "losses": ["reconstruction", "l0"]})
+        with pytest.raises(SettingError, match=r"ReLU.*no thresholds.*jumprelu"):
+            config.build(4)
+
+    def test_two_of_a_kind(self) -> None:
+        sae = SAEConfig.parse(
+            {"d_sae": 8, "losses": ["l1", {"kind": "l1", "coefficient": 1.0}]}
+        ).build(4)
+        assert len(sae.loss_terms()) == 2
+        assert {term.coefficient for term in sae.loss_terms().values()} == {"sparsity", 1.0}
+
+    @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+    def test_k_above_d_sae(self, kind: str) -> None:
+        config = SAEConfig.parse({"d_sae": 8, "activation": {"kind": kind, "k": 9}})
+        with pytest.raises(SettingError, match="at most d_sae = 8"):
+            config.build(4)
+
+
+class TestBatchTopK:
+    def test_training_selects_k_per_row_on_average(self, global_random_seed: int) -> None:
+        for precision in ("float32", "bfloat16"):
+            config = composed("activation", "batchtopk", precision=precision)
+            p = trained(config, global_random_seed).sae(data(global_random_seed))
+            assert p.code.l0 == 32, precision
+
+    def test_threshold_is_the_smallest_selected_value(self, global_random_seed: int) -> None:
+        one = cell(composed("activation", "batchtopk"), global_random_seed)
+        p = one.sae(data(global_random_seed))
+        one.step(batch(data(global_random_seed)))
+        smallest = p.code.values.detach()[p.code.active].min()
+        torch.testing.assert_close(one.sae.activation.export()["threshold"], smallest)
+
+
+class TestUnitNorm:
+    def test_rows_stay_on_the_sphere(self, global_random_seed: int) -> None:
+        one = trained(composed("constraint", "unit_norm"), global_random_seed)
+        norms = torch.linalg.vector_norm(one.sae.W_dec.detach(), dim=1)
+        torch.testing.assert_close(norms, torch.ones(D_SAE))
+        p = one.sae(data(global_random_seed))
+        (p.recon - p.target).square().mean().backward()
+        for constraint in one.sae.constraint_parts():
+            constraint.on_gradients(one.sae)
+        assert one.sae.W_dec.grad is not None
+        radial = torch.linalg.vecdot(one.sae.W_dec.grad, one.sae.W_dec.detach())
+        assert radial.abs().max() < 1e-6
+
+
+class TestAuxK:
+    def test_dead_latents_learn_the_error(self, global_random_seed: int) -> None:
+        """Only dead latents get a gradient from the term, and following it lowers the term."""
+        config = composed("loss", "auxk").patched({"losses.1.dead_after": 1, "losses.1.k": 4})
+        sae = cell(config, global_random_seed).sae
+        term = sae.loss_terms()["auxk"]
+        p = sae(data(global_random_seed))
+        assert float(term.loss(p)) == 0  # nothing is dead yet
+        dead = torch.arange(0, D_SAE, 7)
+        term.get_buffer("silent")[dead] = 100
+        loss = term.loss(p)
+        assert 0 < float(loss.detach())
+        loss.backward()
+        assert sae.W_dec.grad is not None and sae.W_enc.grad is not None
+        touched = sae.W_dec.grad.any(1).nonzero().flatten()
+        assert touched.numel() and set(touched.tolist()) <= set(dead.tolist())
+        assert set(sae.W_enc.grad.any(1).nonzero().flatten().tolist()) <= set(dead.tolist())
+        with torch.no_grad():
+            sae.W_dec.sub_(sae.W_dec.grad, alpha=0.1)
+            after = term.loss(sae(data(global_random_seed)))
+        assert float(after) < float(loss.detach())
+
+    def test_by_hand(self) -> None:
+        """One dead latent along the error with the right length leaves nothing over."""
+        sae = SAEConfig.parse(
+            {
+                "d_sae": 2,
+                "losses": ["reconstruction", {"kind": "auxk", "coefficient": 0.5, "k": 1}],
+                "precision": "float32",
+            }
+        ).build(2)
+        with torch.no_grad():
+            sae.W_enc.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+            sae.W_dec.copy_(torch.tensor([[0.0, 0.0], [0.0, 0.5]]))
+        term = sae.loss_terms()["auxk"]
+        term.get_buffer("silent")[1] = 10**6
+        x = torch.tensor([[0.0, 2.0]])
+        p = sae(x)  # f = (0, 2), x_hat = (0, 1): error (0, 1), explained (0, 2 * 0.5)
+        assert float(term.loss(p).detach()) == pytest.approx(0.0)
+        with torch.no_grad():
+            sae.W_dec[1, 1] = 0.25  # x_hat (0, .5): error 1.5, explained .5, left 1
+        assert float(term.loss(sae(x)).detach()) == pytest.approx(0.5 * (1.0 / 1.5) ** 2)

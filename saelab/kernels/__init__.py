@@ -10,8 +10,15 @@ from typing import Literal
 
 import torch
 
-from saelab.kernels.code import DENSEST, Code, Support, support_of_mask, support_of_topk
-from saelab.kernels.eager import decode_at, encode_at, preactivations
+from saelab.kernels.code import (
+    DENSEST,
+    Code,
+    Support,
+    positive,
+    support_of_mask,
+    support_of_topk,
+)
+from saelab.kernels.eager import decode_at, encode_at, preactivations, row_norms
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -22,7 +29,9 @@ __all__ = [
     "Support",
     "decode_at",
     "encode_at",
+    "positive",
     "preactivations",
+    "row_norms",
     "selection_dtype",
     "support_of_mask",
     "support_of_topk",

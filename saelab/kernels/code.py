@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 #: Above this share of possible pairs a dense code is cheaper. Measured with one thread at
-#: d 192, F 1536, N 512: the sparse path costs 0.4 dense steps at 2% and meets it near 15%.
-DENSEST = 0.125
+#: d 192, F 1536, N 256: a step costs a third of a dense one at 2% and as much near 25%.
+DENSEST = 0.25
 
 
 @dataclass(eq=False)
@@ -55,7 +56,7 @@ class Support:
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same pairs sorted by latent: (order [nnz], rows [nnz], offsets [d_sae + 1])."""
-        order = torch.argsort(self.latents, stable=True)
+        order = _stable_order(self.latents, self.d_sae)
         counts = torch.bincount(self.latents, minlength=self.d_sae)
         offsets = torch.zeros(self.d_sae + 1, dtype=torch.int64, device=counts.device)
         torch.cumsum(counts, 0, out=offsets[1:])
@@ -74,15 +75,41 @@ class Support:
 def support_of_mask(mask: Tensor) -> Support | None:
     """The support of a bool mask [n_rows, d_sae], or None when it is denser than `DENSEST`."""
     n_rows, d_sae = mask.shape
-    counts = mask.sum(1)
-    offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=mask.device)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    if int(offsets[-1]) > DENSEST * mask.numel():
+    if _count(mask) > DENSEST * mask.numel():
         return None
-    flat = mask.flatten().nonzero().flatten()
-    support = Support(offsets, flat % d_sae, d_sae)
+    flat = _indices(mask)
+    first_of_row = torch.arange(0, mask.numel() + 1, d_sae, device=mask.device)
+    support = Support(torch.searchsorted(flat, first_of_row), flat % d_sae, d_sae)
     support.__dict__["flat"] = flat
     return support
+
+
+def _count(mask: Tensor) -> int:
+    on_cpu = mask.device.type == "cpu"
+    return int(np.count_nonzero(mask.numpy()) if on_cpu else mask.count_nonzero())
+
+
+def positive(z: Tensor) -> Tensor:
+    """z > 0 as a bool mask. On a CPU a bfloat16 is compared as the integer of its bits, which has
+    the same sign and is faster; NaN counts as positive there, so that it reaches the loss."""
+    if z.device.type == "cpu" and z.dtype == torch.bfloat16:
+        return torch.from_numpy(z.view(torch.int16).numpy() > 0)
+    return z > 0
+
+
+def _indices(mask: Tensor) -> Tensor:
+    """Flat indices of the true entries, rising; numpy is 6 times faster than torch on a CPU."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero().flatten()
+
+
+def _stable_order(latents: Tensor, d_sae: int) -> Tensor:
+    """A stable argsort; numpy sorts 16-bit keys by radix, 4 times faster than torch on a CPU."""
+    if latents.device.type == "cpu" and d_sae <= np.iinfo(np.int16).max:
+        keys = latents.numpy().astype(np.int16)
+        return torch.from_numpy(np.argsort(keys, kind="stable"))
+    return torch.argsort(latents, stable=True)
 
 
 def support_of_topk(latents: Tensor, d_sae: int) -> Support:

@@ -134,3 +134,22 @@ def encode_at(
 def decode_at(values: Tensor, w_dec: Tensor, support: Support) -> Tensor:
     """Weighted sums of decoder rows, [N, d], with gradients to values and W_dec."""
     return _Decode.apply(values, w_dec, support)  # type: ignore[return-value]
+
+
+class _RowNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(w, dim=1)
+        ctx.save_for_backward(w, norms)
+        return norms
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,) = grads
+        w, norms = ctx.saved_tensors
+        return w * (g / norms.clamp_min(torch.finfo(norms.dtype).tiny)).unsqueeze(1)
+
+
+def row_norms(w: Tensor) -> Tensor:
+    """|w_i| of each row, [F, d] -> [F]; its gradient in one pass over w, and 0 at a zero row."""
+    return _RowNorms.apply(w)  # type: ignore[return-value]

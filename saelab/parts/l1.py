@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from saelab.kernels import row_norms
 from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
 
 
@@ -33,6 +33,6 @@ class L1(LossTerm):
         self.coefficient = config.coefficient
 
     def loss(self, p: Pass) -> Tensor:
-        norms = torch.linalg.vector_norm(p.sae.W_dec, dim=1)
+        norms = row_norms(p.sae.W_dec)
         scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.x.shape[1]))
         return p.code.weighted_sum(norms) * scale

@@ -239,11 +239,16 @@ def explain(axes: Axes, text: str, inches: float = 2.4) -> None:
 
 
 def log_axis(axes: Axes, which: Literal["x", "y"], ticks: Sequence[float] = ()) -> None:
-    """Makes an axis logarithmic with plain numbers, at `ticks` or else at round numbers."""
+    """Makes an axis logarithmic with plain numbers, at `ticks` or else at round numbers.
+
+    It stays linear where no number is positive.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
+    if not max(axis.get_data_interval()) > 0:
+        return
+    axes.set(**{f"{which}scale": "log"})
     low, high = sorted(axis.get_view_interval())
     if ticks:
         axis.set_major_locator(FixedLocator(list(ticks)))

@@ -86,7 +86,7 @@ class Cell:
         loss.backward()
         for constraint in sae.constraint_parts():
             constraint.on_gradients(sae)
-        norm = float(self.optimiser.clip())
+        norm = self.optimiser.clip()
         total = float(loss.detach())
         if not math.isfinite(total) or not math.isfinite(norm):
             raise CellFailure(self.name, step, f"loss {total}, gradient norm {norm}")

@@ -61,9 +61,13 @@ class Optimiser:
                 )
         self.adam = torch.optim.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
 
-    def clip(self) -> Tensor:
+    def clip(self) -> float:
         """Clips the weights' gradient; returns its norm before, and inf or NaN as it is."""
-        return nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], self.config.grad_clip)
+        grads = [p.grad for p in self.adam.param_groups[0]["params"] if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(grads))
+        if norm > self.config.grad_clip:
+            torch._foreach_mul_(grads, self.config.grad_clip / norm)
+        return norm
 
     def step(self, step: int) -> None:
         rate = self.config.rate(step)

@@ -113,8 +113,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def rows_close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
-    """Each row within `tolerance` of its own norm (an almost empty row: of a hundredth of the mean)."""
-    got, wanted = got.view(len(got), -1), wanted.view(len(wanted), -1)
+    """Each row within `tolerance` of its own norm; a row that all but cancels, of a hundredth of
+    the mean norm. A vector is one row."""
+    got, wanted = got.reshape(-1, got.shape[-1]), wanted.reshape(-1, wanted.shape[-1])
     norms = torch.linalg.vector_norm(wanted, dim=1)
     allowed = tolerance * norms.clamp_min(0.01 * float(norms.mean()))
     worst = ((got - wanted).norm(dim=1) / allowed.clamp_min(1e-30)).max()

@@ -62,7 +62,7 @@ def write_run(
     Args:
         folder: to be made.
         arms: their names.
-        seeds, seeds_other: of the first two arms, and of the others.
+        seeds, seeds_other: of the first two arms, and of the others, which have no more.
         entries: of the probing tasks.
         loss_recovered: false for a source without a language-model head.
         invalid: cells (arm, seed) whose metrics are missing.
@@ -73,7 +73,7 @@ def write_run(
     folder.mkdir(parents=True)
     rng = np.random.default_rng(draw)
     shift = {arm: 0.0 if i == 0 else rng.normal(0, 0.008) for i, arm in enumerate(arms)}
-    n_seeds = {arm: seeds if i < 2 else seeds_other for i, arm in enumerate(arms)}
+    n_seeds = {arm: seeds if i < 2 else min(seeds, seeds_other) for i, arm in enumerate(arms)}
     table, trace = Rows(), Rows()
     fvu: dict[str, list[float | None]] = {arm: [] for arm in arms}  # by seed, at the target
     probing: dict[str, list[float | None]] = {arm: [] for arm in arms}

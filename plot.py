@@ -7,7 +7,7 @@ From all run_* folders here that hold a final_info.json and are named in `labels
 from saelab.report.figures import draw
 
 # Run folder -> title of its pictures. A run that is not named here is not drawn.
-labels = {
+labels: dict[str, str] = {
     "run_0": "Baselines",  # ReLU + L1, TopK and JumpReLU over sparsity levels
     "run_1": "Idea A: core",  # one pair of global scalars, its starts, and learning-rate controls
     "run_2": "Idea A: temperature",  # tau 0.1, 0.5 and 1

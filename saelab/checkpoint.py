@@ -1,7 +1,7 @@
 """A trained SAE on disk: `sae.safetensors` (all tensors, running state included) and `sae.json`.
 
-The JSON holds format, d_in, configuration, provenance and the checksum of the tensors; it is
-written last, so a folder with it is complete.
+The JSON holds format, d_in, configuration, provenance, the checksum of the tensors and a digest of
+itself; it is written last, so a folder with it is complete.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from saelab.config import digest
 from saelab.errors import DamageError, SourceError
 from saelab.files import read_json, sha256, write_atomically, write_json
 from saelab.sae import SAE, SAEConfig
@@ -27,16 +28,14 @@ def save(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
     }
     file = folder / "sae.safetensors"
     write_atomically(file, lambda temporary: save_file(tensors, temporary))
-    write_json(
-        folder / "sae.json",
-        {
-            "format": FORMAT,
-            "d_in": sae.d_in,
-            "sae": sae.config.model_dump(mode="json"),
-            "provenance": provenance,
-            "sha256": sha256(file),
-        },
-    )
+    record = {
+        "format": FORMAT,
+        "d_in": sae.d_in,
+        "sae": sae.config.model_dump(mode="json"),
+        "provenance": provenance,
+        "sha256": sha256(file),
+    }
+    write_json(folder / "sae.json", record | {"digest": digest(record)})
 
 
 def load(folder: Path, device: str = "cpu") -> tuple[SAE, dict[str, Any]]:
@@ -52,6 +51,8 @@ def load(folder: Path, device: str = "cpu") -> tuple[SAE, dict[str, Any]]:
         raise SourceError(
             f"{folder} has format {record.get('format')!r}, this version reads {FORMAT}"
         )
+    if record.pop("digest", None) != digest(record):
+        raise DamageError(f"{folder / 'sae.json'} was changed after it was written: train again")
     file = folder / "sae.safetensors"
     if not file.is_file() or sha256(file) != record["sha256"]:
         raise DamageError(f"{file} does not match its checksum: train the cell again")

@@ -54,6 +54,8 @@ class Frozen(BaseModel):
                     node[int(key) if isinstance(node, list) else key] = child
                 node = child
             old = _child(node, last, name)
+            if append and not isinstance(old, (list, tuple)):
+                raise SettingError(name, value, "is no list to append to: leave out the '+'")
             new = [*old, value] if append else value
             node[int(last) if isinstance(node, list) else last] = new
         return type(self).parse(data)

@@ -71,16 +71,16 @@ def batches(
         size: rows per batch; in the 'contexts' layout the number of whole contexts is
             size / positions. The rest of a buffer that fills no batch is left out.
 
-    Raises: SettingError when a buffer holds less than one batch.
+    Raises: SettingError when every buffer holds less than one batch.
     """
     buffer, offset = start.buffer, start.offset
+    too_small = 0
     while True:
         x, positions, mask = _buffer(source, buffer % source.n_shards, layout)
         count = size if layout == "rows" else max(1, size // x.shape[1])
-        if len(x) < count and source.n_shards == 1:
-            remedy = (
-                f"the activations hold only {len(x)}: lower the batch size or harvest more tokens"
-            )
+        too_small = too_small + 1 if len(x) < count else 0
+        if too_small == source.n_shards:
+            remedy = f"a shard holds only {len(x)}: lower the batch size or harvest more tokens"
             raise SettingError("batch_size", size, remedy)
         order = torch.randperm(len(x), generator=torch_stream(seed, "data order", buffer))
         while offset + count <= len(x):

@@ -419,8 +419,8 @@ def logistic_regression(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 #: Inner products are float32 below this sum of squares: their errors (6e-8 of it, divided by the
 #: root of the number of texts) then stay far below 1, the penalty's own eigenvalue. Our choice.
 SMALL_TRACE = 1e6
-#: Newton's method stops when the next step promises to lower the summed loss by less, per text, in
-#: nats. Our choice: at that point it converges quadratically, and accuracies no longer move.
+#: Newton's method stops after a step that promised to lower the loss by less than this share of
+#: it. Our choice: it converges quadratically there, and accuracies no longer move.
 TOLERANCE = 1e-5
 MAX_STEPS = 100
 #: Weights p (1 - p) below this are raised to it: they only shape the step, never the solution.
@@ -451,7 +451,7 @@ def _newton(space: _Space, y: Tensor) -> tuple[Tensor, Tensor]:
             if step < 1e-9:
                 return w, b
         w, b, fit, current = w + step * dw, b + step * db, fit + step * dfit, new
-        if -slope < TOLERANCE * len(y):
+        if -slope < TOLERANCE * current:
             break
     return w, b
 
@@ -468,6 +468,7 @@ def evaluate_probing(
     prefix: str = "sae",
     device: torch.device | str = "cpu",
     standardised: bool = False,
+    chunk: int = CHUNK,
 ) -> list[Row]:
     """Accuracies of k-sparse and full probes on the test texts.
 
@@ -480,6 +481,7 @@ def evaluate_probing(
         device: of the subject.
         standardised: also choose and fit with every column divided by its standard deviation, as
             `<prefix>_standardised_top_<k>_test_accuracy`, where no column is large by scale alone.
+        chunk: rows encoded at once; bounds the memory at chunk x d_sae numbers.
 
     Returns: `<prefix>_top_<k>_test_accuracy` and `<prefix>_test_accuracy` (all columns) of each
         class (slice 'entry=..,class=..'), their mean over the classes of an entry ('entry=..') and
@@ -493,7 +495,7 @@ def evaluate_probing(
     encode = (lambda x: x) if subject is None else subject.encode
     with progress(f"probing {prefix}", len(data.entries), "entries") as bar:
         for entry in data.entries:
-            code = pooled(encode, entry.rows, entry.offsets, device=device)
+            code = pooled(encode, entry.rows, entry.offsets, chunk, device)
             rows += _class_rows(code, entry, seed, k_values, prefix, standardised)
             rows += _means(rows, f"entry={entry.name},class=", f"entry={entry.name}")
             if subject is not None:

@@ -74,7 +74,7 @@ class Support:
 
 def support_of_mask(mask: Tensor) -> Support | None:
     """The support of a bool mask [n_rows, d_sae], or None when it is denser than `DENSEST`."""
-    n_rows, d_sae = mask.shape
+    d_sae = mask.shape[1]
     if _count(mask) > DENSEST * mask.numel():
         return None
     flat = _indices(mask)

@@ -3,12 +3,13 @@
 A proportional-integral controller on the logarithm of the coefficient:
 
     e_t       = clip(log(L0_t / target_t), -1, 1)       L0_t: EMA of the batch's L0
-    log c_t   = I_t + proportional * e_t,     I_t = I_{t-1} + integral * e_t / steps
+    log c_t   = I_t + proportional * e_t,     I_t = I_{t-1} + min(integral / steps, fastest) * e_t
 
 target_t falls geometrically from the first batch's L0 to the target over the first `warmup` share
-of the run: the sparsity warm-up. The controller replaces trial runs for each arm's penalty: each arm
-reaches the same L0 by the same rule (docs/decisions/0002). Our choice of gains: the largest that
-neither overshoot nor oscillate on the embedded model.
+of the run: the sparsity warm-up. The controller replaces trial runs for each arm's penalty: every
+arm reaches the same L0 by the same rule (docs/decisions/0002). Our choice of gains: the largest
+that neither overshoot nor oscillate on the embedded model; `fastest` bounds them in short runs,
+where weights can't follow a coefficient that changes by more per step.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from saelab.parts.base import Controller, Dims, PartConfig, Pass
+
+#: Steps below which the integral term no longer quickens: weights need time to follow.
+SHORT = 1000
+
+
+#: Largest change of log c per step and unit of error.
+FASTEST = 0.03
 
 
 class L0TargetConfig(PartConfig):
@@ -69,7 +77,7 @@ class L0Target(Controller):
         share = min(1.0, (p.step + 1) / max(1.0, c.warmup * self.steps))
         target = math.log(c.target) + (1 - share) * max(0.0, first - math.log(c.target))
         error = max(-1.0, min(1.0, smooth - target))
-        integral += c.integral * error / self.steps
+        integral += c.integral * error / max(self.steps, SHORT)
         self.state.copy_(torch.tensor([integral, smooth, first, error], dtype=torch.float64))
 
     def scalars(self) -> dict[str, float]:

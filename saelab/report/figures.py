@@ -360,6 +360,7 @@ def scalars(run: Run) -> Figure | str:
     ends = []
     for name, axes in page.panels.items():
         last = _over_training(axes, run, name)
+        _thin_lines(axes, run, name)
         axes.set_title(name)
         axes.set_ylabel("k (latents)" if name == "k" else f"{name} (no unit)")
         arms |= dict.fromkeys(last)
@@ -368,12 +369,23 @@ def scalars(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – learned scalars over training",
         [
-            f"Line: mean over {_seeds(counts)}; band: lowest to highest seed; cells of {_at(run)}.",
+            f"Line: mean over {_seeds(counts)} at {_at(run)}; thin: seeds; band: their range.",
             f"At the end: {'; '.join(ends)}.",
         ],
         [handle(arm, looks(run)[arm]) for arm in run.arms if arm in arms],
         [f"Constant over training and not drawn: {', '.join(still)}."] if still else [],
     )
+
+
+def _thin_lines(axes: Axes, run: Run, name: str) -> None:
+    """A line per seed, since seeds may settle at different signs and none at the mean."""
+    style, (unit, _) = looks(run), _unit(run, name)
+    for arm in run.arms:
+        for curve in run.curves.get((name, arm), {}).values():
+            axes.plot(
+                curve.tokens / unit, curve.values, color=style[arm].color, linewidth=0.7, alpha=0.6,
+                zorder=2,
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------- frontier
@@ -564,7 +576,7 @@ def probing_entries(run: Run) -> Figure | str:
             if values := _accuracies(run, control, ENTRY_K, f"entry={entry}"):
                 look = lines.setdefault(control, style[control])
                 axes.axhline(_mean(values), color=look.color, linestyle=look.dashes, linewidth=2)
-        axes.set_title("\n".join(wrap(entry.replace("_", " "), 1.5)))
+        axes.set_title("\n".join(wrap(entry.replace("_", " "), 1.35)))
         axes.locator_params(axis="y", nbins=4)
     for row in mosaic:
         page.panels[row[0]].set_ylabel("test accuracy")
@@ -627,7 +639,8 @@ def density(run: Run) -> Figure | str:
         right.plot(where, shares[marked], **look.marks())
     left.set_title("Never fired")
     left.set_ylabel("share of latents (%)")
-    left.set_ylim(bottom=0)
+    highest = max((max(values) for values in percent.values()), default=0)
+    left.set_ylim(bottom=-0.04 * (highest or 1))  # room for the marker of an arm at 0
     right.set_ylim(bottom=0)
     right.set_title("Fired at least once")
     right.set_xlabel("log10 of the share of tokens on which a latent fires")
@@ -711,7 +724,8 @@ def verdict(run: Run) -> Figure | str:
         f"{run.title} – {name} against the baseline: {', '.join(counts)}",
         [
             f"Mean difference paired by seed at {_at(run)}, with its 95% t interval, which covers"
-            " SAE initialisation and data order, not other models or texts."
+            " SAE initialisation and data order, not other models or texts. The words rest on p"
+            " adjusted for the number of arms (Holm)."
         ],
         handles,
     )

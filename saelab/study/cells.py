@@ -176,7 +176,7 @@ class Worker:
 
     def _build(self, job: Job, plain: dict[str, Any]) -> Cell:
         config = TrainConfig.parse(plain["train"])
-        name = f"{plain['arm']}/seed {plain['seed']}"
+        name = f"{plain['arm']}/seed {plain['seed']}/L0 {plain['level']:g}"
         if plain["own_module"]:
             assert job.experiment is not None
             runs = load_experiment(job.experiment).RUNS

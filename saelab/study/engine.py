@@ -9,22 +9,20 @@ that looks complete, and the same command goes on where it stopped.
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import saelab
 from saelab.config import digest
 from saelab.errors import SettingError, StudyFailure
-from saelab.files import read_json, write_atomically, write_json, write_text
+from saelab.files import read_json, write_json
 from saelab.progress import clock, progress
-from saelab.rundir import cache_folder, package_digest, place
+from saelab.rundir import cache_folder
 from saelab.seeding import study_seeds
 from saelab.study import cells as celljob
 from saelab.study.cells import Data, Job, Worker, as_job_cell, cell_key, evaluation_cost
@@ -32,13 +30,16 @@ from saelab.study.executor import run_jobs, worker_count
 from saelab.study.final_info import ArmResult, final_info, judge_run
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec, PlanConfig, Run, arm_settings, cells
 from saelab.study.prepare import Prepared, prepare, source_path
-from saelab.study.summary import summary_text, table
+from saelab.study.record import Record
+from saelab.study.summary import table
 from saelab.study.verdict import Comparison
 
 #: Cells of one seed that share a pass over the stream in one job.
 GROUP = 3
 #: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.
 LONGEST = 7000.0
+#: Seconds until workers have imported torch and opened their data.
+START_SECONDS = 10.0
 CONTROL_CHANNELS, CONTROL_UNTRAINED = "control:model channels", "control:untrained"
 
 
@@ -84,27 +85,32 @@ def launch(task: Launch) -> list[Comparison]:
     specs = cells(task.plan, task.base, task.run, task.purpose)
     base = task.base.patched(dict(task.run.changes))
     cache = cache_folder(task.root)
-    device = base.model.device
-    prepared = prepare(base, cache, device)
+    prepared = prepare(base, cache, base.model.device)
     data = _data(base, prepared, task)
     content = _data_content(base, prepared, data)
     keys = {spec: cell_key(spec, content) for spec in specs}
     controls = _controls(specs, content, prepared)
-    _train(task, specs, keys, controls, data, cache, prepared)
-    arms, table_rows = _collect(task, base, specs, keys, cache)
-    table_rows += _control_rows(cache, controls)
-    usable = [seed for seed in arms[BASELINE].values if arms[BASELINE].valid(seed)]
+    _train(task, keys, controls, data, cache, prepared)
+    arms, rows = _collect(task, keys, cache)
+    rows += _control_rows(cache, controls)
     comparisons, differences = judge_run(arms, task.plan, task.purpose != "confirm")
     info = final_info(arms, comparisons, differences, prepared.provenance)
-    _write(task, base, specs, keys, cache, arms, table_rows, prepared, comparisons, info, start)
-    if not usable:
-        reasons = "; ".join(sorted({g.summary() for g in arms[BASELINE].gates.values()}))
-        raise StudyFailure(
-            f"{task.name}: the baseline has no valid cell ({reasons}): mend the baseline's settings"
-        )
+    record = Record(task, base, keys, cache, arms, rows, prepared, comparisons, info)
+    record.write(time.monotonic() - start)
+    _check_baseline(task, arms)
     print(table(info, comparisons, task.plan))
     print(f"\n{task.out_dir}: {len(specs)} cells in {clock(time.monotonic() - start)}")
     return comparisons
+
+
+def _check_baseline(task: Launch, arms: Mapping[str, ArmResult]) -> None:
+    """Raises: StudyFailure when no cell of the baseline is valid."""
+    baseline = arms[BASELINE]
+    if not any(baseline.valid(seed) for seed in baseline.values):
+        reasons = "; ".join(sorted({result.summary() for result in baseline.gates.values()}))
+        raise StudyFailure(
+            f"{task.name}: the baseline has no valid cell ({reasons}): mend the baseline's settings"
+        )
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -159,7 +165,6 @@ def _controls(
 
 def _train(
     task: Launch,
-    specs: Sequence[CellSpec],
     keys: Mapping[CellSpec, str],
     controls: Sequence[dict[str, Any]],
     data: Data,
@@ -167,7 +172,7 @@ def _train(
     prepared: Prepared,
 ) -> None:
     """Trains and evaluates what is not in the cache."""
-    open_specs = [spec for spec in specs if not _done(cache, keys[spec])]
+    open_specs = [spec for spec in keys if not _done(cache, keys[spec])]
     jobs = _jobs(task, open_specs, keys, data, cache)
     controls = [control for control in controls if not _done(cache, control["key"])]
     if controls:
@@ -176,7 +181,9 @@ def _train(
         return
     total = sum(s.train.tokens + evaluation_cost(s.train) for s in open_specs) or 1.0
     workers = worker_count(data.device) if task.workers is None else task.workers
-    expected = _expected_seconds(open_specs, prepared.train.d) / max(1, min(workers, len(jobs)))
+    expected = START_SECONDS + _expected_seconds(open_specs, prepared.train.d) / max(
+        1, min(workers, len(jobs))
+    )
     if expected > task.limit:
         raise SettingError(
             "tokens",
@@ -185,8 +192,8 @@ def _train(
             f"{clock(task.limit)}: train fewer tokens, arms or seeds",
         )
     print(
-        f"{task.name}: {len(open_specs)} cells to train ({len(specs) - len(open_specs)} in the "
-        f"cache), {workers} workers",
+        f"{task.name}: {len(open_specs)} cells to train ({len(keys) - len(open_specs)} in the "
+        f"cache), {workers} workers, about {clock(expected)}",
         file=sys.stderr,
     )
     with progress(f"{task.name}: train and evaluate", total, "tokens") as bar:
@@ -254,7 +261,7 @@ def _expected_seconds(specs: Sequence[CellSpec], d_in: int) -> float:
         shape = (spec.train.batch_size, spec.sae.d_sae)
         if shape not in costs:
             costs[shape] = _gemm_seconds(shape[0], d_in, shape[1])
-        total += 1.5 * spec.train.steps * (3 * costs[shape] + 3e-3)
+        total += 1.5 * spec.train.steps * (costs[shape] + 2e-3)
     return total
 
 
@@ -270,11 +277,7 @@ def _gemm_seconds(n: int, d_in: int, d_sae: int) -> float:
 
 
 def _collect(
-    task: Launch,
-    base: BaseConfig,
-    specs: Sequence[CellSpec],
-    keys: Mapping[CellSpec, str],
-    cache: Path,
+    task: Launch, keys: Mapping[CellSpec, str], cache: Path
 ) -> tuple[dict[str, ArmResult], list[dict[str, Any]]]:
     """Results per arm at the target L0, and all rows of all cells."""
     arms = {
@@ -284,8 +287,8 @@ def _collect(
         for arm in task.run.arms
     }
     rows: list[dict[str, Any]] = []
-    for spec in specs:
-        cell = read_json(cache / "cells" / keys[spec] / "cell.json")
+    for spec, key in keys.items():
+        cell = read_json(cache / "cells" / key / "cell.json")
         own = {"arm": spec.arm, "seed": spec.seed, "level": spec.level}
         rows += [row | own for row in cell["rows"]]
         if spec.level == (task.plan.target_l0 or 0):
@@ -299,100 +302,3 @@ def _control_rows(cache: Path, controls: Sequence[dict[str, Any]]) -> list[dict[
         for control in controls
         for row in read_json(cache / "cells" / control["key"] / "cell.json")["rows"]
     ]
-
-
-def _write(
-    task: Launch,
-    base: BaseConfig,
-    specs: Sequence[CellSpec],
-    keys: Mapping[CellSpec, str],
-    cache: Path,
-    arms: Mapping[str, ArmResult],
-    rows: Sequence[dict[str, Any]],
-    prepared: Prepared,
-    comparisons: Sequence[Comparison],
-    info: dict[str, Any],
-    start: float,
-) -> None:
-    """Fills the run folder; final_info.json and manifest.json come last."""
-    out = task.out_dir
-    provenance = prepared.provenance | {"saelab": saelab.__version__}
-    _write_table(out / "metrics.parquet", [row | provenance for row in rows])
-    _write_curves(out / "curves.parquet", specs, keys, cache)
-    for spec in specs:
-        folder = out / "cells" / spec.arm / f"seed{spec.seed}-l0_{spec.level:g}"
-        for name in ("sae.safetensors", "sae.json"):
-            source = cache / "cells" / keys[spec] / name
-            if source.is_file():
-                place(source, folder / name)
-    write_text(out / "summary.md", summary_text(task, arms, comparisons, prepared.why_no_probing))
-    write_json(out / "final_info.json", info)
-    manifest = {
-        "run": task.name,
-        "title": task.run.title,
-        "study": task.plan.study,
-        "baseline": BASELINE,
-        "primary": task.plan.primary,
-        "sesoi": task.plan.sesoi,
-        "target_l0": task.plan.target_l0,
-        "levels": sorted({spec.level for spec in specs}),
-        "purpose": task.purpose,
-        "seeds": sorted({spec.seed for spec in specs}),
-        "arms": {
-            arm.name: {"comment": arm.comment, "changes": _plain(arm.changes)}
-            for arm in task.run.arms
-        },
-        "cells": {spec.name: keys[spec] for spec in specs},
-        "plan": task.plan.model_dump(mode="json"),
-        "base": base.model_dump(mode="json"),
-        "comparisons": [asdict(comparison) for comparison in comparisons],
-        "data": {
-            "train": prepared.train.header,
-            "held_out": prepared.held_out.header,
-            "probing": prepared.probing.name if prepared.probing else prepared.why_no_probing,
-        },
-        "versions": {
-            "saelab": saelab.__version__,
-            "package_digest": package_digest(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads_per_worker": 1,
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-        },
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    write_json(out / "manifest.json", manifest)
-
-
-def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
-        for name, value in changes.items()
-    }
-
-
-def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table_ = pa.Table.from_pylist(list(rows))
-    write_atomically(path, lambda temporary: pq.write_table(table_, temporary))
-
-
-def _write_curves(
-    path: Path, specs: Sequence[CellSpec], keys: Mapping[CellSpec, str], cache: Path
-) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    tables = []
-    for spec in specs:
-        curves = pq.read_table(cache / "cells" / keys[spec] / "curves.parquet")
-        n = len(curves)
-        for i, (name, value) in enumerate(
-            (("arm", spec.arm), ("seed", spec.seed), ("level", float(spec.level)))
-        ):
-            curves = curves.add_column(i, name, pa.array([value] * n))
-        tables.append(curves)
-    whole = pa.concat_tables(tables)
-    write_atomically(path, lambda temporary: pq.write_table(whole, temporary))

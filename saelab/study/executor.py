@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from saelab.errors import StudyFailure
+from saelab.errors import SettingError, StudyFailure
 from saelab.progress import Progress
 
 #: Seconds between two looks at the workers' progress.
@@ -130,10 +130,15 @@ def _run(function: Callable[..., None], job: Any) -> None:
 
 
 def worker_count(device: str) -> int:
-    """Workers of a launch: SAELAB_WORKERS, else one per core, else one for a GPU."""
+    """Workers of a launch: SAELAB_WORKERS (0: none, in this process), else one per core or GPU.
+
+    Raises: SettingError when the variable is no number.
+    """
     named = os.environ.get("SAELAB_WORKERS", "")
-    if named.isdigit() and int(named) > 0:
+    if named.isdigit():
         return int(named)
+    if named:
+        raise SettingError("SAELAB_WORKERS", named, "use a number of processes, 0 for none")
     if device != "cpu":
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

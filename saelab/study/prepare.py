@@ -59,8 +59,10 @@ def prepare(base: BaseConfig, cache: Path, device: str) -> Prepared:
     provenance = {
         "model": base.model.path,
         "model_digest": model.digest,
+        "tokenizer": f"{type(model.tokenizer).__name__} of {len(model.tokenizer)}",
         "hook_name": base.hook_name,
         "context": base.context,
+        "mask": "BOS, EOS and PAD left out",
         "dtype": base.model.dtype,
         "tokens": held_out.header["n_tokens"],
         "text": str(base.eval_text.path or base.eval_text.kind),
@@ -76,6 +78,8 @@ def _foreign(base: BaseConfig) -> Prepared:
     provenance = {
         "model": "",
         "model_digest": "",
+        "tokenizer": "",
+        "mask": "none",
         "hook_name": str(source.header.get("hook_name") or ""),
         "context": base.context,
         "dtype": str(source.header.get("dtype")),

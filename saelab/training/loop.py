@@ -57,7 +57,7 @@ class Cell:
     def __init__(
         self, name: str, sae_config: SAEConfig, train_config: TrainConfig, sample: Tensor, seed: int
     ) -> None:
-        self.name, self.config = name, train_config
+        self.name, self.config, self.device = name, train_config, sample.device
         self.sae = sae_config.build(sample.shape[1], train_config.steps, seed).to(sample.device)
         self.sae.initialise(sample, seed)
         self.sae.train()
@@ -71,15 +71,26 @@ class Cell:
     def done(self) -> bool:
         return self.steps_done >= self.config.steps
 
+    def rows(self, batch: Batch) -> Tensor:
+        """The batch's rows that the cell trains on, [n, d_in] on its device.
+
+        Raises: CellFailure when none has a position that the cell trains on.
+        """
+        rows = batch.rows()
+        if self.config.positions is not None:
+            rows = rows.within(*self.config.positions)
+        if not len(rows.x):
+            reason = f"no row of the batch has a position in {self.config.positions}: widen them"
+            raise CellFailure(self.name, self.steps_done, reason)
+        return rows.x.to(self.device)
+
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; returns the record that was logged.
 
         Raises: CellFailure when the loss or the gradient is not finite; the weights stay as before.
         """
         step, sae = self.steps_done, self.sae
-        if self.config.positions is not None:
-            batch = batch.rows().within(*self.config.positions)
-        p = sae(batch.rows().x, step, self.config.steps)
+        p = sae(self.rows(batch), step, self.config.steps)
         terms = {name: term.loss(p) for name, term in sae.loss_terms().items()}
         loss = torch.stack(list(terms.values())).sum()
         self.optimiser.zero_grad()
@@ -133,7 +144,7 @@ def train(
         cells: cells of one seed.
         stream: yields (batch, position); must be long enough.
         on_step: called every `REPORT_EVERY` steps and at the end with the steps done since the
-            last call and the living cells; it must not change anything.
+            last call and the cells that took the last one; it must not change anything.
 
     Returns: failures by cell name.
     """
@@ -148,10 +159,11 @@ def train(
                 cell.step(batch)
             except CellFailure as failure:
                 failures[cell.name] = failure
+        took_part = living
         living = [cell for cell in living if not cell.done and cell.name not in failures]
         since += 1
         if on_step and (since == REPORT_EVERY or not living):
-            on_step(since, living)
+            on_step(since, took_part)
             since = 0
         if not living:
             break

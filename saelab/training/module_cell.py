@@ -43,6 +43,7 @@ class ModuleCell(Cell):
             if not callable(getattr(module, method, None)):
                 raise SettingError(f"{name}: module", type(module).__name__, f"needs {method}(x)")
         module.d_in, module.d_sae = d_in, d_sae
+        self.device = sample.device
         self.name, self.config, self.sae = name, config, module.to(sample.device).train()
         parameters = [p for p in module.parameters() if p.requires_grad]
         if not parameters:
@@ -57,9 +58,7 @@ class ModuleCell(Cell):
 
         Raises: CellFailure when loss or gradient is not finite.
         """
-        if self.config.positions is not None:
-            batch = batch.rows().within(*self.config.positions)
-        x = batch.rows().x
+        x = self.rows(batch)
         loss = self.sae.loss(x)
         self.adam.zero_grad(set_to_none=True)
         loss.backward()

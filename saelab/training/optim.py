@@ -81,7 +81,7 @@ class Optimiser:
     @torch.no_grad()
     def clear(self, sae: SAE, latents: Tensor) -> None:
         """Clears the moments of the given latents; all others stay bitwise as they were."""
-        for parameter in sae.parameters():
+        for parameter in (sae.W_enc, sae.b_enc, sae.W_dec, *sae.activation.parameters()):
             state = self.adam.state.get(parameter, {})
             for name in ("exp_avg", "exp_avg_sq"):
                 moment = state.get(name)

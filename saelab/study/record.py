@@ -1,0 +1,137 @@
+"""The run folder: every file of a finished launch, `final_info.json` and `manifest.json` last."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import saelab
+from saelab.files import write_atomically, write_json, write_text
+from saelab.rundir import package_digest, place
+from saelab.study.final_info import ArmResult
+from saelab.study.plan import BASELINE, BaseConfig, CellSpec
+from saelab.study.prepare import Prepared
+from saelab.study.summary import summary_text
+from saelab.study.verdict import Comparison
+
+if TYPE_CHECKING:
+    from saelab.study.engine import Launch
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that a finished launch leaves behind.
+
+    Args:
+        task: what was asked for.
+        base: its settings with the run's changes.
+        keys: cache key of every cell.
+        cache: where the cells lie.
+        arms: results per arm at the target L0.
+        rows: every evaluation row of every cell and control.
+        prepared: the data.
+        comparisons, info: the verdict, and the content of final_info.json.
+    """
+
+    task: Launch
+    base: BaseConfig
+    keys: Mapping[CellSpec, str]
+    cache: Path
+    arms: Mapping[str, ArmResult]
+    rows: Sequence[dict[str, Any]]
+    prepared: Prepared
+    comparisons: Sequence[Comparison]
+    info: dict[str, Any]
+
+    def write(self, seconds: float) -> None:
+        """Fills the run folder; each file whole or not at all."""
+        out = self.task.out_dir
+        self._write_metrics(out / "metrics.parquet")
+        self._write_curves(out / "curves.parquet")
+        self._place_checkpoints(out / "cells")
+        why = self.prepared.why_no_probing
+        write_text(out / "summary.md", summary_text(self.task, self.arms, self.comparisons, why))
+        write_json(out / "final_info.json", self.info)
+        write_json(out / "manifest.json", self._manifest(seconds))
+
+    def _write_metrics(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        provenance = self.prepared.provenance | {"saelab": saelab.__version__}
+        table = pa.Table.from_pylist([row | provenance for row in self.rows])
+        write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+
+    def _write_curves(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        tables = []
+        for spec, key in self.keys.items():
+            curves = pq.read_table(self.cache / "cells" / key / "curves.parquet")
+            for i, (name, value) in enumerate(
+                (("arm", spec.arm), ("seed", spec.seed), ("level", float(spec.level)))
+            ):
+                curves = curves.add_column(i, name, pa.array([value] * len(curves)))
+            tables.append(curves)
+        whole = pa.concat_tables(tables)
+        write_atomically(path, lambda temporary: pq.write_table(whole, temporary))
+
+    def _place_checkpoints(self, folder: Path) -> None:
+        for spec, key in self.keys.items():
+            target = folder / spec.arm / f"seed{spec.seed}-l0_{spec.level:g}"
+            for name in ("sae.safetensors", "sae.json"):
+                source = self.cache / "cells" / key / name
+                if source.is_file():
+                    place(source, target / name)
+
+    def _manifest(self, seconds: float) -> dict[str, Any]:
+        task, plan = self.task, self.task.plan
+        probing = self.prepared.probing
+        return {
+            "run": task.name,
+            "title": task.run.title,
+            "study": plan.study,
+            "baseline": BASELINE,
+            "primary": plan.primary,
+            "direction": plan.direction,
+            "sesoi": plan.sesoi,
+            "target_l0": plan.target_l0,
+            "levels": sorted({spec.level for spec in self.keys}),
+            "purpose": task.purpose,
+            "seeds": sorted({spec.seed for spec in self.keys}),
+            "arms": {
+                arm.name: {"comment": arm.comment, "changes": _plain(arm.changes)}
+                for arm in task.run.arms
+            },
+            "cells": {spec.name: key for spec, key in self.keys.items()},
+            "plan": plan.model_dump(mode="json"),
+            "base": self.base.model_dump(mode="json"),
+            "comparisons": [asdict(comparison) for comparison in self.comparisons],
+            "data": {
+                "train": self.prepared.train.header,
+                "held_out": self.prepared.held_out.header,
+                "probing": probing.name if probing else self.prepared.why_no_probing,
+            },
+            "versions": {
+                "saelab": saelab.__version__,
+                "package_digest": package_digest(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "threads_per_worker": 1,
+                "cpu": torch.backends.cpu.get_cpu_capability(),
+            },
+            "seconds": round(seconds, 1),
+        }
+
+
+def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+        for name, value in changes.items()
+    }

@@ -1,0 +1,260 @@
+"""Small projects in a folder of their own, started the way a user starts them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from saelab.data import stdlib
+from saelab.files import read_json, sha256
+
+ROOT = Path(__file__).parents[2]
+#: Variables of the caller that would change what a launch does.
+OWN_VARIABLES = ("SAELAB_CACHE", "SAELAB_WORKERS", "SAELAB_PROGRESS")
+#: Characters of standard-library source that small projects train on and are evaluated on.
+CHARACTERS = {"train": 120_000, "held_out": 40_000}
+
+EXPERIMENT = """\
+from saelab.study.front import main
+from saelab.study.plan import Arm, Run
+
+{code}
+RUNS = {{"run_1": Run("A small run", [{arms}], {changes})}}
+
+if __name__ == "__main__":
+    main(RUNS, __file__)
+"""
+
+BASELINE = 'Arm("baseline", comment="as the base says")'
+RATE = 'Arm("rate", {"train.lr": 2e-3}, "half the learning rate", primary=True)'
+SCALED = 'Arm("scaled", {"sae.scaling": {"kind": "variance", "tau": 0.5}}, "variance scaling")'
+ARMS = (BASELINE, RATE, SCALED)
+
+PLAN = """\
+study = "small"
+base = "configs/small.toml"
+target_l0 = 16
+levels = [8]
+seeds = 3
+seeds_other = 2
+seeds_levels = 1
+"""
+
+#: TopK, so that every arm has the target L0 after however few steps.
+BASE = """\
+hook_name = "blocks.2.hook_resid_post"
+context = 32
+
+[train_text]
+kind = "files"
+path = "train.txt"
+
+[eval_text]
+kind = "files"
+path = "held_out.txt"
+
+[sae]
+d_sae = 256
+activation = { kind = "topk", k = 16 }
+losses = [{ kind = "reconstruction" }, { kind = "auxk" }]
+controllers = []
+constraints = [{ kind = "unit_norm" }]
+
+[train]
+tokens = 16_384
+batch_size = 128
+lr = 4e-3
+
+[evaluation]
+tokens = 4_000
+loss_contexts = 8
+probing = { entries = "none" }
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last(self) -> str:
+        """The last line of stderr, which names what, where and the remedy."""
+        return (self.err.rstrip("\n").splitlines() or [""])[-1]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with experiment.py, plan.toml, configs/small.toml and two text files."""
+
+    folder: Path
+
+    @classmethod
+    def make(
+        cls,
+        folder: Path,
+        arms: tuple[str, ...] = ARMS,
+        code: str = "",
+        changes: str = "{}",
+        plan: str = PLAN,
+        base: str = BASE,
+    ) -> Project:
+        (folder / "configs").mkdir(parents=True)
+        project = cls(folder)
+        project.write("plan.toml", plan)
+        project.write("configs/small.toml", base)
+        project.table(arms, code, changes)
+        for split, size in CHARACTERS.items():
+            project.write(f"{split}.txt", "\n".join(stdlib.texts(split))[:size])
+        return project
+
+    def table(self, arms: tuple[str, ...], code: str = "", changes: str = "{}") -> None:
+        """Writes experiment.py."""
+        table = EXPERIMENT.format(arms=", ".join(arms), code=code, changes=changes)
+        self.write("experiment.py", table)
+
+    def write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def replace(self, name: str, old: str, new: str) -> None:
+        """Edits one file."""
+        text = (self.folder / name).read_text(encoding="utf-8")
+        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {name}"
+        self.write(name, text.replace(old, new))
+
+    def launch(self, *arguments: str, workers: int = 1, **started: Any) -> Ended:
+        """`python experiment.py --out_dir=run_1` in a process of its own."""
+        return run(
+            self.folder,
+            "experiment.py",
+            *(arguments or ("--out_dir=run_1",)),
+            variables={"SAELAB_WORKERS": str(workers)},
+            **started,
+        )
+
+    def start(self, workers: int) -> subprocess.Popen[str]:
+        """The same in a process group of its own, not waited for."""
+        return subprocess.Popen(
+            [sys.executable, "experiment.py", "--out_dir=run_1"],
+            cwd=self.folder,
+            env=environment(SAELAB_WORKERS=str(workers)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+    def call(self, *arguments: str) -> Ended:
+        """The same in this process, without workers."""
+        from saelab.study.cells import load_experiment
+        from saelab.study.front import main
+
+        def started() -> None:
+            file = self.folder / "experiment.py"
+            main(load_experiment(file).RUNS, str(file))
+
+        return called(self.folder, started, *(arguments or ("--out_dir=run_1",)))
+
+    def again(self) -> Ended:
+        """`call` after the run folder was deleted; the cache stays."""
+        shutil.rmtree(self.folder / "run_1")
+        return self.call()
+
+    def info(self, run: str = "run_1") -> dict[str, Any]:
+        return read_json(self.folder / run / "final_info.json")
+
+    def manifest(self, run: str = "run_1") -> dict[str, Any]:
+        return read_json(self.folder / run / "manifest.json")
+
+    def weights(self, run: str = "run_1") -> dict[str, str]:
+        """Cell -> hash of its weights."""
+        cells = self.folder / run / "cells"
+        files = sorted(cells.rglob("*.safetensors"))
+        return {str(file.relative_to(cells).parent): sha256(file) for file in files}
+
+    def finished_cells(self) -> list[Path]:
+        return sorted((self.folder / ".saelab" / "cells").glob("*/cell.json"))
+
+
+def cli(folder: Path, *arguments: str) -> Ended:
+    """`saelab ...` in this process, without workers."""
+    from saelab.__main__ import main
+
+    return called(folder, main, *arguments)
+
+
+def run(
+    folder: Path,
+    *arguments: str,
+    variables: dict[str, str] | None = None,
+    timeout: float = 600,
+    **started: Any,
+) -> Ended:
+    """`python ...` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment(**(variables or {})),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **started,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The caller's variables without our own; this checkout is what is imported."""
+    kept = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
+    path = [str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
+    return kept | {"PYTHONPATH": os.pathsep.join(path)} | variables
+
+
+def called(folder: Path, function: Callable[[], object], *arguments: str) -> Ended:
+    """A command's own function, with its arguments, folder, output and exit code."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.chdir(folder),
+        patch.object(sys, "argv", ["command", *arguments]),
+        patch.dict(os.environ, {"SAELAB_WORKERS": "0"}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        as_if_fresh(),
+    ):
+        for name in ("SAELAB_CACHE", "SAELAB_PROGRESS"):
+            os.environ.pop(name, None)
+        try:
+            function()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except Exception:  # as the interpreter would end
+            traceback.print_exc()
+            code = 1
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def as_if_fresh() -> Iterator[None]:
+    """Forgets run tables read earlier; parts that one registers are gone afterwards."""
+    from saelab.parts import TABLE
+
+    before = {seam: dict(kinds) for seam, kinds in TABLE.items()}
+    sys.modules.pop("saelab_experiment", None)
+    try:
+        yield
+    finally:
+        for seam in list(TABLE):
+            TABLE[seam] = before.get(seam, {})

@@ -17,10 +17,12 @@ from typing import Any
 from saelab.config import read_toml
 from saelab.data import models
 from saelab.data.stream import batches
-from saelab.errors import CellFailure, SettingError, nearest
+from saelab.errors import CellFailure
+from saelab.evals import EvalData, check_names
+from saelab.evals import evaluate as measure
 from saelab.evals.base import Row, Subject
-from saelab.evals.core import CoreData, evaluate_core
-from saelab.evals.probing import ProbingData, evaluate_probing
+from saelab.evals.core import CoreData
+from saelab.evals.probing import ProbingData
 from saelab.progress import progress
 from saelab.rundir import cache_folder
 from saelab.sae import SAE
@@ -30,8 +32,6 @@ from saelab.study.plan import BASELINE, Arm, BaseConfig, PlanConfig, Run
 from saelab.study.prepare import prepare
 from saelab.study.verdict import Comparison
 from saelab.training import loop
-
-EVALS = ("core", "probing")
 
 
 class Scores(dict[str, float]):
@@ -74,7 +74,7 @@ def train(base: BaseConfig, seed: int = 0, cache: str | Path = ".") -> SAE:
 def evaluate(
     subject: Subject,
     base: BaseConfig,
-    evals: Sequence[str] = EVALS,
+    evals: Sequence[str] = ("core", "probing"),
     seed: int = 0,
     cache: str | Path = ".",
 ) -> Scores:
@@ -87,19 +87,17 @@ def evaluate(
 
     Raises: SettingError for an unknown evaluation.
     """
-    for name in evals:
-        if name not in EVALS:
-            raise SettingError("evals", name, f"known: {', '.join(EVALS)}{nearest(name, EVALS)}")
+    check_names(evals)
     prepared = prepare(base, cache_folder(Path(cache)), base.model.device)
-    rows: list[Row] = []
-    if "core" in evals:
-        model = models.load(base.model) if base.activations is None else None
-        rows += evaluate_core(
-            subject, CoreData(prepared.held_out, model, base.evaluation.loss_contexts)
-        )
-    if "probing" in evals and prepared.probing is not None:
-        data = ProbingData.load(prepared.probing)
-        rows += evaluate_probing(subject, data, seed, base.evaluation.probing.k_values)
+    model = models.load(base.model) if base.activations is None else None
+    data = EvalData(
+        CoreData(prepared.held_out, model, base.evaluation.loss_contexts),
+        ProbingData.load(prepared.probing) if prepared.probing else None,
+        seed,
+        base.evaluation.probing.k_values,
+        prepared.why_no_probing,
+    )
+    rows = measure(subject, data, evals)
     scores = Scores({r.metric: r.value for r in rows if not r.slice and r.value is not None})
     scores.rows = rows
     return scores

@@ -21,6 +21,9 @@ class SaelabError(Exception):
 
     exit_code = 1
 
+    def __reduce__(self) -> tuple[object, ...]:  # whole on its way from a worker process
+        return Exception.__new__, (type(self), *self.args), self.__dict__
+
 
 class UsageError(SaelabError):
     """Bad input, told in one sentence that names the remedy."""

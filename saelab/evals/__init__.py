@@ -1,0 +1,60 @@
+"""The table of evaluations: name -> function of a subject and the data of a launch.
+
+A new evaluation is one file here and one line in `EVALUATIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from saelab.errors import SettingError, nearest
+from saelab.evals import probing as _probing
+from saelab.evals.base import Row, Subject, missing
+from saelab.evals.core import CoreData, evaluate_core
+from saelab.evals.probing import ProbingData, evaluate_probing
+
+
+@dataclass
+class EvalData:
+    """What evaluations are given besides the subject.
+
+    Args:
+        core: held-out activations and their model.
+        probing: activations of the probing texts, or None with the reason in `why_no_probing`.
+        seed: of the probing examples, the same for all subjects that are compared.
+        k_values: numbers of latents that probes may use.
+    """
+
+    core: CoreData
+    probing: ProbingData | None
+    seed: int = 0
+    k_values: Sequence[int] = _probing.K_VALUES
+    why_no_probing: str = ""
+
+
+def _evaluate_probing(subject: Subject, data: EvalData) -> list[Row]:
+    if data.probing is not None:
+        return evaluate_probing(subject, data.probing, data.seed, data.k_values)
+    names = [f"sae_top_{k}_test_accuracy" for k in data.k_values] + ["sae_test_accuracy"]
+    return [missing(name, _probing.DEFINITION, data.why_no_probing) for name in names]
+
+
+EVALUATIONS: dict[str, Callable[[Subject, EvalData], list[Row]]] = {
+    "core": lambda subject, data: evaluate_core(subject, data.core),
+    "probing": _evaluate_probing,
+}
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises: SettingError for an unknown evaluation (the nearest one is suggested)."""
+    for name in names:
+        if name not in EVALUATIONS:
+            known = ", ".join(EVALUATIONS)
+            raise SettingError("evals", name, f"known: {known}{nearest(name, EVALUATIONS)}")
+
+
+def evaluate(subject: Subject, data: EvalData, names: Sequence[str]) -> list[Row]:
+    """The rows of the named evaluations; raises as `check_names`."""
+    check_names(names)
+    return [row for name in names for row in EVALUATIONS[name](subject, data)]

@@ -147,7 +147,7 @@ class _RowNorms(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
         w, norms = ctx.saved_tensors
-        return w * (g / norms.clamp_min(torch.finfo(norms.dtype).tiny)).unsqueeze(1)
+        return w * (g / norms.clamp_min(1e-30)).unsqueeze(1)
 
 
 def row_norms(w: Tensor) -> Tensor:

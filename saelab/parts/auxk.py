@@ -49,7 +49,8 @@ class AuxK(LossTerm):
         support = support_of_topk(dead[chosen], p.z.shape[1])
         values = torch.relu(encode_at(p.u, p.sae.W_enc, p.sae.b_enc, support))
         left = error - decode_at(values, p.sae.W_dec, support)
-        return self.coefficient * left.square().sum() / error.square().sum().clamp_min(1e-12)
+        share = left.square().sum() / error.square().sum().clamp_min(1e-12)
+        return p.setting(self.coefficient) * share
 
     def update(self, p: Pass) -> None:
         fired = p.code.firings > 0

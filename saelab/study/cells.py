@@ -9,6 +9,8 @@ A finished cell is a folder of the cache under its content hash:
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -18,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,11 @@ from saelab.data import models
 from saelab.data.models import ModelConfig
 from saelab.data.store import Source
 from saelab.data.stream import Layout, batches
-from saelab.errors import SourceError
+from saelab.errors import SettingError, SourceError
+from saelab.evals import EvalData, evaluate
 from saelab.evals.base import Row, Subject
-from saelab.evals.core import CoreData, evaluate_core
-from saelab.evals.probing import ProbingData, evaluate_probing
+from saelab.evals.core import CoreData
+from saelab.evals.probing import ProbingData
 from saelab.files import write_atomically, write_json
 from saelab.parts.base import Dims
 from saelab.rundir import package_digest
@@ -60,6 +63,7 @@ class Data:
     held_out: Path
     foreign: bool
     probing: Path | None
+    why_no_probing: str
     model: ModelConfig | None
     layout: Layout
     loss_contexts: int
@@ -89,7 +93,7 @@ def cell_key(spec: CellSpec, data: dict[str, Any]) -> str:
 
 
 def _foreign_code(spec: CellSpec) -> list[str]:
-    """Source of parts and modules that are written outside the package."""
+    """Code outside the package that the cell runs: the files that define its parts and module."""
     owners: list[Any] = [spec.module] if spec.module else []
     config = spec.sae
     groups = (config.losses, config.controllers, config.constraints, config.observers)
@@ -97,7 +101,48 @@ def _foreign_code(spec: CellSpec) -> list[str]:
     for part in parts:
         if part is not None and not type(part).__module__.startswith("saelab."):
             owners += [type(part), type(part.build(Dims(2, config.d_sae)))]
-    return [inspect.getsource(owner) for owner in owners]
+    files = {_file_of(owner) for owner in owners}
+    return [_code(file, spec.arm if spec.module else None) for file in sorted(files)]
+
+
+def _file_of(owner: Any) -> Path:
+    """The file that defines a class, a function or what a callable is made of.
+
+    Raises: SettingError when there is none, as for code typed into an interpreter.
+    """
+    while isinstance(owner, functools.partial):
+        owner = owner.func
+    owner = owner if isinstance(owner, (type, FunctionType)) else type(owner)
+    try:
+        return Path(inspect.getfile(owner)).resolve(strict=True)
+    except (TypeError, OSError):
+        remedy = "its source can't be read, so its cells can't be told from older ones: keep it "
+        raise SettingError("code", owner.__qualname__, f"{remedy}in a file") from None
+
+
+def _code(file: Path, arm: str | None) -> str:
+    """A file's code without comments and without its run table; of that, the entry of `arm`."""
+    kept: list[ast.AST] = []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if not _of_table(node):
+            kept.append(node)
+        elif arm is not None:
+            calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+            kept += [call for call in calls if _names(call, arm)] or [node]
+    return "\n".join(map(ast.unparse, kept))
+
+
+def _of_table(node: ast.stmt) -> bool:
+    """Whether a statement fills RUNS, or is the file's `if __name__ == "__main__"`."""
+    places = [getattr(node, name, None) for name in ("target", "test")]
+    places += getattr(node, "targets", [])
+    inside = [part for place in places if place is not None for part in ast.walk(place)]
+    return any(isinstance(part, ast.Name) and part.id in ("RUNS", "__name__") for part in inside)
+
+
+def _names(call: ast.Call, arm: str) -> bool:
+    values = [*call.args, *(keyword.value for keyword in call.keywords)]
+    return any(isinstance(value, ast.Constant) and value.value == arm for value in values)
 
 
 def as_job_cell(spec: CellSpec, key: str) -> dict[str, Any]:
@@ -142,11 +187,16 @@ class Worker:
 
     def __init__(self, data: Data) -> None:
         self.data = data
-        self.train = open_source(data.train, data.foreign)
+        self.train = open_source(data.train, data.foreign, "train")
         self.sample = initial_sample(self.train).to(data.device)
         model = models.load(data.model) if data.model else None
-        self.core = CoreData(open_source(data.held_out, data.foreign), model, data.loss_contexts)
-        self.probing = ProbingData.load(data.probing) if data.probing else None
+        self.evaluation = EvalData(
+            CoreData(open_source(data.held_out, data.foreign), model, data.loss_contexts),
+            ProbingData.load(data.probing) if data.probing else None,
+            data.probing_seed,
+            data.k_values,
+            data.why_no_probing,
+        )
 
     def run(self, job: Job, advance: Callable[[float], None]) -> None:
         """Trains and evaluates the job's cells; `advance` counts token-steps."""
@@ -168,11 +218,8 @@ class Worker:
             advance(evaluation_cost(config))
 
     def evaluate(self, subject: Subject, probe: bool) -> list[Row]:
-        rows = evaluate_core(subject, self.core)
-        if probe and self.probing is not None:
-            seed = self.data.probing_seed
-            rows += evaluate_probing(subject, self.probing, seed, self.data.k_values)
-        return rows
+        """Core metrics, and probing where the cell is at the plan's L0."""
+        return evaluate(subject, self.evaluation, ("core", "probing") if probe else ("core",))
 
     def _build(self, job: Job, plain: dict[str, Any]) -> Cell:
         config = TrainConfig.parse(plain["train"])

@@ -20,6 +20,7 @@ import torch
 
 from saelab.config import digest
 from saelab.errors import SettingError, StudyFailure
+from saelab.evals.probing import evaluate_probing
 from saelab.files import read_json, write_json
 from saelab.progress import clock, progress
 from saelab.rundir import cache_folder
@@ -82,8 +83,10 @@ def launch(task: Launch) -> list[Comparison]:
         raise SettingError(
             "out_dir", str(task.out_dir), "is a complete run: name another, or delete it first"
         )
+    _check_folder(task.out_dir)
     specs = cells(task.plan, task.base, task.run, task.purpose)
     base = task.base.patched(dict(task.run.changes))
+    _check_primary(task.plan.primary, base)
     cache = cache_folder(task.root)
     prepared = prepare(base, cache, base.model.device)
     data = _data(base, prepared, task)
@@ -103,10 +106,31 @@ def launch(task: Launch) -> list[Comparison]:
     return comparisons
 
 
+def _check_folder(folder: Path) -> None:
+    """Raises: UsageError when the run folder could not be made after training."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise SettingError("out_dir", str(folder), f"{there} is no folder: name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise WriteError(f"{folder} can't be written in {there}: choose another folder")
+
+
+def _check_primary(primary: str, base: BaseConfig) -> None:
+    """Raises: SettingError when no evaluation of this launch gives the metric."""
+    probing, measured = base.evaluation.probing, [*CORE, "mse"]
+    if base.activations is None and (probing.tables or probing.entries != "none"):
+        measured += [f"sae_top_{k}_test_accuracy" for k in probing.k_values]
+        measured.append("sae_test_accuracy")
+    if primary not in measured:
+        hint = nearest(primary, measured)
+        remedy = f"is not measured in this launch{hint}; known: {', '.join(measured)}"
+        raise SettingError("primary", primary, remedy)
+
+
 def _check_baseline(task: Launch, arms: Mapping[str, ArmResult]) -> None:
-    """Raises: StudyFailure when no cell of the baseline is valid."""
+    """Raises: StudyFailure when no cell of the baseline is valid and has a number."""
     baseline = arms[BASELINE]
-    if not any(baseline.valid(seed) for seed in baseline.values):
+    if all(value is None for value in baseline.metric(task.plan.primary).values()):
         reasons = "; ".join(sorted({result.summary() for result in baseline.gates.values()}))
         raise StudyFailure(
             f"{task.name}: the baseline has no valid cell ({reasons}): mend the baseline's settings"
@@ -122,6 +146,7 @@ def _data(base: BaseConfig, prepared: Prepared, task: Launch) -> Data:
         held_out=source_path(prepared.held_out),
         foreign=base.activations is not None,
         probing=prepared.probing,
+        why_no_probing=prepared.why_no_probing,
         model=base.model if base.activations is None else None,
         layout=base.layout,
         loss_contexts=base.evaluation.loss_contexts,
@@ -176,7 +201,8 @@ def _train(
     jobs = _jobs(task, open_specs, keys, data, cache)
     controls = [control for control in controls if not _done(cache, control["key"])]
     if controls:
-        jobs.append(Job(list(controls), controls[0]["seed"], data, cache, None, task.name))
+        seed = controls[0]["seed"]
+        jobs.append(Job(list(controls), seed, data, cache, task.experiment, task.name))
     if not jobs:
         return
     total = sum(s.train.tokens + evaluation_cost(s.train) for s in open_specs) or 1.0
@@ -240,9 +266,9 @@ def _work(job: Job, advance: Any, state: dict[str, Any]) -> None:
 
 def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
     if control["control"] == CONTROL_CHANNELS:
-        assert worker.probing is not None
-        seed, k_values = worker.data.probing_seed, worker.data.k_values
-        rows = celljob.evaluate_probing(None, worker.probing, seed, k_values, prefix="llm")
+        data = worker.evaluation
+        assert data.probing is not None
+        rows = evaluate_probing(None, data.probing, data.seed, data.k_values, prefix="llm")
     else:
         rows = worker.evaluate(celljob.untrained(worker, control), probe=True)
     own = [row.of_cell(control["control"], -1, control["level"]).as_dict() for row in rows]

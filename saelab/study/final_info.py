@@ -60,6 +60,10 @@ class ArmResult:
             for seed, values in self.values.items()
         }
 
+    def reference(self, name: str) -> dict[int, float | None]:
+        """The same as a baseline: a cell that failed is nothing to compare with."""
+        return {s: None if s in self.failed else v for s, v in self.metric(name).items()}
+
     @property
     def failed(self) -> set[int]:
         return {seed for seed, result in self.gates.items() if result.outcome == "failed"}
@@ -88,7 +92,7 @@ def judge_run(
         plan.primary,
         plan.direction,
         plan.sesoi,
-        base.metric(plan.primary),
+        base.reference(plan.primary),
         compared,
         l0,
         plan.target_l0,
@@ -102,7 +106,7 @@ def judge_run(
     for metric in SECONDARY:
         if metric != plan.primary:
             values = {name: arm.metric(metric) for name, arm in others.items()}
-            differences += compare_secondary(metric, base.metric(metric), values)
+            differences += compare_secondary(metric, base.reference(metric), values)
     return comparisons, differences
 
 

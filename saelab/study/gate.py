@@ -224,6 +224,11 @@ def _nonfinite_step(facts: Facts, _: float) -> Hits:
         yield "", f"the loss or a gradient is not finite at step {step:.0f}"
 
 
+def _diverged(facts: Facts) -> bool:
+    """Whether training stopped by a failure of the arm, which may be at its first step."""
+    return facts.get("nonfinite_step") is not None
+
+
 def _probing_constant(facts: Facts, _: float) -> Hits:
     if _flag(facts, "probing_constant"):
         yield "", "every probing task scores exactly its class prior"
@@ -280,13 +285,13 @@ CHECKS: tuple[Check, ...] = (
         "no_steps", "invalid", 0.0, ("steps",),
         "no training step was taken or recorded",
         "train the cell and record its steps",
-        _at_most("steps", "the number of training steps"),
+        _unless(_diverged, _at_most("steps", "the number of training steps")),
     ),
     Check(
         "no_tokens", "invalid", 0.0, ("tokens",),
         "no token was trained on or recorded",
         "train the cell and record its tokens",
-        _at_most("tokens", "the number of training tokens"),
+        _unless(_diverged, _at_most("tokens", "the number of training tokens")),
     ),
     Check(
         "hook_mismatch", "invalid", None, ("hook_",),

@@ -7,7 +7,8 @@ settings of the base and nothing else. A cell is an arm at one seed and one spar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from saelab.data.texts import TextConfig
 from saelab.errors import SettingError, nearest
 from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
+from saelab.study.gate import gate
 from saelab.training.optim import TrainConfig
 
 BASELINE = "baseline"
@@ -148,7 +150,7 @@ class Run:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CellSpec:
     """An arm at one seed and one level, with its settings worked out."""
 
@@ -199,7 +201,8 @@ def arm_settings(base: BaseConfig, run: Run, arm: Arm) -> BaseConfig:
     Raises: SettingError for an unknown name, or for a change that must hold for the whole launch.
     """
     shared = base.patched(dict(run.changes))
-    settings = shared.patched(dict(arm.changes))
+    with _of_arm(arm):
+        settings = shared.patched(dict(arm.changes))
     for name in type(base).model_fields:
         if name not in ("sae", "train") and getattr(settings, name) != getattr(shared, name):
             remedy = "is shared by all arms of a launch: put it into the run's changes"
@@ -224,6 +227,9 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
     seen: dict[str, str] = {}
     for arm in run.arms:
         settings = arm_settings(base, run, arm)
+        with _of_arm(arm):
+            _check_settings(settings)
+            gate({}, arm.expected)  # shows an unknown check now, not after training
         key = settings.digest()
         if arm.module is None and key in seen and arm.twin_of != seen[key]:
             remedy = f"has exactly the settings of {seen[key]!r}: change it or declare twin_of"
@@ -231,17 +237,42 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
         if arm.module is None:
             seen.setdefault(key, arm.name)
         main = arm.name == BASELINE or arm.primary
-        further = plan.levels if main and plan.target_l0 else ()
+        further = [level for level in dict.fromkeys(plan.levels) if level != plan.target_l0]
+        further = further if main and plan.target_l0 else []
         count = plan.seeds if main else min(plan.seeds, plan.seeds_other)
         places = [(plan.target_l0 or 0.0, seed) for seed in seeds[:count]]
         places += [(level, seed) for level in further for seed in seeds[: plan.seeds_levels]]
         for level, seed in places:
             sae = at_level(settings.sae, level) if level else settings.sae
-            sae.build(2)  # shows impossible settings now, not in a worker
-            specs.append(
-                CellSpec(arm.name, seed, level, sae, settings.train, arm.expected, arm.module)
-            )
+            with _of_arm(arm):
+                sae.build(2)  # shows impossible settings now, not in a worker
+            expected = tuple(arm.expected)
+            specs.append(CellSpec(arm.name, seed, level, sae, settings.train, expected, arm.module))
     return specs
+
+
+@contextmanager
+def _of_arm(arm: Arm) -> Iterator[None]:
+    """Names the arm in what is wrong with its settings."""
+    try:
+        yield
+    except SettingError as error:
+        raise SettingError(f"{arm.name}: {error.setting}", error.value, error.remedy) from None
+
+
+def _check_settings(settings: BaseConfig) -> None:
+    """Raises: SettingError for settings that fit only on their own."""
+    known = [str(getattr(controller, "name", "")) for controller in settings.sae.controllers]
+    for loss in settings.sae.losses:
+        name = getattr(loss, "coefficient", None)
+        if isinstance(name, str) and name not in known:
+            remedy = f"no such controller{nearest(name, known)}: add one, or use a number"
+            raise SettingError(f"{loss.kind}.coefficient", name, remedy)
+    low, high = settings.train.positions or (0, 1)
+    context = settings.context if settings.activations is None else high
+    if not 0 <= low < min(high, context):
+        remedy = f"use 0 <= low < high, within the context of {context}"
+        raise SettingError("train.positions", settings.train.positions, remedy)
 
 
 def _check_arms(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import saelab
-from saelab.files import write_atomically, write_json, write_text
+from saelab.files import write_atomically, write_json, write_text, writing
 from saelab.rundir import package_digest, place
 from saelab.study.final_info import ArmResult
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
@@ -51,6 +52,10 @@ class Record:
     def write(self, seconds: float) -> None:
         """Fills the run folder; each file whole or not at all."""
         out = self.task.out_dir
+        if self.task.force:  # nothing of the replaced run may stay beside the new one
+            for name in ("manifest.json", "final_info.json"):
+                (out / name).unlink(missing_ok=True)
+            shutil.rmtree(out / "cells", ignore_errors=True)
         self._write_metrics(out / "metrics.parquet")
         self._write_curves(out / "curves.parquet")
         self._place_checkpoints(out / "cells")
@@ -74,10 +79,11 @@ class Record:
         tables = []
         for spec, key in self.keys.items():
             curves = pq.read_table(self.cache / "cells" / key / "curves.parquet")
-            for i, (name, value) in enumerate(
-                (("arm", spec.arm), ("seed", spec.seed), ("level", float(spec.level)))
-            ):
-                curves = curves.add_column(i, name, pa.array([value] * len(curves)))
+            cell = {"arm": spec.arm, "seed": spec.seed, "level": float(spec.level)}
+            kinds = (pa.string(), pa.int64(), pa.float64())
+            for i, (name, value) in enumerate(cell.items()):
+                column = pa.array([value] * len(curves), kinds[i])
+                curves = curves.add_column(i, name, column)
             tables.append(curves)
         whole = pa.concat_tables(tables)
         write_atomically(path, lambda temporary: pq.write_table(whole, temporary))
@@ -85,10 +91,11 @@ class Record:
     def _place_checkpoints(self, folder: Path) -> None:
         for spec, key in self.keys.items():
             target = folder / spec.arm / f"seed{spec.seed}-l0_{spec.level:g}"
-            for name in ("sae.safetensors", "sae.json"):
+            for name in ("sae.safetensors", "sae.json", "module.safetensors"):
                 source = self.cache / "cells" / key / name
                 if source.is_file():
-                    place(source, target / name)
+                    with writing(target / name):
+                        place(source, target / name)
 
     def _manifest(self, seconds: float) -> dict[str, Any]:
         task, plan = self.task, self.task.plan

@@ -66,7 +66,8 @@ class Optimiser:
         grads = [p.grad for p in self.adam.param_groups[0]["params"] if p.grad is not None]
         norm = float(nn.utils.get_total_norm(grads))
         if norm > self.config.grad_clip:
-            torch._foreach_mul_(grads, self.config.grad_clip / norm)
+            for grad in grads:
+                grad.mul_(self.config.grad_clip / norm)
         return norm
 
     def step(self, step: int) -> None:

@@ -14,9 +14,10 @@ app = typer.Typer(
     help="Train sparse autoencoder variants side by side and learn whether an idea helps.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help, and errors whose last line says what is wrong
     add_completion=False,
 )
-lm = typer.Typer(help="The embedded language model.", no_args_is_help=True)
+lm = typer.Typer(help="The embedded language model.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(lm, name="lm")
 
 Set = Annotated[
@@ -59,7 +60,9 @@ def train(
     config: Annotated[
         Path, typer.Argument(help="Base settings, for example configs/embedded.toml.")
     ],
-    out_dir: Annotated[Path, typer.Option(help="Folder for the results.")],
+    out_dir: Annotated[
+        Path, typer.Option("--out_dir", "--out-dir", help="Folder for the results.")
+    ],
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     set_: Set = None,
 ) -> None:

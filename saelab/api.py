@@ -14,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from saelab.config import read_toml
 from saelab.data import models
 from saelab.data.stream import batches
-from saelab.errors import CellFailure
+from saelab.errors import CellFailure, MismatchError
 from saelab.evals import EvalData, check_names
 from saelab.evals import evaluate as measure
 from saelab.evals.base import Row, Subject
@@ -71,6 +73,7 @@ def train(base: BaseConfig, seed: int = 0, cache: str | Path = ".") -> SAE:
     return cell.sae
 
 
+@torch.no_grad()
 def evaluate(
     subject: Subject,
     base: BaseConfig,
@@ -85,10 +88,13 @@ def evaluate(
         evals: of 'core' and 'probing'.
         seed: of the probing examples.
 
-    Raises: SettingError for an unknown evaluation.
+    Raises: SettingError for an unknown evaluation; MismatchError for activations of another width.
     """
     check_names(evals)
     prepared = prepare(base, cache_folder(Path(cache)), base.model.device)
+    if subject.d_in != prepared.held_out.d:
+        remedy = f"the activations have {prepared.held_out.d}: evaluate it where it was trained"
+        raise MismatchError(f"the SAE has d_in = {subject.d_in}, {remedy}")
     model = models.load(base.model) if base.activations is None else None
     data = EvalData(
         CoreData(prepared.held_out, model, base.evaluation.loss_contexts),

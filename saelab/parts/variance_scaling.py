@@ -12,7 +12,7 @@ so what it can change is the optimisation, not the set of functions.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -117,8 +117,6 @@ class ScalarPriorConfig(PartConfig):
 
 
 class ScalarPrior(LossTerm):
-    needs_scaling: ClassVar[bool] = True
-
     def __init__(self, config: ScalarPriorConfig) -> None:
         super().__init__()
         self.config = config

@@ -2,7 +2,7 @@
 
 A finished cell is a folder of the cache under its content hash:
 
-    sae.safetensors, sae.json    the trained SAE
+    sae.safetensors, sae.json    the trained SAE (module.safetensors for a user's own module)
     curves.parquet               every logged value over training, thinned
     cell.json                    rows, facts for the gate, failure if any; written last
 """
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from saelab import checkpoint, stats
 from saelab.config import digest
@@ -190,8 +191,9 @@ class Worker:
         self.train = open_source(data.train, data.foreign, "train")
         self.sample = initial_sample(self.train).to(data.device)
         model = models.load(data.model) if data.model else None
+        held_out = open_source(data.held_out, data.foreign, "held_out")
         self.evaluation = EvalData(
-            CoreData(open_source(data.held_out, data.foreign), model, data.loss_contexts),
+            CoreData(held_out, model, data.loss_contexts),
             ProbingData.load(data.probing) if data.probing else None,
             data.probing_seed,
             data.k_values,
@@ -217,6 +219,7 @@ class Worker:
             self._write(job.cache / "cells" / plain["key"], cell, plain, rows, facts, seconds)
             advance(evaluation_cost(config))
 
+    @torch.no_grad()
     def evaluate(self, subject: Subject, probe: bool) -> list[Row]:
         """Core metrics, and probing where the cell is at the plan's L0."""
         return evaluate(subject, self.evaluation, ("core", "probing") if probe else ("core",))
@@ -249,9 +252,7 @@ class Worker:
             "hook_evaluation": hook,
             "probing_constant": float(all(constant)) if constant else None,
             "data_passes": cell.config.tokens / max(1, sum(self.train.shard_counts)),
-            "planned_passes": math.ceil(
-                cell.config.tokens / max(1, sum(self.train.shard_counts)) - 0.01
-            ),
+            "planned_passes": 1.0,
             **_weights_facts(cell.sae),
             **_curve_facts(cell.log),
         }
@@ -266,8 +267,14 @@ class Worker:
         seconds: float,
     ) -> None:
         origin = {"arm": plain["arm"], "seed": plain["seed"], "level": plain["level"]}
-        if isinstance(cell.sae, SAE):
-            checkpoint.save(cell.sae, folder, {**self.data.provenance, **origin})
+        sae: Any = cell.sae
+        if isinstance(sae, SAE):
+            checkpoint.save(sae, folder, {**self.data.provenance, **origin})
+        else:
+            state = sae.state_dict().items()
+            tensors = {n: t.detach().cpu().clone() for n, t in state if isinstance(t, torch.Tensor)}
+            file = folder / "module.safetensors"
+            write_atomically(file, lambda temporary: save_file(tensors, temporary))
         own = [row.of_cell(plain["arm"], plain["seed"], plain["level"]).as_dict() for row in rows]
         write_curves(folder / "curves.parquet", cell)
         last = {name: _finite(values[cell.log.length - 1]) for name, values in _logged(cell.log)}
@@ -301,17 +308,16 @@ def untrained(worker: Worker, spec: dict[str, Any]) -> SAE:
 
 
 def _weights_facts(sae: Any) -> dict[str, float]:
-    decoder = getattr(sae, "W_dec", None)
-    if decoder is None:
+    if not isinstance(sae, SAE):  # a module's weights may have any names and shapes
         return {}
-    encoder = sae.W_enc.detach()
-    rows = torch.nn.functional.normalize(decoder.detach(), dim=1)
+    encoder, decoder = sae.W_enc.detach(), sae.W_dec.detach()
+    rows = torch.nn.functional.normalize(decoder, dim=1)
     twins = 0
     for start in range(0, len(rows), 2048):
         cosine = rows[start : start + 2048] @ rows.T
         cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = 0
         twins += int((cosine.max(1).values > 0.95).sum())
-    zero = not bool(encoder.any()) or not bool(decoder.detach().any())
+    zero = not bool(encoder.any()) or not bool(decoder.any())
     return {"weights_zero": float(zero), "near_duplicate_share": twins / len(rows)}
 
 
@@ -372,5 +378,6 @@ def write_curves(path: Path, cell: Cell) -> None:
                 columns["tokens"].append(int(high) * cell.config.batch_size)
                 columns["name"].append(name)
                 columns["value"].append(float(some.mean()))
-    table = pa.table(columns)
+    kinds = (pa.int64(), pa.int64(), pa.string(), pa.float64())
+    table = pa.table(columns, schema=pa.schema(list(zip(columns, kinds, strict=True))))
     write_atomically(path, lambda temporary: pq.write_table(table, temporary))

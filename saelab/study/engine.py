@@ -9,6 +9,7 @@ that looks complete, and the same command goes on where it stopped.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,16 +20,16 @@ from typing import Any
 import torch
 
 from saelab.config import digest
-from saelab.errors import SettingError, StudyFailure
+from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.evals.probing import evaluate_probing
-from saelab.files import read_json, write_json
+from saelab.files import WriteError, read_json, write_json
 from saelab.progress import clock, progress
 from saelab.rundir import cache_folder
 from saelab.seeding import study_seeds
 from saelab.study import cells as celljob
 from saelab.study.cells import Data, Job, Worker, as_job_cell, cell_key, evaluation_cost
 from saelab.study.executor import run_jobs, worker_count
-from saelab.study.final_info import ArmResult, final_info, judge_run
+from saelab.study.final_info import CORE, ArmResult, final_info, judge_run
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec, PlanConfig, Run, arm_settings, cells
 from saelab.study.prepare import Prepared, prepare, source_path
 from saelab.study.record import Record
@@ -123,7 +124,8 @@ def _check_primary(primary: str, base: BaseConfig) -> None:
         measured.append("sae_test_accuracy")
     if primary not in measured:
         hint = nearest(primary, measured)
-        remedy = f"is not measured in this launch{hint}; known: {', '.join(measured)}"
+        known = f"use one of {', '.join(measured)} (probing needs evaluation.probing)"
+        remedy = f"is not measured in this launch{hint}: {known}"
         raise SettingError("primary", primary, remedy)
 
 

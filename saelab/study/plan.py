@@ -245,7 +245,7 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
         for level, seed in places:
             sae = at_level(settings.sae, level) if level else settings.sae
             with _of_arm(arm):
-                sae.build(2)  # shows impossible settings now, not in a worker
+                _check_sae(arm, sae, base.layout)
             expected = tuple(arm.expected)
             specs.append(CellSpec(arm.name, seed, level, sae, settings.train, expected, arm.module))
     return specs
@@ -273,6 +273,15 @@ def _check_settings(settings: BaseConfig) -> None:
     if not 0 <= low < min(high, context):
         remedy = f"use 0 <= low < high, within the context of {context}"
         raise SettingError("train.positions", settings.train.positions, remedy)
+
+
+def _check_sae(arm: Arm, config: SAEConfig, layout: Layout) -> None:
+    """Shows impossible settings now, not in a worker."""
+    for part in config.build(2).parts():
+        if part.needs_contexts and layout == "rows":
+            name = type(part).__name__
+            remedy = f"{name} needs whole contexts: set layout = 'contexts' for the launch"
+            raise SettingError(f"{arm.name}: layout", layout, remedy)
 
 
 def _check_arms(run: Run) -> None:

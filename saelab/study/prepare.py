@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from saelab.config import digest
 from saelab.data import models
-from saelab.data.harvest import HarvestConfig, harvest
+from saelab.data.harvest import harvest
 from saelab.data.models import LanguageModel
-from saelab.data.store import FolderSource, ForeignSource, Source
+from saelab.data.store import FolderSource, ForeignSource, Shard, Source
 from saelab.data.tasks import Entry, embedded_entries, entries_from_table
-from saelab.data.texts import TextConfig, manifest, tokenize
-from saelab.errors import SourceError
+from saelab.data.texts import TextConfig, documents, manifest, tokenize
+from saelab.errors import SettingError, SourceError
 from saelab.evals.probing import harvest_probing, identity
 from saelab.study.plan import BaseConfig, ProbingConfig
 
 #: Stored precision of probing activations; the model's own channels are probed from the same.
 PROBING_DTYPE = torch.float16
+
+Part = Literal["train", "held_out"]
 
 
 @dataclass
@@ -52,6 +54,7 @@ def prepare(base: BaseConfig, cache: Path, device: str) -> Prepared:
     """
     if base.activations is not None:
         return _foreign(base)
+    _check_texts(base.train_text, base.eval_text)
     model = models.load(base.model.patched({"device": device}))
     train = _activations(base, base.train_text, base.train.tokens, model, cache)
     held_out = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
@@ -73,8 +76,9 @@ def prepare(base: BaseConfig, cache: Path, device: str) -> Prepared:
 
 
 def _foreign(base: BaseConfig) -> Prepared:
-    """Activations made elsewhere: the last shard is held out, or the same one when it is alone."""
+    """Activations made elsewhere, of which a part is held out."""
     source = ForeignSource.open(Path(str(base.activations)))
+    train, held_out = ForeignPart(source, "train"), ForeignPart(source, "held_out")
     provenance = {
         "model": "",
         "model_digest": "",
@@ -83,11 +87,62 @@ def _foreign(base: BaseConfig) -> Prepared:
         "hook_name": str(source.header.get("hook_name") or ""),
         "context": base.context,
         "dtype": str(source.header.get("dtype")),
-        "tokens": source.header["n_tokens"],
+        "tokens": held_out.header["n_tokens"],
         "text": "",
         "text_digest": source.digest,
     }
-    return Prepared(source, source, None, "activations were made elsewhere", provenance)
+    return Prepared(train, held_out, None, "activations were made elsewhere", provenance)
+
+
+class ForeignPart:
+    """The training or the held-out part of activations made elsewhere.
+
+    Held out is the last file or, where there is one file only, its last tenth.
+    """
+
+    def __init__(self, source: ForeignSource, part: Part) -> None:
+        self.source, self.path, self.held_out = source, source.path, part == "held_out"
+        self.alone = source.n_shards == 1
+        last = source.n_shards - 1
+        self._shards = [last] if self.held_out else list(range(max(1, last)))
+        self.header = source.header | {"part": part, "n_tokens": sum(self.shard_counts)}
+
+    @property
+    def d(self) -> int:
+        return self.source.d
+
+    @property
+    def n_shards(self) -> int:
+        return len(self._shards)
+
+    @property
+    def shard_counts(self) -> list[int]:
+        if self.alone:
+            return [self.shard(0).n_tokens]
+        return [self.source.shard_counts[i] for i in self._shards]
+
+    @property
+    def digest(self) -> str:
+        return f"{self.source.digest}/{self.header['part']}"
+
+    def shard(self, i: int) -> Shard:
+        shard = self.source.shard(self._shards[i])
+        if not self.alone:
+            return shard
+        cut = len(shard.x) - max(1, len(shard.x) // 10)
+        kept = slice(cut, None) if self.held_out else slice(cut)
+        return Shard(shard.x[kept], shard.mask[kept])
+
+
+def _check_texts(train: TextConfig, held_out: TextConfig) -> None:
+    """Raises: SettingError when the text of the evaluation is the one that is trained on."""
+    same = train == held_out
+    if train.kind == held_out.kind == "files" and train.path and held_out.path:
+        places = {Path(text.path or "").expanduser().resolve() for text in (train, held_out)}
+        same = len(places) == 1 and next(documents(train)) == next(documents(held_out))
+    if same:
+        where = held_out.path or held_out.split
+        raise SettingError("eval_text", where, "is trained on: name another text or split")
 
 
 def _activations(
@@ -144,17 +199,9 @@ def _probing(base: BaseConfig, model: LanguageModel, cache: Path) -> Path | None
     return folder
 
 
-def harvest_bytes(base: BaseConfig, d_in: int) -> int:
-    """Bytes that the launch's activations need on disk."""
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}[
-        HarvestConfig(dtype=base.harvest.dtype).dtype
-    ]
-    return (base.train.tokens + base.evaluation.tokens) * d_in * width
-
-
-def open_source(path: Path, foreign: bool) -> Source:
+def open_source(path: Path, foreign: bool, part: Part) -> Source:
     """The source that `prepare` made, from its folder (in a worker)."""
-    return ForeignSource.open(path) if foreign else FolderSource.open(path)
+    return ForeignPart(ForeignSource.open(path), part) if foreign else FolderSource.open(path)
 
 
 def source_path(source: Source) -> Path:

@@ -128,7 +128,7 @@ def rows_close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
 @every_part
 class TestConfiguration:
     def test_round_trip_through_json(self, seam: str, kind: str) -> None:
-        config = TABLE[seam][kind]()
+        config = TABLE[seam][kind].parse({})
         again = parse_part(seam, json.loads(config.model_dump_json()))
         assert type(again) is type(config) and again == config
         whole = composed(seam, kind)
@@ -137,7 +137,7 @@ class TestConfiguration:
         assert getattr(parsed, FIELDS[seam]) == getattr(whole, FIELDS[seam])
 
     def test_by_name_alone(self, seam: str, kind: str) -> None:
-        assert parse_part(seam, kind) == TABLE[seam][kind]()
+        assert parse_part(seam, kind) == TABLE[seam][kind].parse({})
 
     def test_unknown_field_is_refused_with_the_nearest(self, seam: str, kind: str) -> None:
         for field in TABLE[seam][kind].model_fields:
@@ -150,14 +150,14 @@ class TestConfiguration:
 
     def test_is_frozen(self, seam: str, kind: str) -> None:
         with pytest.raises(ValueError, match="frozen"):
-            TABLE[seam][kind]().lr = 1.0
+            TABLE[seam][kind].parse({}).lr = 1.0
 
     def test_misspelt_kind(self, seam: str, kind: str) -> None:
         with pytest.raises(UsageError, match=f"did you mean '{kind}'"):
             parse_part(seam, {"kind": kind + "s"})
 
     def test_builds_its_seam(self, seam: str, kind: str) -> None:
-        part = TABLE[seam][kind]().build(Dims(D_IN, D_SAE, STEPS, 0))
+        part = TABLE[seam][kind].parse({}).build(Dims(D_IN, D_SAE, STEPS, 0))
         assert isinstance(part, CLASSES[seam])
 
 
@@ -323,9 +323,7 @@ class TestActivation:
         differ = float((p.code.dense() != 0).ne(reference != 0).sum() / (reference != 0).sum())
         assert differ < 0.05 if training else differ == 0
         both = (p.code.dense() != 0) & (reference != 0)
-        torch.testing.assert_close(
-            p.code.dense()[both], reference[both], rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(p.code.dense()[both], reference[both], rtol=1e-5, atol=1e-5)
 
     def test_rows_are_independent_unless_declared(
         self, kind: str, training: bool, global_random_seed: int
@@ -537,7 +535,7 @@ class TestRegister:
 
     def test_wrong_seam_and_shape(self) -> None:
         with pytest.raises(SettingError, match="is no loss"):
-            parse_part("loss", TABLE["activation"]["relu"]())
+            parse_part("loss", TABLE["activation"]["relu"].parse({}))
         for wrong in (3, None, {"k": 3}, ["relu"]):
             with pytest.raises(SettingError, match="needs a 'kind'"):
                 parse_part("activation", wrong)
@@ -615,7 +613,7 @@ class TestAuxK:
         dead = torch.arange(0, D_SAE, 7)
         term.get_buffer("silent")[dead] = 100
         loss = term.loss(p)
-        assert 0 < float(loss.detach())
+        assert float(loss.detach()) > 0
         loss.backward()
         assert sae.W_dec.grad is not None and sae.W_enc.grad is not None
         touched = sae.W_dec.grad.any(1).nonzero().flatten()

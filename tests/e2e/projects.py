@@ -223,13 +223,15 @@ def environment(**variables: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join(path)} | variables
 
 
-def called(folder: Path, function: Callable[[], object], *arguments: str) -> Ended:
+def called(
+    folder: Path, function: Callable[[], object], *arguments: str, workers: str = "0"
+) -> Ended:
     """A command's own function, with its arguments, folder, output and exit code."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         contextlib.chdir(folder),
         patch.object(sys, "argv", ["command", *arguments]),
-        patch.dict(os.environ, {"SAELAB_WORKERS": "0"}),
+        patch.dict(os.environ, {"SAELAB_WORKERS": workers}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         as_if_fresh(),

@@ -1,6 +1,6 @@
 """JumpReLU's gradients are the pseudo-derivatives of its source, and its thresholds move.
 
-    df/dt  = -(t / h) * 1[|z - t| < h / 2],  d1/dt = -(1 / h) * 1[|z - t| < h / 2],  t = exp(log t)
+df/dt  = -(t / h) * 1[|z - t| < h / 2],  d1/dt = -(1 / h) * 1[|z - t| < h / 2],  t = exp(log t)
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ from saelab.kernels import (
     eager,
     encode_at,
     has_fast_bfloat16,
+    positive,
     preactivations,
+    row_norms,
     selection_dtype,
     support_of_mask,
     support_of_topk,
@@ -35,9 +37,13 @@ def support_of(mask: Tensor, shuffle: torch.Generator | None = None) -> Support:
     latents = []
     for row in mask:
         here = row.nonzero().flatten()
-        latents.append(here if shuffle is None else here[torch.randperm(len(here), generator=shuffle)])
+        latents.append(
+            here if shuffle is None else here[torch.randperm(len(here), generator=shuffle)]
+        )
     counts = torch.tensor([0, *(len(row) for row in latents)])
-    return Support(counts.cumsum(0), torch.cat([*latents, torch.empty(0, dtype=torch.int64)]), mask.shape[1])
+    return Support(
+        counts.cumsum(0), torch.cat([*latents, torch.empty(0, dtype=torch.int64)]), mask.shape[1]
+    )
 
 
 @dataclass(eq=False)
@@ -131,9 +137,7 @@ class TestAgainstDense:
         assert torch.autograd.gradcheck(
             lambda u, w, b: encode_at(u, w, b, p.support), (p.u, p.w, p.b)
         )
-        assert torch.autograd.gradcheck(
-            lambda v, w: decode_at(v, w, p.support), (p.values, p.w)
-        )
+        assert torch.autograd.gradcheck(lambda v, w: decode_at(v, w, p.support), (p.values, p.w))
 
     def test_expanded_and_transposed_gradients(self, global_random_seed: int) -> None:
         p = problem(global_random_seed, 6, 9, 4, 0.5, torch.float32)
@@ -216,6 +220,32 @@ class TestSupport:
         assert support.offsets.tolist() == [0, 2, 4, 6]
         assert support.rows.tolist() == [0, 0, 1, 1, 2, 2]
         assert support.flat.tolist() == [5, 1, 8, 15, 18, 19]
+
+
+class TestRowNorms:
+    def test_against_torch(self, global_random_seed: int) -> None:
+        w = torch.randn(
+            7, 5, generator=torch_stream(global_random_seed, "rows"), dtype=torch.float64
+        )
+        w.requires_grad_()
+        torch.testing.assert_close(row_norms(w), torch.linalg.vector_norm(w, dim=1))
+        assert torch.autograd.gradcheck(row_norms, w)
+
+    @pytest.mark.parametrize("up", [1.0, -1e6])
+    def test_zero_row_has_no_gradient(self, up: float) -> None:
+        w = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
+        (row_norms(w) * up).sum().backward()
+        assert w.grad is not None
+        torch.testing.assert_close(w.grad, up * torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_positive(dtype: torch.dtype, global_random_seed: int) -> None:
+    special = [0.0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, torch.inf, -torch.inf, 3.0, -3.0]
+    drawn = torch.randn(5, 10, generator=torch_stream(global_random_seed, "signs"))
+    z = torch.cat([torch.tensor([special]), drawn]).to(dtype)
+    assert torch.equal(positive(z), z > 0)
+    assert torch.equal(positive(z[:, 2:7]), z[:, 2:7] > 0)
 
 
 class TestCode:

@@ -22,7 +22,9 @@ def source(*contexts: int, masked: bool = True) -> MemorySource:
     """Row r of the whole source has value r in its first dimension; position 0 does not count."""
     shards, first = [], 0
     for count in contexts:
-        x = torch.arange(first, first + count * CONTEXT, dtype=torch.float32).view(count, CONTEXT, 1)
+        x = torch.arange(first, first + count * CONTEXT, dtype=torch.float32).view(
+            count, CONTEXT, 1
+        )
         first += count * CONTEXT
         mask = torch.ones(count, CONTEXT, dtype=torch.bool)
         mask[:, 0] = not masked

@@ -1,0 +1,181 @@
+"""The direction of imports: each layer imports only from itself and from those before it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import saelab
+
+ROOT = Path(saelab.__file__).parent
+#: From the bottom up. The public surface (`saelab/__init__`) only names modules and loads none.
+LAYERS = [
+    {"errors", "seeding", "stats", "config", "files", "progress", "allocator", "rundir"},
+    {"data"},
+    {"assets"},
+    {"kernels"},
+    {"parts"},
+    {"sae", "checkpoint"},
+    {"training"},
+    {"evals"},
+    {"study"},
+    {"report"},
+    {"api"},
+    {"__main__"},
+]
+#: (importing module, imported module): assets/__init__ is nothing but the embedded model's path.
+EXCEPTIONS = {("saelab.data.models", "saelab.assets")}
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(file: Path) -> set[str]:
+    """Every module of the package that the file imports at run time, anywhere in it."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.orelse:
+                visit(child)
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names if alias.name != "saelab")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative imports hide the layer"
+            found.update(named(str(node.module), alias.name) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "saelab":
+            found.add(named("saelab", node.attr))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(file.read_text(encoding="utf-8")))
+    return {name for name in found if name.split(".")[0] == "saelab"}
+
+
+def named(module: str, name: str) -> str:
+    """The module that `from module import name` loads; the version loads nothing."""
+    whole = f"{module}.{name}"
+    if whole == "saelab.__version__":
+        return ""
+    return whole if whole in MODULES else module
+
+
+def layer(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+EDGES = [(name, target) for name, file in MODULES.items() for target in sorted(imports(file))]
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {layer(name) for name in MODULES} - {"saelab"} == set(LEVEL)
+    assert len(EDGES) > 100
+
+
+def test_direction() -> None:
+    upward = [
+        f"{name} imports {target}"
+        for name, target in EDGES
+        if name != "saelab"
+        and (name, target) not in EXCEPTIONS
+        and (target == "saelab" or LEVEL[layer(target)] > LEVEL[layer(name)])
+    ]
+    assert not upward
+
+
+def test_exceptions_are_needed_and_harmless() -> None:
+    assert set(EDGES) >= EXCEPTIONS
+    assert not imports(ROOT / "assets" / "__init__.py")
+
+
+def test_public_surface_loads_nothing() -> None:
+    assert not imports(ROOT / "__init__.py")
+
+
+def test_parts_know_nothing_of_each_other() -> None:
+    inside = [
+        f"{name} imports {target}"
+        for name, target in EDGES
+        if name.startswith("saelab.parts.")
+        and target.startswith("saelab.parts")
+        and target != "saelab.parts.base"
+    ]
+    assert not inside
+
+
+def test_evaluations_know_nothing_of_training() -> None:
+    assert not [
+        edge for edge in EDGES if layer(edge[0]) == "evals" and layer(edge[1]) == "training"
+    ]
+
+
+def test_no_cycles() -> None:
+    edges: dict[str, set[str]] = {}
+    for name, target in EDGES:
+        edges.setdefault(name, set()).add(target)
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for target in sorted(edges.get(name, ())):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+def loaded(statement: str) -> set[str]:
+    script = f"import sys; {statement}; print(*(name.split('.')[0] for name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
+    return set(done.stdout.split())
+
+
+HEAVY = {
+    "torch",
+    "pydantic",
+    "transformers",
+    "matplotlib",
+    "numpy",
+    "datasets",
+    "pyarrow",
+    "sklearn",
+}
+
+
+def test_importing_the_package_is_light() -> None:
+    assert not loaded("import saelab") & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [("errors seeding files progress allocator rundir", set()), ("config", {"pydantic"})],
+)
+def test_foundations_load_no_torch(module: str, allowed: set[str]) -> None:
+    statement = "import " + ", ".join(f"saelab.{name}" for name in module.split())
+    assert not loaded(statement) & (HEAVY - allowed)
+
+
+def test_statistics_load_no_torch() -> None:
+    assert not loaded("import saelab.stats") & (HEAVY - {"numpy"})
+
+
+def test_each_name_of_the_public_surface_exists() -> None:
+    for name in saelab.__all__:
+        assert getattr(saelab, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'SAE_'"):
+        saelab.SAE_  # noqa: B018

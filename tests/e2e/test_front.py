@@ -1,0 +1,130 @@
+"""What a new user does first: import, --help, the README's own lines."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from projects import ROOT, Project, cli, environment, run
+
+#: Seconds. The promise is 0.2 on a free machine; a busy one is given more.
+QUICK = 1.0
+
+
+@pytest.mark.parametrize("code", ["import saelab", "import saelab.__main__"])
+def test_importing_is_quick_and_loads_no_torch(tmp_path: Path, code: str) -> None:
+    heavy = "{'torch', 'numpy', 'transformers', 'datasets', 'pydantic'}"
+    check = f"{code}; import sys; print(sorted({heavy} & set(sys.modules)))"
+    fastest = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        ended = run(tmp_path, "-c", check)
+        fastest = min(fastest, time.perf_counter() - start)
+        assert ended.out.strip() == "[]", ended.err
+    assert fastest < QUICK
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("eval",), ("run",), ("lm", "train")])
+def test_help_says_what_a_command_takes(tmp_path: Path, command: tuple[str, ...]) -> None:
+    ended = cli(tmp_path, *command, "--help")
+    assert ended.code == 0
+    assert "Usage" in ended.out
+    if command == ("train",):
+        assert "--out_dir" in ended.out and "--set" in ended.out and "--seeds" in ended.out
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    assert run(tmp_path, "-m", "saelab", "train", "--help").code == 0
+    assert time.perf_counter() - start < 3 * QUICK
+
+
+def test_all_public_names_are_there() -> None:
+    import saelab
+
+    for name in saelab.__all__:
+        assert getattr(saelab, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        saelab.trian  # noqa: B018
+
+
+def test_the_root_table_can_be_run_as_it_is() -> None:
+    """Every arm of every shipped run is possible; nothing is trained here."""
+    from saelab.study.cells import load_experiment
+    from saelab.study.plan import cells, read_base, read_plan
+
+    plan, runs = read_plan(ROOT / "plan.toml"), load_experiment(ROOT / "experiment.py").RUNS
+    sys.modules.pop("saelab_experiment", None)
+    base = read_base(ROOT / plan.base)
+    for run_ in runs.values():
+        specs = cells(plan, base, run_)
+        assert sum(s.arm == "baseline" and s.level == plan.target_l0 for s in specs) == 8
+    assert len(cells(plan, base, runs["run_1"])) == 39
+    assert len((ROOT / "experiment.py").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
+def test_every_shipped_config_is_possible(config: Path) -> None:
+    from saelab.study.plan import read_base
+
+    base = read_base(config)
+    base.sae.build(2)
+    assert base.eval_text != base.train_text
+
+
+def readme_block(language: str, containing: str) -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(rf"```{language}\n(.*?)```", text, re.S)
+    (found,) = [block for block in blocks if containing in block]
+    return found
+
+
+@pytest.mark.slow
+def test_the_readmes_python_lines_run(tmp_path: Path) -> None:
+    code = readme_block("python", "import saelab")
+    for old, new in (("131_072", "16_384"), ("seeds=3", "seeds=2")):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "lines.py").write_text(code, encoding="utf-8")
+    ended = run(tmp_path, "lines.py")
+    assert ended.code == 0, ended.err
+    scores, *verdicts = ended.out.splitlines()[0], ended.out.splitlines()[-1]
+    assert all(0 < float(number) < 40 for number in scores.split())
+    assert verdicts[-1].startswith("A1 ")
+
+
+def test_the_api_does_what_the_readme_shows(tmp_path: Path) -> None:
+    """The same calls on a small project, in this process."""
+    import saelab
+
+    project = Project.make(tmp_path / "p")
+    before = Path.cwd()
+    os.chdir(project.folder)
+    try:
+        base = saelab.settings("configs/small.toml", {"train.tokens": 8_192})
+        sae = saelab.train(base, seed=0)
+        scores = saelab.evaluate(sae, base, evals=["core"])
+        again = saelab.evaluate(saelab.train(base, seed=0), base)
+        other = saelab.evaluate(saelab.train(base, seed=1), base)
+        assert scores["fvu"] == again["fvu"] != other["fvu"]
+        assert scores["explained_variance"] == pytest.approx(1 - scores["fvu"])
+        assert {row.definition for row in scores.rows} == {"core/1"}
+        arms = {"A1": {"sae.scaling": {"kind": "variance", "tau": 0.5}}}
+        (c,) = saelab.compare(base, arms, seeds=2, target_l0=16, out_dir="kept")
+        assert c.arm == "A1" and c.low is not None and c.high is not None
+        assert c.low <= (c.mean_diff or 0) <= c.high
+        assert (project.folder / "kept" / "final_info.json").is_file()
+        (same,) = saelab.compare(base, arms, seeds=2, target_l0=16)
+        assert same == c
+    finally:
+        os.chdir(before)
+
+
+def test_the_environment_of_these_tests_is_a_users() -> None:
+    assert not {"SAELAB_CACHE", "SAELAB_WORKERS", "SAELAB_PROGRESS"} & set(environment())

@@ -1,0 +1,108 @@
+"""A launch that is killed goes on where it stopped and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from projects import Project, environment
+
+#: Enough cells that a launch is still training when the first one is finished.
+MANY = 'Arm("{0}", {{"train.lr": {1}e-3}})'
+ARMS = ('Arm("baseline")', *(MANY.format(f"a{i}", i) for i in range(1, 4)))
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are bound on Linux only")
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+def group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    if not group_is_gone(process.pid):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = Project.make(tmp_path_factory.mktemp("whole") / "project", ARMS)
+    ended = project.call()
+    assert ended.code == 0, ended.err
+    return project
+
+
+def test_a_killed_launch_leaves_no_process_and_the_same_command_finishes_it(
+    tmp_path: Path, uninterrupted: Project
+) -> None:
+    project = Project.make(tmp_path / "project", ARMS)
+    process = project.start(workers=2)
+    try:
+        wait_for(lambda: bool(project.finished_cells()), "the first finished cell")
+        process.kill()  # the parent alone
+        process.wait()
+        wait_for(lambda: group_is_gone(process.pid), "the workers to end", 20)
+    finally:
+        stop(process)
+    done = len(project.finished_cells())
+    assert 0 < done < len(uninterrupted.finished_cells())
+    assert not (project.folder / "run_1").exists()
+    ended = project.call()
+    assert ended.code == 0, ended.err
+    assert "(0 in the cache)" not in ended.err
+    assert project.info() == uninterrupted.info()
+    assert project.weights() == uninterrupted.weights()
+
+
+def test_an_interrupt_from_the_keyboard_ends_with_130_and_one_sentence(tmp_path: Path) -> None:
+    project = Project.make(tmp_path / "project", ARMS)
+    with (project.folder / "stderr").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "experiment.py", "--out_dir=run_1"],
+            cwd=project.folder,
+            env=environment(SAELAB_WORKERS="1"),
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+        )
+        try:
+            wait_for(lambda: bool(project.finished_cells()), "the first finished cell")
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+            assert process.wait(30) == 130
+            wait_for(lambda: group_is_gone(process.pid), "the workers to end", 20)
+        finally:
+            stop(process)
+    text = (project.folder / "stderr").read_text()
+    assert "Traceback" not in text
+    assert text.rstrip().splitlines()[-1].startswith("interrupted: the same command goes on")
+    assert not (project.folder / "run_1").exists()
+
+
+def test_temporary_files_of_a_killed_writer_do_not_disturb(
+    tmp_path: Path, uninterrupted: Project
+) -> None:
+    """A cell without its last file is not finished, whatever else lies there."""
+    project = Project.make(tmp_path / "project", ARMS)
+    project.call()
+    victim = project.finished_cells()[0]
+    victim.rename(victim.with_name(".cell.json.1.tmp"))
+    ended = project.again()
+    assert ended.code == 0, ended.err
+    assert project.info() == uninterrupted.info()

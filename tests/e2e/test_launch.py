@@ -1,0 +1,343 @@
+"""`python experiment.py --out_dir=run_1` and `python plot.py` on the embedded model, end to end."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from projects import BASE, BASELINE, PLAN, RATE, ROOT, SCALED, Ended, Project, run
+
+from saelab import checkpoint
+from saelab.data.store import FolderSource
+
+#: The embedded text and its probing entries, in small.
+STDLIB = """\
+hook_name = "blocks.2.hook_resid_post"
+context = 32
+
+[sae]
+d_sae = 256
+activation = { kind = "topk", k = 16 }
+losses = [{ kind = "reconstruction" }, { kind = "auxk" }]
+controllers = []
+constraints = [{ kind = "unit_norm" }]
+
+[train]
+tokens = 16_384
+batch_size = 128
+lr = 4e-3
+
+[evaluation]
+tokens = 4_000
+loss_contexts = 8
+probing = { train_size = 60, test_size = 30 }
+"""
+#: Seeds, and with them cells, of each arm at the target L0 and at the further one.
+SEEDS = {"baseline": (3, 1), "rate": (3, 1), "scaled": (2, 0)}
+PROBED = tuple(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50))
+CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")
+
+
+class Launched:
+    """One launch in processes of its own, looked at by many tests."""
+
+    def __init__(self, project: Project, ended: Ended, drawn: Ended) -> None:
+        self.project, self.ended, self.drawn = project, ended, drawn
+        self.folder = project.folder / "run_1"
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    project = Project.make(tmp_path_factory.mktemp("launch") / "project", base=STDLIB)
+    shutil.copy(ROOT / "plot.py", project.folder)
+    ended = project.launch(workers=2)
+    assert ended.code == 0, ended.err
+    return Launched(project, ended, run(project.folder, "plot.py"))
+
+
+def test_a_launch_prints_a_table_with_every_arm_and_no_traceback(launched: Launched) -> None:
+    lines = launched.ended.out.splitlines()
+    assert all(any(line.startswith(arm) for line in lines) for arm in SEEDS)
+    assert "Traceback" not in launched.ended.err
+
+
+def test_final_info_has_one_group_per_arm_and_nothing_beside_them(launched: Launched) -> None:
+    info = launched.project.info()
+    assert list(info) == list(SEEDS)
+    assert all(set(group) == {"means", "stderrs", "final_info_dict"} for group in info.values())
+
+
+def test_means_are_at_most_forty_numbers_strings_or_nulls(launched: Launched) -> None:
+    for group in launched.project.info().values():
+        assert len(group["means"]) <= 40
+        assert all(v is None or isinstance(v, (int, float, str)) for v in group["means"].values())
+        numbers = [v for v in group["means"].values() if isinstance(v, float)]
+        assert all(map(math.isfinite, numbers))
+
+
+def test_means_hold_metrics_verdict_gate_and_settings(launched: Launched) -> None:
+    info = launched.project.info()
+    settings = ("training_steps", "tokens", "final_loss", "layer", "dict_size", "learning_rate")
+    for arm, group in info.items():
+        names = [*CORE, *PROBED, "sae_test_accuracy", "gate", "sparsity_penalty", *settings]
+        assert set(names) <= set(group["means"])
+        verdict = [f"diff.fvu{end}" for end in ("", ".low", ".high")] + ["verdict.fvu"]
+        assert (set(verdict) <= set(group["means"])) == (arm != "baseline")
+    means = info["rate"]["means"]
+    assert (means["training_steps"], means["tokens"], means["layer"]) == (128, 16_384, 2)
+    assert (means["dict_size"], means["learning_rate"]) == (256, 2e-3)
+    assert means["verdict.fvu"] in ("helps", "hurts", "no evidence", "cannot tell")
+
+
+def test_means_and_errors_are_those_of_the_seeds(launched: Launched) -> None:
+    for arm, group in launched.project.info().items():
+        assert set(group["stderrs"]) == set(group["final_info_dict"])
+        for metric, values in group["final_info_dict"].items():
+            n = len(values)
+            assert n == SEEDS[arm][0]
+            mean = sum(values) / n
+            sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+            assert group["means"][metric] == pytest.approx(mean, abs=1e-12)
+            assert group["stderrs"][metric] == pytest.approx(sd / math.sqrt(n), abs=1e-9)
+
+
+def test_the_difference_is_the_mean_over_paired_seeds(launched: Launched) -> None:
+    info = launched.project.info()
+    for arm in ("rate", "scaled"):
+        own, base = (info[a]["final_info_dict"]["fvu"] for a in (arm, "baseline"))
+        pairs = [a - b for a, b in zip(own, base, strict=False)]
+        assert info[arm]["means"]["diff.fvu"] == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+
+
+def test_every_number_in_metrics_has_definition_and_provenance(launched: Launched) -> None:
+    table = pq.read_table(launched.folder / "metrics.parquet")
+    rows = table.to_pylist()
+    for row in rows:
+        assert row["definition"] in ("core/1", "sparse_probing/2")
+        assert (row["value"] is None) == bool(row["reason"])
+        assert row["hook_name"] == "blocks.2.hook_resid_post"
+        assert (row["model"], row["context"], row["dtype"]) == ("embedded", 32, "float32")
+        assert row["tokens"] >= 4_000
+        for name in ("model_digest", "text", "text_digest", "saelab"):
+            assert row[name]
+    arms = {row["arm"] for row in rows}
+    assert arms == {*SEEDS, "control:model channels", "control:untrained"}
+
+
+def test_metrics_and_final_info_agree(launched: Launched) -> None:
+    rows = pq.read_table(launched.folder / "metrics.parquet").to_pylist()
+    info = launched.project.info()
+    for arm, (seeds, _) in SEEDS.items():
+        for metric in (*CORE, *PROBED):
+            found = {
+                row["seed"]: row["value"]
+                for row in rows
+                if (row["arm"], row["metric"], row["slice"], row["level"]) == (arm, metric, "", 16)
+            }
+            assert len(found) == seeds
+            assert [found[s] for s in sorted(found)] == info[arm]["final_info_dict"][metric]
+
+
+def test_all_subjects_are_probed_on_the_same_entries(launched: Launched) -> None:
+    rows = pq.read_table(launched.folder / "metrics.parquet").to_pylist()
+    probed: dict[str, set[str]] = {}
+    for row in rows:
+        if row["metric"].endswith("top_5_test_accuracy"):
+            probed.setdefault(row["arm"], set()).add(row["slice"])
+    assert len(probed) == 5
+    assert len({frozenset(slices) for slices in probed.values()}) == 1
+
+
+def test_curves_hold_every_cell_over_the_whole_run(launched: Launched) -> None:
+    table = pq.read_table(launched.folder / "curves.parquet")
+    assert table.schema.names == ["arm", "seed", "level", "step", "tokens", "name", "value"]
+    rows = table.to_pylist()
+    cells = {(row["arm"], row["seed"], row["level"]) for row in rows}
+    assert len(cells) == sum(map(sum, SEEDS.values()))
+    for cell in cells:
+        loss = [
+            row
+            for row in rows
+            if (row["arm"], row["seed"], row["level"]) == cell and row["name"] == "loss"
+        ]
+        assert (loss[-1]["step"], loss[-1]["tokens"]) == (128, 16_384)
+        assert loss[-1]["value"] < loss[0]["value"]
+
+
+def test_the_manifest_is_written_last_and_says_what_was_done(launched: Launched) -> None:
+    files = {f: f.stat().st_mtime_ns for f in launched.folder.glob("*") if f.is_file()}
+    manifest = launched.folder / "manifest.json"
+    assert max(files, key=files.__getitem__) == manifest
+    said = launched.project.manifest()
+    assert said["base"]["sae"]["d_sae"] == 256
+    assert said["plan"]["study"] == "small"
+    assert len(said["cells"]) == sum(map(sum, SEEDS.values()))
+    assert said["arms"]["rate"]["changes"] == {"train.lr": 2e-3}
+    assert {"saelab", "torch", "python", "package_digest"} <= set(said["versions"])
+    assert said["data"]["train"]["n_tokens"] >= 16_384
+
+
+def test_the_summary_answers_the_question_in_words(launched: Launched) -> None:
+    text = (launched.folder / "summary.md").read_text(encoding="utf-8")
+    for heading in ("Question", "Verdict", "Why", "Gate", "What to try next"):
+        assert f"**{heading}" in text
+    assert "other models or texts" in text  # what the interval does not cover
+
+
+def test_stored_saes_reproduce_their_stored_numbers(launched: Launched) -> None:
+    """FVU computed here from the equation, on activations read from the cache."""
+    found = launched.project.folder.glob(".saelab/activations/*/*")
+    held_out = min(map(FolderSource.open, found), key=lambda s: s.header["n_tokens"])
+    x, _ = held_out.shard(0).rows()
+    rows = pq.read_table(launched.folder / "metrics.parquet").to_pylist()
+    folders = sorted((launched.folder / "cells").glob("*/*"))
+    assert len(folders) == sum(map(sum, SEEDS.values()))
+    for folder in folders:
+        sae, origin = checkpoint.load(folder)
+        error = (x - sae.decode(sae.encode(x))).double().square().sum()
+        fvu = float(error / (x - x.mean(0)).double().square().sum())
+        stored = [
+            row["value"]
+            for row in rows
+            if (row["arm"], row["seed"], row["level"]) == (folder.parent.name, *_cell_of(folder))
+            and (row["metric"], row["slice"]) == ("fvu", "")
+        ]
+        assert stored == [pytest.approx(fvu, rel=1e-5)]
+        assert origin["hook_name"] == "blocks.2.hook_resid_post"
+
+
+def _cell_of(folder: Path) -> tuple[int, float]:
+    seed, level = folder.name.split("-l0_")
+    return int(seed.removeprefix("seed")), float(level)
+
+
+def test_plot_draws_the_run(launched: Launched) -> None:
+    assert launched.drawn.code == 0, launched.drawn.err
+    pictures = sorted(f.name for f in launched.project.folder.glob("run_1_*.png"))
+    for name in ("loss", "frontier", "probing", "density", "verdict"):
+        assert f"run_1_{name}.png" in pictures
+    assert all((launched.project.folder / name).stat().st_size > 5_000 for name in pictures)
+
+
+def test_a_complete_run_is_refused_and_left_alone(launched: Launched) -> None:
+    before = (launched.folder / "final_info.json").read_bytes()
+    ended = launched.project.call()
+    assert ended.code == 2
+    assert "run_1 = " not in ended.last and "complete run" in ended.last
+    assert (launched.folder / "final_info.json").read_bytes() == before
+
+
+def test_the_same_launch_from_an_empty_cache_gives_the_same_bits(
+    launched: Launched, tmp_path: Path
+) -> None:
+    """Once in two worker processes, once in this one."""
+    other = Project.make(tmp_path / "other", base=STDLIB)
+    ended = other.call()
+    assert ended.code == 0, ended.err
+    assert len(other.weights()) == sum(map(sum, SEEDS.values()))
+    assert other.weights() == launched.project.weights()
+    files = [p.folder / "run_1" / "final_info.json" for p in (other, launched.project)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+# ---------------------------------------------------------------- one project, changed by its user
+
+
+@pytest.fixture(scope="module")
+def worked_on(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = Project.make(tmp_path_factory.mktemp("changed") / "project", (BASELINE, RATE))
+    ended = project.call()
+    assert ended.code == 0, ended.err
+    return project
+
+
+def test_one_and_two_workers_give_the_bits_of_none(worked_on: Project, tmp_path: Path) -> None:
+    for workers in (1, 2):
+        other = Project.make(tmp_path / f"{workers}", (BASELINE, RATE))
+        ended = other.launch(workers=workers)
+        assert ended.code == 0, ended.err
+        assert other.weights() == worked_on.weights()
+        assert other.info() == worked_on.info()
+
+
+def test_an_added_arm_leaves_the_others_alone_and_trains_nothing_else(worked_on: Project) -> None:
+    worked_on.table((BASELINE, RATE))
+    before, ages = worked_on.weights(), _ages(worked_on)
+    worked_on.table((SCALED, BASELINE, RATE))
+    ended = worked_on.again()
+    assert ended.code == 0, ended.err
+    assert "2 cells to train (8 in the cache)" in ended.err
+    assert {name: worked_on.weights()[name] for name in before} == before
+    assert {name: age for name, age in _ages(worked_on).items() if name in ages} == ages
+    assert list(worked_on.info()) == ["scaled", "baseline", "rate"]
+
+
+def test_an_edited_arm_is_trained_again_and_no_other(worked_on: Project) -> None:
+    worked_on.table((BASELINE, RATE))
+    worked_on.again()
+    before = worked_on.manifest()["cells"]
+    worked_on.table((BASELINE, RATE.replace("2e-3", "3e-3")))
+    ended = worked_on.again()
+    assert "4 cells to train (4 in the cache)" in ended.err
+    after = worked_on.manifest()["cells"]
+    assert {name for name in before if before[name] != after[name]} == {
+        name for name in before if name.startswith("rate/")
+    }
+    worked_on.table((BASELINE, RATE))
+    assert "to train" not in worked_on.again().err
+    assert worked_on.manifest()["cells"] == before
+
+
+def test_a_renamed_arm_keeps_its_cells(worked_on: Project) -> None:
+    worked_on.table((BASELINE, RATE.replace('"rate"', '"slower"')))
+    ended = worked_on.again()
+    assert "to train" not in ended.err
+    rows = pq.read_table(worked_on.folder / "run_1" / "metrics.parquet").to_pylist()
+    assert {"baseline", "slower"} <= {row["arm"] for row in rows}
+
+
+def test_a_changed_text_trains_every_cell_again(tmp_path: Path) -> None:
+    project = Project.make(tmp_path / "p", plan=PLAN.replace("seeds = 3", "seeds = 2"))
+    project.call()
+    before = project.manifest()["cells"]
+    text = (project.folder / "train.txt").read_text(encoding="utf-8")
+    project.write("train.txt", text[2_000:])
+    assert "8 cells to train (0 in the cache)" in project.again().err
+    assert not set(before.values()) & set(project.manifest()["cells"].values())
+
+
+def test_force_replaces_a_complete_run_and_leaves_nothing_of_it(tmp_path: Path) -> None:
+    from projects import cli
+
+    project = Project.make(tmp_path / "p", (BASELINE, RATE))
+    project.call()
+    project.table((BASELINE, SCALED))
+    assert cli(project.folder, "run", "run_1").code == 2
+    ended = cli(project.folder, "run", "run_1", "--force")
+    assert ended.code == 0, ended.err
+    assert set(project.info()) == {"baseline", "scaled"}
+    assert {name.split("/")[0] for name in project.weights()} == {"baseline", "scaled"}
+
+
+def test_a_baseline_with_a_learned_sparsity_reaches_its_target(tmp_path: Path) -> None:
+    """The controller of the embedded default, in small: 512 steps of 64 rows."""
+    sae = """\
+activation = { kind = "relu" }
+losses = [{ kind = "reconstruction" }, { kind = "l1" }]
+controllers = [{ kind = "l0_target", target = 16 }]
+constraints = []
+"""
+    start, end = BASE.index("activation ="), BASE.index("[train]")
+    base = BASE[:start] + sae + BASE[end:].replace("16_384", "32_768").replace("128", "64")
+    plan = "study = 'small'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
+    project = Project.make(tmp_path / "p", (BASELINE, RATE), plan=plan, base=base)
+    ended = project.call()
+    assert ended.code == 0, ended.err
+    assert project.info()["baseline"]["means"]["l0"] == pytest.approx(16, rel=0.25)
+
+
+def _ages(project: Project) -> dict[str, int]:
+    return {file.parent.name: file.stat().st_mtime_ns for file in project.finished_cells()}

@@ -245,7 +245,7 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
         for level, seed in places:
             sae = at_level(settings.sae, level) if level else settings.sae
             with _of_arm(arm):
-                _check_sae(arm, sae, base.layout)
+                _check_sae(arm, sae, settings.layout)
             expected = tuple(arm.expected)
             specs.append(CellSpec(arm.name, seed, level, sae, settings.train, expected, arm.module))
     return specs

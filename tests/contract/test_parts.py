@@ -436,6 +436,19 @@ def test_variance_gain_by_hand() -> None:
     assert shift.tolist() == [0, 0, 0]
 
 
+def test_running_variance_by_hand(global_random_seed: int) -> None:
+    """v <- m v + (1 - m) var(batch), after the sample's variance at the start."""
+    config = composed("activation", "relu", **variance(momentum=0.75))
+    one, x = cell(config, global_random_seed), data(global_random_seed + 1)
+    assert one.sae.scaling is not None
+    running = one.sae.scaling.get_buffer("variance")
+    start = (data(global_random_seed, 256) / one.sae.scale).var(0, correction=0)
+    torch.testing.assert_close(running, start)
+    one.step(batch(x))
+    wanted = 0.75 * start + 0.25 * (x / one.sae.scale).var(0, correction=0)
+    torch.testing.assert_close(running, wanted)
+
+
 @pytest.mark.parametrize("theta", [0.0, 0.3])
 def test_start_as_the_same_function(theta: float, global_random_seed: int) -> None:
     x, sample = data(global_random_seed), data(global_random_seed, 256)

@@ -321,23 +321,29 @@ class TestResampling:
     }
 
     def killed(self, activations: MemorySource, *observers: dict[str, Any]) -> Cell:
-        """A cell whose latent 3 never fires."""
+        """A cell whose latent 3 has fired at the first step and can't fire again."""
         config = sae_config(observers=list(observers))
         cell = cell_of(activations, sae=config, training=train_config(100))
+        cell.step(one_batch(activations))
+        assert cell.fired_at[3] == SIZE
+        self.kill(cell)
+        return cell
+
+    def kill(self, cell: Cell) -> None:
         with torch.no_grad():
             cell.sae.W_enc[3] = 0
             cell.sae.b_enc[3] = -50
-        return cell
 
     def test_revives_a_dead_latent_and_touches_no_other(self, activations: MemorySource) -> None:
         """Up to and with the reset the cell equals its twin without, apart from latent 3."""
         watched, twin = self.killed(activations, self.CONFIG), self.killed(activations)
         stream = batches(activations, 3, SIZE)
-        for _ in range(9):
+        for _ in range(8):
             batch = next(stream)[0]
             watched.step(batch)
             twin.step(batch)
         assert torch.equal(watched.sae.W_dec, twin.sae.W_dec)
+        assert watched.optimiser.adam.state[watched.sae.W_enc]["exp_avg"][3].any()
         batch = next(stream)[0]
         watched.step(batch)
         twin.step(batch)
@@ -348,7 +354,7 @@ class TestResampling:
             moments = [c.optimiser.adam.state[getattr(c.sae, name)] for c in (watched, twin)]
             for moment in ("exp_avg", "exp_avg_sq"):
                 assert torch.equal(moments[0][moment][others], moments[1][moment][others])
-                assert not moments[0][moment][3].any()
+                assert not moments[0][moment][3].any() and moments[1][moment][3].any()
         assert torch.equal(watched.sae.b_dec, twin.sae.b_dec)
         sae = watched.sae
         assert (
@@ -365,10 +371,8 @@ class TestResampling:
     def test_none_in_the_last_fifth(self, activations: MemorySource) -> None:
         cell = self.killed(activations, self.CONFIG)
         resets = []
-        for step, (batch, _) in enumerate(itertools.islice(batches(activations, 3, SIZE), 100), 1):
-            with torch.no_grad():
-                cell.sae.W_enc[3] = 0
-                cell.sae.b_enc[3] = -50
+        for step, (batch, _) in enumerate(itertools.islice(batches(activations, 3, SIZE), 99), 2):
+            self.kill(cell)
             before = cell.sae.scalars()["resampled"]
             cell.step(batch)
             if cell.sae.scalars()["resampled"] > before:

@@ -97,7 +97,7 @@ def evaluate(
         raise MismatchError(f"the SAE has d_in = {subject.d_in}, {remedy}")
     model = models.load(base.model) if base.activations is None else None
     data = EvalData(
-        CoreData(prepared.held_out, model, base.evaluation.loss_contexts),
+        CoreData(prepared.held_out, model, base.evaluation.loss_contexts, base.model.device),
         ProbingData.load(prepared.probing) if prepared.probing else None,
         seed,
         base.evaluation.probing.k_values,

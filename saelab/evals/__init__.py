@@ -35,7 +35,8 @@ class EvalData:
 
 def _evaluate_probing(subject: Subject, data: EvalData) -> list[Row]:
     if data.probing is not None:
-        return evaluate_probing(subject, data.probing, data.seed, data.k_values)
+        device = data.core.device
+        return evaluate_probing(subject, data.probing, data.seed, data.k_values, device=device)
     names = [f"sae_top_{k}_test_accuracy" for k in data.k_values] + ["sae_test_accuracy"]
     return [missing(name, _probing.DEFINITION, data.why_no_probing) for name in names]
 

@@ -42,11 +42,13 @@ class CoreData:
         source: held-out activations with token ids.
         model: None when the activations were made elsewhere.
         loss_contexts: how many contexts loss recovered is measured on.
+        device: of the subjects.
     """
 
     source: Source
     model: LanguageModel | None
     loss_contexts: int = 128
+    device: str = "cpu"
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -123,7 +125,7 @@ def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
     error, active, cosine = (torch.empty(len(x)) for _ in range(3))
     firings = torch.zeros(subject.d_sae, dtype=torch.int64)
     for start in range(0, len(x), CHUNK):
-        rows = x[start : start + CHUNK]
+        rows = x[start : start + CHUNK].to(data.device)
         f = subject.encode(rows)
         x_hat = subject.decode(f)
         fires = f != 0
@@ -131,7 +133,7 @@ def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
         error[here] = (rows - x_hat).square().sum(1)
         active[here] = fires.sum(1).float()
         cosine[here] = torch.cosine_similarity(rows, x_hat, dim=1)
-        firings += fires.sum(0)
+        firings += fires.sum(0).cpu()
     power = (x - data.mean).square().sum(1)
     fvu = _ratio(error, power)
     yield number("fvu", fvu, DEFINITION)

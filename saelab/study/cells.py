@@ -193,7 +193,7 @@ class Worker:
         model = models.load(data.model) if data.model else None
         held_out = open_source(data.held_out, data.foreign, "held_out")
         self.evaluation = EvalData(
-            CoreData(held_out, model, data.loss_contexts),
+            CoreData(held_out, model, data.loss_contexts, data.device),
             ProbingData.load(data.probing) if data.probing else None,
             data.probing_seed,
             data.k_values,

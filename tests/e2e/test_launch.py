@@ -254,13 +254,13 @@ def worked_on(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-def test_one_and_two_workers_give_the_bits_of_none(worked_on: Project, tmp_path: Path) -> None:
-    for workers in (1, 2):
-        other = Project.make(tmp_path / f"{workers}", (BASELINE, RATE))
-        ended = other.launch(workers=workers)
-        assert ended.code == 0, ended.err
-        assert other.weights() == worked_on.weights()
-        assert other.info() == worked_on.info()
+def test_one_worker_gives_the_bits_of_none(worked_on: Project, tmp_path: Path) -> None:
+    """And so do two, above."""
+    other = Project.make(tmp_path / "other", (BASELINE, RATE))
+    ended = other.launch(workers=1)
+    assert ended.code == 0, ended.err
+    assert other.weights() == worked_on.weights()
+    assert other.info() == worked_on.info()
 
 
 def test_an_added_arm_leaves_the_others_alone_and_trains_nothing_else(worked_on: Project) -> None:

@@ -273,9 +273,10 @@ def test_stories_by_their_config_file_alone(tmp_path: Path, real_data: Path) -> 
     shutil.copytree(ROOT / "configs", repository / "configs")
     (tmp_path / "work" / "shared").mkdir()
     (tmp_path / "work" / "shared" / "data").symlink_to(real_data.resolve())
-    sizes = ("--set", "train.tokens=32768", "--set", "evaluation.tokens=4000")
+    sizes = ("train.tokens=65536", "train.batch_size=64", "evaluation.tokens=4000")
+    changes = [part for size in sizes for part in ("--set", size)]
     config = "configs/stories-260k.toml"
-    ended = cli(repository, "train", config, "--out_dir", "out", *sizes)
+    ended = cli(repository, "train", config, "--out_dir", "out", *changes)
     assert ended.code == 0, ended.err
     rows = one_cell(repository / "out")
     assert rows["ce_clean", ""]["value"] < 2.0  # nats; a uniform guess has 6.2

@@ -107,10 +107,10 @@ TWO = PLAN.replace("seeds = 3", "seeds = 2")
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Trained in two worker processes, which must find loss and module again."""
+    """Trained in a worker process, which must find loss and module again."""
     folder = tmp_path_factory.mktemp("own") / "project"
     project = Project.make(folder, (BASELINE, SQUARE, OWN), LOSS + MODULE, plan=TWO)
-    ended = project.launch(workers=2)
+    ended = project.launch(workers=1)
     assert ended.code == 0, ended.err
     return project
 
@@ -174,7 +174,7 @@ def test_a_run_started_by_the_command_line_finds_own_code_too(tmp_path: Path) ->
 
     changes = '{"sae.losses+": {"kind": "square"}}'
     project = Project.make(tmp_path / "p", (BASELINE,), LOSS, changes, plan=TWO)
-    ended = run(project.folder, "-m", "saelab", "run", "run_1", variables={"SAELAB_WORKERS": "2"})
+    ended = run(project.folder, "-m", "saelab", "run", "run_1", variables={"SAELAB_WORKERS": "1"})
     assert ended.code == 0, ended.err
     assert project.info()["baseline"]["means"]["gate"]
 

@@ -91,7 +91,7 @@ def _count(mask: Tensor) -> int:
 
 def positive(z: Tensor) -> Tensor:
     """z > 0 as a bool mask. On a CPU a bfloat16 is compared as the integer of its bits, which has
-    the same sign and is faster; NaN counts as positive there, so that it reaches the loss."""
+    the same sign and is faster. A NaN may count as either; it reaches the loss by the target."""
     if z.device.type == "cpu" and z.dtype == torch.bfloat16:
         return torch.from_numpy(z.view(torch.int16).numpy() > 0)
     return z > 0

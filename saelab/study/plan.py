@@ -224,18 +224,13 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
     _check_arms(run)
     seeds = study_seeds(plan.study, purpose, plan.seeds)
     specs: list[CellSpec] = []
-    seen: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for arm in run.arms:
         settings = arm_settings(base, run, arm)
         with _of_arm(arm):
             _check_settings(settings)
             gate({}, arm.expected)  # shows an unknown check now, not after training
-        key = settings.digest()
-        if arm.module is None and key in seen and arm.twin_of != seen[key]:
-            remedy = f"has exactly the settings of {seen[key]!r}: change it or declare twin_of"
-            raise SettingError("arm", arm.name, remedy)
-        if arm.module is None:
-            seen.setdefault(key, arm.name)
+        _check_equal(arm, settings.digest(), digests)
         main = arm.name == BASELINE or arm.primary
         further = [level for level in dict.fromkeys(plan.levels) if level != plan.target_l0]
         further = further if main and plan.target_l0 else []
@@ -273,6 +268,23 @@ def _check_settings(settings: BaseConfig) -> None:
     if not 0 <= low < min(high, context):
         remedy = f"use 0 <= low < high, within the context of {context}"
         raise SettingError("train.positions", settings.train.positions, remedy)
+
+
+def _check_equal(arm: Arm, digest: str, digests: dict[str, str]) -> None:
+    """Refuses an arm that repeats another unless it is declared its twin, and a twin that is none.
+
+    Args:
+        digests: of the arms before this one, by name; this one's is added.
+    """
+    if arm.twin_of is not None and digests.get(arm.twin_of) != digest:
+        remedy = "must be an arm before this one with exactly its settings: mend one of the two"
+        raise SettingError(f"{arm.name}: twin_of", arm.twin_of, remedy)
+    equal = [name for name, other in digests.items() if other == digest]
+    if equal and arm.twin_of is None and arm.module is None:
+        remedy = f"has exactly the settings of {equal[0]!r}: change it or declare twin_of"
+        raise SettingError("arm", arm.name, remedy)
+    if arm.module is None:
+        digests[arm.name] = digest
 
 
 def _check_sae(arm: Arm, config: SAEConfig, layout: Layout) -> None:

@@ -243,11 +243,17 @@ class TestPlan:
             ([Arm("baseline"), Arm("a", {"sae.activation": {"kind": "tpk"}})], "'topk'"),
             ([Arm("baseline"), Arm("a", {"sae.d_sae": 8, "sae.activation": "topk"})], "at most"),
             ([Arm("baseline"), Arm("a", {"sae.losses": ["l0"]})], "no thresholds"),
-            ([Arm("baseline"), Arm("a", {"sae.controllers": []})], "no controller sets it"),
+            ([Arm("baseline"), Arm("a", {"sae.controllers": []})], "controller"),
         ],
     )
     def test_impossible_runs_show_before_the_launch(self, arms: list[Arm], text: str) -> None:
         with pytest.raises(UsageError, match=text):
+            cells(self.PLAN, BaseConfig(), Run("title", arms))
+
+    @pytest.mark.parametrize("other", ["a", "nobody"])
+    def test_a_false_twin_is_refused(self, other: str) -> None:
+        arms = [Arm("baseline"), Arm("a", {"sae.d_sae": 8}), Arm("twin", twin_of=other)]
+        with pytest.raises(SettingError, match="twin_of = .* must be an arm before this one"):
             cells(self.PLAN, BaseConfig(), Run("title", arms))
 
     def test_declared_twin(self) -> None:

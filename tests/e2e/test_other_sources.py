@@ -139,7 +139,7 @@ def tiny(family: str, folder: Path) -> Path:
     """A random model of two layers in a folder, as the hub would give it."""
     from transformers import Gemma2Config, Gemma2ForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-    size = {
+    size: dict[str, Any] = {
         "vocab_size": tokenizer_files(folder),
         "hidden_size": 32,
         "intermediate_size": 64,

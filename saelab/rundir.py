@@ -31,7 +31,7 @@ def package_digest() -> str:
     """A hash of the installed package's source, so that changed code never reuses old cells."""
     root = Path(__file__).parent
     content = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted([*root.rglob("*.py"), *root.rglob("*.cpp")]):
         relative = file.relative_to(root)
         if relative.parts[0] not in NO_NUMBERS:
             content.update(relative.as_posix().encode() + b"\0" + file.read_bytes())

@@ -20,7 +20,16 @@ from torch.nn.functional import linear, normalize
 
 from saelab.config import Frozen
 from saelab.errors import SettingError
-from saelab.kernels import Code, Precision, decode_at, encode_at, preactivations, selection_dtype
+from saelab.kernels import (
+    Code,
+    Precision,
+    Support,
+    decode_at,
+    encode_all,
+    encode_at,
+    preactivations,
+    selection_dtype,
+)
 from saelab.parts import (
     ActivationField,
     ConstraintField,
@@ -170,11 +179,11 @@ class SAE(nn.Module):
         with torch.no_grad():
             support = self.activation.support(z)
         if support is None:
-            pre = linear(u, self.W_enc, self.b_enc)
+            pre = encode_all(u, self.W_enc, self.b_enc, self._centre_of_gradient())
             code = Code(self.activation.dense(pre), pre, None)
             recon = code.values @ self.W_dec + self.b_dec
         else:
-            pre = encode_at(u, self.W_enc, self.b_enc, support, z)
+            pre = self.encode_at(u, support, z)
             code = Code(self.activation.at(pre, support), pre, support)
             recon = decode_at(code.values, self.W_dec, support) + self.b_dec
         return Pass(x, x, z, u, code, recon, self, step, steps, self.settings(step), shape)
@@ -183,8 +192,24 @@ class SAE(nn.Module):
         return self.b_dec if self.config.centre else 0.0
 
     def _encoder_input(self, x: Tensor) -> Tensor:
-        centred = x - self.b_dec if self.config.centre else x
-        return centred if self.scaling is None else self.scaling.apply(centred)
+        """Without a scaling it is without gradient: `encode_at` gives b_dec's at less cost."""
+        if self.scaling is None:
+            return (x - self._centre()).detach()
+        return self.scaling.apply(x - self._centre())
+
+    def encode_at(self, u: Tensor, support: Support, z: Tensor | None = None) -> Tensor:
+        """Pre-activations [nnz] at the support with all their gradients.
+
+        Args:
+            u: encoder input of a `Pass`, [N, d_in].
+            support: where.
+            z: all pre-activations of the selection, reused in float32 mode.
+        """
+        return encode_at(u, self.W_enc, self.b_enc, support, z, self._centre_of_gradient())
+
+    def _centre_of_gradient(self) -> Tensor | None:
+        """b_dec where the encoder input is without gradient, see `encode_at`."""
+        return self.b_dec if self.config.centre and self.scaling is None else None
 
     # ---- inference, raw activation space -----------------------------------------------------
 

@@ -1,26 +1,20 @@
-"""Sparse encode and decode in plain torch, with their gradients: the reference implementation.
+"""The kernels in plain torch: the reference for the others, and the path of every device.
 
-With the support S of a code (pairs n, i), encoder input u [N, d], W_enc and W_dec [F, d]:
-
-    encode   z_ni = <u_n, W_enc_i> + b_i             for (n, i) in S
-             dW_enc_i = sum_n g_ni u_n,   db_i = sum_n g_ni,   du_n = sum_i g_ni W_enc_i
-    decode   y_n = sum_i f_ni W_dec_i
-             dW_dec_i = sum_n f_ni g_n,   df_ni = <g_n, W_dec_i>
-
-Every sum runs over S only: O(nnz * d) instead of O(N * d * F). Only the selection of S needs all
-pre-activations (one GEMM). Both weight gradients use the one index sorted by latent.
+Pairs (n, i) are sorted by row; `offsets` says where each row begins, `latents` names i (int64). All
+functions are without gradient; `functions.py` builds autograd on them.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from saelab.kernels.code import Support
+if TYPE_CHECKING:
+    from saelab.kernels.code import Support
 
 # Torch says so at the first sampled product; tests compare that product with dense autograd.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -29,127 +23,103 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 SLICE = 1 << 16
 
 
-def preactivations(u: Tensor, w_enc: Tensor, b_enc: Tensor, dtype: torch.dtype) -> Tensor:
-    """All pre-activations for the selection, without gradient.
+def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] | None:
+    """The pairs with z_ni > floor_i.
 
     Args:
-        u: encoder input, float32 [N, d].
-        w_enc: float32 [F, d].
-        b_enc: float32 [F].
-        dtype: the GEMM's precision; bfloat16 rounds the result to 8 bits.
+        z: float32 or bfloat16 [N, F]. Where there are no floors a NaN may count as either.
+        floor: float32 [F], compared in float32; None for 0.
+        limit: the largest number of pairs.
 
-    Returns: [N, F] in `dtype`.
+    Returns: (offsets [N + 1], latents [nnz]), latents rising within a row; None beyond the limit.
     """
-    with torch.no_grad():
-        return torch.addmm(b_enc.to(dtype), u.to(dtype), w_enc.to(dtype).t())
+    mask = z > (0 if floor is None else floor)
+    if int(mask.count_nonzero()) > limit:
+        return None
+    flat = mask.flatten().nonzero().flatten()
+    first_of_row = torch.arange(0, mask.numel() + 1, mask.shape[1], device=z.device)
+    return torch.searchsorted(flat, first_of_row), flat % mask.shape[1]
 
 
-def inner_products(a: Tensor, b: Tensor, support: Support) -> Tensor:
-    """<a_row, b_latent> for every pair of the support; a [N, d], b [F, d] -> [nnz]."""
-    if a.device.type == "cpu" and torch.backends.mkl.is_available() and support.nnz:
+def topk(z: Tensor, k: int) -> Tensor:
+    """The k largest of each row, rising by latent; float32 or bfloat16 [N, F] -> int64 [N, k].
+
+    Ties at the k-th place go to any of the equal values; `native` takes the lower index.
+    """
+    return z.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def kth_largest(z: Tensor, rank: int) -> float:
+    """The rank-th largest of all values, or 0 when it is negative; z float32 or bfloat16."""
+    flat = z.flatten()
+    return max(0.0, float(torch.kthvalue(flat, flat.numel() - rank + 1).values))
+
+
+def by_latent(offsets: Tensor, latents: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs sorted by latent, rows rising: (order [nnz], rows [nnz], offsets [F + 1])."""
+    order = torch.argsort(latents, stable=True)
+    starts = latents.new_zeros(d_sae + 1)
+    torch.cumsum(torch.bincount(latents, minlength=d_sae), 0, out=starts[1:])
+    return order, rows_of(offsets, latents.numel())[order], starts
+
+
+def rows_of(offsets: Tensor, nnz: int) -> Tensor:
+    """The row of each pair; int64 [nnz]."""
+    index = torch.arange(offsets.numel() - 1, device=offsets.device)
+    return index.repeat_interleave(offsets.diff(), output_size=nnz)
+
+
+def firings(values: Tensor, support: Support) -> tuple[Tensor, int]:
+    """In how many rows each latent's value is not 0, int64 [F], and their sum; values [nnz]."""
+    active = values != 0
+    return torch.bincount(support.latents[active], minlength=support.d_sae), int(active.sum())
+
+
+def encode(u: Tensor, w: Tensor, bias: Tensor | None, support: Support) -> Tensor:
+    """z_ni = <u_n, w_i> + bias_i for every pair; u [N, d], w [F, d], bias [F] -> [nnz]."""
+    latents = support.latents
+    if u.device.type == "cpu" and torch.backends.mkl.is_available() and support.nnz:
         pattern = torch.sparse_csr_tensor(
             support.offsets,
-            support.latents,
-            a.new_zeros(support.nnz),
-            size=(support.n_rows, support.d_sae),
+            latents,
+            u.new_zeros(support.nnz),
+            size=(u.shape[0], w.shape[0]),
             check_invariants=False,
         )
-        return torch.sparse.sampled_addmm(pattern, a, b.t(), beta=0.0).values()
-    pieces = [
-        torch.linalg.vecdot(a.index_select(0, rows), b.index_select(0, latents))
-        for rows, latents in zip(
-            support.rows.split(SLICE), support.latents.split(SLICE), strict=True
-        )
-    ]
-    return torch.cat(pieces) if pieces else a.new_zeros(0)
+        products = torch.sparse.sampled_addmm(pattern, u, w.t(), beta=0.0).values()
+    else:
+        pieces = [
+            torch.linalg.vecdot(u.index_select(0, n), w.index_select(0, i))
+            for n, i in zip(support.rows.split(SLICE), latents.split(SLICE), strict=True)
+        ]
+        products = torch.cat(pieces) if pieces else u.new_zeros(0)
+    return products if bias is None else products + bias[latents]
 
 
-def combine(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+def encode_backward(g: Tensor, u: Tensor, support: Support) -> tuple[Tensor, Tensor]:
+    """sum_n g_ni u_n and sum_n g_ni; g [nnz], u [N, d] -> ([F, d], [F])."""
+    order, rows, starts = support.by_latent
+    g_b = g.new_zeros(support.d_sae).index_add_(0, support.latents, g)
+    return _bags(g[order], rows, starts, u), g_b
+
+
+def decode(values: Tensor, w: Tensor, support: Support) -> Tensor:
+    """y_n = sum_i values_ni w_i; values [nnz], w [F, d] -> [N, d]."""
+    return _bags(values, support.latents, support.offsets, w)
+
+
+def decode_backward(
+    g: Tensor, values: Tensor, w: Tensor, support: Support
+) -> tuple[Tensor, Tensor]:
+    """<g_n, w_i> for every pair and sum_n values_ni g_n; g [N, d] -> ([nnz], [F, d])."""
+    order, rows, starts = support.by_latent
+    return encode(g, w, None, support), _bags(values[order], rows, starts, g)
+
+
+def _bags(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
     """Per bag the weighted sum of rows of `table`; weights, index [nnz] -> [bags, d]."""
     if not index.numel():
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
     return embedding_bag(
         index, table, offsets, per_sample_weights=weights, mode="sum", include_last_offset=True
     )
-
-
-class _EncodeAt(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, w_enc: Tensor, b_enc: Tensor, support: Support, z: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(u, w_enc)
-        ctx.support = support
-        if z is not None and z.dtype == u.dtype:
-            return z.reshape(-1).take(support.flat)
-        return inner_products(u, w_enc, support) + b_enc[support.latents]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (g,) = grads
-        u, w_enc = ctx.saved_tensors
-        support: Support = ctx.support
-        g_u = g_w = g_b = None
-        if ctx.needs_input_grad[0]:
-            g_u = combine(g, support.latents, support.offsets, w_enc)
-        if ctx.needs_input_grad[1]:
-            order, rows, offsets = support.by_latent
-            g_w = combine(g[order], rows, offsets, u)
-        if ctx.needs_input_grad[2]:
-            g_b = torch.zeros_like(w_enc[:, 0]).index_add_(0, support.latents, g)
-        return g_u, g_w, g_b, None, None
-
-
-class _Decode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, w_dec: Tensor, support: Support) -> Tensor:
-        ctx.save_for_backward(values, w_dec)
-        ctx.support = support
-        return combine(values, support.latents, support.offsets, w_dec)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (g,) = grads
-        values, w_dec = ctx.saved_tensors
-        support: Support = ctx.support
-        g_values = g_w = None
-        if ctx.needs_input_grad[0]:
-            g_values = inner_products(g.contiguous(), w_dec, support)
-        if ctx.needs_input_grad[1]:
-            order, rows, offsets = support.by_latent
-            g_w = combine(values[order], rows, offsets, g.contiguous())
-        return g_values, g_w, None
-
-
-def encode_at(
-    u: Tensor, w_enc: Tensor, b_enc: Tensor, support: Support, z: Tensor | None = None
-) -> Tensor:
-    """Pre-activations at the support, float32 [nnz], with gradients to u, W_enc and b_enc.
-
-    `z` [N, F] saves the products when it has them in u's dtype already (float32 mode).
-    """
-    return _EncodeAt.apply(u, w_enc, b_enc, support, z)  # type: ignore[return-value]
-
-
-def decode_at(values: Tensor, w_dec: Tensor, support: Support) -> Tensor:
-    """Weighted sums of decoder rows, [N, d], with gradients to values and W_dec."""
-    return _Decode.apply(values, w_dec, support)  # type: ignore[return-value]
-
-
-class _RowNorms(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, w: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(w, dim=1)
-        ctx.save_for_backward(w, norms)
-        return norms
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (g,) = grads
-        w, norms = ctx.saved_tensors
-        return w * (g / norms.clamp_min(1e-30)).unsqueeze(1)
-
-
-def row_norms(w: Tensor) -> Tensor:
-    """|w_i| of each row, [F, d] -> [F]; its gradient in one pass over w, and 0 at a zero row."""
-    return _RowNorms.apply(w)  # type: ignore[return-value]

@@ -14,7 +14,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from saelab.kernels import decode_at, encode_at, support_of_topk
+from saelab.kernels import decode_at, kernels_for, support_of_topk
 from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
 
 
@@ -45,9 +45,9 @@ class AuxK(LossTerm):
             return p.recon.new_zeros(())
         error = (p.target - p.recon).detach()
         k = min(self.k, dead.numel())
-        chosen = p.z[:, dead].topk(k, dim=-1, sorted=False).indices
+        chosen = kernels_for(p.z.device).topk(p.z[:, dead], k)
         support = support_of_topk(dead[chosen], p.z.shape[1])
-        values = torch.relu(encode_at(p.u, p.sae.W_enc, p.sae.b_enc, support))
+        values = torch.relu(p.sae.encode_at(p.u, support))
         left = error - decode_at(values, p.sae.W_dec, support)
         share = left.square().sum() / error.square().sum().clamp_min(1e-12)
         return p.setting(self.coefficient) * share

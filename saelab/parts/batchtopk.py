@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from saelab.errors import SettingError
-from saelab.kernels import Support, support_of_mask
+from saelab.kernels import Support, kernels_for, support_above
 from saelab.parts.base import Activation, Dims, PartConfig, Pass, bias_corrected
 
 
@@ -47,24 +47,20 @@ class BatchTopK(Activation):
     def threshold(self) -> Tensor:
         return bias_corrected(self.ema, self.momentum, int(self.count))
 
-    def _cut(self, z: Tensor) -> Tensor:
-        """The smallest value that is selected; a 0-dim tensor in z's dtype."""
+    def _floor(self, z: Tensor) -> Tensor:
+        """What a selected value lies above; float32, 0-dim."""
         if not self.training:
-            return self.threshold.to(z.dtype)
-        flat = z.flatten()
-        keep = min(self.k * z.shape[0], flat.numel())
-        return torch.kthvalue(flat, flat.numel() - keep + 1).values.clamp_min(0)
-
-    def _mask(self, z: Tensor) -> Tensor:
-        cut = self._cut(z)
-        above = z >= cut if self.training else z > cut
-        return above & (z > 0)
+            return self.threshold.clamp_min(0)
+        if not z.numel():
+            return self.ema.new_zeros(())
+        cut = kernels_for(z.device).kth_largest(z, min(self.k * z.shape[0], z.numel()))
+        return torch.nextafter(self.ema.new_tensor(cut), self.ema.new_tensor(-1.0)).clamp_min(0)
 
     def dense(self, z: Tensor) -> Tensor:
-        return z * self._mask(z.detach())
+        return z * (z.detach() > self._floor(z.detach()))
 
     def support(self, z: Tensor) -> Support | None:
-        return support_of_mask(self._mask(z))
+        return support_above(z, self._floor(z))
 
     def at(self, values: Tensor, support: Support) -> Tensor:
         if not self.training:

@@ -19,7 +19,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from saelab.kernels import Support, support_of_mask
+from saelab.kernels import Support, support_above
 from saelab.parts.base import Activation, Dims, PartConfig
 
 
@@ -92,7 +92,7 @@ class JumpReLU(Activation):
         floor = self.threshold.detach()
         if self.training:
             floor = floor - self.bandwidth / 2
-        return support_of_mask(z > floor.to(z.dtype))
+        return support_above(z, floor)
 
     def at(self, values: Tensor, support: Support) -> Tensor:
         threshold = self._threshold_at(support)

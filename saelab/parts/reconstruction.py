@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from saelab.kernels import mean_square
 from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
 
 
@@ -21,4 +22,4 @@ class ReconstructionConfig(PartConfig):
 
 class Reconstruction(LossTerm):
     def loss(self, p: Pass) -> Tensor:
-        return (p.recon - p.target).square().mean()
+        return mean_square(p.recon, p.target)

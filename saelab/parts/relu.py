@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from saelab.kernels import Support, positive, support_of_mask
+from saelab.kernels import Support, support_above
 from saelab.parts.base import Activation, Dims, PartConfig
 
 
@@ -23,7 +23,7 @@ class ReLU(Activation):
         return torch.relu(z)
 
     def support(self, z: Tensor) -> Support | None:
-        return support_of_mask(positive(z))
+        return support_above(z)
 
     def at(self, values: Tensor, support: Support) -> Tensor:
         return torch.relu(values)

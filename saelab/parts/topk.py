@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from saelab.errors import SettingError
-from saelab.kernels import Support, support_of_topk
+from saelab.kernels import Support, kernels_for, support_of_topk
 from saelab.parts.base import Activation, Dims, PartConfig
 
 
@@ -40,7 +40,7 @@ class TopK(Activation):
         return torch.zeros_like(z).scatter(-1, latents, torch.relu(values))
 
     def support(self, z: Tensor) -> Support | None:
-        return support_of_topk(z.topk(self.k, dim=-1, sorted=False).indices, z.shape[-1])
+        return support_of_topk(kernels_for(z.device).topk(z, self.k), z.shape[-1])
 
     def at(self, values: Tensor, support: Support) -> Tensor:
         return torch.relu(values)

@@ -39,6 +39,7 @@ from saelab.evals.base import Row, Subject
 from saelab.evals.core import CoreData
 from saelab.evals.probing import ProbingData
 from saelab.files import write_atomically, write_json
+from saelab.kernels import kernels_name
 from saelab.parts.base import Dims
 from saelab.rundir import package_digest
 from saelab.sae import SAE, SAEConfig
@@ -88,7 +89,7 @@ class Job:
 
 def cell_key(spec: CellSpec, data: dict[str, Any]) -> str:
     """The content hash of a cell: settings, seed, data, and the code that computes it."""
-    code = [package_digest(), torch.__version__, *_foreign_code(spec)]
+    code = [package_digest(), torch.__version__, kernels_name(), *_foreign_code(spec)]
     sae, training = spec.sae.model_dump(mode="json"), spec.train.model_dump(mode="json")
     return digest([sae, training, spec.seed, spec.level, data, code])
 

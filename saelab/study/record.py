@@ -13,6 +13,7 @@ import torch
 
 import saelab
 from saelab.files import write_atomically, write_json, write_text, writing
+from saelab.kernels import kernels_name
 from saelab.rundir import package_digest, place
 from saelab.study.final_info import ArmResult
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
@@ -131,6 +132,7 @@ class Record:
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "threads_per_worker": 1,
+                "kernels": kernels_name(),
                 "cpu": torch.backends.cpu.get_cpu_capability(),
             },
             "seconds": round(seconds, 1),

@@ -105,7 +105,7 @@ class Cell:
         self._after(p)
         record = {"loss": total, "grad_norm": norm, "l0": p.code.l0}
         record |= {f"loss.{name}": float(term.detach()) for name, term in terms.items()}
-        record["dead"] = float((self.tokens - self.fired_at > self.dead_after).float().mean())
+        record["dead"] = int((self.fired_at < self.tokens - self.dead_after).sum()) / sae.d_sae
         self.log.append(record | sae.scalars())
         self.steps_done += 1
         return record
@@ -121,7 +121,7 @@ class Cell:
         for constraint in sae.constraint_parts():
             constraint.on_parameters(sae)
         self.tokens += p.n
-        self.fired_at[p.code.firings > 0] = self.tokens
+        self.fired_at.masked_fill_(p.code.firings > 0, self.tokens)
         for part in sae.parts():
             part.update(p)
         for observer in sae.observer_parts():

@@ -237,8 +237,7 @@ class TestLife:
         self, seam: str, kind: str, global_random_seed: int
     ) -> None:
         one = cell(composed(seam, kind), global_random_seed)
-        groups = one.optimiser.adam.param_groups
-        known = {id(p) for group in groups for p in group["params"]}
+        known = {id(p) for group in one.optimiser.groups for p in group.parameters}
         part = part_of(one.sae, seam, kind)
         for parameter in part.parameters():
             assert (id(parameter) in known) == parameter.requires_grad

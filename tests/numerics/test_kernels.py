@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,18 +16,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saelab.kernels import (
-    DENSEST,
     Code,
     Support,
     decode_at,
     eager,
+    encode_all,
     encode_at,
+    functions,
     has_fast_bfloat16,
-    positive,
+    kernels_name,
+    mean_square,
+    most_pairs,
+    native,
     preactivations,
     row_norms,
     selection_dtype,
-    support_of_mask,
+    support_above,
     support_of_topk,
 )
 from saelab.seeding import torch_stream
@@ -93,15 +100,25 @@ def close(got: Tensor | None, wanted: Tensor | None) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(params=["sampled product", "gathered slices"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to inner products: MKL's sampled product and the fallback, in several slices."""
-    if request.param == "gathered slices":
-        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-        monkeypatch.setattr(eager, "SLICE", 5)
-    return request.param
+needs_native = pytest.mark.skipif(native.library() is None, reason=native.why_not())
 
 
+@pytest.fixture(
+    params=["sampled product", "gathered slices", pytest.param("native", marks=needs_native)],
+    scope="class",
+)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels: eager with MKL's sampled product, eager with gathers in slices, and native."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "native":
+            patch.setattr(functions, "kernels_for", lambda device: eager)
+        if request.param == "gathered slices":
+            patch.setattr(torch.backends.mkl, "is_available", lambda: False)
+            patch.setattr(eager, "SLICE", 5)
+        yield request.param
+
+
+@pytest.mark.usefixtures("path")
 class TestAgainstDense:
     @given(problems)
     def test_encode(self, p: Problem) -> None:
@@ -126,13 +143,34 @@ class TestAgainstDense:
         ):
             close(one, other)
 
-    @pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
-    def test_both_paths(self, path: str, density: float, global_random_seed: int) -> None:
-        p = problem(global_random_seed, 7, 11, 5, density, torch.float32)
-        wanted = (p.u @ p.w.T).flatten()[p.support.flat]
-        close(eager.inner_products(p.u.detach(), p.w.detach(), p.support), wanted.detach())
+    @given(problems)
+    def test_centre_has_the_gradient_that_u_would_pass_on(self, p: Problem) -> None:
+        x, centre = p.u.detach(), torch.linspace(-1, 1, p.u.shape[1]).requires_grad_()
+        weights = torch.linspace(-1, 2, p.support.nnz)
+        u = (x - centre).detach()
+        z = encode_at(u, p.w, p.b, p.support, None, centre)
+        wanted = ((x - centre) @ p.w.T + p.b).flatten()[p.support.flat]
+        leaves = (p.w, p.b, centre)
+        got = torch.autograd.grad((z * weights).sum(), leaves)
+        for one, other in zip(
+            got, torch.autograd.grad((wanted * weights).sum(), leaves), strict=True
+        ):
+            close(one, other)
 
-    def test_gradcheck(self, path: str, global_random_seed: int) -> None:
+    @pytest.mark.parametrize("d", [1, 15, 16, 17, 64, 192, 200, 777])
+    def test_widths(self, d: int, global_random_seed: int) -> None:
+        """Rows are worked through in strips of vectors: every remainder must be right."""
+        p = problem(global_random_seed, 9, 14, d, 0.4, torch.float32)
+        z = encode_at(p.u, p.w, p.b, p.support) / d
+        y = decode_at(p.values, p.w, p.support)
+        leaves = (p.u, p.w, p.b, p.values)
+        got = torch.autograd.grad((z * p.values).sum() + y.square().mean(), leaves)
+        dense = (p.u @ p.w.T + p.b).flatten()[p.support.flat] / d
+        wanted = (dense * p.values).sum() + (p.dense(p.values) @ p.w).square().mean()
+        for one, other in zip(got, torch.autograd.grad(wanted, leaves), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+    def test_gradcheck(self, global_random_seed: int) -> None:
         p = problem(global_random_seed, 4, 6, 3, 0.4, torch.float64)
         assert torch.autograd.gradcheck(
             lambda u, w, b: encode_at(u, w, b, p.support), (p.u, p.w, p.b)
@@ -200,11 +238,12 @@ class TestSupport:
     def test_same_latent_in_two_rows_is_fine(self) -> None:
         Support(torch.tensor([0, 1, 2]), torch.tensor([3, 3]), 4).check()
 
-    @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.05, 0.125, 0.2, 1.0]), st.integers(0, 5))
-    def test_of_mask(self, seed: int, density: float, n: int) -> None:
-        mask = torch.rand(n, 64, generator=torch_stream(seed, "mask")) < density
-        support = support_of_mask(mask)
-        if int(mask.sum()) > DENSEST * mask.numel():
+    @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.05, 0.3, 0.4, 1.0]), st.integers(0, 5))
+    def test_above(self, seed: int, density: float, n: int) -> None:
+        z = torch.rand(n, 64, generator=torch_stream(seed, "selection")) - (1 - density)
+        mask = z > 0
+        support = support_above(z)
+        if int(mask.sum()) > most_pairs(z.numel()):
             assert support is None
         else:
             assert support is not None
@@ -213,6 +252,10 @@ class TestSupport:
             again[support.flat] = True
             assert torch.equal(again.view(mask.shape), mask)
             assert torch.equal(support.flat, support.rows * 64 + support.latents)
+
+    def test_above_one_floor_for_all(self) -> None:
+        support = support_above(torch.tensor([[1.0, 2.0, 3.0, 0.0, 0.0]]), torch.tensor(2.0))
+        assert support is not None and support.latents.tolist() == [2]
 
     def test_of_topk(self) -> None:
         support = support_of_topk(torch.tensor([[5, 1], [0, 7], [2, 3]]), 8)
@@ -239,13 +282,33 @@ class TestRowNorms:
         torch.testing.assert_close(w.grad, up * torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_positive(dtype: torch.dtype, global_random_seed: int) -> None:
-    special = [0.0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, torch.inf, -torch.inf, 3.0, -3.0]
-    drawn = torch.randn(5, 10, generator=torch_stream(global_random_seed, "signs"))
-    z = torch.cat([torch.tensor([special]), drawn]).to(dtype)
-    assert torch.equal(positive(z), z > 0)
-    assert torch.equal(positive(z[:, 2:7]), z[:, 2:7] > 0)
+class TestMeanSquare:
+    def test_against_torch(self, global_random_seed: int) -> None:
+        stream = torch_stream(global_random_seed, "squares")
+        a, b = (torch.randn(5, 4, generator=stream, dtype=torch.float64) for _ in range(2))
+        a.requires_grad_()
+        b.requires_grad_()
+        torch.testing.assert_close(mean_square(a, b), (a - b).square().mean())
+        assert torch.autograd.gradcheck(mean_square, (a, b))
+
+
+class TestEncodeAll:
+    def test_gradcheck(self, global_random_seed: int) -> None:
+        p = problem(global_random_seed, 4, 6, 3, 0.4, torch.float64)
+        assert torch.autograd.gradcheck(lambda u, w, b: encode_all(u, w, b), (p.u, p.w, p.b))
+
+    def test_centre(self, global_random_seed: int) -> None:
+        p = problem(global_random_seed, 4, 6, 3, 0.4, torch.float64)
+        x, centre = p.u.detach(), torch.ones(3, dtype=torch.float64, requires_grad=True)
+        weights = torch.linspace(-1, 2, 24, dtype=torch.float64).view(4, 6)
+        z = encode_all((x - centre).detach(), p.w, p.b, centre)
+        wanted = (x - centre) @ p.w.T + p.b
+        for leaf in (p.w, p.b, centre):
+            one, other = (
+                torch.autograd.grad((k * weights).sum(), leaf, retain_graph=True)[0]
+                for k in (z, wanted)
+            )
+            close(one, other)
 
 
 class TestCode:
@@ -300,10 +363,175 @@ def test_torch_does_not_warn_of_sparse_tensors() -> None:
     """One line on stderr of every launch would be one too many; other warnings stay errors."""
     script = (
         "import torch; from saelab.kernels import eager, support_of_topk;"
-        "eager.inner_products(torch.ones(2, 3), torch.ones(4, 3),"
+        "eager.encode(torch.ones(2, 3), torch.ones(4, 3), None,"
         " support_of_topk(torch.tensor([[0], [1]]), 4))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", script], capture_output=True, text=True
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+# ---- the native kernels against the eager ones ---------------------------------------------------
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, torch.inf, -torch.inf, 3.0, -3.0]
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def drawn(seed: int, n: int, d_sae: int, dtype: torch.dtype, distinct: int = 0) -> Tensor:
+    """Normal values, special ones among them; rounded to few distinct values to make ties."""
+    z = torch.randn(n, d_sae, generator=torch_stream(seed, "values"))
+    if distinct:
+        z = (z * distinct).round() / distinct
+    z.view(-1)[: len(SPECIAL)] = torch.tensor(SPECIAL)[: z.numel()]
+    return z.to(dtype)
+
+
+selections = {
+    "seed": st.integers(0, 2**32),
+    "n": st.integers(0, 6),
+    "d_sae": st.sampled_from([1, 7, 63, 64, 65, 200, 1000]),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+    "distinct": st.sampled_from([0, 2]),
+}
+
+
+@needs_native
+class TestNative:
+    @given(**selections, floors=st.booleans(), share=st.sampled_from([0.1, 0.5, 1.0]))
+    def test_above(self, seed, n, d_sae, dtype, distinct, floors, share) -> None:
+        z = drawn(seed, n, d_sae, dtype, distinct)
+        floor = torch.randn(d_sae, generator=torch_stream(seed, "floor")) if floors else None
+        limit = int(share * z.numel())
+        got, wanted = native.above(z, floor, limit), eager.above(z, floor, limit)
+        assert (got is None) == (wanted is None)
+        if got is not None and wanted is not None:
+            assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_above_with_all_pairs_in_one_threads_rows(
+        self, threads: int, dtype: torch.dtype
+    ) -> None:
+        z = -torch.ones(8, 100, dtype=dtype)
+        z[0] = z[1, 3] = 1
+        got = native.above(z, None, 101)
+        assert got is not None
+        assert got[0].tolist() == [0, 100] + [101] * 7
+        assert got[1].tolist() == [*range(100), 3]
+        assert native.above(z, None, 100) is None
+
+    @given(**selections, k=st.integers(1, 70))
+    def test_topk(self, seed, n, d_sae, dtype, distinct, k) -> None:
+        z, k = drawn(seed, n, d_sae, dtype, distinct) + 0.0, min(k, d_sae)  # no -0.0
+        got = native.topk(z, k)
+        assert got.shape == (n, k) and (got.diff(dim=1) > 0).all()
+        values = z.gather(1, got).sort(dim=1).values
+        assert torch.equal(values, z.gather(1, eager.topk(z, k)).sort(dim=1).values)
+        for row, chosen in zip(z, got, strict=True):  # ties go to the lower index
+            cut = row[chosen].min()
+            ties = (row == cut).nonzero().flatten()
+            assert set(chosen[row[chosen] == cut].tolist()) == set(
+                ties[: int((row[chosen] == cut).sum())].tolist()
+            )
+
+    def test_topk_of_nan_stays_in_range(self) -> None:
+        z = torch.full((2, 70), torch.nan)
+        got = native.topk(z, 5)
+        assert (got >= 0).all() and (got < 70).all() and (got.diff(dim=1) > 0).all()
+
+    @given(**selections, share=st.floats(0, 1))
+    def test_kth_largest(self, seed, n, d_sae, dtype, distinct, share) -> None:
+        z = drawn(seed, n + 1, d_sae, dtype, distinct)
+        rank = 1 + int(share * (z.numel() - 1))
+        assert native.kth_largest(z, rank) == eager.kth_largest(z, rank)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_kth_largest_when_the_first_values_mislead(
+        self, threads: int, dtype: torch.dtype, global_random_seed: int
+    ) -> None:
+        """The first sixteenth sets a bound; here it holds all the large values."""
+        z = drawn(global_random_seed, 64, 500, dtype).sort(dim=0, descending=True).values
+        for rank in (1, 50, 1000, 8000):
+            assert native.kth_largest(z, rank) == eager.kth_largest(z, rank)
+
+    @given(problems)
+    def test_index_and_counts(self, p: Problem) -> None:
+        s = p.support
+        for one, other in zip(
+            native.by_latent(s.offsets, s.latents, s.d_sae),
+            eager.by_latent(s.offsets, s.latents, s.d_sae),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+        values = p.values.detach().clone()
+        values[::3] = 0
+        got, wanted = native.firings(values, s), eager.firings(values, s)
+        assert torch.equal(got[0], wanted[0]) and got[1] == wanted[1]
+
+    def test_bits_do_not_depend_on_threads(self, threads: int, global_random_seed: int) -> None:
+        p = problem(global_random_seed, 40, 900, 192, 0.05, torch.float32)
+        u, w, b, values = (x.detach() for x in (p.u, p.w, p.b, p.values))
+        support = Support(p.support.offsets, p.mask.nonzero()[:, 1], 900)  # latents rising
+        g = torch.linspace(-1, 1, support.nnz)
+
+        def results() -> list[Tensor]:
+            return [
+                native.encode(u, w, b, support),
+                *native.encode_backward(g, u, support),
+                native.decode(values, w, support),
+                *native.decode_backward(u, values, w, support),
+                *native.above(u, None, u.numel()),  # type: ignore[misc]
+                native.topk(u, 7),
+            ]
+
+        many = results()
+        torch.set_num_threads(1)
+        assert all(torch.equal(a, b) for a, b in zip(many, results(), strict=True))
+
+
+class TestChoice:
+    def test_eager_on_request_and_without_a_compiler(self) -> None:
+        script = "from saelab.kernels import kernels_name; print(kernels_name())"
+        environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "SAELAB_KERNELS")}
+        for extra, said in (
+            ({"SAELAB_KERNELS": "eager"}, "eager (SAELAB_KERNELS=eager"),
+            ({"PATH": "/nowhere"}, "eager (no C++ compiler"),
+            ({"CXX": "/nowhere/c++"}, "eager (/nowhere/c++ does not run"),
+            ({"CXX": "/bin/false"}, "eager (/bin/false failed"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-c", script],
+                capture_output=True,
+                text=True,
+                env=environment | extra,
+                check=True,
+            )
+            assert done.stdout.startswith(said) and not done.stderr
+
+    @needs_native
+    def test_native_is_built_once(self, tmp_path: Path) -> None:
+        script = "from saelab.kernels import kernels_name; print(kernels_name())"
+        times = []
+        for _ in range(2):
+            done = subprocess.run(
+                [sys.executable, "-c", script],
+                capture_output=True,
+                text=True,
+                env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+                check=True,
+            )
+            assert done.stdout == "native\n"
+            (file,) = (tmp_path / "saelab").iterdir()
+            times.append(file.stat().st_mtime_ns)
+        assert times[0] == times[1]
+
+    @needs_native
+    def test_name(self) -> None:
+        assert kernels_name() == "native"

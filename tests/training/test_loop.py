@@ -86,7 +86,7 @@ def one_batch(activations: MemorySource, seed: int = 3) -> Batch:
 def state(cell: Cell) -> dict[str, Tensor]:
     """Weights, running statistics and the optimiser's moments."""
     tensors = dict(cell.sae.state_dict())
-    for i, moments in enumerate(cell.optimiser.adam.state.values()):
+    for i, moments in enumerate(cell.optimiser.moments().values()):
         tensors |= {f"moment {i} {name}": moment for name, moment in moments.items()}
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
@@ -308,7 +308,7 @@ class TestSchedule:
         )
         cell = cell_of(activations, sae=config, training=train_config(10, warmup=0.5))
         cell.step(one_batch(activations))
-        rates = {g["name"]: g["lr"] for g in cell.optimiser.adam.param_groups}
+        rates = cell.optimiser.rates(0)
         assert rates == {"weights": pytest.approx(3e-3 / 5), "JumpReLU": pytest.approx(0.5 / 5)}
 
 
@@ -343,7 +343,7 @@ class TestResampling:
             watched.step(batch)
             twin.step(batch)
         assert torch.equal(watched.sae.W_dec, twin.sae.W_dec)
-        assert watched.optimiser.adam.state[watched.sae.W_enc]["exp_avg"][3].any()
+        assert watched.optimiser.moments()[watched.sae.W_enc]["exp_avg"][3].any()
         batch = next(stream)[0]
         watched.step(batch)
         twin.step(batch)
@@ -351,7 +351,7 @@ class TestResampling:
         for name in ("W_enc", "b_enc", "W_dec"):
             one, other = (getattr(c.sae, name) for c in (watched, twin))
             assert torch.equal(one[others], other[others]), name
-            moments = [c.optimiser.adam.state[getattr(c.sae, name)] for c in (watched, twin)]
+            moments = [c.optimiser.moments()[getattr(c.sae, name)] for c in (watched, twin)]
             for moment in ("exp_avg", "exp_avg_sq"):
                 assert torch.equal(moments[0][moment][others], moments[1][moment][others])
                 assert not moments[0][moment][3].any() and moments[1][moment][3].any()
@@ -397,7 +397,7 @@ class TestResampling:
         cell = cell_of(activations, sae=config)
         for batch, _ in itertools.islice(batches(activations, 3, SIZE), 3):
             cell.step(batch)
-        moments = cell.optimiser.adam.state
+        moments = cell.optimiser.moments()
         before = {id(p): moments[p]["exp_avg"].clone() for p in moments}
         cell.optimiser.clear(cell.sae, torch.tensor([2, 5]))
         kept = torch.ones(D_IN, dtype=torch.bool)

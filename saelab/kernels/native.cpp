@@ -1,0 +1,490 @@
+// Sparse kernels for CPUs; native.py compiles this file and loads it with ctypes.
+//
+// Every function computes what its namesake in eager.py computes. Tensors are contiguous and
+// row-major; each output element is made by one thread in a fixed order, so that the bits do not
+// depend on the number of threads. Memory access dominates: rows are gathered once, whole, and the
+// next row is prefetched while the present one is worked on.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using i64 = std::int64_t;
+constexpr i64 WIDE = 16;  // floats of a vector register
+constexpr i64 BLOCK = 64;  // values compared at once
+
+typedef float Vec __attribute__((vector_size(WIDE * sizeof(float)), aligned(4)));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+
+inline float sum(Vec v) {
+    typedef float Half __attribute__((vector_size(8 * sizeof(float))));
+    typedef float Quarter __attribute__((vector_size(4 * sizeof(float))));
+    const Half h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                   __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Quarter q =
+        __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+    return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+// ---------------------------------------------------------------- gathers
+//
+// A strip is V vectors of every row: few enough that sums and one row stay in registers. A row of d
+// floats is worked through in strips, then in single floats.
+
+constexpr int WIDEST = 12;
+
+inline void prefetch(const float* row, int vectors) {
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(row + v * WIDE, 0, 3);
+}
+
+// Calls work(width, start) for each strip of d floats: width vectors from start, or 0 for one float.
+template <typename Work>
+inline void strips(i64 d, Work work) {
+    i64 at = 0;
+    while (d - at >= WIDE) {
+        const int width = static_cast<int>(std::min<i64>(WIDEST, (d - at) / WIDE));
+        work(width, at);
+        at += width * WIDE;
+    }
+    for (; at < d; ++at) work(0, at);
+}
+
+// Turns a width known at run time into a template argument: run(integral_constant<int, width>).
+template <int V = WIDEST, typename Run>
+inline void with_width(int width, Run run) {
+    if constexpr (V > 0) {
+        if (width == V)
+            run(std::integral_constant<int, V>{});
+        else
+            with_width<V - 1>(width, run);
+    }
+}
+
+// out = sum_j weight(j) * table[index[j]] over one strip of a bag.
+template <int V, typename Weight>
+inline void gather_strip(Weight weight, const i64* index, i64 begin, i64 end, const float* table,
+                         i64 d, float* out) {
+    Vec sums[V] = {};
+    for (i64 j = begin; j < end; ++j) {
+        const float* row = table + index[j] * d;
+        if (j + 2 < end) prefetch(table + index[j + 2] * d, V);
+        const float w = weight(j);
+        for (int v = 0; v < V; ++v) sums[v] += w * load(row + v * WIDE);
+    }
+    for (int v = 0; v < V; ++v) store(out + v * WIDE, sums[v]);
+}
+
+template <typename Weight>
+void gather(Weight weight, const i64* index, i64 begin, i64 end, const float* table, i64 d,
+            float* out) {
+    strips(d, [&](int width, i64 at) {
+        if (width == 0) {
+            float total = 0;
+            for (i64 j = begin; j < end; ++j) total += weight(j) * table[index[j] * d + at];
+            out[at] = total;
+        }
+        with_width(width, [&](auto v) {
+            gather_strip<v()>(weight, index, begin, end, table + at, d, out + at);
+        });
+    });
+}
+
+// For one latent: products[order[j]] += <a[rows[j]], w> over one strip and, if wanted, the sum
+// sum_j values[order[j]] * a[rows[j]]; both from one read of a.
+template <int V, bool WithSum>
+inline void product_strip(const float* a, i64 d, const float* w, const float* values,
+                          const i64* order, const i64* rows, i64 begin, i64 end, float* products,
+                          float* sum_out) {
+    Vec own[V], sums[V] = {};
+    for (int v = 0; v < V; ++v) own[v] = load(w + v * WIDE);
+    for (i64 j = begin; j < end; ++j) {
+        const float* row = a + rows[j] * d;
+        if (j + 2 < end) prefetch(a + rows[j + 2] * d, V);
+        const float value = WithSum ? values[order[j]] : 0.0f;
+        Vec even = {}, odd = {};
+        for (int v = 0; v < V; ++v) {
+            const Vec x = load(row + v * WIDE);
+            (v % 2 ? odd : even) += own[v] * x;
+            if constexpr (WithSum) sums[v] += value * x;
+        }
+        products[order[j]] += sum(even + odd);
+    }
+    if constexpr (WithSum)
+        for (int v = 0; v < V; ++v) store(sum_out + v * WIDE, sums[v]);
+}
+
+template <bool WithSum>
+void products_of_latent(const float* a, i64 d, const float* w, const float* values,
+                        const i64* order, const i64* rows, i64 begin, i64 end, float* products,
+                        float* sum_out) {
+    strips(d, [&](int width, i64 at) {
+        if (width == 0) {
+            float total = 0;
+            for (i64 j = begin; j < end; ++j) {
+                const float x = a[rows[j] * d + at];
+                products[order[j]] += w[at] * x;
+                if constexpr (WithSum) total += values[order[j]] * x;
+            }
+            if constexpr (WithSum) sum_out[at] = total;
+        }
+        with_width(width, [&](auto v) {
+            product_strip<v(), WithSum>(a + at, d, w + at, values, order, rows, begin, end,
+                                        products, WithSum ? sum_out + at : nullptr);
+        });
+    });
+}
+
+// y[rows[j]] += values[order[j]] * w for the pairs of one latent.
+inline void scatter_latent(const float* w, const float* values, const i64* order, const i64* rows,
+                           i64 begin, i64 end, i64 d, float* y) {
+    for (i64 j = begin; j < end; ++j) {
+        float* row = y + rows[j] * d;
+        const float value = values[order[j]];
+        i64 i = 0;
+        for (; i + WIDE <= d; i += WIDE) store(row + i, load(row + i) + value * load(w + i));
+        for (; i < d; ++i) row[i] += value * w[i];
+    }
+}
+
+// ---------------------------------------------------------------- selection
+
+inline float widen(float z) { return z; }
+inline float widen(std::uint16_t z) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(z) << 16;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+// Calls found(i) for every i in [0, n) with above(i), in rising order; `above` is vectorised.
+template <typename Above, typename Found>
+inline void scan(i64 n, Above above, Found found) {
+    for (i64 start = 0; start < n; start += BLOCK) {
+        const i64 width = std::min(BLOCK, n - start);
+        alignas(64) std::uint8_t flag[BLOCK] = {};
+        if (width == BLOCK) {
+            for (i64 i = 0; i < BLOCK; ++i) flag[i] = above(start + i);
+        } else {
+            for (i64 i = 0; i < width; ++i) flag[i] = above(start + i);
+        }
+        for (i64 word = 0; word < BLOCK; word += 8) {
+            std::uint64_t bytes;
+            std::memcpy(&bytes, flag + word, sizeof bytes);
+            while (bytes) {
+                found(start + word + (__builtin_ctzll(bytes) >> 3));
+                bytes &= bytes - 1;
+            }
+        }
+    }
+}
+
+// Larger keys are larger values; NaN is above all.
+inline std::int32_t key(float z) {
+    std::int32_t bits;
+    std::memcpy(&bits, &z, sizeof bits);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+inline std::int16_t key(std::uint16_t z) {
+    const auto bits = static_cast<std::int16_t>(z);
+    return static_cast<std::int16_t>(bits ^ ((bits >> 15) & 0x7fff));
+}
+
+template <typename T>
+struct Scratch {
+    using Key = decltype(key(T{}));
+    std::vector<Key> keys, tops, survivors;
+    std::vector<i64> places;
+};
+
+// The k largest of one row, ties to the lower index, in rising order of index.
+template <typename T>
+void topk_row(const T* z, i64 n, i64 k, i64* out, Scratch<T>& s) {
+    using Key = typename Scratch<T>::Key;
+    // The k-th largest of the maxima of strided groups is no larger than the k-th largest value.
+    const i64 groups = (2 * k + BLOCK - 1) / BLOCK * BLOCK;
+    Key floor = std::numeric_limits<Key>::min();
+    s.keys.resize(n);
+    for (i64 i = 0; i < n; ++i) s.keys[i] = key(z[i]);
+    const Key* keys = s.keys.data();
+    if (groups < n) {
+        s.tops.assign(keys, keys + groups);
+        Key* tops = s.tops.data();
+        i64 start = groups;
+        for (; start + groups <= n; start += groups)
+            for (i64 i = 0; i < groups; ++i) tops[i] = std::max(tops[i], keys[start + i]);
+        for (i64 i = 0; start + i < n; ++i) tops[i] = std::max(tops[i], keys[start + i]);
+        std::nth_element(tops, tops + k - 1, tops + groups, std::greater<Key>());
+        floor = tops[k - 1];
+    }
+    s.places.clear();
+    s.survivors.clear();
+    scan(
+        n, [&](i64 i) { return keys[i] >= floor; },
+        [&](i64 i) {
+            s.places.push_back(i);
+            s.survivors.push_back(keys[i]);
+        });
+    std::nth_element(s.survivors.begin(), s.survivors.begin() + (k - 1), s.survivors.end(),
+                     std::greater<Key>());
+    const Key cut = s.survivors[k - 1];
+    i64 ties = k;
+    for (i64 place : s.places) ties -= keys[place] > cut;
+    i64 taken = 0;
+    for (i64 place : s.places) {
+        if (keys[place] < cut || (keys[place] == cut && ties-- <= 0)) continue;
+        out[taken++] = place;
+    }
+}
+
+// The bit pattern of a positive value, which rises with it; 0 for anything else.
+inline std::uint32_t pattern(float z) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &z, sizeof bits);
+    return z > 0 ? bits : 0;
+}
+inline std::uint32_t pattern(std::uint16_t z) { return z < 0x8000 ? std::uint32_t(z) << 16 : 0; }
+
+constexpr i64 BINS = 1 << 15;  // upper halves of the patterns of positive floats
+
+// Counts the positive values by the upper half of their pattern or, given `upper`, by the lower
+// half of those that have this upper one. Values with a pattern below `least` are passed over.
+template <typename T>
+std::vector<i64> histogram(const T* z, i64 n, std::uint32_t least, i64 upper, int threads) {
+    const i64 bins = upper < 0 ? BINS : 2 * BINS;
+    std::vector<i64> counts(bins * threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int t = 0; t < threads; ++t) {
+        i64* count = counts.data() + bins * t;
+        const i64 begin = n * t / threads, end = n * (t + 1) / threads;
+        const T* part = z + begin;
+        scan(
+            end - begin, [&](i64 i) { return pattern(part[i]) >= least; },
+            [&](i64 i) {
+                const std::uint32_t bits = pattern(part[i]);
+                if (upper < 0)
+                    ++count[bits >> 16];
+                else if (bits >> 16 == upper)
+                    ++count[bits & 0xffff];
+            });
+    }
+    for (int t = 1; t < threads; ++t)
+        for (i64 i = 0; i < bins; ++i) counts[i] += counts[bins * t + i];
+    counts.resize(bins);
+    return counts;
+}
+
+// The bin that holds the rank-th value from above, or 0; rank becomes the one within the bin.
+inline i64 bin_of(const std::vector<i64>& counts, i64& rank) {
+    for (i64 bin = static_cast<i64>(counts.size()) - 1; bin > 0; --bin) {
+        if (counts[bin] >= rank) return bin;
+        rank -= counts[bin];
+    }
+    return 0;
+}
+
+template <typename T>
+float kth_largest(const T* z, i64 n, i64 rank, int threads) {
+    // A part of the values tells below which pattern nothing need be counted; if it misleads, all
+    // are counted.
+    std::uint32_t least = 1;
+    i64 expected = rank / 16 * 2 + 64;
+    if (n / 16 > expected) {
+        const auto counts = histogram(z, n / 16, 1, -1, threads);
+        least = std::max<std::uint32_t>(1, std::uint32_t(bin_of(counts, expected)) << 16);
+    }
+    i64 left = rank;
+    i64 bin = bin_of(histogram(z, n, least, -1, threads), left);
+    if (bin == 0 && least > 1) {
+        left = rank;
+        bin = bin_of(histogram(z, n, 1, -1, threads), left);
+    }
+    std::uint32_t bits = std::uint32_t(bin) << 16;
+    if (sizeof(T) == sizeof(float)) {
+        const auto counts = histogram(z, n, std::max<std::uint32_t>(1, bits), bin, threads);
+        bits |= std::uint32_t(bin_of(counts, left));
+    }
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+// Whether a pre-activation lies above its latent's floor, or above 0 where there are no floors.
+inline bool passes(float z, const float* floor, i64 i) { return z > floor[i]; }
+inline bool passes(std::uint16_t z, const float* floor, i64 i) { return widen(z) > floor[i]; }
+inline bool passes(float z) { return z > 0; }
+inline bool passes(std::uint16_t z) { return static_cast<std::int16_t>(z) > 0; }  // same sign
+
+// Appends the latents of rows [first, last) to `latents` as far as there is room; returns how many
+// there are and leaves in offsets[n + 1] how many there are up to row n.
+template <typename T>
+i64 above_rows(const T* z, const float* floor, i64 first, i64 last, i64 d_sae, i64 room,
+               i64* offsets, i64* latents) {
+    i64 count = 0;
+    for (i64 n = first; n < last; ++n) {
+        const T* row = z + n * d_sae;
+        const auto keep = [&](i64 i) {
+            if (count < room) latents[count] = i;
+            ++count;
+        };
+        if (floor)
+            scan(d_sae, [&](i64 i) { return passes(row[i], floor, i); }, keep);
+        else
+            scan(d_sae, [&](i64 i) { return passes(row[i]); }, keep);
+        offsets[n + 1] = count;
+    }
+    return count;
+}
+
+// Each thread fills its own part of `latents`; the parts are then moved together.
+template <typename T>
+i64 above(const T* z, const float* floor, i64 rows, i64 d_sae, i64 limit, int threads,
+          i64* offsets, i64* latents) {
+    std::vector<i64> counts(threads);
+    bool overflow = false;
+    offsets[0] = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int t = 0; t < threads; ++t) {
+        const i64 start = limit * t / threads, room = limit * (t + 1) / threads - start;
+        counts[t] = above_rows(z, floor, rows * t / threads, rows * (t + 1) / threads, d_sae, room,
+                               offsets, latents + start);
+#pragma omp critical
+        overflow |= counts[t] > room;
+    }
+    i64 total = 0;
+    for (int t = 0; t < threads; ++t) total += counts[t];
+    if (total > limit) return -1;
+    if (overflow) return above_rows(z, floor, 0, rows, d_sae, limit, offsets, latents);
+    total = counts[0];
+    for (int t = 1; t < threads; ++t) {
+        std::memmove(latents + total, latents + limit * t / threads, counts[t] * sizeof(i64));
+        for (i64 n = rows * t / threads; n < rows * (t + 1) / threads; ++n) offsets[n + 1] += total;
+        total += counts[t];
+    }
+    return total;
+}
+
+}  // namespace
+
+extern "C" {
+
+i64 firings(const float* values, const i64* latents, i64 nnz, i64 d_sae, i64* out) {
+    std::fill(out, out + d_sae, 0);
+    i64 active = 0;
+    for (i64 j = 0; j < nnz; ++j) {
+        const bool fires = values[j] != 0;
+        out[latents[j]] += fires;
+        active += fires;
+    }
+    return active;
+}
+
+void encode(const float* u, const float* w, const float* bias, const i64* order, const i64* rows,
+            const i64* starts, i64 d_sae, i64 d, int threads, float* out) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 64) if (threads > 1)
+    for (i64 i = 0; i < d_sae; ++i) {
+        for (i64 j = starts[i]; j < starts[i + 1]; ++j) out[order[j]] = bias ? bias[i] : 0.0f;
+        products_of_latent<false>(u, d, w + i * d, nullptr, order, rows, starts[i], starts[i + 1],
+                                  out, nullptr);
+    }
+}
+
+void encode_backward(const float* g, const float* u, const i64* order, const i64* rows,
+                     const i64* starts, i64 d_sae, i64 d, int threads, float* g_w, float* g_b) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 64) if (threads > 1)
+    for (i64 i = 0; i < d_sae; ++i) {
+        float total = 0;
+        for (i64 j = starts[i]; j < starts[i + 1]; ++j) total += g[order[j]];
+        g_b[i] = total;
+        gather([&](i64 j) { return g[order[j]]; }, rows, starts[i], starts[i + 1], u, d,
+               g_w + i * d);
+    }
+}
+
+void combine(const float* values, const i64* offsets, const i64* latents, const float* w, i64 rows,
+             i64 d, int threads, float* out) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 16) if (threads > 1)
+    for (i64 n = 0; n < rows; ++n)
+        gather([&](i64 j) { return values[j]; }, latents, offsets[n], offsets[n + 1], w, d,
+               out + n * d);
+}
+
+// The same sums in the order of latents: for outputs that stay in the cache when w does not.
+void combine_by_latent(const float* values, const i64* order, const i64* rows, const i64* starts,
+                       const float* w, i64 d_sae, i64 n_rows, i64 d, float* out) {
+    std::fill(out, out + n_rows * d, 0.0f);
+    for (i64 i = 0; i < d_sae; ++i)
+        scatter_latent(w + i * d, values, order, rows, starts[i], starts[i + 1], d, out);
+}
+
+void decode_backward(const float* g, const float* values, const float* w, const i64* order,
+                     const i64* rows, const i64* starts, i64 d_sae, i64 d, int threads,
+                     float* g_values, float* g_w) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 64) if (threads > 1)
+    for (i64 i = 0; i < d_sae; ++i) {
+        for (i64 j = starts[i]; j < starts[i + 1]; ++j) g_values[order[j]] = 0.0f;
+        products_of_latent<true>(g, d, w + i * d, values, order, rows, starts[i], starts[i + 1],
+                                 g_values, g_w + i * d);
+    }
+}
+
+void by_latent(const i64* offsets, const i64* latents, i64 rows, i64 d_sae, i64* order,
+               i64* rows_out, i64* offsets_out) {
+    const i64 nnz = offsets[rows];
+    std::fill(offsets_out, offsets_out + d_sae + 1, 0);
+    for (i64 j = 0; j < nnz; ++j) ++offsets_out[latents[j] + 1];
+    for (i64 i = 0; i < d_sae; ++i) offsets_out[i + 1] += offsets_out[i];
+    std::vector<i64> next(offsets_out, offsets_out + d_sae);
+    for (i64 n = 0; n < rows; ++n)
+        for (i64 j = offsets[n]; j < offsets[n + 1]; ++j) {
+            const i64 at = next[latents[j]]++;
+            order[at] = j;
+            rows_out[at] = n;
+        }
+}
+
+i64 above_bfloat16(const std::uint16_t* z, const float* floor, i64 rows, i64 d_sae, i64 limit,
+                   int threads, i64* offsets, i64* latents) {
+    return above(z, floor, rows, d_sae, limit, threads, offsets, latents);
+}
+
+i64 above_float32(const float* z, const float* floor, i64 rows, i64 d_sae, i64 limit, int threads,
+                  i64* offsets, i64* latents) {
+    return above(z, floor, rows, d_sae, limit, threads, offsets, latents);
+}
+
+void topk_bfloat16(const std::uint16_t* z, i64 rows, i64 d_sae, i64 k, int threads, i64* out) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Scratch<std::uint16_t> scratch;
+#pragma omp for schedule(static)
+        for (i64 n = 0; n < rows; ++n) topk_row(z + n * d_sae, d_sae, k, out + n * k, scratch);
+    }
+}
+
+void topk_float32(const float* z, i64 rows, i64 d_sae, i64 k, int threads, i64* out) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Scratch<float> scratch;
+#pragma omp for schedule(static)
+        for (i64 n = 0; n < rows; ++n) topk_row(z + n * d_sae, d_sae, k, out + n * k, scratch);
+    }
+}
+
+float kth_largest_bfloat16(const std::uint16_t* z, i64 n, i64 keep, int threads) {
+    return kth_largest(z, n, keep, threads);
+}
+
+float kth_largest_float32(const float* z, i64 n, i64 keep, int threads) {
+    return kth_largest(z, n, keep, threads);
+}
+
+}  // extern "C"

@@ -1,0 +1,321 @@
+"""The kernels for CPUs: `native.cpp`, compiled on the machine where it runs and called by ctypes.
+
+It is compiled once (about 3 s) with the machine's own C++ compiler and kept in the user's cache
+under a hash of source, compiler and CPU. Where that fails, `library()` is None, `why_not()` says
+why, and the eager kernels are used. `SAELAB_KERNELS=eager` asks for them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from saelab.kernels import eager
+
+if TYPE_CHECKING:
+    from saelab.kernels.code import Support
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
+COMPILERS = ("g++", "clang++", "c++")
+TIMEOUT = 120  # seconds for the compiler
+#: Bytes that stay in a core's own cache beside other things. Our choice: half of 1 MiB.
+CACHE = 1 << 19
+
+_POINTER, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "by_latent": (None, [*[_POINTER] * 2, _I64, _I64, *[_POINTER] * 3]),
+    "firings": (_I64, [_POINTER, _POINTER, _I64, _I64, _POINTER]),
+    "encode": (None, [*[_POINTER] * 6, _I64, _I64, _INT, _POINTER]),
+    "encode_backward": (None, [*[_POINTER] * 5, _I64, _I64, _INT, *[_POINTER] * 2]),
+    "combine": (None, [*[_POINTER] * 4, _I64, _I64, _INT, _POINTER]),
+    "combine_by_latent": (None, [*[_POINTER] * 5, _I64, _I64, _I64, _POINTER]),
+    "decode_backward": (None, [*[_POINTER] * 6, _I64, _I64, _INT, *[_POINTER] * 2]),
+}
+for _suffix in ("float32", "bfloat16"):
+    _SIGNATURES |= {
+        f"above_{_suffix}": (
+            _I64,
+            [_POINTER, _POINTER, _I64, _I64, _I64, _INT, _POINTER, _POINTER],
+        ),
+        f"topk_{_suffix}": (None, [_POINTER, _I64, _I64, _I64, _INT, _POINTER]),
+        f"kth_largest_{_suffix}": (ctypes.c_float, [_POINTER, _I64, _I64, _INT]),
+    }
+
+
+# ---------------------------------------------------------------- building
+
+
+class Unavailable(Exception):
+    """Why the kernels can't be built or loaded here."""
+
+
+@functools.cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("SAELAB_KERNELS", "native") == "eager":
+        return None, "SAELAB_KERNELS=eager asks for the plain ones"
+    try:
+        library = ctypes.CDLL(str(_built()))
+    except (Unavailable, OSError) as error:
+        return None, str(error)
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library, ""
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, built at the first call; None where they can't be."""
+    return _loaded()[0]
+
+
+def why_not() -> str:
+    """Why `library()` is None; '' where it is not."""
+    return _loaded()[1]
+
+
+def _built() -> Path:
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+    if compiler is None:
+        raise Unavailable(f"no C++ compiler ({', '.join(COMPILERS)}) is installed")
+    key = hashlib.sha256(SOURCE.read_bytes())
+    key.update(repr((_version(compiler), FLAGS, _cpu())).encode())
+    name = f"saelab-{key.hexdigest()[:16]}.so"
+    reason = ""
+    for folder in _folders():
+        file = folder / name
+        if file.is_file():
+            return file
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return _compile(compiler, file)
+        except OSError as error:
+            reason = str(error)
+    raise Unavailable(f"no folder to keep the compiled kernels in ({reason})")
+
+
+def _folders() -> list[Path]:
+    """Where the compiled file may lie: the user's cache or, where that can't be written, a
+    temporary folder of the user's own."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    temporary = Path(tempfile.gettempdir()) / f"saelab-kernels-{user}"
+    return [cache / "saelab", *([temporary] if _is_ours(temporary) else [])]
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a shared place holds nothing that another user could have put there."""
+    if not folder.exists():
+        return True
+    status = folder.lstat()
+    return folder.is_dir() and status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def _version(compiler: str) -> str:
+    return _output([compiler, "--version"]).splitlines()[0]
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def _compile(compiler: str, file: Path) -> Path:
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        _output([compiler, *FLAGS, str(SOURCE), "-o", str(made)])
+        made.replace(file)
+    return file
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} does not run ({error})") from error
+    if done.returncode:
+        said = (done.stderr.strip() or "no message").splitlines()[0]
+        raise Unavailable(f"{command[0]} failed: {said}")
+    return done.stdout or done.stderr or " "
+
+
+# ---------------------------------------------------------------- calls
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def _function(name: str, dtype: torch.dtype | None = None) -> Any:
+    loaded = library()
+    assert loaded is not None
+    return getattr(loaded, name if dtype is None else f"{name}_{DTYPES[dtype]}")
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] | None:
+    """As `eager.above`."""
+    if z.dtype not in DTYPES:
+        return eager.above(z, floor, limit)
+    z, floor = z.contiguous(), None if floor is None else floor.contiguous()
+    offsets = torch.empty(z.shape[0] + 1, dtype=torch.int64)
+    latents = torch.empty(limit, dtype=torch.int64)
+    nnz = _function("above", z.dtype)(
+        z.data_ptr(),
+        _pointer(floor),
+        *z.shape,
+        limit,
+        torch.get_num_threads(),
+        offsets.data_ptr(),
+        latents.data_ptr(),
+    )
+    return None if nnz < 0 else (offsets, latents[:nnz])
+
+
+def topk(z: Tensor, k: int) -> Tensor:
+    """As `eager.topk`; ties at the k-th place go to the lower index."""
+    if z.dtype not in DTYPES:
+        return eager.topk(z, k)
+    z = z.contiguous()
+    out = torch.empty(z.shape[0], k, dtype=torch.int64)
+    _function("topk", z.dtype)(z.data_ptr(), *z.shape, k, torch.get_num_threads(), out.data_ptr())
+    return out
+
+
+def kth_largest(z: Tensor, rank: int) -> float:
+    """As `eager.kth_largest`, by counting bit patterns: no sort."""
+    if z.dtype not in DTYPES:
+        return eager.kth_largest(z, rank)
+    z = z.contiguous()
+    return _function("kth_largest", z.dtype)(z.data_ptr(), z.numel(), rank, torch.get_num_threads())
+
+
+def by_latent(offsets: Tensor, latents: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `eager.by_latent`, by counting."""
+    order, rows = torch.empty_like(latents), torch.empty_like(latents)
+    starts = torch.empty(d_sae + 1, dtype=torch.int64)
+    _function("by_latent")(
+        offsets.data_ptr(),
+        latents.data_ptr(),
+        offsets.numel() - 1,
+        d_sae,
+        order.data_ptr(),
+        rows.data_ptr(),
+        starts.data_ptr(),
+    )
+    return order, rows, starts
+
+
+def firings(values: Tensor, support: Support) -> tuple[Tensor, int]:
+    """As `eager.firings`."""
+    if values.dtype != torch.float32:
+        return eager.firings(values, support)
+    values, out = values.contiguous(), torch.empty(support.d_sae, dtype=torch.int64)
+    active = _function("firings")(
+        values.data_ptr(), support.latents.data_ptr(), support.nnz, support.d_sae, out.data_ptr()
+    )
+    return out, active
+
+
+def encode(u: Tensor, w: Tensor, bias: Tensor | None, support: Support) -> Tensor:
+    """As `eager.encode`; latent by latent, so that w is read once and in order."""
+    if u.dtype != torch.float32:
+        return eager.encode(u, w, bias, support)
+    u, w, bias = u.contiguous(), w.contiguous(), None if bias is None else bias.contiguous()
+    out = torch.empty(support.nnz)
+    _function("encode")(
+        u.data_ptr(),
+        w.data_ptr(),
+        _pointer(bias),
+        *_index(support),
+        *w.shape,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def encode_backward(g: Tensor, u: Tensor, support: Support) -> tuple[Tensor, Tensor]:
+    """As `eager.encode_backward`."""
+    if u.dtype != torch.float32:
+        return eager.encode_backward(g, u, support)
+    g, u = g.contiguous(), u.contiguous()
+    g_w, g_b = torch.empty(support.d_sae, u.shape[1]), torch.empty(support.d_sae)
+    _function("encode_backward")(
+        g.data_ptr(),
+        u.data_ptr(),
+        *_index(support),
+        *g_w.shape,
+        torch.get_num_threads(),
+        g_w.data_ptr(),
+        g_b.data_ptr(),
+    )
+    return g_w, g_b
+
+
+def decode(values: Tensor, w: Tensor, support: Support) -> Tensor:
+    """As `eager.decode`; in the order of latents where the output fits the cache and w does not.
+
+    Both orders add the same terms of a row in the same order: by rising latent.
+    """
+    if w.dtype != torch.float32:
+        return eager.decode(values, w, support)
+    values, w = values.contiguous(), w.contiguous()
+    out = torch.empty(support.n_rows, w.shape[1])
+    if torch.get_num_threads() == 1 and 4 * out.numel() <= CACHE < 4 * w.numel():
+        shape = w.shape[0], *out.shape
+        _function("combine_by_latent")(
+            values.data_ptr(), *_index(support), w.data_ptr(), *shape, out.data_ptr()
+        )
+        return out
+    _function("combine")(
+        values.data_ptr(),
+        support.offsets.data_ptr(),
+        support.latents.data_ptr(),
+        w.data_ptr(),
+        *out.shape,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def decode_backward(
+    g: Tensor, values: Tensor, w: Tensor, support: Support
+) -> tuple[Tensor, Tensor]:
+    """As `eager.decode_backward`, both from one read of g."""
+    if w.dtype != torch.float32:
+        return eager.decode_backward(g, values, w, support)
+    g, values, w = g.contiguous(), values.contiguous(), w.contiguous()
+    g_values, g_w = torch.empty_like(values), torch.empty_like(w)
+    _function("decode_backward")(
+        g.data_ptr(),
+        values.data_ptr(),
+        w.data_ptr(),
+        *_index(support),
+        *w.shape,
+        torch.get_num_threads(),
+        g_values.data_ptr(),
+        g_w.data_ptr(),
+    )
+    return g_values, g_w
+
+
+def _index(support: Support) -> list[int]:
+    return [part.data_ptr() for part in support.by_latent]

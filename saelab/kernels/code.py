@@ -7,6 +7,7 @@ dense tensor. `values` is an ordinary autograd tensor, so a loss on values needs
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -122,6 +123,17 @@ class Code:
         support = self.support
         out = self.values.new_zeros(support.n_rows * support.d_sae)
         return out.index_put((support.flat,), self.values).view(support.n_rows, support.d_sae)
+
+    def add_to(self, sums: Tensor, cuts: Tensor) -> None:
+        """Adds the code of the rows cuts[i] to cuts[i + 1] to sums[i]; sums [m, d_sae], in place.
+
+        No gradient. Rows before the first and after the last cut are left out.
+        """
+        if self.support is None:
+            for i, (start, stop) in enumerate(itertools.pairwise(cuts.tolist())):
+                sums[i] += self.values[start:stop].sum(0)
+            return
+        kernels_for(sums.device).pool(self.values, self.support, cuts, sums)
 
     def weighted_sum(self, weight: Tensor) -> Tensor:
         """sum over pairs of value * weight[latent]; weight [d_sae]; a scalar."""

@@ -116,6 +116,15 @@ def decode_backward(
     return encode(g, w, None, support), _bags(values[order], rows, starts, g)
 
 
+def pool(values: Tensor, support: Support, cuts: Tensor, sums: Tensor) -> None:
+    """Adds the values of the rows cuts[s] to cuts[s + 1] to sums[s] [segments, F], in place."""
+    bounds = support.offsets[cuts]
+    segment = rows_of(bounds, int(bounds[-1] - bounds[0]))
+    here = slice(int(bounds[0]), int(bounds[-1]))
+    places = torch.add(support.latents[here], segment, alpha=support.d_sae)
+    sums.view(-1).index_add_(0, places, values[here])
+
+
 def _bags(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
     """Per bag the weighted sum of rows of `table`; weights, index [nnz] -> [bags, d]."""
     if not index.numel():

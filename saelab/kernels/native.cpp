@@ -14,6 +14,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 using i64 = std::int64_t;
@@ -165,25 +169,33 @@ inline float widen(std::uint16_t z) {
     return out;
 }
 
+// One bit for each of 64 flags that are 0 or 1.
+inline std::uint64_t bits_of(const std::uint8_t* flag) {
+#ifdef __AVX512BW__
+    return _mm512_test_epi8_mask(_mm512_load_si512(flag), _mm512_set1_epi8(1));
+#else
+    std::uint64_t bits = 0;
+    for (int i = 0; i < 8; ++i) {
+        std::uint64_t bytes;
+        std::memcpy(&bytes, flag + 8 * i, sizeof bytes);
+        bits |= (bytes * 0x0102040810204080u >> 56) << (8 * i);
+    }
+    return bits;
+#endif
+}
+
 // Calls found(i) for every i in [0, n) with above(i), in rising order; `above` is vectorised.
 template <typename Above, typename Found>
 inline void scan(i64 n, Above above, Found found) {
+    alignas(64) std::uint8_t flag[BLOCK];
     for (i64 start = 0; start < n; start += BLOCK) {
-        const i64 width = std::min(BLOCK, n - start);
-        alignas(64) std::uint8_t flag[BLOCK] = {};
-        if (width == BLOCK) {
+        if (n - start >= BLOCK) {
             for (i64 i = 0; i < BLOCK; ++i) flag[i] = above(start + i);
         } else {
-            for (i64 i = 0; i < width; ++i) flag[i] = above(start + i);
+            for (i64 i = 0; i < BLOCK; ++i) flag[i] = start + i < n && above(start + i);
         }
-        for (i64 word = 0; word < BLOCK; word += 8) {
-            std::uint64_t bytes;
-            std::memcpy(&bytes, flag + word, sizeof bytes);
-            while (bytes) {
-                found(start + word + (__builtin_ctzll(bytes) >> 3));
-                bytes &= bytes - 1;
-            }
-        }
+        for (std::uint64_t bits = bits_of(flag); bits; bits &= bits - 1)
+            found(start + __builtin_ctzll(bits));
     }
 }
 
@@ -385,6 +397,13 @@ i64 firings(const float* values, const i64* latents, i64 nnz, i64 d_sae, i64* ou
         active += fires;
     }
     return active;
+}
+
+void pool(const float* values, const i64* offsets, const i64* latents, const i64* cuts,
+          i64 segments, i64 d_sae, float* sums) {
+    for (i64 s = 0; s < segments; ++s)
+        for (i64 j = offsets[cuts[s]]; j < offsets[cuts[s + 1]]; ++j)
+            sums[s * d_sae + latents[j]] += values[j];
 }
 
 void encode(const float* u, const float* w, const float* bias, const i64* order, const i64* rows,

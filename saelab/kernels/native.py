@@ -37,6 +37,7 @@ _POINTER, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "by_latent": (None, [*[_POINTER] * 2, _I64, _I64, *[_POINTER] * 3]),
     "firings": (_I64, [_POINTER, _POINTER, _I64, _I64, _POINTER]),
+    "pool": (None, [*[_POINTER] * 4, _I64, _I64, _POINTER]),
     "encode": (None, [*[_POINTER] * 6, _I64, _I64, _INT, _POINTER]),
     "encode_backward": (None, [*[_POINTER] * 5, _I64, _I64, _INT, *[_POINTER] * 2]),
     "combine": (None, [*[_POINTER] * 4, _I64, _I64, _INT, _POINTER]),
@@ -315,6 +316,23 @@ def decode_backward(
         g_w.data_ptr(),
     )
     return g_values, g_w
+
+
+def pool(values: Tensor, support: Support, cuts: Tensor, sums: Tensor) -> None:
+    """As `eager.pool`."""
+    if values.dtype != torch.float32 or not sums.is_contiguous():
+        eager.pool(values, support, cuts, sums)
+        return
+    values, cuts = values.contiguous(), cuts.contiguous()
+    _function("pool")(
+        values.data_ptr(),
+        support.offsets.data_ptr(),
+        support.latents.data_ptr(),
+        cuts.data_ptr(),
+        len(cuts) - 1,
+        support.d_sae,
+        sums.data_ptr(),
+    )
 
 
 def _index(support: Support) -> list[int]:

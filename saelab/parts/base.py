@@ -156,6 +156,13 @@ class Activation(Part):
         """Gathered pre-activations [nnz] -> code values [nnz] with gradients."""
         raise TypeError(f"{type(self).__name__} has no at()")
 
+    def floor(self) -> Tensor | None:
+        """At inference, what an active pre-activation lies above: [d_sae] or 0-dim.
+
+        None where that depends on the other latents of the row.
+        """
+        return None
+
     def gate(self, z: Tensor, support: Support | None) -> Tensor:
         """1[latent fires] at the support (or densely), with gradients to the thresholds.
 

@@ -50,11 +50,14 @@ class BatchTopK(Activation):
     def _floor(self, z: Tensor) -> Tensor:
         """What a selected value lies above; float32, 0-dim."""
         if not self.training:
-            return self.threshold.clamp_min(0)
+            return self.floor()
         if not z.numel():
             return self.ema.new_zeros(())
         cut = kernels_for(z.device).kth_largest(z, min(self.k * z.shape[0], z.numel()))
         return torch.nextafter(self.ema.new_tensor(cut), self.ema.new_tensor(-1.0)).clamp_min(0)
+
+    def floor(self) -> Tensor:
+        return self.threshold.clamp_min(0)
 
     def dense(self, z: Tensor) -> Tensor:
         return z * (z.detach() > self._floor(z.detach()))

@@ -89,10 +89,11 @@ class JumpReLU(Activation):
         return _Jump.apply(z, threshold, self.bandwidth)  # type: ignore[return-value]
 
     def support(self, z: Tensor) -> Support | None:
-        floor = self.threshold.detach()
-        if self.training:
-            floor = floor - self.bandwidth / 2
-        return support_above(z, floor)
+        margin = self.bandwidth / 2 if self.training else 0.0
+        return support_above(z, self.floor() - margin)
+
+    def floor(self) -> Tensor:
+        return self.threshold.detach()
 
     def at(self, values: Tensor, support: Support) -> Tensor:
         threshold = self._threshold_at(support)

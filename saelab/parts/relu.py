@@ -28,5 +28,8 @@ class ReLU(Activation):
     def at(self, values: Tensor, support: Support) -> Tensor:
         return torch.relu(values)
 
+    def floor(self) -> Tensor:
+        return torch.zeros(())
+
     def export(self) -> dict[str, Any]:
         return {"architecture": "standard"}

@@ -613,3 +613,35 @@ def test_loss_of_a_pass_by_hand() -> None:
     terms = {name: float(term.loss(p).detach()) for name, term in sae.loss_terms().items()}
     assert terms["reconstruction"] == pytest.approx(1 / 2)
     assert terms["l1"] == pytest.approx(0.5 * 2 / math.sqrt(2))
+
+
+class TestInitialBias:
+    """`initial_l0`: b_enc starts at the constant that gives it."""
+
+    @pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+    @pytest.mark.parametrize("scaling", [None, {"kind": "variance", "tau": 0.5}])
+    def test_l0_at_the_start(
+        self, activations: MemorySource, activation: str, scaling: dict[str, Any] | None
+    ) -> None:
+        sample = activations.shard(0).rows()[0]
+        losses = ["reconstruction"]
+        settings = {"activation": activation, "losses": losses, "scaling": scaling}
+        for l0 in (1, 3, D_SAE):
+            sae = sae_config(initial_l0=l0, controllers=[], **settings).build(D_IN)
+            sae.initialise(sample, 0)
+            found = (sae.eval().encode(sample) > 0).float().sum(1).mean()
+            assert float(found) == pytest.approx(l0, rel=0.02)
+            if scaling is None:
+                assert sae.b_enc.unique().numel() == 1
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"activation": {"kind": "topk", "k": 2}}, {"activation": "relu", "encoder_bias": False}],
+    )
+    def test_no_bias_where_it_would_mean_nothing(
+        self, activations: MemorySource, settings: dict[str, Any]
+    ) -> None:
+        config = sae_config(initial_l0=2, losses=["reconstruction"], controllers=[], **settings)
+        sae = config.build(D_IN)
+        sae.initialise(activations.shard(0).rows()[0], 0)
+        assert not sae.b_enc.any()

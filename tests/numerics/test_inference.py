@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ class TestCodes:
         sae, x = built(kind, global_random_seed, precision), rows(global_random_seed + 1)
         cuts = torch.tensor([0, 0, 1, 40, ROWS, 2 * ROWS + 20, len(x)])
         code = torch.cat([code.dense() for _, code in sae.codes(x)])
-        wanted = [code[start:stop].sum(0) for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+        wanted = [code[start:stop].sum(0) for start, stop in itertools.pairwise(cuts)]
         found = sae.pooled(x, cuts)
         torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-2)
 

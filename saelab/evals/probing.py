@@ -285,55 +285,34 @@ def _examples(entry: ProbingEntry, label: int, side: Tensor, rng: np.random.Gene
 
 
 #: rows float32 [n, d] and cuts int64 [m + 1] -> sums of code rows, float32 [m, F]: row i is the sum
-#: of encode(rows)[cuts[i] : cuts[i + 1]].
+#: of encode(rows)[cuts[i] : cuts[i + 1]]. A subject may have it as its method `pooled`.
 CodeSums = Callable[[Tensor, Tensor], Tensor]
-
-
-def dense_sums(encode: Callable[[Tensor], Tensor]) -> CodeSums:
-    """Sums of dense codes. An embedding bag adds them: deterministic and fast everywhere."""
-
-    def sums(rows: Tensor, cuts: Tensor) -> Tensor:
-        code = encode(rows).float()
-        index = torch.arange(len(code), device=code.device)
-        return torch.nn.functional.embedding_bag(
-            index, code, cuts, mode="sum", include_last_offset=True
-        )
-
-    return sums
-
-
-def _code_sums(subject: Subject | None, device: torch.device | str) -> tuple[CodeSums, int]:
-    """How a subject's codes are summed, and the rows to give at once.
-
-    A subject may have `pooled`, a `CodeSums` that need not make dense codes; None is summed as is.
-    """
-    own: CodeSums | None = getattr(subject, "pooled", None)
-    if own is not None:
-        return own, POOLED_CHUNK
-    encode = (lambda x: x) if subject is None else subject.encode
-    return dense_sums(encode), CHUNK if torch.device(device).type == "cpu" else GPU_CHUNK
 
 
 @torch.inference_mode()
 def pooled(
-    sums: CodeSums,
+    subject: Subject | None,
     rows: Tensor,
     offsets: Tensor,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Mean code of every text over its counted positions, zeros included.
 
     Args:
-        sums: of code rows; see `CodeSums`.
+        subject: whose codes; its own `pooled` (`CodeSums`) is used where it has one, which need not
+            make dense codes. None for the rows themselves.
         rows: [tokens, d], one text after the other.
         offsets: int64 [texts + 1].
-        chunk: rows given to `sums` at once; texts may lie across chunks.
-        device: where `sums` works.
+        chunk: rows encoded at once; texts may lie across chunks. None for what suits subject and
+            device.
+        device: of the subject.
 
     Returns: float32 [texts, F] on that device.
     Raises: SourceError when a text has no counted position.
     """
+    sums, suited = _code_sums(subject, device)
+    chunk = chunk or suited
     lengths = offsets.diff()
     if len(lengths) == 0 or int(lengths.min()) == 0:
         where = int(lengths.argmin()) if len(lengths) else 0
@@ -350,6 +329,22 @@ def pooled(
         total[first:last] += found
     assert total is not None
     return total.div_(lengths.to(device, torch.float32)[:, None])
+
+
+def _code_sums(subject: Subject | None, device: torch.device | str) -> tuple[CodeSums, int]:
+    """How a subject's codes are summed, and how many rows it is best given at once."""
+    own: CodeSums | None = getattr(subject, "pooled", None)
+    if own is not None:
+        return own, POOLED_CHUNK
+
+    def sums(rows: Tensor, cuts: Tensor) -> Tensor:
+        code = rows if subject is None else subject.encode(rows).float()
+        index = torch.arange(len(code), device=code.device)
+        return torch.nn.functional.embedding_bag(  # deterministic and fast everywhere
+            index, code, cuts, mode="sum", include_last_offset=True
+        )
+
+    return sums, CHUNK if torch.device(device).type == "cpu" else GPU_CHUNK
 
 
 # ---------------------------------------------------------------- the evaluation
@@ -369,8 +364,7 @@ def evaluate_probing(
     """Accuracies of k-sparse and full probes on the test texts.
 
     Args:
-        subject: what is probed, with its own `pooled` where it has one (see `CodeSums`); None for
-            the language model's own channels (prefix 'llm').
+        subject: what is probed, None for the language model's own channels (prefix 'llm').
         data: the language model's activations.
         seed: chooses the examples; the same for all subjects that are compared.
         k_values: numbers of columns.
@@ -390,10 +384,9 @@ def evaluate_probing(
         if k < 1:
             raise SettingError("k_values", k, "a probe needs at least one column")
     rows: list[Row] = []
-    sums, suited = _code_sums(subject, device)
     with progress(f"probing {prefix}", len(data.entries), "entries") as bar:
         for entry in data.entries:
-            code = pooled(sums, entry.rows, entry.offsets, chunk or suited, device)
+            code = pooled(subject, entry.rows, entry.offsets, chunk, device)
             rows += _class_rows(code, entry, seed, k_values, prefix, standardised)
             rows += _means(rows, f"entry={entry.name},class=", f"entry={entry.name}")
             if subject is not None:

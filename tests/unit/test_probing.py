@@ -23,7 +23,6 @@ from saelab.evals.probing import (
     ProbingData,
     ProbingEntry,
     build_tasks,
-    dense_sums,
     evaluate_probing,
     pooled,
 )
@@ -125,14 +124,14 @@ def test_pooling_is_the_mean_over_positions_for_any_chunk(chunk: int) -> None:
     naive = torch.stack(
         [code[a:b].mean(0) for a, b in zip(entry.offsets, entry.offsets[1:], strict=False)]
     )
-    found = pooled(dense_sums(subject.encode), entry.rows, entry.offsets, chunk=chunk)
+    found = pooled(subject, entry.rows, entry.offsets, chunk=chunk)
     assert found.shape == (120, 20) and found.dtype == torch.float32
     torch.testing.assert_close(found, naive, rtol=0, atol=1e-6)
 
 
 def test_zeros_are_included_in_the_mean() -> None:
     rows = torch.tensor([[3.0], [-1.0], [-2.0], [4.0]])
-    code = pooled(dense_sums(torch.relu), rows.half(), torch.tensor([0, 3, 4]))
+    code = pooled(Linear(torch.eye(1)), rows.half(), torch.tensor([0, 3, 4]))
     assert code.tolist() == [[1.0], [4.0]]
 
 
@@ -168,7 +167,7 @@ def test_a_subject_that_pools_by_itself_is_asked_to(chunk: int | None) -> None:
 
 def test_a_text_without_counted_positions_is_refused() -> None:
     with pytest.raises(SourceError, match="text 1 has no counted position"):
-        pooled(dense_sums(torch.relu), torch.ones(4, 1), torch.tensor([0, 3, 3, 4]))
+        pooled(Linear(torch.eye(1)), torch.ones(4, 1), torch.tensor([0, 3, 3, 4]))
 
 
 # ---------------------------------------------------------------- the evaluation

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,19 @@ class HookPoint:
     name: str
     module: nn.Module
     side: Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the first blocks make of some contexts: a pass over the same contexts can start there.
+
+    Args:
+        blocks: how many are left out.
+        output: what the last of them gave, as the model's own code takes it.
+    """
+
+    blocks: int
+    output: Any
 
 
 class _Stop(Exception):
@@ -186,17 +199,45 @@ class LanguageModel:
         return {name: _of_contexts(found[name], ids, name) for name in dict.fromkeys(hooks)}
 
     @torch.inference_mode()
+    def start(self, ids: Tensor, attention_mask: Tensor | None, hook_name: str) -> Start | None:
+        """Where a pass with a splice at `hook_name` can start; None when only at the beginning.
+
+        Memory: contexts x positions x d numbers in the model's dtype, on its device.
+        Raises: SettingError for an unknown name.
+        """
+        self.hook_point(hook_name)
+        blocks = _blocks_before(hook_name)
+        if blocks == 0:
+            return None
+        found: list[Any] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(output)
+            raise _Stop
+
+        handle = self.blocks[blocks - 1].register_forward_hook(keep)
+        try:
+            with suppress(_Stop):
+                self._body(**self._inputs(ids, attention_mask))
+        finally:
+            handle.remove()
+        return Start(blocks, found[0]) if found else None
+
+    @torch.inference_mode()
     def logits(
         self,
         ids: Tensor,
         attention_mask: Tensor | None = None,
         splice: tuple[str, Callable[[Tensor], Tensor]] | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         """Next-token logits [contexts, positions, vocabulary] in the model's dtype.
 
         Args:
             splice: a hook point and the function that replaces its activation: float32
                 [contexts, positions, d] -> the same shape.
+            start: of the same contexts and for the splice's hook point, to leave out the blocks
+                before it; see `starts_agree`.
 
         Raises: SourceError when the model has no head.
         """
@@ -207,8 +248,20 @@ class LanguageModel:
                 "no next-token loss: use a causal language model for loss recovered"
             )
         replace = {} if splice is None else {self.hook_point(splice[0]): _replacing(splice[1])}
-        with _hooked(replace):
+        skipped = [] if start is None else self.blocks[: start.blocks]
+        with _hooked(replace), _giving(skipped, start.output if start else None):
             return self.model(**self._inputs(ids, attention_mask)).logits
+
+    def starts_agree(self, ids: Tensor, attention_mask: Tensor | None, hook_name: str) -> bool:
+        """Whether leaving out the blocks before a hook point gives the same bits.
+
+        It does unless later blocks take more from those than their output, such as shared keys.
+        """
+        start = self.start(ids, attention_mask, hook_name)
+        if start is None:
+            return False
+        shorter = self.logits(ids, attention_mask, start=start)
+        return torch.equal(shorter, self.logits(ids, attention_mask))
 
     @torch.inference_mode()
     def losses(
@@ -216,13 +269,14 @@ class LanguageModel:
         ids: Tensor,
         attention_mask: Tensor | None = None,
         splice: tuple[str, Callable[[Tensor], Tensor]] | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         """Next-token loss in nats, float32 [contexts, positions - 1]; entry p is of token p + 1.
 
         Args as in `logits`. Losses of padding or special targets are there too: leave them out
         with `mask[:, 1:]`. Memory: contexts x positions x vocabulary numbers.
         """
-        logits = self.logits(ids, attention_mask, splice)
+        logits = self.logits(ids, attention_mask, splice, start)
         target = ids.to(logits.device)[:, 1:]
         rows = [
             nn.functional.cross_entropy(row[:-1].float(), after, reduction="none")
@@ -245,6 +299,12 @@ class LanguageModel:
         if hasattr(self.model.config, "use_cache"):
             inputs["use_cache"] = False
         return inputs
+
+
+def _blocks_before(hook_name: str) -> int:
+    """How many blocks have nothing more to compute when the hook point is reached."""
+    match = _BLOCK.fullmatch(hook_name)
+    return int(match[1]) + (match[2] == "hook_resid_post") if match else 0
 
 
 def _of_contexts(x: Tensor, ids: Tensor, name: str) -> Tensor:
@@ -272,6 +332,22 @@ def _hooked(functions: Mapping[HookPoint, Callable[[Tensor], Tensor | None]]) ->
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _giving(modules: Iterable[nn.Module], output: Any) -> Iterator[None]:
+    """The modules run nothing but their hooks, and give `output`."""
+    before = [(module, module.__dict__.get("forward")) for module in modules]
+    try:
+        for module, _ in before:
+            module.forward = lambda *args, **kwargs: output
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = own
 
 
 def _on_output(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:

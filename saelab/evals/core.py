@@ -19,13 +19,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from saelab.data.models import LanguageModel
+from saelab.data.models import LanguageModel, Start
 from saelab.data.store import FOREIGN_REASON, Source
 from saelab.evals.base import Row, Subject, missing, number
 
 DEFINITION = "core/1"
-#: Rows encoded at once; bounds the dense code to CHUNK x d_sae floats.
-CHUNK = 4096
+#: Rows encoded at once; bounds the dense code to that x d_sae floats. Our choice: a CPU keeps such
+#: a chunk in its caches, a GPU wants large ones.
+CHUNK, GPU_CHUNK = 512, 4096
 #: Contexts per forward pass of the language model.
 CONTEXTS = 32
 #: Width of the density histogram's bins in log10, and its lowest edge. Our choice.
@@ -78,14 +79,27 @@ class CoreData:
             return FOREIGN_REASON
         return "" if self.model.has_head else "the model has no language-model head"
 
+    @cached_property
+    def starts(self) -> list[Start | None]:
+        """Where the model's pass over each batch of `contexts` can start; None at the beginning.
+
+        Kept for all subjects: contexts x positions x d numbers on the model's device.
+        """
+        assert self.model is not None
+        ids, _ = self.contexts
+        if not self.model.starts_agree(ids[:2], None, self.hook_name):
+            return [None] * len(ids.split(CONTEXTS))
+        return [self.model.start(some, None, self.hook_name) for some in ids.split(CONTEXTS)]
+
     def loss(self, replace: Callable[[Tensor], Tensor] | None) -> float:
         """Mean next-token loss in nats with `replace` (rows [n, d] -> [n, d]) at the hook."""
         assert self.model is not None
         total, count = 0.0, 0
         ids, mask = self.contexts
-        for some, counted in zip(ids.split(CONTEXTS), mask.split(CONTEXTS), strict=True):
+        batches = zip(ids.split(CONTEXTS), mask.split(CONTEXTS), self.starts, strict=True)
+        for some, counted, start in batches:
             splice = (self.hook_name, _masked(replace, counted)) if replace else None
-            losses = self.model.losses(some, None, splice)
+            losses = self.model.losses(some, None, splice, start)
             targets = counted[:, 1:].to(losses.device)
             total += float(losses[targets].double().sum())
             count += int(targets.sum())
@@ -124,16 +138,17 @@ def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
     x, positions = data.rows
     error, active, cosine = (torch.empty(len(x)) for _ in range(3))
     firings = torch.zeros(subject.d_sae, dtype=torch.int64)
-    for start in range(0, len(x), CHUNK):
-        rows = x[start : start + CHUNK].to(data.device)
+    chunk = CHUNK if torch.device(data.device).type == "cpu" else GPU_CHUNK
+    for start in range(0, len(x), chunk):
+        rows = x[start : start + chunk].to(data.device)
         f = subject.encode(rows)
         x_hat = subject.decode(f)
-        fires = f != 0
+        fires = torch.ne(f, 0, out=torch.empty_like(f, dtype=torch.float32))  # sums are exact
         here = slice(start, start + len(rows))
         error[here] = (rows - x_hat).square().sum(1)
-        active[here] = fires.sum(1).float()
+        active[here] = fires.sum(1)
         cosine[here] = torch.cosine_similarity(rows, x_hat, dim=1)
-        firings += fires.sum(0).cpu()
+        firings += fires.sum(0).long().cpu()
     power = (x - data.mean).square().sum(1)
     fvu = _ratio(error, power)
     yield number("fvu", fvu, DEFINITION)

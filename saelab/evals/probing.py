@@ -12,9 +12,8 @@ definition 2 changes: the examples depend on the seed alone, so that all subject
 the full probe is the same regression instead of the best of 100 epochs on the test set; what can't
 be measured is a row with a reason.
 
-The regressions are solved to convergence by Newton's method in float64 (iteratively reweighted
-least squares with a line search). With more columns than texts it works on the texts' inner
-products instead (w = sum_i a_i z_i), so its cost does not grow with the dictionary.
+The regressions are solved to convergence (`logistic`): the k-sparse probes of all classes of an
+entry together in float64, the full ones in float32 without any matrix but the codes themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +37,7 @@ from saelab.data.tasks import Entry, entries_digest
 from saelab.data.texts import tokenize_texts
 from saelab.errors import DamageError, SettingError, SourceError
 from saelab.evals.base import Row, Subject, missing, number
+from saelab.evals.logistic import logistic_regression, logistic_regressions
 from saelab.files import read_json, sha256, write_atomically, write_json
 from saelab.progress import progress
 from saelab.seeding import numpy_stream
@@ -46,8 +46,11 @@ DEFINITION = "sparse_probing/2"
 #: Version of the folder with the model's activations.
 FORMAT = 1
 K_VALUES = (1, 2, 5, 10, 20, 50)
-#: Rows encoded at once. Our choice: 100 MB of float32 code at 3,000 latents.
-CHUNK = 8192
+#: Rows encoded at once into a dense code. Our choice: a CPU keeps such a chunk in its caches at
+#: 3,000 latents (6 MB), and is slower beyond; a GPU wants large ones.
+CHUNK, GPU_CHUNK = 512, 8192
+#: Rows given at once to a subject that pools by itself: float32 rows, not codes. Our choice.
+POOLED_CHUNK = 8192
 #: Texts in one pass of the language model.
 BATCH = 64
 
@@ -281,26 +284,35 @@ def _examples(entry: ProbingEntry, label: int, side: Tensor, rng: np.random.Gene
 # ---------------------------------------------------------------- pooling
 
 
+#: rows float32 [n, d] and cuts int64 [m + 1] -> sums of code rows, float32 [m, F]: row i is the sum
+#: of encode(rows)[cuts[i] : cuts[i + 1]]. A subject may have it as its method `pooled`.
+CodeSums = Callable[[Tensor, Tensor], Tensor]
+
+
 @torch.inference_mode()
 def pooled(
-    encode: Callable[[Tensor], Tensor],
+    subject: Subject | None,
     rows: Tensor,
     offsets: Tensor,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Mean code of every text over its counted positions, zeros included.
 
     Args:
-        encode: float32 [n, d] -> [n, F].
+        subject: whose codes; its own `pooled` (`CodeSums`) is used where it has one, which need not
+            make dense codes. None for the rows themselves.
         rows: [tokens, d], one text after the other.
         offsets: int64 [texts + 1].
-        chunk: rows encoded at once; texts may lie across chunks.
-        device: where `encode` works.
+        chunk: rows encoded at once; texts may lie across chunks. None for what suits subject and
+            device.
+        device: of the subject.
 
     Returns: float32 [texts, F] on that device.
     Raises: SourceError when a text has no counted position.
     """
+    sums, suited = _code_sums(subject, device)
+    chunk = chunk or suited
     lengths = offsets.diff()
     if len(lengths) == 0 or int(lengths.min()) == 0:
         where = int(lengths.argmin()) if len(lengths) else 0
@@ -308,152 +320,31 @@ def pooled(
     total: Tensor | None = None
     for start in range(0, int(offsets[-1]), chunk):
         stop = min(start + chunk, int(offsets[-1]))
-        code = encode(rows[start:stop].to(device, torch.float32)).float()
         first = int(torch.searchsorted(offsets, start, right=True)) - 1
         last = int(torch.searchsorted(offsets, stop))
         cuts = offsets[first : last + 1].clamp(start, stop).sub(start).to(device)
+        found = sums(rows[start:stop].to(device, torch.float32), cuts)
         if total is None:
-            total = code.new_zeros(len(lengths), code.shape[1])
-        total[first:last] += _segment_sums(code, cuts)
+            total = found.new_zeros(len(lengths), found.shape[1])
+        total[first:last] += found
     assert total is not None
-    return total / lengths.to(device, torch.float32)[:, None]
+    return total.div_(lengths.to(device, torch.float32)[:, None])
 
 
-def _segment_sums(code: Tensor, cuts: Tensor) -> Tensor:
-    """Sums of code[cuts[i] : cuts[i + 1]]. An embedding bag: deterministic and fast everywhere."""
-    index = torch.arange(len(code), device=code.device)
-    return torch.nn.functional.embedding_bag(
-        index, code, cuts, mode="sum", include_last_offset=True
-    )
+def _code_sums(subject: Subject | None, device: torch.device | str) -> tuple[CodeSums, int]:
+    """How a subject's codes are summed, and how many rows it is best given at once."""
+    own: CodeSums | None = getattr(subject, "pooled", None)
+    if own is not None:
+        return own, POOLED_CHUNK
 
+    def sums(rows: Tensor, cuts: Tensor) -> Tensor:
+        code = rows if subject is None else subject.encode(rows).float()
+        index = torch.arange(len(code), device=code.device)
+        return torch.nn.functional.embedding_bag(  # deterministic and fast everywhere
+            index, code, cuts, mode="sum", include_last_offset=True
+        )
 
-# ---------------------------------------------------------------- logistic regression
-
-
-class _Space(Protocol):
-    """The coefficients' space: columns (w) or texts (a, with w = sum_i a_i z_i)."""
-
-    size: int
-
-    def fit(self, w: Tensor) -> Tensor: ...
-
-    def inner(self, u: Tensor, v: Tensor) -> Tensor: ...
-
-    def solve(self, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """min over w, b of 1/2 |w|^2 + 1/2 sum_i weight_i (fit(w)_i + b - target_i)^2."""
-        ...
-
-
-class _Columns:
-    """Few columns: a linear system of their number."""
-
-    def __init__(self, z: Tensor) -> None:
-        self.z, self.size = z, z.shape[1]
-
-    def fit(self, w: Tensor) -> Tensor:
-        return self.z @ w
-
-    def inner(self, u: Tensor, v: Tensor) -> Tensor:
-        return u @ v
-
-    def solve(self, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        share = weight / weight.sum()
-        centre = share @ self.z
-        z = self.z - centre
-        system = (z * weight[:, None]).T @ z
-        system.diagonal().add_(1)
-        middle = share @ target
-        w = _solve(system, ((target - middle) * weight @ z)[:, None])[:, 0]
-        return w, middle - centre @ w
-
-
-class _Texts:
-    """Few texts: a linear system of their number (Rasmussen and Williams 2006, algorithm 3.1).
-
-    (K + W^-1) a = target - b and sum_i a_i = 0, through B = 1 + W^1/2 K W^1/2, whose eigenvalues
-    are 1 or larger. Inner products and steps are float32 where K is small enough for it; a step
-    only has to go down, the loss and its slope are always float64.
-    """
-
-    def __init__(self, z: Tensor) -> None:
-        dtype = torch.float32 if float(z.square().sum()) < SMALL_TRACE else torch.float64
-        self.rough = z.to(dtype) @ z.to(dtype).T
-        self.gram, self.size = self.rough.double(), z.shape[0]
-
-    def fit(self, w: Tensor) -> Tensor:
-        return self.gram @ w
-
-    def inner(self, u: Tensor, v: Tensor) -> Tensor:
-        return u @ (self.gram @ v)
-
-    def solve(self, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        root = weight.sqrt()
-        rough = root.to(self.rough.dtype)
-        system = (self.rough * rough[:, None]).mul_(rough)
-        system.diagonal().add_(1)
-        right = torch.stack([target, torch.ones_like(target)], dim=1) * root[:, None]
-        of_target, of_one = (_solve(system, right.to(system.dtype)).double() * root[:, None]).T
-        b = of_target.sum() / of_one.sum()
-        return of_target - b * of_one, b
-
-
-def _solve(system: Tensor, right: Tensor) -> Tensor:
-    return torch.cholesky_solve(right, torch.linalg.cholesky(system))
-
-
-def logistic_regression(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """L2-penalised logistic regression with C = 1 and a free intercept, to convergence.
-
-    Args:
-        z: float64 [n, k].
-        positive: bool [n].
-
-    Returns: coefficients float64 [k] and intercept float64 [].
-    """
-    n, k = z.shape
-    space: _Space = _Columns(z) if k <= n else _Texts(z)
-    w, b = _newton(space, positive.to(z.dtype))
-    return (w, b) if k <= n else (z.T @ w, b)
-
-
-#: Inner products are float32 below this sum of squares: their errors (6e-8 of it, divided by the
-#: root of the number of texts) then stay far below 1, the penalty's own eigenvalue. Our choice.
-SMALL_TRACE = 1e6
-#: Newton's method stops after a step that promised to lower the loss by less than this share of
-#: it. Our choice: it converges quadratically there, and accuracies no longer move.
-TOLERANCE = 1e-5
-MAX_STEPS = 100
-#: Weights p (1 - p) below this are raised to it: they only shape the step, never the solution.
-LEAST_WEIGHT = 1e-8
-
-
-def _newton(space: _Space, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients and intercept that minimise 1/2 |w|^2 + sum_i softplus(eta_i) - y_i eta_i."""
-    w, b, fit = y.new_zeros(space.size), y.new_zeros(()), torch.zeros_like(y)
-
-    def loss(w: Tensor, eta: Tensor) -> float:
-        logistic = torch.nn.functional.softplus(eta).sum() - y @ eta
-        return float(logistic + 0.5 * space.inner(w, w))
-
-    current = loss(w, fit)
-    for _ in range(MAX_STEPS):
-        eta = fit + b
-        p = torch.sigmoid(eta)
-        weight = (p * (1 - p)).clamp_min(LEAST_WEIGHT)
-        new_w, new_b = space.solve(weight, eta + (y - p) / weight)
-        dw, db, dfit = new_w - w, new_b - b, space.fit(new_w) - fit
-        slope = float((p - y) @ (dfit + db) + space.inner(w, dw))
-        step = 1.0
-        while (
-            new := loss(w + step * dw, eta + step * (dfit + db))
-        ) > current + 1e-4 * step * slope:
-            step /= 2
-            if step < 1e-9:
-                return w, b
-        w, b, fit, current = w + step * dw, b + step * db, fit + step * dfit, new
-        if -slope < TOLERANCE * current:
-            break
-    return w, b
+    return sums, CHUNK if torch.device(device).type == "cpu" else GPU_CHUNK
 
 
 # ---------------------------------------------------------------- the evaluation
@@ -468,12 +359,12 @@ def evaluate_probing(
     prefix: str = "sae",
     device: torch.device | str = "cpu",
     standardised: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> list[Row]:
     """Accuracies of k-sparse and full probes on the test texts.
 
     Args:
-        subject: what is probed; None for the language model's own channels (prefix 'llm').
+        subject: what is probed, None for the language model's own channels (prefix 'llm').
         data: the language model's activations.
         seed: chooses the examples; the same for all subjects that are compared.
         k_values: numbers of columns.
@@ -481,7 +372,8 @@ def evaluate_probing(
         device: of the subject.
         standardised: also choose and fit with every column divided by its standard deviation, as
             `<prefix>_standardised_top_<k>_test_accuracy`, where no column is large by scale alone.
-        chunk: rows encoded at once; bounds the memory at chunk x d_sae numbers.
+        chunk: rows encoded at once, which bounds the memory at chunk x d_sae numbers; None for what
+            suits subject and device.
 
     Returns: `<prefix>_top_<k>_test_accuracy` and `<prefix>_test_accuracy` (all columns) of each
         class (slice 'entry=..,class=..'), their mean over the classes of an entry ('entry=..') and
@@ -492,10 +384,9 @@ def evaluate_probing(
         if k < 1:
             raise SettingError("k_values", k, "a probe needs at least one column")
     rows: list[Row] = []
-    encode = (lambda x: x) if subject is None else subject.encode
     with progress(f"probing {prefix}", len(data.entries), "entries") as bar:
         for entry in data.entries:
-            code = pooled(encode, entry.rows, entry.offsets, chunk, device)
+            code = pooled(subject, entry.rows, entry.offsets, chunk, device)
             rows += _class_rows(code, entry, seed, k_values, prefix, standardised)
             rows += _means(rows, f"entry={entry.name},class=", f"entry={entry.name}")
             if subject is not None:
@@ -514,16 +405,17 @@ def _class_rows(
     standardised: bool,
 ) -> list[Row]:
     """The rows of every class of one entry, from code float32 [texts, F]."""
-    variants = {"": code}
+    tasks = build_tasks(entry, seed)
+    found = {"": _accuracies(code, entry, tasks, k_values, full=True)}
     if standardised:
         spread = code[entry.is_train].std(0)
-        variants["standardised_"] = code / torch.where(spread > 0, spread, 1)
+        columns = code / torch.where(spread > 0, spread, 1)
+        found["standardised_"] = _accuracies(columns, entry, tasks, k_values, full=False)
     rows = []
-    for task in build_tasks(entry, seed):
+    for i, task in enumerate(tasks):
         where = f"entry={entry.name},class={task.name}"
-        for variant, columns in variants.items():
-            found = _accuracies(columns, task, k_values, full=not variant)
-            for k, value in found.items():
+        for variant, accuracies in found.items():
+            for k, value in accuracies[i].items():
                 part = f"{variant}top_{k}_" if k else ""
                 metric = f"{prefix}_{part}test_accuracy"
                 rows.append(
@@ -535,28 +427,75 @@ def _class_rows(
 
 
 def _accuracies(
-    code: Tensor, task: Task, k_values: Sequence[int], full: bool
-) -> dict[int, float | str]:
-    """Test accuracy by k, with 0 for the full probe; a sentence where there is none."""
-    train, test = code[task.train.index], code[task.test.index]
+    code: Tensor, entry: ProbingEntry, tasks: Sequence[Task], k_values: Sequence[int], full: bool
+) -> list[dict[int, float | str]]:
+    """For each task the test accuracy by k, with 0 for the full probe; or why there is none."""
     wanted = [*k_values, *([0] if full else [])]
-    if not (train.isfinite().all() and test.isfinite().all()):
-        return dict.fromkeys(wanted, "the code is not finite")
-    positive = task.train.positive.to(code.device)
-    difference = train[positive].mean(0) - train[~positive].mean(0)
-    order = difference.abs().argsort(descending=True, stable=True)  # the columns of k are nested
-    centre = train.double().mean(0)
-    found: dict[int, float | str] = {}
+    finite = code.sum(1).isfinite()
+    here = finite.cpu()
+    sound = [t for t in tasks if bool(here[t.train.index].all() and here[t.test.index].all())]
+    if not here.all():
+        code = code.masked_fill(~finite[:, None], 0)
+    train = (entry.is_train & here).to(code)
+    code = code - (train / train.sum()) @ code
+    log_odds = _sparse(code, sound, [k for k in k_values if k <= code.shape[1]]) if sound else {}
+    if sound and full:
+        log_odds[0] = _full(code, sound)
+    found = {task.name: dict[int, float | str]() for task in sound}
     for k in wanted:
-        if k > code.shape[1]:
-            found[k] = f"the code has {code.shape[1]} columns, fewer than k = {k}"
-            continue
-        columns = order[:k] if k else slice(None)
-        z, z_test = (side[:, columns].double() - centre[columns] for side in (train, test))
-        w, b = logistic_regression(z, positive)
-        right = (z_test @ w + b > 0) == task.test.positive.to(code.device)
-        found[k] = float(right.double().mean())
+        for i, task in enumerate(sound):
+            if k in log_odds:
+                right = (log_odds[k][i].cpu()[task.test.index] > 0) == task.test.positive
+                found[task.name][k] = float(right.double().mean())
+            else:
+                reason = f"the code has {code.shape[1]} columns, fewer than k = {k}"
+                found[task.name][k] = reason
+    broken: dict[int, float | str] = dict.fromkeys(wanted, "the code is not finite")
+    return [found.get(task.name, broken) for task in tasks]
+
+
+def _sparse(code: Tensor, tasks: Sequence[Task], k_values: Sequence[int]) -> dict[int, Tensor]:
+    """By k, the k-sparse probes' log-odds for all texts, float64 [tasks, texts].
+
+    Args:
+        code: float32 [texts, F], of mean zero.
+    """
+    most = max(k_values, default=0)
+    columns = torch.stack([code[:, best].T for best in _best_columns(code, tasks, most)]).double()
+    n = max(len(task.train.index) for task in tasks)
+    index = torch.zeros(len(tasks), n, dtype=torch.int64)
+    positive, counted = (torch.zeros(len(tasks), n, dtype=torch.bool) for _ in range(2))
+    for i, task in enumerate(tasks):
+        size = len(task.train.index)
+        index[i, :size], positive[i, :size] = task.train.index, task.train.positive
+        counted[i, :size] = True
+    index, positive, counted = (part.to(code.device) for part in (index, positive, counted))
+    train = columns.gather(2, index[:, None].expand(-1, most, -1))
+    found: dict[int, Tensor] = {}
+    for k in k_values:
+        w, b = logistic_regressions(train[:, :k], positive, counted)
+        found[k] = (w[:, None] @ columns[:, :k])[:, 0] + b[:, None]
     return found
+
+
+def _best_columns(code: Tensor, tasks: Sequence[Task], k: int) -> Tensor:
+    """The k columns whose class means differ most, best first: int64 [tasks, k]."""
+    sign = torch.zeros(len(tasks), len(code))
+    for i, task in enumerate(tasks):
+        positive = task.train.positive
+        sign[i, task.train.index] = positive / positive.sum() - ~positive / (~positive).sum()
+    difference = sign.to(code.device) @ code
+    return difference.abs().argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+def _full(code: Tensor, tasks: Sequence[Task]) -> Tensor:
+    """The full probes' log-odds for all texts, float32 [tasks, texts]."""
+    found = []
+    for task in tasks:
+        positive = task.train.positive.to(code.device)
+        w, b = logistic_regression(code[task.train.index], positive)
+        found.append(code @ w + b)
+    return torch.stack(found)
 
 
 def _constant(code: Tensor, entry: ProbingEntry) -> Row:

@@ -336,6 +336,46 @@ def test_a_splice_feeds_the_rest_of_the_model(
     assert not torch.allclose(post, lm.losses(ids))
 
 
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("kind", ["resid_pre", "resid_post", "mlp_out", "attn_out"])
+def test_a_pass_that_starts_at_the_splice_gives_the_same_bits(
+    loaded: dict[str, LanguageModel], family: str, kind: str
+) -> None:
+    lm, ids, name = loaded[family], some_ids(), f"blocks.1.hook_{kind}"
+    splice, ran = (name, lambda x: 0.5 * x), []
+    wanted = lm.losses(ids, None, splice)
+    start = lm.start(ids, None, name)
+    assert start is not None and start.blocks == (2 if kind == "resid_post" else 1)
+    handle = next(lm.blocks[0].children()).register_forward_hook(lambda *_: ran.append(0))
+    assert torch.equal(lm.losses(ids, None, splice, start), wanted)
+    assert not ran
+    assert lm.starts_agree(ids, None, name)
+    assert torch.equal(lm.losses(ids, None, splice), wanted) and ran
+    handle.remove()
+
+
+def test_only_what_follows_whole_blocks_has_a_start(loaded: dict[str, LanguageModel]) -> None:
+    lm, ids = loaded["neox"], some_ids()
+    for name in ("blocks.0.hook_resid_pre", "blocks.0.hook_mlp_out", "gpt_neox.final_layer_norm"):
+        assert lm.start(ids, None, name) is None and not lm.starts_agree(ids, None, name)
+    with pytest.raises(SettingError, match="3 layers"):
+        lm.start(ids, None, "blocks.3.hook_resid_post")
+
+
+def test_a_model_that_looks_back_past_the_start_is_seen(
+    loaded: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, ids, kept = loaded["neox"], some_ids(), []
+    first, last = lm.blocks[0].mlp, lm.blocks[2].mlp
+    before, after = first.forward, last.forward
+    monkeypatch.setattr(first, "forward", lambda x: (kept.append(before(x)), kept[-1])[1])
+    monkeypatch.setattr(last, "forward", lambda x: after(x) + sum(kept))
+    handle = lm.model.base_model.register_forward_pre_hook(lambda *_: kept.clear())
+    assert not lm.starts_agree(ids, None, "blocks.1.hook_resid_post")
+    assert first.forward != before  # what the model had of its own is still there
+    handle.remove()
+
+
 def test_a_splice_of_another_shape_is_an_error(loaded: dict[str, LanguageModel]) -> None:
     with pytest.raises(ValueError, match="must keep the shape"):
         loaded["neox"].losses(some_ids(), None, ("blocks.0.hook_resid_post", lambda x: x[:1]))

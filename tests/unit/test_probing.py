@@ -8,12 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from saelab.data.models import ModelConfig, load
@@ -21,8 +19,14 @@ from saelab.data.tasks import Entry, embedded_entries
 from saelab.errors import DamageError, MismatchError, SettingError, SourceError
 from saelab.evals import probing
 from saelab.evals.base import Row
-from saelab.evals.probing import ProbingData, ProbingEntry, build_tasks, evaluate_probing, pooled
-from saelab.seeding import numpy_stream, torch_stream
+from saelab.evals.probing import (
+    ProbingData,
+    ProbingEntry,
+    build_tasks,
+    evaluate_probing,
+    pooled,
+)
+from saelab.seeding import torch_stream
 
 CLASSES = ("a", "b", "c")
 
@@ -120,85 +124,50 @@ def test_pooling_is_the_mean_over_positions_for_any_chunk(chunk: int) -> None:
     naive = torch.stack(
         [code[a:b].mean(0) for a, b in zip(entry.offsets, entry.offsets[1:], strict=False)]
     )
-    found = pooled(subject.encode, entry.rows, entry.offsets, chunk=chunk)
+    found = pooled(subject, entry.rows, entry.offsets, chunk=chunk)
     assert found.shape == (120, 20) and found.dtype == torch.float32
     torch.testing.assert_close(found, naive, rtol=0, atol=1e-6)
 
 
 def test_zeros_are_included_in_the_mean() -> None:
     rows = torch.tensor([[3.0], [-1.0], [-2.0], [4.0]])
-    code = pooled(torch.relu, rows.half(), torch.tensor([0, 3, 4]))
+    code = pooled(Linear(torch.eye(1)), rows.half(), torch.tensor([0, 3, 4]))
     assert code.tolist() == [[1.0], [4.0]]
+
+
+class Sparse(Linear):
+    """The same code, summed from its active latents only."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.calls = 0
+
+    def pooled(self, rows: Tensor, cuts: Tensor) -> Tensor:
+        assert rows.dtype == torch.float32 and cuts[0] == 0 and cuts[-1] == len(rows)
+        self.calls += 1
+        code = Linear.encode(self, rows)
+        row, latent = code.nonzero(as_tuple=True)
+        text = torch.searchsorted(cuts, row, right=True) - 1
+        sums = code.new_zeros(len(cuts) - 1, self.d_sae)
+        return sums.index_put_((text, latent), code[row, latent], accumulate=True)
+
+    def encode(self, x: Tensor) -> Tensor:
+        raise AssertionError("it pools by itself")
+
+
+@pytest.mark.parametrize("chunk", [None, 50])
+def test_a_subject_that_pools_by_itself_is_asked_to(chunk: int | None) -> None:
+    data = data_of(planted(2, n_train=30, n_test=10, strength=0.1))
+    weight = torch.randn(12, 20, generator=torch_stream(2, "test"))
+    sparse = Sparse(weight)
+    rows = evaluate_probing(sparse, data, seed=0, chunk=chunk)
+    assert sparse.calls == (1 if chunk is None else -(-len(data.entries[0].rows) // chunk))
+    assert rows == evaluate_probing(Linear(weight), data, seed=0)
 
 
 def test_a_text_without_counted_positions_is_refused() -> None:
     with pytest.raises(SourceError, match="text 1 has no counted position"):
-        pooled(torch.relu, torch.ones(4, 1), torch.tensor([0, 3, 3, 4]))
-
-
-# ---------------------------------------------------------------- logistic regression
-
-
-def examples(n: int, k: int, scale: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Sparse non-negative columns of very different sizes, and labels that a few of them shift."""
-    rng = numpy_stream(seed, "test", n, k)
-    size = (n, max(k, 3))
-    z = rng.exponential(size=size) * (rng.random(size) < 0.3) * rng.lognormal(size=size[1]) * scale
-    eta = z[:, :3] @ np.array([1.0, -1.0, 0.5]) / scale + rng.normal(size=n)
-    return torch.from_numpy(z[:, :k]), torch.from_numpy(eta > np.median(eta))
-
-
-def loss(z: Tensor, positive: Tensor, w: Tensor, b: Tensor | float) -> float:
-    eta = z @ w + b
-    signed = torch.where(positive, eta, -eta)
-    return float(w @ w / 2 + torch.nn.functional.softplus(-signed).sum())
-
-
-def test_two_texts_by_hand() -> None:
-    # z = +-1: d/dw of w^2 / 2 + 2 log(1 + exp(-w)) is w - 2 / (1 + exp(w))
-    w, b = probing.logistic_regression(
-        torch.tensor([[1.0], [-1.0]]).double(), torch.tensor([True, False])
-    )
-    assert float(w) * (1 + math.exp(float(w))) == pytest.approx(2, abs=1e-3)
-    assert float(b) == pytest.approx(0, abs=1e-9)
-
-
-@pytest.mark.parametrize(("n", "k"), [(400, 1), (400, 5), (400, 50), (200, 600)])
-@pytest.mark.parametrize("scale", [0.05, 1.0, 300.0])
-def test_agrees_with_scikit_learn(n: int, k: int, scale: float, global_random_seed: int) -> None:
-    z, positive = examples(n + 2000, k, scale, global_random_seed)
-    w, b = probing.logistic_regression(z[:n], positive[:n])
-    # its default solver stops short of the minimum, which Newton's method reaches
-    solver: Any = "newton-cholesky" if k <= n else "lbfgs"
-    reference = LogisticRegression(C=1.0, solver=solver, max_iter=5000, tol=1e-9)
-    reference.fit(z[:n].numpy(), positive[:n].numpy())
-    w_ref, b_ref = torch.from_numpy(reference.coef_[0]), float(np.ravel(reference.intercept_)[0])
-    assert loss(z[:n], positive[:n], w, b) <= loss(z[:n], positive[:n], w_ref, b_ref) * 1.0001
-    if scale <= 1:  # beyond, lbfgs doesn't arrive
-        torch.testing.assert_close(w, w_ref, atol=2e-3, rtol=2e-3)
-        right = (z[n:] @ w + b > 0) == positive[n:]
-        theirs = reference.score(z[n:].numpy(), positive[n:].numpy())
-        assert abs(float(right.double().mean()) - theirs) <= 0.002
-
-
-def test_both_spaces_find_the_same_probe(global_random_seed: int) -> None:
-    z, positive = examples(150, 100, 1.0, global_random_seed)
-    wide = torch.cat([z, torch.zeros(150, 100).double()], dim=1)  # same problem, more columns
-    w, b = probing.logistic_regression(z, positive)
-    w_wide, b_wide = probing.logistic_regression(wide, positive)
-    torch.testing.assert_close(w_wide[:100], w, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(b_wide, b, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("k", [2, 300])
-def test_the_gradient_is_zero_at_the_solution_of_separable_texts(k: int) -> None:
-    z, _ = examples(100, k, 1.0, 0)
-    positive = z[:, 0] > z[:, 0].median()
-    z[:, 0] += 50 * positive
-    w, b = probing.logistic_regression(z, positive)
-    residual = positive.double() - torch.sigmoid(z @ w + b)
-    assert float((w - z.T @ residual).abs().max()) < 0.02
-    assert abs(float(residual.sum())) < 1e-3
+        pooled(Linear(torch.eye(1)), torch.ones(4, 1), torch.tensor([0, 3, 3, 4]))
 
 
 # ---------------------------------------------------------------- the evaluation

@@ -19,11 +19,13 @@ Any other module is named by its path, as `model.named_modules()` has it; its ou
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,6 +111,14 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def twin(self) -> LanguageModel:
+        """The same weights, not copied, with hooks of its own: both may run at the same time."""
+        weights = chain(self.model.parameters(), self.model.buffers())
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model, {id(weight): weight for weight in weights})
+        twin.blocks = _blocks(twin.model, twin.n_layers)
+        return twin
 
     def hook_point(self, name: str) -> HookPoint:
         """The place that `name` means.

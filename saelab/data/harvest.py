@@ -223,24 +223,25 @@ class _Part:
         return range(0, len(self.tokens.ids), self.config.batch) if self.widths else range(0)
 
     def fill(self, model: LanguageModel, start: int) -> int:
-        """One pass. Returns how many positions it read."""
-        ids = self.tokens.ids[start : start + self.config.batch]
-        for hook, x in model.activations(ids, None, list(self.widths)).items():
-            self._stored[hook][start : start + len(ids)] = x
-        return ids.numel()
+        """One pass.
 
-    def shards(self) -> dict[str, Shard]:
-        """Hook -> what was made; this part then holds nothing any more.
-
+        Returns: how many positions it read.
         Raises: SourceError for activations that are not finite in the stored dtype.
         """
-        stored, self._stored = self._stored, {}
-        for hook, x in stored.items():
-            if not bool(torch.isfinite(x).all()):
+        ids = self.tokens.ids[start : start + self.config.batch]
+        for hook, x in model.activations(ids, None, list(self.widths)).items():
+            stored = self._stored[hook][start : start + len(ids)]
+            stored.copy_(x)
+            if not bool(torch.isfinite(stored).all()):
                 raise SourceError(
                     f"activations at {hook} are not finite as {self.config.dtype}: set "
                     "harvest.dtype to bfloat16 or float32, and model.dtype likewise"
                 )
+        return ids.numel()
+
+    def shards(self) -> dict[str, Shard]:
+        """Hook -> what was made; this part then holds nothing any more."""
+        stored, self._stored = self._stored, {}
         ids = self.tokens.ids.to(torch.int32)
         return {hook: Shard(x, self.tokens.mask, ids) for hook, x in stored.items()}
 

@@ -31,9 +31,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def lanes(model: LanguageModel) -> int:
+def lanes(device: str, d_model: int) -> int:
     """How many passes run at once."""
-    if model.device.type != "cpu" or model.d_model > NARROW:
+    if torch.device(device).type != "cpu" or d_model > NARROW:
         return 1
     return torch.get_num_threads()
 
@@ -50,7 +50,7 @@ def side_by_side(
 
     Raises: what `work` raises.
     """
-    n = lanes(model)
+    n = lanes(model.device.type, model.d_model)
     if n == 1:
         yield from (work(model, item) for item in items)
         return

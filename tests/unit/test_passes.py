@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelab.data import passes
 from saelab.data.harvest import HarvestConfig, harvest
 from saelab.data.models import LanguageModel, ModelConfig, load
 from saelab.data.passes import by_length, lanes, side_by_side
@@ -116,12 +115,9 @@ def test_what_a_pass_raises_ends_the_harvest(model: LanguageModel, three_threads
     assert len(started) < 30
 
 
-def test_wide_models_run_one_pass_at_a_time(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, three_threads: None
-) -> None:
-    assert lanes(model) == 3
-    monkeypatch.setattr(passes, "NARROW", model.d_model - 1)
-    assert lanes(model) == 1
+def test_wide_models_and_other_devices_run_one_pass_at_a_time(three_threads: None) -> None:
+    assert lanes("cpu", 768) == 3
+    assert lanes("cpu", 2304) == lanes("cuda:0", 768) == 1
 
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(1, 100))

@@ -2,13 +2,16 @@
 
     x_hook[c, p] = activation of the model at hook for position p of context c
 
-The pass stops after the last hooked layer and never computes logits. On disk, memory holds one
-shard for each hook and one batch; an interrupted harvest goes on with the next shard.
+The pass stops after the last hooked layer and never computes logits. On disk, memory holds at most
+two shards for each hook and one batch a lane (saelab/data/passes.py); an interrupted harvest goes
+on with the next shard. On a GPU the passes and the writing of shards do not overlap with training
+(this has not been run on a GPU).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +19,7 @@ import torch
 
 from saelab.config import Frozen
 from saelab.data.models import LanguageModel
+from saelab.data.passes import side_by_side
 from saelab.data.store import (
     FolderSource,
     FolderWriter,
@@ -141,10 +145,11 @@ def _in_memory(
     config: HarvestConfig,
 ) -> dict[str, Source]:
     shards: dict[str, list[Shard]] = {hook: [] for hook in headers}
-    parts = _parts(tokens, config)
+    widths = {hook: int(header["d"]) for hook, header in headers.items()}
     with progress("harvest", tokens.ids.numel(), "tokens") as bar:
-        for part in parts:
-            for hook, shard in _shard(model, part, list(headers), config, bar).items():
+        parts = [_Part(part, widths, config) for part in _parts(tokens, config)]
+        for part in _filled(model, parts, bar):
+            for hook, shard in part.shards().items():
                 shards[hook].append(shard)
     made: dict[str, Source] = {
         hook: MemorySource(shards[hook], header) for hook, header in headers.items()
@@ -170,13 +175,17 @@ def _in_folder(
         if hook not in complete
     }
     if writers:
+        parts = [
+            _Part(
+                part,
+                {h: int(headers[h]["d"]) for h, writer in writers.items() if writer.done <= i},
+                config,
+            )
+            for i, part in enumerate(_parts(tokens, config))
+        ]
         with progress("harvest", tokens.ids.numel(), "tokens") as bar:
-            for i, part in enumerate(_parts(tokens, config)):
-                hooks = [hook for hook, writer in writers.items() if writer.done <= i]
-                if not hooks:
-                    bar.advance(part.ids.numel())
-                    continue
-                for hook, shard in _shard(model, part, hooks, config, bar).items():
+            for part in _filled(model, parts, bar):
+                for hook, shard in part.shards().items():
                     writers[hook].add(shard)
     found.update({hook: writer.finish() for hook, writer in writers.items()})
     return {hook: found[hook] for hook in headers}
@@ -191,25 +200,69 @@ def _parts(tokens: Tokens, config: HarvestConfig) -> list[Tokens]:
     ]
 
 
-def _shard(
-    model: LanguageModel, part: Tokens, hooks: list[str], config: HarvestConfig, bar: Progress
-) -> dict[str, Shard]:
-    """One shard for each hook point."""
-    dtype = getattr(torch, config.dtype)
-    stored: dict[str, torch.Tensor] = {}
-    start = 0
-    for ids in part.ids.split(config.batch):
-        for hook, x in model.activations(ids, None, hooks).items():
-            if hook not in stored:
-                stored[hook] = torch.empty((*part.ids.shape, x.shape[-1]), dtype=dtype)
-            stored[hook][start : start + len(ids)] = x
-        start += len(ids)
-        bar.advance(ids.numel())
-    for hook, x in stored.items():
-        if not bool(torch.isfinite(x).all()):
-            raise SourceError(
-                f"activations at {hook} are not finite as {config.dtype}: set harvest.dtype to "
-                "bfloat16 or float32, and model.dtype likewise"
-            )
-    ids = part.ids.to(torch.int32)
-    return {hook: Shard(x, part.mask, ids) for hook, x in stored.items()}
+class _Part:
+    """The contexts of one shard while they are filled.
+
+    Args:
+        tokens: its contexts.
+        widths: hook -> d of the hooks that are still to do; none skips the part.
+        config: how activations are made.
+    """
+
+    def __init__(self, tokens: Tokens, widths: dict[str, int], config: HarvestConfig) -> None:
+        self.tokens, self.widths, self.config = tokens, widths, config
+        self._stored: dict[str, torch.Tensor] = {}
+
+    def allocate(self) -> None:
+        dtype = getattr(torch, self.config.dtype)
+        shape = self.tokens.ids.shape
+        self._stored = {h: torch.empty((*shape, d), dtype=dtype) for h, d in self.widths.items()}
+
+    def starts(self) -> range:
+        """First context of each pass."""
+        return range(0, len(self.tokens.ids), self.config.batch) if self.widths else range(0)
+
+    def fill(self, model: LanguageModel, start: int) -> int:
+        """One pass.
+
+        Returns: how many positions it read.
+        Raises: SourceError for activations that are not finite in the stored dtype.
+        """
+        ids = self.tokens.ids[start : start + self.config.batch]
+        for hook, x in model.activations(ids, None, list(self.widths)).items():
+            stored = self._stored[hook][start : start + len(ids)]
+            stored.copy_(x)
+            if not bool(torch.isfinite(stored).all()):
+                raise SourceError(
+                    f"activations at {hook} are not finite as {self.config.dtype}: set "
+                    "harvest.dtype to bfloat16 or float32, and model.dtype likewise"
+                )
+        return ids.numel()
+
+    def shards(self) -> dict[str, Shard]:
+        """Hook -> what was made; this part then holds nothing any more."""
+        stored, self._stored = self._stored, {}
+        ids = self.tokens.ids.to(torch.int32)
+        return {hook: Shard(x, self.tokens.mask, ids) for hook, x in stored.items()}
+
+
+def _filled(model: LanguageModel, parts: Sequence[_Part], bar: Progress) -> Iterator[_Part]:
+    """The parts in order, each after its last pass; passes of the next one run meanwhile."""
+
+    def passes() -> Iterator[tuple[_Part, int]]:
+        for part in parts:
+            part.allocate()
+            for start in part.starts():
+                yield part, start
+
+    def one(model: LanguageModel, item: tuple[_Part, int]) -> int:
+        part, start = item
+        return part.fill(model, start)
+
+    with closing(side_by_side(model, one, passes())) as done:
+        for part in parts:
+            if not part.widths:
+                bar.advance(part.tokens.ids.numel())
+            for _ in part.starts():
+                bar.advance(next(done))
+            yield part

@@ -19,11 +19,13 @@ Any other module is named by its path, as `model.named_modules()` has it; its ou
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,6 +124,14 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def twin(self) -> LanguageModel:
+        """The same weights, not copied, with hooks of its own: both may run at the same time."""
+        weights = chain(self.model.parameters(), self.model.buffers())
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model, {id(weight): weight for weight in weights})
+        twin.blocks = _blocks(twin.model, twin.n_layers)
+        return twin
 
     def hook_point(self, name: str) -> HookPoint:
         """The place that `name` means.
@@ -404,29 +414,18 @@ def load(config: ModelConfig) -> LanguageModel:
 
     Raises: SourceError when the folder is missing or incomplete, or the hub is not reached.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    path = _place(config)
-    _check_device(config.device)
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if config.revision is not None:
-        options["revision"] = config.revision
-    try:
-        with quiet(), _no_bars():
-            settings = AutoConfig.from_pretrained(path, **options)
-            names = getattr(settings, "architectures", None) or []
-            has_head = any(name.endswith(HEADS) for name in names)
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
-            kind: Any = AutoModelForCausalLM if has_head else AutoModel
-            model, info = kind.from_pretrained(
-                path,
-                dtype=getattr(torch, config.dtype),
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise _unusable(config, path, error) from error
+    with _told(config) as path:
+        settings, kind, options = _kind(config, path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model, info = kind.from_pretrained(
+            path,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise SourceError(
@@ -436,7 +435,72 @@ def load(config: ModelConfig) -> LanguageModel:
     folder = Path(path)
     commit = getattr(settings, "_commit_hash", None) or str(config.revision)
     content = folder_digest(folder) if folder.is_dir() else commit
+    has_head = _has_head(settings)
     return LanguageModel(model.eval().to(config.device), tokenizer, config, content, has_head)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's size, known without its weights.
+
+    Args:
+        weights: bytes of all weights in the dtype it runs in.
+        d_model, inner: width of the residual stream and of the widest layer inside a block.
+        vocabulary: tokens it knows.
+    """
+
+    weights: int
+    d_model: int
+    inner: int
+    vocabulary: int
+
+
+def size(config: ModelConfig) -> Size:
+    """The size of the model that `load` would load.
+
+    Raises: SourceError when its folder is missing or incomplete, or the hub is not reached.
+    """
+    with _told(config) as path:
+        settings, kind, _ = _kind(config, path)
+        with torch.device("meta"):
+            model = kind.from_config(settings)
+    text = settings.get_text_config()
+    blocks = _blocks(model, int(text.num_hidden_layers))
+    return Size(
+        sum(weight.numel() for weight in model.parameters())
+        * getattr(torch, config.dtype).itemsize,
+        int(text.hidden_size),
+        max(max(weight.shape) for weight in blocks[0].parameters()),
+        int(text.vocab_size),
+    )
+
+
+@contextmanager
+def _told(config: ModelConfig) -> Iterator[str]:
+    """The model's place; what goes wrong there is one sentence."""
+    path = _place(config)
+    _check_device(config.device)
+    try:
+        with quiet(), _no_bars():
+            yield path
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise _unusable(config, path, error) from error
+
+
+def _kind(config: ModelConfig, path: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Its settings, the class that reads them, and options for whatever is read from `path`."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if config.revision is not None:
+        options["revision"] = config.revision
+    settings = AutoConfig.from_pretrained(path, **options)
+    return settings, AutoModelForCausalLM if _has_head(settings) else AutoModel, options
+
+
+def _has_head(settings: Any) -> bool:
+    names = getattr(settings, "architectures", None) or []
+    return any(name.endswith(HEADS) for name in names)
 
 
 def folder_digest(folder: Path) -> str:

@@ -16,7 +16,7 @@ import ast
 import functools
 import textwrap
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,10 +74,13 @@ class Source:
         self.parents: dict[ast.AST, ast.AST] = {}
         self._by_type: dict[type[ast.AST], list[Any]] = defaultdict(list)
         self._bytes = [line.encode() for line in self.lines]
-        for node in ast.walk(self.tree):
+        nodes: deque[ast.AST] = deque([self.tree])
+        while nodes:  # the order of ast.walk, which would look for all children once more
+            node = nodes.popleft()
             self._by_type[type(node)].append(node)
             for child in ast.iter_child_nodes(node):
                 self.parents[child] = node
+                nodes.append(child)
 
     def all(self, *types: type[ast.AST]) -> Iterator[Any]:
         """All nodes of exactly these types."""

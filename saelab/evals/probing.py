@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from saelab.config import digest
 from saelab.data.models import LanguageModel
+from saelab.data.passes import by_length, side_by_side
 from saelab.data.store import check_identity
 from saelab.data.tasks import Entry, entries_digest
 from saelab.data.texts import tokenize_texts
@@ -51,8 +53,8 @@ K_VALUES = (1, 2, 5, 10, 20, 50)
 CHUNK, GPU_CHUNK = 512, 8192
 #: Rows given at once to a subject that pools by itself: float32 rows, not codes. Our choice.
 POOLED_CHUNK = 8192
-#: Texts in one pass of the language model.
-BATCH = 64
+#: Positions in one pass of the language model, padding included.
+TOKENS = 2048
 
 # ---------------------------------------------------------------- data
 
@@ -178,8 +180,17 @@ def harvest_probing(
 
     Raises: SourceError when an activation is not finite in `dtype`.
     """
-    with progress("probing texts", sum(len(_texts(entry)[0]) for entry in entries), "texts") as bar:
-        made = [_harvest(model, hook_name, entry, context, dtype, bar.advance) for entry in entries]
+    texts = [_TokenisedTexts(entry, model, context) for entry in entries]
+    rows = _filled(model, hook_name, texts, dtype)
+    for entry, x in zip(entries, rows, strict=True):
+        if not x.isfinite().all():
+            raise SourceError(
+                f"{hook_name} has activations beyond {dtype} on entry {entry.name}: store float32"
+            )
+    made = [
+        ProbingEntry(entry.name, entry.classes, x, part.offsets, part.labels, part.is_train)
+        for entry, part, x in zip(entries, texts, rows, strict=True)
+    ]
     return ProbingData(tuple(made), identity(model, hook_name, entries, context, dtype))
 
 
@@ -195,36 +206,50 @@ def _texts(entry: Entry) -> tuple[list[str], list[int], list[bool]]:
     return list(texts), list(labels), list(is_train)
 
 
-def _harvest(
-    model: LanguageModel,
-    hook_name: str,
-    entry: Entry,
-    context: int,
-    dtype: torch.dtype,
-    advance: Callable[[float], None],
-) -> ProbingEntry:
-    texts, labels, is_train = _texts(entry)
-    ids, attention, mask = tokenize_texts(texts, model.tokenizer, context)
-    lengths = attention.sum(1)
-    offsets = torch.zeros(len(texts) + 1, dtype=torch.int64)
-    offsets[1:] = mask.sum(1).cumsum(0)
-    rows = torch.empty(0)
-    for batch in lengths.argsort(stable=True).split(BATCH):  # equal lengths: little padding
-        longest = int(lengths[batch].max())
-        inputs = ids[batch, :longest], attention[batch, :longest]
-        x = model.activations(*inputs, [hook_name])[hook_name].cpu().to(dtype)
-        if not len(rows):
-            rows = torch.empty(int(offsets[-1]), x.shape[-1], dtype=dtype)
-        for i, states, counted in zip(batch.tolist(), x, mask[batch, :longest], strict=True):
-            rows[offsets[i] : offsets[i + 1]] = states[counted]
-        advance(len(batch))
-    if not rows.isfinite().all():
-        raise SourceError(
-            f"{hook_name} has activations beyond {dtype} on entry {entry.name}: store float32"
-        )
-    return ProbingEntry(
-        entry.name, entry.classes, rows, offsets, torch.tensor(labels), torch.tensor(is_train)
+class _TokenisedTexts:
+    """The texts of one entry as tokens; `offsets`, `labels` and `is_train` as in `ProbingEntry`."""
+
+    def __init__(self, entry: Entry, model: LanguageModel, context: int) -> None:
+        texts, labels, is_train = _texts(entry)
+        self.labels, self.is_train = torch.tensor(labels), torch.tensor(is_train)
+        self.ids, self.attention, self.mask = tokenize_texts(texts, model.tokenizer, context)
+        self.offsets = torch.zeros(len(texts) + 1, dtype=torch.int64)
+        self.offsets[1:] = self.mask.sum(1).cumsum(0)
+        self.places = self.offsets[:-1, None] + self.mask.cumsum(1) - 1  # row of each position
+
+
+def _filled(
+    model: LanguageModel, hook_name: str, parts: Sequence[_TokenisedTexts], dtype: torch.dtype
+) -> list[Tensor]:
+    """The rows of each part; texts of all parts share the passes, so that hardly any is padded."""
+    ids = torch.cat([part.ids for part in parts])
+    attention, mask, places = (
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("attention", "mask", "places")
     )
+    owner = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p.ids) for p in parts]))
+    lengths = attention.sum(1)
+    d = model.activations(ids[:1, :2], None, [hook_name])[hook_name].shape[-1]
+    rows = [torch.empty(int(part.offsets[-1]), d, dtype=dtype) for part in parts]
+
+    def fill(model: LanguageModel, texts: Tensor) -> int:
+        longest = int(lengths[texts].max())
+        padded = attention[texts, :longest]
+        inputs = ids[texts, :longest], None if padded.all() else padded
+        x = model.activations(*inputs, [hook_name])[hook_name].cpu().to(dtype)
+        for part in owner[texts].unique().tolist():
+            counted = mask[texts, :longest] & (owner[texts] == part)[:, None]
+            rows[part][places[texts, :longest][counted]] = x[counted]
+        return len(texts)
+
+    groups = by_length(lengths, TOKENS)
+    with (
+        progress("probing texts", len(ids), "texts") as bar,
+        closing(side_by_side(model, fill, groups)) as done,
+    ):
+        for texts in done:
+            bar.advance(texts)
+    return rows
 
 
 # ---------------------------------------------------------------- tasks

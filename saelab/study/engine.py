@@ -30,6 +30,7 @@ from saelab.study import cells as celljob
 from saelab.study.cells import Data, Job, Worker, as_job_cell, cell_key, evaluation_cost
 from saelab.study.executor import run_jobs, worker_count
 from saelab.study.final_info import CORE, ArmResult, final_info, judge_run
+from saelab.study.memory import needs
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec, PlanConfig, Run, arm_settings, cells
 from saelab.study.prepare import Prepared, prepare, source_path
 from saelab.study.record import Record
@@ -89,6 +90,10 @@ def launch(task: Launch) -> list[Comparison]:
     base = task.base.patched(dict(task.run.changes))
     _check_primary(task.plan.primary, base)
     cache = cache_folder(task.root)
+    print(
+        f"{task.name}: {needs(base, specs, _workers(task, base.model.device), GROUP).line()}",
+        file=sys.stderr,
+    )
     prepared = prepare(base, cache, base.model.device)
     data = _data(base, prepared, task)
     content = _data_content(base, prepared, data)
@@ -105,6 +110,10 @@ def launch(task: Launch) -> list[Comparison]:
     print(table(info, comparisons, task.plan))
     print(f"\n{task.out_dir}: {len(specs)} cells in {clock(time.monotonic() - start)}")
     return comparisons
+
+
+def _workers(task: Launch, device: str) -> int:
+    return worker_count(device) if task.workers is None else task.workers
 
 
 def _check_folder(folder: Path) -> None:
@@ -208,7 +217,7 @@ def _train(
     if not jobs:
         return
     total = sum(s.train.tokens + evaluation_cost(s.train) for s in open_specs) or 1.0
-    workers = worker_count(data.device) if task.workers is None else task.workers
+    workers = _workers(task, data.device)
     expected = START_SECONDS + _expected_seconds(open_specs, prepared.train.d) / max(
         1, min(workers, len(jobs))
     )

@@ -292,7 +292,13 @@ def letters_model() -> Any:
 
     config = SimpleNamespace(path="letters", dtype="float32")
     model = SimpleNamespace(
-        activations=activations, tokenizer=Letters(), config=config, digest="0", computed=0
+        activations=activations,
+        tokenizer=Letters(),
+        config=config,
+        digest="0",
+        computed=0,
+        device=torch.device("cpu"),
+        d_model=2,
     )
     return model
 

@@ -16,9 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from saelab.data import stdlib
+from saelab.data.models import ModelConfig, load
 from saelab.data.texts import (
     TextConfig,
     Tokens,
+    _encode,
+    _plain_backend,
     documents,
     manifest,
     tokenize,
@@ -353,3 +356,23 @@ def test_real_stories_come_back_from_their_tokens() -> None:
     inside = tokens.ids[tokens.mask[:, 1:].all(1), 1:]  # contexts within one story
     assert len(inside) > 10
     assert all(tokenizer.decode(row).strip() in body for row in inside)
+
+
+@pytest.mark.parametrize("name", ["words", "embedded"])
+def test_the_quick_way_gives_the_tokenizers_own_ids(name: str, words) -> None:
+    tokenizer = words if name == "words" else load(ModelConfig()).tokenizer
+    texts = ["", " the  cat\n\tsat", "<|eos|> a <s> b", "naïve 数 \x00", "the cat"]
+    assert _plain_backend(tokenizer) is not None
+    assert _encode(texts, tokenizer) == tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_with_ways_of_its_own_is_left_to_itself() -> None:
+    class Own(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, **options):
+            return {"input_ids": [[7] for _ in text]}
+
+    words = word_tokenizer(**SPECIAL)
+    own = Own(tokenizer_object=words.backend_tokenizer, **SPECIAL)
+    assert _encode(["the", "cat"], own) == [[7], [7]]
+    words(["the cat sat"], truncation=True, max_length=2)  # leaves a cut in the backend
+    assert len(_encode(["the cat sat"], words)[0]) == 3

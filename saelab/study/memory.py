@@ -1,0 +1,121 @@
+"""What a launch will need, said before it starts: memory of its phases, and disk for activations.
+
+    harvest  = process + weights + lanes x one pass's tensors + two shards + tokens
+    training = process + workers x (process + weights + probing + a shard and the sample
+               + cells of a job x (parameters, gradient, two moments) + one chunk of dense code)
+
+The need is the larger one. Bytes are counted from the settings; only `PROCESS` was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from saelab.data import models
+from saelab.data.harvest import HarvestConfig, bytes_needed
+from saelab.data.models import Size
+from saelab.data.passes import AHEAD, lanes
+from saelab.evals import core, probing
+from saelab.study.cells import SAMPLE_ROWS
+from saelab.study.plan import BaseConfig, CellSpec
+
+#: A process with torch, transformers and the tokenizer, in bytes. Measured: 390 to 450 MB.
+PROCESS = 420 * 2**20
+#: Tensors of [CHUNK, d_sae] alive while codes are evaluated.
+CODES = 3
+#: Probing texts are shorter than their context; the share that counts in the embedded entries, and
+#: classes over all of them.
+FILLED, CLASSES = 0.4, 21
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes: memory of the harvest, memory of all processes while training, disk."""
+
+    harvest: int
+    training: int
+    disk: int
+
+    @property
+    def memory(self) -> int:
+        return max(self.harvest, self.training)
+
+    def line(self) -> str:
+        parts = (self.memory, self.harvest, self.training, self.disk)
+        whole, harvest, training, disk = (f"{part / 1e9:.1f} GB" for part in parts)
+        return (
+            f"needs about {whole} of memory (harvest {harvest}, training {training}) and {disk} of "
+            "disk for activations"
+        )
+
+
+def needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, group: int) -> Needs:
+    """What a launch with nothing in the cache needs.
+
+    Args:
+        base: its settings.
+        specs: its cells.
+        workers: its processes; 0 trains in this one.
+        group: cells in one job at most.
+
+    Raises: SourceError when the language model can't be found.
+    """
+    if base.activations is not None:
+        return Needs(PROCESS, _processes(workers, 0), 0)
+    size = models.size(base.model)
+    harvested = harvest_bytes(
+        size, base.context, base.train.tokens, base.harvest, base.model.device
+    )
+    shard = base.harvest.shard_tokens * size.d_model * 4
+    rows = _probing_rows(base) * size.d_model * 2
+    sample = SAMPLE_ROWS * size.d_model * 4
+    worker = size.weights + rows + 2 * shard + sample + _cells(specs, size.d_model, group)
+    tokens = (base.train.tokens, base.evaluation.tokens)
+    stored = sum(bytes_needed(n, base.context, size.d_model, base.harvest.dtype) for n in tokens)
+    return Needs(
+        PROCESS + size.weights + harvested,
+        _processes(workers, worker) + size.weights,
+        stored + rows,
+    )
+
+
+def harvest_bytes(size: Size, context: int, tokens: int, config: HarvestConfig, device: str) -> int:
+    """Memory of a harvest into a folder, besides process and weights.
+
+    Args:
+        size: of the model.
+        context: positions.
+        tokens: how many are harvested.
+        config: how.
+        device: of the model; its own memory is counted like the host's.
+    """
+    n, one_pass = lanes(device, size.d_model), config.batch * context
+    tokens = -(-tokens // context) * context
+    live = one_pass * (10 * size.d_model + 2 * size.inner) * 4
+    shard = min(tokens, config.shard_tokens) * size.d_model * getattr(torch, config.dtype).itemsize
+    ahead = min(tokens, config.shard_tokens + AHEAD * n * one_pass)
+    shards = 2 if ahead > config.shard_tokens else 1
+    return n * live + shards * shard + 9 * tokens
+
+
+def _probing_rows(base: BaseConfig) -> int:
+    """Rows of probing activations, about."""
+    settings = base.evaluation.probing
+    groups = (CLASSES if settings.entries == "embedded" else 0) + 2 * len(settings.tables)
+    texts = groups * (settings.train_size + settings.test_size)
+    return int(texts * FILLED * min(settings.context, base.context))
+
+
+def _cells(specs: Sequence[CellSpec], d: int, group: int) -> int:
+    """The largest job: weights, gradient and two moments of its cells, and one chunk of codes."""
+    widest = sorted((spec.sae.d_sae for spec in specs), reverse=True)[:group]
+    trained = sum(4 * 4 * (2 * d * width + width + d) for width in widest)
+    chunk = max(core.CHUNK, probing.CHUNK, *(spec.train.batch_size for spec in specs))
+    return trained + CODES * chunk * max(widest, default=0) * 4
+
+
+def _processes(workers: int, worker: int) -> int:
+    return PROCESS + (workers * (PROCESS + worker) if workers else worker)

@@ -192,7 +192,7 @@ class Target:
     def __str__(self) -> str:
         sign, word = (">=" if self.at_least else "<="), ("met" if self.met else "MISSED")
         spread = f" {self.spread}" if self.spread else ""
-        return f"{self.name}: {self.value:.2f}{spread} (target {sign} {self.wanted:g}: {word})"
+        return f"{self.name}: {self.value:.3g}{spread} (target {sign} {self.wanted:g}: {word})"
 
     def plain(self) -> dict[str, Any]:
         return {**self.__dict__, "met": self.met}
@@ -349,7 +349,7 @@ class Peers:
         if not python.is_file():
             remedy = "is no environment: make it with 'make peers', or say --peers none"
             raise SettingError("--peers", str(venv), remedy)
-        self.log = tempfile.TemporaryFile()
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self.process = subprocess.Popen(
             [str(python), str(HERE / "peer_worker.py")],
             stdin=subprocess.PIPE,

@@ -121,17 +121,17 @@ def sae_config(variant: str, d_sae: int, l0: int, precision: str) -> SAEConfig:
 
 def cell(variant: str, inputs: Inputs, l0: int, precision: str, lr: float = RATE) -> Cell:
     """A cell that starts from the shared weights."""
-    batch_size, d = inputs.batches.shape[1:]
+    batch_size = inputs.batches.shape[1]
     config = sae_config(variant, len(inputs.rows), l0, precision)
     train = TrainConfig(tokens=10_000 * batch_size, batch_size=batch_size, lr=lr)
-    made = Cell(f"{variant}, {precision}", config, train, inputs.batches.view(-1, d), seed=0)
+    made = Cell(f"{variant}, {precision}", config, train, inputs.batches[0], seed=0)
     with torch.no_grad():
         made.sae.scale.fill_(1)
         made.sae.W_dec.copy_(inputs.rows)
         made.sae.W_enc.copy_(inputs.rows)
         made.sae.b_dec.copy_(inputs.mean)
         if variant in BY_BIAS:
-            threshold = made.sae.activation.threshold if variant == "jumprelu" else 0
+            threshold: Any = made.sae.activation.threshold if variant == "jumprelu" else 0
             made.sae.b_enc.copy_(threshold - inputs.quantile)
     return made
 

@@ -7,7 +7,6 @@ Nothing of saelab is imported here.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
@@ -157,8 +156,12 @@ def _saelens(
     size: dict[str, Any] = {"d_in": rows.shape[1], "d_sae": rows.shape[0]}
     sae: Any
     if variant == "topk":
-        config = TopKTrainingSAEConfig(**size, k=k, use_sparse_activations=sparse_activations)
-        sae = TopKTrainingSAE(config)
+        # Its norm rescaling has no backward pass for sparse activations on a CPU.
+        sparse: dict[str, Any] = {
+            "use_sparse_activations": sparse_activations,
+            "rescale_acts_by_decoder_norm": not sparse_activations,
+        }
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(**size, k=k, **sparse))
     elif variant == "batchtopk":
         sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**size, k=k))
     elif variant == "relu":
@@ -390,8 +393,7 @@ def probing_probes(k: int | None) -> dict[str, Any]:
     found: list[float] = []
     start = time.perf_counter()
     for train, test in STATE.pooled.values():
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            _, accuracies = train_probe_on_activations(train, test, select_top_k=k, **options)
+        _, accuracies = train_probe_on_activations(train, test, select_top_k=k, **options)
         found += accuracies.values()
     return {"seconds": time.perf_counter() - start, "accuracy": sum(found) / len(found)}
 
@@ -432,7 +434,7 @@ def main() -> None:
             import traceback
 
             traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            reply = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 

@@ -1,6 +1,6 @@
 """One training step of every side on the same batches and weights, beside the encoder GEMM.
 
-    python benchmarks/train_step.py [--quick] [--threads 2] [--shape 768x12288x2048] [--variant topk]
+    python benchmarks/train_step.py [--quick] [--shape 768x12288x2048] [--variant topk]
 
 The settings of each side are listed in README.md.
 """
@@ -49,7 +49,6 @@ LENS = [
 DICTIONARY = [("dictionary_learning, float32", "dictionary_learning", {})]
 SPARSE = [
     ("SAELens, sparse activations", "saelens", {"sparse_activations": True}),
-    ("SAELens, sparse, bf16 autocast", "saelens", {"sparse_activations": True, "autocast": True}),
     ("sparsify, Adam", "sparsify", {}),
     ("sparsify, signum (its default)", "sparsify", {"optimiser": "signum"}),
 ]

@@ -116,15 +116,18 @@ class Contestant:
         }
 
 
-def alternate(contestants: Sequence[Contestant], turns: int, steps: int, settle: int = 0) -> None:
-    """Times all contestants in turns; the first turn warms up and is not kept.
+def alternate(
+    contestants: Sequence[Contestant], turns: int, steps: int, settle: int = 0, warm: bool = True
+) -> None:
+    """Times all contestants in turns; a first turn more warms up and is not kept.
 
     Args:
         turns: turns that are kept.
         steps: samples of each contestant in a turn.
         settle: further steps at the start of each stretch that refill the caches; not kept.
+        warm: False leaves the first turn out, for work that starts a process each time.
     """
-    for turn in range(turns + 1):
+    for turn in range(0 if warm else 1, turns + 1):
         shift = turn % len(contestants)
         for contestant in [*contestants[shift:], *contestants[:shift]]:
             samples = contestant.run(steps + settle)[settle:]

@@ -1,6 +1,6 @@
 """A launch of 9 cells beside what it cannot do without: one harvest and 9 times the bare steps.
 
-    python benchmarks/launch.py [--quick]
+    python benchmarks/launch.py [--quick] [--tokens 128000]
 
 The launch is `python experiment.py --out_dir=run_1` in a folder of its own: three arms (ReLU, TopK,
 JumpReLU), three seeds, the embedded language model, no probing, nothing cached. Bare are the same
@@ -128,9 +128,11 @@ class Size:
 
 
 def main() -> None:
-    options = parser("A launch of 9 cells beside its bare parts.").parse_args()
+    made = parser("A launch of 9 cells beside its bare parts.")
+    made.add_argument("--tokens", type=int, default=128_000, help="of a cell, if not --quick")
+    options = made.parse_args()
     options.threads = 1  # a launch's workers have one thread each
-    size = Size(10_240, 768, 1) if options.quick else Size(102_400, 1536, 2)
+    size = Size(10_240, 768, 1) if options.quick else Size(options.tokens, 1536, 2)
     torch.set_num_threads(1)
     keep_freed_memory()  # as the workers of a launch do
     with scratch() as folder:
@@ -221,9 +223,9 @@ def measure(size: Size, folder: Path) -> Section:
     if cores > 1:
         name = f"whole launch, {cores} workers"
         contestants.append(Contestant(name, lambda n: parts.launch(cores, n)))
-    alternate(contestants, size.turns, 1)
-    kept = parts.in_cells[-size.turns :]
-    sums = [[h[0] + seconds] for h, seconds in zip(only_harvest.turns, kept, strict=True)]
+    alternate(contestants, size.turns, 1, warm=False)
+    clocks = zip(only_harvest.turns, parts.in_cells, strict=True)
+    sums = [[harvested[0] + seconds] for harvested, seconds in clocks]
     training = Contestant("training: harvest + the cells' own clocks", one.run, turns=sums)
     rows = []
     for c in [*contestants[:2], training, *contestants[2:]]:

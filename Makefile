@@ -1,6 +1,8 @@
 # make demo    set-up, the main job on the embedded default, its pictures
 # make test    set-up, the tests
-.PHONY: setup demo test test-slow check clean
+# make peers   the environment of the packages that benchmarks/ compares with
+# make bench   set-up, every benchmark in full (about half an hour); BENCH=--quick for a smoke run
+.PHONY: setup demo test test-slow check peers bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,5 +37,16 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+peers: benchmarks/.peers/.ready
+
+benchmarks/.peers/.ready: benchmarks/peers.txt constraints.txt
+	$(PYTHON) benchmarks/peers.py
+	touch $@
+
+bench: setup peers
+	for name in train_step launch harvest probing memory scaling; do \
+		$(BIN)/python benchmarks/$$name.py $(BENCH) || exit 1; \
+	done
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) benchmarks/.peers build dist *.egg-info

@@ -1,0 +1,415 @@
+"""What the benchmarks share: options, measuring in turns, ratios, tables, raw JSON, the peers.
+
+The contestants of a table are timed in turns, one short stretch each, in an order that shifts by
+one every turn, so that a noisy machine hits all of them alike:
+
+    ratio(a, b) = median over turns of  (median of a in the turn) / (median of b in the turn)
+
+The peers run in a process of their own, with the packages of their own environment (`peers.py`). It
+reads one JSON line per call from its stdin and writes one JSON line per reply; tensors go through
+files that both sides read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saelab.errors import SaelabError, SettingError
+from saelab.files import write_json
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+#: Where `peers.py` makes the peers' environment unless told otherwise.
+PEERS = HERE / ".peers"
+#: Packages whose versions decide a timing.
+OUR_PACKAGES = ("torch", "numpy", "scikit-learn", "transformers", "safetensors")
+#: CPU flags that decide which GEMMs are fast.
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+
+os.environ.setdefault("SAELAB_PROGRESS", "off")
+
+
+# ---------------------------------------------------------------- options
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--quick", action="store_true", help="smoke run: smallest shape, few steps")
+    made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every side")
+    made.add_argument(
+        "--peers", default=str(PEERS), help="the peers' environment, or 'none' for our rows alone"
+    )
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder for the raw JSON")
+    return made
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a benchmark's main; what the user can mend ends in one sentence."""
+    try:
+        main()
+    except SaelabError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder for the inputs that both sides read."""
+    with tempfile.TemporaryDirectory(prefix="saelab-bench-") as folder:
+        yield Path(folder)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclass(eq=False)
+class Contestant:
+    """One row of a table.
+
+    Args:
+        name: as it is shown.
+        run: n -> n samples, each the seconds of one step.
+        side: 'ours', 'peer' or 'limit'.
+        work: what one step does, for a rate (rows, tokens); 0 shows none.
+        note: shown at the end of the row.
+        turns: the samples that were kept, one list per turn.
+    """
+
+    name: str
+    run: Callable[[int], list[float]]
+    side: str = "ours"
+    work: float = 0.0
+    note: str = ""
+    turns: list[list[float]] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[float]:
+        return [sample for turn in self.turns for sample in turn]
+
+    def plain(self) -> dict[str, Any]:
+        """The row as it goes into the JSON; seconds."""
+        low, middle, high = quartiles(self.samples)
+        return {
+            "name": self.name,
+            "side": self.side,
+            "work_per_step": self.work,
+            "note": self.note,
+            "median_s": middle,
+            "quartiles_s": [low, high],
+            "turns_s": self.turns,
+        }
+
+
+def alternate(
+    contestants: Sequence[Contestant], turns: int, steps: int, settle: int = 0, warm: bool = True
+) -> None:
+    """Times all contestants in turns; a first turn more warms up and is not kept.
+
+    Args:
+        turns: turns that are kept.
+        steps: samples of each contestant in a turn.
+        settle: further steps at the start of each stretch that refill the caches; not kept.
+        warm: False leaves the first turn out, for work that starts a process each time.
+    """
+    for turn in range(0 if warm else 1, turns + 1):
+        shift = turn % len(contestants)
+        for contestant in [*contestants[shift:], *contestants[:shift]]:
+            samples = contestant.run(steps + settle)[settle:]
+            if turn:
+                contestant.turns.append(samples)
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile (linear interpolation)."""
+    low, middle, high = np.percentile(np.asarray(samples, dtype=float), [25, 50, 75])
+    return float(low), float(middle), float(high)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times longer one contestant takes than another: median and quartiles over turns."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def ratio(slow: Sequence[Sequence[float]], fast: Sequence[Sequence[float]]) -> Ratio:
+    """Paired within turns, so that what slows a whole turn down cancels.
+
+    Args:
+        slow, fast: samples by turn; both have the same number of turns.
+    """
+    pairs = zip(slow, fast, strict=True)
+    low, middle, high = quartiles([float(np.median(a) / np.median(b)) for a, b in pairs])
+    return Ratio(middle, low, high)
+
+
+def fastest(contestants: Sequence[Contestant], side: str = "peer") -> Contestant | None:
+    """The contestant of a side with the smallest median; None when the side has none."""
+    members = [c for c in contestants if c.side == side]
+    return min(members, key=lambda c: quartiles(c.samples)[1], default=None)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A measured figure beside what was asked for.
+
+    Args:
+        name: what is compared.
+        value: the figure.
+        wanted: the bound.
+        at_least: whether the figure must not be below the bound (else not above).
+        spread: quartiles or another remark, as text.
+    """
+
+    name: str
+    value: float
+    wanted: float
+    at_least: bool = True
+    spread: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.wanted if self.at_least else self.value <= self.wanted
+
+    def __str__(self) -> str:
+        sign, word = (">=" if self.at_least else "<="), ("met" if self.met else "MISSED")
+        spread = f" {self.spread}" if self.spread else ""
+        return f"{self.name}: {self.value:.3g}{spread} (target {sign} {self.wanted:g}: {word})"
+
+    def plain(self) -> dict[str, Any]:
+        return {**self.__dict__, "met": self.met}
+
+
+def target_of(
+    name: str, slow: Contestant, fast: Contestant, wanted: float, at_least: bool = True
+) -> Target:
+    """slow / fast with its spread, beside what is wanted."""
+    found = ratio(slow.turns, fast.turns)
+    return Target(name, found.value, wanted, at_least, f"({found.low:.2f}-{found.high:.2f})")
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text with aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = [columns, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def timing_table(contestants: Sequence[Contestant], ours: Contestant, limit: Contestant) -> str:
+    """One row each: median, quartiles, rate, and how many times longer than ours and the limit."""
+    columns = ["", "ms", "quartiles", "per second", "x ours", "x limit", "note"]
+    rows = []
+    for c in contestants:
+        low, middle, high = quartiles(c.samples)
+        rate = f"{c.work / middle:,.0f}" if c.work else ""
+        to_ours, to_limit = ratio(c.turns, ours.turns), ratio(c.turns, limit.turns)
+        quart = f"{low * 1e3:.4g}-{high * 1e3:.4g}"
+        cells = [f"{middle * 1e3:.4g}", quart, rate, f"{to_ours.value:.2f}"]
+        rows.append([c.name, *cells, f"{to_limit.value:.2f}", c.note])
+    return table(columns, rows)
+
+
+# ---------------------------------------------------------------- results
+
+
+@dataclass
+class Section:
+    """One table of a benchmark with its raw numbers.
+
+    Args:
+        title: what was measured, with shapes and settings.
+        text: the table as printed.
+        rows: raw numbers, as plain data.
+        targets: the figures that are asked for.
+        unavailable: rows that could not be measured, with the reason.
+    """
+
+    title: str
+    text: str
+    rows: list[dict[str, Any]]
+    targets: list[Target] = field(default_factory=list)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    def show(self) -> Section:
+        """Prints the section and returns it."""
+        print(f"\n{self.title}\n{self.text}")
+        for name, reason in self.unavailable.items():
+            print(f"not measured: {name}: {reason}")
+        for target in self.targets:
+            print(target)
+        sys.stdout.flush()
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "rows": self.rows,
+            "targets": [target.plain() for target in self.targets],
+            "unavailable": self.unavailable,
+        }
+
+
+def save(name: str, options: argparse.Namespace, sections: Sequence[Section], peers: Any) -> None:
+    """Writes <results>/<name>.json ('<name>-quick.json' for a smoke run)."""
+    path = options.results / f"{name}{'-quick' if options.quick else ''}.json"
+    record = {
+        "benchmark": name,
+        "command": _command(name, options),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(options.threads),
+        "versions": {"ours": our_versions(), "peers": peers.versions() if peers else {}},
+        "sections": [section.plain() for section in sections],
+    }
+    write_json(path, record)
+    print(f"\nraw numbers: {path}")
+
+
+def _command(name: str, options: argparse.Namespace) -> str:
+    """The command without the places of this machine."""
+    given = [
+        f"--{key}" if value is True else f"--{key} {value}"
+        for key, value in vars(options).items()
+        if key not in ("peers", "results") and value not in (False, None)
+    ]
+    return " ".join([f"python benchmarks/{name}.py", *given])
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What decides a timing: processor, features, memory, system, load at the moment."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    flags = fields.get("flags", "").split()
+    return {
+        "cpu": fields.get("model name", platform.processor() or "unknown"),
+        "cores": os.cpu_count(),
+        "features": [feature for feature in FEATURES if feature in flags],
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "threads": threads,
+        "load_at_end": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def our_versions() -> dict[str, str]:
+    """Versions of the package and of what it computes with."""
+    from saelab import __version__
+
+    return {"saelab": __version__} | {name: metadata.version(name) for name in OUR_PACKAGES}
+
+
+# ---------------------------------------------------------------- peers
+
+
+class PeerError(SaelabError):
+    """A call to the peers failed; the message is theirs."""
+
+
+class Peers:
+    """The peers' process: `call` runs one function of `peer_worker.py` there.
+
+    Args:
+        venv: their environment, made by `peers.py`.
+        threads: of their torch.
+
+    Raises: SettingError when there is no environment.
+    """
+
+    def __init__(self, venv: Path, threads: int) -> None:
+        python = venv / "bin" / "python"
+        if not python.is_file():
+            remedy = "is no environment: make it with 'make peers', or say --peers none"
+            raise SettingError("--peers", str(venv), remedy)
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
+        self.process = subprocess.Popen(
+            [str(python), str(HERE / "peer_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=_peers_environment(),
+        )
+        self.call("threads", n=threads)
+
+    def call(self, function: str, **arguments: Any) -> Any:
+        """Raises: PeerError with their message."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(json.dumps([function, arguments]) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise PeerError(f"the peers' process ended in {function}: {self._last_words()}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise PeerError(f"{function}: {reply['error']}")
+        return reply["result"]
+
+    def versions(self) -> dict[str, str]:
+        return self.call("versions")
+
+    def close(self) -> None:
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait(timeout=30)
+        self.log.close()
+
+    def _last_words(self) -> str:
+        self.log.seek(0)
+        lines = self.log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no message (out of memory?)"
+
+
+@contextlib.contextmanager
+def peers_of(options: argparse.Namespace) -> Iterator[Peers | None]:
+    """The peers' process while the block runs; None for --peers none."""
+    if options.peers == "none":
+        yield None
+        return
+    peers = Peers(Path(options.peers), options.threads)
+    try:
+        yield peers
+    finally:
+        peers.close()
+
+
+def _peers_environment() -> dict[str, str]:
+    """Ours without PYTHONPATH; no hub, no tracking service."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
+    return kept | offline | {"WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}

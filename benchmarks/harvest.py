@@ -1,0 +1,191 @@
+"""Harvest: tokens per second of ours beside the bare truncated forward pass and SAELens' store.
+
+    python benchmarks/harvest.py [--quick] [--threads 2] [--model FOLDER --layer 2]
+
+The limit is a plain loop over the Hugging Face model whose last norm, and blocks after the hooked
+one, are taken off: no hook, no head, nothing kept. All sides run the same model in float32 on the
+same tokens, the same number of contexts at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from common import (
+    Contestant,
+    PeerError,
+    Peers,
+    Section,
+    Target,
+    alternate,
+    parser,
+    peers_of,
+    run,
+    save,
+    scratch,
+    timing_table,
+)
+from common import ratio as paired
+from safetensors.torch import save_file
+
+from saelab.assets import EMBEDDED_MODEL
+from saelab.data import models
+from saelab.data.harvest import HarvestConfig, harvest
+from saelab.data.models import LanguageModel, ModelConfig
+from saelab.data.texts import TextConfig, Tokens, tokenize
+
+#: Contexts in one pass, the default of HarvestConfig.
+BATCH = HarvestConfig().batch
+CONTEXT = 128
+#: SAELens' two ways to run a model.
+STORES = {
+    "SAELens store, TransformerLens model": "HookedTransformer",
+    "SAELens store, Hugging Face model": "AutoModelForCausalLM",
+}
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    torch.set_num_threads(options.threads)
+    with peers_of(options) as peers, scratch() as folder:
+        section = measure(options, peers, folder).show()
+        save("harvest", options, [section], peers)
+
+
+def _parser() -> Any:
+    made = parser("Tokens per second of a harvest.")
+    made.add_argument("--model", default="embedded", help="a local folder")
+    made.add_argument("--layer", type=int, default=2, help="the block whose output is taken")
+    return made
+
+
+def measure(options: Namespace, peers: Peers | None, folder: Path) -> Section:
+    """One table: seconds per pass over all tokens."""
+    model = models.load(ModelConfig(path=options.model))
+    contexts = BATCH * (2 if options.quick else 16)
+    text = tokenize(TextConfig(), model.tokenizer, CONTEXT, contexts * (CONTEXT - 1))
+    tokens = Tokens(text.ids[:contexts], text.mask[:contexts])
+    work = tokens.ids.numel()
+    hook = f"blocks.{options.layer}.hook_resid_post"
+    limit = Contestant(
+        "bare truncated forward", _bare(options, tokens, options.layer), "limit", work
+    )
+    ours = [
+        Contestant("ours, in memory", _ours(model, tokens, hook, None), "ours", work),
+        Contestant("ours, to disk", _ours(model, tokens, hook, folder), "ours", work),
+    ]
+    ours[0].note = f"mean |x| {_size(model, tokens, hook):.4f}"
+    theirs, unavailable = _stores(options, tokens, peers, folder)
+    everyone = [limit, *ours, *theirs]
+    alternate(everyone, 2 if options.quick else 9, 1)
+    shape = f"{tokens.ids.shape[0]} contexts of {CONTEXT}, {BATCH} at a time"
+    return Section(
+        f"harvest of {hook} of {Path(options.model).name}, {shape}; ms per pass, tokens per second",
+        timing_table(everyone, ours[0], limit),
+        [contestant.plain() for contestant in everyone],
+        [_share(c, limit) for c in ours],
+        unavailable,
+    )
+
+
+def _size(model: LanguageModel, tokens: Tokens, hook: str) -> float:
+    """The mean absolute activation over all tokens, to see that all sides run the same model."""
+    source = harvest(model, tokens, [hook])[hook]
+    return float(torch.cat([source.shard(i).x for i in range(source.n_shards)]).abs().mean())
+
+
+def _share(ours: Contestant, limit: Contestant) -> Target:
+    """Our speed as a share of the limit's."""
+    found = paired(limit.turns, ours.turns)
+    spread = f"({found.low:.2f}-{found.high:.2f})"
+    return Target(f"speed of {ours.name} / bare forward", found.value, 0.9, True, spread)
+
+
+def _bare(options: Namespace, tokens: Tokens, layer: int) -> Callable[[int], list[float]]:
+    """A plain loop over a second copy of the model that ends after the hooked block."""
+    model = models.load(ModelConfig(path=options.model))
+    body: Any = model.model.base_model
+    name = next(n for n, module in body.named_modules() if module is model.blocks)
+    owner = body.get_submodule(name.rpartition(".")[0])
+    setattr(owner, name.rpartition(".")[2], model.blocks[: layer + 1])
+    for child, _ in list(owner.named_children()):
+        if "norm" in child or child == "ln_f":
+            setattr(owner, child, torch.nn.Identity())
+
+    @torch.inference_mode()
+    def once() -> None:
+        for ids in tokens.ids.split(BATCH):
+            body(input_ids=ids, use_cache=False)
+
+    return _timed(once)
+
+
+def _ours(
+    model: LanguageModel, tokens: Tokens, hook: str, folder: Path | None
+) -> Callable[[int], list[float]]:
+    config = HarvestConfig(batch=BATCH)
+    place = None if folder is None else folder / "harvest"
+
+    def once() -> None:
+        harvest(model, tokens, [hook], config, place)
+
+    def clean() -> None:
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+
+    return _timed(once, clean)
+
+
+def _timed(
+    once: Callable[[], None], before: Callable[[], None] | None = None
+) -> Callable[[int], list[float]]:
+    """n -> seconds of each of n calls."""
+
+    def times(n: int) -> list[float]:
+        found = []
+        for _ in range(n):
+            if before is not None:
+                before()
+            start = perf_counter()
+            once()
+            found.append(perf_counter() - start)
+        return found
+
+    return times
+
+
+def _stores(
+    options: Namespace, tokens: Tokens, peers: Peers | None, folder: Path
+) -> tuple[list[Contestant], dict[str, str]]:
+    """SAELens' stores that work with this model; the others with the reason."""
+    if peers is None:
+        return [], {}
+    file = folder / "ids.safetensors"
+    save_file({"ids": tokens.ids.contiguous()}, file)
+    path = str(EMBEDDED_MODEL if options.model == "embedded" else Path(options.model).resolve())
+    made, unavailable = [], {}
+    for name, kind in STORES.items():
+        given = {"kind": kind, "model": path, "layer": options.layer, "batch": BATCH}
+        try:
+            peers.call("store", name=name, file=str(file), **given)
+            size = peers.call("mean_activation", name=name)
+        except PeerError as error:
+            unavailable[name] = str(error)
+            continue
+
+        def passes(n: int, name: str = name) -> list[float]:
+            return peers.call("harvests", name=name, n=n)
+
+        work = tokens.ids.numel()
+        made.append(Contestant(name, passes, "peer", work, f"mean |x| {size:.4f}"))
+    return made, unavailable
+
+
+if __name__ == "__main__":
+    run(main)

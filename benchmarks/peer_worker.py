@@ -1,0 +1,443 @@
+"""The peers' side: runs with the packages of their environment, one JSON line per call.
+
+Every peer is driven through its own trainer or evaluation code, as its documentation does it; only
+weights are written into it, so that all sides compute the same function on the same batches.
+Nothing of saelab is imported here.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import rss
+
+del sys.path[0]  # the benchmarks' own names must not hide those of a package
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+PACKAGES = ("sae-lens", "dictionary-learning", "eai-sparsify", "sae-bench", "transformer-lens")
+#: So small that weights, and with them the sparsity, stay what they were set to.
+RATE = 1e-6
+
+Step = Callable[[torch.Tensor, int], Any]
+
+
+class Trainer:
+    """A peer's trainer at work.
+
+    Args:
+        step: one optimiser step on a batch, with the number of the step.
+        l0: batch -> mean number of active latents.
+    """
+
+    def __init__(self, step: Step, l0: Callable[[torch.Tensor], float]) -> None:
+        self.step, self.l0, self.count = step, l0, 0
+
+
+class State:
+    """What calls leave behind for later ones."""
+
+    inputs: dict[str, torch.Tensor]
+    batches: list[torch.Tensor]
+    trainers: dict[str, Trainer]
+    harvests: dict[str, tuple[Any, int]]
+    sae: Any
+    texts: dict[str, dict[str, dict[str, torch.Tensor]]]
+    pooled: dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]
+
+    def __init__(self) -> None:
+        self.trainers, self.harvests, self.texts, self.pooled = {}, {}, {}, {}
+
+
+STATE = State()
+
+
+def threads(n: int) -> None:
+    torch.set_num_threads(n)
+
+
+def versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("torch", *PACKAGES)}
+
+
+# ---------------------------------------------------------------- training
+
+
+def inputs(file: str) -> None:
+    """Batches [n, N, d], rows [F, d], mean [d] and quantile [F] for the trainers built next."""
+    STATE.inputs = load_file(file)
+    STATE.batches = list(STATE.inputs["batches"])
+
+
+def build(name: str, peer: str, variant: str, k: int, options: dict[str, Any]) -> None:
+    """A trainer under a name; `peer` and `variant` choose its class."""
+    makers = {
+        "saelens": _saelens,
+        "dictionary_learning": _dictionary_learning,
+        "sparsify": _sparsify,
+    }
+    STATE.trainers[name] = makers[peer](variant, k, **options)
+
+
+def steps(name: str, n: int) -> list[float]:
+    """Seconds of each of n steps."""
+    trainer = STATE.trainers[name]
+    found = []
+    for _ in range(n):
+        batch = STATE.batches[trainer.count % len(STATE.batches)]
+        trainer.count += 1
+        start = time.perf_counter()
+        trainer.step(batch, trainer.count)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def l0(name: str) -> float:
+    with torch.no_grad():
+        return STATE.trainers[name].l0(STATE.batches[0])
+
+
+def drop() -> None:
+    """Frees all trainers."""
+    STATE.trainers.clear()
+    gc.collect()
+
+
+def training_peak(
+    peer: str, variant: str, k: int, options: dict[str, Any], n: int
+) -> dict[str, int]:
+    """Resident bytes before a trainer is built, and their peak over n of its steps."""
+    small = STATE.batches, STATE.inputs
+    STATE.inputs = {key: _corner(value) for key, value in STATE.inputs.items()}
+    STATE.batches = [batch[:64, :32].contiguous() for batch in STATE.batches]
+    build("warm", peer, variant, 4, options)
+    steps("warm", 3)  # code and thread pools are loaded before the count begins
+    STATE.batches, STATE.inputs = small
+    drop()
+    rss.reset_peak()
+    before = rss.resident()
+    build("measured", peer, variant, k, options)
+    steps("measured", n)
+    return {"before": before, "peak": rss.peak()}
+
+
+def _corner(value: torch.Tensor) -> torch.Tensor:
+    return value[tuple(slice(64 if axis + 1 < value.dim() else 32) for axis in range(value.dim()))]
+
+
+def _bias(threshold: float, mean_is_subtracted: bool) -> torch.Tensor:
+    """The encoder bias that lets each latent fire above its quantile."""
+    given = STATE.inputs
+    shift = 0 if mean_is_subtracted else given["rows"] @ given["mean"]
+    return threshold - given["quantile"] - shift
+
+
+def _saelens(
+    variant: str, k: int, autocast: bool = False, sparse_activations: bool = False
+) -> Trainer:
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+    from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    rows, mean = STATE.inputs["rows"], STATE.inputs["mean"]
+    size: dict[str, Any] = {"d_in": rows.shape[1], "d_sae": rows.shape[0]}
+    sae: Any
+    if variant == "topk":
+        # Its norm rescaling has no backward pass for sparse activations on a CPU.
+        sparse: dict[str, Any] = {
+            "use_sparse_activations": sparse_activations,
+            "rescale_acts_by_decoder_norm": not sparse_activations,
+        }
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(**size, k=k, **sparse))
+    elif variant == "batchtopk":
+        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**size, k=k))
+    elif variant == "relu":
+        sae = StandardTrainingSAE(StandardTrainingSAEConfig(**size))
+    else:
+        sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**size))
+    with torch.no_grad():
+        sae.W_dec.copy_(rows)
+        sae.W_enc.copy_(rows.T)
+        sae.b_dec.copy_(mean)
+        if variant in ("relu", "jumprelu"):
+            threshold = float(sae.threshold[0]) if variant == "jumprelu" else 0.0
+            sae.b_enc.copy_(_bias(threshold, bool(sae.cfg.apply_b_dec_to_input)))
+    config = SAETrainerConfig(
+        total_training_samples=10**9,
+        train_batch_size_samples=STATE.batches[0].shape[0],
+        autocast=autocast,
+        lr=RATE,
+        lr_end=RATE,
+    )
+    trainer = SAETrainer(config, sae, iter(()))
+
+    def step(batch: torch.Tensor, number: int) -> None:
+        trainer.step(batch)
+        trainer.n_training_steps += 1
+
+    def active(batch: torch.Tensor) -> float:
+        code = sae.encode_with_hidden_pre(batch)[0]
+        code = code.to_dense() if code.is_sparse else code
+        return float((code > 0).sum()) / len(batch)
+
+    return Trainer(step, active)
+
+
+def _dictionary_learning(variant: str, k: int) -> Trainer:
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+    from dictionary_learning.trainers.standard import StandardTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    rows, mean = STATE.inputs["rows"], STATE.inputs["mean"]
+    common: dict[str, Any] = {
+        "steps": 10**6,
+        "activation_dim": rows.shape[1],
+        "dict_size": rows.shape[0],
+        "layer": 0,
+        "lm_name": "",
+        "device": "cpu",
+        "lr": RATE,
+    }
+    classes: dict[str, Any] = {
+        "topk": TopKTrainer,
+        "batchtopk": BatchTopKTrainer,
+        "relu": StandardTrainer,
+        "jumprelu": JumpReluTrainer,
+    }
+    sparsity = {"k": k} if variant in ("topk", "batchtopk") else {}
+    sparsity = {"target_l0": float(k)} if variant == "jumprelu" else sparsity
+    trainer = classes[variant](**common, **sparsity)
+    ae = trainer.ae
+    with torch.no_grad():
+        if variant == "jumprelu":
+            ae.W_dec.copy_(rows)
+            ae.W_enc.copy_(rows.T)
+            ae.b_enc.copy_(_bias(float(ae.threshold[0]), ae.apply_b_dec_to_input))
+        else:
+            ae.decoder.weight.copy_(rows.T)
+            ae.encoder.weight.copy_(rows)
+            if variant == "relu":
+                ae.encoder.bias.copy_(_bias(0.0, True))
+        (ae.bias if variant == "relu" else ae.b_dec).copy_(mean)
+
+    def active(batch: torch.Tensor) -> float:
+        code = ae.encode(batch, use_threshold=False) if "top" in variant else ae.encode(batch)
+        return float((code > 0).sum()) / len(batch)
+
+    return Trainer(lambda batch, number: trainer.update(number, batch), active)
+
+
+def _sparsify(variant: str, k: int, optimiser: str = "adam") -> Trainer:
+    """The step of its Trainer.fit without the language model; TopK is what it has."""
+    from sparsify.config import SparseCoderConfig
+    from sparsify.sparse_coder import SparseCoder
+
+    rows, mean = STATE.inputs["rows"], STATE.inputs["mean"]
+    coder = SparseCoder(rows.shape[1], SparseCoderConfig(num_latents=rows.shape[0], k=k))
+    with torch.no_grad():
+        coder.encoder.weight.copy_(rows)
+        coder.W_dec.copy_(rows)
+        coder.b_dec.copy_(mean)
+    adam: Any
+    if optimiser == "adam":
+        adam = torch.optim.Adam(coder.parameters(), lr=RATE)
+    else:  # its default
+        from schedulefree import ScheduleFreeWrapper
+        from sparsify.sign_sgd import SignSGD
+
+        adam = ScheduleFreeWrapper(SignSGD(coder.parameters(), lr=RATE), momentum=0.95)
+        adam.train()
+    silent = torch.zeros(rows.shape[0], dtype=torch.long)
+
+    def step(batch: torch.Tensor, number: int) -> None:
+        coder.set_decoder_norm_to_unit_norm()
+        out = coder(batch)
+        fired = torch.zeros(len(silent), dtype=torch.bool)
+        fired[out.latent_indices.flatten()] = True
+        out.fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        adam.zero_grad()
+        silent.add_(len(batch))
+        silent[fired] = 0
+
+    def active(batch: torch.Tensor) -> float:
+        return float((coder.encode(batch).top_acts > 0).sum()) / len(batch)
+
+    return Trainer(step, active)
+
+
+# ---------------------------------------------------------------- activations
+
+
+def store(name: str, kind: str, model: str, layer: int, file: str, batch: int) -> None:
+    """SAELens' ActivationsStore on a local model.
+
+    Args:
+        kind: 'HookedTransformer' (TransformerLens) or 'AutoModelForCausalLM' (Hugging Face).
+        model: its folder; a GPT-NeoX model.
+        layer: whose output is taken.
+        file: holds ids [contexts, positions].
+        batch: contexts in one pass.
+    """
+    import datasets
+    import transformer_lens.loading_from_pretrained as known
+    from sae_lens.load_model import load_model
+    from sae_lens.training.activations_store import ActivationsStore
+
+    if kind == "HookedTransformer":
+        known.OFFICIAL_MODEL_NAMES.append(model)
+        known.MODEL_ALIASES[model] = [model]
+        loaded, hook = load_model(kind, model, device="cpu"), f"blocks.{layer}.hook_resid_post"
+        d_in = int(loaded.cfg.d_model)
+    else:
+        hook = f"gpt_neox.layers.{layer}"
+        loaded = load_model(kind, model, "cpu", {"dtype": torch.float32}, hook_names=[hook])
+        d_in = int(loaded.model.config.hidden_size)
+    ids = load_file(file)["ids"]
+    made = ActivationsStore(
+        model=loaded,
+        dataset=datasets.Dataset.from_dict({"input_ids": ids.tolist()}),
+        streaming=False,
+        hook_name=hook,
+        hook_head_index=None,
+        context_size=ids.shape[1],
+        d_in=d_in,
+        n_batches_in_buffer=8,
+        total_training_tokens=ids.numel(),
+        store_batch_size_prompts=batch,
+        train_batch_size_tokens=4096,
+        prepend_bos=False,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+    )
+
+    STATE.harvests[name] = (made, len(ids) // batch)
+
+
+def harvests(name: str, n: int) -> list[float]:
+    """Seconds of each of n passes over all tokens."""
+    made, parts = STATE.harvests[name]
+    found = []
+    for _ in range(n):
+        start = time.perf_counter()
+        for _ in range(parts):
+            made.get_raw_llm_batch()
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def mean_activation(name: str) -> float:
+    """The mean absolute activation over a pass, to see that all sides run the same model."""
+    made, parts = STATE.harvests[name]
+    return sum(float(made.get_raw_llm_batch()[0].abs().mean()) for _ in range(parts)) / parts
+
+
+# ---------------------------------------------------------------- probing
+
+
+def probing_open(weights: str, files: dict[str, str]) -> None:
+    """The SAE, and per entry the model's activations by side and class: [texts, positions, d]."""
+    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+
+    tensors = load_file(weights)
+    d_sae, d_in = tensors["W_enc"].shape
+    STATE.sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=d_sae, dtype="float32"))
+    with torch.no_grad():
+        STATE.sae.W_enc.copy_(tensors["W_enc"].T)
+        for name in ("b_enc", "W_dec", "b_dec"):
+            getattr(STATE.sae, name).copy_(tensors[name])
+    STATE.texts = {}
+    for entry, file in files.items():
+        sides: dict[str, dict[str, torch.Tensor]] = {"train": {}, "test": {}}
+        for key, value in load_file(file).items():
+            side, name = key.split("/", 1)
+            sides[side][name] = value
+        STATE.texts[entry] = sides
+
+
+def probing_pool(batch: int) -> float:
+    """Seconds to encode and average all texts of all entries."""
+    from sae_bench.sae_bench_utils.activation_collection import get_sae_meaned_activations
+
+    start = time.perf_counter()
+    for entry, sides in STATE.texts.items():
+        train, test = (
+            get_sae_meaned_activations(sides[side], STATE.sae, batch) for side in ("train", "test")
+        )
+        STATE.pooled[entry] = train, test
+    return time.perf_counter() - start
+
+
+def probing_probes(k: int | None) -> dict[str, Any]:
+    """Seconds and mean test accuracy of the probes of all classes; k None for all columns."""
+    from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
+
+    torch.manual_seed(42)
+    options = {} if k else {"use_sklearn": False, "batch_size": 250, "epochs": 100, "lr": 1e-2}
+    found: list[float] = []
+    start = time.perf_counter()
+    for train, test in STATE.pooled.values():
+        _, accuracies = train_probe_on_activations(train, test, select_top_k=k, **options)
+        found += accuracies.values()
+    return {"seconds": time.perf_counter() - start, "accuracy": sum(found) / len(found)}
+
+
+# ---------------------------------------------------------------- the loop
+
+
+CALLS = {
+    function.__name__: function
+    for function in (
+        threads,
+        versions,
+        inputs,
+        build,
+        steps,
+        l0,
+        drop,
+        training_peak,
+        store,
+        harvests,
+        mean_activation,
+        probing_open,
+        probing_pool,
+        probing_probes,
+    )
+}
+
+
+def main() -> None:
+    """Answers calls until stdin ends; what packages print goes to stderr."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        try:
+            reply = {"result": CALLS[name](**arguments)}
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()

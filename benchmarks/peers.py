@@ -1,0 +1,49 @@
+"""Makes the environment of the peers: one command, about five minutes and 3 GB.
+
+    python benchmarks/peers.py [--venv benchmarks/.peers]
+
+torch comes first and stays pinned to the version that saelab's constraints.txt names, so that both
+sides compute with the same kernels and nothing pulls in CUDA packages. torchvision, which one peer
+asks for and none of the measured code uses, is taken out again: its build must match torch's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the peers' environment.")
+    parser.add_argument("--venv", type=Path, default=HERE / ".peers")
+    folder = parser.parse_args().venv
+    pin = torch_pin()
+    print(f"{folder}: {pin}, then the peers of peers.txt", flush=True)
+    venv.create(folder, with_pip=True)
+    python = str(folder / "bin" / "python")
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write(pin + "\n")
+        constraints.flush()
+        install = [python, "-m", "pip", "install", "--quiet", "-c", constraints.name]
+        for what in (["torch"], ["-r", str(HERE / "peers.txt")]):
+            subprocess.run([*install, *what], check=True)
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "-y", "torchvision"], check=True)
+
+
+def torch_pin() -> str:
+    """The line of constraints.txt for torch."""
+    lines = (HERE.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return next(line for line in lines if line.startswith("torch=="))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"pip ended with code {error.returncode}: see its message above")

@@ -8,10 +8,13 @@ and with a reason.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
+
+from saelab.kernels import Code
 
 
 @dataclass(frozen=True)
@@ -68,4 +71,17 @@ class Subject(Protocol):
 
     def decode(self, f: torch.Tensor) -> torch.Tensor:
         """f [n, d_sae] -> reconstruction [n, d_in]."""
+        ...
+
+
+@runtime_checkable
+class SparseSubject(Subject, Protocol):
+    """A subject that can leave out the zeros of its code; evaluations are then faster."""
+
+    def codes(self, x: torch.Tensor) -> Iterator[tuple[slice, Code]]:
+        """x [n, d_in] -> rows of x and their code, the values of `encode`, chunk by chunk."""
+        ...
+
+    def decode_code(self, code: Code) -> torch.Tensor:
+        """A chunk's code -> its reconstruction [rows, d_in]."""
         ...

@@ -21,12 +21,15 @@ from torch import Tensor
 
 from saelab.data.models import LanguageModel, Start
 from saelab.data.store import FOREIGN_REASON, Source
-from saelab.evals.base import Row, Subject, missing, number
+from saelab.evals.base import Row, SparseSubject, Subject, missing, number
+from saelab.kernels import Code
 
 DEFINITION = "core/1"
 #: Rows encoded at once; bounds the dense code to that x d_sae floats. Our choice: a CPU keeps such
 #: a chunk in its caches, a GPU wants large ones.
 CHUNK, GPU_CHUNK = 512, 4096
+#: Rows given at once to a subject that makes sparse codes in chunks of its own. Our choice.
+LARGE = 8192
 #: Contexts per forward pass of the language model.
 CONTEXTS = 32
 #: Width of the density histogram's bins in log10, and its lowest edge. Our choice.
@@ -138,17 +141,12 @@ def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
     x, positions = data.rows
     error, active, cosine = (torch.empty(len(x)) for _ in range(3))
     firings = torch.zeros(subject.d_sae, dtype=torch.int64)
-    chunk = CHUNK if torch.device(data.device).type == "cpu" else GPU_CHUNK
-    for start in range(0, len(x), chunk):
-        rows = x[start : start + chunk].to(data.device)
-        f = subject.encode(rows)
-        x_hat = subject.decode(f)
-        fires = torch.ne(f, 0, out=torch.empty_like(f, dtype=torch.float32))  # sums are exact
-        here = slice(start, start + len(rows))
+    for here, code, x_hat in _coded(subject, x, data.device):
+        rows = x[here].to(data.device)
         error[here] = (rows - x_hat).square().sum(1)
-        active[here] = fires.sum(1)
+        active[here] = code.row_counts.float().cpu()
         cosine[here] = torch.cosine_similarity(rows, x_hat, dim=1)
-        firings += fires.sum(0).long().cpu()
+        firings += code.firings.cpu()
     power = (x - data.mean).square().sum(1)
     fvu = _ratio(error, power)
     yield number("fvu", fvu, DEFINITION)
@@ -164,6 +162,21 @@ def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
             yield number("fvu", _ratio(error[here], power[here]), DEFINITION, name)
             yield number("l0", float(active[here].double().mean()), DEFINITION, name)
     yield from _density(firings, len(x))
+
+
+def _coded(subject: Subject, x: Tensor, device: str) -> Iterator[tuple[slice, Code, Tensor]]:
+    """Rows of x, their code and their reconstruction, a chunk at a time."""
+    large = LARGE if isinstance(subject, SparseSubject) else CHUNK
+    chunk = large if torch.device(device).type == "cpu" else GPU_CHUNK
+    for start in range(0, len(x), chunk):
+        rows = x[start : start + chunk].to(device)
+        if isinstance(subject, SparseSubject):
+            for here, code in subject.codes(rows):
+                place = slice(start + here.start, start + here.stop)
+                yield place, code, subject.decode_code(code)
+        else:
+            f = subject.encode(rows)
+            yield slice(start, start + len(rows)), Code(f, f, None), subject.decode(f)
 
 
 def _ratio(error: Tensor, power: Tensor) -> float:

@@ -100,7 +100,7 @@ def _pooled(sae: SAE, data: ProbingData) -> ProbingData:
     entries = tuple(
         replace(
             entry,
-            rows=pooled(sae.encode, entry.rows, entry.offsets),
+            rows=pooled(sae, entry.rows, entry.offsets),
             offsets=torch.arange(len(entry.labels) + 1),
         )
         for entry in data.entries
@@ -164,7 +164,7 @@ def _times(
 def _our_stages(sae: SAE, data: ProbingData, codes: ProbingData) -> dict[str, Contestant]:
     def pool() -> None:
         for entry in data.entries:
-            pooled(sae.encode, entry.rows, entry.offsets)
+            pooled(sae, entry.rows, entry.offsets)
 
     def probes(k_values: Sequence[int]) -> Callable[[], object]:
         return lambda: evaluate_probing(None, codes, 0, k_values, prefix="sae")

@@ -1,9 +1,10 @@
 """What an evaluation is: subject and data in, rows out.
 
 A subject is anything with `encode` and `decode` in raw activation space: our SAE, a control, a
-peer's checkpoint. An evaluation never changes its subject and draws random numbers only from the
-named stream 'evaluation'. Every number leaves as a `Row`; a missing number is a row without a value
-and with a reason.
+peer's checkpoint. One that is also a `SparseSubject` is asked for codes without their zeros. An
+evaluation never changes its subject and draws random numbers only from the named stream
+'evaluation'. Every number leaves as a `Row`; a missing number is a row without a value and with a
+reason.
 """
 
 from __future__ import annotations
@@ -76,12 +77,19 @@ class Subject(Protocol):
 
 @runtime_checkable
 class SparseSubject(Subject, Protocol):
-    """A subject that can leave out the zeros of its code; evaluations are then faster."""
+    """A subject that gives its code without zeros too, and so is evaluated faster."""
 
     def codes(self, x: torch.Tensor) -> Iterator[tuple[slice, Code]]:
-        """x [n, d_in] -> rows of x and their code, the values of `encode`, chunk by chunk."""
+        """x [n, d_in] -> rows of x, in order, and their code; some rows at a time."""
         ...
 
     def decode_code(self, code: Code) -> torch.Tensor:
-        """A chunk's code -> its reconstruction [rows, d_in]."""
+        """What `codes` gave -> reconstruction in raw activation space [rows, d_in]."""
+        ...
+
+    def pooled(self, rows: torch.Tensor, cuts: torch.Tensor) -> torch.Tensor:
+        """Rows [n, d_in] and rising cuts int64 [m + 1] -> sums of the code over each segment.
+
+        Row i of the result, float32 [m, d_sae], is the sum of encode(rows)[cuts[i] : cuts[i + 1]].
+        """
         ...

@@ -22,14 +22,11 @@ from torch import Tensor
 from saelab.data.models import LanguageModel, Start
 from saelab.data.store import FOREIGN_REASON, Source
 from saelab.evals.base import Row, SparseSubject, Subject, missing, number
-from saelab.kernels import Code
 
 DEFINITION = "core/1"
 #: Rows encoded at once; bounds the dense code to that x d_sae floats. Our choice: a CPU keeps such
-#: a chunk in its caches, a GPU wants large ones.
-CHUNK, GPU_CHUNK = 512, 4096
-#: Rows given at once to a subject that makes sparse codes in chunks of its own. Our choice.
-LARGE = 8192
+#: a chunk in its caches; a GPU, and a subject that makes no dense code, want large ones.
+CHUNK, LARGE_CHUNK = 512, 4096
 #: Contexts per forward pass of the language model.
 CONTEXTS = 32
 #: Width of the density histogram's bins in log10, and its lowest edge. Our choice.
@@ -141,12 +138,15 @@ def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
     x, positions = data.rows
     error, active, cosine = (torch.empty(len(x)) for _ in range(3))
     firings = torch.zeros(subject.d_sae, dtype=torch.int64)
-    for here, code, x_hat in _coded(subject, x, data.device):
-        rows = x[here].to(data.device)
-        error[here] = (rows - x_hat).square().sum(1)
-        active[here] = code.row_counts.float().cpu()
-        cosine[here] = torch.cosine_similarity(rows, x_hat, dim=1)
-        firings += code.firings.cpu()
+    chunk = _chunk(subject, data.device)
+    for start in range(0, len(x), chunk):
+        rows = x[start : start + chunk].to(data.device)
+        for part, x_hat, fires, fired in _coded(subject, rows):
+            here = slice(start + part.start, start + part.stop)
+            error[here] = (rows[part] - x_hat).square().sum(1)
+            active[here] = fires
+            cosine[here] = torch.cosine_similarity(rows[part], x_hat, dim=1)
+            firings += fired.cpu()
     power = (x - data.mean).square().sum(1)
     fvu = _ratio(error, power)
     yield number("fvu", fvu, DEFINITION)
@@ -164,19 +164,25 @@ def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
     yield from _density(firings, len(x))
 
 
-def _coded(subject: Subject, x: Tensor, device: str) -> Iterator[tuple[slice, Code, Tensor]]:
-    """Rows of x, their code and their reconstruction, a chunk at a time."""
-    large = LARGE if isinstance(subject, SparseSubject) else CHUNK
-    chunk = large if torch.device(device).type == "cpu" else GPU_CHUNK
-    for start in range(0, len(x), chunk):
-        rows = x[start : start + chunk].to(device)
-        if isinstance(subject, SparseSubject):
-            for here, code in subject.codes(rows):
-                place = slice(start + here.start, start + here.stop)
-                yield place, code, subject.decode_code(code)
-        else:
-            f = subject.encode(rows)
-            yield slice(start, start + len(rows)), Code(f, f, None), subject.decode(f)
+def _chunk(subject: Subject, device: str) -> int:
+    """Rows given to the subject at once."""
+    sparse, cpu = isinstance(subject, SparseSubject), torch.device(device).type == "cpu"
+    return CHUNK if cpu and not sparse else LARGE_CHUNK
+
+
+def _coded(subject: Subject, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Parts of the rows [n, d], in order, with what the subject makes of them.
+
+    Returns: the part; x_hat [part, d]; how many latents fire in each row, float32 [part]; in how
+        many rows each latent fires, int64 [d_sae].
+    """
+    if isinstance(subject, SparseSubject):
+        for part, code in subject.codes(rows):
+            yield part, subject.decode_code(code), code.row_counts.float(), code.firings
+        return
+    f = subject.encode(rows)
+    fires = torch.ne(f, 0, out=torch.empty_like(f, dtype=torch.float32))  # its sums are exact
+    yield slice(0, len(rows)), subject.decode(f), fires.sum(1), fires.sum(0).long()
 
 
 def _ratio(error: Tensor, power: Tensor) -> float:
@@ -213,7 +219,9 @@ def _loss_recovered(subject: Subject, data: CoreData) -> Iterator[Row]:
         yield from (missing(name, DEFINITION, data.why_no_loss) for name in names)
         return
     losses = dict(data.reference_losses)
-    losses["ce_spliced"] = data.loss(lambda x: subject.decode(subject.encode(x)))
+    losses["ce_spliced"] = data.loss(
+        lambda x: torch.cat([x_hat for _, x_hat, *_ in _coded(subject, x)])
+    )
     yield from (number(name, value, DEFINITION) for name, value in losses.items())
     for name, ablated in (("loss_recovered", "ce_zero"), ("loss_recovered_mean", "ce_mean")):
         gap = losses[ablated] - losses["ce_clean"]

@@ -38,7 +38,7 @@ from saelab.data.store import check_identity
 from saelab.data.tasks import Entry, entries_digest
 from saelab.data.texts import tokenize_texts
 from saelab.errors import DamageError, SettingError, SourceError
-from saelab.evals.base import Row, Subject, missing, number
+from saelab.evals.base import Row, SparseSubject, Subject, missing, number
 from saelab.evals.logistic import logistic_regression, logistic_regressions
 from saelab.files import read_json, sha256, write_atomically, write_json
 from saelab.progress import progress
@@ -309,11 +309,6 @@ def _examples(entry: ProbingEntry, label: int, side: Tensor, rng: np.random.Gene
 # ---------------------------------------------------------------- pooling
 
 
-#: rows float32 [n, d] and cuts int64 [m + 1] -> sums of code rows, float32 [m, F]: row i is the sum
-#: of encode(rows)[cuts[i] : cuts[i + 1]]. A subject may have it as its method `pooled`.
-CodeSums = Callable[[Tensor, Tensor], Tensor]
-
-
 @torch.inference_mode()
 def pooled(
     subject: Subject | None,
@@ -325,8 +320,7 @@ def pooled(
     """Mean code of every text over its counted positions, zeros included.
 
     Args:
-        subject: whose codes; its own `pooled` (`CodeSums`) is used where it has one, which need not
-            make dense codes. None for the rows themselves.
+        subject: whose codes; a `SparseSubject` sums them by itself. None for the rows themselves.
         rows: [tokens, d], one text after the other.
         offsets: int64 [texts + 1].
         chunk: rows encoded at once; texts may lie across chunks. None for what suits subject and
@@ -356,11 +350,12 @@ def pooled(
     return total.div_(lengths.to(device, torch.float32)[:, None])
 
 
-def _code_sums(subject: Subject | None, device: torch.device | str) -> tuple[CodeSums, int]:
-    """How a subject's codes are summed, and how many rows it is best given at once."""
-    own: CodeSums | None = getattr(subject, "pooled", None)
-    if own is not None:
-        return own, POOLED_CHUNK
+def _code_sums(
+    subject: Subject | None, device: torch.device | str
+) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
+    """`SparseSubject.pooled` for any subject, and how many rows it is best given at once."""
+    if isinstance(subject, SparseSubject):
+        return subject.pooled, POOLED_CHUNK
 
     def sums(rows: Tensor, cuts: Tensor) -> Tensor:
         code = rows if subject is None else subject.encode(rows).float()

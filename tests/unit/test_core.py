@@ -11,7 +11,9 @@ from torch import Tensor
 
 from saelab.data.models import ModelConfig, load
 from saelab.evals import core
+from saelab.evals.base import SparseSubject
 from saelab.evals.core import CoreData, evaluate_core
+from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 
 HOOK = "blocks.1.hook_resid_post"
@@ -61,6 +63,26 @@ def test_any_chunk_gives_the_numbers_of_their_definitions(
     assert found["l0", "position=0-31"] == pytest.approx(
         int((x[early] != 0).sum()) / int(early.sum())
     )
+
+
+@pytest.mark.parametrize("activation", ["relu", {"kind": "topk", "k": 5}])
+@pytest.mark.parametrize("initial_l0", [6, None])  # the second ReLU code is too dense to be sparse
+def test_sparse_codes_give_the_numbers_of_dense_ones(
+    activation: Any, initial_l0: int | None, global_random_seed: int
+) -> None:
+    x = torch.randn(700, 12, generator=torch_stream(global_random_seed, "test core"))
+    settings = {"d_sae": 40, "activation": activation, "losses": ["reconstruction"]}
+    config = SAEConfig.parse({**settings, "controllers": [], "initial_l0": initial_l0})
+    sae = config.build(12)
+    sae.initialise(x, global_random_seed)
+    sae.eval()
+    dense = SimpleNamespace(d_in=12, d_sae=40, encode=sae.encode, decode=sae.decode)
+    data = CoreData(source(x, torch.arange(700) % 64), None)
+    assert isinstance(sae, SparseSubject) and not isinstance(dense, SparseSubject)
+    found, wanted = numbers(sae, data), numbers(dense, data)
+    # a pre-activation within rounding of its threshold may fall on either side
+    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+    assert (0 < found["l0", ""] < 10) == (initial_l0 is not None or activation != "relu")
 
 
 def test_the_spliced_loss_is_the_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,8 @@ class Sparse(Linear):
     def encode(self, x: Tensor) -> Tensor:
         raise AssertionError("it pools by itself")
 
+    codes = decode_code = encode
+
 
 @pytest.mark.parametrize("chunk", [None, 50])
 def test_a_subject_that_pools_by_itself_is_asked_to(chunk: int | None) -> None:

@@ -33,6 +33,9 @@ from saelab.progress import Progress, progress
 
 #: Bytes for a position's mask (bool) and id (int32).
 _MASK_AND_ID = 5
+#: Passes of a shard with padded contexts, at least: lengths in one pass then differ little. Our
+#: choice: with lengths from 2 to 128 and shards of 512 contexts 4% of the positions are padding.
+PADDED_PASSES = 32
 
 
 class HarvestConfig(Frozen):
@@ -228,7 +231,8 @@ class _Part:
         contexts, positions = self.tokens.ids.shape
         if self.tokens.lengths is None:
             return list(torch.arange(contexts).split(self.config.batch))
-        return by_length(self.tokens.lengths, self.config.batch * positions)
+        share = int(self.tokens.lengths.sum()) // PADDED_PASSES
+        return by_length(self.tokens.lengths, min(self.config.batch * positions, share))
 
     def fill(self, model: LanguageModel, contexts: torch.Tensor) -> int:
         """One pass.

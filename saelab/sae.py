@@ -269,9 +269,10 @@ class SAE(nn.Module):
             dtype = torch.float32
         w_enc, b_enc = self.W_enc.to(dtype), self.b_enc.to(dtype)
         norms = torch.linalg.vector_norm(self.W_enc, dim=1)
+        inputs = self._encoder_input(x / self.scale)
         for start in range(0, len(x), ROWS):
             rows = slice(start, min(start + ROWS, len(x)))
-            u = self._encoder_input(x[rows] / self.scale)
+            u = inputs[rows]
             z = preactivations(u, w_enc, b_enc, dtype)
             if floor is None or dtype == torch.float32:
                 support = activation.support(z)

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,10 @@ def _jobs(
     data: Data,
     cache: Path,
 ) -> list[Job]:
-    """Groups of cells with the same seed and batch size; the largest groups first."""
+    """Groups of cells with the same seed and batch size; the largest groups first.
+
+    The last groups are split up, so that no worker waits long for another at the end.
+    """
     groups: dict[tuple[int, int, int], list[CellSpec]] = {}
     for spec in specs:
         key = (spec.seed, spec.train.batch_size, spec.train.tokens)
@@ -258,7 +261,10 @@ def _jobs(
                 for s in some
             ]
             jobs.append(Job(plain, seed, data, cache, task.experiment, task.name))
-    return sorted(jobs, key=lambda job: -len(job.cells))
+    jobs.sort(key=lambda job: -len(job.cells))
+    last = max(1, _workers(task, data.device))
+    alone = [replace(job, cells=[cell]) for job in jobs[-last:] for cell in job.cells]
+    return [*jobs[:-last], *alone]
 
 
 def _work(job: Job, advance: Any, state: dict[str, Any]) -> None:

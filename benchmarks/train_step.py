@@ -112,7 +112,10 @@ def measure(shape: Shape, variant: str, peers: Peers | None, folder: Path, quick
         peers.call("inputs", file=str(file))
         theirs = _build(peers, variant, l0, shape.rows, unavailable)
     everyone = [*limits, *ours, *theirs]
-    alternate(everyone, 2 if quick else shape.turns, shape.steps, shape.settle)
+    for contestant in [*limits, *ours]:
+        contestant.run(1)  # `_build` has done the same for the peers
+    turns = 2 if quick else shape.turns
+    alternate(everyone, turns, shape.steps, shape.settle, warm=False)
     for contestant, runner in zip(ours, runners.values(), strict=True):
         contestant.note = f"L0 {runner.l0:.1f}"
     for contestant in theirs:

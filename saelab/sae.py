@@ -202,8 +202,7 @@ class SAE(nn.Module):
         u = self._encoder_input(x)
         dtype = selection_dtype(self.config.precision, x.device) if self.training else u.dtype
         z = preactivations(u, self.W_enc, self.b_enc, dtype)
-        with torch.no_grad():
-            support = self.activation.support(z)
+        support = self._support(z)
         if support is None:
             pre = encode_all(u, self.W_enc, self.b_enc, self._centre_of_gradient())
             code = Code(self.activation.dense(pre), pre, None)
@@ -213,6 +212,11 @@ class SAE(nn.Module):
             code = Code(self.activation.at(pre, support), pre, support)
             recon = decode_at(code.values, self.W_dec, support) + self.b_dec
         return Pass(x, x, z, u, code, recon, self, step, steps, self.settings(step), shape)
+
+    @torch.no_grad()
+    def _support(self, z: Tensor) -> Support | None:
+        """Where the code may be non-zero; None asks for the dense path."""
+        return self.activation.support(z)
 
     def _centre(self) -> Tensor | float:
         return self.b_dec if self.config.centre else 0.0

@@ -3,6 +3,8 @@
     stream  = doc_1 EOS doc_2 EOS ...                   (no special tokens added by the tokenizer)
     context = BOS stream[i (c - 1) : (i + 1) (c - 1)]   for contexts of c positions
 
+With `joined = false` each document is a stream of its own, and its last context is padded.
+
 A position counts unless it holds a special id (BOS, EOS, PAD, UNK ...). Texts that lie on this
 machine (the standard library, local files) are cut as a whole and their contexts put in a random
 order, so that any number of tokens is a fair sample; a streamed data set is taken in its own order.
@@ -54,6 +56,9 @@ class TextConfig(Frozen):
             column, the rows with that value; where a folder has files named after the split
             ('train.parquet', 'train-00000.jsonl'), those files; 'all' takes everything.
         column: the column with the text; plain text files have none and ignore it.
+        joined: documents follow each other in full contexts, which may hold several. False: each
+            document is cut by itself and its last context padded, so that no position sees another
+            document; short documents then take more disk, but little more computing.
     """
 
     kind: Literal["stdlib", "files", "dataset"] = "stdlib"
@@ -61,6 +66,7 @@ class TextConfig(Frozen):
     name: str | None = None
     split: str = "train"
     column: str = "text"
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,12 @@ class Tokens:
     Args:
         ids: int64 [contexts, positions].
         mask: bool [contexts, positions]; True where the position counts (no special id there).
+        lengths: int64 [contexts], positions before the padding on the right; None: all are full.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
+    lengths: torch.Tensor | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -355,6 +363,8 @@ def tokenize(
         raise SettingError("tokens", tokens, "at least one token is needed")
     ids = _Ids.of(tokenizer)
     rows = _windows(_token_chunks(documents(config), tokenizer, ids.end), context - 1)
+    if not config.joined:
+        rows = _own_windows(documents(config), tokenizer, ids.end, context - 1)
     if config.kind != "dataset":
         whole = list(rows)
         order = numpy_stream(seed, "text order").permutation(len(whole))
@@ -376,9 +386,14 @@ def _take(rows: Iterable[np.ndarray], ids: _Ids, context: int, tokens: int, titl
             f"{title} has only {count:,} tokens in contexts of {context}, {tokens:,} are wanted: "
             f"lower the number of tokens to {count:,} or name a larger text"
         )
-    body = np.stack(kept).astype(np.int64)
-    full = np.concatenate([np.full((len(body), 1), ids.first, dtype=np.int64), body], axis=1)
-    return Tokens(torch.from_numpy(full), torch.from_numpy(ids.counted(full)))
+    full = np.full((len(kept), context), ids.fill, dtype=np.int64)
+    full[:, 0] = ids.first
+    lengths = torch.tensor([1 + len(row) for row in kept])
+    for place, row in zip(full, kept, strict=True):
+        place[1 : 1 + len(row)] = row
+    padded = bool((lengths < context).any())
+    mask = torch.from_numpy(ids.counted(full))
+    return Tokens(torch.from_numpy(full), mask, lengths if padded else None)
 
 
 def _token_chunks(
@@ -386,8 +401,21 @@ def _token_chunks(
 ) -> Iterator[np.ndarray]:
     """The token stream in pieces, int32; each document is followed by `end`."""
     while group := list(islice(texts, DOCUMENTS_AT_ONCE)):
-        pieces = _encode(group, tokenizer)
-        yield np.concatenate([np.array([*piece, end], dtype=np.int32) for piece in pieces])
+        yield np.concatenate(_ended(group, tokenizer, end))
+
+
+def _own_windows(
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, end: int, width: int
+) -> Iterator[np.ndarray]:
+    """Windows of each document by itself, int32 [<= width]."""
+    while group := list(islice(texts, DOCUMENTS_AT_ONCE)):
+        for document in _ended(group, tokenizer, end):
+            yield from (document[i : i + width] for i in range(0, len(document), width))
+
+
+def _ended(texts: list[str], tokenizer: PreTrainedTokenizerBase, end: int) -> list[np.ndarray]:
+    """The ids of each text and `end`, int32."""
+    return [np.array([*piece, end], dtype=np.int32) for piece in _encode(texts, tokenizer)]
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

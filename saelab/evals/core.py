@@ -22,7 +22,6 @@ from torch import Tensor
 from saelab.data.models import LanguageModel, Start
 from saelab.data.store import FOREIGN_REASON, Source
 from saelab.evals.base import Row, SparseSubject, Subject, missing, number
-from saelab.kernels import Code
 
 DEFINITION = "core/1"
 #: Rows encoded at once; bounds the dense code to that x d_sae floats. Our choice: a CPU keeps such
@@ -179,19 +178,11 @@ def _coded(subject: Subject, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tens
     """
     if isinstance(subject, SparseSubject):
         for part, code in subject.codes(rows):
-            yield part, subject.decode_code(code), _fires(code), code.firings
+            yield part, subject.decode_code(code), code.row_counts.float(), code.firings
         return
     f = subject.encode(rows)
     fires = torch.ne(f, 0, out=torch.empty_like(f, dtype=torch.float32))  # its sums are exact
     yield slice(0, len(rows)), subject.decode(f), fires.sum(1), fires.sum(0).long()
-
-
-def _fires(code: Code) -> Tensor:
-    """How many latents fire in each row, float32 [rows]."""
-    if code.support is None:
-        return code.active.float().sum(1)
-    before = torch.nn.functional.pad(code.active.cumsum(0), (1, 0))
-    return before[code.support.offsets].diff().float()
 
 
 def _ratio(error: Tensor, power: Tensor) -> float:

@@ -152,6 +152,14 @@ class Code:
         return self._counts[0]
 
     @property
+    def row_counts(self) -> Tensor:
+        """How many latents fire in each row; int64 [n_rows]."""
+        if self.support is None:
+            return self.active.float().sum(1).long()  # exact, and faster than counting bools
+        so_far = torch.cat([self.active.new_zeros(1, dtype=torch.int64), self.active.cumsum(0)])
+        return so_far[self.support.offsets].diff()
+
+    @property
     def l0(self) -> float:
         """Mean number of active latents per row."""
         n_rows = self.values.shape[0] if self.support is None else self.support.n_rows

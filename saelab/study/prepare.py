@@ -154,6 +154,7 @@ def _activations(
         "hook_name": base.hook_name,
         "corpus": manifest(text),
         "column": text.column,
+        "joined": text.joined,
         "context": base.context,
         "asked_tokens": tokens,
         "dtype": base.harvest.dtype,

@@ -7,7 +7,7 @@ never see each other, so adding one leaves the others' weights bitwise as they w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,8 +19,9 @@ from saelab.errors import CellFailure
 from saelab.sae import SAEConfig
 from saelab.training.optim import Optimiser, TrainConfig
 
-#: Steps between two rows of the log that are handed to `on_step` (every step is recorded).
-REPORT_EVERY = 16
+#: Batches of a cell's turn: at most so many, and so many bytes. Our choice: few enough to stay in a
+#: CPU's cache beside one cell, enough that fetching the next cell's weights does not show.
+LONGEST_TURN, TURN_BYTES = 16, 4 << 20
 
 
 @dataclass(eq=False)
@@ -138,35 +139,55 @@ def train(
 ) -> dict[str, CellFailure]:
     """Trains all cells on the one stream until each has done its steps.
 
-    A cell that fails stops alone; the others go on as if it had never been there.
+    The cells take turns, a few batches each, so that a cell's weights and moments stay in the
+    cache meanwhile. A cell that fails stops alone; the others go on as if it had never been there.
 
     Args:
         cells: cells of one seed.
         stream: yields (batch, position); must be long enough.
-        on_step: called every `REPORT_EVERY` steps and at the end with the steps done since the
-            last call and the cells that took the last one; it must not change anything.
+        on_step: called after every round and at the end with the steps done since the last call
+            and the cells that took part; it must not change anything.
 
     Returns: failures by cell name.
     """
     failures: dict[str, CellFailure] = {}
     living = [cell for cell in cells if not cell.done]
-    since = 0
-    if not living:
-        return failures
-    for batch, _ in stream:
+    for turn in _turns(batch for batch, _ in stream) if living else ():
+        before = max(cell.steps_done for cell in living)
         for cell in living:
-            try:
-                cell.step(batch)
-            except CellFailure as failure:
+            failure = _take(cell, turn)
+            if failure is not None:
                 failures[cell.name] = failure
-        took_part = living
+        if on_step:
+            on_step(max(cell.steps_done for cell in living) - before, living)
         living = [cell for cell in living if not cell.done and cell.name not in failures]
-        since += 1
-        if on_step and (since == REPORT_EVERY or not living):
-            on_step(since, took_part)
-            since = 0
         if not living:
             break
     for cell in cells:
         cell.sae.eval()
     return failures
+
+
+def _take(cell: Cell, turn: Sequence[Batch]) -> CellFailure | None:
+    """The cell's steps on the batches of one turn; why it stopped, if it failed."""
+    try:
+        for batch in turn:
+            if not cell.done:
+                cell.step(batch)
+    except CellFailure as failure:
+        return failure
+    return None
+
+
+def _turns(stream: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Groups of consecutive batches, TURN_BYTES large at most but for a single batch."""
+    turn: list[Batch] = []
+    size = 0
+    for batch in stream:
+        size += batch.x.numel() * batch.x.element_size()
+        turn.append(batch)
+        if size + size // len(turn) > TURN_BYTES or len(turn) == LONGEST_TURN:
+            yield turn
+            turn, size = [], 0
+    if turn:
+        yield turn

@@ -320,6 +320,7 @@ class TestCode:
         dense = Code(p.dense(values), p.dense(values), None)
         assert torch.equal(sparse.dense(), dense.values)
         assert torch.equal(sparse.firings, dense.firings)
+        assert torch.equal(sparse.row_counts, dense.row_counts)
         assert sparse.l0 == dense.l0
         weight = torch.linspace(1, 2, p.support.d_sae)
         close(sparse.weighted_sum(weight), dense.weighted_sum(weight))

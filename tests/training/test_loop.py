@@ -196,12 +196,22 @@ class TestBitwise:
                 cell.log.last("loss", 0.5)
             seen.append((steps, len(cells)))
 
-        monkeypatch.setattr(loop, "REPORT_EVERY", every)
+        monkeypatch.setattr(loop, "LONGEST_TURN", every)
         watched = cell_of(activations)
         run(activations, watched, on_step=look)
         assert_bitwise(silent, watched)
         assert sum(steps * cells for steps, cells in seen) == 30  # nothing is counted twice or lost
         assert all(steps == every for steps, _ in seen[:-1])
+
+    def test_turns_are_bounded_in_bytes(
+        self, activations: MemorySource, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batch = one_batch(activations)
+        size = batch.x.numel() * batch.x.element_size()
+        for bound, longest in ((0, 1), (size, 1), (3 * size, 3), (100 * size, 16)):
+            monkeypatch.setattr(loop, "TURN_BYTES", bound)
+            lengths = [len(turn) for turn in loop._turns([batch] * 18)]
+            assert sum(lengths) == 18 and max(lengths) == lengths[0] == longest
 
     def test_evaluating_between_steps_changes_nothing(self, activations: MemorySource) -> None:
         config = sae_config(**VARIANTS["batchtopk"])

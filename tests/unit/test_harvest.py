@@ -107,6 +107,25 @@ def test_shards_hold_what_one_pass_gives(
         assert all(shard.mask.numel() <= max(CONTEXT, shard_tokens) for shard in shards)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_padded_contexts_hold_what_each_gives_alone(
+    model: LanguageModel, tokens: Tokens, batch: int
+) -> None:
+    lengths = torch.tensor([3, 6, 2, 5, 3, 6, 2, 2, 4, 3, 5])
+    inside = torch.arange(CONTEXT) < lengths[:, None]
+    padded = Tokens(tokens.ids.where(inside, 1), tokens.mask & inside, lengths)
+    config = HarvestConfig(batch=batch, shard_tokens=4 * CONTEXT)
+    for hook, source in harvest(model, padded, HOOKS, config).items():
+        x = torch.cat([source.shard(i).x for i in range(source.n_shards)])
+        masks = torch.cat([source.shard(i).mask for i in range(source.n_shards)])
+        assert torch.equal(masks, padded.mask)
+        assert not x[~inside].any()
+        for context, length in enumerate(lengths.tolist()):
+            ids = padded.ids[context : context + 1, :length]
+            alone = model.activations(ids, None, [hook])[hook][0]
+            torch.testing.assert_close(x[context, :length], alone.clone(), rtol=1e-4, atol=1e-6)
+
+
 def test_rows_leave_out_bos_and_eos(model: LanguageModel, tokens: Tokens) -> None:
     rows, position = harvest(model, tokens, HOOKS)[HOOKS[0]].shard(0).rows()
     assert len(rows) == CONTEXTS * (CONTEXT - 1) - 1

@@ -76,6 +76,17 @@ def test_contexts_are_bos_and_consecutive_tokens_of_the_stream(tmp_path: Path, w
     assert tokens.n_tokens == 7
 
 
+def test_documents_that_are_not_joined_begin_contexts_of_their_own(tmp_path: Path, words) -> None:
+    config = write_folder(tmp_path, "a b", "c d e f g", "h")
+    apart = tokenize(config.patched({"joined": False}), words, context=4, tokens=8)
+    order = [row.tolist() for row in apart.ids]
+    assert sorted(order) == [[BOS, A, B, EOS], [BOS, C, D, E], [BOS, F, G, EOS], [BOS, H, EOS, PAD]]
+    assert apart.lengths is not None
+    assert apart.lengths.tolist() == [3 if row[1] == H else 4 for row in order]
+    assert torch.equal(apart.mask, apart.ids > UNK)
+    assert tokenize(config, words, context=4, tokens=6).lengths is None
+
+
 def test_unknown_words_do_not_count(tmp_path: Path, words) -> None:
     tokens = tokenize(write_folder(tmp_path / "t", "a zzz b"), words, context=5, tokens=2)
     assert tokens.ids.tolist() == [[BOS, A, UNK, B, EOS]]

@@ -107,6 +107,15 @@ def test_conjugate_gradients_and_the_direct_form_agree(
     torch.testing.assert_close(logistic_regression(z, positive), direct, rtol=0, atol=0)
 
 
+def test_columns_of_very_different_sizes_need_no_direct_form(global_random_seed: int) -> None:
+    z, positive = examples(300, 400, 1.0, global_random_seed)
+    z = (z - z.mean(0)) * torch.logspace(-3, 1.5, 400).flip(0)
+    found = logistic._by_gradients(z.float(), positive)
+    assert found is not None
+    least = loss(z, positive, *logistic._directly(z, positive))
+    assert loss(z, positive, found[0].double(), found[1].double()) <= least * (1 + 1e-6) + 1e-9
+
+
 def test_columns_of_zeros_change_nothing(global_random_seed: int) -> None:
     z, positive = examples(150, 100, 1.0, global_random_seed)
     wide = torch.cat([z, torch.zeros(150, 100).double()], dim=1)

@@ -9,12 +9,13 @@ and fast in torch: the selections and the counts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
+from triton import knobs  # type: ignore[import-not-found]
 
 from saelab.kernels import eager
 from saelab.kernels.eager import above, by_latent, firings, kth_largest, topk
@@ -43,10 +44,10 @@ PAIRS, WIDEST, LATENTS = 8, 256, 128
 
 def why_not() -> str:
     """Why Triton can't start kernels here, '' where it can: it needs a driver and a C compiler."""
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         return ""
     try:
-        triton.runtime.driver.active.get_current_device()
+        triton.runtime.driver.active.get_current_target()
     except Exception as error:  # whatever the driver, the compiler or the loader raises
         return f"{type(error).__name__}: {error}"
     return ""
@@ -88,7 +89,7 @@ def _bags_kernel(
 def _products_kernel(
     u, w, bias, rows, latents, out, nnz, d, PAIRS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """out[j] = <u[rows[j]], w[latents[j]]>, plus bias[latents[j]] if there is one: PAIRS of them."""
+    """out[j] = <u[rows[j]], w[latents[j]]>, plus bias[latents[j]] if there is one; PAIRS pairs."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     exists = pair < nnz
     row = tl.load(rows + pair, mask=exists, other=0)
@@ -134,19 +135,10 @@ def encode(u: Tensor, w: Tensor, bias: Tensor | None, support: Support) -> Tenso
         return out
     u, w, bias = u.contiguous(), w.contiguous(), None if bias is None else bias.contiguous()
     d = u.shape[1]
-    with torch.cuda.device_of(u):
-        _products_kernel[(triton.cdiv(support.nnz, PAIRS),)](
-            u,
-            w,
-            bias,
-            support.rows,
-            support.latents,
-            out,
-            support.nnz,
-            d,
-            PAIRS=PAIRS,
-            WIDTH=_width(d),
-        )
+    tiles = {"PAIRS": PAIRS, "WIDTH": _width(d)}
+    places = support.rows, support.latents
+    grid = (_tiles(support.nnz, PAIRS),)
+    _start(_products_kernel, grid, u, w, bias, *places, out, support.nnz, d, **tiles)
     return out
 
 
@@ -189,9 +181,9 @@ def pool(values: Tensor, support: Support, cuts: Tensor, sums: Tensor) -> None:
     pairs = torch.add(rows, support.latents[order], alpha=support.n_rows)
     ends = torch.add(cuts.to(sums.device).unsqueeze(1), latents, alpha=support.n_rows)
     bounds = torch.searchsorted(pairs, ends)  # [segments + 1, F]
-    grid = sums.shape[0], triton.cdiv(support.d_sae, LATENTS)
-    with torch.cuda.device_of(sums):
-        _pool_kernel[grid](values.contiguous(), order, bounds, sums, support.d_sae, LATENTS=LATENTS)
+    grid = sums.shape[0], _tiles(support.d_sae, LATENTS)
+    values, d_sae = values.contiguous(), support.d_sae
+    _start(_pool_kernel, grid, values, order, bounds, sums, d_sae, LATENTS=LATENTS)
 
 
 def _bags(
@@ -211,14 +203,22 @@ def _bags(
     out = table.new_empty(bags, d)
     if not out.numel():
         return out
-    width = _width(d)
-    with torch.cuda.device_of(out):
-        _bags_kernel[(bags, triton.cdiv(d, width))](
-            weights, order, index, offsets, table, out, totals, d, PAIRS=PAIRS, WIDTH=width
-        )
+    tiles = {"PAIRS": PAIRS, "WIDTH": _width(d)}
+    grid = bags, _tiles(d, tiles["WIDTH"])
+    _start(_bags_kernel, grid, weights, order, index, offsets, table, out, totals, d, **tiles)
     return out
+
+
+def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **tiles: int) -> None:
+    """Starts a kernel on the device of its first argument."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **tiles)
 
 
 def _width(d: int) -> int:
     """Columns of a tile: a power of two, as Triton's tiles must be."""
-    return min(WIDEST, triton.next_power_of_2(d))
+    return min(WIDEST, 1 << (d - 1).bit_length())
+
+
+def _tiles(length: int, size: int) -> int:
+    return -(-length // size)

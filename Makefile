@@ -1,8 +1,9 @@
 # make demo    set-up, the main job on the embedded default, its pictures
 # make test    set-up, the tests
+# make test-triton  set-up, Triton (Linux, 200 MB), the checks of the GPU's kernels without a GPU
 # make peers   the environment of the packages that benchmarks/ compares with
 # make bench   set-up, every benchmark in full (about half an hour); BENCH=--quick for a smoke run
-.PHONY: setup demo test test-slow check peers bench clean
+.PHONY: setup demo test test-slow test-triton check peers bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,6 +32,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -n 2
+
+test-triton: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt triton
+	$(BIN)/python -m pytest tests/numerics/test_gpu_kernels.py
 
 check: setup
 	$(BIN)/ruff check .

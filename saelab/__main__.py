@@ -117,7 +117,9 @@ def lm_train(
     ),
     tokens: Annotated[int, typer.Option(help="Training tokens.")] = 20_000_000,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores by default.")] = None,
-    device: Annotated[str, typer.Option(help="'cpu' or 'cuda' (cuda has not been run).")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="'cpu' or 'cuda' (has not run on a GPU yet).")
+    ] = "cpu",
 ) -> None:
     """Make the embedded language model again from the interpreter's own standard library.
 

@@ -59,7 +59,7 @@ class ModelConfig(Frozen):
         path: 'embedded', a local folder, or a name on the hub.
         dtype: of weights and activations while it runs.
         revision: branch, tag or commit on the hub.
-        device: 'cpu', 'cuda', 'cuda:1' ...
+        device: 'cpu', 'cuda', 'cuda:1' ... (nothing has run on a GPU yet).
     """
 
     path: str = "embedded"

@@ -64,7 +64,7 @@ class Unavailable(Exception):
 
 @functools.cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    if os.environ.get("SAELAB_KERNELS", "native") == "eager":
+    if eager_wanted():
         return None, "SAELAB_KERNELS=eager asks for the plain ones"
     try:
         library = ctypes.CDLL(str(_built()))
@@ -74,6 +74,11 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library, ""
+
+
+def eager_wanted() -> bool:
+    """Whether the environment asks for the plain kernels, on any device."""
+    return os.environ.get("SAELAB_KERNELS") == "eager"
 
 
 def library() -> ctypes.CDLL | None:

@@ -4,11 +4,16 @@ Never by a timing taken at run time, so the same machine always computes the sam
 
     device   kernels            GEMM that selects ('auto')
     cpu      native, or eager   bfloat16 with AVX512-BF16 or AMX, else float32
-    cuda     eager              bfloat16 (has not run yet)
+    cuda     gpu, or eager      bfloat16
+
+Nothing of the CUDA row has run on a GPU yet. The kernels in `gpu` (Triton) agree with `eager` in
+Triton's interpreter and compile for sm_80 and sm_90; where Triton is missing or finds no C
+compiler, or where `SAELAB_KERNELS=eager` asks for it, CUDA has `eager`.
 """
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Literal
 
@@ -20,8 +25,22 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def kernels_for(device: torch.device) -> ModuleType:
-    """The module whose functions serve tensors of that device: `native` or `eager`."""
+    """The module whose functions serve tensors of that device: `native`, `gpu` or `eager`."""
+    if device.type == "cuda":
+        return _on_cuda()
     return native if device.type == "cpu" and native.library() is not None else eager
+
+
+@functools.cache
+def _on_cuda() -> ModuleType:
+    """`gpu`, imported at the first call: torch's CUDA packages bring Triton, its CPU ones don't."""
+    if native.eager_wanted():
+        return eager
+    try:
+        from saelab.kernels import gpu
+    except ImportError:
+        return eager
+    return eager if gpu.why_not() else gpu
 
 
 def kernels_name() -> str:

@@ -26,6 +26,7 @@ from saelab.kernels import (
     Precision,
     Support,
     decode_at,
+    decode_with_norms,
     encode_all,
     encode_at,
     preactivations,
@@ -116,6 +117,7 @@ class SAE(nn.Module):
         self.controllers = _named(config.controllers, dims)
         self.constraints = _named(config.constraints, dims)
         self.observers = _named(config.observers, dims)
+        self._norms_wanted = any(t.uses_decoder_norms for t in self.loss_terms().values())
         for part in self.parts():
             part.check(self)
 
@@ -206,12 +208,14 @@ class SAE(nn.Module):
         if support is None:
             pre = encode_all(u, self.W_enc, self.b_enc, self._centre_of_gradient())
             code = Code(self.activation.dense(pre), pre, None)
-            recon = code.values @ self.W_dec + self.b_dec
+            recon, norms = code.values @ self.W_dec + self.b_dec, None
         else:
             pre = self.encode_at(u, support, z)
             code = Code(self.activation.at(pre, support), pre, support)
-            recon = decode_at(code.values, self.W_dec, support) + self.b_dec
-        return Pass(x, x, z, u, code, recon, self, step, steps, self.settings(step), shape)
+            decode = decode_with_norms if self._norms_wanted else _decode_alone
+            product, norms = decode(code.values, self.W_dec, support)
+            recon = product + self.b_dec
+        return Pass(x, x, z, u, code, recon, self, step, steps, self.settings(step), shape, norms)
 
     @torch.no_grad()
     def _support(self, z: Tensor) -> Support | None:
@@ -370,6 +374,10 @@ class SAE(nn.Module):
     def scalars(self) -> dict[str, float]:
         """All named values of the parts, for the log."""
         return {name: value for part in self.parts() for name, value in part.scalars().items()}
+
+
+def _decode_alone(values: Tensor, w_dec: Tensor, support: Support) -> tuple[Tensor, None]:
+    return decode_at(values, w_dec, support), None
 
 
 def _named(configs: Any, dims: Dims) -> nn.ModuleDict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from saelab.kernels.code import Code, Support, most_pairs, support_above, support_of_topk
 from saelab.kernels.functions import (
     decode_at,
+    decode_with_norms,
     encode_all,
     encode_at,
     mean_square,
@@ -24,6 +25,7 @@ __all__ = [
     "Precision",
     "Support",
     "decode_at",
+    "decode_with_norms",
     "encode_all",
     "encode_at",
     "has_fast_bfloat16",

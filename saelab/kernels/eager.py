@@ -109,11 +109,23 @@ def decode(values: Tensor, w: Tensor, support: Support) -> Tensor:
 
 
 def decode_backward(
-    g: Tensor, values: Tensor, w: Tensor, support: Support
+    g: Tensor, values: Tensor, w: Tensor, support: Support, shares: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """<g_n, w_i> for every pair and sum_n values_ni g_n; g [N, d] -> ([nnz], [F, d])."""
+    """<g_n, w_i> for every pair and sum_n values_ni g_n + shares_i w_i.
+
+    Args:
+        g: [N, d].
+        values: [nnz].
+        w: [F, d].
+        shares: [F], or None for none.
+
+    Returns: ([nnz], [F, d]).
+    """
     order, rows, starts = support.by_latent
-    return encode(g, w, None, support), _bags(values[order], rows, starts, g)
+    g_w = _bags(values[order], rows, starts, g)
+    if shares is not None:
+        g_w.addcmul_(w, shares[:, None])
+    return encode(g, w, None, support), g_w
 
 
 def pool(values: Tensor, support: Support, cuts: Tensor, sums: Tensor) -> None:

@@ -21,6 +21,9 @@ from torch import Tensor
 from saelab.kernels.code import Support
 from saelab.kernels.table import kernels_for
 
+#: Smallest norm that is divided by: a zero row has the gradient 0.
+TINY = 1e-30
+
 
 def preactivations(u: Tensor, w_enc: Tensor, b_enc: Tensor, dtype: torch.dtype) -> Tensor:
     """All pre-activations for the selection, without gradient.
@@ -94,19 +97,25 @@ class _EncodeAll(torch.autograd.Function):
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, w_dec: Tensor, support: Support) -> Tensor:
-        ctx.save_for_backward(values, w_dec)
+    def forward(
+        ctx: Any, values: Tensor, w_dec: Tensor, support: Support, norms: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(values, w_dec, norms)
         ctx.support = support
-        kernels = kernels_for(w_dec.device)
-        return kernels.decode(values, w_dec, support)
+        ctx.set_materialize_grads(False)
+        return kernels_for(w_dec.device).decode(values, w_dec, support), norms
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        values, w_dec = ctx.saved_tensors
+        values, w_dec, norms = ctx.saved_tensors
+        g, g_norms = grads
+        shares = None if g_norms is None else g_norms / norms.clamp_min(TINY)
+        if g is None:
+            return None, None if shares is None else w_dec * shares[:, None], None, None
         kernels = kernels_for(w_dec.device)
-        g_values, g_w = kernels.decode_backward(grads[0].contiguous(), values, w_dec, ctx.support)
+        found = kernels.decode_backward(g.contiguous(), values, w_dec, ctx.support, shares)
         needs_values, needs_w = ctx.needs_input_grad[:2]
-        return g_values if needs_values else None, g_w if needs_w else None, None
+        return found[0] if needs_values else None, found[1] if needs_w else None, None, None
 
 
 def encode_at(
@@ -134,7 +143,14 @@ def encode_all(u: Tensor, w_enc: Tensor, b_enc: Tensor, centre: Tensor | None = 
 
 def decode_at(values: Tensor, w_dec: Tensor, support: Support) -> Tensor:
     """Weighted sums of decoder rows, [N, d], with gradients to values and W_dec."""
-    return _Decode.apply(values, w_dec, support)  # type: ignore[return-value]
+    return _Decode.apply(values, w_dec, support, None)[0]  # type: ignore[index]
+
+
+def decode_with_norms(values: Tensor, w_dec: Tensor, support: Support) -> tuple[Tensor, Tensor]:
+    """As `decode_at`, and the norms of the decoder's rows [F], whose gradient to W_dec costs no
+    pass of its own. A zero row gets none from its norm."""
+    norms = torch.linalg.vector_norm(w_dec.detach(), dim=1)
+    return _Decode.apply(values, w_dec, support, norms)  # type: ignore[return-value]
 
 
 class _MeanSquare(torch.autograd.Function):
@@ -169,7 +185,7 @@ class _RowNorms(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
         w, norms = ctx.saved_tensors
-        return w * (g / norms.clamp_min(1e-30)).unsqueeze(1)
+        return w * (g / norms.clamp_min(TINY)).unsqueeze(1)
 
 
 def row_norms(w: Tensor) -> Tensor:

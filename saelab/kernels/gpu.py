@@ -159,14 +159,17 @@ def decode(values: Tensor, w: Tensor, support: Support) -> Tensor:
 
 
 def decode_backward(
-    g: Tensor, values: Tensor, w: Tensor, support: Support
+    g: Tensor, values: Tensor, w: Tensor, support: Support, shares: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `eager.decode_backward`."""
     if w.dtype != torch.float32:
-        return eager.decode_backward(g, values, w, support)
+        return eager.decode_backward(g, values, w, support, shares)
     order, rows, starts = support.by_latent
     g = g.contiguous()
-    return encode(g, w, None, support), _bags(values, order, rows, starts, g)
+    g_w = _bags(values, order, rows, starts, g)
+    if shares is not None:
+        g_w.addcmul_(w, shares[:, None])
+    return encode(g, w, None, support), g_w
 
 
 def pool(values: Tensor, support: Support, cuts: Tensor, sums: Tensor) -> None:

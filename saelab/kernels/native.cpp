@@ -103,13 +103,14 @@ void gather(Weight weight, const i64* index, i64 begin, i64 end, const float* ta
 }
 
 // For one latent: products[order[j]] += <a[rows[j]], w> over one strip and, if wanted, the sum
-// sum_j values[order[j]] * a[rows[j]]; both from one read of a.
+// share * w + sum_j values[order[j]] * a[rows[j]]; both from one read of a.
 template <int V, bool WithSum>
 inline void product_strip(const float* a, i64 d, const float* w, const float* values,
                           const i64* order, const i64* rows, i64 begin, i64 end, float* products,
-                          float* sum_out) {
-    Vec own[V], sums[V] = {};
+                          float share, float* sum_out) {
+    Vec own[V], sums[V];
     for (int v = 0; v < V; ++v) own[v] = load(w + v * WIDE);
+    for (int v = 0; v < V; ++v) sums[v] = share * own[v];
     for (i64 j = begin; j < end; ++j) {
         const float* row = a + rows[j] * d;
         if (j + 2 < end) prefetch(a + rows[j + 2] * d, V);
@@ -129,10 +130,10 @@ inline void product_strip(const float* a, i64 d, const float* w, const float* va
 template <bool WithSum>
 void products_of_latent(const float* a, i64 d, const float* w, const float* values,
                         const i64* order, const i64* rows, i64 begin, i64 end, float* products,
-                        float* sum_out) {
+                        float share, float* sum_out) {
     strips(d, [&](int width, i64 at) {
         if (width == 0) {
-            float total = 0;
+            float total = share * w[at];
             for (i64 j = begin; j < end; ++j) {
                 const float x = a[rows[j] * d + at];
                 products[order[j]] += w[at] * x;
@@ -142,7 +143,7 @@ void products_of_latent(const float* a, i64 d, const float* w, const float* valu
         }
         with_width(width, [&](auto v) {
             product_strip<v(), WithSum>(a + at, d, w + at, values, order, rows, begin, end,
-                                        products, WithSum ? sum_out + at : nullptr);
+                                        products, share, WithSum ? sum_out + at : nullptr);
         });
     });
 }
@@ -412,7 +413,7 @@ void encode(const float* u, const float* w, const float* bias, const i64* order,
     for (i64 i = 0; i < d_sae; ++i) {
         for (i64 j = starts[i]; j < starts[i + 1]; ++j) out[order[j]] = bias ? bias[i] : 0.0f;
         products_of_latent<false>(u, d, w + i * d, nullptr, order, rows, starts[i], starts[i + 1],
-                                  out, nullptr);
+                                  out, 0.0f, nullptr);
     }
 }
 
@@ -444,14 +445,14 @@ void combine_by_latent(const float* values, const i64* order, const i64* rows, c
         scatter_latent(w + i * d, values, order, rows, starts[i], starts[i + 1], d, out);
 }
 
-void decode_backward(const float* g, const float* values, const float* w, const i64* order,
-                     const i64* rows, const i64* starts, i64 d_sae, i64 d, int threads,
-                     float* g_values, float* g_w) {
+void decode_backward(const float* g, const float* values, const float* w, const float* shares,
+                     const i64* order, const i64* rows, const i64* starts, i64 d_sae, i64 d,
+                     int threads, float* g_values, float* g_w) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 64) if (threads > 1)
     for (i64 i = 0; i < d_sae; ++i) {
         for (i64 j = starts[i]; j < starts[i + 1]; ++j) g_values[order[j]] = 0.0f;
         products_of_latent<true>(g, d, w + i * d, values, order, rows, starts[i], starts[i + 1],
-                                 g_values, g_w + i * d);
+                                 g_values, shares ? shares[i] : 0.0f, g_w + i * d);
     }
 }
 

@@ -42,7 +42,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "encode_backward": (None, [*[_POINTER] * 5, _I64, _I64, _INT, *[_POINTER] * 2]),
     "combine": (None, [*[_POINTER] * 4, _I64, _I64, _INT, _POINTER]),
     "combine_by_latent": (None, [*[_POINTER] * 5, _I64, _I64, _I64, _POINTER]),
-    "decode_backward": (None, [*[_POINTER] * 6, _I64, _I64, _INT, *[_POINTER] * 2]),
+    "decode_backward": (None, [*[_POINTER] * 7, _I64, _I64, _INT, *[_POINTER] * 2]),
 }
 for _suffix in ("float32", "bfloat16"):
     _SIGNATURES |= {
@@ -303,17 +303,19 @@ def decode(values: Tensor, w: Tensor, support: Support) -> Tensor:
 
 
 def decode_backward(
-    g: Tensor, values: Tensor, w: Tensor, support: Support
+    g: Tensor, values: Tensor, w: Tensor, support: Support, shares: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `eager.decode_backward`, both from one read of g."""
     if w.dtype != torch.float32:
-        return eager.decode_backward(g, values, w, support)
+        return eager.decode_backward(g, values, w, support, shares)
     g, values, w = g.contiguous(), values.contiguous(), w.contiguous()
+    shares = None if shares is None else shares.contiguous()
     g_values, g_w = torch.empty_like(values), torch.empty_like(w)
     _function("decode_backward")(
         g.data_ptr(),
         values.data_ptr(),
         w.data_ptr(),
+        _pointer(shares),
         *_index(support),
         *w.shape,
         torch.get_num_threads(),

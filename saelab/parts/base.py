@@ -17,6 +17,7 @@ place where running statistics change. Measuring and evaluating never call it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from saelab.config import Frozen
 from saelab.errors import SettingError
-from saelab.kernels import Code, Support
+from saelab.kernels import Code, Support, row_norms
 
 if TYPE_CHECKING:
     from saelab.sae import SAE
@@ -58,6 +59,7 @@ class Pass:
         step: optimiser steps done before this pass; `steps` is how many the run has.
         settings: values of the controllers by name.
         shape: leading dimensions of the batch: (N,) rows or (contexts, positions).
+        norms: of the decoder's rows, where they came with its product; see `decoder_norms`.
     """
 
     x: Tensor
@@ -71,6 +73,12 @@ class Pass:
     steps: int
     settings: dict[str, float]
     shape: tuple[int, ...]
+    norms: Tensor | None = None
+
+    @cached_property
+    def decoder_norms(self) -> Tensor:
+        """|W_dec_i| of each latent with its gradient; [d_sae]."""
+        return self.norms if self.norms is not None else row_norms(self.sae.W_dec)
 
     @property
     def n(self) -> int:
@@ -181,6 +189,8 @@ class LossTerm(Part):
     """One term of the objective; `coefficient` is a number or the name of a controller."""
 
     coefficient: float | str = 1.0
+    #: Reads `p.decoder_norms`, which then come with the decoder's product.
+    uses_decoder_norms: ClassVar[bool] = False
 
     def check(self, sae: SAE) -> None:
         if isinstance(self.coefficient, str) and self.coefficient not in sae.settings(0):

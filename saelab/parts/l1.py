@@ -9,11 +9,10 @@ and its decoder.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from saelab.kernels import row_norms
 from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
 
 
@@ -28,11 +27,12 @@ class L1Config(PartConfig):
 
 
 class L1(LossTerm):
+    uses_decoder_norms: ClassVar[bool] = True
+
     def __init__(self, config: L1Config) -> None:
         super().__init__()
         self.coefficient = config.coefficient
 
     def loss(self, p: Pass) -> Tensor:
-        norms = row_norms(p.sae.W_dec)
         scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.x.shape[1]))
-        return p.code.weighted_sum(norms) * scale
+        return p.code.weighted_sum(p.decoder_norms) * scale

@@ -82,14 +82,14 @@ class VarianceScaling(Scaling):
 
     def apply(self, centred: Tensor) -> Tensor:  # type: ignore[override]
         if self.config.statistics == "batch":
-            variance = centred.detach().var(0, correction=0)
+            variance = _variance(centred.detach())
         else:
             variance = self.variance
         return torch.addcmul(self.theta, centred, self.beta * self.gain(variance))
 
     def update(self, p: Pass) -> None:
         if self.config.statistics == "running":
-            self.variance.lerp_(p.x.var(0, correction=0), 1 - self.config.momentum)
+            self.variance.lerp_(_variance(p.x), 1 - self.config.momentum)
 
     def fold(self) -> tuple[Tensor, Tensor]:
         gain = (self.beta * self.gain(self.variance)).detach()
@@ -101,6 +101,11 @@ class VarianceScaling(Scaling):
             "theta": float(self.theta.detach().mean()),
             "tau": self.config.tau,
         }
+
+
+def _variance(x: Tensor) -> Tensor:
+    """Of each column, by its definition; [n, d] -> [d]. Torch's own is several times slower."""
+    return (x - x.mean(0)).square_().mean(0)
 
 
 class ScalarPriorConfig(PartConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -97,6 +98,11 @@ class Group:
         )
 
 
+def _sum_of_squares(x: Tensor) -> float:
+    flat = x.reshape(-1)
+    return float(torch.dot(flat, flat))
+
+
 class Optimiser:
     """Adam (Kingma and Ba 2015) over the weights and, in a group each, every part's parameters."""
 
@@ -113,7 +119,7 @@ class Optimiser:
     def clip(self) -> float:
         """Clips the weights' gradient; returns its norm before, and inf or NaN as it is."""
         grads = [p.grad for p in self.groups[0].parameters if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(grads))
+        norm = math.sqrt(sum(_sum_of_squares(grad) for grad in grads))
         if norm > self.config.grad_clip:
             for grad in grads:
                 grad.mul_(self.config.grad_clip / norm)

@@ -19,6 +19,7 @@ from saelab.kernels import (
     Code,
     Support,
     decode_at,
+    decode_with_norms,
     eager,
     encode_all,
     encode_at,
@@ -142,6 +143,25 @@ class TestAgainstDense:
             got, torch.autograd.grad(wanted.square().sum(), (p.values, p.w)), strict=True
         ):
             close(one, other)
+
+    @given(problems)
+    def test_decode_with_norms(self, p: Problem) -> None:
+        y, norms = decode_with_norms(p.values, p.w, p.support)
+        wanted, dense_norms = p.dense(p.values) @ p.w, torch.linalg.vector_norm(p.w, dim=1)
+        close(norms, dense_norms)
+        weights = torch.linspace(-1, 2, len(norms))
+        for both, parts in (
+            ((y.square().sum() + norms @ weights), (wanted.square().sum() + dense_norms @ weights)),
+            (norms @ weights, dense_norms @ weights),
+            (y.sum(), wanted.sum()),
+        ):
+            got = torch.autograd.grad(both, (p.values, p.w), retain_graph=True, allow_unused=True)
+            other = torch.autograd.grad(
+                parts, (p.values, p.w), retain_graph=True, allow_unused=True
+            )
+            for one, two in zip(got, other, strict=True):
+                if two is not None:
+                    close(one, two)
 
     @given(problems)
     def test_centre_has_the_gradient_that_u_would_pass_on(self, p: Problem) -> None:

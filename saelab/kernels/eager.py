@@ -21,6 +21,8 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 #: Pairs per slice where a gather is needed (devices without a sampled product): bounds memory.
 SLICE = 1 << 16
+#: Smallest norm that a row is divided by.
+SMALLEST = 1e-12
 
 
 def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] | None:
@@ -135,6 +137,16 @@ def pool(values: Tensor, support: Support, cuts: Tensor, sums: Tensor) -> None:
     here = slice(int(bounds[0]), int(bounds[-1]))
     places = torch.add(support.latents[here], segment, alpha=support.d_sae)
     sums.view(-1).index_add_(0, places, values[here])
+
+
+def project_out(g: Tensor, w: Tensor) -> None:
+    """Removes from each row of g its component along the unit row of w; [F, d], g in place."""
+    g.sub_(w * torch.linalg.vecdot(g, w).unsqueeze(1))
+
+
+def normalise(w: Tensor) -> None:
+    """Divides each row by its norm (at least SMALLEST); [F, d], in place."""
+    w.copy_(torch.nn.functional.normalize(w, dim=1, eps=SMALLEST))
 
 
 def _bags(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:

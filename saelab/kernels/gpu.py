@@ -18,7 +18,13 @@ from torch import Tensor
 from triton import knobs  # type: ignore[import-not-found]
 
 from saelab.kernels import eager
-from saelab.kernels.eager import above, by_latent, firings, kth_largest, topk
+from saelab.kernels.eager import (
+    above,
+    by_latent,
+    firings,
+    kth_largest,
+    topk,
+)
 
 if TYPE_CHECKING:
     from saelab.kernels.code import Support
@@ -32,7 +38,9 @@ __all__ = [
     "encode_backward",
     "firings",
     "kth_largest",
+    "normalise",
     "pool",
+    "project_out",
     "topk",
     "why_not",
 ]

@@ -148,16 +148,29 @@ void products_of_latent(const float* a, i64 d, const float* w, const float* valu
     });
 }
 
+inline float row_dot(const float* a, const float* b, i64 d) {
+    Vec even = {}, odd = {};
+    i64 i = 0;
+    for (; i + 2 * WIDE <= d; i += 2 * WIDE) {
+        even += load(a + i) * load(b + i);
+        odd += load(a + i + WIDE) * load(b + i + WIDE);
+    }
+    float rest = 0;
+    for (; i < d; ++i) rest += a[i] * b[i];
+    return sum(even + odd) + rest;
+}
+
+// y += scale * x
+inline void add_scaled(float scale, const float* x, float* y, i64 d) {
+    i64 i = 0;
+    for (; i + WIDE <= d; i += WIDE) store(y + i, load(y + i) + scale * load(x + i));
+    for (; i < d; ++i) y[i] += scale * x[i];
+}
+
 // y[rows[j]] += values[order[j]] * w for the pairs of one latent.
 inline void scatter_latent(const float* w, const float* values, const i64* order, const i64* rows,
                            i64 begin, i64 end, i64 d, float* y) {
-    for (i64 j = begin; j < end; ++j) {
-        float* row = y + rows[j] * d;
-        const float value = values[order[j]];
-        i64 i = 0;
-        for (; i + WIDE <= d; i += WIDE) store(row + i, load(row + i) + value * load(w + i));
-        for (; i < d; ++i) row[i] += value * w[i];
-    }
+    for (i64 j = begin; j < end; ++j) add_scaled(values[order[j]], w, y + rows[j] * d, d);
 }
 
 // ---------------------------------------------------------------- selection
@@ -398,6 +411,23 @@ i64 firings(const float* values, const i64* latents, i64 nnz, i64 d_sae, i64* ou
         active += fires;
     }
     return active;
+}
+
+void project_out(float* g, const float* w, i64 rows, i64 d, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (i64 n = 0; n < rows; ++n) {
+        const float along = row_dot(g + n * d, w + n * d, d);
+        add_scaled(-along, w + n * d, g + n * d, d);
+    }
+}
+
+void normalise(float* w, i64 rows, i64 d, float smallest, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (i64 n = 0; n < rows; ++n) {
+        float* row = w + n * d;
+        const float norm = std::max(std::sqrt(row_dot(row, row, d)), smallest);
+        for (i64 i = 0; i < d; ++i) row[i] /= norm;
+    }
 }
 
 void pool(const float* values, const i64* offsets, const i64* latents, const i64* cuts,

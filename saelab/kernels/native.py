@@ -38,6 +38,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "by_latent": (None, [*[_POINTER] * 2, _I64, _I64, *[_POINTER] * 3]),
     "firings": (_I64, [_POINTER, _POINTER, _I64, _I64, _POINTER]),
     "pool": (None, [*[_POINTER] * 4, _I64, _I64, _POINTER]),
+    "project_out": (None, [_POINTER, _POINTER, _I64, _I64, _INT]),
+    "normalise": (None, [_POINTER, _I64, _I64, ctypes.c_float, _INT]),
     "encode": (None, [*[_POINTER] * 6, _I64, _I64, _INT, _POINTER]),
     "encode_backward": (None, [*[_POINTER] * 5, _I64, _I64, _INT, *[_POINTER] * 2]),
     "combine": (None, [*[_POINTER] * 4, _I64, _I64, _INT, _POINTER]),
@@ -323,6 +325,27 @@ def decode_backward(
         g_w.data_ptr(),
     )
     return g_values, g_w
+
+
+def project_out(g: Tensor, w: Tensor) -> None:
+    """As `eager.project_out`."""
+    if not _in_place(g) or w.dtype != torch.float32:
+        eager.project_out(g, w)
+        return
+    w = w.contiguous()
+    _function("project_out")(g.data_ptr(), w.data_ptr(), *g.shape, torch.get_num_threads())
+
+
+def normalise(w: Tensor) -> None:
+    """As `eager.normalise`."""
+    if not _in_place(w):
+        eager.normalise(w)
+        return
+    _function("normalise")(w.data_ptr(), *w.shape, eager.SMALLEST, torch.get_num_threads())
+
+
+def _in_place(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_contiguous()
 
 
 def pool(values: Tensor, support: Support, cuts: Tensor, sums: Tensor) -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch.nn.functional import normalize
-
+from saelab.kernels import kernels_for
 from saelab.parts.base import Constraint, Dims, PartConfig
 
 if TYPE_CHECKING:
@@ -29,8 +27,7 @@ class UnitNorm(Constraint):
         grad = sae.W_dec.grad
         if grad is None:
             return
-        rows = sae.W_dec.detach()
-        grad.sub_(rows * torch.linalg.vecdot(grad, rows).unsqueeze(1))
+        kernels_for(grad.device).project_out(grad, sae.W_dec.detach())
 
     def on_parameters(self, sae: SAE) -> None:
-        sae.W_dec.data.copy_(normalize(sae.W_dec.data, dim=1))
+        kernels_for(sae.W_dec.device).normalise(sae.W_dec.data)

@@ -496,6 +496,26 @@ class TestNative:
         got, wanted = native.firings(values, s), eager.firings(values, s)
         assert torch.equal(got[0], wanted[0]) and got[1] == wanted[1]
 
+    @pytest.mark.parametrize("d", [1, 15, 16, 33, 192, 200])
+    def test_unit_rows(self, threads: int, d: int, global_random_seed: int) -> None:
+        stream = torch_stream(global_random_seed, "rows")
+        w, g = (torch.randn(9, d, generator=stream) for _ in range(2))
+        w[2] = 0
+        ours, theirs = w.clone(), w.clone()
+        native.normalise(ours)
+        eager.normalise(theirs)
+        close(ours, theirs)
+        assert not ours[2].any()
+        left, wanted = g.clone(), g.clone()
+        native.project_out(left, ours)
+        eager.project_out(wanted, theirs)
+        close(left, wanted)
+        assert torch.linalg.vecdot(left, ours).abs().max() < 1e-4
+        strided = torch.randn(d, 9, generator=stream).t()
+        expected = torch.nn.functional.normalize(strided, dim=1)
+        native.normalise(strided)
+        close(strided, expected)
+
     def test_bits_do_not_depend_on_threads(self, threads: int, global_random_seed: int) -> None:
         p = problem(global_random_seed, 40, 900, 192, 0.05, torch.float32)
         u, w, b, values = (x.detach() for x in (p.u, p.w, p.b, p.values))

@@ -23,6 +23,8 @@ from saelab.kernels.eager import (
     by_latent,
     firings,
     kth_largest,
+    normalise,
+    project_out,
     topk,
 )
 

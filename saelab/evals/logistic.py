@@ -5,7 +5,7 @@
 Newton's method with a line search, in two forms that share the minimum and nothing else:
 
     few columns    many problems at once, each step by a Cholesky factor of its own k x k Hessian
-    many columns   one problem, each step by conjugate gradients: two passes over z an iteration,
+    many columns   one problem, each step by conjugate gradients: one read of z an iteration,
                    no matrix of columns x columns or texts x texts, float32
 
 Where conjugate gradients are slow (columns of very different sizes), they go on with the Hessian's
@@ -21,6 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from saelab.kernels import kernels_for
 
 #: The direct form stops after a step that promised to lower the loss by less than this share of
 #: it. Our choice: it converges quadratically there, and accuracies no longer move.
@@ -190,15 +192,16 @@ def _conjugate_gradients(
 
     Returns: x [k], Z x [n] and the number of iterations.
     """
-    share = weight / weight.sum()
+    product = kernels_for(z.device).gram_product
+    share, centre = weight / weight.sum(), weight @ z
     x, fit = torch.zeros_like(right), torch.zeros_like(weight)
     residual, direction = right, scale * right
     power = float(residual @ direction)
     enough = FORCING**2 * float(right @ right)
     taken = 0
     while float(residual @ residual) > enough and taken < most:
-        along = z @ direction
-        image = direction + (weight * (along - share @ along)) @ z
+        along, image = product(z, weight, direction)
+        image = direction + image - (share @ along) * centre
         length = power / float(direction @ image)
         x, fit = x + length * direction, fit + length * along
         residual = residual - length * image

@@ -149,6 +149,12 @@ def normalise(w: Tensor) -> None:
     w.copy_(torch.nn.functional.normalize(w, dim=1, eps=SMALLEST))
 
 
+def gram_product(z: Tensor, weights: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Z v and Z^T (weights * Z v); z [n, k], weights [n], v [k] -> ([n], [k])."""
+    along = z @ v
+    return along, (weights * along) @ z
+
+
 def _bags(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
     """Per bag the weighted sum of rows of `table`; weights, index [nnz] -> [bags, d]."""
     if not index.numel():

@@ -430,6 +430,16 @@ void normalise(float* w, i64 rows, i64 d, float smallest, int threads) {
     }
 }
 
+void gram_product(const float* z, const float* weights, const float* v, i64 rows, i64 d,
+                  float* along, float* out) {
+    std::fill(out, out + d, 0.0f);
+    for (i64 n = 0; n < rows; ++n) {
+        __builtin_prefetch(z + (n + 1) * d, 0, 3);
+        along[n] = row_dot(z + n * d, v, d);
+        add_scaled(weights[n] * along[n], z + n * d, out, d);
+    }
+}
+
 void pool(const float* values, const i64* offsets, const i64* latents, const i64* cuts,
           i64 segments, i64 d_sae, float* sums) {
     for (i64 s = 0; s < segments; ++s)

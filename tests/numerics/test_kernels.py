@@ -516,6 +516,17 @@ class TestNative:
         native.normalise(strided)
         close(strided, expected)
 
+    @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (7, 33), (20, 200)])
+    def test_gram_product(self, shape: tuple[int, int], global_random_seed: int) -> None:
+        stream = torch_stream(global_random_seed, "gram")
+        z = torch.randn(*shape, generator=stream)
+        weights = torch.rand(shape[0], generator=stream)
+        v = torch.randn(shape[1], generator=stream)
+        for one, other in zip(
+            native.gram_product(z, weights, v), eager.gram_product(z, weights, v), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
     def test_bits_do_not_depend_on_threads(self, threads: int, global_random_seed: int) -> None:
         p = problem(global_random_seed, 40, 900, 192, 0.05, torch.float32)
         u, w, b, values = (x.detach() for x in (p.u, p.w, p.b, p.values))

@@ -12,6 +12,7 @@ import typer
 
 app = typer.Typer(
     help="Train sparse autoencoder variants side by side and learn whether an idea helps.",
+    epilog="Runs on the CPU. The path for CUDA (model.device = 'cuda') has not run on a GPU yet.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help, and errors whose last line says what is wrong

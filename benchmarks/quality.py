@@ -99,13 +99,13 @@ class _plain_autograd:
         self.patch: list[tuple[Any, str, Any]] = []
         if wanted:
             from saelab import sae
-            from saelab.parts import l1, reconstruction
+            from saelab.parts import base, reconstruction
 
             self.patch = [
                 (sae, "encode_all", _encode),
                 (sae.SAE, "_support", lambda self, z: None),
                 (sae, "selection_dtype", lambda precision, device: torch.float32),
-                (l1, "row_norms", lambda w: torch.linalg.vector_norm(w, dim=1)),
+                (base, "row_norms", lambda w: torch.linalg.vector_norm(w, dim=1)),
                 (reconstruction, "mean_square", lambda a, b: (a - b).square().mean()),
             ]
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,24 @@ class Contestant:
             "quartiles_s": [low, high],
             "turns_s": self.turns,
         }
+
+
+def timed(
+    work: Callable[[], object], before: Callable[[], object] | None = None
+) -> Callable[[int], list[float]]:
+    """n -> the seconds of each of n calls of `work`; `before` runs ahead of each, uncounted."""
+
+    def samples(n: int) -> list[float]:
+        found = []
+        for _ in range(n):
+            if before is not None:
+                before()
+            start = perf_counter()
+            work()
+            found.append(perf_counter() - start)
+        return found
+
+    return samples
 
 
 def alternate(

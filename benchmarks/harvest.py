@@ -13,7 +13,6 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from common import (
     run,
     save,
     scratch,
+    timed,
     timing_table,
 )
 from common import ratio as paired
@@ -123,7 +123,7 @@ def _bare(options: Namespace, tokens: Tokens, layer: int) -> Callable[[int], lis
         for ids in tokens.ids.split(BATCH):
             body(input_ids=ids, use_cache=False)
 
-    return _timed(once)
+    return timed(once)
 
 
 def _ours(
@@ -139,25 +139,7 @@ def _ours(
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
 
-    return _timed(once, clean)
-
-
-def _timed(
-    once: Callable[[], None], before: Callable[[], None] | None = None
-) -> Callable[[int], list[float]]:
-    """n -> seconds of each of n calls."""
-
-    def times(n: int) -> list[float]:
-        found = []
-        for _ in range(n):
-            if before is not None:
-                before()
-            start = perf_counter()
-            once()
-            found.append(perf_counter() - start)
-        return found
-
-    return times
+    return timed(once, clean)
 
 
 def _stores(

@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from common import timed
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -160,12 +161,4 @@ def gemm(inputs: Inputs, dtype: torch.dtype) -> Any:
     """n -> seconds of each of n encoder products x W^T [N, F] in a precision."""
     x, w = inputs.batches[0].to(dtype), inputs.rows.to(dtype)
 
-    def times(n: int) -> list[float]:
-        found = []
-        for _ in range(n):
-            start = perf_counter()
-            torch.mm(x, w.T)
-            found.append(perf_counter() - start)
-        return found
-
-    return times
+    return timed(lambda: torch.mm(x, w.T))

@@ -21,7 +21,6 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -41,6 +40,7 @@ from common import (
     scratch,
     table,
     target_of,
+    timed,
 )
 from safetensors.torch import save_file
 from torch import Tensor
@@ -170,22 +170,10 @@ def _our_stages(sae: SAE, data: ProbingData, codes: ProbingData) -> dict[str, Co
         return lambda: evaluate_probing(None, codes, 0, k_values, prefix="sae")
 
     return {
-        "encode and pool": Contestant("ours", _timed(pool)),
-        "k-sparse and full probes": Contestant("ours", _timed(probes(K_VALUES))),
-        "full probes": Contestant("ours", _timed(probes(()))),
+        "encode and pool": Contestant("ours", timed(pool)),
+        "k-sparse and full probes": Contestant("ours", timed(probes(K_VALUES))),
+        "full probes": Contestant("ours", timed(probes(()))),
     }
-
-
-def _timed(once: Callable[[], object]) -> Callable[[int], list[float]]:
-    def times(n: int) -> list[float]:
-        found = []
-        for _ in range(n):
-            start = perf_counter()
-            once()
-            found.append(perf_counter() - start)
-        return found
-
-    return times
 
 
 def _subtract(ours: dict[str, Contestant]) -> None:

@@ -13,11 +13,14 @@ Plain cells take about four times as long: with two processes some 12 minutes fo
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,8 +29,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import saelab
+from saelab import sae as model
 from saelab import stats
 from saelab.allocator import keep_freed_memory
+from saelab.parts import base as seams
+from saelab.parts import reconstruction
 from saelab.rundir import cache_folder
 from saelab.study.prepare import prepare
 
@@ -92,31 +98,20 @@ def _cell(job: tuple[str, bool, int, bool]) -> dict[str, float]:
     return {name: scores.get(name, np.nan) for name in METRICS} | {"seconds": seconds}
 
 
-class _plain_autograd:
+@contextmanager
+def _plain_autograd(wanted: bool) -> Iterator[None]:
     """Replaces every operation of ours in a training step by torch's own, dense, in float32."""
-
-    def __init__(self, wanted: bool) -> None:
-        self.patch: list[tuple[Any, str, Any]] = []
-        if wanted:
-            from saelab import sae
-            from saelab.parts import base, reconstruction
-
-            self.patch = [
-                (sae, "encode_all", _encode),
-                (sae.SAE, "_support", lambda self, z: None),
-                (sae, "selection_dtype", lambda precision, device: torch.float32),
-                (base, "row_norms", lambda w: torch.linalg.vector_norm(w, dim=1)),
-                (reconstruction, "mean_square", lambda a, b: (a - b).square().mean()),
-            ]
-
-    def __enter__(self) -> None:
-        self.kept = [(where, name, getattr(where, name)) for where, name, _ in self.patch]
-        for where, name, value in self.patch:
-            setattr(where, name, value)
-
-    def __exit__(self, *error: object) -> None:
-        for where, name, value in self.kept:
-            setattr(where, name, value)
+    plain: list[tuple[Any, str, Any]] = [
+        (model, "encode_all", _encode),
+        (model.SAE, "_support", lambda self, z: None),
+        (model, "selection_dtype", lambda precision, device: torch.float32),
+        (seams, "row_norms", lambda w: torch.linalg.vector_norm(w, dim=1)),
+        (reconstruction, "mean_square", lambda a, b: (a - b).square().mean()),
+    ]
+    with ExitStack() as patches:
+        for place, name, replacement in plain if wanted else ():
+            patches.enter_context(mock.patch.object(place, name, replacement))
+        yield
 
 
 def _encode(u: Tensor, w: Tensor, b: Tensor, centre: Tensor | None = None) -> Tensor:

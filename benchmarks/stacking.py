@@ -9,13 +9,10 @@ decides (docs/decisions/0007).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from time import perf_counter
-
 import torch
-from common import Contestant, Section, alternate, parser, ratio, run, save, table
+from common import Contestant, Section, alternate, parser, ratio, run, save, table, timed
 
-#: N, d, F, S. Cells of the shipped studies, the embedded benchmark shape, a toy shape.
+#: N, d, F, S. The width of the shipped studies, the embedded benchmark shape, a toy shape.
 SHAPES = ((256, 192, 1536, 8), (256, 192, 3072, 8), (256, 64, 512, 8))
 
 
@@ -55,22 +52,10 @@ def _contestants(
     return (
         Contestant(
             "separate",
-            _timed(lambda: [torch.addmm(b[i, 0], u[i], w[i].t()) for i in range(cells)]),
+            timed(lambda: [torch.addmm(b[i, 0], u[i], w[i].t()) for i in range(cells)]),
         ),
-        Contestant("stacked", _timed(lambda: torch.baddbmm(b, u, w.transpose(1, 2)))),
+        Contestant("stacked", timed(lambda: torch.baddbmm(b, u, w.transpose(1, 2)))),
     )
-
-
-def _timed(work: Callable[[], object]) -> Callable[[int], list[float]]:
-    def samples(count: int) -> list[float]:
-        taken = []
-        for _ in range(count):
-            start = perf_counter()
-            work()
-            taken.append(perf_counter() - start)
-        return taken
-
-    return samples
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Iterator[tuple[slice, Code]]:
-        """The code of `encode` without its zeros, ROWS rows at a time and about twice as fast.
+        """The code of `encode` without its zeros, ROWS rows at a time.
 
         Where the selection is in bfloat16 the floors are lowered by more than its rounding can
         amount to, so that no active latent is missed; the values are float32. A code that is not

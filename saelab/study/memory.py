@@ -4,11 +4,13 @@
     training = process + workers x (process + weights + probing + a shard and the sample
                + cells of a job x (parameters, gradient, two moments) + one chunk of dense code)
 
-The need is the larger one. Bytes are counted from the settings; only `PROCESS` was measured.
+The need is the larger one. Bytes are counted from the settings; only `process` was measured.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,9 @@ from saelab.study.plan import BaseConfig, CellSpec
 
 #: A process with torch, transformers and the tokenizer, in bytes. Measured: 390 to 450 MB.
 PROCESS = 420 * 2**20
+#: What Triton adds where it is installed: transformers imports torch's compiler, which loads it.
+#: Measured: 180 to 210 MB, of which the code (160 MB) is shared by all processes.
+TRITON = 190 * 2**20
 #: Tensors of [CHUNK, d_sae] alive while codes are evaluated.
 CODES = 3
 #: Probing texts are shorter than their context; the share that counts in the embedded entries, and
@@ -64,7 +69,7 @@ def needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, group: int)
     Raises: SourceError when the language model can't be found.
     """
     if base.activations is not None:
-        return Needs(PROCESS, _processes(workers, 0), 0)
+        return Needs(process(), _processes(workers, 0), 0)
     size = models.size(base.model)
     harvested = harvest_bytes(
         size, base.context, base.train.tokens, base.harvest, base.model.device
@@ -76,10 +81,16 @@ def needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, group: int)
     tokens = (base.train.tokens, base.evaluation.tokens)
     stored = sum(bytes_needed(n, base.context, size.d_model, base.harvest.dtype) for n in tokens)
     return Needs(
-        PROCESS + size.weights + harvested,
+        process() + size.weights + harvested,
         _processes(workers, worker) + size.weights,
         stored + rows,
     )
+
+
+@functools.cache
+def process() -> int:
+    """Memory of a process before it does anything, in bytes."""
+    return PROCESS + (TRITON if importlib.util.find_spec("triton") else 0)
 
 
 def harvest_bytes(size: Size, context: int, tokens: int, config: HarvestConfig, device: str) -> int:
@@ -118,4 +129,4 @@ def _cells(specs: Sequence[CellSpec], d: int, group: int) -> int:
 
 
 def _processes(workers: int, worker: int) -> int:
-    return PROCESS + (workers * (PROCESS + worker) if workers else worker)
+    return process() + (workers * (process() + worker) if workers else worker)

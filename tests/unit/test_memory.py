@@ -13,7 +13,7 @@ import torch
 
 from saelab.data.harvest import HarvestConfig
 from saelab.data.models import ModelConfig, load, size
-from saelab.study.memory import PROCESS, harvest_bytes, needs
+from saelab.study.memory import harvest_bytes, needs, process
 from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run, cells
 
 BASE = BaseConfig()
@@ -90,7 +90,7 @@ def test_a_harvest_takes_what_is_stated(
     torch.set_num_threads(2)  # the number of lanes that the other process had
     config = HarvestConfig(shard_tokens=shard_tokens, batch=batch)
     embedded = size(ModelConfig())
-    stated = PROCESS + embedded.weights
+    stated = process() + embedded.weights
     stated += harvest_bytes(embedded, 128, 128 * contexts, config, "cpu")
     torch.set_num_threads(1)
     print(f"peak {peak / 1e6:.0f} MB, stated {stated / 1e6:.0f} MB")

@@ -66,6 +66,8 @@ ROUNDING = 3.05 * 2**-9
 BIAS_ROWS = 2048
 #: Rows encoded at once where no gradient is needed: their code stays in a core's cache.
 ROWS = 256
+#: The same where a code depends on the tokens before: whole segments, about so many rows.
+CONTEXT_ROWS = 2048
 
 
 class SAEConfig(Frozen):
@@ -164,8 +166,12 @@ class SAE(nn.Module):
         self.W_enc.copy_(self.W_dec)
         self.b_enc.zero_()
         self.b_dec.copy_(mean / self.scale)
+        rows = sample[:BIAS_ROWS] / self.scale - self._centre()
+        start = linear(rows, self.W_enc)
+        self.activation.fit(start)
         if self.config.initial_l0 is not None and self.config.encoder_bias:
-            self.b_enc.fill_(self._bias_for(sample, self.config.initial_l0))
+            self.b_enc.fill_(self._bias_for(start, self.config.initial_l0))
+            self.activation.fit(start + self.b_enc)
         if self.scaling is not None:
             self.scaling.fit(sample / self.scale - self._centre())
             if getattr(self.config.scaling, "start", "function") == "function":
@@ -174,14 +180,13 @@ class SAE(nn.Module):
                 self.b_enc.sub_(self.W_enc @ shift)
         self.check_alive()
 
-    def _bias_for(self, sample: Tensor, l0: float) -> float:
-        """The constant b_enc with which `l0` latents per row pass their floors, without scaling."""
-        floor = self.activation.floor()
+    def _bias_for(self, z: Tensor, l0: float) -> float:
+        """The constant b_enc with which `l0` latents per row of z [n, d_sae] pass their floors."""
+        floor = self.activation.initial_floor()
         if floor is None or self.activation.couples_batch:
             return 0.0
-        rows = sample[:BIAS_ROWS] / self.scale - self._centre()
-        above = (linear(rows, self.W_enc) - floor.to(rows.device)).flatten()
-        rank = min(max(1, round(l0 * len(rows))), above.numel())
+        above = (z - floor.to(z.device)).flatten()
+        rank = min(max(1, round(l0 * len(z))), above.numel())
         return -float(above.kthvalue(above.numel() - rank + 1).values)
 
     def check_alive(self) -> None:
@@ -192,22 +197,25 @@ class SAE(nn.Module):
 
     # ---- training pass -----------------------------------------------------------------------
 
-    def forward(self, x: Tensor, step: int = 0, steps: int = 1) -> Pass:
+    def forward(
+        self, x: Tensor, step: int = 0, steps: int = 1, starts: Tensor | None = None
+    ) -> Pass:
         """One pass in raw activation space.
 
         Args:
-            x: float32 [N, d_in] rows, or [contexts, positions, d_in].
+            x: float32 [N, d_in].
             step, steps: where the run is, for schedules.
+            starts: int64 [m + 1], where segments of rows that follow each other begin, and N; None
+                for shuffled rows.
         """
-        shape = tuple(x.shape[:-1])
-        x = x.reshape(-1, self.d_in) / self.scale
+        x = x / self.scale
         u = self._encoder_input(x)
         dtype = selection_dtype(self.config.precision, x.device) if self.training else u.dtype
         z = preactivations(u, self.W_enc, self.b_enc, dtype)
-        support = self._support(z)
+        support = self._support(z, starts)
         if support is None:
             pre = encode_all(u, self.W_enc, self.b_enc, self._centre_of_gradient())
-            code = Code(self.activation.dense(pre), pre, None)
+            code = Code(self._dense(pre, starts), pre, None)
             recon, norms = code.values @ self.W_dec + self.b_dec, None
         else:
             pre = self.encode_at(u, support, z)
@@ -215,12 +223,17 @@ class SAE(nn.Module):
             decode = decode_with_norms if self._norms_wanted else _decode_alone
             product, norms = decode(code.values, self.W_dec, support)
             recon = product + self.b_dec
-        return Pass(x, x, z, u, code, recon, self, step, steps, self.settings(step), shape, norms)
+        return Pass(x, x, z, u, code, recon, self, step, steps, self.settings(step), starts, norms)
 
     @torch.no_grad()
-    def _support(self, z: Tensor) -> Support | None:
+    def _support(self, z: Tensor, starts: Tensor | None) -> Support | None:
         """Where the code may be non-zero; None asks for the dense path."""
-        return self.activation.support(z)
+        context = (starts,) if self.activation.needs_contexts else ()
+        return self.activation.support(z, *context)
+
+    def _dense(self, z: Tensor, starts: Tensor | None) -> Tensor:
+        context = (starts,) if self.activation.needs_contexts else ()
+        return self.activation.dense(z, *context)
 
     def _centre(self) -> Tensor | float:
         return self.b_dec if self.config.centre else 0.0
@@ -247,15 +260,27 @@ class SAE(nn.Module):
 
     # ---- inference, raw activation space -----------------------------------------------------
 
-    @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
-        """Raw activations [n, d_in] -> code [n, d_sae], with stored statistics only."""
-        z = linear(self._encoder_input(x / self.scale), self.W_enc, self.b_enc)
-        return self.inference_activation().dense(z)
+    @property
+    def needs_contexts(self) -> bool:
+        """Whether a token's code depends on the tokens before it."""
+        return self.activation.needs_contexts
 
     @torch.no_grad()
-    def codes(self, x: Tensor) -> Iterator[tuple[slice, Code]]:
-        """The code of `encode` without its zeros, ROWS rows at a time.
+    def encode(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Raw activations [n, d_in] -> code [n, d_sae], with stored statistics only.
+
+        Args:
+            starts: as for `forward`; only an SAE that `needs_contexts` looks at it.
+
+        Raises: SettingError when it needs them and has none.
+        """
+        self._check_eval()
+        z = linear(self._encoder_input(x / self.scale), self.W_enc, self.b_enc)
+        return self._dense(z, starts)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor, starts: Tensor | None = None) -> Iterator[tuple[slice, Code]]:
+        """The code of `encode` without its zeros, some rows at a time: ROWS, or whole segments.
 
         Where the selection is in bfloat16 the floors are lowered by more than its rounding can
         amount to, so that no active latent is missed; the values are float32. A code that is not
@@ -266,33 +291,43 @@ class SAE(nn.Module):
 
         Returns: pairs of rows of x and their code.
         """
-        activation = self.inference_activation()
-        floor = activation.floor()
+        self._check_eval()
+        floor = self.activation.floor()
         dtype = selection_dtype(self.config.precision, x.device)
         if floor is None:
             dtype = torch.float32
         w_enc, b_enc = self.W_enc.to(dtype), self.b_enc.to(dtype)
         norms = torch.linalg.vector_norm(self.W_enc, dim=1)
         inputs = self._encoder_input(x / self.scale)
-        for start in range(0, len(x), ROWS):
-            rows = slice(start, min(start + ROWS, len(x)))
+        for rows, own in self._blocks(len(x), starts):
             u = inputs[rows]
             z = preactivations(u, w_enc, b_enc, dtype)
             if floor is None or dtype == torch.float32:
-                support = activation.support(z)
+                support = self._support(z, own)
             else:
                 longest = torch.linalg.vector_norm(u, dim=1).max()
                 off = ROUNDING * (norms * longest + self.b_enc.abs() + floor.abs())
                 support = support_above(z, floor - off)
-            yield rows, self._code_at(u, support)
+            yield rows, self._code_at(u, support, own)
 
-    def _code_at(self, u: Tensor, support: Support | None) -> Code:
-        activation = self.inference_activation()
+    def _blocks(self, n: int, starts: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+        """Rows that are encoded at once, and where segments begin in them."""
+        if not self.needs_contexts or starts is None:
+            yield from ((slice(i, min(i + ROWS, n)), None) for i in range(0, n, ROWS))
+            return
+        cuts, first = starts.tolist(), 0
+        for last in range(1, len(cuts)):
+            if last + 1 == len(cuts) or cuts[last + 1] - cuts[first] > CONTEXT_ROWS:
+                own = starts[first : last + 1] - cuts[first]
+                yield slice(cuts[first], cuts[last]), own.to(self.W_enc.device)
+                first = last
+
+    def _code_at(self, u: Tensor, support: Support | None, starts: Tensor | None) -> Code:
         if support is None:
-            values = activation.dense(linear(u, self.W_enc, self.b_enc))
+            values = self._dense(linear(u, self.W_enc, self.b_enc), starts)
             return Code(values, values, None)
         pre = encode_at(u, self.W_enc, self.b_enc, support)
-        return Code(activation.at(pre, support), pre, support)
+        return Code(self.activation.at(pre, support), pre, support)
 
     @torch.no_grad()
     def decode_code(self, code: Code) -> Tensor:
@@ -307,12 +342,14 @@ class SAE(nn.Module):
 
         Args:
             rows: raw activations [n, d_in].
-            cuts: int64 [m + 1], rising; segment i has the rows cuts[i] to cuts[i + 1].
+            cuts: int64 [m + 1], rising; segment i has the rows cuts[i] to cuts[i + 1], which
+                follow each other.
 
         Returns: float32 [m, d_sae].
         """
         sums = rows.new_zeros(len(cuts) - 1, self.d_sae)
-        for here, code in self.codes(rows):
+        ends = cuts.new_tensor([0, len(rows)])
+        for here, code in self.codes(rows, torch.cat([cuts, ends]).unique()):
             first = int(torch.searchsorted(cuts, here.start, right=True)) - 1
             last = int(torch.searchsorted(cuts, here.stop))
             own = cuts[first : last + 1].clamp(here.start, here.stop) - here.start
@@ -324,10 +361,9 @@ class SAE(nn.Module):
         """Code [n, d_sae] -> reconstruction in raw activation space [n, d_in]."""
         return (f @ self.W_dec + self.b_dec) * self.scale
 
-    def inference_activation(self) -> Activation:
+    def _check_eval(self) -> None:
         if self.training:
             raise RuntimeError("call eval() before encode(): inference uses stored statistics")
-        return self.activation
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
@@ -370,6 +406,8 @@ class SAE(nn.Module):
         self.W_dec[reset.latents] = reset.directions
         self.W_enc[reset.latents] = encoder
         self.b_enc[reset.latents] = 0
+        for part in self.parts():
+            part.on_reset(reset.latents)
 
     def scalars(self) -> dict[str, float]:
         """All named values of the parts, for the log."""

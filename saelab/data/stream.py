@@ -37,11 +37,15 @@ class Batch:
         x: float32 [N, d] rows, or [contexts, positions, d].
         positions: token position of each vector in its context; int64, shape of x without d.
         mask: bool of the same shape, False where a vector does not count; None when all count.
+        segments: of rows that came in contexts: which run of tokens without a gap each belongs to,
+            int64 [N], rising; None for shuffled rows. BOS, padding and the borders of documents do
+            not count, so a run lies within one document.
     """
 
     x: Tensor
     positions: Tensor
     mask: Tensor | None = None
+    segments: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -49,15 +53,38 @@ class Batch:
 
     def rows(self) -> Batch:
         """Flattened to the counted rows."""
-        if self.x.dim() == 2 and self.mask is None:
-            return self
-        keep = slice(None) if self.mask is None else self.mask
-        return Batch(self.x[keep].reshape(-1, self.x.shape[-1]), self.positions[keep].reshape(-1))
+        if self.x.dim() == 2:
+            return self if self.mask is None else self._kept(self.mask)
+        mask = torch.ones_like(self.positions).bool() if self.mask is None else self.mask
+        begins = mask.clone()
+        begins[:, 1:] &= ~mask[:, :-1]
+        segments = begins.flatten().cumsum(0).view_as(mask) - 1
+        return Batch(self.x, self.positions, None, segments)._kept(mask)
+
+    def to(self, device: torch.device) -> Batch:
+        """With x and segments on the device."""
+        segments = None if self.segments is None else self.segments.to(device)
+        return Batch(self.x.to(device), self.positions, self.mask, segments)
 
     def within(self, low: int, high: int) -> Batch:
         """Only the rows whose token position lies in [low, high)."""
-        keep = (self.positions >= low) & (self.positions < high)
-        return Batch(self.x[keep], self.positions[keep])
+        return self._kept((self.positions >= low) & (self.positions < high))
+
+    def _kept(self, keep: Tensor) -> Batch:
+        """The vectors of a bool mask, as rows."""
+        segments = None if self.segments is None else self.segments[keep]
+        return Batch(self.x[keep], self.positions[keep], None, segments)
+
+    @property
+    def starts(self) -> Tensor | None:
+        """Where each segment of the rows begins, and N; int64 [m + 1]."""
+        return None if self.segments is None else starts_of(self.segments)
+
+
+def starts_of(segments: Tensor) -> Tensor:
+    """Rising numbers of segments [N] -> where each one begins, and N; int64 [m + 1]."""
+    counts = segments.unique_consecutive(return_counts=True)[1]
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def batches(

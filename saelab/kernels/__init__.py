@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from saelab.kernels.code import Code, Support, most_pairs, support_above, support_of_topk
+from saelab.kernels.eager import Adaptation, moments, trace
 from saelab.kernels.functions import (
     decode_at,
     decode_with_norms,
@@ -12,6 +13,7 @@ from saelab.kernels.functions import (
     preactivations,
     row_norms,
 )
+from saelab.kernels.straight_through import gate, jump
 from saelab.kernels.table import (
     Precision,
     has_fast_bfloat16,
@@ -21,6 +23,7 @@ from saelab.kernels.table import (
 )
 
 __all__ = [
+    "Adaptation",
     "Code",
     "Precision",
     "Support",
@@ -28,14 +31,18 @@ __all__ = [
     "decode_with_norms",
     "encode_all",
     "encode_at",
+    "gate",
     "has_fast_bfloat16",
+    "jump",
     "kernels_for",
     "kernels_name",
     "mean_square",
+    "moments",
     "most_pairs",
     "preactivations",
     "row_norms",
     "selection_dtype",
     "support_above",
     "support_of_topk",
+    "trace",
 ]

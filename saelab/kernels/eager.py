@@ -7,7 +7,7 @@ functions are without gradient; `functions.py` builds autograd on them.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,83 @@ def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] 
     flat = mask.flatten().nonzero().flatten()
     first_of_row = torch.arange(0, mask.numel() + 1, mask.shape[1], device=z.device)
     return torch.searchsorted(flat, first_of_row), flat % mask.shape[1]
+
+
+class Adaptation(NamedTuple):
+    """A threshold that adapts along a context; each field [F].
+
+        thr_t = max(base + slope * a_{t-1}, low)
+        a_t   = rho * a_{t-1} + (1 - rho) * (r_t - rest)      r_t = z_t * per_sd where z_t > fire
+
+    A segment begins with a = 0. `margin` is how far below thr a pair is still taken.
+    """
+
+    base: Tensor
+    slope: Tensor
+    low: Tensor
+    margin: Tensor
+    fire: Tensor
+    per_sd: Tensor
+    rest: Tensor
+    rho: Tensor
+
+
+def drive(z: Tensor, rule: Adaptation) -> Tensor:
+    """r of `Adaptation`; [N, F] -> [N, F] in the rule's dtype."""
+    z = z.to(rule.rho.dtype)
+    return torch.where(z > rule.fire, z * rule.per_sd, z.new_zeros(()))
+
+
+def trace(z: Tensor, rule: Adaptation, starts: Tensor, drivers: Tensor) -> tuple[Tensor, Tensor]:
+    """The trace before each row, and its derivative to rho.
+
+    Args:
+        z: [N, F].
+        rule: of the thresholds.
+        starts: int64 [m + 1], rising from 0 to N: where each segment begins, and N.
+        drivers: int64 [m], the segment whose z drives the trace of each segment; where that one is
+            shorter the trace only decays.
+
+    Returns: a and da / drho, each [N, F] in the rule's dtype.
+    """
+    centred = drive(z, rule) - rule.rest
+    a, slope = torch.zeros_like(centred), torch.zeros_like(centred)
+    first, lengths = starts[:-1], starts.diff()
+    for t in range(1, int(lengths.max()) if len(lengths) else 0):
+        here = (lengths > t).nonzero().flatten()
+        now, source = first[here] + t, drivers[here]
+        driven = (lengths[source] >= t).unsqueeze(1)
+        r = centred[(first[source] + t - 1).clamp_max(len(z) - 1)] * driven
+        slope[now] = a[now - 1] + rule.rho * slope[now - 1] - r
+        a[now] = rule.rho * a[now - 1] + (1 - rule.rho) * r
+    return a, slope
+
+
+def moments(z: Tensor, rule: Adaptation) -> Tensor:
+    """Sums over rows of z, z^2 and the drive; [N, F] -> [3, F]."""
+    wide = z.to(rule.rho.dtype)
+    return torch.stack([wide.sum(0), wide.square().sum(0), drive(z, rule).sum(0)])
+
+
+def traced(
+    z: Tensor, rule: Adaptation, starts: Tensor, drivers: Tensor, limit: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """The pairs above an adapting threshold less its margin; arguments as for `trace`.
+
+    Args:
+        limit: the largest number of pairs.
+
+    Returns: (offsets [N + 1], latents [nnz], a [nnz], da / drho [nnz], `moments` [3, F]); None
+        beyond the limit.
+    """
+    a, slope = trace(z, rule, starts, drivers)
+    threshold = torch.maximum(rule.base + rule.slope * a, rule.low) - rule.margin
+    pairs = above(z.to(threshold.dtype) - threshold, None, limit)
+    if pairs is None:
+        return None
+    offsets, latents = pairs
+    flat = rows_of(offsets, latents.numel()) * z.shape[1] + latents
+    return offsets, latents, a.view(-1)[flat], slope.view(-1)[flat], moments(z, rule)
 
 
 def topk(z: Tensor, k: int) -> Tensor:

@@ -27,6 +27,7 @@ from saelab.kernels.eager import (
     normalise,
     project_out,
     topk,
+    traced,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "pool",
     "project_out",
     "topk",
+    "traced",
     "why_not",
 ]
 

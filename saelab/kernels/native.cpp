@@ -11,6 +11,8 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -398,6 +400,136 @@ i64 above(const T* z, const float* floor, i64 rows, i64 d_sae, i64 limit, int th
     return total;
 }
 
+// ---------------------------------------------------------------- adapting thresholds
+
+// Per latent, in the order of eager.Adaptation's fields.
+struct Rule {
+    const float *base, *slope, *low, *margin, *fire, *per_sd, *rest, *rho;
+};
+
+Rule rule_of(const float* rules, i64 d_sae) {
+    const auto row = [&](i64 i) { return rules + i * d_sae; };
+    return {row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
+}
+
+// Pairs of one range of latents: row by row, with the trace and its derivative before the row.
+// There is room for some; those beyond it are only counted.
+struct Traced {
+    i64 room, *ends, *latents;
+    float *trace, *slope;
+};
+
+template <typename T>
+inline float drive_of(const T* z, const Rule& rule, i64 i) {
+    const float value = widen(z[i]), scaled = value * rule.per_sd[i];  // no branch: vectorised
+    return value > rule.fire[i] ? scaled : 0.0f;
+}
+
+// Adds one row of z to the sums of z, z^2 and the drive.
+template <typename T>
+__attribute__((noinline)) void add_moments(const T* __restrict z, const Rule& rule, i64 first, i64 last,
+                 float* __restrict sums, float* __restrict squares, float* __restrict drives) {
+    for (i64 i = first; i < last; ++i) {
+        const float value = widen(z[i]);
+        sums[i] += value;
+        squares[i] += value * value;
+        drives[i] += drive_of(z, rule, i);
+    }
+}
+
+// One position of the trace and of its derivative; weight 0 lets the trace decay.
+template <typename T>
+__attribute__((noinline)) void advance(const T* __restrict z, const Rule& rule, float weight, i64 first, i64 last,
+             float* __restrict a, float* __restrict s) {
+    for (i64 i = first; i < last; ++i) {
+        const float r = weight * (drive_of(z, rule, i) - rule.rest[i]), before = a[i - first];
+        s[i - first] = before + rule.rho[i] * s[i - first] - r;
+        a[i - first] = rule.rho[i] * before + (1 - rule.rho[i]) * r;
+    }
+}
+
+// All segments for the latents [first, last); moments are sums of z, z^2 and the drive.
+// Returns how many pairs there are; out.ends[n] is how many up to and with row n.
+template <typename T>
+i64 trace_range(const T* z, const Rule& rule, const i64* starts, const i64* drivers, i64 segments,
+                i64 d_sae, i64 first, i64 last, float* moments, const Traced& out) {
+    i64 count = 0;
+    std::vector<float> a(last - first), s(last - first);
+    float *sums = moments, *squares = moments + d_sae, *drives = moments + 2 * d_sae;
+    for (i64 g = 0; g < segments; ++g) {
+        std::fill(a.begin(), a.end(), 0.0f);
+        std::fill(s.begin(), s.end(), 0.0f);
+        const i64 begin = starts[g], source = starts[drivers[g]];
+        const i64 length = starts[drivers[g] + 1] - source;
+        for (i64 n = begin; n < starts[g + 1]; ++n) {
+            const T* row = z + n * d_sae;
+            const float* now = a.data() - first;
+            const auto passes_here = [row, now, rule, first](i64 j) {
+                const i64 i = first + j;
+                const float threshold = rule.base[i] + rule.slope[i] * now[i];
+                return widen(row[i]) > std::max(threshold, rule.low[i]) - rule.margin[i];
+            };
+            scan(last - first, passes_here, [&](i64 j) {
+                if (count < out.room) {
+                    out.latents[count] = first + j;
+                    out.trace[count] = a[j];
+                    out.slope[count] = s[j];
+                }
+                ++count;
+            });
+            out.ends[n] = count;
+            add_moments(row, rule, first, last, sums, squares, drives);
+            if (n + 1 == starts[g + 1]) break;
+            const bool driven = n - begin < length;
+            const T* other = z + (driven ? source + n - begin : n) * d_sae;
+            advance(other, rule, driven ? 1.0f : 0.0f, first, last, a.data(), s.data());
+        }
+    }
+    return count;
+}
+
+// Each thread takes a range of latents; the ranges of a row are then put side by side.
+template <typename T>
+i64 traced(const T* z, const Rule& rule, const i64* starts, const i64* drivers, i64 segments,
+           i64 d_sae, i64 limit, int threads, float* moments, i64* offsets, i64* latents,
+           float* trace, float* slope) {
+    offsets[0] = 0;
+    std::fill(moments, moments + 3 * d_sae, 0.0f);
+    if (threads == 1) {
+        const Traced out{limit, offsets + 1, latents, trace, slope};
+        const i64 total =
+            trace_range(z, rule, starts, drivers, segments, d_sae, 0, d_sae, moments, out);
+        return total > limit ? -1 : total;
+    }
+    const i64 rows = starts[segments];
+    std::vector<std::unique_ptr<i64[]>> whole(2 * threads);
+    std::vector<std::unique_ptr<float[]>> real(2 * threads);
+    std::vector<Traced> parts(threads);
+    std::vector<i64> counts(threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < threads; ++t) {
+        whole[2 * t].reset(new i64[rows]), whole[2 * t + 1].reset(new i64[limit]);
+        real[2 * t].reset(new float[limit]), real[2 * t + 1].reset(new float[limit]);
+        parts[t] = {limit, whole[2 * t].get(), whole[2 * t + 1].get(), real[2 * t].get(),
+                    real[2 * t + 1].get()};
+        counts[t] = trace_range(z, rule, starts, drivers, segments, d_sae, d_sae * t / threads,
+                                d_sae * (t + 1) / threads, moments, parts[t]);
+    }
+    if (std::accumulate(counts.begin(), counts.end(), i64{0}) > limit) return -1;
+    i64 total = 0;
+    for (i64 n = 0; n < rows; ++n) {
+        for (const auto& part : parts) {
+            const i64 from = n ? part.ends[n - 1] : 0, count = part.ends[n] - from;
+            std::copy_n(part.latents + from, count, latents + total);
+            std::copy_n(part.trace + from, count, trace + total);
+            std::copy_n(part.slope + from, count, slope + total);
+            total += count;
+        }
+        offsets[n + 1] = total;
+    }
+    return total;
+}
+
 }  // namespace
 
 extern "C" {
@@ -519,6 +651,20 @@ i64 above_bfloat16(const std::uint16_t* z, const float* floor, i64 rows, i64 d_s
 i64 above_float32(const float* z, const float* floor, i64 rows, i64 d_sae, i64 limit, int threads,
                   i64* offsets, i64* latents) {
     return above(z, floor, rows, d_sae, limit, threads, offsets, latents);
+}
+
+i64 traced_bfloat16(const std::uint16_t* z, const float* rules, const i64* starts, const i64* drivers,
+                    i64 segments, i64 d_sae, i64 limit, int threads, float* moments,
+                    i64* offsets, i64* latents, float* trace, float* slope) {
+    return traced(z, rule_of(rules, d_sae), starts, drivers, segments, d_sae, limit, threads,
+                  moments, offsets, latents, trace, slope);
+}
+
+i64 traced_float32(const float* z, const float* rules, const i64* starts, const i64* drivers,
+                   i64 segments, i64 d_sae, i64 limit, int threads, float* moments,
+                   i64* offsets, i64* latents, float* trace, float* slope) {
+    return traced(z, rule_of(rules, d_sae), starts, drivers, segments, d_sae, limit, threads,
+                  moments, offsets, latents, trace, slope);
 }
 
 void topk_bfloat16(const std::uint16_t* z, i64 rows, i64 d_sae, i64 k, int threads, i64* out) {

@@ -25,6 +25,7 @@ from saelab.kernels import eager
 
 if TYPE_CHECKING:
     from saelab.kernels.code import Support
+    from saelab.kernels.eager import Adaptation
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
@@ -52,6 +53,10 @@ for _suffix in ("float32", "bfloat16"):
         f"above_{_suffix}": (
             _I64,
             [_POINTER, _POINTER, _I64, _I64, _I64, _INT, _POINTER, _POINTER],
+        ),
+        f"traced_{_suffix}": (
+            _I64,
+            [*[_POINTER] * 4, _I64, _I64, _I64, _INT, *[_POINTER] * 5],
         ),
         f"topk_{_suffix}": (None, [_POINTER, _I64, _I64, _I64, _INT, _POINTER]),
         f"kth_largest_{_suffix}": (ctypes.c_float, [_POINTER, _I64, _I64, _INT]),
@@ -195,6 +200,35 @@ def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] 
         latents.data_ptr(),
     )
     return None if nnz < 0 else (offsets, latents[:nnz])
+
+
+def traced(
+    z: Tensor, rule: Adaptation, starts: Tensor, drivers: Tensor, limit: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """As `eager.traced`, in one pass over z; the trace is held for one row at a time."""
+    if z.dtype not in DTYPES or rule.rho.dtype != torch.float32:
+        return eager.traced(z, rule, starts, drivers, limit)
+    z, rules = z.contiguous(), torch.stack(rule)
+    starts, drivers = starts.contiguous(), drivers.contiguous()
+    offsets = torch.empty(z.shape[0] + 1, dtype=torch.int64)
+    latents = torch.empty(limit, dtype=torch.int64)
+    trace, slope, moments = torch.empty(limit), torch.empty(limit), torch.empty(3, z.shape[1])
+    nnz = _function("traced", z.dtype)(
+        z.data_ptr(),
+        rules.data_ptr(),
+        starts.data_ptr(),
+        drivers.data_ptr(),
+        len(drivers),
+        z.shape[1],
+        limit,
+        torch.get_num_threads(),
+        moments.data_ptr(),
+        offsets.data_ptr(),
+        latents.data_ptr(),
+        trace.data_ptr(),
+        slope.data_ptr(),
+    )
+    return None if nnz < 0 else (offsets, latents[:nnz], trace[:nnz], slope[:nnz], moments)
 
 
 def topk(z: Tensor, k: int) -> Tensor:

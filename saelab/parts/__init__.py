@@ -22,6 +22,7 @@ from saelab.parts.ramp import RampConfig
 from saelab.parts.reconstruction import ReconstructionConfig
 from saelab.parts.relu import ReLUConfig
 from saelab.parts.resampling import ResamplingConfig
+from saelab.parts.tied_threshold import TiedThresholdConfig
 from saelab.parts.topk import TopKConfig
 from saelab.parts.unit_norm import UnitNormConfig
 from saelab.parts.variance_scaling import ScalarPriorConfig, VarianceScalingConfig
@@ -59,7 +60,7 @@ SEAMS = ("scaling", "activation", "loss", "controller", "constraint", "observer"
 
 for _seam, _configs in {
     "scaling": (VarianceScalingConfig,),
-    "activation": (ReLUConfig, TopKConfig, BatchTopKConfig, JumpReLUConfig),
+    "activation": (ReLUConfig, TopKConfig, BatchTopKConfig, JumpReLUConfig, TiedThresholdConfig),
     "loss": (ReconstructionConfig, L1Config, L0Config, AuxKConfig, ScalarPriorConfig),
     "controller": (L0TargetConfig, RampConfig),
     "constraint": (UnitNormConfig,),

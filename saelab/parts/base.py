@@ -58,7 +58,8 @@ class Pass:
         sae: the model.
         step: optimiser steps done before this pass; `steps` is how many the run has.
         settings: values of the controllers by name.
-        shape: leading dimensions of the batch: (N,) rows or (contexts, positions).
+        starts: int64 [m + 1], where segments of rows that follow each other begin; None for
+            shuffled rows.
         norms: of the decoder's rows, where they came with its product; see `decoder_norms`.
     """
 
@@ -72,7 +73,7 @@ class Pass:
     step: int
     steps: int
     settings: dict[str, float]
-    shape: tuple[int, ...]
+    starts: Tensor | None
     norms: Tensor | None = None
 
     @cached_property
@@ -117,6 +118,14 @@ class Part(nn.Module):
     def update(self, p: Pass) -> None:
         """Updates running statistics from one pass; called by the loop, once per step."""
 
+    def on_reset(self, latents: Tensor) -> None:
+        """Forgets what is known of the latents [m], which have just been given new directions."""
+
+    def groups(self) -> list[tuple[str, list[nn.Parameter], float | None]]:
+        """The part's optimiser groups: name, parameters, learning rate (None: the run's)."""
+        own = [p for p in self.parameters() if p.requires_grad]
+        return [(type(self).__name__, own, self.lr)] if own else []
+
     def scalars(self) -> dict[str, float]:
         """Named values for the log, read after the step."""
         return {}
@@ -141,6 +150,9 @@ class Scaling(Part):
 
 class Activation(Part):
     """Maps pre-activations to a code, along two paths that must agree.
+
+    One that `needs_contexts` gets `starts` as a further argument of `support` and `dense`: int64
+    [m + 1], segment s of tokens that follow each other has the rows starts[s] to starts[s + 1].
 
     `dense` is the reference. On the sparse path `support` chooses the pairs (without gradient) and
     `at` computes their values from the gathered pre-activations. In evaluation mode both use stored
@@ -167,9 +179,16 @@ class Activation(Part):
     def floor(self) -> Tensor | None:
         """At inference, what an active pre-activation lies above: [d_sae] or 0-dim.
 
-        None where that depends on the other latents of the row.
+        None where that depends on the other latents of the row, or on the rows before it.
         """
         return None
+
+    def initial_floor(self) -> Tensor | None:
+        """The floor before training, for the start of b_enc."""
+        return self.floor()
+
+    def fit(self, z: Tensor) -> None:
+        """Sets the statistics from a sample's pre-activations [n, d_sae] before training."""
 
     def gate(self, z: Tensor, support: Support | None) -> Tensor:
         """1[latent fires] at the support (or densely), with gradients to the thresholds.

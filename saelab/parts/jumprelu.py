@@ -19,7 +19,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from saelab.kernels import Support, support_above
+from saelab.kernels import Support, gate, jump, support_above
 from saelab.parts.base import Activation, Dims, PartConfig
 
 
@@ -33,40 +33,6 @@ class JumpReLUConfig(PartConfig):
 
     def build(self, dims: Dims) -> JumpReLU:
         return JumpReLU(self, dims)
-
-
-class _Gate(torch.autograd.Function):
-    """1[z > t] with the pseudo-derivative to t; z gets no gradient from the step."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(z, threshold)
-        ctx.bandwidth = bandwidth
-        return (z > threshold).to(z.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (g,) = grads
-        z, threshold = ctx.saved_tensors
-        near = (z - threshold).abs() < ctx.bandwidth / 2
-        return None, -(near * g) / ctx.bandwidth, None
-
-
-class _Jump(torch.autograd.Function):
-    """z * 1[z > t]: exact in z away from the step, pseudo-derivative in t."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(z, threshold)
-        ctx.bandwidth = bandwidth
-        return z * (z > threshold)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (g,) = grads
-        z, threshold = ctx.saved_tensors
-        near = (z - threshold).abs() < ctx.bandwidth / 2
-        return g * (z > threshold), -(near * g * threshold) / ctx.bandwidth, None
 
 
 class JumpReLU(Activation):
@@ -86,7 +52,7 @@ class JumpReLU(Activation):
 
     def dense(self, z: Tensor) -> Tensor:
         threshold = self.threshold.expand_as(z)
-        return _Jump.apply(z, threshold, self.bandwidth)  # type: ignore[return-value]
+        return jump(z, threshold, self.bandwidth)
 
     def support(self, z: Tensor) -> Support | None:
         margin = self.bandwidth / 2 if self.training else 0.0
@@ -97,12 +63,12 @@ class JumpReLU(Activation):
 
     def at(self, values: Tensor, support: Support) -> Tensor:
         threshold = self._threshold_at(support)
-        return _Jump.apply(values, threshold, self.bandwidth)  # type: ignore[return-value]
+        return jump(values, threshold, self.bandwidth)
 
     def gate(self, z: Tensor, support: Support | None) -> Tensor:
         """1[z > t] at the support (or densely), with the pseudo-derivative to the threshold."""
         threshold = self._threshold_at(support)
-        return _Gate.apply(z, threshold.expand_as(z), self.bandwidth)  # type: ignore[return-value]
+        return gate(z, threshold.expand_as(z), self.bandwidth)
 
     def scalars(self) -> dict[str, float]:
         return {"threshold": float(self.log_threshold.detach().mean().exp())}

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from saelab.errors import SettingError
 from saelab.parts.base import Dims, LossTerm, PartConfig, Pass, Scaling
+from saelab.parts.temperature import Temperature, TemperatureFields
 
 
-class VarianceScalingConfig(PartConfig):
+class VarianceScalingConfig(TemperatureFields):
     """Settings of idea A1.
 
     Args:
-        tau: temperature of the variance.
+        tau, temperature, tau_end, rate, tau_lr: of the variance's temperature (temperature.py).
         statistics: 'running' (EMA, frozen for inference) or 'batch' (a control: a token's code then
             depends on its batch).
         tying: 'global' (one beta and theta), 'per_feature' (vectors over input dimensions), 'off'.
@@ -38,7 +39,6 @@ class VarianceScalingConfig(PartConfig):
     """
 
     kind: Literal["variance"] = "variance"
-    tau: float = Field(default=0.5, ge=0)
     statistics: Literal["running", "batch"] = "running"
     tying: Literal["global", "per_feature", "off"] = "global"
     beta: float = 1.0
@@ -64,6 +64,11 @@ class VarianceScaling(Scaling):
         learned = config.tying != "off"
         self.beta = nn.Parameter(torch.full(shape, config.beta), requires_grad=learned)
         self.theta = nn.Parameter(torch.full(shape, config.theta), requires_grad=learned)
+        self.temperature = Temperature(config)
+
+    def groups(self) -> list[tuple[str, list[nn.Parameter], float | None]]:
+        own = [p for p in (self.beta, self.theta) if p.requires_grad]
+        return [*([("VarianceScaling", own, self.lr)] if own else []), *self.temperature.groups()]
 
     @property
     def foldable(self) -> bool:  # type: ignore[override]
@@ -72,10 +77,10 @@ class VarianceScaling(Scaling):
     def gain(self, variance: Tensor) -> Tensor:
         """s of the module's equation; [d_in] -> [d_in]."""
         if self.config.literal:
-            return (variance + 1e-6).pow(-self.config.tau)
+            return (variance + 1e-6).pow(-self.temperature.tau())
         floored = (variance + 1e-6 * variance.mean()).clamp_min(torch.finfo(variance.dtype).tiny)
         centre = floored.log().mean().exp()
-        return (floored / centre).pow(-self.config.tau)
+        return (floored / centre).pow(-self.temperature.tau())
 
     def fit(self, sample: Tensor) -> None:
         self.variance.copy_(sample.var(0, correction=0))
@@ -90,6 +95,7 @@ class VarianceScaling(Scaling):
     def update(self, p: Pass) -> None:
         if self.config.statistics == "running":
             self.variance.lerp_(_variance(p.x), 1 - self.config.momentum)
+        self.temperature.move_on(p.step, p.steps)
 
     def fold(self) -> tuple[Tensor, Tensor]:
         gain = (self.beta * self.gain(self.variance)).detach()
@@ -99,7 +105,7 @@ class VarianceScaling(Scaling):
         return {
             "beta": float(self.beta.detach().mean()),
             "theta": float(self.theta.detach().mean()),
-            "tau": self.config.tau,
+            **self.temperature.scalars(),
         }
 
 

@@ -72,8 +72,8 @@ class Cell:
     def done(self) -> bool:
         return self.steps_done >= self.config.steps
 
-    def rows(self, batch: Batch) -> Tensor:
-        """The batch's rows that the cell trains on, [n, d_in] on its device.
+    def rows(self, batch: Batch) -> Batch:
+        """The batch's rows that the cell trains on, on its device.
 
         Raises: CellFailure when none has a position that the cell trains on.
         """
@@ -83,7 +83,7 @@ class Cell:
         if not len(rows.x):
             reason = f"no row of the batch has a position in {self.config.positions}: widen them"
             raise CellFailure(self.name, self.steps_done, reason)
-        return rows.x.to(self.device)
+        return rows.to(self.device)
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; returns the record that was logged.
@@ -91,7 +91,8 @@ class Cell:
         Raises: CellFailure when the loss or the gradient is not finite; the weights stay as before.
         """
         step, sae = self.steps_done, self.sae
-        p = sae(self.rows(batch), step, self.config.steps)
+        rows = self.rows(batch)
+        p = sae(rows.x, step, self.config.steps, rows.starts)
         terms = {name: term.loss(p) for name, term in sae.loss_terms().items()}
         loss = torch.stack(list(terms.values())).sum()
         self.optimiser.zero_grad()

@@ -58,7 +58,7 @@ class ModuleCell(Cell):
 
         Raises: CellFailure when loss or gradient is not finite.
         """
-        x = self.rows(batch)
+        x = self.rows(batch).x
         loss = self.sae.loss(x)
         self.adam.zero_grad(set_to_none=True)
         loss.backward()

@@ -111,10 +111,9 @@ class Optimiser:
         weights = [p for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec) if p.requires_grad]
         self.groups = [Group(WEIGHTS, weights, config.lr, maximise=False)]
         for part in sae.parts():
-            own = [p for p in part.parameters() if p.requires_grad]
-            if own:
-                lr = part.lr if part.lr is not None else config.lr
-                self.groups.append(Group(type(part).__name__, own, lr, part.maximise))
+            for name, own, lr in part.groups():
+                rate = lr if lr is not None else config.lr
+                self.groups.append(Group(name, own, rate, part.maximise))
 
     def clip(self) -> float:
         """Clips the weights' gradient; returns its norm before, and inf or NaN as it is."""

@@ -1,0 +1,97 @@
+"""The temperature tau of idea A: how strongly a variance scales what it scales.
+
+    fixed              tau
+    annealed           tau_end + (tau - tau_end) exp(-rate u),   u the share of the run done
+    learned            tau a softplus parameter, started at tau
+    learned_schedule   as annealed, tau_end and rate softplus parameters
+
+The share is a buffer that the owner moves on in its `update`, so that a saved SAE keeps the
+temperature with which it ended.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from saelab.errors import SettingError
+from saelab.parts.base import PartConfig
+
+Schedule = Literal["fixed", "annealed", "learned", "learned_schedule"]
+
+
+class TemperatureFields(PartConfig):
+    """Settings of a temperature, shared by the parts that have one.
+
+    Args:
+        tau: the temperature, or where it starts.
+        temperature: how it goes on from there.
+        tau_end, rate: of the annealed forms.
+        tau_lr: learning rate of its own parameters.
+    """
+
+    tau: NonNegativeFloat = 0.5
+    temperature: Schedule = "fixed"
+    tau_end: NonNegativeFloat = 0.0
+    rate: NonNegativeFloat = 5.0
+    tau_lr: PositiveFloat = 1e-2
+
+
+class Temperature(nn.Module):
+    """The temperature at the present share of the run; `tau()` has gradients where it is learned.
+
+    Raises: SettingError when a softplus parameter would have to start at 0.
+    """
+
+    share: Tensor
+
+    def __init__(self, config: TemperatureFields) -> None:
+        super().__init__()
+        self.config, self.lr = config, config.tau_lr
+        self.register_buffer("share", torch.zeros(()))
+        if config.temperature == "learned":
+            self.raw_tau = nn.Parameter(_inverse_softplus("tau", config.tau))
+        if config.temperature == "learned_schedule":
+            self.raw_end = nn.Parameter(_inverse_softplus("tau_end", config.tau_end))
+            self.raw_rate = nn.Parameter(_inverse_softplus("rate", config.rate))
+
+    def tau(self) -> Tensor:
+        """0-dim float32."""
+        c = self.config
+        if c.temperature == "fixed":
+            return self.share.new_tensor(c.tau)
+        if c.temperature == "learned":
+            return softplus(self.raw_tau)
+        end, rate = self.share.new_tensor(c.tau_end), self.share.new_tensor(c.rate)
+        if c.temperature == "learned_schedule":
+            end, rate = softplus(self.raw_end), softplus(self.raw_rate)
+        return end + (c.tau - end) * torch.exp(-rate * self.share)
+
+    def move_on(self, step: int, steps: int) -> None:
+        """After the given step of the run."""
+        self.share.fill_((step + 1) / steps)
+
+    def groups(self) -> list[tuple[str, list[nn.Parameter], float | None]]:
+        """As `Part.groups`."""
+        own = list(self.parameters())
+        return [("Temperature", own, self.lr)] if own else []
+
+    def scalars(self) -> dict[str, float]:
+        values = {"tau": float(self.tau().detach())}
+        if self.config.temperature == "learned_schedule":
+            values |= {
+                "tau_end": float(softplus(self.raw_end.detach())),
+                "tau_rate": float(softplus(self.raw_rate.detach())),
+            }
+        return values
+
+
+def _inverse_softplus(name: str, value: float) -> Tensor:
+    if value <= 0:
+        raise SettingError(name, value, "is learned and can't start at 0: use a positive value")
+    return torch.tensor(value + math.log(-math.expm1(-value)))

@@ -350,7 +350,7 @@ class SAE(nn.Module):
         sums = rows.new_zeros(len(cuts) - 1, self.d_sae)
         ends = cuts.new_tensor([0, len(rows)])
         for here, code in self.codes(rows, torch.cat([cuts, ends]).unique()):
-            first = int(torch.searchsorted(cuts, here.start, right=True)) - 1
+            first = max(0, int(torch.searchsorted(cuts, here.start, right=True)) - 1)
             last = int(torch.searchsorted(cuts, here.stop))
             own = cuts[first : last + 1].clamp(here.start, here.stop) - here.start
             code.add_to(sums[first:last], own)

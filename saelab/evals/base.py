@@ -93,3 +93,12 @@ class SparseSubject(Subject, Protocol):
         Row i of the result, float32 [m, d_sae], is the sum of encode(rows)[cuts[i] : cuts[i + 1]].
         """
         ...
+
+
+def needs_contexts(subject: object) -> bool:
+    """Whether a token's code depends on the tokens before it.
+
+    Such a subject is a `SparseSubject` whose `codes` takes `starts` too: where each run of tokens
+    that follow each other begins in the rows, and their number; int64 [m + 1].
+    """
+    return bool(getattr(subject, "needs_contexts", False))

@@ -12,6 +12,8 @@ SAEBench 0.6.0's own formula of explained variance is wrong; this is the one SAE
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +23,15 @@ from torch import Tensor
 
 from saelab.data.models import LanguageModel, Start
 from saelab.data.store import FOREIGN_REASON, Source
-from saelab.evals.base import Row, SparseSubject, Subject, missing, number
+from saelab.data.stream import Batch
+from saelab.evals.base import (
+    Row,
+    SparseSubject,
+    Subject,
+    missing,
+    needs_contexts,
+    number,
+)
 
 DEFINITION = "core/1"
 #: Rows encoded at once; bounds the dense code to that x d_sae floats. Our choice: a CPU keeps such
@@ -33,6 +43,9 @@ CONTEXTS = 32
 BIN, LOWEST = 0.25, -5.0
 #: Positions per bucket of the by-position slices.
 BUCKET = 32
+
+#: Rows [n, d] and where runs of tokens begin in them [m + 1] -> what takes their place [n, d].
+Replace = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -56,6 +69,29 @@ class CoreData:
         """All counted rows: x float32 [n, d], position int64 [n]."""
         shards = [self.source.shard(i).rows() for i in range(self.source.n_shards)]
         return torch.cat([x for x, _ in shards]), torch.cat([p for _, p in shards])
+
+    @cached_property
+    def apart(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same rows with their runs of tokens in another order, and where each run begins.
+
+        A control that drives one run's trace by another's must not find it in the same document:
+        neighbours here come from places far from each other.
+
+        Returns: x float32 [n, d], position int64 [n], starts int64 [m + 1].
+        """
+        shards = [self.source.shard(i) for i in range(self.source.n_shards)]
+        runs: list[Batch] = []
+        for shard in shards:
+            positions = torch.arange(shard.mask.shape[1]).expand(shard.mask.shape)
+            rows = Batch(shard.x, positions, shard.mask).rows()
+            assert rows.starts is not None
+            for low, high in itertools.pairwise(rows.starts.tolist()):
+                runs.append(Batch(rows.x[low:high].float(), rows.positions[low:high]))
+        stride = max(1, round(math.sqrt(len(runs))))
+        runs = [run for first in range(stride) for run in runs[first::stride]]
+        lengths = torch.tensor([0, *(run.n for run in runs)])
+        x, positions = torch.cat([r.x for r in runs]), torch.cat([r.positions for r in runs])
+        return x, positions, lengths.cumsum(0)
 
     @cached_property
     def mean(self) -> Tensor:
@@ -91,8 +127,8 @@ class CoreData:
             return [None] * len(ids.split(CONTEXTS))
         return [self.model.start(some, None, self.hook_name) for some in ids.split(CONTEXTS)]
 
-    def loss(self, replace: Callable[[Tensor], Tensor] | None) -> float:
-        """Mean next-token loss in nats with `replace` (rows [n, d] -> [n, d]) at the hook."""
+    def loss(self, replace: Replace | None) -> float:
+        """Mean next-token loss in nats with `replace` at the hook."""
         assert self.model is not None
         total, count = 0.0, 0
         ids, mask = self.contexts
@@ -110,16 +146,20 @@ class CoreData:
         """CE without a splice, with zeros, and with the mean activation."""
         return {
             "ce_clean": self.loss(None),
-            "ce_zero": self.loss(torch.zeros_like),
-            "ce_mean": self.loss(lambda x: self.mean.to(x.device).expand_as(x)),
+            "ce_zero": self.loss(lambda x, _: torch.zeros_like(x)),
+            "ce_mean": self.loss(lambda x, _: self.mean.to(x.device).expand_as(x)),
         }
 
 
-def _masked(replace: Callable[[Tensor], Tensor], mask: Tensor) -> Callable[[Tensor], Tensor]:
+def _masked(replace: Replace, mask: Tensor) -> Callable[[Tensor], Tensor]:
+    rows = Batch(mask.unsqueeze(-1), torch.zeros_like(mask).long(), mask).rows()
+    assert rows.starts is not None
+    starts = rows.starts
+
     def splice(x: Tensor) -> Tensor:
         out = x.clone()
         keep = mask.to(x.device)
-        out[keep] = replace(x[keep])
+        out[keep] = replace(x[keep], starts)
         return out
 
     return splice
@@ -135,13 +175,13 @@ def evaluate_core(subject: Subject, data: CoreData) -> list[Row]:
 
 
 def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
-    x, positions = data.rows
+    x, positions, starts = data.apart if needs_contexts(subject) else (*data.rows, None)
     error, active, cosine = (torch.empty(len(x)) for _ in range(3))
     firings = torch.zeros(subject.d_sae, dtype=torch.int64)
-    chunk = _chunk(subject, data.device)
+    chunk = _chunk(subject, data.device) if starts is None else len(x)
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk].to(data.device)
-        for part, x_hat, fires, fired in _coded(subject, rows):
+        for part, x_hat, fires, fired in _coded(subject, rows, starts):
             here = slice(start + part.start, start + part.stop)
             error[here] = (rows[part] - x_hat).square().sum(1)
             active[here] = fires
@@ -170,14 +210,20 @@ def _chunk(subject: Subject, device: str) -> int:
     return CHUNK if cpu and not sparse else LARGE_CHUNK
 
 
-def _coded(subject: Subject, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+def _coded(
+    subject: Subject, rows: Tensor, starts: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Parts of the rows [n, d], in order, with what the subject makes of them.
+
+    Args:
+        starts: of runs of tokens in the rows, for a subject that needs them.
 
     Returns: the part; x_hat [part, d]; how many latents fire in each row, float32 [part]; in how
         many rows each latent fires, int64 [d_sae].
     """
     if isinstance(subject, SparseSubject):
-        for part, code in subject.codes(rows):
+        context = (starts,) if needs_contexts(subject) else ()
+        for part, code in subject.codes(rows, *context):
             yield part, subject.decode_code(code), code.row_counts.float(), code.firings
         return
     f = subject.encode(rows)
@@ -220,7 +266,7 @@ def _loss_recovered(subject: Subject, data: CoreData) -> Iterator[Row]:
         return
     losses = dict(data.reference_losses)
     losses["ce_spliced"] = data.loss(
-        lambda x: torch.cat([x_hat for _, x_hat, *_ in _coded(subject, x)])
+        lambda x, starts: torch.cat([x_hat for _, x_hat, *_ in _coded(subject, x, starts)])
     )
     yield from (number(name, value, DEFINITION) for name, value in losses.items())
     for name, ablated in (("loss_recovered", "ce_zero"), ("loss_recovered_mean", "ce_mean")):

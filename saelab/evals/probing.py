@@ -38,7 +38,7 @@ from saelab.data.store import check_identity
 from saelab.data.tasks import Entry, entries_digest
 from saelab.data.texts import tokenize_texts
 from saelab.errors import DamageError, SettingError, SourceError
-from saelab.evals.base import Row, SparseSubject, Subject, missing, number
+from saelab.evals.base import Row, SparseSubject, Subject, missing, needs_contexts, number
 from saelab.evals.logistic import logistic_regression, logistic_regressions
 from saelab.files import read_json, sha256, write_atomically, write_json
 from saelab.progress import progress
@@ -331,7 +331,7 @@ def pooled(
     Raises: SourceError when a text has no counted position.
     """
     sums, suited = _code_sums(subject, device)
-    chunk = chunk or suited
+    chunk = len(rows) if needs_contexts(subject) else chunk or suited  # no text is cut in two
     lengths = offsets.diff()
     if len(lengths) == 0 or int(lengths.min()) == 0:
         where = int(lengths.argmin()) if len(lengths) else 0

@@ -126,6 +126,10 @@ class Part(nn.Module):
         own = [p for p in self.parameters() if p.requires_grad]
         return [(type(self).__name__, own, self.lr)] if own else []
 
+    def learned(self) -> dict[str, nn.Parameter]:
+        """The learned scalars by their names in the log, as they are trained (a logarithm, say)."""
+        return {}
+
     def scalars(self) -> dict[str, float]:
         """Named values for the log, read after the step."""
         return {}

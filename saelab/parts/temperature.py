@@ -81,6 +81,11 @@ class Temperature(nn.Module):
         own = list(self.parameters())
         return [("Temperature", own, self.lr)] if own else []
 
+    def learned(self) -> dict[str, nn.Parameter]:
+        """As `Part.learned`."""
+        names = {"raw_tau": "tau", "raw_end": "tau_end", "raw_rate": "tau_rate"}
+        return {names[name]: parameter for name, parameter in self.named_parameters()}
+
     def scalars(self) -> dict[str, float]:
         values = {"tau": float(self.tau().detach())}
         if self.config.temperature == "learned_schedule":

@@ -166,6 +166,12 @@ class TiedThreshold(Activation):
         own = [p for p in self.parameters(recurse=False) if p.requires_grad]
         return [("TiedThreshold", own, self.lr), *self.temperature.groups()]
 
+    def learned(self) -> dict[str, nn.Parameter]:
+        named = {"theta": self.log_theta, "beta": self.beta, "gamma": self.gamma}
+        named |= {"rho": self.rho_0, "T": self.T}
+        own = {name: p for name, p in named.items() if p.requires_grad}
+        return own | self.temperature.learned()
+
     # ---- statistics --------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -297,11 +303,12 @@ class TiedThreshold(Activation):
         if starts is None:
             remedy = "its thresholds follow the context: give `starts`, or layout = 'contexts'"
             raise SettingError("tied_threshold: starts", None, remedy)
+        permuted = self.config.trace == "permuted"
+        if permuted and len(starts) == 2:  # nobody else is there: an empty one drives no trace
+            starts = torch.cat([starts, starts[-1:]])
         own = torch.arange(len(starts) - 1, device=device)
-        if self.config.trace != "permuted":
+        if not permuted:
             return starts, own, rule
-        if len(own) == 1:  # nobody else is there: the mean of the others' traces
-            rule = rule._replace(slope=torch.zeros_like(rule.slope))
         return starts, (own + max(1, len(own) // 2)) % len(own), rule
 
     # ---- inference ---------------------------------------------------------------------------

@@ -70,6 +70,11 @@ class VarianceScaling(Scaling):
         own = [p for p in (self.beta, self.theta) if p.requires_grad]
         return [*([("VarianceScaling", own, self.lr)] if own else []), *self.temperature.groups()]
 
+    def learned(self) -> dict[str, nn.Parameter]:
+        named = {"beta": self.beta, "theta": self.theta}
+        own = {name: p for name, p in named.items() if p.requires_grad}
+        return own | self.temperature.learned()
+
     @property
     def foldable(self) -> bool:  # type: ignore[override]
         return self.config.statistics == "running"

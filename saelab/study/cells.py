@@ -43,6 +43,7 @@ from saelab.kernels import kernels_name
 from saelab.parts.base import Dims
 from saelab.rundir import package_digest
 from saelab.sae import SAE, SAEConfig
+from saelab.study.gate import REACH
 from saelab.study.plan import CellSpec
 from saelab.study.prepare import open_source
 from saelab.training.loop import Cell, Log, train
@@ -256,6 +257,7 @@ class Worker:
             "planned_passes": 1.0,
             **_weights_facts(cell.sae),
             **_curve_facts(cell.log),
+            **{f"{REACH}{name}": share for name, share in cell.moved().items()},
         }
 
     def _write(

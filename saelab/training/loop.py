@@ -67,6 +67,18 @@ class Cell:
         self.log = Log(train_config.steps)
         self.steps_done = 0
         self.tokens = 0
+        self._learned = {n: p for part in self.sae.parts() for n, p in part.learned().items()}
+        self._began = {name: p.detach().clone() for name, p in self._learned.items()}
+
+    def moved(self) -> dict[str, float]:
+        """Of each learned scalar (the mean over its entries): the distance from where it began, as
+        a share of the sum of its learning rates, which is Adam's reach."""
+        distance = {
+            n: float((p.detach() - self._began[n]).abs().mean()) for n, p in self._learned.items()
+        }
+        return {
+            n: distance[n] / max(self.optimiser.travel(p), 1e-30) for n, p in self._learned.items()
+        }
 
     @property
     def done(self) -> bool:

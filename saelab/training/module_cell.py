@@ -53,6 +53,9 @@ class ModuleCell(Cell):
         self.log = Log(config.steps)
         self.steps_done = self.tokens = 0
 
+    def moved(self) -> dict[str, float]:
+        return {}
+
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step on the module's own loss.
 

@@ -78,6 +78,7 @@ class SAEConfig(Frozen):
         activation, scaling, losses, controllers, constraints, observers: the parts.
         encoder_bias: whether b_enc exists (idea A's literal form has none).
         centre: whether b_dec is subtracted before the encoder.
+        tied: the encoder is the decoder's transpose, one matrix for both.
         initial_l0: latents per row that are active at the start: b_enc starts at the one constant
             that gives this on the sample. None starts it at 0, where half of all latents are.
             Needs a bias, and an activation that a latent passes alone.
@@ -93,6 +94,7 @@ class SAEConfig(Frozen):
     observers: tuple[ObserverField, ...] = ()
     encoder_bias: bool = True
     centre: bool = True
+    tied: bool = False
     initial_l0: PositiveFloat | None = None
     precision: Precision = "auto"
 
@@ -111,6 +113,8 @@ class SAE(nn.Module):
         self.W_enc = nn.Parameter(torch.zeros(dims.d_sae, dims.d_in))
         self.b_enc = nn.Parameter(torch.zeros(dims.d_sae), requires_grad=config.encoder_bias)
         self.W_dec = nn.Parameter(torch.zeros(dims.d_sae, dims.d_in))
+        if config.tied:
+            self.W_enc = self.W_dec
         self.b_dec = nn.Parameter(torch.zeros(dims.d_in))
         self.register_buffer("scale", torch.ones(()))
         self.activation = cast(Activation, config.activation.build(dims))
@@ -176,7 +180,8 @@ class SAE(nn.Module):
             self.scaling.fit(sample / self.scale - self._centre())
             if getattr(self.config.scaling, "start", "function") == "function":
                 gain, shift = self.scaling.fold()
-                self.W_enc.div_(gain)
+                if not self.config.tied:
+                    self.W_enc.copy_(_undone(self.W_enc, gain))
                 self.b_enc.sub_(self.W_enc @ shift)
         self.check_alive()
 
@@ -380,7 +385,7 @@ class SAE(nn.Module):
                 raise SettingError("scaling", "batch statistics", "cannot be folded into weights")
             gain, shift = self.scaling.fold()
             b_enc = b_enc + w_enc @ shift
-            w_enc = w_enc * gain
+            w_enc = _through(w_enc, gain)
         if not self.config.centre:
             b_enc = b_enc + w_enc @ self.b_dec
         return {
@@ -393,7 +398,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def effective_encoder(self) -> Tensor:
         """W_enc with the input scaling's gain folded in, normalised space; [d_sae, d_in]."""
-        return self.W_enc if self.scaling is None else self.W_enc * self.scaling.fold()[0]
+        return self.W_enc if self.scaling is None else _through(self.W_enc, self.scaling.fold()[0])
 
     # ---- resets ------------------------------------------------------------------------------
 
@@ -402,9 +407,10 @@ class SAE(nn.Module):
         """Gives the named latents new directions; the folded encoder gets the asked norm."""
         encoder = reset.directions * reset.encoder_norm
         if self.scaling is not None:
-            encoder = encoder / self.scaling.fold()[0]
+            encoder = _undone(encoder, self.scaling.fold()[0])
+        if not self.config.tied:
+            self.W_enc[reset.latents] = encoder
         self.W_dec[reset.latents] = reset.directions
-        self.W_enc[reset.latents] = encoder
         self.b_enc[reset.latents] = 0
         for part in self.parts():
             part.on_reset(reset.latents)
@@ -412,6 +418,16 @@ class SAE(nn.Module):
     def scalars(self) -> dict[str, float]:
         """All named values of the parts, for the log."""
         return {name: value for part in self.parts() for name, value in part.scalars().items()}
+
+
+def _through(w: Tensor, gain: Tensor) -> Tensor:
+    """Rows that act before a gain (Scaling.fold) as rows that act on what it is applied to."""
+    return w * gain if gain.dim() == 1 else w @ gain
+
+
+def _undone(w: Tensor, gain: Tensor) -> Tensor:
+    """The inverse of `_through`."""
+    return w / gain if gain.dim() == 1 else torch.linalg.solve(gain, w, left=False)
 
 
 def _decode_alone(values: Tensor, w_dec: Tensor, support: Support) -> tuple[Tensor, None]:

@@ -14,6 +14,7 @@ from saelab.errors import SettingError, nearest
 from saelab.parts.auxk import AuxKConfig
 from saelab.parts.base import PartConfig
 from saelab.parts.batchtopk import BatchTopKConfig
+from saelab.parts.centring import CentringConfig
 from saelab.parts.jumprelu import JumpReLUConfig
 from saelab.parts.l0 import L0Config
 from saelab.parts.l0_target import L0TargetConfig
@@ -26,6 +27,7 @@ from saelab.parts.tied_threshold import TiedThresholdConfig
 from saelab.parts.topk import TopKConfig
 from saelab.parts.unit_norm import UnitNormConfig
 from saelab.parts.variance_scaling import ScalarPriorConfig, VarianceScalingConfig
+from saelab.parts.whitening import WhiteningConfig
 
 TABLE: dict[str, dict[str, type[PartConfig]]] = {}
 
@@ -59,7 +61,7 @@ def register(seam: str, config: type[PartConfig]) -> type[PartConfig]:
 SEAMS = ("scaling", "activation", "loss", "controller", "constraint", "observer")
 
 for _seam, _configs in {
-    "scaling": (VarianceScalingConfig,),
+    "scaling": (VarianceScalingConfig, CentringConfig, WhiteningConfig),
     "activation": (ReLUConfig, TopKConfig, BatchTopKConfig, JumpReLUConfig, TiedThresholdConfig),
     "loss": (ReconstructionConfig, L1Config, L0Config, AuxKConfig, ScalarPriorConfig),
     "controller": (L0TargetConfig, RampConfig),

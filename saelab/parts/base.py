@@ -148,8 +148,17 @@ class Scaling(Part):
         raise TypeError(f"{type(self).__name__} has no apply()")
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """(gain, shift), each [d_in], with apply(c) = gain * c + shift at inference."""
+        """(gain, shift) with apply(c) = gain * c + shift at inference, or c @ gain + shift where
+        the gain is a symmetric matrix; gain [d_in] or [d_in, d_in], shift [d_in]."""
         raise TypeError(f"{type(self).__name__} has no fold()")
+
+    def metric(self) -> Tensor:
+        """What it multiplies each input dimension by, learned scalars apart; [d_in].
+
+        Raises: SettingError when that is no vector.
+        """
+        remedy = "has no scale for each dimension to measure errors in: use 'variance'"
+        raise SettingError("scaling", type(self).__name__, remedy)
 
 
 class Activation(Part):

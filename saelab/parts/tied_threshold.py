@@ -158,7 +158,8 @@ class TiedThreshold(Activation):
         return not self.is_static
 
     def check(self, sae: SAE) -> None:
-        if not any(c.kind == "unit_norm" for c in sae.config.constraints):
+        units = [c for c in sae.config.constraints if c.kind == "unit_norm"]
+        if not any(getattr(c, "weight", "") == "decoder" for c in units):
             remedy = "free decoder norms undo a tied threshold: add the constraint unit_norm"
             raise SettingError("activation", "tied_threshold", remedy)
 
@@ -182,8 +183,8 @@ class TiedThreshold(Activation):
 
     def update(self, p: Pass) -> None:
         support = p.code.support
-        traced = isinstance(support, TracedSupport)
-        sums = (support.moments if traced else moments(p.z, self.rule())) / p.n
+        assert isinstance(support, TracedSupport)
+        sums = support.moments / p.n
         weight = 1 - self.config.momentum
         self.variance.lerp_(sums[1] - sums[0].square(), weight)
         self.rest.lerp_(sums[2], weight)

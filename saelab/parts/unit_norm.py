@@ -1,7 +1,8 @@
-"""Unit-norm decoder rows: |W_dec_i| = 1. Bricken et al. 2023.
+"""Unit-norm rows of a weight matrix: |W_i| = 1. Bricken et al. 2023 for the decoder.
 
 The gradient's component along each row is removed before the step, so that the optimiser's moments
-hold no motion that the projection after the step would undo.
+hold no motion that the projection after the step would undo. On the encoder it fixes the scale that
+idea A's beta is otherwise free to share with W_enc.
 """
 
 from __future__ import annotations
@@ -16,18 +17,25 @@ if TYPE_CHECKING:
 
 
 class UnitNormConfig(PartConfig):
+    """weight: the matrix whose rows are kept on the sphere."""
+
     kind: Literal["unit_norm"] = "unit_norm"
+    weight: Literal["decoder", "encoder"] = "decoder"
 
     def build(self, dims: Dims) -> UnitNorm:
-        return UnitNorm()
+        return UnitNorm(self.weight)
 
 
 class UnitNorm(Constraint):
+    def __init__(self, weight: Literal["decoder", "encoder"]) -> None:
+        super().__init__()
+        self.name = "W_dec" if weight == "decoder" else "W_enc"
+
     def on_gradients(self, sae: SAE) -> None:
-        grad = sae.W_dec.grad
-        if grad is None:
-            return
-        kernels_for(grad.device).project_out(grad, sae.W_dec.detach())
+        weight = getattr(sae, self.name)
+        if weight.grad is not None:
+            kernels_for(weight.device).project_out(weight.grad, weight.detach())
 
     def on_parameters(self, sae: SAE) -> None:
-        kernels_for(sae.W_dec.device).normalise(sae.W_dec.data)
+        weight = getattr(sae, self.name)
+        kernels_for(weight.device).normalise(weight.data)

@@ -30,7 +30,8 @@ class VarianceScalingConfig(TemperatureFields):
         tau, temperature, tau_end, rate, tau_lr: of the variance's temperature (temperature.py).
         statistics: 'running' (EMA, frozen for inference) or 'batch' (a control: a token's code then
             depends on its batch).
-        tying: 'global' (one beta and theta), 'per_feature' (vectors over input dimensions), 'off'.
+        tying: 'global' (one beta and theta), 'per_feature' (vectors over input dimensions), 'scale'
+            (one beta alone), 'off'.
         beta, theta: where they start.
         momentum: of the running variance.
         start: 'function' starts as the same function as the unscaled SAE; 'scaled' starts with
@@ -40,7 +41,7 @@ class VarianceScalingConfig(TemperatureFields):
 
     kind: Literal["variance"] = "variance"
     statistics: Literal["running", "batch"] = "running"
-    tying: Literal["global", "per_feature", "off"] = "global"
+    tying: Literal["global", "per_feature", "scale", "off"] = "global"
     beta: float = 1.0
     theta: float = 0.0
     momentum: float = Field(default=0.99, ge=0, lt=1)
@@ -63,7 +64,8 @@ class VarianceScaling(Scaling):
         shape = (dims.d_in,) if config.tying == "per_feature" else ()
         learned = config.tying != "off"
         self.beta = nn.Parameter(torch.full(shape, config.beta), requires_grad=learned)
-        self.theta = nn.Parameter(torch.full(shape, config.theta), requires_grad=learned)
+        shifts = learned and config.tying != "scale"
+        self.theta = nn.Parameter(torch.full(shape, config.theta), requires_grad=shifts)
         self.temperature = Temperature(config)
 
     def groups(self) -> list[tuple[str, list[nn.Parameter], float | None]]:
@@ -105,6 +107,9 @@ class VarianceScaling(Scaling):
     def fold(self) -> tuple[Tensor, Tensor]:
         gain = (self.beta * self.gain(self.variance)).detach()
         return gain, self.theta.detach().expand_as(gain)
+
+    def metric(self) -> Tensor:
+        return self.gain(self.variance).detach()
 
     def scalars(self) -> dict[str, float]:
         return {

@@ -114,6 +114,7 @@ class Optimiser:
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         self.config = config
         weights = [p for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec) if p.requires_grad]
+        weights = list(dict.fromkeys(weights))  # tied weights are one parameter
         self.groups = [Group(WEIGHTS, weights, config.lr, maximise=False)]
         for part in sae.parts():
             for name, own, lr in part.groups():

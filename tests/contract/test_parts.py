@@ -402,7 +402,8 @@ def test_foldable_scaling(kind: str, global_random_seed: int) -> None:
     rows_close(sae.encode(x)[3:8], sae.encode(x[3:8]))
     centred = x / sae.scale - sae.b_dec.detach()
     gain, shift = sae.scaling.fold()
-    rows_close(sae.scaling.apply(centred).detach(), centred * gain + shift)
+    scaled = centred * gain if gain.dim() == 1 else centred @ gain
+    rows_close(sae.scaling.apply(centred).detach(), scaled + shift)
 
 
 def variance(**settings: Any) -> dict[str, Any]:

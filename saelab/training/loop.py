@@ -90,11 +90,14 @@ class Cell:
 
         Raises: CellFailure when the loss or the gradient is not finite; the weights stay as before.
         """
-        self.optimiser.zero_grad()
+        self._drop_gradients()
         try:
             return self._step(batch)
         finally:
-            self.optimiser.zero_grad()
+            self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        self.optimiser.zero_grad()
 
     def _step(self, batch: Batch) -> dict[str, float]:
         step, sae = self.steps_done, self.sae

@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--quick] [--threads 2]
 
-Every row is a process of its own. It loads its code and the batches, trains a tiny cell so that
-libraries and thread pools are there, and only then counts:
+Every row is a process of its own. It loads its code and reads the batches and starting weights
+into memory, trains a tiny cell so that libraries and thread pools are there, and only then counts:
 
     peak   = highest resident memory over the steps - resident memory before the cell was built
     needed = 4 (P + 2 P + P) parameters, Adam's moments and gradients, P = 2 d F + F + d
@@ -143,8 +143,8 @@ def _child(variant: str, precision: str, l0: int, file: str, threads: int) -> di
     keep_freed_memory()  # as the workers of a launch do
     small = make_inputs(Shape(32, 256, 64), 4)
     Runner(cell(variant, small, 4, precision), small)(3)
-    inputs = Inputs(**load_file(file))
-    rss.reset_peak()
+    inputs = Inputs(**{key: value.clone() for key, value in load_file(file).items()})
+    rss.reset_peak()  # the file's pages, which would be read while it counts, are now in memory
     before = rss.resident()
     Runner(cell(variant, inputs, l0, precision), inputs)(STEPS)
     dtype = selection_dtype(precision, torch.device("cpu"))  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
 
 def inputs(file: str) -> None:
     """Batches [n, N, d], rows [F, d], mean [d] and quantile [F] for the trainers built next."""
-    STATE.inputs = load_file(file)
+    STATE.inputs = {key: value.clone() for key, value in load_file(file).items()}  # not mapped
     STATE.batches = list(STATE.inputs["batches"])
 
 

@@ -124,6 +124,7 @@ class SAE(nn.Module):
         self.constraints = _named(config.constraints, dims)
         self.observers = _named(config.observers, dims)
         self._norms_wanted = any(t.uses_decoder_norms for t in self.loss_terms().values())
+        self._z_wanted = any(part.uses_preactivations for part in self.parts())
         for part in self.parts():
             part.check(self)
 
@@ -215,20 +216,27 @@ class SAE(nn.Module):
         """
         x = x / self.scale
         u = self._encoder_input(x)
-        dtype = selection_dtype(self.config.precision, x.device) if self.training else u.dtype
+        code, z = self._code(u, starts)
+        if code.support is None:
+            product, norms = code.values @ self.W_dec, None
+        else:
+            decode = decode_with_norms if self._norms_wanted else _decode_alone
+            product, norms = decode(code.values, self.W_dec, code.support)
+        recon = product + self.b_dec
+        return Pass(x, x, u, code, recon, self, step, steps, self.settings(step), starts, norms, z)
+
+    def _code(self, u: Tensor, starts: Tensor | None) -> tuple[Code, Tensor | None]:
+        """The code with its gradients, and all pre-activations where a part reads them."""
+        dtype = selection_dtype(self.config.precision, u.device) if self.training else u.dtype
         z = preactivations(u, self.W_enc, self.b_enc, dtype)
         support = self._support(z, starts)
+        kept = z if self._z_wanted else None
         if support is None:
+            del z
             pre = encode_all(u, self.W_enc, self.b_enc, self._centre_of_gradient())
-            code = Code(self._dense(pre, starts), pre, None)
-            recon, norms = code.values @ self.W_dec + self.b_dec, None
-        else:
-            pre = self.encode_at(u, support, z)
-            code = Code(self.activation.at(pre, support), pre, support)
-            decode = decode_with_norms if self._norms_wanted else _decode_alone
-            product, norms = decode(code.values, self.W_dec, support)
-            recon = product + self.b_dec
-        return Pass(x, x, z, u, code, recon, self, step, steps, self.settings(step), starts, norms)
+            return Code(self._dense(pre, starts), pre, None), kept
+        pre = self.encode_at(u, support, z)
+        return Code(self.activation.at(pre, support), pre, support), kept
 
     @torch.no_grad()
     def _support(self, z: Tensor, starts: Tensor | None) -> Support | None:

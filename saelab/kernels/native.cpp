@@ -372,28 +372,29 @@ i64 above_rows(const T* z, const float* floor, i64 first, i64 last, i64 d_sae, i
     return count;
 }
 
-// Each thread fills its own part of `latents`; the parts are then moved together.
+// Each thread fills its own part of `latents`; the parts are then moved together. Returns how many
+// pairs there are; beyond `room` the latents are left undefined.
 template <typename T>
-i64 above(const T* z, const float* floor, i64 rows, i64 d_sae, i64 limit, int threads,
+i64 above(const T* z, const float* floor, i64 rows, i64 d_sae, i64 room, int threads,
           i64* offsets, i64* latents) {
     std::vector<i64> counts(threads);
     bool overflow = false;
     offsets[0] = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; ++t) {
-        const i64 start = limit * t / threads, room = limit * (t + 1) / threads - start;
-        counts[t] = above_rows(z, floor, rows * t / threads, rows * (t + 1) / threads, d_sae, room,
+        const i64 start = room * t / threads, own = room * (t + 1) / threads - start;
+        counts[t] = above_rows(z, floor, rows * t / threads, rows * (t + 1) / threads, d_sae, own,
                                offsets, latents + start);
 #pragma omp critical
-        overflow |= counts[t] > room;
+        overflow |= counts[t] > own;
     }
     i64 total = 0;
     for (int t = 0; t < threads; ++t) total += counts[t];
-    if (total > limit) return -1;
-    if (overflow) return above_rows(z, floor, 0, rows, d_sae, limit, offsets, latents);
+    if (total > room) return total;
+    if (overflow) return above_rows(z, floor, 0, rows, d_sae, room, offsets, latents);
     total = counts[0];
     for (int t = 1; t < threads; ++t) {
-        std::memmove(latents + total, latents + limit * t / threads, counts[t] * sizeof(i64));
+        std::memmove(latents + total, latents + room * t / threads, counts[t] * sizeof(i64));
         for (i64 n = rows * t / threads; n < rows * (t + 1) / threads; ++n) offsets[n + 1] += total;
         total += counts[t];
     }
@@ -643,14 +644,14 @@ void by_latent(const i64* offsets, const i64* latents, i64 rows, i64 d_sae, i64*
         }
 }
 
-i64 above_bfloat16(const std::uint16_t* z, const float* floor, i64 rows, i64 d_sae, i64 limit,
+i64 above_bfloat16(const std::uint16_t* z, const float* floor, i64 rows, i64 d_sae, i64 room,
                    int threads, i64* offsets, i64* latents) {
-    return above(z, floor, rows, d_sae, limit, threads, offsets, latents);
+    return above(z, floor, rows, d_sae, room, threads, offsets, latents);
 }
 
-i64 above_float32(const float* z, const float* floor, i64 rows, i64 d_sae, i64 limit, int threads,
+i64 above_float32(const float* z, const float* floor, i64 rows, i64 d_sae, i64 room, int threads,
                   i64* offsets, i64* latents) {
-    return above(z, floor, rows, d_sae, limit, threads, offsets, latents);
+    return above(z, floor, rows, d_sae, room, threads, offsets, latents);
 }
 
 i64 traced_bfloat16(const std::uint16_t* z, const float* rules, const i64* starts, const i64* drivers,

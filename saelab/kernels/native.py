@@ -33,6 +33,9 @@ COMPILERS = ("g++", "clang++", "c++")
 TIMEOUT = 120  # seconds for the compiler
 #: Bytes that stay in a core's own cache beside other things. Our choice: half of 1 MiB.
 CACHE = 1 << 19
+#: Share of all pairs that the first scan for a code has room for. Our choice: several times the
+#: usual code's; the room, 8 bytes a pair, is then an eighth to a quarter of the pre-activations'.
+ROOM = 1 / 16
 
 _POINTER, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -184,22 +187,32 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] | None:
-    """As `eager.above`."""
+    """As `eager.above`; with room for a usual code first, and a second scan for a denser one."""
     if z.dtype not in DTYPES:
         return eager.above(z, floor, limit)
     z, floor = z.contiguous(), None if floor is None else floor.contiguous()
+    offsets, latents, nnz = _above(z, floor, min(limit, int(ROOM * z.numel()) + 1))
+    if nnz > limit:
+        return None
+    if nnz > latents.numel():
+        offsets, latents, nnz = _above(z, floor, nnz + nnz // 4)  # rows are not equally dense
+    return offsets, latents[:nnz].clone()
+
+
+def _above(z: Tensor, floor: Tensor | None, room: int) -> tuple[Tensor, Tensor, int]:
+    """(offsets, latents [room], how many pairs there are): latents hold them where they fit."""
     offsets = torch.empty(z.shape[0] + 1, dtype=torch.int64)
-    latents = torch.empty(limit, dtype=torch.int64)
+    latents = torch.empty(room, dtype=torch.int64)
     nnz = _function("above", z.dtype)(
         z.data_ptr(),
         _pointer(floor),
         *z.shape,
-        limit,
+        room,
         torch.get_num_threads(),
         offsets.data_ptr(),
         latents.data_ptr(),
     )
-    return None if nnz < 0 else (offsets, latents[:nnz])
+    return offsets, latents, nnz
 
 
 def traced(

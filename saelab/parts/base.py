@@ -51,7 +51,6 @@ class Pass:
     Args:
         x: input in normalised space, float32 [N, d_in].
         target: what is reconstructed; equal to x for an SAE; [N, d_in].
-        z: all pre-activations, without gradient, in the selection's dtype; [N, d_sae].
         u: encoder input, float32 [N, d_in].
         code: the code, sparse or dense.
         recon: reconstruction in normalised space, [N, d_in].
@@ -61,11 +60,11 @@ class Pass:
         starts: int64 [m + 1], where segments of rows that follow each other begin; None for
             shuffled rows.
         norms: of the decoder's rows, where they came with its product; see `decoder_norms`.
+        kept_z: what `z` returns; None unless a part declares `uses_preactivations`.
     """
 
     x: Tensor
     target: Tensor
-    z: Tensor
     u: Tensor
     code: Code
     recon: Tensor
@@ -75,6 +74,22 @@ class Pass:
     settings: dict[str, float]
     starts: Tensor | None
     norms: Tensor | None = None
+    kept_z: Tensor | None = None
+
+    @property
+    def z(self) -> Tensor:
+        """All pre-activations, without gradient, in the selection's dtype; [N, d_sae].
+
+        The largest tensor of a pass: it is freed once the code is there, unless a part reads it.
+
+        Raises: RuntimeError when no part of the SAE declares that it does.
+        """
+        if self.kept_z is None:
+            raise RuntimeError(
+                "all pre-activations are kept only where a part declares that it "
+                "reads them: set its uses_preactivations = True"
+            )
+        return self.kept_z
 
     @cached_property
     def decoder_norms(self) -> Tensor:
@@ -110,6 +125,8 @@ class Part(nn.Module):
     maximise: ClassVar[bool] = False
     #: Needs batches of whole contexts.
     needs_contexts: ClassVar[bool] = False
+    #: Reads `p.z`, which is then kept through the step.
+    uses_preactivations: ClassVar[bool] = False
     lr: float | None = None
 
     def check(self, sae: SAE) -> None:

@@ -2,7 +2,8 @@
 
     harvest  = process + weights + lanes x one pass's tensors + two shards + tokens
     training = process + workers x (process + weights + probing + a shard and the sample
-               + cells of a job x (parameters, gradient, two moments) + one chunk of dense code)
+               + cells of a job x (parameters, two moments) + the largest one's gradient
+               + one chunk of dense code)
 
 The need is the larger one. Bytes are counted from the settings; only `process` was measured.
 """
@@ -121,11 +122,13 @@ def _probing_rows(base: BaseConfig) -> int:
 
 
 def _cells(specs: Sequence[CellSpec], d: int, group: int) -> int:
-    """The largest job: weights, gradient and two moments of its cells, and one chunk of codes."""
+    """The largest job: weights and two moments of its cells, the gradient of the one whose turn it
+    is, and one chunk of codes."""
     widest = sorted((spec.sae.d_sae for spec in specs), reverse=True)[:group]
-    trained = sum(4 * 4 * (2 * d * width + width + d) for width in widest)
+    weights = [4 * (2 * d * width + width + d) for width in widest]
     chunk = max(core.CHUNK, probing.CHUNK, *(spec.train.batch_size for spec in specs))
-    return trained + CODES * chunk * max(widest, default=0) * 4
+    codes = CODES * chunk * max(widest, default=0) * 4
+    return 3 * sum(weights) + max(weights, default=0) + codes
 
 
 def _processes(workers: int, worker: int) -> int:

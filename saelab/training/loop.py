@@ -98,16 +98,25 @@ class Cell:
         return rows.to(self.device)
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step; returns the record that was logged.
+        """One optimiser step; returns the record that was logged. Gradients live no longer.
 
         Raises: CellFailure when the loss or the gradient is not finite; the weights stay as before.
         """
+        self._drop_gradients()
+        try:
+            return self._step(batch)
+        finally:
+            self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        self.optimiser.zero_grad()
+
+    def _step(self, batch: Batch) -> dict[str, float]:
         step, sae = self.steps_done, self.sae
         rows = self.rows(batch)
         p = sae(rows.x, step, self.config.steps, rows.starts)
         terms = {name: term.loss(p) for name, term in sae.loss_terms().items()}
         loss = torch.stack(list(terms.values())).sum()
-        self.optimiser.zero_grad()
         loss.backward()
         for constraint in sae.constraint_parts():
             constraint.on_gradients(sae)

@@ -56,14 +56,14 @@ class ModuleCell(Cell):
     def moved(self) -> dict[str, float]:
         return {}
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step on the module's own loss.
+    def _drop_gradients(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
 
-        Raises: CellFailure when loss or gradient is not finite.
-        """
+    def _step(self, batch: Batch) -> dict[str, float]:
+        """One optimiser step on the module's own loss."""
         x = self.rows(batch).x
         loss = self.sae.loss(x)
-        self.adam.zero_grad(set_to_none=True)
+        self._drop_gradients()
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip))
         total = float(loss.detach())

@@ -174,7 +174,12 @@ class TestLife:
         sae = cell(composed(seam, kind), global_random_seed).sae
         p = sae(data(global_random_seed), 0, STEPS)
         assert p.recon.shape == p.x.shape == p.target.shape == (ROWS, D_IN)
-        assert p.z.shape == (ROWS, D_SAE) and not p.z.requires_grad
+        if any(part.uses_preactivations for part in sae.parts()):
+            assert p.z.shape == (ROWS, D_SAE) and not p.z.requires_grad
+        else:
+            assert p.kept_z is None
+            with pytest.raises(RuntimeError, match="uses_preactivations"):
+                _ = p.z
         assert p.recon.isfinite().all() and p.code.values.isfinite().all()
         assert p.code.dense().shape == (ROWS, D_SAE)
         if p.code.support is not None:
@@ -244,8 +249,10 @@ class TestLife:
         for parameter in part.parameters():
             assert (id(parameter) in known) == parameter.requires_grad
         one.step(batch(data(global_random_seed)))
+        moments = one.optimiser.moments()
         for parameter in part.parameters():
-            assert parameter.grad is not None or not parameter.requires_grad
+            assert not parameter.requires_grad or float(moments[parameter]["step"]) == 1
+            assert parameter.grad is None  # gradients live as long as the step
 
 
 # ---- activations -----------------------------------------------------------------------------
@@ -311,13 +318,17 @@ class TestActivation:
             rows_close(got[name], gradient)
 
     def test_bfloat16_selects_and_values_are_float32(
-        self, kind: str, training: bool, global_random_seed: int
+        self, kind: str, training: bool, global_random_seed: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         sae = sparse_sae(kind, global_random_seed, "bfloat16").train(training)
+        select, dtypes = sae.activation.support, []
+        monkeypatch.setattr(
+            sae.activation, "support", lambda z: (dtypes.append(z.dtype), select(z))[1]
+        )
         p = sae(data(global_random_seed))
         support = p.code.support
         assert support is not None
-        assert p.z.dtype == (torch.bfloat16 if training else torch.float32)
+        assert dtypes == [torch.bfloat16 if training else torch.float32]
         exact = (p.u @ sae.W_enc.T + sae.b_enc).flatten()[support.flat]
         torch.testing.assert_close(p.code.pre, exact, rtol=1e-5, atol=1e-5)
         reference = sae.activation.dense((p.u @ sae.W_enc.T + sae.b_enc).detach())

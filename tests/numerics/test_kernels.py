@@ -448,6 +448,16 @@ class TestNative:
         assert got[1].tolist() == [*range(100), 3]
         assert native.above(z, None, 100) is None
 
+    @pytest.mark.parametrize("share", [0.01, 0.08, 0.1, 0.5])
+    def test_above_holds_no_more_than_the_pairs(self, threads: int, share: float) -> None:
+        """With room in the first scan, in all but one thread of it, and in the second only."""
+        z = torch.rand(64, 512, generator=torch_stream(0, "above")) - (1 - share)
+        z[:32] -= share / 2  # the threads' rows are not equally dense
+        got, wanted = native.above(z, None, z.numel()), eager.above(z, None, z.numel())
+        assert got is not None and wanted is not None
+        assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+        assert got[1].untyped_storage().nbytes() == 8 * len(wanted[1])
+
     @given(**selections, k=st.integers(1, 70))
     def test_topk(self, seed, n, d_sae, dtype, distinct, k) -> None:
         z, k = drawn(seed, n, d_sae, dtype, distinct) + 0.0, min(k, d_sae)  # no -0.0

@@ -180,6 +180,18 @@ class TestBitwise:
             cell.step(next(stream)[0])
         assert all(torch.equal(tensor, before[name]) for name, tensor in state(cell).items())
         assert cell.steps_done == cell.log.length == 5
+        assert all(parameter.grad is None for parameter in cell.sae.parameters())
+
+    def test_gradients_live_as_long_as_the_step(self, activations: MemorySource) -> None:
+        """None is left behind, and one that someone else left does not count."""
+        one, other = cell_of(activations), cell_of(activations)
+        for i, (batch, _) in enumerate(batches(activations, 3, SIZE)):
+            if i == 5:
+                break
+            other.sae(other.rows(batch).x).recon.square().sum().backward()
+            assert one.step(batch) == other.step(batch)
+            assert all(parameter.grad is None for parameter in other.sae.parameters())
+        assert_bitwise(one, other)
 
     @pytest.mark.parametrize("every", [1, 4, 1000])
     def test_looking_changes_nothing(

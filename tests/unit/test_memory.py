@@ -34,9 +34,9 @@ def test_the_size_is_that_of_the_loaded_model() -> None:
 def test_needs_grow_with_what_is_asked_for() -> None:
     small = needs(BASE, specs(), 2, GROUP)
     wide = BASE.patched({"sae.d_sae": 16 * BASE.sae.d_sae})
-    cell = 4 * 4 * 2 * 192 * 15 * BASE.sae.d_sae  # weights, gradient and moments of the rest
+    weights = 4 * 2 * 192 * 15 * BASE.sae.d_sae  # of the rest of a cell
     grown = needs(wide, specs(wide), 2, GROUP).training - small.training
-    assert grown > 2 * GROUP * cell
+    assert grown > 2 * (3 * GROUP + 1) * weights  # with moments, and one cell's gradient
     assert needs(BASE, specs(), 8, GROUP).training > 3 * small.training
     large = BASE.patched({"harvest.shard_tokens": 16 * BASE.harvest.shard_tokens})
     assert needs(large, specs(), 2, GROUP).harvest > small.harvest + 300e6

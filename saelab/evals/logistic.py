@@ -141,72 +141,77 @@ def _directly(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 def _by_gradients(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor] | None:
     """The minimum by Newton's method with conjugate gradients; None when it takes too long."""
     y, used = positive.to(z.dtype), 0
-    w, b = z.new_zeros(z.shape[1]), z.new_zeros(())
+    w, b, eta = z.new_zeros(z.shape[1]), z.new_zeros(()), torch.zeros_like(y)
+    loss = _loss(w, eta, y)
     squares: Tensor | None = None
     for _ in range(MAX_STEPS):
-        eta = z @ w + b
         p = torch.sigmoid(eta)
         weight = (p * (1 - p)).clamp_min(LEAST_WEIGHT)
-        total = weight.sum()
-        surplus = (p - y).sum() / total
-        slope = w + (p - y - surplus * weight) @ z
-        off = float(slope.square().sum() + surplus.square() * total)
-        loss = _loss(w, eta, y)
+        rest, total = p - y, weight.sum()
+        surplus = rest.sum() / total
+        slope = torch.addmv(w, z.T, rest - surplus * weight)
+        off = float(slope @ slope + surplus.square() * total)
         if off <= SMALL_GRADIENT * loss:
             return w, b
         if used >= MAX_PASSES or not off < float("inf"):
             return None
-        if used < PLAIN_PASSES:
-            scale, most = torch.ones_like(w), PLAIN_PASSES - used
-        else:
+        scale, most = None, PLAIN_PASSES - used
+        if most <= 0:
             squares = z.square() if squares is None else squares
             scale, most = 1 / (1 + weight @ squares), MAX_PASSES - used
-        dw, fit, taken = _conjugate_gradients(z, weight, -slope, scale, most)
+        enough = max(FORCING**2 * off, SMALL_GRADIENT * loss / 4)
+        dw, db, deta, taken = _conjugate_gradients(z, weight, -slope, scale, enough, most)
         used += taken
-        db = -surplus - weight @ fit / total
-        promise = float(surplus.square() * total - slope @ dw)
+        db, deta = db - surplus, deta - surplus
+        promise = -float(w @ dw + rest @ deta)
         step = 1.0
-        while not _loss(w + step * dw, eta + step * (fit + db), y) <= loss - DECREASE * (
-            step * promise
+        while not (
+            (new := _loss(w + step * dw, eta + step * deta, y)) <= loss - DECREASE * step * promise
         ):
             step /= 2
             if step < LEAST_STEP:
                 return None
-        w, b = w + step * dw, b + step * db
+        w, b, eta, loss = w + step * dw, b + step * db, eta + step * deta, new
     return None
 
 
 def _loss(w: Tensor, eta: Tensor, y: Tensor) -> float:
-    w, eta = w.double(), eta.double()
-    return float(softplus(eta).sum() - y.double() @ eta + 0.5 * w @ w)
+    eta = eta.double()
+    return float((softplus(eta) - y * eta).sum()) + 0.5 * float(w.double().square().sum())
 
 
 def _conjugate_gradients(
-    z: Tensor, weight: Tensor, right: Tensor, scale: Tensor, most: int
-) -> tuple[Tensor, Tensor, int]:
-    """x with (1 + Z^T (D - d d^T / sum d) Z) x = right up to FORCING, where D = diag(d).
+    z: Tensor, weight: Tensor, right: Tensor, scale: Tensor | None, enough: float, most: int
+) -> tuple[Tensor, float, Tensor, int]:
+    """x, c with  x + Z^T D (Z x + c) = right  and  sum D (Z x + c) = 0  where D = diag(weight).
 
     Args:
-        scale: about the inverse of the matrix's diagonal, [k].
-        most: iterations; x is a way down after any number of them.
+        scale: about the inverse of the matrix's diagonal, [k]; None for ones.
+        enough: |residual|^2 where it stops.
+        most: iterations; x, c is a way down after any number of them.
 
-    Returns: x [k], Z x [n] and the number of iterations.
+    Returns: x [k], c, Z x + c [n] and the number of iterations.
     """
     product = kernels_for(z.device).gram_product
-    share, centre = weight / weight.sum(), weight @ z
-    x, fit = torch.zeros_like(right), torch.zeros_like(weight)
-    residual, direction = right, scale * right
-    power = float(residual @ direction)
-    enough = FORCING**2 * float(right @ right)
-    taken = 0
-    while float(residual @ residual) > enough and taken < most:
-        along, image = product(z, weight, direction)
-        image = direction + image - (share @ along) * centre
-        length = power / float(direction @ image)
-        x, fit = x + length * direction, fit + length * along
-        residual = residual - length * image
-        scaled = scale * residual
-        power, before = float(residual @ scaled), power
-        direction = scaled + (power / before) * direction
+    share = 1 / float(weight.sum())
+    x, c, fit = torch.zeros_like(right), 0.0, torch.zeros_like(weight)
+    residual, rest = right.clone(), 0.0
+    scaled = residual if scale is None else scale * residual
+    direction, shift = scaled.clone(), 0.0
+    power, size, taken = float(residual @ scaled), float(residual @ residual), 0
+    while size > enough and taken < most:
+        along, image = product(z, weight, direction, shift)
+        image += direction
+        pull = float(weight @ along)
+        length = power / (float(direction @ image) + shift * pull)
+        x.add_(direction, alpha=length)
+        fit.add_(along, alpha=length)
+        residual.sub_(image, alpha=length)
+        c, rest = c + length * shift, rest - length * pull
+        scaled = residual if scale is None else scale * residual
+        before, power = power, float(residual @ scaled) + share * rest**2
+        size = power if scale is None else float(residual @ residual) + share * rest**2
+        direction.mul_(power / before).add_(scaled)
+        shift = share * rest + power / before * shift
         taken += 1
-    return x, fit, taken
+    return x, c, fit, taken

@@ -513,7 +513,7 @@ def _full(code: Tensor, tasks: Sequence[Task]) -> Tensor:
     found = []
     for task in tasks:
         positive = task.train.positive.to(code.device)
-        w, b = logistic_regression(code[task.train.index], positive)
+        w, b = logistic_regression(code.index_select(0, task.train.index.to(code.device)), positive)
         found.append(code @ w + b)
     return torch.stack(found)
 

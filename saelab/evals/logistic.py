@@ -64,7 +64,10 @@ def logistic_regression(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logistic_regressions(
-    z: Tensor, positive: Tensor, counted: Tensor | None = None
+    z: Tensor,
+    positive: Tensor,
+    counted: Tensor | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The minima of many problems with few columns, solved together.
 
@@ -72,12 +75,16 @@ def logistic_regressions(
         z: float64 [problems, k, n], columns first.
         positive: bool [problems, n].
         counted: bool [problems, n], False where a problem has fewer than n texts; None for all.
+        start: a solution for the first columns alone, to start from.
 
     Returns: coefficients float64 [problems, k] and intercepts float64 [problems].
     """
     y = positive.to(z.dtype)
     there = torch.ones_like(y) if counted is None else counted.to(z.dtype)
     w, b, eta = z.new_zeros(z.shape[:2]), z.new_zeros(len(z)), torch.zeros_like(y)
+    if start is not None:
+        w[:, : start[0].shape[1]], b = start
+        eta = _products(z, w) + b[:, None]
     current = _losses(w, eta, y, there)
     open_ = torch.ones(len(z), dtype=torch.bool, device=z.device)
     for _ in range(MAX_STEPS):
@@ -102,6 +109,11 @@ def _losses(w: Tensor, eta: Tensor, y: Tensor, there: Tensor) -> Tensor:
     return 0.5 * w.square().sum(1) + ((softplus(eta) - y * eta) * there).sum(1)
 
 
+def _products(z: Tensor, w: Tensor) -> Tensor:
+    """w z: [problems, n]."""
+    return (w[:, None] @ z)[:, 0]
+
+
 def _newton_steps(
     z: Tensor, w: Tensor, eta: Tensor, y: Tensor, there: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,15 +123,14 @@ def _newton_steps(
     total = weight.sum(1)
     rest = (p - y) * there
     surplus = rest.sum(1) / total
-    centre = (z @ (weight / total[:, None])[:, :, None])[:, :, 0]
-    apart = z - centre[:, :, None]
-    slope = w + (apart @ rest[:, :, None])[:, :, 0]
-    system = (apart * weight[:, None, :]) @ apart.mT
+    rest = rest - surplus[:, None] * weight
+    sums, uphill = (torch.stack([weight, rest], dim=1) @ z.mT).unbind(1)
+    centre, slope = sums / total[:, None], w + uphill
+    system = torch.baddbmm(sums[:, :, None] * centre[:, None], z * weight[:, None], z.mT, beta=-1)
     system.diagonal(dim1=1, dim2=2).add_(1)
     dw = -torch.cholesky_solve(slope[:, :, None], torch.linalg.cholesky(system))[:, :, 0]
-    deta = (dw[:, None, :] @ apart)[:, 0] - surplus[:, None]
     db = -surplus - (centre * dw).sum(1)
-    return dw, db, deta, surplus.square() * total - (slope * dw).sum(1)
+    return dw, db, _products(z, dw) + db[:, None], surplus.square() * total - (slope * dw).sum(1)
 
 
 def _directly(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:

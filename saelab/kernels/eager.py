@@ -149,11 +149,9 @@ def normalise(w: Tensor) -> None:
     w.copy_(torch.nn.functional.normalize(w, dim=1, eps=SMALLEST))
 
 
-def gram_product(
-    z: Tensor, weights: Tensor, v: Tensor, offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """a = Z v + offset and Z^T (weights * a); z [n, k], weights [n], v [k] -> ([n], [k])."""
-    along = z @ v + offset
+def gram_product(z: Tensor, weights: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Z v and Z^T (weights * Z v); z [n, k], weights [n], v [k] -> ([n], [k])."""
+    along = z @ v
     return along, (weights * along) @ z
 
 

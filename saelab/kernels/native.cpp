@@ -169,9 +169,9 @@ inline void add_scaled(float scale, const float* x, float* y, i64 d) {
 
 constexpr int TOGETHER = 4;  // rows that share each read of v and of the sum
 
-// along[r] = <x[r], v> + offset for R rows.
+// along[r] = <x[r], v> for R rows.
 template <int R>
-inline void products_of_rows(const float* x, const float* v, float offset, i64 d, float* along) {
+inline void products_of_rows(const float* x, const float* v, i64 d, float* along) {
     Vec sums[R] = {};
     float rest[R] = {};
     i64 i = 0;
@@ -181,7 +181,7 @@ inline void products_of_rows(const float* x, const float* v, float offset, i64 d
     }
     for (; i < d; ++i)
         for (int r = 0; r < R; ++r) rest[r] += x[r * d + i] * v[i];
-    for (int r = 0; r < R; ++r) along[r] = sum(sums[r]) + rest[r] + offset;
+    for (int r = 0; r < R; ++r) along[r] = sum(sums[r]) + rest[r];
 }
 
 // y += sum_r weights[r] * along[r] * x[r] over R rows.
@@ -462,16 +462,16 @@ void normalise(float* w, i64 rows, i64 d, float smallest, int threads) {
     }
 }
 
-void gram_product(const float* z, const float* weights, const float* v, float offset, i64 rows,
-                  i64 d, float* along, float* out) {
+void gram_product(const float* z, const float* weights, const float* v, i64 rows, i64 d,
+                  float* along, float* out) {
     std::fill(out, out + d, 0.0f);
     i64 n = 0;
     for (; n + TOGETHER <= rows; n += TOGETHER) {
-        products_of_rows<TOGETHER>(z + n * d, v, offset, d, along + n);
+        products_of_rows<TOGETHER>(z + n * d, v, d, along + n);
         add_rows<TOGETHER>(z + n * d, weights + n, along + n, d, out);
     }
     for (; n < rows; ++n) {
-        products_of_rows<1>(z + n * d, v, offset, d, along + n);
+        products_of_rows<1>(z + n * d, v, d, along + n);
         add_rows<1>(z + n * d, weights + n, along + n, d, out);
     }
 }

@@ -40,7 +40,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "pool": (None, [*[_POINTER] * 4, _I64, _I64, _POINTER]),
     "project_out": (None, [_POINTER, _POINTER, _I64, _I64, _INT]),
     "normalise": (None, [_POINTER, _I64, _I64, ctypes.c_float, _INT]),
-    "gram_product": (None, [*[_POINTER] * 3, ctypes.c_float, _I64, _I64, *[_POINTER] * 2]),
+    "gram_product": (None, [*[_POINTER] * 3, _I64, _I64, *[_POINTER] * 2]),
     "encode": (None, [*[_POINTER] * 6, _I64, _I64, _INT, _POINTER]),
     "encode_backward": (None, [*[_POINTER] * 5, _I64, _I64, _INT, *[_POINTER] * 2]),
     "combine": (None, [*[_POINTER] * 4, _I64, _I64, _INT, _POINTER]),
@@ -349,19 +349,16 @@ def _in_place(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.is_contiguous()
 
 
-def gram_product(
-    z: Tensor, weights: Tensor, v: Tensor, offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def gram_product(z: Tensor, weights: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """As `eager.gram_product`, from one read of z, on one thread."""
     if z.dtype != torch.float32:
-        return eager.gram_product(z, weights, v, offset)
+        return eager.gram_product(z, weights, v)
     z, weights, v = z.contiguous(), weights.contiguous(), v.contiguous()
     along, out = torch.empty(z.shape[0]), torch.empty(z.shape[1])
     _function("gram_product")(
         z.data_ptr(),
         weights.data_ptr(),
         v.data_ptr(),
-        offset,
         *z.shape,
         along.data_ptr(),
         out.data_ptr(),

@@ -10,9 +10,9 @@ the same ReLU SAE, trained on it for this. Stages:
     full probes       all tasks, all columns
 
 Our probes are timed through `probe_rows` on codes that are pooled already, as SAEBench's are, and
-the k-sparse ones as the difference to a run without them. Seconds are CPU time on both sides. The language model's pass,
-which both sides cache, is not part of it. SAEBench's texts are padded to the longest that ours may
-have (64 positions; its own default is 128) and encoded 125 at a time, its default.
+the k-sparse ones as the difference to a run without them. The language model's pass, which both
+sides cache, is not part of it. SAEBench's texts are padded to the longest that ours may have (64
+positions; its own default is 128) and encoded 125 at a time, its default.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import process_time
 from typing import Any
 
 import numpy as np
@@ -179,10 +178,10 @@ def _our_stages(sae: SAE, data: ProbingData, codes: ProbingData) -> dict[str, Co
             for code, entry in zip(centred, codes.entries, strict=True):
                 probe_rows(code, entry, 0, k_values)
 
-        return timed(work, refill, process_time)
+        return timed(work, refill)
 
     return {
-        "encode and pool": Contestant("ours", timed(pool, clock=process_time)),
+        "encode and pool": Contestant("ours", timed(pool)),
         "k-sparse and full probes": Contestant("ours", probes(K_VALUES)),
         "full probes": Contestant("ours", probes(())),
     }

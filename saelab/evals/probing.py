@@ -407,30 +407,37 @@ def evaluate_probing(
     with progress(f"probing {prefix}", len(data.entries), "entries") as bar:
         for entry in data.entries:
             code = pooled(subject, entry.rows, entry.offsets, chunk, device)
-            rows += _class_rows(code, entry, seed, k_values, prefix, standardised)
+            same = None if subject is None else _constant(code, entry)
+            rows += probe_rows(code, entry, seed, k_values, prefix, standardised)
             rows += _means(rows, f"entry={entry.name},class=", f"entry={entry.name}")
-            if subject is not None:
-                rows.append(_constant(code, entry))
+            rows += [] if same is None else [same]
             bar.advance()
     entry_slices = {f"entry={entry.name}" for entry in data.entries}
     return rows + _means([row for row in rows if row.slice in entry_slices], "entry=", "")
 
 
-def _class_rows(
+@torch.inference_mode()
+def probe_rows(
     code: Tensor,
     entry: ProbingEntry,
     seed: int,
-    k_values: Sequence[int],
-    prefix: str,
-    standardised: bool,
+    k_values: Sequence[int] = K_VALUES,
+    prefix: str = "sae",
+    standardised: bool = False,
 ) -> list[Row]:
-    """The rows of every class of one entry, from code float32 [texts, F]."""
-    tasks = build_tasks(entry, seed)
-    found = {"": _accuracies(code, entry, tasks, k_values, full=True)}
+    """The rows of every class of one entry.
+
+    Args:
+        code: `pooled` of the entry, float32 [texts, F]; it is changed: the mean over the training
+            texts is subtracted in place, where a copy would cost as much as some of the probes.
+        entry, seed, k_values, prefix, standardised: as in `evaluate_probing`.
+    """
+    tasks, found = build_tasks(entry, seed), {}
     if standardised:
         spread = code[entry.is_train].std(0)
         columns = code / torch.where(spread > 0, spread, 1)
         found["standardised_"] = _accuracies(columns, entry, tasks, k_values, full=False)
+    found = {"": _accuracies(code, entry, tasks, k_values, full=True), **found}
     rows = []
     for i, task in enumerate(tasks):
         where = f"entry={entry.name},class={task.name}"
@@ -449,23 +456,27 @@ def _class_rows(
 def _accuracies(
     code: Tensor, entry: ProbingEntry, tasks: Sequence[Task], k_values: Sequence[int], full: bool
 ) -> list[dict[int, float | str]]:
-    """For each task the test accuracy by k, with 0 for the full probe; or why there is none."""
+    """For each task the test accuracy by k, with 0 for the full probe; or why there is none.
+
+    The code is centred in place.
+    """
     wanted = [*k_values, *([0] if full else [])]
     finite = code.sum(1).isfinite()
     here = finite.cpu()
     sound = [t for t in tasks if bool(here[t.train.index].all() and here[t.test.index].all())]
     if not here.all():
-        code = code.masked_fill(~finite[:, None], 0)
+        code.masked_fill_(~finite[:, None], 0)
     train = (entry.is_train & here).to(code)
-    code = code - (train / train.sum()) @ code
-    log_odds = _sparse(code, sound, [k for k in k_values if k <= code.shape[1]]) if sound else {}
+    code.sub_((train / train.sum()) @ code)
+    possible = [k for k in k_values if k <= code.shape[1]]
+    log_odds = _sparse(code, sound, possible) if sound and possible else {}
     if sound and full:
-        log_odds[0] = _full(code, sound)
+        log_odds[0] = [_full(code, task) for task in sound]
     found = {task.name: dict[int, float | str]() for task in sound}
     for k in wanted:
         for i, task in enumerate(sound):
             if k in log_odds:
-                right = (log_odds[k][i].cpu()[task.test.index] > 0) == task.test.positive
+                right = (log_odds[k][i].cpu() > 0) == task.test.positive
                 found[task.name][k] = float(right.double().mean())
             else:
                 reason = f"the code has {code.shape[1]} columns, fewer than k = {k}"
@@ -474,14 +485,16 @@ def _accuracies(
     return [found.get(task.name, broken) for task in tasks]
 
 
-def _sparse(code: Tensor, tasks: Sequence[Task], k_values: Sequence[int]) -> dict[int, Tensor]:
-    """By k, the k-sparse probes' log-odds for all texts, float64 [tasks, texts].
+def _sparse(
+    code: Tensor, tasks: Sequence[Task], k_values: Sequence[int]
+) -> dict[int, list[Tensor]]:
+    """By k, the k-sparse probes' log-odds for the test texts of each task, float64.
 
     Args:
         code: float32 [texts, F], of mean zero.
     """
-    most = max(k_values, default=0)
-    columns = torch.stack([code[:, best].T for best in _best_columns(code, tasks, most)]).double()
+    best = _best_columns(code, tasks, max(k_values))
+    columns = code.index_select(1, best.flatten()).T.reshape(*best.shape, len(code)).double()
     n = max(len(task.train.index) for task in tasks)
     index = torch.zeros(len(tasks), n, dtype=torch.int64)
     positive, counted = (torch.zeros(len(tasks), n, dtype=torch.bool) for _ in range(2))
@@ -490,11 +503,13 @@ def _sparse(code: Tensor, tasks: Sequence[Task], k_values: Sequence[int]) -> dic
         index[i, :size], positive[i, :size] = task.train.index, task.train.positive
         counted[i, :size] = True
     index, positive, counted = (part.to(code.device) for part in (index, positive, counted))
-    train = columns.gather(2, index[:, None].expand(-1, most, -1))
-    found: dict[int, Tensor] = {}
-    for k in k_values:
-        w, b = logistic_regressions(train[:, :k], positive, counted)
-        found[k] = (w[:, None] @ columns[:, :k])[:, 0] + b[:, None]
+    train = columns.gather(2, index[:, None].expand(-1, best.shape[1], -1))
+    test = [z[:, task.test.index.to(code.device)] for z, task in zip(columns, tasks, strict=True)]
+    found: dict[int, list[Tensor]] = {}
+    w, b = columns.new_zeros(len(tasks), 0), columns.new_zeros(len(tasks))
+    for k in sorted(k_values):
+        w, b = logistic_regressions(train[:, :k], positive, counted, start=(w, b))
+        found[k] = [w[i] @ z[:k] + b[i] for i, z in enumerate(test)]
     return found
 
 
@@ -508,14 +523,13 @@ def _best_columns(code: Tensor, tasks: Sequence[Task], k: int) -> Tensor:
     return difference.abs().argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
-def _full(code: Tensor, tasks: Sequence[Task]) -> Tensor:
-    """The full probes' log-odds for all texts, float32 [tasks, texts]."""
-    found = []
-    for task in tasks:
-        positive = task.train.positive.to(code.device)
-        w, b = logistic_regression(code[task.train.index], positive)
-        found.append(code @ w + b)
-    return torch.stack(found)
+def _full(code: Tensor, task: Task) -> Tensor:
+    """The full probe's log-odds for the test texts, float32."""
+    train, test = (
+        code.index_select(0, side.index.to(code.device)) for side in (task.train, task.test)
+    )
+    w, b = logistic_regression(train, task.train.positive.to(code.device))
+    return test @ w + b
 
 
 def _constant(code: Tensor, entry: ProbingEntry) -> Row:

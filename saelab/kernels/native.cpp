@@ -169,6 +169,38 @@ inline void add_scaled(float scale, const float* x, float* y, i64 d) {
     for (; i < d; ++i) y[i] += scale * x[i];
 }
 
+constexpr int TOGETHER = 4;  // rows that share each read of v and of the sum
+
+// along[r] = <x[r], v> for R rows.
+template <int R>
+inline void products_of_rows(const float* x, const float* v, i64 d, float* along) {
+    Vec sums[R] = {};
+    float rest[R] = {};
+    i64 i = 0;
+    for (; i + WIDE <= d; i += WIDE) {
+        const Vec w = load(v + i);
+        for (int r = 0; r < R; ++r) sums[r] += load(x + r * d + i) * w;
+    }
+    for (; i < d; ++i)
+        for (int r = 0; r < R; ++r) rest[r] += x[r * d + i] * v[i];
+    for (int r = 0; r < R; ++r) along[r] = sum(sums[r]) + rest[r];
+}
+
+// y += sum_r weights[r] * along[r] * x[r] over R rows.
+template <int R>
+inline void add_rows(const float* x, const float* weights, const float* along, i64 d, float* y) {
+    float scale[R];
+    for (int r = 0; r < R; ++r) scale[r] = weights[r] * along[r];
+    i64 i = 0;
+    for (; i + WIDE <= d; i += WIDE) {
+        Vec total = load(y + i);
+        for (int r = 0; r < R; ++r) total += scale[r] * load(x + r * d + i);
+        store(y + i, total);
+    }
+    for (; i < d; ++i)
+        for (int r = 0; r < R; ++r) y[i] += scale[r] * x[r * d + i];
+}
+
 // y[rows[j]] += values[order[j]] * w for the pairs of one latent.
 inline void scatter_latent(const float* w, const float* values, const i64* order, const i64* rows,
                            i64 begin, i64 end, i64 d, float* y) {
@@ -566,10 +598,14 @@ void normalise(float* w, i64 rows, i64 d, float smallest, int threads) {
 void gram_product(const float* z, const float* weights, const float* v, i64 rows, i64 d,
                   float* along, float* out) {
     std::fill(out, out + d, 0.0f);
-    for (i64 n = 0; n < rows; ++n) {
-        __builtin_prefetch(z + (n + 1) * d, 0, 3);
-        along[n] = row_dot(z + n * d, v, d);
-        add_scaled(weights[n] * along[n], z + n * d, out, d);
+    i64 n = 0;
+    for (; n + TOGETHER <= rows; n += TOGETHER) {
+        products_of_rows<TOGETHER>(z + n * d, v, d, along + n);
+        add_rows<TOGETHER>(z + n * d, weights + n, along + n, d, out);
+    }
+    for (; n < rows; ++n) {
+        products_of_rows<1>(z + n * d, v, d, along + n);
+        add_rows<1>(z + n * d, weights + n, along + n, d, out);
     }
 }
 

@@ -34,7 +34,7 @@ def add(self, shard, add=FolderWriter.add):
     if self.header["n_tokens"] > 10_000:
         while self.done <= 3 and not Path(f"read-{{self.done - 1}}").exists():
             time.sleep(0.01)
-        if self.done == 3:
+        if self.done >= 3:
             {0}
 
 def read(self, i, shard=GrowingSource.shard):
@@ -101,6 +101,7 @@ def test_a_launch_that_overlaps_has_the_keys_and_bits_of_one_that_does_not(
     assert [f.parent.name for f in made.finished_cells()] == [
         f.parent.name for f in whole.finished_cells()
     ]
+    made.table((BASELINE, RATE))
     assert "to train" not in made.again().err  # the cells are in the cache, under those keys
 
 
@@ -126,10 +127,11 @@ def test_an_error_in_the_harvest_ends_the_launch_with_its_sentence(
 
 
 def test_an_error_in_a_worker_ends_the_harvest(tmp_path: Path, whole: Project) -> None:
-    failing = 'if i == 1: raise SourceError("no such shard: mend it")'
-    made = project(tmp_path / "p", True, "time.sleep(0.5)", failing)
+    failing = 'if i == 2: raise SourceError("no such shard: mend it")'
+    made = project(tmp_path / "p", True, "time.sleep(1)", failing)
     ended = made.launch(workers=1, timeout=120)
     assert (ended.code, ended.last) == (2, "no such shard: mend it")
+    assert len(harvested(made)) == 1  # what it is evaluated on
     finish(made, whole)
 
 

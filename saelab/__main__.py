@@ -67,7 +67,10 @@ def train(
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     set_: Set = None,
 ) -> None:
-    """Train and evaluate the SAE that a config file describes."""
+    """Train and evaluate the SAE that a config file describes.
+
+    On CUDA it trains beside the harvest (harvest.overlap; not run on a GPU yet).
+    """
     with _told():
         from saelab.api import settings
         from saelab.study.engine import Launch, launch

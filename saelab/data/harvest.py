@@ -4,13 +4,13 @@
 
 The pass stops after the last hooked layer and never computes logits. On disk, memory holds at most
 two shards for each hook and one batch a lane (saelab/data/passes.py); an interrupted harvest goes
-on with the next shard. On a GPU the passes and the writing of shards do not overlap with training
-(this has not been run on a GPU).
+on with the next shard. A launch on a GPU trains beside its harvest (`HarvestConfig.overlap`; this
+has not been run on a GPU).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from saelab.data.passes import by_length, side_by_side
 from saelab.data.store import (
     FolderSource,
     FolderWriter,
+    GrowingSource,
     MemorySource,
     Shard,
     Source,
@@ -46,11 +47,19 @@ class HarvestConfig(Frozen):
         shard_tokens: at most so many positions a shard (but at least one context); shards are
             evened out.
         dtype: of the stored activations.
+        overlap: whether a launch trains on the first shards while the rest is made, with the same
+            bits: true, false or 'auto', which is true on CUDA alone (this has not been run on a
+            GPU). On a CPU passes and training would only share the cores.
     """
 
     batch: int = 32
     shard_tokens: int = 65536
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    overlap: Literal["auto", True, False] = "auto"
+
+    def overlaps(self, device: str) -> bool:
+        """Whether a launch on the device trains beside its harvest."""
+        return torch.device(device).type == "cuda" if self.overlap == "auto" else self.overlap
 
 
 def bytes_needed(n_tokens: int, positions: int, d: int, dtype: str) -> int:
@@ -88,19 +97,59 @@ def harvest(
         another identity; SourceError for activations that are not finite in the stored dtype.
     """
     config = config or HarvestConfig()
+    headers = _headers(model, tokens, hook_names, config, identity or {})
+    if folder is None:
+        return _in_memory(model, tokens, headers, config)
+    places = _places(headers, Path(folder))
+    for _ in _in_folder(model, tokens, headers, config, places):
+        pass
+    return {hook: FolderSource.open(place) for hook, place in places.items()}
+
+
+def harvest_steps(
+    model: LanguageModel,
+    tokens: Tokens,
+    hook_name: str,
+    config: HarvestConfig,
+    folder: Path,
+    identity: Mapping[str, Any],
+) -> tuple[GrowingSource, Generator[None, None, None]]:
+    """`harvest` of one hook point into a folder, begun but left to the caller to go on with.
+
+    Returns: the source, which other processes may open as well, and the steps; each of them adds a
+        shard, and closing them leaves the rest to a later harvest.
+    Raises: what `harvest` raises: here for settings and identity, in the steps for activations.
+    """
+    headers = _headers(model, tokens, [hook_name], config, identity)
+    places = _places(headers, Path(folder))
+    steps = _in_folder(model, tokens, headers, config, places)
+    next(steps, None)
+    return GrowingSource(places[hook_name]), steps
+
+
+def _headers(
+    model: LanguageModel,
+    tokens: Tokens,
+    hook_names: Sequence[str],
+    config: HarvestConfig,
+    identity: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Hook -> header, of settings that can be used."""
     for name in ("batch", "shard_tokens"):
         if getattr(config, name) < 1:
             raise SettingError(f"harvest.{name}", getattr(config, name), "use at least 1")
     hooks = list(dict.fromkeys(hook_names))
     if not hooks:
         raise SettingError("hook_names", hook_names, "name at least one hook point")
-    headers = {
-        hook: _header(model, tokens, hook, d, config, identity or {})
+    return {
+        hook: _header(model, tokens, hook, d, config, identity)
         for hook, d in _widths(model, tokens, hooks).items()
     }
-    if folder is None:
-        return _in_memory(model, tokens, headers, config)
-    return _in_folder(model, tokens, headers, config, Path(folder))
+
+
+def _places(hooks: Iterable[str], folder: Path) -> dict[str, Path]:
+    """Hook -> its subfolder."""
+    return {hook: folder / hook.replace("/", "_") for hook in hooks}
 
 
 def _widths(model: LanguageModel, tokens: Tokens, hooks: list[str]) -> dict[str, int]:
@@ -165,18 +214,23 @@ def _in_folder(
     tokens: Tokens,
     headers: dict[str, dict[str, Any]],
     config: HarvestConfig,
-    folder: Path,
-) -> dict[str, Source]:
-    places = {hook: folder / hook.replace("/", "_") for hook in headers}
+    places: dict[str, Path],
+) -> Generator[None, None, None]:
+    """Fills the folders that are not complete, in steps.
+
+    The first one only announces what will be written; each further one adds a shard.
+    """
     complete = {hook: p for hook, p in places.items() if (p / "header.json").is_file()}
-    found: dict[str, Source] = {
-        hook: FolderSource.open(place, headers[hook]) for hook, place in complete.items()
-    }
+    for hook, place in complete.items():
+        FolderSource.open(place, headers[hook])
     writers = {
         hook: FolderWriter(place, headers[hook])
         for hook, place in places.items()
         if hook not in complete
     }
+    for writer in writers.values():
+        writer.announce()
+    yield
     if writers:
         parts = [
             _Part(
@@ -190,8 +244,9 @@ def _in_folder(
             for part in _filled(model, parts, bar):
                 for hook, shard in part.shards().items():
                     writers[hook].add(shard)
-    found.update({hook: writer.finish() for hook, writer in writers.items()})
-    return {hook: found[hook] for hook in headers}
+                yield
+    for writer in writers.values():
+        writer.finish()
 
 
 def _parts(tokens: Tokens, config: HarvestConfig) -> list[Tokens]:

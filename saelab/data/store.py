@@ -3,9 +3,9 @@
     <folder>/shard-00000.safetensors   x [contexts, positions, d], mask, ids
     <folder>/header.json               identity, counts and the sha256 of each shard; written last
 
-A folder without header.json is not complete; `partial.json` then says which shards are there, and
-a writer of the same identity goes on after them. The digest of a source is a hash of its identity
-and of its shards' bytes, the same in memory and on disk.
+A folder without header.json is not complete; `partial.json` then says which shards are there, a
+writer of the same identity goes on after them, and a reader may follow the writer. The digest of a
+source is a hash of its identity and of its shards' bytes, the same in memory and on disk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +36,8 @@ FORMAT = 1
 FOREIGN_REASON = "activations were made elsewhere"
 #: Rows of a foreign file checked for non-finite values at a time; bounds the memory.
 ROWS_AT_ONCE = 65536
+#: Seconds between two looks at a growing harvest. Our choice: little beside a shard's time.
+POLL = 0.1
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class Source(Protocol):
     d, n_tokens ...); `shard_counts` is the number of counted tokens in each shard.
     """
 
-    header: dict[str, Any]
+    @property
+    def header(self) -> dict[str, Any]: ...
 
     @property
     def d(self) -> int: ...
@@ -225,6 +231,81 @@ def _check_bytes(path: Path, record: Mapping[str, Any]) -> None:
         raise DamageError(f"{file} does not match its checksum: delete {path} and harvest again")
 
 
+class GrowingSource:
+    """A harvest that another process still writes: whatever is not there yet is waited for.
+
+    `header`, `d` and `n_shards` are there once the writer has announced itself, shard i once it is
+    written, `shard_counts` and `digest` once the harvest is complete. Its bytes, and so its digest,
+    are those of the complete folder.
+
+    Args:
+        path: the folder of one hook point of a harvest.
+        alive: whether the writer may still write; by default, whether the process that started this
+            one lives. Where no process can be waited for, nothing is waited for.
+
+    Raises: SourceError, by all but the constructor, when something is missing and the writer ended.
+    """
+
+    def __init__(self, path: Path, alive: Callable[[], bool] | None = None) -> None:
+        self.path, self._alive = Path(path), alive or _parent_lives
+
+    @property
+    def header(self) -> dict[str, Any]:
+        return self._announced["header"]
+
+    @property
+    def d(self) -> int:
+        return int(self.header["d"])
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.header["n_contexts"] // self.header["shard_contexts"])
+
+    @property
+    def shard_counts(self) -> list[int]:
+        return self._whole.shard_counts
+
+    @property
+    def digest(self) -> str:
+        return self._whole.digest
+
+    def shard(self, i: int) -> Shard:
+        """Raises: DamageError when the file can't be read."""
+        state = self._wait(lambda state: len(state["shards"]) > i)
+        return FolderSource(self.path, state["header"], state["shards"]).shard(i)
+
+    @functools.cached_property
+    def _announced(self) -> dict[str, Any]:
+        return self._wait(lambda state: True)
+
+    @functools.cached_property
+    def _whole(self) -> FolderSource:
+        self._wait(lambda state: (self.path / "header.json").is_file())
+        return FolderSource.open(self.path)
+
+    def _wait(self, enough: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """What is written, as soon as it is enough."""
+        while True:
+            alive = self._alive()  # before the look, so that a writer's last words count
+            state = self._state()
+            if state is not None and enough(state):
+                return state
+            if not alive:
+                raise SourceError(f"{self.path} holds an unfinished harvest: run it again")
+            time.sleep(POLL)
+
+    def _state(self) -> dict[str, Any] | None:
+        for name in ("header.json", "partial.json"):
+            with suppress(SourceError):  # not there yet, or not any more
+                return read_json(self.path / name)
+        return None
+
+
+def _parent_lives() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is not None and parent.is_alive()
+
+
 class FolderWriter:
     """Writes shards one after the other; goes on after those of an interrupted writer.
 
@@ -241,8 +322,9 @@ class FolderWriter:
         for name in ("header.json", "partial.json"):
             if (self.path / name).is_file():
                 stored = read_json(self.path / name)
-                check_identity(stored.get("header", {}), self.header, str(self.path))
-                self._records = self._intact(stored.get("shards", []))
+                if stored.get("shards"):  # what was only announced binds nobody
+                    check_identity(stored.get("header", {}), self.header, str(self.path))
+                    self._records = self._intact(stored["shards"])
                 break
 
     @property
@@ -261,6 +343,10 @@ class FolderWriter:
             kept.append(record)
         return kept
 
+    def announce(self) -> None:
+        """Writes the record of what is there: from now on a `GrowingSource` may follow."""
+        write_json(self.path / "partial.json", self._state())
+
     def add(self, shard: Shard) -> None:
         """Writes the next shard, then the record of it."""
         name = f"shard-{self.done:05d}.safetensors"
@@ -275,7 +361,7 @@ class FolderWriter:
             "dtype": str(shard.x.dtype).removeprefix("torch."),
         }
         self._records.append(record)
-        write_json(self.path / "partial.json", self._state())
+        self.announce()
 
     def finish(self) -> FolderSource:
         """Writes header.json and opens the folder."""

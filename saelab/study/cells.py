@@ -60,9 +60,13 @@ SAMPLE_ROWS = 65_536
 
 @dataclass(frozen=True)
 class Data:
-    """What every job of a launch shares; plain data, so that it can be sent to a worker."""
+    """What every job of a launch shares; plain data, so that it can be sent to a worker.
+
+    `train_digest` is None while the activations to train on are still being harvested.
+    """
 
     train: Path
+    train_digest: str | None
     held_out: Path
     foreign: bool
     probing: Path | None
@@ -88,11 +92,35 @@ class Job:
     run: str
 
 
-def cell_key(spec: CellSpec, data: dict[str, Any]) -> str:
-    """The content hash of a cell: settings, seed, data, and the code that computes it."""
+@dataclass(frozen=True)
+class Key:
+    """What a cell's content hash is made of, but for the training activations.
+
+    Their digest is known once they are complete, so a worker may train first and hash then.
+
+    Args:
+        settings: of the SAE and its training, seed and level.
+        data: what else the cell's numbers depend on.
+        code: that computes them.
+        control: name of a control subject, '' for a cell.
+    """
+
+    settings: list[Any]
+    data: dict[str, Any]
+    code: list[str]
+    control: str = ""
+
+    def hash(self, train: str) -> str:
+        """The content hash, with the digest of the training activations."""
+        own = digest([*self.settings, self.data | {"train": train}, self.code])
+        return digest([self.control, own]) if self.control else own
+
+
+def cell_key(spec: CellSpec, data: dict[str, Any]) -> Key:
+    """The key of a cell: settings, seed, data, and the code that computes it."""
     code = [package_digest(), torch.__version__, kernels_name(), *_foreign_code(spec)]
     sae, training = spec.sae.model_dump(mode="json"), spec.train.model_dump(mode="json")
-    return digest([sae, training, spec.seed, spec.level, data, code])
+    return Key([sae, training, spec.seed, spec.level], data, code)
 
 
 def _foreign_code(spec: CellSpec) -> list[str]:
@@ -148,7 +176,12 @@ def _names(call: ast.Call, arm: str) -> bool:
     return any(isinstance(value, ast.Constant) and value.value == arm for value in values)
 
 
-def as_job_cell(spec: CellSpec, key: str) -> dict[str, Any]:
+def cell_folder(cache: Path, key: Key, train: str) -> Path:
+    """A cell's place in the cache, with the digest of the training activations."""
+    return cache / "cells" / key.hash(train)
+
+
+def as_job_cell(spec: CellSpec, key: Key) -> dict[str, Any]:
     """A cell as plain data for a worker."""
     return {
         "arm": spec.arm,
@@ -190,7 +223,8 @@ class Worker:
 
     def __init__(self, data: Data) -> None:
         self.data = data
-        self.train = open_source(data.train, data.foreign, "train")
+        growing = data.train_digest is None
+        self.train = open_source(data.train, data.foreign, "train", growing)
         self.sample = initial_sample(self.train).to(data.device)
         model = models.load(data.model) if data.model else None
         held_out = open_source(data.held_out, data.foreign, "held_out")
@@ -218,8 +252,12 @@ class Worker:
             facts = self._facts(cell, plain, rows)
             if failure:
                 facts["nonfinite_step"] = failure.step
-            self._write(job.cache / "cells" / plain["key"], cell, plain, rows, facts, seconds)
+            self._write(self.folder(job.cache, plain["key"]), cell, plain, rows, facts, seconds)
             advance(evaluation_cost(config))
+
+    def folder(self, cache: Path, key: Key) -> Path:
+        """Where a finished cell lies; waits for the training activations to be complete."""
+        return cell_folder(cache, key, self.data.train_digest or self.train.digest)
 
     @torch.no_grad()
     def evaluate(self, subject: Subject, probe: bool) -> list[Row]:

@@ -2,6 +2,9 @@
 
     cells(plan) -> prepare (harvest) -> jobs in workers -> gate and verdict -> run folder
 
+Where `harvest.overlap` says so, this process harvests the training activations while the workers
+train on those that are there; a worker waits for a shard that is not (docs/decisions/0009).
+
 A cell that is in the cache is not trained again. The run folder is filled at the end and
 `final_info.json` and `manifest.json` are its last files, so an interrupted launch leaves no folder
 that looks complete, and the same command goes on where it stopped.
@@ -12,14 +15,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from saelab.config import digest
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.evals.probing import evaluate_probing
 from saelab.files import WriteError, read_json, write_json
@@ -27,7 +30,16 @@ from saelab.progress import clock, progress
 from saelab.rundir import cache_folder
 from saelab.seeding import study_seeds
 from saelab.study import cells as celljob
-from saelab.study.cells import Data, Job, Worker, as_job_cell, cell_key, evaluation_cost
+from saelab.study.cells import (
+    Data,
+    Job,
+    Key,
+    Worker,
+    as_job_cell,
+    cell_folder,
+    cell_key,
+    evaluation_cost,
+)
 from saelab.study.executor import run_jobs, worker_count
 from saelab.study.final_info import CORE, ArmResult, final_info, judge_run
 from saelab.study.memory import needs
@@ -94,17 +106,20 @@ def launch(task: Launch) -> list[Comparison]:
         f"{task.name}: {needs(base, specs, _workers(task, base.model.device), GROUP).line()}",
         file=sys.stderr,
     )
-    prepared = prepare(base, cache, base.model.device)
+    overlap = base.harvest.overlaps(base.model.device)
+    prepared = prepare(base, cache, base.model.device, overlap)
     data = _data(base, prepared, task)
     content = _data_content(base, prepared, data)
     keys = {spec: cell_key(spec, content) for spec in specs}
     controls = _controls(specs, content, prepared)
     _train(task, keys, controls, data, cache, prepared)
-    arms, rows = _collect(task, keys, cache)
-    rows += _control_rows(cache, controls)
+    train = prepared.train.digest
+    folders = {spec: cell_folder(cache, key, train) for spec, key in keys.items()}
+    arms, rows = _collect(task, folders)
+    rows += _control_rows(cell_folder(cache, control["key"], train) for control in controls)
     comparisons, differences = judge_run(arms, task.plan, task.purpose != "confirm")
     info = final_info(arms, comparisons, differences, prepared.provenance)
-    record = Record(task, base, keys, cache, arms, rows, prepared, comparisons, info)
+    record = Record(task, base, folders, arms, rows, prepared, comparisons, info)
     record.write(time.monotonic() - start)
     _check_baseline(task, arms)
     print(table(info, comparisons, task.plan))
@@ -154,6 +169,7 @@ def _check_baseline(task: Launch, arms: Mapping[str, ArmResult]) -> None:
 def _data(base: BaseConfig, prepared: Prepared, task: Launch) -> Data:
     return Data(
         train=source_path(prepared.train),
+        train_digest=prepared.train_digest,
         held_out=source_path(prepared.held_out),
         foreign=base.activations is not None,
         probing=prepared.probing,
@@ -169,9 +185,8 @@ def _data(base: BaseConfig, prepared: Prepared, task: Launch) -> Data:
 
 
 def _data_content(base: BaseConfig, prepared: Prepared, data: Data) -> dict[str, Any]:
-    """What the numbers of a cell depend on besides its settings."""
+    """What the numbers of a cell depend on besides its settings and training activations."""
     return {
-        "train": prepared.train.digest,
         "held_out": prepared.held_out.digest,
         "probing": prepared.probing.name if prepared.probing else None,
         "layout": data.layout,
@@ -193,24 +208,23 @@ def _controls(
     for name in (CONTROL_CHANNELS, CONTROL_UNTRAINED):
         if name == CONTROL_CHANNELS and prepared.probing is None:
             continue
-        found.append(
-            as_job_cell(first, digest([name, cell_key(first, content)])) | {"control": name}
-        )
+        key = replace(cell_key(first, content), control=name)
+        found.append(as_job_cell(first, key) | {"control": name})
     return found
 
 
 def _train(
     task: Launch,
-    keys: Mapping[CellSpec, str],
+    keys: Mapping[CellSpec, Key],
     controls: Sequence[dict[str, Any]],
     data: Data,
     cache: Path,
     prepared: Prepared,
 ) -> None:
     """Trains and evaluates what is not in the cache."""
-    open_specs = [spec for spec in keys if not _done(cache, keys[spec])]
+    open_specs = [spec for spec in keys if not _done(cache, keys[spec], data)]
     jobs = _jobs(task, open_specs, keys, data, cache)
-    controls = [control for control in controls if not _done(cache, control["key"])]
+    controls = [control for control in controls if not _done(cache, control["key"], data)]
     if controls:
         seed = controls[0]["seed"]
         jobs.append(Job(list(controls), seed, data, cache, task.experiment, task.name))
@@ -218,7 +232,7 @@ def _train(
         return
     total = sum(s.train.tokens + evaluation_cost(s.train) for s in open_specs) or 1.0
     workers = _workers(task, data.device)
-    expected = START_SECONDS + _expected_seconds(open_specs, prepared.train.d) / max(
+    expected = START_SECONDS + _expected_seconds(open_specs, prepared.held_out.d) / max(
         1, min(workers, len(jobs))
     )
     if expected > task.limit:
@@ -233,14 +247,15 @@ def _train(
         f"cache), {workers} workers, about {clock(expected)}",
         file=sys.stderr,
     )
-    with progress(f"{task.name}: train and evaluate", total, "tokens") as bar:
-        run_jobs(_work, jobs, workers, cache / "logs", bar)
+    bar = progress(f"{task.name}: train and evaluate", total, "tokens")
+    with closing(prepared.steps) as beside:
+        run_jobs(_work, jobs, workers, cache / "logs", bar, beside)
 
 
 def _jobs(
     task: Launch,
     specs: Sequence[CellSpec],
-    keys: Mapping[CellSpec, str],
+    keys: Mapping[CellSpec, Key],
     data: Data,
     cache: Path,
 ) -> list[Job]:
@@ -289,11 +304,14 @@ def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
     else:
         rows = worker.evaluate(celljob.untrained(worker, control), probe=True)
     own = [row.of_cell(control["control"], -1, control["level"]).as_dict() for row in rows]
-    write_json(cache / "cells" / control["key"] / "cell.json", {"rows": own})
+    write_json(worker.folder(cache, control["key"]) / "cell.json", {"rows": own})
 
 
-def _done(cache: Path, key: str) -> bool:
-    return (cache / "cells" / key / "cell.json").is_file()
+def _done(cache: Path, key: Key, data: Data) -> bool:
+    """Whether a cell is in the cache; none is before the activations are complete."""
+    if data.train_digest is None:
+        return False
+    return (cell_folder(cache, key, data.train_digest) / "cell.json").is_file()
 
 
 def _expected_seconds(specs: Sequence[CellSpec], d_in: int) -> float:
@@ -320,7 +338,7 @@ def _gemm_seconds(n: int, d_in: int, d_sae: int) -> float:
 
 
 def _collect(
-    task: Launch, keys: Mapping[CellSpec, str], cache: Path
+    task: Launch, folders: Mapping[CellSpec, Path]
 ) -> tuple[dict[str, ArmResult], list[dict[str, Any]]]:
     """Results per arm at the target L0, and all rows of all cells."""
     arms = {
@@ -330,8 +348,8 @@ def _collect(
         for arm in task.run.arms
     }
     rows: list[dict[str, Any]] = []
-    for spec, key in keys.items():
-        cell = read_json(cache / "cells" / key / "cell.json")
+    for spec, folder in folders.items():
+        cell = read_json(folder / "cell.json")
         own = {"arm": spec.arm, "seed": spec.seed, "level": spec.level}
         rows += [row | own for row in cell["rows"]]
         if spec.level == (task.plan.target_l0 or 0):
@@ -339,9 +357,5 @@ def _collect(
     return arms, rows
 
 
-def _control_rows(cache: Path, controls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        row
-        for control in controls
-        for row in read_json(cache / "cells" / control["key"] / "cell.json")["rows"]
-    ]
+def _control_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    return [row for folder in folders for row in read_json(folder / "cell.json")["rows"]]

@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def run_jobs(
     jobs: Sequence[Any],
     workers: int,
     logs: Path,
-    bar: Progress,
+    bar: AbstractContextManager[Progress],
+    beside: Iterable[None] = (),
 ) -> None:
     """Calls `function(job, advance, state)` for every job in up to `workers` processes.
 
@@ -43,13 +45,18 @@ def run_jobs(
         jobs: picklable, the longest first.
         workers: 0 runs the jobs one after the other in this process, with the same bits.
         logs: folder for the workers' stderr.
-        bar: advanced by the amounts that the jobs pass to `advance`.
+        bar: opened after `beside`; advanced by the amounts that the jobs pass to `advance`.
+        beside: work for this process meanwhile, in steps; without workers it comes first.
 
-    Raises: what a job raises; StudyFailure when a worker dies.
+    Raises: what a job or a step raises; StudyFailure when a worker dies.
     """
     if workers == 0:
-        _inline(function, jobs, bar)
+        for _ in beside:
+            pass
+        with bar as shown:
+            _inline(function, jobs, shown)
         return
+    start = time.monotonic()
     logs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     counter = context.Value("d", 0.0)
@@ -59,12 +66,11 @@ def run_jobs(
     futures: list[Future[None]] = []
     try:
         futures = [pool.submit(_run, function, job) for job in jobs]
-        pending = set(futures)
-        while pending:
-            done, pending = wait(pending, timeout=POLL, return_when=FIRST_EXCEPTION)
-            bar.advance(counter.value - bar.done)
-            for future in done:
-                future.result()
+        for _ in beside:
+            _raise_failures(futures)
+        with bar as shown:
+            shown.start = start
+            _wait(futures, counter, shown)
     except BrokenProcessPool:
         raise StudyFailure(
             f"a worker process died (out of memory?): see {logs}; free memory or lower the number "
@@ -74,6 +80,20 @@ def run_jobs(
         for future in futures:
             future.cancel()
         _stop(pool)
+
+
+def _wait(futures: Sequence[Future[None]], counter: Any, bar: Progress) -> None:
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=POLL, return_when=FIRST_EXCEPTION)
+        bar.advance(counter.value - bar.done)
+        _raise_failures(done)
+
+
+def _raise_failures(futures: Iterable[Future[None]]) -> None:
+    for future in futures:
+        if future.done():
+            future.result()
 
 
 def _inline(

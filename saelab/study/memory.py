@@ -5,7 +5,8 @@
                + cells of a job x (parameters, two moments) + the largest one's gradient
                + one chunk of dense code)
 
-The need is the larger one. Bytes are counted from the settings; only `process` was measured.
+The need is the larger one, or the sum (its process and weights once) where the launch trains beside
+its harvest. Bytes are counted from the settings; only `process` was measured.
 """
 
 from __future__ import annotations
@@ -39,22 +40,27 @@ FILLED, CLASSES = 0.4, 21
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes: memory of the harvest, memory of all processes while training, disk."""
+    """Bytes: memory of the harvest, memory of all processes while training, disk.
+
+    `beside` is the harvest's share that comes on top of training when both are at work.
+    """
 
     harvest: int
     training: int
     disk: int
+    beside: int = 0
 
     @property
     def memory(self) -> int:
-        return max(self.harvest, self.training)
+        return max(self.harvest, self.training + self.beside)
 
     def line(self) -> str:
         parts = (self.memory, self.harvest, self.training, self.disk)
         whole, harvest, training, disk = (f"{part / 1e9:.1f} GB" for part in parts)
+        both = ", both at once" if self.beside else ""
         return (
-            f"needs about {whole} of memory (harvest {harvest}, training {training}) and {disk} of "
-            "disk for activations"
+            f"needs about {whole} of memory (harvest {harvest}, training {training}{both}) and "
+            f"{disk} of disk for activations"
         )
 
 
@@ -85,6 +91,7 @@ def needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, group: int)
         process() + size.weights + harvested,
         _processes(workers, worker) + size.weights,
         stored + rows,
+        harvested if base.harvest.overlaps(base.model.device) else 0,
     )
 
 

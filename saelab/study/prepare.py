@@ -1,12 +1,14 @@
 """Data for a launch: one harvest for training, one for evaluation, one for probing, all cached.
 
 The cache key of a harvest is everything that decides its bytes, so a second launch, or another run
-with the same base, finds it complete and starts at once.
+with the same base, finds it complete and starts at once. The training activations come last: where
+a launch overlaps its harvest with training, they alone are still to be made when this is done.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +16,9 @@ import torch
 
 from saelab.config import digest
 from saelab.data import models
-from saelab.data.harvest import harvest
+from saelab.data.harvest import harvest, harvest_steps
 from saelab.data.models import LanguageModel
-from saelab.data.store import FolderSource, ForeignSource, Shard, Source
+from saelab.data.store import FolderSource, ForeignSource, GrowingSource, Shard, Source
 from saelab.data.tasks import Entry, embedded_entries, entries_from_table
 from saelab.data.texts import TextConfig, documents, manifest, tokenize
 from saelab.errors import SettingError, SourceError
@@ -29,6 +31,11 @@ PROBING_DTYPE = torch.float16
 Part = Literal["train", "held_out"]
 
 
+def no_steps() -> Generator[None, None, None]:
+    """Of activations that are complete."""
+    yield from ()
+
+
 @dataclass
 class Prepared:
     """Where the data of a launch lies, and what it is.
@@ -38,6 +45,7 @@ class Prepared:
         probing: folder of the probing activations, or None.
         why_no_probing: the reason when there is none.
         provenance: what every evaluation row carries.
+        steps: make what is missing of `train`, a `GrowingSource` then; none where it is complete.
     """
 
     train: Source
@@ -45,10 +53,19 @@ class Prepared:
     probing: Path | None
     why_no_probing: str
     provenance: dict[str, Any]
+    steps: Generator[None, None, None] = field(default_factory=no_steps)
+
+    @property
+    def train_digest(self) -> str | None:
+        """Digest of the training activations, None while they were still to be made."""
+        return None if isinstance(self.train, GrowingSource) else self.train.digest
 
 
-def prepare(base: BaseConfig, cache: Path, device: str) -> Prepared:
+def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -> Prepared:
     """Harvests what is not in the cache yet.
+
+    Args:
+        overlap: leaves the training activations to `Prepared.steps`.
 
     Raises: SourceError, SettingError or MismatchError when a model, text or hook can't be used.
     """
@@ -56,9 +73,11 @@ def prepare(base: BaseConfig, cache: Path, device: str) -> Prepared:
         return _foreign(base)
     _check_texts(base.train_text, base.eval_text)
     model = models.load(base.model.patched({"device": device}))
-    train = _activations(base, base.train_text, base.train.tokens, model, cache)
-    held_out = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
+    held_out, _ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
     probing = _probing(base, model, cache)
+    train, steps = _activations(
+        base, base.train_text, base.train.tokens, model, cache, in_steps=overlap
+    )
     provenance = {
         "model": base.model.path,
         "model_digest": model.digest,
@@ -72,7 +91,7 @@ def prepare(base: BaseConfig, cache: Path, device: str) -> Prepared:
         "text_digest": held_out.header["text_digest"],
     }
     reason = "" if probing else "no probing entries are set (evaluation.probing)"
-    return Prepared(train, held_out, probing, reason, provenance)
+    return Prepared(train, held_out, probing, reason, provenance, steps)
 
 
 def _foreign(base: BaseConfig) -> Prepared:
@@ -146,8 +165,14 @@ def _check_texts(train: TextConfig, held_out: TextConfig) -> None:
 
 
 def _activations(
-    base: BaseConfig, text: TextConfig, tokens: int, model: LanguageModel, cache: Path
-) -> Source:
+    base: BaseConfig,
+    text: TextConfig,
+    tokens: int,
+    model: LanguageModel,
+    cache: Path,
+    in_steps: bool = False,
+) -> tuple[Source, Generator[None, None, None]]:
+    """The activations, and the steps that they still need."""
     asked: dict[str, Any] = {
         "model_digest": model.digest,
         "model_dtype": base.model.dtype,
@@ -162,10 +187,14 @@ def _activations(
     folder = cache / "activations" / digest(asked)
     done = folder / base.hook_name.replace("/", "_")
     if (done / "header.json").is_file():
-        return FolderSource.open(done, {"asked_tokens": tokens, "hook_name": base.hook_name})
+        found = FolderSource.open(done, {"asked_tokens": tokens, "hook_name": base.hook_name})
+        return found, no_steps()
     found = tokenize(text, model.tokenizer, base.context, tokens)
     extras = {"asked_tokens": tokens, "corpus": asked["corpus"]}
-    return harvest(model, found, [base.hook_name], base.harvest, folder, extras)[base.hook_name]
+    if in_steps:
+        return harvest_steps(model, found, base.hook_name, base.harvest, folder, extras)
+    made = harvest(model, found, [base.hook_name], base.harvest, folder, extras)
+    return made[base.hook_name], no_steps()
 
 
 def probing_entries(config: ProbingConfig) -> tuple[Entry, ...]:
@@ -200,8 +229,10 @@ def _probing(base: BaseConfig, model: LanguageModel, cache: Path) -> Path | None
     return folder
 
 
-def open_source(path: Path, foreign: bool, part: Part) -> Source:
-    """The source that `prepare` made, from its folder (in a worker)."""
+def open_source(path: Path, foreign: bool, part: Part, growing: bool = False) -> Source:
+    """The source that `prepare` made or, if it is growing, still makes (in a worker)."""
+    if growing:
+        return GrowingSource(path)
     return ForeignPart(ForeignSource.open(path), part) if foreign else FolderSource.open(path)
 
 

@@ -32,8 +32,7 @@ class Record:
     Args:
         task: what was asked for.
         base: its settings with the run's changes.
-        keys: cache key of every cell.
-        cache: where the cells lie.
+        folders: of every cell in the cache; its name is the cell's content hash.
         arms: results per arm at the target L0.
         rows: every evaluation row of every cell and control.
         prepared: the data.
@@ -42,8 +41,7 @@ class Record:
 
     task: Launch
     base: BaseConfig
-    keys: Mapping[CellSpec, str]
-    cache: Path
+    folders: Mapping[CellSpec, Path]
     arms: Mapping[str, ArmResult]
     rows: Sequence[dict[str, Any]]
     prepared: Prepared
@@ -78,8 +76,8 @@ class Record:
         import pyarrow.parquet as pq
 
         tables = []
-        for spec, key in self.keys.items():
-            curves = pq.read_table(self.cache / "cells" / key / "curves.parquet")
+        for spec, folder in self.folders.items():
+            curves = pq.read_table(folder / "curves.parquet")
             cell = {"arm": spec.arm, "seed": spec.seed, "level": float(spec.level)}
             kinds = (pa.string(), pa.int64(), pa.float64())
             for i, (name, value) in enumerate(cell.items()):
@@ -89,11 +87,11 @@ class Record:
         whole = pa.concat_tables(tables)
         write_atomically(path, lambda temporary: pq.write_table(whole, temporary))
 
-    def _place_checkpoints(self, folder: Path) -> None:
-        for spec, key in self.keys.items():
-            target = folder / spec.arm / f"seed{spec.seed}-l0_{spec.level:g}"
+    def _place_checkpoints(self, out: Path) -> None:
+        for spec, folder in self.folders.items():
+            target = out / spec.arm / f"seed{spec.seed}-l0_{spec.level:g}"
             for name in ("sae.safetensors", "sae.json", "module.safetensors"):
-                source = self.cache / "cells" / key / name
+                source = folder / name
                 if source.is_file():
                     with writing(target / name):
                         place(source, target / name)
@@ -110,14 +108,14 @@ class Record:
             "direction": plan.direction,
             "sesoi": plan.sesoi,
             "target_l0": plan.target_l0,
-            "levels": sorted({spec.level for spec in self.keys}),
+            "levels": sorted({spec.level for spec in self.folders}),
             "purpose": task.purpose,
-            "seeds": sorted({spec.seed for spec in self.keys}),
+            "seeds": sorted({spec.seed for spec in self.folders}),
             "arms": {
                 arm.name: {"comment": arm.comment, "changes": _plain(arm.changes)}
                 for arm in task.run.arms
             },
-            "cells": {spec.name: key for spec, key in self.keys.items()},
+            "cells": {spec.name: folder.name for spec, folder in self.folders.items()},
             "plan": plan.model_dump(mode="json"),
             "base": self.base.model_dump(mode="json"),
             "comparisons": [asdict(comparison) for comparison in self.comparisons],

@@ -6,8 +6,10 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -265,3 +267,24 @@ def as_if_fresh() -> Iterator[None]:
     finally:
         for seam in list(TABLE):
             TABLE[seam] = before.get(seam, {})
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+def group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    if not group_is_gone(process.pid):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

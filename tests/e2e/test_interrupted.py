@@ -6,39 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from projects import Project, environment
+from projects import Project, environment, group_is_gone, stop, wait_for
 
 #: Enough cells that a launch is still training when the first one is finished.
 MANY = 'Arm("{0}", {{"train.lr": {1}e-3}})'
 ARMS = ('Arm("baseline")', *(MANY.format(f"a{i}", i) for i in range(1, 4)))
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are bound on Linux only")
-
-
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.02)
-
-
-def group_is_gone(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    if not group_is_gone(process.pid):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.fixture(scope="module")

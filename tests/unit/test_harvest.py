@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tokenizers import models as tokenizer_models
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from saelab.data.harvest import HarvestConfig, bytes_needed, harvest
+from saelab.data.harvest import HarvestConfig, bytes_needed, harvest, harvest_steps
 from saelab.data.models import LanguageModel, ModelConfig, load
 from saelab.data.store import FolderSource, MemorySource
 from saelab.data.texts import TextConfig, Tokens, manifest, tokenize
@@ -223,6 +224,61 @@ def test_an_interrupted_harvest_goes_on(
         assert resumed[hook].digest == whole[hook].digest
         for file in (tmp_path / "whole" / hook).iterdir():
             assert (tmp_path / "cut" / hook / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_harvest_in_steps_is_the_harvest(
+    model: LanguageModel, tokens: Tokens, tmp_path: Path, counting: Counting
+) -> None:
+    config = HarvestConfig(batch=2, shard_tokens=24)  # shards of 4, 4 and 3 contexts
+    hook = HOOKS[0]
+    growing, steps = harvest_steps(model, tokens, hook, config, tmp_path / "steps", {})
+    assert counting.contexts == 0
+    assert (growing.d, growing.n_shards) == (WIDTH, 3)
+    with pytest.raises(SourceError, match="unfinished harvest"):
+        growing.shard(0)
+    whole = harvest(model, tokens, [hook], config, tmp_path / "whole")[hook]
+    next(steps)
+    assert torch.equal(growing.shard(0).x, whole.shard(0).x)
+    steps.close()  # the rest is left to a later harvest
+    with pytest.raises(SourceError, match="unfinished harvest"):
+        growing.shard(1)
+    growing, steps = harvest_steps(model, tokens, hook, config, tmp_path / "steps", {})
+    assert torch.equal(growing.shard(0).x, whole.shard(0).x)
+    assert len(list(steps)) == 3
+    assert (growing.header, growing.digest) == (whole.header, whole.digest)
+    assert growing.shard_counts == whole.shard_counts
+
+
+@pytest.mark.parametrize(
+    ("overlap", "device", "wanted"),
+    [
+        ("auto", "cpu", False),
+        ("auto", "cuda", True),
+        ("auto", "cuda:1", True),
+        (True, "cpu", True),
+        (False, "cuda", False),
+    ],
+)
+def test_a_launch_overlaps_on_cuda_or_where_it_is_told(
+    overlap: Any, device: str, wanted: bool
+) -> None:
+    assert HarvestConfig(overlap=overlap).overlaps(device) is wanted
+
+
+def test_overlap_is_no_part_of_what_a_harvest_is(
+    model: LanguageModel, tokens: Tokens, tmp_path: Path
+) -> None:
+    made = [
+        harvest(model, tokens, HOOKS[:1], HarvestConfig(overlap=overlap), tmp_path / str(overlap))
+        for overlap in (True, False)
+    ]
+    assert made[0][HOOKS[0]].header == made[1][HOOKS[0]].header
+    assert made[0][HOOKS[0]].digest == made[1][HOOKS[0]].digest
+
+
+def test_an_overlap_that_is_none_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"^overlap = 'sometimes': "):
+        HarvestConfig.parse({"overlap": "sometimes"})
 
 
 def test_a_complete_harvest_is_reused(

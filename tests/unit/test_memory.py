@@ -45,6 +45,15 @@ def test_needs_grow_with_what_is_asked_for() -> None:
     assert "GB of memory" in small.line() and "GB of disk" in small.line()
 
 
+def test_both_phases_count_where_they_are_at_work_together() -> None:
+    apart = needs(BASE, specs(), 2, GROUP)
+    together = needs(BASE.patched({"harvest.overlap": True}), specs(), 2, GROUP)
+    assert (together.harvest, together.training) == (apart.harvest, apart.training)
+    shared = process() + size(ModelConfig()).weights
+    assert together.memory == apart.training + apart.harvest - shared > apart.memory
+    assert "both at once" in together.line() and "both at once" not in apart.line()
+
+
 def test_a_launch_of_foreign_activations_asks_for_no_model() -> None:
     foreign = BASE.patched({"activations": "elsewhere", "model.path": "/nowhere"})
     assert needs(foreign, specs(), 2, GROUP).disk == 0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from saelab.data.store import (
     FolderSource,
     FolderWriter,
     ForeignSource,
+    GrowingSource,
     MemorySource,
     Shard,
     check_identity,
@@ -230,6 +234,107 @@ def test_identity_compares_values_as_json_has_them() -> None:
 def test_an_empty_folder_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="holds no harvested activations: harvest first"):
         FolderSource.open(tmp_path)
+
+
+# ---------------------------------------------------------------- while it is written
+
+GROWING: dict[str, Any] = {
+    **HEADER,
+    "d": 4,
+    "context": 3,
+    "dtype": "float32",
+    "n_contexts": 6,
+    "shard_contexts": 2,
+    "n_tokens": 9,
+}
+
+
+class Script:
+    """Stands for the writing process: one more of its acts before each look of the reader."""
+
+    def __init__(self, *acts: Callable[[], object]) -> None:
+        self.acts = list(acts)
+
+    def __call__(self) -> bool:
+        if self.acts:
+            self.acts.pop(0)()
+        return bool(self.acts)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saelab.data.store.POLL", 0)
+
+
+def nothing() -> None: ...
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_growing_source_waits_for_what_it_is_asked_for(tmp_path: Path) -> None:
+    parts, writer = shards(), FolderWriter(tmp_path, GROWING)
+    adds = [lambda part=part: writer.add(part) for part in parts]
+    script = Script(nothing, writer.announce, nothing, *adds, nothing, writer.finish)
+    source = GrowingSource(tmp_path, script)
+    assert len(script.acts) == 8  # opened without a look
+    assert (source.d, source.n_shards, source.header) == (4, 3, GROWING)
+    assert writer.done == 0 and len(script.acts) == 6
+    for i, part in enumerate(parts):
+        assert torch.equal(source.shard(i).x, part.x)
+        assert writer.done == i + 1
+    assert torch.equal(source.shard(0).x, parts[0].x)
+    assert not (tmp_path / "header.json").exists()
+    assert (
+        source.digest == FolderSource.open(tmp_path).digest == MemorySource(parts, GROWING).digest
+    )
+    assert source.shard_counts == [3, 3, 3]
+    assert torch.equal(source.shard(2).x, parts[2].x)  # partial.json is gone by now
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_growing_source_waits_no_longer_than_its_writer_lives(tmp_path: Path) -> None:
+    parts, writer = shards(), FolderWriter(tmp_path, GROWING)
+    script = Script(writer.announce, lambda: writer.add(parts[0]), nothing, nothing)
+    source = GrowingSource(tmp_path, script)
+    for asked in (lambda: source.shard(1), lambda: source.digest, lambda: source.shard_counts):
+        with pytest.raises(SourceError, match=r"unfinished harvest: run it again"):
+            asked()
+        assert not script.acts
+    assert torch.equal(source.shard(0).x, parts[0].x)  # what is there stays readable
+    last = GrowingSource(tmp_path, Script(lambda: writer.add(parts[1])))
+    assert torch.equal(last.shard(1).x, parts[1].x)  # written before the writer ended
+
+
+def test_a_process_without_a_parent_of_its_own_kind_waits_for_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="unfinished harvest"):
+        _ = GrowingSource(tmp_path).header
+
+
+ORPHAN = """
+import multiprocessing, os, sys
+from pathlib import Path
+from saelab.data.store import GrowingSource
+source = GrowingSource(Path(sys.argv[1]))
+multiprocessing.get_context("spawn").Process(target=source.shard, args=(0,)).start()
+os._exit(0)
+"""
+
+
+def test_a_reader_whose_parent_died_ends(tmp_path: Path) -> None:
+    """`run` returns when nobody holds the pipes any more: the reader is gone too."""
+    FolderWriter(tmp_path, GROWING).announce()
+    command = [sys.executable, "-c", ORPHAN, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "holds an unfinished harvest: run it again" in done.stderr
+
+
+def test_what_was_only_announced_binds_nobody(tmp_path: Path) -> None:
+    FolderWriter(tmp_path, GROWING).announce()
+    changed = {**GROWING, "dtype": "float16"}
+    writer = FolderWriter(tmp_path, changed)
+    assert writer.done == 0
+    writer.add(shards(dtype=torch.float16)[0])
+    with pytest.raises(MismatchError, match="dtype"):
+        FolderWriter(tmp_path, GROWING)
 
 
 # ---------------------------------------------------------------- made elsewhere

@@ -119,7 +119,7 @@ class SyntheticConfig(Frozen):
         hierarchical = self.correlation == "hierarchical"
         return self.features // (1 + self.children) if hierarchical else self.features
 
-    @cached_property
+    @property
     def own_probabilities(self) -> Tensor:
         """Of each feature's own chain, for a child given its parent; float64 [features]."""
         rank = torch.arange(1, self.parents + 1, dtype=torch.float64)

@@ -30,7 +30,7 @@ from saelab.progress import progress
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import study_seeds
 from saelab.study.cells import initial_sample
-from saelab.study.plan import at_level
+from saelab.study.plan import at_level, check_layout
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
 
@@ -88,7 +88,8 @@ def train_on(
     check_names(evals)
     if not arms:
         raise SettingError("arms", dict(arms), "at least one is needed")
-    _check_layout(arms, layout)
+    for arm, config in arms.items():
+        check_layout(arm, config, layout)
     sample = initial_sample(source).to(device)
     data = EvalData(CoreData(held_out, None, device=device), None, why_no_probing="not asked for")
     outcomes: list[Outcome] = []
@@ -111,14 +112,6 @@ def _cell(
 ) -> Cell:
     config = at_level(sae, level) if level else sae
     return Cell(f"{arm}/seed {seed}/L0 {level:g}", config, training, sample, seed)
-
-
-def _check_layout(arms: Mapping[str, SAEConfig], layout: Layout) -> None:
-    for arm, config in arms.items():
-        for part in config.build(2).parts():
-            if part.needs_contexts and layout == "rows":
-                remedy = f"{type(part).__name__} needs whole contexts: set it to 'contexts'"
-                raise SettingError(f"{arm}: layout", layout, remedy)
 
 
 def at_target(outcomes: Sequence[Outcome], metric: str, target: float) -> list[Row]:

@@ -240,7 +240,7 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
         for level, seed in places:
             sae = at_level(settings.sae, level) if level else settings.sae
             with _of_arm(arm):
-                _check_sae(arm, sae, settings.layout)
+                check_layout(arm.name, sae, settings.layout)
             expected = tuple(arm.expected)
             specs.append(CellSpec(arm.name, seed, level, sae, settings.train, expected, arm.module))
     return specs
@@ -287,13 +287,16 @@ def _check_equal(arm: Arm, digest: str, digests: dict[str, str]) -> None:
         digests[arm.name] = digest
 
 
-def _check_sae(arm: Arm, config: SAEConfig, layout: Layout) -> None:
-    """Shows impossible settings now, not in a worker."""
+def check_layout(arm: str, config: SAEConfig, layout: Layout) -> None:
+    """Shows impossible settings now, not in a worker.
+
+    Raises: SettingError for a part that can't be built or that needs whole contexts.
+    """
     for part in config.build(2).parts():
         if part.needs_contexts and layout == "rows":
             name = type(part).__name__
             remedy = f"{name} needs whole contexts: set layout = 'contexts' for the launch"
-            raise SettingError(f"{arm.name}: layout", layout, remedy)
+            raise SettingError(f"{arm}: layout", layout, remedy)
 
 
 def _check_arms(run: Run) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from saelab import stats
@@ -88,30 +87,30 @@ def train_on(
     check_names(evals)
     if not arms:
         raise SettingError("arms", dict(arms), "at least one is needed")
-    for arm, config in arms.items():
+    places = [
+        (arm, level, at_level(config, level) if level else config)
+        for level in levels or (0.0,)
+        for arm, config in arms.items()
+    ]
+    for arm, _, config in places:
         check_layout(arm, config, layout)
     sample = initial_sample(source).to(device)
     data = EvalData(CoreData(held_out, None, device=device), None, why_no_probing="not asked for")
     outcomes: list[Outcome] = []
     with progress("training", len(seeds) * training.steps, "steps") as bar:
         for seed in seeds:
-            places = [(arm, level) for level in levels or (0.0,) for arm in arms]
-            cells = [_cell(arm, arms[arm], level, training, sample, seed) for arm, level in places]
+            cells = [
+                Cell(f"{arm}/seed {seed}/L0 {level:g}", config, training, sample, seed)
+                for arm, level, config in places
+            ]
             stream = batches(source, seed, training.batch_size, layout)
             failures = train(cells, stream, lambda steps, _: bar.advance(steps))
-            for cell, (arm, level) in zip(cells, places, strict=True):
+            for cell, (arm, level, _) in zip(cells, places, strict=True):
                 failure = failures.get(cell.name)
                 rows = [] if failure else evaluate(cell.sae, data, evals)
                 own = [row.of_cell(arm, seed, level) for row in rows]
                 outcomes.append(Outcome(arm, seed, level, cell.sae, own, failure))
     return outcomes
-
-
-def _cell(
-    arm: str, sae: SAEConfig, level: float, training: TrainConfig, sample: torch.Tensor, seed: int
-) -> Cell:
-    config = at_level(sae, level) if level else sae
-    return Cell(f"{arm}/seed {seed}/L0 {level:g}", config, training, sample, seed)
 
 
 def at_target(outcomes: Sequence[Outcome], metric: str, target: float) -> list[Row]:
@@ -124,8 +123,10 @@ def at_target(outcomes: Sequence[Outcome], metric: str, target: float) -> list[R
         own = [outcome for outcome in outcomes if (outcome.arm, outcome.seed) == (arm, seed)]
         levels, values = [o.value("l0") for o in own], [o.value(metric) for o in own]
         found = stats.at_l0(levels, values, target)
+        failed = "; ".join(str(o.failure) for o in own if o.failure) if found.reason else ""
+        reason = "; ".join(part for part in (found.reason, failed) if part)
         definition = next((r.definition for o in own for r in o.rows if r.metric == metric), "")
-        row = Row(metric, found.value, definition, "interpolated in log L0", found.reason)
+        row = Row(metric, found.value, definition, "interpolated in log L0", reason)
         rows.append(row.of_cell(arm, seed, target))
     return rows
 

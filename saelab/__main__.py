@@ -115,7 +115,7 @@ def evaluate(
 
 @app.command()
 def synthetic(
-    config: Annotated[Path, typer.Argument(help="For example configs/synthetic.toml.")],
+    config: Annotated[Path, typer.Argument(help="For example configs/synthetic/baselines.toml.")],
     out: Annotated[Path | None, typer.Option(help="JSON file for every cell's rows.")] = None,
     set_: Set = None,
 ) -> None:

@@ -22,6 +22,8 @@ largest cosine of each feature instead of assigning.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -66,26 +68,32 @@ def evaluate_truth(
     if subject.d_in != d:
         raise MismatchError(f"the subject has d_in = {subject.d_in}, the activations have d = {d}")
     true = truth.directions
-    own = _Score(directions(subject, device), true)
-    oracle = _Score(true, true)
-    l0 = oracle_error = power = rows = 0.0
+    own = _Firings(_match(directions(subject, device), true))
+    oracle = _Firings(_match(true, true))
+    active = error = power = rows = 0.0
     mean = _mean(source)
     for x, codes in paired_rows(source, truth):
         fires = codes != 0
         f = subject.encode(x.to(device)).cpu() != 0
         own.count(f, fires)
         oracle.count(fires, fires)
-        l0, rows = l0 + float(f.sum()), rows + len(x)
-        oracle_error += float((x - codes @ true).square().sum(dtype=torch.float64))
+        active, rows = active + float(f.sum()), rows + len(x)
+        error += float((x - codes @ true).square().sum(dtype=torch.float64))
         power += float((x - mean).square().sum(dtype=torch.float64))
-    fvu = oracle_error / power
-    k = min(subject.d_sae, max(1, round(l0 / rows)))
-    chance = _chance(source, truth, subject.d_sae, k, seed)
-    values = {**own.values(), **{f"chance_{name}": value for name, value in chance.items()}}
-    values |= {f"oracle_{name}": value for name, value in oracle.values().items()}
-    values |= {"oracle_fvu": fvu, "oracle_explained_variance": 1 - fvu}
-    values["oracle_l0"] = float(oracle.fires.sum()) / rows
+    k = min(subject.d_sae, max(1, round(active / rows)))
+    values = {
+        **own.scores(),
+        **_named("chance", _chance(source, truth, subject.d_sae, k, seed)),
+        **_named("oracle", oracle.scores()),
+        "oracle_fvu": error / power,
+        "oracle_explained_variance": 1 - error / power,
+        "oracle_l0": float(oracle.fires.sum()) / rows,
+    }
     return [number(name, values[name], DEFINITION) for name in METRICS]
+
+
+def _named(prefix: str, scores: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}_{name}": value for name, value in scores.items()}
 
 
 def no_truth() -> list[Row]:
@@ -120,14 +128,18 @@ def matched(similarity: Tensor) -> tuple[Tensor, Tensor]:
 
 def mcc(found: Tensor, true: Tensor, signed: bool = False) -> float:
     """Mean correlation coefficient of rows [m, d] with true rows [features, d], over the latter."""
-    cosine = normalize(found.double(), dim=1) @ normalize(true.double(), dim=1).T
+    cosine = _cosine(found, true)
     similarity = cosine if signed else cosine.abs()
     return float(similarity[matched(similarity)].sum()) / len(true)
 
 
+def _cosine(found: Tensor, true: Tensor) -> Tensor:
+    return normalize(found.double(), dim=1) @ normalize(true.double(), dim=1).T
+
+
 def uniqueness(found: Tensor, true: Tensor) -> float:
     """Distinct rows of `true` that are nearest, up to sign, to some row of `found`; see above."""
-    nearest = (found @ true.T).abs().argmax(1)
+    nearest = _cosine(found, true).abs().argmax(1)
     return len(nearest.unique()) / min(len(found), len(true))
 
 
@@ -141,32 +153,57 @@ def paired_rows(source: Source, truth: Truth) -> Iterator[tuple[Tensor, Tensor]]
             yield from zip(*pair, strict=True)
 
 
-class _Score:
-    """The scores of one dictionary; firings are added up by `count`."""
+@dataclass(frozen=True, eq=False)
+class _Match:
+    """Which latent stands for which feature, and the scores that need no data.
 
-    def __init__(self, found: Tensor, true: Tensor) -> None:
-        self.found, self.true = found, true
-        self.latents, self.features = matched((found @ true.T).abs())
-        zeros = torch.zeros(len(self.features), dtype=torch.int64)
-        self.both, self.latent_fires, self.fires = zeros, zeros, torch.zeros(len(true)).long()
+    Args:
+        found: unit directions [d_sae, d].
+        latents, features: the pairs, int64 [min(d_sae, features)].
+        n_features: how many there are.
+        scores: mcc, mcc_signed and uniqueness.
+    """
+
+    found: Tensor
+    latents: Tensor
+    features: Tensor
+    n_features: int
+    scores: dict[str, float]
+
+
+def _match(found: Tensor, true: Tensor) -> _Match:
+    similarity = _cosine(found, true).abs()
+    pairs = matched(similarity)
+    scores = {
+        "mcc": float(similarity[pairs].sum()) / len(true),
+        "mcc_signed": mcc(found, true, signed=True),
+        "uniqueness": uniqueness(found, true),
+    }
+    return _Match(found, *pairs, len(true), scores)
+
+
+class _Firings:
+    """Counts of the firings of matched latents and their features."""
+
+    def __init__(self, match: _Match) -> None:
+        self.match = match
+        self.both = torch.zeros(len(match.features), dtype=torch.int64)
+        self.latent_fires = torch.zeros(len(match.features), dtype=torch.int64)
+        self.fires = torch.zeros(match.n_features, dtype=torch.int64)
 
     def count(self, f: Tensor, fires: Tensor) -> None:
         """Adds rows: which latents fire, bool [n, d_sae], and which features, [n, features]."""
-        latent = f[:, self.latents]
-        self.both = self.both + (latent & fires[:, self.features]).sum(0)
-        self.latent_fires = self.latent_fires + latent.sum(0)
-        self.fires = self.fires + fires.sum(0)
+        latent = f[:, self.match.latents]
+        self.both += (latent & fires[:, self.match.features]).sum(0)
+        self.latent_fires += latent.sum(0)
+        self.fires += fires.sum(0)
 
-    def values(self) -> dict[str, float]:
-        total = self.latent_fires + self.fires[self.features]
-        f1 = torch.zeros(len(self.true), dtype=torch.float64)
-        f1[self.features] = 2 * self.both.double() / total.clamp(min=1)
-        return {
-            "mcc": mcc(self.found, self.true),
-            "mcc_signed": mcc(self.found, self.true, signed=True),
-            "uniqueness": uniqueness(self.found, self.true),
-            "firing_f1": float(f1[self.fires > 0].mean()),
-        }
+    def scores(self) -> dict[str, float]:
+        features = self.match.features
+        total = self.latent_fires + self.fires[features]
+        f1 = torch.zeros(self.match.n_features, dtype=torch.float64)
+        f1[features] = 2 * self.both.double() / total.clamp(min=1)
+        return {**self.match.scores, "firing_f1": float(f1[self.fires > 0].mean())}
 
 
 def random_directions(n: int, d: int, seed: int, draw: int = 0) -> Tensor:
@@ -174,17 +211,23 @@ def random_directions(n: int, d: int, seed: int, draw: int = 0) -> Tensor:
     return normalize(torch.randn(n, d, generator=torch_stream(seed, "evaluation", "chance", draw)))
 
 
+@lru_cache(maxsize=8)
+def _random_matches(truth: Truth, n: int, seed: int) -> list[_Match]:
+    """Kept for the subjects that come after: assignments of large dictionaries take seconds."""
+    draws = (random_directions(n, truth.config.d, seed, draw) for draw in range(DRAWS))
+    return [_match(found, truth.directions) for found in draws]
+
+
 def _chance(source: Source, truth: Truth, n: int, k: int, seed: int) -> dict[str, float]:
     """The scores of random dictionaries, mean over the draws."""
-    d = truth.config.d
-    scores = [_Score(random_directions(n, d, seed, i), truth.directions) for i in range(DRAWS)]
+    firings = [_Firings(match) for match in _random_matches(truth, n, seed)]
     for x, codes in paired_rows(source, truth):
-        for score in scores:
-            top = (x @ score.found.T).topk(k, dim=1, sorted=False)
+        for some in firings:
+            top = (x @ some.match.found.T).topk(k, dim=1, sorted=False)
             f = torch.zeros(len(x), n, dtype=torch.bool).scatter_(1, top.indices, top.values > 0)
-            score.count(f, codes != 0)
-    values = [score.values() for score in scores]
-    return {name: sum(value[name] for value in values) / DRAWS for name in SCORES}
+            some.count(f, codes != 0)
+    scores = [some.scores() for some in firings]
+    return {name: sum(score[name] for score in scores) / DRAWS for name in SCORES}
 
 
 def _mean(source: Source) -> Tensor:

@@ -4,7 +4,7 @@ All arms of a seed, at all its levels, see the same batches. A metric at the tar
 interpolated for each seed between the seed's own levels (`stats.at_l0`), so that arms can then be
 paired by seed at exactly one L0.
 
-    python -m saelab synthetic configs/synthetic.toml
+    python -m saelab synthetic configs/synthetic/baselines.toml
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -21,7 +22,7 @@ from saelab.config import Frozen, read_toml
 from saelab.data.store import Source
 from saelab.data.stream import Layout, batches
 from saelab.data.synthetic import SyntheticConfig, generate
-from saelab.errors import CellFailure, SettingError
+from saelab.errors import CellFailure, SettingError, nearest
 from saelab.evals import EvalData, check_names, evaluate
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData
@@ -131,16 +132,37 @@ def at_target(outcomes: Sequence[Outcome], metric: str, target: float) -> list[R
     return rows
 
 
+def differences(rows: Sequence[Row], arm: str, baseline: str) -> list[float]:
+    """What `stats.paired` takes: arm minus baseline of every seed that has a value of both.
+
+    Args:
+        rows: of one metric, as `at_target` gives them.
+
+    Raises: SettingError for an arm that has no row.
+    """
+    values = {name: _by_seed(rows, name) for name in (arm, baseline)}
+    ours, theirs = values[arm], values[baseline]
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def _by_seed(rows: Sequence[Row], arm: str) -> dict[int, float]:
+    own = [row for row in rows if row.arm == arm]
+    if not own:
+        names = dict.fromkeys(row.arm for row in rows)
+        raise SettingError("arm", arm, f"has no rows{nearest(arm, names)}")
+    return {row.seed: row.value for row in own if row.value is not None}
+
+
 # ---- from a file -------------------------------------------------------------------------------
 
 
 class GroundConfig(Frozen):
-    """A comparison on synthetic activations (configs/synthetic.toml).
+    """A comparison on synthetic activations (configs/synthetic/baselines.toml).
 
     Args:
         study: its name; all seeds are derived from it.
         data: the activations.
-        data_seed: of the dictionary; None gives every seed a dictionary of its own.
+        data_seed: of the dictionary; 'own' gives every seed a dictionary of its own.
         contexts, held_out_contexts: to train on and to evaluate on.
         arms: name -> SAE.
         seeds: how many.
@@ -151,7 +173,7 @@ class GroundConfig(Frozen):
 
     study: str = "synthetic"
     data: SyntheticConfig = SyntheticConfig()
-    data_seed: int | None = 0
+    data_seed: int | Literal["own"] = 0
     contexts: PositiveInt = 8192
     held_out_contexts: PositiveInt = 256
     layout: Layout = "rows"
@@ -171,7 +193,7 @@ def read_ground(path: Path) -> GroundConfig:
 def run_ground(config: GroundConfig) -> list[Outcome]:
     """Generates the activations, trains and evaluates all arms."""
     seeds = study_seeds(config.study, "explore", config.seeds)
-    if config.data_seed is not None:
+    if config.data_seed != "own":
         return _on_one_dictionary(config, config.data_seed, seeds)
     return [found for seed in seeds for found in _on_one_dictionary(config, seed, [seed])]
 

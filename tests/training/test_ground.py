@@ -15,13 +15,14 @@ from saelab.data.store import Source
 from saelab.data.stream import batches
 from saelab.data.synthetic import SyntheticConfig, generate
 from saelab.errors import CellFailure, SettingError
-from saelab.evals.base import number
+from saelab.evals.base import missing, number
 from saelab.sae import SAEConfig
 from saelab.study.cells import initial_sample
-from saelab.study.ground import Outcome, at_target, train_on
+from saelab.study.ground import GroundConfig, Outcome, at_target, differences, read_ground, train_on
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
 
+SHIPPED = Path(__file__).parents[2] / "configs" / "synthetic"
 DATA = {"d": 8, "features": 16, "l0": 2.0, "positions": 16}
 TRAIN = TrainConfig(tokens=64 * 60, batch_size=64, lr=5e-3)
 RELU = SAEConfig.parse({"d_sae": 16})
@@ -91,7 +92,7 @@ def test_training_finds_the_features(global_random_seed: int) -> None:
     longer = TRAIN.patched({"tokens": 64 * 600})
     (found,) = train_on(data[0], data[1], {"topk": TOPK}, [3], longer, levels=(3,))
     mcc, chance = found.value("mcc"), found.value("chance_mcc")
-    assert mcc is not None and chance is not None and mcc > (1 + chance) / 2
+    assert mcc is not None and chance is not None and mcc > chance + 0.1
 
 
 def test_a_failed_cell_is_missing_with_its_reason() -> None:
@@ -107,6 +108,15 @@ def test_a_failed_cell_is_missing_with_its_reason() -> None:
     assert [(row.arm, row.seed, row.level) for row in rows] == [("a", 1, 4.0), ("b", 1, 4.0)]
     assert rows[0].value == pytest.approx(0.3) and rows[0].definition == "core/1"
     assert rows[1].value is None and "loss nan" in rows[1].reason
+
+
+def test_differences_are_paired_by_seed() -> None:
+    table = {("a", 1): 0.5, ("a", 2): 0.4, ("a", 3): 0.1, ("b", 2): 0.1, ("b", 1): 0.3, ("c", 1): 0}
+    rows = [number("fvu", v, "core/1").of_cell(arm, seed, 4) for (arm, seed), v in table.items()]
+    rows.append(missing("fvu", "core/1", "died").of_cell("b", 3, 4))
+    assert differences(rows, "a", "b") == pytest.approx([0.2, 0.3])
+    with pytest.raises(SettingError, match="has no rows"):
+        differences(rows, "d", "b")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +165,15 @@ def test_from_a_file(tmp_path: Path) -> None:
     assert {row["level"] for row in rows} == {2, 4} and len({row["seed"] for row in rows}) == 2
     again = CliRunner().invoke(app, command)
     assert again.output == result.output
+    own = CliRunner().invoke(app, [*command, "--set", "data_seed=own"])
+    assert own.exit_code == 0 and own.output != result.output
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.toml")), ids=lambda file: file.name)
+def test_shipped_files(file: Path) -> None:
+    config = read_ground(file)
+    assert GroundConfig.parse(config.model_dump(mode="json")) == config
+    assert min(config.levels) < config.target_l0 < max(config.levels)
 
 
 def test_a_wrong_file_is_one_sentence(tmp_path: Path) -> None:

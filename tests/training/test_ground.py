@@ -16,6 +16,7 @@ from saelab.data.stream import batches
 from saelab.data.synthetic import SyntheticConfig, generate
 from saelab.errors import CellFailure, SettingError
 from saelab.evals.base import missing, number
+from saelab.parts.relu import ReLU
 from saelab.sae import SAEConfig
 from saelab.study.cells import initial_sample
 from saelab.study.ground import GroundConfig, Outcome, at_target, differences, read_ground, train_on
@@ -133,6 +134,16 @@ def test_nonsense_is_refused_before_training(
     with pytest.raises(SettingError) as error:
         run(data, arms, evals=evals)
     assert error.value.setting == setting
+
+
+def test_a_part_that_needs_contexts_gets_them(
+    data: tuple[Source, Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ReLU, "needs_contexts", True)
+    with pytest.raises(SettingError, match="set layout = 'contexts'") as error:
+        run(data, {"topk": TOPK, "relu": RELU})
+    assert error.value.setting == "relu: layout"
+    assert run(data, {"relu": RELU}, layout="contexts")[0].failure is None
 
 
 def test_from_a_file(tmp_path: Path) -> None:

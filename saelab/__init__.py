@@ -11,8 +11,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from saelab.api import compare, evaluate, settings, train
+    from saelab.data.synthetic import SyntheticConfig, generate, truth_of
     from saelab.parts import register
     from saelab.sae import SAE, SAEConfig
+    from saelab.study.ground import at_target, train_on
     from saelab.study.plan import Arm, Run
 
 #: Public name -> module that defines it.
@@ -26,6 +28,11 @@ _PLACES = {
     "SAEConfig": "saelab.sae",
     "Arm": "saelab.study.plan",
     "Run": "saelab.study.plan",
+    "SyntheticConfig": "saelab.data.synthetic",
+    "generate": "saelab.data.synthetic",
+    "truth_of": "saelab.data.synthetic",
+    "at_target": "saelab.study.ground",
+    "train_on": "saelab.study.ground",
 }
 
 __all__ = [
@@ -33,11 +40,16 @@ __all__ = [
     "Arm",
     "Run",
     "SAEConfig",
+    "SyntheticConfig",
+    "at_target",
     "compare",
     "evaluate",
+    "generate",
     "register",
     "settings",
     "train",
+    "train_on",
+    "truth_of",
 ]
 
 

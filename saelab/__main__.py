@@ -93,7 +93,9 @@ def train(
 def evaluate(
     path: Annotated[Path, typer.Argument(help="Folder of a trained SAE (sae.json).")],
     config: Annotated[Path, typer.Option(help="Base settings that name model, hook and texts.")],
-    evals: Annotated[str, typer.Option(help="Comma-separated: core, probing.")] = "core,probing",
+    evals: Annotated[
+        str, typer.Option(help="Comma-separated: core, probing, truth.")
+    ] = "core,probing",
     set_: Set = None,
 ) -> None:
     """Evaluate a saved SAE on held-out text."""
@@ -112,6 +114,25 @@ def evaluate(
             )
         for metric, value in measure(sae, base, evals.split(",")).items():
             typer.echo(f"{metric:32s} {value:.4f}")
+
+
+@app.command()
+def synthetic(
+    config: Annotated[Path, typer.Argument(help="For example configs/synthetic/baselines.toml.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file for every cell's rows.")] = None,
+    set_: Set = None,
+) -> None:
+    """Compare SAEs on synthetic activations, whose true features are known."""
+    with _told():
+        from saelab.files import write_json
+        from saelab.study.ground import read_ground, run_ground, shown
+
+        settings = read_ground(config).patched(_changes(set_))
+        outcomes = run_ground(settings)
+        if out is not None:
+            write_json(out, [row.as_dict() for outcome in outcomes for row in outcome.rows])
+        for line in shown(settings, outcomes):
+            typer.echo(line)
 
 
 @lm.command("train")

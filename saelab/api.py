@@ -85,7 +85,7 @@ def evaluate(
 
     Args:
         subject: an SAE, or any object with d_in, d_sae, encode and decode in raw activation space.
-        evals: of 'core' and 'probing'.
+        evals: of 'core', 'probing' and 'truth'.
         seed: of the probing examples.
 
     Raises: SettingError for an unknown evaluation; MismatchError for activations of another width.

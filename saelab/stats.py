@@ -8,6 +8,8 @@ With differences d_1 .. d_n of one seed each, mean m and standard deviation s (d
     equivalence p    max of the one-sided p of "m <= -sesoi" and of "m >= sesoi" (TOST)
     power            P(|T| > t(n-1, 1-alpha/2)), T noncentral t around sqrt(n) * effect / s
 
+    at_l0            linear in log L0 between the two measured levels around the target; none beyond
+
 Sources: Fisher 1935 (sign flips), Holm 1979, Schuirmann 1987 (TOST), Efron 1987 (BCa). The power is
 integrated over the chi distribution of s, because scipy's noncentral t can return NaN.
 
@@ -254,6 +256,40 @@ def mean_stderr(values: Iterable[float | None]) -> tuple[float | None, float | N
     row = _row(there)
     error = float(row.std(ddof=1)) / math.sqrt(len(row)) if len(row) > 1 else None
     return float(row.mean()), error
+
+
+@dataclass(frozen=True)
+class AtL0:
+    """A metric at one L0; `reason` says why there is no value."""
+
+    value: float | None
+    reason: str = ""
+
+
+def at_l0(levels: Sequence[float | None], values: Sequence[float | None], target: float) -> AtL0:
+    """One seed's metric at L0 = target, interpolated linearly in log L0; never extrapolated.
+
+    Args:
+        levels: the measured L0 of each cell; equal ones are averaged.
+        values: the metric of each; cells without a finite value or a positive L0 are left out.
+
+    Raises: SettingError for a target that is not positive or for lists of different lengths.
+    """
+    if not target > 0:
+        raise SettingError("target_l0", target, "must be positive")
+    if len(levels) != len(values):
+        raise SettingError("levels", len(levels), f"there are {len(values)} values: give as many")
+    pairs = zip(levels, values, strict=True)
+    there = [(x, y) for x, y in pairs if x is not None and y is not None]
+    found = [(x, y) for x, y in there if math.isfinite(x) and math.isfinite(y) and x > 0]
+    measured, place = np.unique([x for x, _ in found], return_inverse=True)
+    if not len(measured):
+        return AtL0(None, "no cell has both an L0 and a value")
+    if not measured[0] <= target <= measured[-1]:
+        span = f"measured at L0 {measured[0]:.4g} to {measured[-1]:.4g}"
+        return AtL0(None, f"{span}, and not extrapolated to {target:g}: add a level beyond it")
+    means = np.bincount(place, [y for _, y in found]) / np.bincount(place)
+    return AtL0(float(np.interp(math.log(target), np.log(measured), means)))
 
 
 def median(values: Sequence[float] | Array) -> float:

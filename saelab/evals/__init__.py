@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from saelab.data.synthetic import truth_of
 from saelab.errors import SettingError, nearest
 from saelab.evals import probing as _probing
 from saelab.evals.base import Row, Subject, missing
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.evals.probing import ProbingData, evaluate_probing
+from saelab.evals.truth import evaluate_truth, no_truth
 
 
 @dataclass
@@ -22,7 +24,8 @@ class EvalData:
     Args:
         core: held-out activations and their model.
         probing: activations of the probing texts, or None with the reason in `why_no_probing`.
-        seed: of the probing examples, the same for all subjects that are compared.
+        seed: of the probing examples and of random dictionaries, the same for all subjects that are
+            compared.
         k_values: numbers of latents that probes may use.
     """
 
@@ -41,9 +44,17 @@ def _evaluate_probing(subject: Subject, data: EvalData) -> list[Row]:
     return [missing(name, _probing.DEFINITION, data.why_no_probing) for name in names]
 
 
+def _evaluate_truth(subject: Subject, data: EvalData) -> list[Row]:
+    truth = truth_of(data.core.source)
+    if truth is None:
+        return no_truth()
+    return evaluate_truth(subject, data.core.source, truth, data.seed, data.core.device)
+
+
 EVALUATIONS: dict[str, Callable[[Subject, EvalData], list[Row]]] = {
     "core": lambda subject, data: evaluate_core(subject, data.core),
     "probing": _evaluate_probing,
+    "truth": _evaluate_truth,
 }
 
 

@@ -112,7 +112,7 @@ class CoreData:
     def why_no_loss(self) -> str:
         """Why loss recovered does not exist here; '' when it does."""
         if self.model is None:
-            return FOREIGN_REASON
+            return str(self.source.header.get("reason") or FOREIGN_REASON)
         return "" if self.model.has_head else "the model has no language-model head"
 
     @cached_property

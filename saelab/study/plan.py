@@ -201,7 +201,7 @@ def arm_settings(base: BaseConfig, run: Run, arm: Arm) -> BaseConfig:
     Raises: SettingError for an unknown name, or for a change that must hold for the whole launch.
     """
     shared = base.patched(dict(run.changes))
-    with _of_arm(arm):
+    with _of_arm(arm.name):
         settings = shared.patched(dict(arm.changes))
     for name in type(base).model_fields:
         if name not in ("sae", "train") and getattr(settings, name) != getattr(shared, name):
@@ -227,7 +227,7 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
     digests: dict[str, str] = {}
     for arm in run.arms:
         settings = arm_settings(base, run, arm)
-        with _of_arm(arm):
+        with _of_arm(arm.name):
             _check_settings(settings)
             gate({}, arm.expected)  # shows an unknown check now, not after training
         _check_equal(arm, settings.digest(), digests)
@@ -239,20 +239,19 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
         places += [(level, seed) for level in further for seed in seeds[: plan.seeds_levels]]
         for level, seed in places:
             sae = at_level(settings.sae, level) if level else settings.sae
-            with _of_arm(arm):
-                _check_sae(arm, sae, settings.layout)
+            check_layout(arm.name, sae, settings.layout)
             expected = tuple(arm.expected)
             specs.append(CellSpec(arm.name, seed, level, sae, settings.train, expected, arm.module))
     return specs
 
 
 @contextmanager
-def _of_arm(arm: Arm) -> Iterator[None]:
+def _of_arm(name: str) -> Iterator[None]:
     """Names the arm in what is wrong with its settings."""
     try:
         yield
     except SettingError as error:
-        raise SettingError(f"{arm.name}: {error.setting}", error.value, error.remedy) from None
+        raise SettingError(f"{name}: {error.setting}", error.value, error.remedy) from None
 
 
 def _check_settings(settings: BaseConfig) -> None:
@@ -287,13 +286,18 @@ def _check_equal(arm: Arm, digest: str, digests: dict[str, str]) -> None:
         digests[arm.name] = digest
 
 
-def _check_sae(arm: Arm, config: SAEConfig, layout: Layout) -> None:
-    """Shows impossible settings now, not in a worker."""
-    for part in config.build(2).parts():
+def check_layout(arm: str, config: SAEConfig, layout: Layout) -> None:
+    """Shows impossible settings now, not in a worker.
+
+    Raises: SettingError for a part that can't be built or that needs whole contexts.
+    """
+    with _of_arm(arm):
+        parts = config.build(2).parts()
+    for part in parts:
         if part.needs_contexts and layout == "rows":
             name = type(part).__name__
             remedy = f"{name} needs whole contexts: set layout = 'contexts' for the launch"
-            raise SettingError(f"{arm.name}: layout", layout, remedy)
+            raise SettingError(f"{arm}: layout", layout, remedy)
 
 
 def _check_arms(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -208,3 +209,62 @@ def test_mean_and_standard_error() -> None:
 def test_median_and_mad() -> None:
     assert stats.median([1.0, 2.0, 3.0, 4.0, 1000.0]) == 3.0
     assert stats.mad([1.0, 2.0, 3.0, 4.0, 1000.0]) == 1.0
+
+
+# ---- a metric at one L0 --------------------------------------------------------------------
+
+
+def test_at_l0_by_hand() -> None:
+    # halfway between 2 and 8 in log L0 is 4
+    assert stats.at_l0([8.0, 2.0], [0.1, 0.3], 4.0).value == pytest.approx(0.2)
+    assert stats.at_l0([2.0, 4.0, 64.0], [0.5, 0.3, 0.1], 8.0).value == pytest.approx(0.25)
+
+
+level_lists = st.lists(st.floats(0.1, 1000), min_size=1, max_size=8, unique=True)
+
+
+@given(level_lists, st.floats(-5, 5), st.floats(-5, 5), st.floats(0, 1))
+def test_at_l0_is_exact_for_a_metric_linear_in_log_l0(
+    levels: list[float], slope: float, origin: float, share: float
+) -> None:
+    values = [origin + slope * math.log(level) for level in levels]
+    low, high = min(levels), max(levels)
+    target = min(max(low**share * high ** (1 - share), low), high)
+    found = stats.at_l0(levels, values, target)
+    assert found.value == pytest.approx(origin + slope * math.log(target), rel=1e-9, abs=1e-9)
+    assert found.reason == ""
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 100), numbers), min_size=1, max_size=8), st.randoms())
+def test_at_l0_passes_through_the_levels_in_any_order(
+    pairs: list[tuple[float, float]], random: random.Random
+) -> None:
+    pairs = list(dict(pairs).items())
+    shuffled = random.sample(pairs, len(pairs))
+    levels, values = [x for x, _ in shuffled], [y for _, y in shuffled]
+    for level, value in pairs:
+        assert stats.at_l0(levels, values, level).value == pytest.approx(value, abs=1e-9)
+
+
+@pytest.mark.parametrize("target", [1.9, 8.1])
+def test_at_l0_never_extrapolates(target: float) -> None:
+    found = stats.at_l0([8.0, 2.0], [0.1, 0.3], target)
+    assert found.value is None
+    assert "L0 2 to 8" in found.reason and f"extrapolated to {target}" in found.reason
+
+
+def test_at_l0_leaves_out_what_is_missing_and_averages_equal_levels() -> None:
+    levels = [2.0, None, 0.0, 4.0, 8.0, 8.0]
+    values = [0.3, 9.0, 9.0, math.nan, 0.0, 0.2]
+    assert stats.at_l0(levels, values, 4.0).value == pytest.approx(0.2)
+    nothing = stats.at_l0([None, 4.0], [0.1, None], 4.0)
+    assert nothing == stats.AtL0(None, "no cell has both an L0 and a value")
+
+
+@pytest.mark.parametrize(
+    ("levels", "target", "setting"), [([1.0], 0.0, "target_l0"), ([1.0, 2.0], 1.0, "levels")]
+)
+def test_at_l0_refuses_nonsense(levels: list[float], target: float, setting: str) -> None:
+    with pytest.raises(SettingError) as error:
+        stats.at_l0(levels, [0.5], target)
+    assert error.value.setting == setting

@@ -1,0 +1,237 @@
+"""Against known features: are they found, each by one latent, and does it fire when they do?
+
+With C_ji = cos(decoder row j, true direction i), and pi an assignment of distinct latents to
+features that is optimal for the whole (Hungarian algorithm):
+
+    mcc          sum_i |C_pi(i)i| / features, pi the best for |C|
+    mcc_signed   sum_i C_pi(i)i / features, pi the best for C
+    firing_f1    mean over i of 2 both_i / (fires_i + fires_pi(i)), pi of mcc; features that fire in
+                 no row of the data are left out, a latent fires where its code is not zero
+    uniqueness   features that are argmax_i |C_ji| of some latent j, over min(latents, features)
+
+A feature without a latent, when there are fewer latents than features, counts as 0. Beside each
+stands what it is for `chance`, random unit directions of the same shape (mean of `DRAWS`; as a code
+for firing_f1 the largest projections, as many per row as the subject has on average), and `oracle`
+rows are for the true directions with the true code: the noise floor of FVU, and the true L0. FVU,
+explained variance, L0 and dead latents of the subject are the rows of `core`.
+
+Sources: MCC, Hyvarinen and Morioka 2016; for dictionaries, Sharkey et al. 2022, who average the
+largest cosine of each feature instead of assigning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from saelab.data.store import Source
+from saelab.data.synthetic import Truth
+from saelab.errors import MismatchError
+from saelab.evals.base import Row, Subject, missing, number
+from saelab.seeding import torch_stream
+
+DEFINITION = "truth/1"
+SCORES = ("mcc", "mcc_signed", "uniqueness", "firing_f1")
+ORACLE = ("oracle_fvu", "oracle_explained_variance", "oracle_l0")
+METRICS = (
+    *SCORES,
+    *(f"chance_{name}" for name in SCORES),
+    *(f"oracle_{name}" for name in SCORES),
+    *ORACLE,
+)
+#: Random dictionaries that chance is the mean of. Our choice.
+DRAWS = 3
+#: Rows whose dense codes are made at once. Our choice.
+CHUNK = 2048
+
+
+@torch.no_grad()
+def evaluate_truth(
+    subject: Subject, source: Source, truth: Truth, seed: int = 0, device: str = "cpu"
+) -> list[Row]:
+    """The rows of one subject.
+
+    Args:
+        source: held-out activations that `truth` is the truth of.
+        seed: of the random dictionaries.
+        device: of the subject.
+
+    Raises: MismatchError for a subject of another width.
+    """
+    d = truth.config.d
+    if subject.d_in != d:
+        raise MismatchError(f"the subject has d_in = {subject.d_in}, the activations have d = {d}")
+    true = truth.directions
+    own = _Firings(_match(directions(subject, device), true))
+    oracle = _Firings(_match(true, true))
+    active = error = power = rows = 0.0
+    mean = _mean(source)
+    for x, codes in paired_rows(source, truth):
+        fires = codes != 0
+        f = subject.encode(x.to(device)).cpu() != 0
+        own.count(f, fires)
+        oracle.count(fires, fires)
+        active, rows = active + float(f.sum()), rows + len(x)
+        error += float((x - codes @ true).square().sum(dtype=torch.float64))
+        power += float((x - mean).square().sum(dtype=torch.float64))
+    k = min(subject.d_sae, max(1, round(active / rows)))
+    values = {
+        **own.scores(),
+        **_named("chance", _chance(source, truth, subject.d_sae, k, seed)),
+        **_named("oracle", oracle.scores()),
+        "oracle_fvu": error / power,
+        "oracle_explained_variance": 1 - error / power,
+        "oracle_l0": float(oracle.fires.sum()) / rows,
+    }
+    return [number(name, values[name], DEFINITION) for name in METRICS]
+
+
+def _named(prefix: str, scores: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}_{name}": value for name, value in scores.items()}
+
+
+def no_truth() -> list[Row]:
+    """The rows for data whose features are not known."""
+    reason = "the true features of these activations are not known"
+    return [missing(name, DEFINITION, reason) for name in METRICS]
+
+
+@torch.no_grad()
+def directions(subject: Subject, device: str = "cpu") -> Tensor:
+    """Unit directions that a subject's latents write, float32 [d_sae, d_in]; 0 for one of none.
+
+    For any decoder that is affine, ours or not: row j is decode(e_j) - decode(0).
+    """
+    origin = subject.decode(torch.zeros(1, subject.d_sae, device=device))
+    parts = []
+    for start in range(0, subject.d_sae, CHUNK):
+        count = min(CHUNK, subject.d_sae - start)
+        one = torch.zeros(count, subject.d_sae, device=device)
+        one[torch.arange(count), start + torch.arange(count)] = 1
+        parts.append(subject.decode(one) - origin)
+    return normalize(torch.cat(parts).float().cpu(), dim=1)
+
+
+def matched(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """The assignment of rows to columns with the largest sum: two int64 [min(rows, columns)]."""
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(similarity.double().numpy(), maximize=True)
+    return torch.from_numpy(np.asarray(rows)), torch.from_numpy(np.asarray(columns))
+
+
+def mcc(found: Tensor, true: Tensor, signed: bool = False) -> float:
+    """Mean correlation coefficient of rows [m, d] with true rows [features, d], over the latter."""
+    cosine = _cosine(found, true)
+    similarity = cosine if signed else cosine.abs()
+    return float(similarity[matched(similarity)].sum()) / len(true)
+
+
+def _cosine(found: Tensor, true: Tensor) -> Tensor:
+    return normalize(found.double(), dim=1) @ normalize(true.double(), dim=1).T
+
+
+def uniqueness(found: Tensor, true: Tensor) -> float:
+    """Distinct rows of `true` that are nearest, up to sign, to some row of `found`; see above."""
+    nearest = _cosine(found, true).abs().argmax(1)
+    return len(nearest.unique()) / min(len(found), len(true))
+
+
+def paired_rows(source: Source, truth: Truth) -> Iterator[tuple[Tensor, Tensor]]:
+    """Activations [n, d] and true codes [n, features] of the same rows, a few at a time."""
+    for i in range(source.n_shards):
+        rest = source.shard(i).x
+        for codes in truth.chunks(i):
+            x, rest = rest[: len(codes)], rest[len(codes) :]
+            pair = (rows.flatten(0, 1).split(CHUNK) for rows in (x, codes))
+            yield from zip(*pair, strict=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Match:
+    """Which latent stands for which feature, and the scores that need no data.
+
+    Args:
+        found: unit directions [d_sae, d].
+        latents, features: the pairs, int64 [min(d_sae, features)].
+        n_features: how many there are.
+        scores: mcc, mcc_signed and uniqueness.
+    """
+
+    found: Tensor
+    latents: Tensor
+    features: Tensor
+    n_features: int
+    scores: dict[str, float]
+
+
+def _match(found: Tensor, true: Tensor) -> _Match:
+    similarity = _cosine(found, true).abs()
+    pairs = matched(similarity)
+    scores = {
+        "mcc": float(similarity[pairs].sum()) / len(true),
+        "mcc_signed": mcc(found, true, signed=True),
+        "uniqueness": uniqueness(found, true),
+    }
+    return _Match(found, *pairs, len(true), scores)
+
+
+class _Firings:
+    """Counts of the firings of matched latents and their features."""
+
+    def __init__(self, match: _Match) -> None:
+        self.match = match
+        self.both = torch.zeros(len(match.features), dtype=torch.int64)
+        self.latent_fires = torch.zeros(len(match.features), dtype=torch.int64)
+        self.fires = torch.zeros(match.n_features, dtype=torch.int64)
+
+    def count(self, f: Tensor, fires: Tensor) -> None:
+        """Adds rows: which latents fire, bool [n, d_sae], and which features, [n, features]."""
+        latent = f[:, self.match.latents]
+        self.both += (latent & fires[:, self.match.features]).sum(0)
+        self.latent_fires += latent.sum(0)
+        self.fires += fires.sum(0)
+
+    def scores(self) -> dict[str, float]:
+        features = self.match.features
+        total = self.latent_fires + self.fires[features]
+        f1 = torch.zeros(self.match.n_features, dtype=torch.float64)
+        f1[features] = 2 * self.both.double() / total.clamp(min=1)
+        return {**self.match.scores, "firing_f1": float(f1[self.fires > 0].mean())}
+
+
+def random_directions(n: int, d: int, seed: int, draw: int = 0) -> Tensor:
+    """Random unit rows, float32 [n, d]."""
+    return normalize(torch.randn(n, d, generator=torch_stream(seed, "evaluation", "chance", draw)))
+
+
+@lru_cache(maxsize=8)
+def _random_matches(truth: Truth, n: int, seed: int) -> list[_Match]:
+    """Kept for the subjects that come after: assignments of large dictionaries take seconds."""
+    draws = (random_directions(n, truth.config.d, seed, draw) for draw in range(DRAWS))
+    return [_match(found, truth.directions) for found in draws]
+
+
+def _chance(source: Source, truth: Truth, n: int, k: int, seed: int) -> dict[str, float]:
+    """The scores of random dictionaries, mean over the draws."""
+    firings = [_Firings(match) for match in _random_matches(truth, n, seed)]
+    for x, codes in paired_rows(source, truth):
+        for some in firings:
+            top = (x @ some.match.found.T).topk(k, dim=1, sorted=False)
+            f = torch.zeros(len(x), n, dtype=torch.bool).scatter_(1, top.indices, top.values > 0)
+            some.count(f, codes != 0)
+    scores = [some.scores() for some in firings]
+    return {name: sum(score[name] for score in scores) / DRAWS for name in SCORES}
+
+
+def _mean(source: Source) -> Tensor:
+    """Mean activation, float32 [d]."""
+    shards = [source.shard(i).x.flatten(0, 1) for i in range(source.n_shards)]
+    total = sum((x.sum(0, dtype=torch.float64) for x in shards), torch.zeros(source.d).double())
+    return (total / sum(len(x) for x in shards)).float()

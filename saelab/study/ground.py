@@ -1,0 +1,228 @@
+"""SAEs on synthetic activations, where the truth is known: no language model, no texts.
+
+All arms of a seed, at all its levels, see the same batches. A metric at the target L0 is
+interpolated for each seed between the seed's own levels (`stats.at_l0`), so that arms can then be
+paired by seed at exactly one L0.
+
+    python -m saelab synthetic configs/synthetic/baselines.toml
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from saelab import stats
+from saelab.config import Frozen, read_toml
+from saelab.data.store import Source
+from saelab.data.stream import Layout, batches
+from saelab.data.synthetic import SyntheticConfig, generate
+from saelab.errors import CellFailure, SettingError, nearest
+from saelab.evals import EvalData, check_names, evaluate
+from saelab.evals.base import Row
+from saelab.evals.core import CoreData
+from saelab.progress import progress
+from saelab.sae import SAE, SAEConfig
+from saelab.seeding import study_seeds
+from saelab.study.cells import initial_sample
+from saelab.study.plan import at_level, check_layout
+from saelab.training.loop import Cell, train
+from saelab.training.optim import TrainConfig
+
+#: What is measured where nothing else is asked for.
+EVALS = ("core", "truth")
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """One trained cell.
+
+    Args:
+        arm, seed, level: which; level 0 for an arm that was trained as it is.
+        sae: in evaluation mode.
+        rows: its measurements; none after a failure.
+        failure: why training stopped early, or None.
+    """
+
+    arm: str
+    seed: int
+    level: float
+    sae: SAE
+    rows: list[Row]
+    failure: CellFailure | None = None
+
+    def value(self, metric: str) -> float | None:
+        """The metric over all data; None where it is missing."""
+        found = (row.value for row in self.rows if row.metric == metric and not row.slice)
+        return next(found, None)
+
+
+def train_on(
+    source: Source,
+    held_out: Source,
+    arms: Mapping[str, SAEConfig],
+    seeds: Sequence[int],
+    training: TrainConfig,
+    levels: Sequence[float] = (),
+    layout: Layout = "rows",
+    evals: Sequence[str] = EVALS,
+    device: str = "cpu",
+) -> list[Outcome]:
+    """Trains every arm at every seed and level, and evaluates it on the held-out activations.
+
+    Args:
+        source, held_out: activations, for example two parts of `generate`.
+        arms: name -> settings of the SAE.
+        seeds: of initialisation and data order; the arms of a seed see the same batches.
+        levels: L0 that the arms are trained for, as in `at_level`; none leaves them as they are.
+        layout: 'rows', or 'contexts' for parts that need whole contexts.
+
+    Returns: the cells, seed by seed, level by level.
+    Raises: SettingError for settings that can't be used.
+    """
+    check_names(evals)
+    if not arms:
+        raise SettingError("arms", dict(arms), "at least one is needed")
+    places = [
+        (arm, level, at_level(config, level) if level else config)
+        for level in levels or (0.0,)
+        for arm, config in arms.items()
+    ]
+    for arm, _, config in places:
+        check_layout(arm, config, layout)
+    sample = initial_sample(source).to(device)
+    data = EvalData(CoreData(held_out, None, device=device), None, why_no_probing="not asked for")
+    outcomes: list[Outcome] = []
+    with progress("training", len(seeds) * training.steps, "steps") as bar:
+        for seed in seeds:
+            cells = [
+                Cell(f"{arm}/seed {seed}/L0 {level:g}", config, training, sample, seed)
+                for arm, level, config in places
+            ]
+            stream = batches(source, seed, training.batch_size, layout)
+            failures = train(cells, stream, lambda steps, _: bar.advance(steps))
+            for cell, (arm, level, _) in zip(cells, places, strict=True):
+                failure = failures.get(cell.name)
+                rows = [] if failure else evaluate(cell.sae, data, evals)
+                own = [row.of_cell(arm, seed, level) for row in rows]
+                outcomes.append(Outcome(arm, seed, level, cell.sae, own, failure))
+    return outcomes
+
+
+def at_target(outcomes: Sequence[Outcome], metric: str, target: float) -> list[Row]:
+    """The metric of each arm and seed at L0 = target: a value, or missing with the reason.
+
+    Returns: one row per arm and seed, in the order of the outcomes.
+    """
+    rows: list[Row] = []
+    for arm, seed in dict.fromkeys((outcome.arm, outcome.seed) for outcome in outcomes):
+        own = [outcome for outcome in outcomes if (outcome.arm, outcome.seed) == (arm, seed)]
+        levels, values = [o.value("l0") for o in own], [o.value(metric) for o in own]
+        found = stats.at_l0(levels, values, target)
+        failed = "; ".join(str(o.failure) for o in own if o.failure) if found.reason else ""
+        reason = "; ".join(part for part in (found.reason, failed) if part)
+        definition = next((r.definition for o in own for r in o.rows if r.metric == metric), "")
+        row = Row(metric, found.value, definition, "interpolated in log L0", reason)
+        rows.append(row.of_cell(arm, seed, target))
+    return rows
+
+
+def differences(rows: Sequence[Row], arm: str, baseline: str) -> list[float]:
+    """What `stats.paired` takes: arm minus baseline of every seed that has a value of both.
+
+    Args:
+        rows: of one metric, as `at_target` gives them.
+
+    Raises: SettingError for an arm that has no row.
+    """
+    values = {name: _by_seed(rows, name) for name in (arm, baseline)}
+    ours, theirs = values[arm], values[baseline]
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def _by_seed(rows: Sequence[Row], arm: str) -> dict[int, float]:
+    own = [row for row in rows if row.arm == arm]
+    if not own:
+        names = dict.fromkeys(row.arm for row in rows)
+        raise SettingError("arm", arm, f"has no rows{nearest(arm, names)}")
+    return {row.seed: row.value for row in own if row.value is not None}
+
+
+# ---- from a file -------------------------------------------------------------------------------
+
+
+class GroundConfig(Frozen):
+    """A comparison on synthetic activations (configs/synthetic/baselines.toml).
+
+    Args:
+        study: its name; all seeds are derived from it.
+        data: the activations.
+        data_seed: of the dictionary; 'own' gives every seed a dictionary of its own.
+        contexts, held_out_contexts: to train on and to evaluate on.
+        arms: name -> SAE.
+        seeds: how many.
+        target_l0: where arms are compared.
+        levels: L0 that are trained for; they must lie on both sides of the target.
+        metrics: that are shown.
+    """
+
+    study: str = "synthetic"
+    data: SyntheticConfig = SyntheticConfig()
+    data_seed: int | Literal["own"] = 0
+    contexts: PositiveInt = 8192
+    held_out_contexts: PositiveInt = 256
+    layout: Layout = "rows"
+    train: TrainConfig = TrainConfig()
+    arms: dict[str, SAEConfig] = Field(min_length=1)
+    seeds: PositiveInt = 3
+    target_l0: PositiveFloat
+    levels: tuple[PositiveFloat, ...]
+    metrics: tuple[str, ...] = ("fvu", "mcc", "chance_mcc", "firing_f1", "uniqueness", "dead_share")
+
+
+def read_ground(path: Path) -> GroundConfig:
+    """Raises: SourceError when the file is missing, SettingError for an unknown setting."""
+    return GroundConfig.parse(read_toml(path), where=path.name)
+
+
+def run_ground(config: GroundConfig) -> list[Outcome]:
+    """Generates the activations, trains and evaluates all arms."""
+    seeds = study_seeds(config.study, "explore", config.seeds)
+    if config.data_seed != "own":
+        return _on_one_dictionary(config, config.data_seed, seeds)
+    return [found for seed in seeds for found in _on_one_dictionary(config, seed, [seed])]
+
+
+def _on_one_dictionary(config: GroundConfig, data_seed: int, seeds: Sequence[int]) -> list[Outcome]:
+    source = generate(config.data, data_seed, config.contexts)
+    held_out = generate(config.data, data_seed, config.held_out_contexts, "held_out")
+    layout, levels = config.layout, config.levels
+    return train_on(source, held_out, config.arms, seeds, config.train, levels, layout)
+
+
+def shown(config: GroundConfig, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Lines of a table: each arm's metrics at the target L0, mean and range over the seeds."""
+    yield f"at L0 {config.target_l0:g}, mean over seeds (lowest to highest), {config.seeds} seeds"
+    for arm in config.arms:
+        yield arm
+        for name in config.metrics:
+            rows = at_target([o for o in outcomes if o.arm == arm], name, config.target_l0)
+            yield f"  {name:20s} {_summary(rows)}"
+    yield "truth"
+    for name in ("oracle_fvu", "oracle_l0"):
+        value = next((v for v in (o.value(name) for o in outcomes) if v is not None), math.nan)
+        yield f"  {name:20s} {value:.4f}"
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    values = [row.value for row in rows if row.value is not None]
+    missing = [row for row in rows if row.value is None]
+    why = f" [{len(missing)} missing: {missing[0].reason}]" if missing else ""
+    if not values:
+        return f"missing{why}"
+    return f"{sum(values) / len(values):.4f} ({min(values):.4f} to {max(values):.4f}){why}"

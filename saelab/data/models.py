@@ -299,10 +299,14 @@ class LanguageModel:
         """The model without its head."""
         return self.model.base_model
 
-    def _inputs(self, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
-        if self.max_context is not None and ids.shape[1] > self.max_context:
+    def check_context(self, positions: int) -> None:
+        """Raises: SettingError when the model can't take so many positions."""
+        if self.max_context is not None and positions > self.max_context:
             limit = f"model {self.config.path} takes at most {self.max_context} positions"
-            raise SettingError("context", ids.shape[1], f"{limit}: lower the context")
+            raise SettingError("context", positions, f"{limit}: lower the context")
+
+    def _inputs(self, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        self.check_context(ids.shape[1])
         inputs: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.to(self.device, torch.int64)

@@ -73,6 +73,7 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
         return _foreign(base)
     _check_texts(base.train_text, base.eval_text)
     model = models.load(base.model.patched({"device": device}))
+    model.check_context(base.context)
     held_out, _ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
     probing = _probing(base, model, cache)
     train, steps = _activations(

@@ -11,6 +11,7 @@ from saelab.kernels.functions import (
     mean_square,
     preactivations,
     row_norms,
+    with_gradient,
 )
 from saelab.kernels.table import (
     Precision,
@@ -38,4 +39,5 @@ __all__ = [
     "selection_dtype",
     "support_above",
     "support_of_topk",
+    "with_gradient",
 ]

@@ -155,6 +155,11 @@ class Optimiser:
         """The learning rate of each group at a step."""
         return {group.name: group.lr * self.config.rate(step) for group in self.groups}
 
+    def reach(self, parameter: nn.Parameter) -> float:
+        """Sum of the parameter's learning rates over the run: about the most that Adam moves it."""
+        (lr,) = (g.lr for g in self.groups if any(own is parameter for own in g.parameters))
+        return lr * sum(self.config.rate(step) for step in range(self.config.steps))
+
     @torch.no_grad()
     def clear(self, sae: SAE, latents: Tensor) -> None:
         """Clears the moments of the given latents; all others stay bitwise as they were."""

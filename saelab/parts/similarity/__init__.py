@@ -55,6 +55,8 @@ Norm = Literal["reference", "running", "none"]
 BalanceKind = Literal[
     "fixed", "descent", "uncertainty", "minimax", "gradnorm", "replay", "frozen_random"
 ]
+#: Balances whose alpha the run decides.
+LEARNED = ("descent", "uncertainty", "minimax", "gradnorm")
 Alpha = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -269,8 +271,7 @@ def _shares(parts: dict[str, float], totals: dict[str, float]) -> list[float]:
 
 
 def _refuse(config: SimilarityConfig) -> None:
-    learned = config.balance in ("descent", "uncertainty", "minimax", "gradnorm")
-    if learned and not 0 < config.alpha < 1:
+    if config.balance in LEARNED and not 0 < config.alpha < 1:
         remedy = f"balance {config.balance!r} needs a start inside (0, 1)"
         raise SettingError("alpha", config.alpha, remedy)
     if config.balance == "replay" and not config.path:

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -111,6 +112,16 @@ class PartConfig(Frozen):
 
     def build(self, dims: Dims) -> Part:
         raise SettingError("kind", self.kind, "this part has no build()")
+
+
+def _positive(k: int | str) -> int | str:
+    if isinstance(k, int) and k < 1:
+        raise ValueError("should be at least 1, or a controller's name")
+    return k
+
+
+#: A number of latents, or the name of the controller that sets it.
+Latents = Annotated[int | str, AfterValidator(_positive)]
 
 
 class Part(nn.Module):

@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from saelab.errors import SettingError
 from saelab.kernels import Support, kernels_for, support_of_topk
-from saelab.parts.base import Activation, Dims, PartConfig, Pass, check_setting
+from saelab.parts.base import Activation, Dims, Latents, PartConfig, Pass, check_setting
 
 if TYPE_CHECKING:
     from saelab.sae import SAE
@@ -26,7 +25,7 @@ class TopKConfig(PartConfig):
     """k: active latents per row, or the name of the controller that sets it."""
 
     kind: Literal["topk"] = "topk"
-    k: PositiveInt | str = 32
+    k: Latents = 32
 
     def build(self, dims: Dims) -> TopK:
         return TopK(self.k, dims)

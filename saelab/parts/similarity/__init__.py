@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saelab.errors import SettingError
 from saelab.files import read_json
-from saelab.parts.base import Dims, LossTerm, PartConfig, Pass, check_setting
+from saelab.parts.base import Dims, Latents, LossTerm, PartConfig, Pass, check_setting
 from saelab.parts.similarity.balance import Terms, build_balance
 from saelab.parts.similarity.code import (
     Gradient,
@@ -99,7 +99,7 @@ class SimilarityConfig(PartConfig):
     warmup: float = Field(default=0.15, ge=0, lt=1)
     window: float = Field(default=0.05, gt=0, lt=1)
     momentum: float = Field(default=0.99, ge=0, lt=1)
-    k: PositiveInt | str = 100
+    k: Latents = 100
     k_max: PositiveInt = 512
     form: Form = "max"
     chunk: int = Field(default=512, ge=2)

@@ -218,6 +218,13 @@ def test_scale_free_neither_shifts_nor_scales(global_random_seed: int) -> None:
     assert g.sum(0).abs().max() < 1e-12 and (g * f).sum(0).abs().max() < 1e-12
 
 
+def test_a_latent_that_never_varies_gets_a_finite_gradient() -> None:
+    f = torch.full((N, 3), 0.1)
+    f[:, 0] = 0
+    f[::2, 2] = 3.0
+    assert scale_free(torch.randn(N, 3, generator=torch_stream(0, "g")), f).isfinite().all()
+
+
 def test_two_halves_estimate_the_square_without_bias(global_random_seed: int) -> None:
     """Independent latents have similarity 0; the square of one estimate would be 1 / N."""
     generator = torch_stream(global_random_seed, "codes")

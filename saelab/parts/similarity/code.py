@@ -77,19 +77,24 @@ def similarity(f: Tensor, by: Standard) -> tuple[Tensor, Tensor]:
     n, k = f.shape
     if n < 2 or k < 2:
         return f.new_zeros(()), torch.zeros_like(f)
-    halves = ((f - by.mean) / by.std).tensor_split(2)
+    halves = torch.addcmul(-by.mean / by.std, f, 1 / by.std).tensor_split(2)
     a, b = (_entries(h, by) for h in halves)
     pairs = k * (k - 1)
     value = torch.dot(a.flatten(), b.flatten()) / pairs
-    sides = [h @ other * (2 / (pairs * len(h))) for h, other in zip(halves, (b, a), strict=True)]
-    return value, torch.cat(sides) / (by.std * by.spread)
+    gradient = torch.empty_like(f)
+    for h, other, out in zip(halves, (b, a), gradient.tensor_split(2), strict=True):
+        torch.mm(h, other * (2 / (pairs * len(h)) / (by.std * by.spread)), out=out)
+    return value, gradient
 
 
 def scale_free(gradient: Tensor, f: Tensor) -> Tensor:
     """The gradient's part that neither shifts nor scales a column; [N, k] both."""
-    g, f = gradient - gradient.mean(0), f - f.mean(0)
-    tiny = torch.finfo(f.dtype).tiny
-    return g - f * ((g * f).sum(0) / f.square().sum(0).clamp_min(tiny))
+    n, g_mean, f_mean = len(f), gradient.mean(0), f.mean(0)
+    along = (gradient * f).sum(0) - n * g_mean * f_mean
+    square, limits = f.square().sum(0), torch.finfo(f.dtype)
+    spread = torch.maximum(square - n * f_mean.square(), limits.eps * square)
+    share = along / spread.clamp_min(limits.tiny)
+    return torch.addcmul(share * f_mean - g_mean, f, share, value=-1).add_(gradient)
 
 
 def product_moments(f: Tensor) -> Tensor:

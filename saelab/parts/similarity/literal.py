@@ -4,8 +4,9 @@
     y_n = sum_i (f_ni - m_i) / s_i * w_i       w_i: encoder vector of latent i
 
 m, s: running mean and std of each latent's code; mu, sigma: running mean and std of the norms |w_i|
-over latents. All four are constants to the gradient. The second term lies near 1 by construction:
-its gradient draws all norms to their mean.
+over latents, sigma at least a thousandth of mu, since all norms start equal. All four are constants
+to the gradient. The second term lies near 1 by construction; its gradient draws all norms to their
+mean.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from saelab.kernels import decode_at, row_norms
 from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
-from saelab.parts.similarity.running import LatentMoments, std_of
+from saelab.parts.similarity.running import STD_FLOOR, LatentMoments, std_of
 
 
 class SimilarityLiteralConfig(PartConfig):
@@ -55,7 +56,7 @@ class SimilarityLiteral(LossTerm):
         similar = (y - (mean / std) @ w).square().mean()
         norms = row_norms(w)
         raw = self.norms / self.gathered if float(self.gathered) else _moments(norms.detach())
-        spread = std_of(raw[0], raw[1]).clamp_min(torch.finfo(w.dtype).tiny)
+        spread = torch.maximum(std_of(raw[0], raw[1]), STD_FLOOR * raw[0])
         uneven = ((norms - raw[0]) / spread).square().mean()
         alpha = self.config.alpha
         return p.setting(self.coefficient) * (alpha * similar + (1 - alpha) * uneven)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saelab.data.stream import Batch
 from saelab.parts.similarity import LEARNED, Similarity
+from saelab.parts.similarity.literal import SimilarityLiteral
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell
@@ -188,6 +189,32 @@ def test_statistics_are_bias_corrected() -> None:
     found, std = moments.standard(one.sae(rows(0, 9)).code, N)
     torch.testing.assert_close(found, mean[0])
     torch.testing.assert_close(std, (mean[1] - mean[0] ** 2).sqrt())
+
+
+def test_literal_by_hand() -> None:
+    """Its value from dense matrices, at the first step (the batch's own moments) and later."""
+    term = {"kind": "similarity_literal", "coefficient": 0.2, "alpha": 0.3}
+    one = cell(None)
+    one = Cell("c", one.sae.config.patched({"losses+": term}), one.config, rows(0, -1, 512), 0)
+    for steps in (0, 5):
+        run(one, steps)
+        p = one.sae(rows(0, 30), one.steps_done, STEPS)
+        part, w = one.sae.loss_terms()["similarity_literal"], one.sae.W_enc.detach()
+        assert isinstance(part, SimilarityLiteral)
+        f, norms = p.code.dense().detach(), w.norm(dim=1)
+        if steps:
+            mean, square = part.moments.ema / part.moments.weight
+            mu, mu2 = part.norms / part.gathered
+        else:
+            mean, square, mu, mu2 = f.mean(0), f.square().mean(0), norms.mean(), norms[0] ** 2
+        sigma = torch.maximum((mu2 - mu**2).clamp_min(0).sqrt(), 1e-3 * mu)
+        y = ((f - mean) / (square - mean**2).sqrt()) @ w
+        uneven = ((norms - mu) / sigma).square().mean()
+        wanted = 0.2 * (0.3 * y.square().mean() + 0.7 * uneven)
+        loss = part.loss(p)
+        assert float(loss.detach()) == pytest.approx(float(wanted), rel=1e-3)
+        (gradient,) = torch.autograd.grad(loss, one.sae.W_enc)
+        assert gradient.isfinite().all() and gradient.any(1).all()
 
 
 class Largest(TorchDispatchMode):

@@ -17,6 +17,8 @@ from saelab.parts.similarity import LEARNED, Similarity
 from saelab.parts.similarity.literal import SimilarityLiteral
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
+from saelab.study.cells import _balance_facts
+from saelab.study.gate import gate
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
 
@@ -154,6 +156,30 @@ class TestBalance:
         path = run(cell({"balance": "minimax"}), STEPS).log.columns["alpha"]
         again = run(cell({"balance": "replay", "path": path.tolist()}), STEPS, seed=1)
         assert again.log.columns["alpha"] == pytest.approx(path)
+
+
+class TestFacts:
+    """What the gate hears of a balance."""
+
+    def test_a_runaway_is_called_collapsed(self) -> None:
+        one = run(cell({"balance": "descent", "lr": 0.5, "alpha": 0.4}), STEPS)
+        facts = _balance_facts(one)
+        assert facts["alpha_outside_share"] > 0.1 and facts["scalar_reach.alpha"] > 0.05
+        findings = {f.check: f.subject for f in gate(facts).findings}
+        assert findings["collapsed_balance"] == "alpha" and "inert_scalar" not in findings
+
+    def test_an_inert_alpha(self) -> None:
+        """A balance that starts where it settles has a rate and no use for it."""
+        one = run(cell({"balance": "uncertainty", "warmup": 0.9}), STEPS)
+        facts = _balance_facts(one)
+        assert facts["alpha_outside_share"] == 0 and facts["scalar_reach.alpha"] < 0.05
+        assert "inert_scalar" in {f.check for f in gate(facts).findings}
+
+    def test_share_while_it_acts(self) -> None:
+        one = acting()
+        share = one.log.columns["penalty_share"][START : one.log.length]
+        assert _balance_facts(one) == {"penalty_share": pytest.approx(float(share.mean()))}
+        assert _balance_facts(run(cell(None), 3)) == {}
 
 
 @pytest.mark.parametrize("statistics", ["per_latent", "per_product", "batch"])

@@ -152,6 +152,11 @@ def test_a_learned_alpha_starts_inside(balance: str, alpha: float) -> None:
         SimilarityConfig.parse({"balance": balance, "alpha": alpha}).build(Dims(4, 8))
 
 
+def test_a_penalty_that_never_acts_is_refused() -> None:
+    with pytest.raises(SettingError, match="never act"):
+        SimilarityConfig.parse({"warmup": 0.95, "window": 0.05}).build(Dims(4, 8))
+
+
 class TestPaths:
     def test_collapse(self) -> None:
         inside, low = np.full(90, 0.5), np.full(10, 0.01)

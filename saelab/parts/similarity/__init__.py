@@ -77,7 +77,7 @@ class SimilarityConfig(PartConfig):
             mean and std of the products over all pairs, or the batch's own mean and std.
         gradient: 'scale_free', or 'constant', which shrinking pays.
         norm: 'reference', 'running' (the term stays at 1 for ever) or 'none'.
-        warmup, window: shares of the run before and of the reference window.
+        warmup, window: shares of the run before and of the reference window; below 1 together.
         momentum: of all EMAs.
         k: latents in S_act; a number or a controller's name; at most `k_max`.
         form: of S_w: the row maximum or the mean.
@@ -112,11 +112,12 @@ class SimilarityConfig(PartConfig):
 
 @dataclass(frozen=True)
 class Look:
-    """The terms of one pass, with gradient, and the norms of their gradients, without; 0-dim.
+    """alpha and the terms of one pass, with gradient, and the norms of the terms' gradients; 0-dim.
 
     f: columns of the latents in S_act, [N, k].
     """
 
+    alpha: Tensor
     act: Tensor
     weight: Tensor
     act_gradient: Tensor
@@ -164,8 +165,7 @@ class Similarity(LossTerm):
         n_act, n_weight = self._norms(terms)
         strength = p.setting(self.coefficient) if self._acts(p) else 0.0
         act, weight = look.act / n_act, look.weight / n_weight
-        alpha = self.balance.alpha(p.step, p.steps)
-        loss = strength * (alpha * act + (1 - alpha) * weight)
+        loss = strength * (look.alpha * act + (1 - look.alpha) * weight)
         objective = self.balance.objective(act.detach(), weight.detach())
         return loss if objective is None else loss + objective * float(self._acts(p))
 
@@ -180,7 +180,7 @@ class Similarity(LossTerm):
             terms.act_gradient / n_act,
             terms.weight_gradient / n_weight,
         )
-        alpha = float(self.balance.alpha(p.step, p.steps))
+        alpha = float(look.alpha)
         strength = p.setting(self.coefficient) if self._acts(p) else 0.0
         parts = {
             "W_enc": strength * alpha * relative.act_gradient,
@@ -228,7 +228,8 @@ class Similarity(LossTerm):
         draw = torch_stream(self.seed, "similarity chunks", p.step)
         chunks = deal(p.sae.d_sae, c.chunk, draw)[: c.chunks]
         weight, weight_gradient = decoder_similarity(p.sae.W_dec, chunks, c.form)
-        return Look(act, weight, act_gradient, weight_gradient, f)
+        alpha = self.balance.alpha(p.step, p.steps)
+        return Look(alpha, act, weight, act_gradient, weight_gradient, f)
 
     @torch.no_grad()
     def _standard(self, p: Pass, latents: Tensor, f: Tensor) -> Standard:
@@ -276,3 +277,6 @@ def _refuse(config: SimilarityConfig) -> None:
         raise SettingError("alpha", config.alpha, remedy)
     if config.balance == "replay" and not config.path:
         raise SettingError("path", config.path, "balance 'replay' needs the alphas of another run")
+    if config.warmup + config.window >= 1:
+        remedy = "the penalty would never act: warmup + window must be below 1"
+        raise SettingError("window", config.window, remedy)

@@ -7,30 +7,26 @@ run_1/final_info.json. An arm changes named settings of the base (configs/*.toml
 """
 
 from saelab.study.front import main
-from saelab.study.plan import Arm, Run
+from saelab.study.plan import Arm, Found, Run
 
 # ---- a new part may be written here --------------------------------------------------------------
 # Subclass PartConfig and LossTerm (saelab.parts.base), then register("loss", MyConfig); an arm uses
 # it with {"sae.losses+": {"kind": "my_loss"}}.
 # --------------------------------------------------------------------------------------------------
 
+# ---- settings that several arms share ------------------------------------------------------------
+
 A1 = {"kind": "variance", "tau": 0.5, "statistics": "running", "tying": "global"}
 PRIOR = {"kind": "scalar_prior", "c_beta": 1e-3, "c_theta": 1e-3, "beta_0": 1.0}
-A1_CORE = {"sae.scaling": A1, "sae.losses+": PRIOR}
-
-TOPK = {
+OWN_LOSS = {"sae.controllers": [], "sae.constraints": [{"kind": "unit_norm"}], "sae.observers": []}
+TOPK = OWN_LOSS | {
     "sae.activation": {"kind": "topk"},
     "sae.losses": [{"kind": "reconstruction"}, {"kind": "auxk"}],
-    "sae.controllers": [],
-    "sae.constraints": [{"kind": "unit_norm"}],
-    "sae.observers": [],
 }
-JUMPRELU = {
+JUMPRELU = OWN_LOSS | {
     "sae.activation": {"kind": "jumprelu"},
     "sae.losses": [{"kind": "reconstruction"}, {"kind": "l0"}],
     "sae.controllers": [{"kind": "l0_target", "start": 1e-4}],
-    "sae.constraints": [{"kind": "unit_norm"}],
-    "sae.observers": [],
 }
 A_LITERAL = {
     "sae.scaling": A1 | {"statistics": "batch", "literal": True},
@@ -38,33 +34,110 @@ A_LITERAL = {
     "sae.encoder_bias": False,
     "sae.centre": False,
 }
+TIME = ["theta", "beta", "gamma", "rho", "T"]
+SCALED = [{"kind": "reconstruction", "space": "scaled"}, {"kind": "l1"}, PRIOR]
+B = {"kind": "similarity"}
 
+
+def a1(prior=PRIOR, **changes):
+    """Idea A at the input."""
+    return {"sae.scaling": A1 | changes, "sae.losses+": prior}
+
+
+def a2(*learned, **changes):
+    """Idea A at the threshold, with these scalars learned."""
+    return JUMPRELU | {
+        "sae.activation": {"kind": "tied_threshold", "learned": list(learned)} | changes
+    }
+
+
+def b(**changes):
+    """Idea B's penalty."""
+    return {"sae.losses+": B | changes}
+
+
+BASE = Arm("baseline", comment="ReLU with decoder-norm weighted L1")
+EARLY = {"train.positions": (0, 64)}
+
+# fmt: off
 RUNS = {
-    "run_0": Run(
-        "Baselines: ReLU with L1, TopK and JumpReLU over sparsity levels",
-        [
-            Arm("baseline", comment="ReLU with decoder-norm weighted L1"),
-            Arm("TopK", TOPK, "exactly k latents per token, with AuxK", primary=True),
-            Arm("JumpReLU", JUMPRELU, "a learned threshold per latent"),
-        ],
-    ),
-    "run_1": Run(
-        "Idea A: variance scaling of the input with global beta and theta",
-        [
-            Arm("baseline", comment="ReLU with decoder-norm weighted L1"),
-            Arm("A1", A1_CORE, "tau 0.5, global beta and theta, same start", primary=True),
-            Arm(
-                "A1 scaled start",
-                {**A1_CORE, "sae.scaling": A1 | {"start": "scaled"}},
-                "the same, started with W_enc = W_dec in scaled space",
-            ),
-            Arm("A literal", A_LITERAL, "the first sketch: batch variance, no biases, beta_0 = 0"),
-            Arm("baseline lr x2", {"train.lr": 1.6e-2}, "is A1 more than a learning rate?"),
-            Arm("baseline pos 0-63", {"train.positions": (0, 64)}, "trained on early positions"),
-            Arm("A1 pos 0-63", {**A1_CORE, "train.positions": (0, 64)}, "A1 on early positions"),
-        ],
-    ),
+    "run_0": Run("Baselines: ReLU with L1, TopK and JumpReLU over sparsity levels", [
+        BASE,
+        Arm("TopK", TOPK, "exactly k latents per token, with AuxK", primary=True),
+        Arm("JumpReLU", JUMPRELU, "a learned threshold per latent"),
+    ]),
+    "run_1": Run("Idea A: variance scaling of the input with global beta and theta", [
+        BASE,
+        Arm("A1", a1(), "tau 0.5, global beta and theta, same start", primary=True),
+        Arm("A1 scaled start", a1(start="scaled"), "the same, started in scaled space"),
+        Arm("A literal", A_LITERAL, "the first sketch: batch variance, no biases, beta_0 = 0"),
+        Arm("baseline lr x2", {"train.lr": 1.6e-2}, "is A1 more than a learning rate?"),
+        Arm("baseline pos 0-63", EARLY, "trained on early positions"),
+        Arm("A1 pos 0-63", a1() | EARLY, "A1 on early positions"),
+    ]),
+    "run_2": Run("Idea A: temperature", [
+        BASE,
+        Arm("tau 0.1", a1(tau=0.1), "hardly any scaling"),
+        Arm("tau 0.5", a1(), "unit variance", primary=True),
+        Arm("tau 1", a1(tau=1.0), "over-corrects"),
+        Arm("baseline lr x2", {"train.lr": 1.6e-2}, "is A1 more than a learning rate?"),
+    ]),
+    "run_3": Run("Idea A: regulariser", [
+        BASE,
+        *(Arm(f"c {c:g}", a1(PRIOR | {"c_beta": c, "c_theta": c}), "pull of beta and theta",
+              primary=c == 1e-3) for c in (1e-4, 1e-3, 1e-2)),
+        Arm("beta_0 0", a1(PRIOR | {"beta_0": 0.0}), "beta is pulled to 0, as first sketched"),
+    ]),
+    "run_4": Run("Idea A: schedules of tau, and thresholds that follow the context", [
+        BASE,
+        Arm("A1 static", a1(), "tau stays at 0.5"),
+        Arm("A1 annealed", a1(temperature="annealed"), "tau falls from 0.5 to 0"),
+        Arm("A1 learned", a1(temperature="learned"), "tau by gradient"),
+        Arm("A1 schedule", a1(temperature="learned_schedule", tau_end=0.1), "rate and end learned"),
+        Arm("A1 found", a1(tau=Found("A1 learned", "tau")), "fixed at the tau that was learned"),
+        Arm("JumpReLU", JUMPRELU, "a threshold per latent"),
+        Arm("A2 beta 0", a2("theta"), "one theta for all thresholds"),
+        Arm("A2", a2(*TIME), "thresholds follow the context", primary=True),
+        Arm("A2 permuted", a2(*TIME, trace="permuted"), "another context's trace: is it time?"),
+        Arm("A2 mean", a2("theta", "gamma", trace="mean"), "static twin: is it density?"),
+    ], {"layout": "contexts"}),
+    "run_5": Run("Idea A: taken apart, and where its gauge is fixed", [
+        BASE,
+        Arm("A1", a1(), "as in run_1", primary=True),
+        Arm("no scaling", a1(tau=0.0), "beta and theta alone"),
+        Arm("no scalars", a1(tying="off"), "variance scaling alone"),
+        Arm("per feature", a1(tying="per_feature"), "vectors for beta and theta, same rate"),
+        Arm("centring", {"sae.scaling": {"kind": "centring"}}, "the running mean taken off"),
+        Arm("one scale", a1(tau=0.0, tying="scale"), "beta alone"),
+        Arm("whitening", {"sae.scaling": {"kind": "whitening"}}, "correlations scaled too"),
+        Arm("A1 scaled loss", a1() | {"sae.losses": SCALED}, "errors in scaled space too"),
+        Arm("A1 unit encoder", a1() | {"sae.constraints": [{"kind": "unit_norm", "weight":
+            "encoder"}]}, "beta can't hide in W_enc"),
+        Arm("A1 tied", a1() | {"sae.tied": True}, "the encoder is the decoder's transpose"),
+    ]),
+    "run_6": Run("Idea B: similarity of decoder rows and of codes", [
+        BASE,
+        Arm("B", b(), "alpha 0.5, running statistics of each latent", primary=True),
+        Arm("batch", b(statistics="batch"), "the batch's own statistics"),
+        Arm("per product", b(statistics="per_product"), "running statistics of the products"),
+        Arm("constant", b(gradient="constant"), "a gradient that shrinking pays"),
+        Arm("running norm", b(norm="running"), "terms that never fade"),
+        Arm("alpha 0", b(alpha=0.0), "decoder rows only"),
+        Arm("alpha 1", b(alpha=1.0), "codes only"),
+        Arm("B literal", {"sae.losses+": {"kind": "similarity_literal"}}, "the first sketch"),
+    ]),
+    "run_7": Run("Idea B: a trainable balance", [
+        BASE,
+        Arm("descent", b(balance="descent"), "alpha on the loss: the sketch"),
+        Arm("uncertainty", b(balance="uncertainty"), "log-variance weighting"),
+        Arm("minimax", b(balance="minimax"), "weight to the worse term", primary=True),
+        Arm("gradnorm", b(balance="gradnorm"), "equal gradients"),
+        Arm("replay", b(balance="replay", path=Found("minimax", "alpha", path=True)),
+            "minimax's alpha of another seed"),
+        Arm("frozen random", b(balance="frozen_random"), "alpha drawn once"),
+    ]),
 }
+# fmt: on
 
 if __name__ == "__main__":
     main(RUNS, __file__)

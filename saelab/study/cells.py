@@ -446,3 +446,11 @@ def write_curves(path: Path, cell: Cell) -> None:
     kinds = (pa.int64(), pa.int64(), pa.string(), pa.float64())
     table = pa.table(columns, schema=pa.schema(list(zip(columns, kinds, strict=True))))
     write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def curve(path: Path, name: str) -> list[float]:
+    """The points of one value in a file of `write_curves`."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, filters=[("name", "==", name)]).sort_by("step")
+    return table.column("value").to_pylist()

@@ -38,12 +38,26 @@ from saelab.study.cells import (
     as_job_cell,
     cell_folder,
     cell_key,
+    curve,
     evaluation_cost,
 )
 from saelab.study.executor import run_jobs, worker_count
 from saelab.study.final_info import CORE, ArmResult, final_info, judge_run
 from saelab.study.memory import needs
-from saelab.study.plan import BASELINE, BaseConfig, CellSpec, PlanConfig, Run, arm_settings, cells
+from saelab.study.plan import (
+    BASELINE,
+    BaseConfig,
+    CellSpec,
+    Found,
+    PlanConfig,
+    Run,
+    arm_settings,
+    cells,
+    first_wave,
+    later_arms,
+    preview,
+    resolved,
+)
 from saelab.study.prepare import Prepared, prepare, source_path
 from saelab.study.record import Record
 from saelab.study.summary import table
@@ -98,7 +112,7 @@ def launch(task: Launch) -> list[Comparison]:
             "out_dir", str(task.out_dir), "is a complete run: name another, or delete it first"
         )
     _check_folder(task.out_dir)
-    specs = cells(task.plan, task.base, task.run, task.purpose)
+    specs = cells(task.plan, task.base, preview(task.run), task.purpose)
     base = task.base.patched(dict(task.run.changes))
     _check_primary(task.plan.primary, base)
     cache = cache_folder(task.root)
@@ -110,8 +124,18 @@ def launch(task: Launch) -> list[Comparison]:
     prepared = prepare(base, cache, base.model.device, overlap)
     data = _data(base, prepared, task)
     content = _data_content(base, prepared, data)
-    keys = {spec: cell_key(spec, content) for spec in specs}
     controls = _controls(specs, content, prepared)
+    if later_arms(task.run):
+        early = replace(task, run=first_wave(task.run))
+        keys = _keys(early, content)
+        _train(early, keys, controls, data, cache, prepared)
+        train = prepared.train.digest
+        folders = {spec: cell_folder(cache, key, train) for spec, key in keys.items()}
+        task = replace(task, run=resolved(task.run, lambda found: _value(found, early, folders)))
+        if overlap:  # the harvest is complete by now
+            prepared = prepare(base, cache, base.model.device)
+            data = _data(base, prepared, task)
+    keys = _keys(task, content)
     _train(task, keys, controls, data, cache, prepared)
     train = prepared.train.digest
     folders = {spec: cell_folder(cache, key, train) for spec, key in keys.items()}
@@ -123,8 +147,33 @@ def launch(task: Launch) -> list[Comparison]:
     record.write(time.monotonic() - start)
     _check_baseline(task, arms)
     print(table(info, comparisons, task.plan))
-    print(f"\n{task.out_dir}: {len(specs)} cells in {clock(time.monotonic() - start)}")
+    print(f"\n{task.out_dir}: {len(keys)} cells in {clock(time.monotonic() - start)}")
     return comparisons
+
+
+def _keys(task: Launch, content: dict[str, Any]) -> dict[CellSpec, Key]:
+    specs = cells(task.plan, task.base, task.run, task.purpose)
+    return {spec: cell_key(spec, content) for spec in specs}
+
+
+def _value(found: Found, task: Launch, folders: Mapping[CellSpec, Path]) -> Any:
+    """What the arm ended with: the mean over its cells at the plan's L0, or its last cell's course.
+
+    Raises: SettingError when the arm has no such value.
+    """
+    own = [spec for spec in folders if spec.arm == found.arm and _at_target(spec, task.plan)]
+    if found.path:
+        points = curve(folders[own[-1]] / "curves.parquet", found.name)
+    else:
+        last = [read_json(folders[spec] / "cell.json")["last"].get(found.name) for spec in own]
+        points = [value for value in last if value is not None]
+    if not points:
+        raise SettingError("Found.name", found.name, f"{found.arm} logs no such value: mend it")
+    return tuple(points) if found.path else sum(points) / len(points)
+
+
+def _at_target(spec: CellSpec, plan: PlanConfig) -> bool:
+    return spec.level == (plan.target_l0 or 0)
 
 
 def _workers(task: Launch, device: str) -> int:

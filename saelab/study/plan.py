@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,6 +142,23 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Found:
+    """Stands in an arm's changes for what another arm of the run ends with.
+
+    Arms that hold one are trained in a second wave of the same launch.
+
+    Args:
+        arm: the other arm.
+        name: of its logged value.
+        path: its whole course in the arm's last seed instead of its end, the mean over seeds.
+    """
+
+    arm: str
+    name: str
+    path: bool = False
+
+
+@dataclass(frozen=True)
 class Run:
     """One launch: a title, its arms, and changes to the base that hold for all of them."""
 
@@ -165,6 +182,49 @@ class CellSpec:
     @property
     def name(self) -> str:
         return f"{self.arm}/seed {self.seed}/L0 {self.level:g}"
+
+
+def later_arms(run: Run) -> list[Arm]:
+    """The arms of the second wave."""
+    return [arm for arm in run.arms if _replaced(arm.changes, lambda _: None) != arm.changes]
+
+
+def first_wave(run: Run) -> Run:
+    """The run without its second wave."""
+    later = later_arms(run)
+    return replace(run, arms=[arm for arm in run.arms if arm not in later])
+
+
+def resolved(run: Run, value: Callable[[Found], Any]) -> Run:
+    """The run with each `Found` replaced by its value.
+
+    Raises: SettingError when one names no arm of the first wave.
+    """
+    names = [arm.name for arm in first_wave(run).arms]
+
+    def checked(found: Found) -> Any:
+        if found.arm not in names:
+            remedy = f"no arm of the first wave{nearest(found.arm, names)}: name one of them"
+            raise SettingError("Found.arm", found.arm, remedy)
+        return value(found)
+
+    arms = [replace(arm, changes=_replaced(arm.changes, checked)) for arm in run.arms]
+    return replace(run, arms=arms)
+
+
+def preview(run: Run) -> Run:
+    """The run with numbers for what is not known before its first wave: to check and to count."""
+    return resolved(run, lambda found: (0.4375, 0.4375) if found.path else 0.4375)
+
+
+def _replaced(data: Any, value: Callable[[Found], Any]) -> Any:
+    if isinstance(data, Found):
+        return value(data)
+    if isinstance(data, Mapping):
+        return {name: _replaced(part, value) for name, part in data.items()}
+    if isinstance(data, (list, tuple)):
+        return type(data)(_replaced(part, value) for part in data)
+    return data
 
 
 def read_plan(path: Path) -> PlanConfig:

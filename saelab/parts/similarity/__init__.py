@@ -87,7 +87,7 @@ class SimilarityConfig(PartConfig):
     """
 
     kind: Literal["similarity"] = "similarity"
-    coefficient: float | str = 0.03
+    coefficient: float | str = 0.01
     balance: BalanceKind = "fixed"
     alpha: Alpha = 0.5
     path: Annotated[tuple[Alpha, ...], BeforeValidator(_read)] = ()

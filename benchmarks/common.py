@@ -378,7 +378,7 @@ class Peers:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env=_peers_environment(),
+            env=_peers_environment(threads),
         )
         self.call("threads", n=threads)
 
@@ -427,8 +427,9 @@ def peers_of(options: argparse.Namespace) -> Iterator[Peers | None]:
         peers.close()
 
 
-def _peers_environment() -> dict[str, str]:
-    """Ours without PYTHONPATH; no hub, no tracking service."""
+def _peers_environment(threads: int) -> dict[str, str]:
+    """Ours without PYTHONPATH; no hub, no tracking service; so many threads for every library."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
-    return kept | offline | {"WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
+    pools = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    return kept | offline | pools | {"WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}

@@ -118,8 +118,9 @@ def training_peak(
 ) -> dict[str, int]:
     """Resident bytes before a trainer is built, and their peak over n of its steps."""
     small = STATE.batches, STATE.inputs
-    STATE.inputs = {key: _corner(value) for key, value in STATE.inputs.items()}
-    STATE.batches = [batch[:64, :32].contiguous() for batch in STATE.batches]
+    corners = {"batches": (4, 64, 32), "rows": (64, 32), "quantile": (64,), "mean": (32,)}
+    STATE.inputs = {key: _corner(value, corners[key]) for key, value in STATE.inputs.items()}
+    STATE.batches = [_corner(batch, (64, 32)) for batch in STATE.batches]
     build("warm", peer, variant, 4, options)
     steps("warm", 3)  # code and thread pools are loaded before the count begins
     STATE.batches, STATE.inputs = small
@@ -131,8 +132,8 @@ def training_peak(
     return {"before": before, "peak": rss.peak()}
 
 
-def _corner(value: torch.Tensor) -> torch.Tensor:
-    return value[tuple(slice(64 if axis + 1 < value.dim() else 32) for axis in range(value.dim()))]
+def _corner(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return value[tuple(map(slice, shape))].contiguous()
 
 
 def _bias(threshold: float, mean_is_subtracted: bool) -> torch.Tensor:

@@ -171,12 +171,8 @@ class SAE(nn.Module):
         self.W_enc.copy_(self.W_dec)
         self.b_enc.zero_()
         self.b_dec.copy_(mean / self.scale)
-        rows = sample[:BIAS_ROWS] / self.scale - self._centre()
-        start = linear(rows, self.W_enc)
-        self.activation.fit(start)
-        if self.config.initial_l0 is not None and self.config.encoder_bias:
-            self.b_enc.fill_(self._bias_for(start, self.config.initial_l0))
-            self.activation.fit(start + self.b_enc)
+        if self.config.initial_l0 is not None or self.activation.fitted:
+            self._start_code(sample[:BIAS_ROWS] / self.scale - self._centre())
         if self.scaling is not None:
             self.scaling.fit(sample / self.scale - self._centre())
             if getattr(self.config.scaling, "start", "function") == "function":
@@ -185,6 +181,14 @@ class SAE(nn.Module):
                     self.W_enc.copy_(_undone(self.W_enc, gain))
                 self.b_enc.sub_(self.W_enc @ shift)
         self.check_alive()
+
+    def _start_code(self, rows: Tensor) -> None:
+        """The activation's statistics and the bias, from centred rows [n, d_in]."""
+        z = linear(rows, self.W_enc)
+        self.activation.fit(z)
+        if self.config.initial_l0 is not None and self.config.encoder_bias:
+            self.b_enc.fill_(self._bias_for(z, self.config.initial_l0))
+            self.activation.fit(z.add_(self.b_enc))
 
     def _bias_for(self, z: Tensor, l0: float) -> float:
         """The constant b_enc with which `l0` latents per row of z [n, d_sae] pass their floors."""

@@ -216,6 +216,8 @@ class Activation(Part):
     couples_batch: ClassVar[bool] = False
     #: Every row has the same number of active latents.
     exact_k: ClassVar[bool] = False
+    #: Has statistics that `fit` sets before training.
+    fitted: ClassVar[bool] = False
 
     def dense(self, z: Tensor) -> Tensor:
         """[N, d_sae] -> [N, d_sae] with gradients."""

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -122,6 +122,7 @@ class _TiedJump(torch.autograd.Function):
 
 
 class TiedThreshold(Activation):
+    fitted: ClassVar[bool] = True
     variance: Tensor
     rest: Tensor
 

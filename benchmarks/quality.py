@@ -103,7 +103,7 @@ def _plain_autograd(wanted: bool) -> Iterator[None]:
     """Replaces every operation of ours in a training step by torch's own, dense, in float32."""
     plain: list[tuple[Any, str, Any]] = [
         (model, "encode_all", _encode),
-        (model.SAE, "_support", lambda self, z: None),
+        (model.SAE, "_support", lambda self, z, starts: None),
         (model, "selection_dtype", lambda precision, device: torch.float32),
         (seams, "row_norms", lambda w: torch.linalg.vector_norm(w, dim=1)),
         (reconstruction, "mean_square", lambda a, b: (a - b).square().mean()),

@@ -1,0 +1,71 @@
+"""What the trace of idea A2 adds to a training step.
+
+    python benchmarks/trace.py [--quick] [--threads 1]
+
+The step of a tied threshold that follows contexts of 128 positions, all scalars learned, beside the
+same one without a trace (beta fixed at 0) and a dense float32 autograd step of the same shape. CPU
+seconds of the process, so that other work on the machine shows less.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from common import Contestant, Section, Target, alternate, parser, quartiles, run, save, table
+from ours import Inputs, Shape, cell, make_inputs
+from penalty import L0, ROWS, TIMES, WIDTHS, dense, seconds
+
+from saelab.data.stream import Batch
+from saelab.training.loop import Cell
+
+CONTEXT = 128
+#: What the trace may add to the dense step.
+LIMIT = 0.15
+STATIC: dict[str, Any] = {"kind": "tied_threshold", "learned": ["theta"]}
+MOVING = STATIC | {"learned": ["theta", "beta", "gamma", "rho", "T"], "beta": -0.1}
+
+
+def main() -> None:
+    options = parser(__doc__ or "").parse_args()
+    torch.set_num_threads(options.threads)
+    sections = []
+    for width in WIDTHS[:1] if options.quick else WIDTHS:
+        shape = Shape(width, TIMES * width, ROWS)
+        inputs = make_inputs(shape, L0)
+        sides = [
+            Contestant("dense autograd, float32", seconds(dense(inputs))),
+            Contestant("ours without a trace", seconds(stepping(inputs, STATIC))),
+            Contestant("ours with the trace", seconds(stepping(inputs, MOVING))),
+        ]
+        alternate(sides, 2 if options.quick else 7, steps=1, settle=1)
+        sections.append(section(f"{shape}, {options.threads} thread(s)", sides).show())
+    save("trace", options, sections, None)
+
+
+def section(title: str, sides: list[Contestant]) -> Section:
+    reference, still, moving = sides
+    turns = zip(moving.turns, still.turns, reference.turns, strict=True)
+    low, middle, high = quartiles([(a[0] - b[0]) / c[0] for a, b, c in turns])
+    added = Target(
+        "trace: added, share of the dense step", middle, LIMIT, False, f"({low:.3f}-{high:.3f})"
+    )
+    rows = [[side.name, *(f"{q * 1e3:.4g}" for q in quartiles(side.samples))] for side in sides]
+    text = table(["", "lower quartile, ms", "median", "upper"], rows)
+    return Section(title, text, [side.plain() for side in sides], [added])
+
+
+def stepping(inputs: Inputs, activation: dict[str, Any]) -> Any:
+    """One step on the inputs as contexts, from the SAE's own start at L0."""
+    like = cell("jumprelu", inputs, L0, "float32")
+    changes = {"activation": activation, "constraints": ["unit_norm"], "initial_l0": L0}
+    config = like.sae.config.patched(changes)
+    one = Cell("trace", config, like.config, inputs.batches[0], seed=0)
+    x = inputs.batches[0]
+    segments = torch.arange(len(x)) // CONTEXT
+    batch = Batch(x, torch.arange(len(x)) % CONTEXT, None, segments)
+    return lambda: one.step(batch)
+
+
+if __name__ == "__main__":
+    run(main)

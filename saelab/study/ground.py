@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -168,7 +168,10 @@ class GroundConfig(Frozen):
         seeds: how many.
         target_l0: where arms are compared.
         levels: L0 that are trained for; they must lie on both sides of the target.
+        baseline: the arm that the others are paired with; None leaves the pairing out.
         metrics: that are shown.
+
+    Raises: SettingError for a baseline that is no arm.
     """
 
     study: str = "synthetic"
@@ -182,7 +185,13 @@ class GroundConfig(Frozen):
     seeds: PositiveInt = 3
     target_l0: PositiveFloat
     levels: tuple[PositiveFloat, ...]
+    baseline: str | None = None
     metrics: tuple[str, ...] = ("fvu", "mcc", "chance_mcc", "firing_f1", "uniqueness", "dead_share")
+
+    def model_post_init(self, _: Any) -> None:
+        if self.baseline is not None and self.baseline not in self.arms:
+            remedy = f"is no arm{nearest(self.baseline, self.arms)}"
+            raise SettingError("baseline", self.baseline, remedy)
 
 
 def read_ground(path: Path) -> GroundConfig:

@@ -145,7 +145,7 @@ def uniqueness(found: Tensor, true: Tensor) -> float:
 
 
 def paired_rows(source: Source, truth: Truth) -> Iterator[tuple[Tensor, Tensor]]:
-    """Activations [n, d] and true codes [n, features] of the same rows, a few contexts at a time."""
+    """Activations [n, d] and true codes [n, features] of rows, some contexts at a time."""
     contexts = max(1, CHUNK // truth.config.positions)
     for i in range(source.n_shards):
         rest = source.shard(i).x

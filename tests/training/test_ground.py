@@ -191,7 +191,7 @@ def test_a_table_pairs_arms_with_the_baseline(tmp_path: Path) -> None:
         data_seed = "own"
         target_l0 = 3
         levels = [2, 4]
-        baseline = "relu"
+        baseline = "narrow"
         metrics = ["fvu", "mcc"]
         data = { d = 8, features = 16, l0 = 2, positions = 16 }
         train = { tokens = 3840, batch_size = 64 }
@@ -200,9 +200,11 @@ def test_a_table_pairs_arms_with_the_baseline(tmp_path: Path) -> None:
         activation = { kind = "topk" }
         losses = [{ kind = "reconstruction" }]
         controllers = []
-        [arms.relu]
-        d_sae = 16
-        initial_l0 = 3
+        [arms.narrow]
+        d_sae = 8
+        activation = { kind = "topk" }
+        losses = [{ kind = "reconstruction" }]
+        controllers = []
         [arms.dense]
         d_sae = 16
         losses = [{ kind = "reconstruction" }]
@@ -214,15 +216,15 @@ def test_a_table_pairs_arms_with_the_baseline(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     table = json.loads(file.read_text())
-    topk, relu = (table["values"][arm]["fvu"] for arm in ("topk", "relu"))
-    expected = stats.paired([a - b for a, b in zip(topk, relu, strict=True)])
+    topk, narrow = (table["values"][arm]["fvu"] for arm in ("topk", "narrow"))
+    expected = stats.paired([a - b for a, b in zip(topk, narrow, strict=True)])
     found = table["differences"]["topk"]["fvu"]
     assert found == pytest.approx(asdict(expected)) and found["n"] == 3
     low, high = found["low"], found["high"]
     assert f"{found['mean']:+.4f} [{low:+.4f}, {high:+.4f}]" in result.output
     assert table["differences"]["dense"]["fvu"] == {"n": 0, "mean": None}
     assert len(table["missing"]) == 6 and "not extrapolated" in table["missing"][0]
-    assert "relu" not in table["differences"] and len(table["l0"]["relu"]["4"]) == 3
+    assert "narrow" not in table["differences"] and len(table["l0"]["narrow"]["4"]) == 3
     assert picture.with_name("drawn.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -120,18 +120,30 @@ def evaluate(
 def synthetic(
     config: Annotated[Path, typer.Argument(help="For example configs/synthetic/baselines.toml.")],
     out: Annotated[Path | None, typer.Option(help="JSON file for every cell's rows.")] = None,
+    table: Annotated[Path | None, typer.Option(help="JSON file for what is printed.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Differences from the baseline, as <picture>.png and .svg.")
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Compare SAEs on synthetic activations, whose true features are known."""
     with _told():
         from saelab.files import write_json
-        from saelab.study.ground import read_ground, run_ground, shown
+        from saelab.report.synthetic import check_drawable, draw_table
+        from saelab.study import ground
 
-        settings = read_ground(config).patched(_changes(set_))
-        outcomes = run_ground(settings)
+        settings = ground.read_ground(config).patched(_changes(set_))
+        if picture is not None:
+            check_drawable(settings.baseline, list(settings.arms))
+        outcomes = ground.run_ground(settings)
+        found = ground.table(settings, outcomes)
         if out is not None:
             write_json(out, [row.as_dict() for outcome in outcomes for row in outcome.rows])
-        for line in shown(settings, outcomes):
+        if table is not None:
+            write_json(table, found)
+        if picture is not None:
+            draw_table(found, picture)
+        for line in ground.shown(found):
             typer.echo(line)
 
 

@@ -74,8 +74,7 @@ def evaluate_truth(
     mean = _mean(source)
     for x, codes in paired_rows(source, truth):
         fires = codes != 0
-        starts = torch.arange(0, len(x) + 1, truth.config.positions, device=device)
-        context = (starts,) if needs_contexts(subject) else ()
+        context = (_starts(x, truth).to(device),) if needs_contexts(subject) else ()
         f = subject.encode(x.to(device), *context).cpu() != 0
         own.count(f, fires)
         oracle.count(fires, fires)
@@ -146,14 +145,19 @@ def uniqueness(found: Tensor, true: Tensor) -> float:
 
 
 def paired_rows(source: Source, truth: Truth) -> Iterator[tuple[Tensor, Tensor]]:
-    """Activations [n, d] and true codes [n, features] of the same rows, some contexts at a time."""
+    """Activations [n, d] and true codes [n, features] of rows, some contexts at a time."""
+    contexts = max(1, CHUNK // truth.config.positions)
     for i in range(source.n_shards):
         rest = source.shard(i).x
         for codes in truth.chunks(i):
             x, rest = rest[: len(codes)], rest[len(codes) :]
-            some = max(1, CHUNK // x.shape[1])
-            for pair in zip(x.split(some), codes.split(some), strict=True):
-                yield pair[0].flatten(0, 1), pair[1].flatten(0, 1)
+            pair = zip(x.split(contexts), codes.split(contexts), strict=True)
+            yield from ((some.flatten(0, 1), true.flatten(0, 1)) for some, true in pair)
+
+
+def _starts(x: Tensor, truth: Truth) -> Tensor:
+    """Where the contexts of rows begin, and their number; int64 [contexts + 1]."""
+    return torch.arange(0, len(x) + 1, truth.config.positions)
 
 
 @dataclass(frozen=True, eq=False)

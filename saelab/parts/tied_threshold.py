@@ -233,7 +233,7 @@ class TiedThreshold(Activation):
             rho=self.decay(),
         )
 
-    def _thresholds(self, support: TracedSupport | None, a: Tensor, slope: Tensor) -> _Thresholds:
+    def _thresholds(self, support: Support | None, a: Tensor, slope: Tensor) -> _Thresholds:
         """At the pairs of a support [nnz], or densely [N, d_sae] where there is none."""
 
         def at(x: Tensor) -> Tensor:
@@ -284,8 +284,12 @@ class TiedThreshold(Activation):
         return _TiedJump.apply(z, t.plain, t.midway, t.width, curvature)  # type: ignore[return-value]
 
     def _at(self, support: Support) -> _Thresholds:
-        assert isinstance(support, TracedSupport)
-        return self._thresholds(support, support.trace, support.slope)
+        """A support found by its floors alone (`SAE.codes`) has no trace, and needs none."""
+        if isinstance(support, TracedSupport):
+            return self._thresholds(support, support.trace, support.slope)
+        assert self.is_static
+        nothing = torch.zeros(len(support.latents), device=support.latents.device)
+        return self._thresholds(support, nothing, nothing)
 
     def _dense_thresholds(self, z: Tensor, starts: Tensor | None) -> _Thresholds:
         starts, drivers, rule = self._segments(len(z), starts, z.device)

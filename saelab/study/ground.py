@@ -9,11 +9,10 @@ paired by seed at exactly one L0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -36,6 +35,8 @@ from saelab.training.optim import TrainConfig
 
 #: What is measured where nothing else is asked for.
 EVALS = ("core", "truth")
+#: What is told of the true dictionary with the true code.
+ORACLE = ("oracle_fvu", "oracle_l0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +169,10 @@ class GroundConfig(Frozen):
         seeds: how many.
         target_l0: where arms are compared.
         levels: L0 that are trained for; they must lie on both sides of the target.
+        baseline: the arm that the others are paired with; None leaves the pairing out.
         metrics: that are shown.
+
+    Raises: SettingError for a baseline that is no arm.
     """
 
     study: str = "synthetic"
@@ -182,7 +186,13 @@ class GroundConfig(Frozen):
     seeds: PositiveInt = 3
     target_l0: PositiveFloat
     levels: tuple[PositiveFloat, ...]
+    baseline: str | None = None
     metrics: tuple[str, ...] = ("fvu", "mcc", "chance_mcc", "firing_f1", "uniqueness", "dead_share")
+
+    def model_post_init(self, _: Any) -> None:
+        if self.baseline is not None and self.baseline not in self.arms:
+            remedy = f"is no arm{nearest(self.baseline, self.arms)}"
+            raise SettingError("baseline", self.baseline, remedy)
 
 
 def read_ground(path: Path) -> GroundConfig:
@@ -205,24 +215,91 @@ def _on_one_dictionary(config: GroundConfig, data_seed: int, seeds: Sequence[int
     return train_on(source, held_out, config.arms, seeds, config.train, levels, layout)
 
 
-def shown(config: GroundConfig, outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Lines of a table: each arm's metrics at the target L0, mean and range over the seeds."""
-    yield f"at L0 {config.target_l0:g}, mean over seeds (lowest to highest), {config.seeds} seeds"
+def table(config: GroundConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What the outcomes come to, ready for JSON and for `saelab.report.synthetic`.
+
+    Returns:
+        config: all settings.
+        seeds: of the columns below.
+        values: arm -> metric -> value at the target L0 of each seed, None where it is missing.
+        missing: why, as sentences.
+        l0: arm -> level -> measured L0 of each seed.
+        scalars: arm -> scalar of its activation -> value of every cell, in the order of training.
+        differences: arm -> metric -> arm minus baseline over the seeds that have both: n, mean, sd
+            and the 95% t interval from low to high; {} without a baseline.
+        oracle: of the true dictionary with the true code, the mean over seeds.
+    """
+    found: dict[str, Any] = {"config": config.model_dump(mode="json")}
+    found["seeds"] = list(dict.fromkeys(outcome.seed for outcome in outcomes))
+    found |= {"values": {}, "missing": [], "l0": {}, "scalars": {}, "differences": {}}
+    rows = {name: at_target(outcomes, name, config.target_l0) for name in config.metrics}
     for arm in config.arms:
+        own = [outcome for outcome in outcomes if outcome.arm == arm]
+        mine = {name: [row for row in of if row.arm == arm] for name, of in rows.items()}
+        found["values"][arm] = {name: [row.value for row in of] for name, of in mine.items()}
+        found["missing"] += [
+            f"{arm}, seed {row.seed}, {row.metric}: {row.reason}"
+            for of in mine.values()
+            for row in of
+            if row.value is None
+        ]
+        found["l0"][arm] = {
+            f"{level:g}": [o.value("l0") for o in own if o.level == level]
+            for level in config.levels
+        }
+        found["scalars"][arm] = _columns([o.sae.activation.scalars() for o in own])
+        if config.baseline not in (None, arm):
+            found["differences"][arm] = {
+                name: _paired(differences(of, arm, config.baseline)) for name, of in rows.items()
+            }
+    found["oracle"] = {
+        name: stats.mean_stderr(outcome.value(name) for outcome in outcomes)[0] for name in ORACLE
+    }
+    return found
+
+
+def shown(table: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of a `table`: metrics and scalars with their range, then paired differences."""
+    config, n = table["config"], len(table["seeds"])
+    yield f"at L0 {config['target_l0']:g}, mean over seeds (lowest to highest), {n} seeds"
+    for arm, metrics in table["values"].items():
         yield arm
-        for name in config.metrics:
-            rows = at_target([o for o in outcomes if o.arm == arm], name, config.target_l0)
-            yield f"  {name:20s} {_summary(rows)}"
+        for name, values in metrics.items():
+            yield f"  {name:20s} {_summary(values)}"
+        for name, values in table["scalars"][arm].items():
+            yield f"  {name:20s} {_summary(values)} at all levels"
     yield "truth"
-    for name in ("oracle_fvu", "oracle_l0"):
-        value = next((v for v in (o.value(name) for o in outcomes) if v is not None), math.nan)
-        yield f"  {name:20s} {value:.4f}"
+    for name, value in table["oracle"].items():
+        yield f"  {name:20s} {'missing' if value is None else f'{value:.4f}'}"
+    if table["differences"]:
+        yield f"arm minus {config['baseline']!r}, paired by seed: mean [95% t interval]"
+    for arm, metrics in table["differences"].items():
+        yield arm
+        for name, paired in metrics.items():
+            yield f"  {name:20s} {_interval(paired)}"
+    yield from (f"missing: {sentence}" for sentence in table["missing"])
 
 
-def _summary(rows: Sequence[Row]) -> str:
-    values = [row.value for row in rows if row.value is not None]
-    missing = [row for row in rows if row.value is None]
-    why = f" [{len(missing)} missing: {missing[0].reason}]" if missing else ""
-    if not values:
+def _columns(records: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    return {name: [record[name] for record in records] for name in (records[0] if records else ())}
+
+
+def _paired(row: Sequence[float]) -> dict[str, Any]:
+    return asdict(stats.paired(row)) if row else {"n": 0, "mean": None}
+
+
+def _summary(values: Sequence[float | None]) -> str:
+    there = [value for value in values if value is not None]
+    lost = len(values) - len(there)
+    why = f" [{lost} missing]" if lost else ""
+    if not there:
         return f"missing{why}"
-    return f"{sum(values) / len(values):.4f} ({min(values):.4f} to {max(values):.4f}){why}"
+    return f"{sum(there) / len(there):.4f} ({min(there):.4f} to {max(there):.4f}){why}"
+
+
+def _interval(paired: Mapping[str, Any]) -> str:
+    if paired["mean"] is None:
+        return "missing: no seed has both"
+    if paired["low"] is None:
+        return f"{paired['mean']:+.4f}, one seed"
+    return f"{paired['mean']:+.4f} [{paired['low']:+.4f}, {paired['high']:+.4f}]"

@@ -332,6 +332,20 @@ def test_codes_equal_encode_in_blocks_of_whole_segments() -> None:
     torch.testing.assert_close(sums[0], whole[1500:1530].sum(0), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("changes", [{}, {"trace": "mean", "gamma": 0.3}])
+def test_static_codes_after_a_bfloat16_selection(changes: dict[str, Any]) -> None:
+    sae = sae_of(**{"learned": ("theta", "gamma"), **changes}).eval()
+    sae.initialise(rows_of(0), 0)
+    x = rows_of(1)
+    for precision in ("float32", "bfloat16"):
+        config = sae.config.patched({"precision": precision})
+        other = config.build(sae.d_in).eval()
+        other.load_state_dict(sae.state_dict())
+        found = torch.cat([code.dense() for _, code in other.codes(x)])
+        assert 0 < int((found != 0).sum()) < found.numel()
+        torch.testing.assert_close(found, sae.encode(x), rtol=1e-4, atol=1e-4)
+
+
 def test_it_says_what_it_needs() -> None:
     sae = sae_of(**MOVING)
     sae.initialise(rows_of(0), 0)

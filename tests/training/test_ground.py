@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from saelab import stats
 from saelab.__main__ import app
 from saelab.data.store import Source
 from saelab.data.stream import batches
 from saelab.data.synthetic import SyntheticConfig, generate
 from saelab.errors import CellFailure, SettingError
 from saelab.evals.base import missing, number
+from saelab.report.synthetic import check_drawable
 from saelab.sae import SAEConfig
 from saelab.study.cells import initial_sample
 from saelab.study.ground import GroundConfig, Outcome, at_target, differences, read_ground, train_on
@@ -176,6 +179,62 @@ def test_from_a_file(tmp_path: Path) -> None:
     assert again.output == result.output
     own = CliRunner().invoke(app, [*command, "--set", "data_seed=own"])
     assert own.exit_code == 0 and own.output != result.output
+
+
+def test_a_table_pairs_arms_with_the_baseline(tmp_path: Path) -> None:
+    config = tmp_path / "tiny.toml"
+    config.write_text(
+        """
+        contexts = 64
+        held_out_contexts = 8
+        seeds = 3
+        data_seed = "own"
+        target_l0 = 3
+        levels = [2, 4]
+        baseline = "narrow"
+        metrics = ["fvu", "mcc"]
+        data = { d = 8, features = 16, l0 = 2, positions = 16 }
+        train = { tokens = 3840, batch_size = 64 }
+        [arms.topk]
+        d_sae = 16
+        activation = { kind = "topk" }
+        losses = [{ kind = "reconstruction" }]
+        controllers = []
+        [arms.narrow]
+        d_sae = 8
+        activation = { kind = "topk" }
+        losses = [{ kind = "reconstruction" }]
+        controllers = []
+        [arms.dense]
+        d_sae = 16
+        losses = [{ kind = "reconstruction" }]
+        controllers = []
+        """
+    )
+    file, picture = tmp_path / "table.json", tmp_path / "drawn"
+    command = ["synthetic", str(config), "--table", str(file), "--picture", str(picture)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    table = json.loads(file.read_text())
+    topk, narrow = (table["values"][arm]["fvu"] for arm in ("topk", "narrow"))
+    expected = stats.paired([a - b for a, b in zip(topk, narrow, strict=True)])
+    found = table["differences"]["topk"]["fvu"]
+    assert found == pytest.approx(asdict(expected)) and found["n"] == 3
+    low, high = found["low"], found["high"]
+    assert f"{found['mean']:+.4f} [{low:+.4f}, {high:+.4f}]" in result.output
+    assert table["differences"]["dense"]["fvu"] == {"n": 0, "mean": None}
+    assert len(table["missing"]) == 6 and "not extrapolated" in table["missing"][0]
+    assert "narrow" not in table["differences"] and len(table["l0"]["narrow"]["4"]) == 3
+    assert picture.with_name("drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("changes", [{"baseline": "rely"}, {"baseline": None}])
+def test_a_picture_needs_a_baseline(changes: dict[str, Any], tmp_path: Path) -> None:
+    arms = {"relu": RELU, "topk": TOPK}
+    fields = {"target_l0": 3, "levels": [2, 4], "data": DATA, "arms": arms}
+    with pytest.raises(SettingError, match="baseline"):
+        config = GroundConfig.parse(fields | changes)
+        check_drawable(config.baseline, list(config.arms))
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.toml")), ids=lambda file: file.name)

@@ -171,6 +171,26 @@ def test_any_chunk_gives_the_same(chunk: int, monkeypatch: pytest.MonkeyPatch) -
     assert numbers(subject, source, truth) == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_subject_that_needs_contexts_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, truth = made(0)
+
+    class Follows(Linear):
+        needs_contexts = True
+        seen = 0
+
+        def encode(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
+            assert starts is not None and int(starts[-1]) == len(x)
+            assert bool((starts.diff() == truth.config.positions).all())
+            self.seen += len(x)
+            return super().encode(x)
+
+    directions = random_directions(FEATURES, D, 0, 5)
+    monkeypatch.setattr(scores, "CHUNK", 3 * truth.config.positions + 1)
+    subject = Follows(directions)
+    assert numbers(subject, source, truth) == numbers(Linear(directions), source, truth)
+    assert subject.seen == truth.contexts * truth.config.positions
+
+
 def test_a_latent_that_never_fires_counts_as_zero(global_random_seed: int) -> None:
     source, truth = made(global_random_seed)
     found = numbers(Linear(truth.directions, threshold=1e9), source, truth)

@@ -43,6 +43,8 @@ CONTEXTS = 32
 BIN, LOWEST = 0.25, -5.0
 #: Positions per bucket of the by-position slices.
 BUCKET = 32
+#: Positions [low, high) that an arm may be trained on alone, and those that it has then never seen.
+EARLY, LATE = (0, 64), (64, 128)
 
 #: Rows [n, d] and where runs of tokens begin in them [m + 1] -> what takes their place [n, d].
 Replace = Callable[[Tensor, Tensor], Tensor]
@@ -169,9 +171,58 @@ def evaluate_core(subject: Subject, data: CoreData) -> list[Row]:
     """All core metrics of one subject.
 
     Returns: rows l0, fvu, explained_variance, mse, cosine, dead_share, loss_recovered,
-        loss_recovered_mean, ce_*; fvu and l0 by position; the density histogram.
+        loss_recovered_mean, ce_*; fvu, l0 and dead_share by position, also as position.<metric>_early
+        (positions 0-63) and _late (64-127); the density histogram.
     """
     return [*_reconstruction(subject, data), *_loss_recovered(subject, data)]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What a subject makes of rows.
+
+    Args:
+        error, power: squared distance of each row from its reconstruction and from the mean row;
+            float32 [n].
+        active: how many latents fire in each row, float32 [n].
+        cosine: of row and reconstruction, float32 [n].
+        firings: in how many rows of each group each latent fires; int64 [groups, d_sae].
+    """
+
+    error: Tensor
+    power: Tensor
+    active: Tensor
+    cosine: Tensor
+    firings: Tensor
+
+    @property
+    def fvu(self) -> float:
+        return _ratio(self.error, self.power)
+
+    @property
+    def l0(self) -> float:
+        """Latents per row."""
+        return float(self.active.double().mean())
+
+    def of(self, rows: Tensor, groups: Tensor) -> Errors:
+        """The same of some rows and groups, each bool; the groups must hold just these rows."""
+        parts = (self.error, self.power, self.active, self.cosine)
+        return Errors(*(part[rows] for part in parts), self.firings[groups])
+
+    @property
+    def dead_share(self) -> float:
+        return float((self.firings.sum(0) == 0).double().mean())
+
+
+def errors(
+    subject: Subject, data: CoreData, most: int | None = None, groups: Tensor | None = None
+) -> Errors:
+    """Encodes and decodes the held-out rows.
+
+    Args:
+        most: about how many of the first rows; None for all.
+        groups: of each row, int64 [n]; None for a single one.
+    """
 
 
 def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:

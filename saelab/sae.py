@@ -418,7 +418,10 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def reset_latents(self, reset: Reset) -> None:
-        """Gives the named latents new directions; the folded encoder gets the asked norm."""
+        """Gives the named latents new directions; the folded encoder gets the asked norm.
+
+        All parts forget what they have gathered on these latents.
+        """
         encoder = reset.directions * reset.encoder_norm
         if self.scaling is not None:
             encoder = _undone(encoder, self.scaling.fold()[0])
@@ -427,7 +430,7 @@ class SAE(nn.Module):
         self.W_dec[reset.latents] = reset.directions
         self.b_enc[reset.latents] = 0
         for part in self.parts():
-            part.on_reset(reset.latents)
+            part.forget(reset.latents)
 
     def scalars(self) -> dict[str, float]:
         """All named values of the parts, for the log."""

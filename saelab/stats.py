@@ -303,6 +303,24 @@ def mad(values: Sequence[float] | Array) -> float:
     return float(np.median(np.abs(row - np.median(row))))
 
 
+def outside_share(path: Sequence[float] | Array, low: float = 0.02, high: float = 0.98) -> float:
+    """Share of a path's steps outside [low, high]; a balance collapsed when it is above 0.1."""
+    row = _row(path)
+    return float(((row < low) | (row > high)).mean())
+
+
+def moved_share(alpha: Sequence[float] | Array, reach: float) -> float:
+    """Distance that the logit of alpha moved from its start to its end, over its reach.
+
+    Args:
+        alpha: path of a share in [0, 1].
+        reach: the most that the logit could move: the sum of its learning rates.
+    """
+    ends = np.clip(_row(alpha)[[0, -1]], 1e-7, 1 - 1e-7)
+    start, end = np.log(ends / (1 - ends))
+    return abs(float(end - start)) / reach
+
+
 def _row(values: ArrayLike) -> Array:
     """One row of at least one finite number."""
     row = np.asarray(values, dtype=np.float64)

@@ -33,7 +33,7 @@ from torch.nn.functional import normalize
 from saelab.data.store import Source
 from saelab.data.synthetic import Truth
 from saelab.errors import MismatchError
-from saelab.evals.base import Row, Subject, missing, number
+from saelab.evals.base import Row, Subject, missing, needs_contexts, number
 from saelab.seeding import torch_stream
 
 DEFINITION = "truth/1"
@@ -74,7 +74,9 @@ def evaluate_truth(
     mean = _mean(source)
     for x, codes in paired_rows(source, truth):
         fires = codes != 0
-        f = subject.encode(x.to(device)).cpu() != 0
+        starts = torch.arange(0, len(x) + 1, truth.config.positions, device=device)
+        context = (starts,) if needs_contexts(subject) else ()
+        f = subject.encode(x.to(device), *context).cpu() != 0
         own.count(f, fires)
         oracle.count(fires, fires)
         active, rows = active + float(f.sum()), rows + len(x)
@@ -144,13 +146,14 @@ def uniqueness(found: Tensor, true: Tensor) -> float:
 
 
 def paired_rows(source: Source, truth: Truth) -> Iterator[tuple[Tensor, Tensor]]:
-    """Activations [n, d] and true codes [n, features] of the same rows, a few at a time."""
+    """Activations [n, d] and true codes [n, features] of the same rows, some contexts at a time."""
     for i in range(source.n_shards):
         rest = source.shard(i).x
         for codes in truth.chunks(i):
             x, rest = rest[: len(codes)], rest[len(codes) :]
-            pair = (rows.flatten(0, 1).split(CHUNK) for rows in (x, codes))
-            yield from zip(*pair, strict=True)
+            some = max(1, CHUNK // x.shape[1])
+            for pair in zip(x.split(some), codes.split(some), strict=True):
+                yield pair[0].flatten(0, 1), pair[1].flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from saelab.kernels.functions import (
     mean_square,
     preactivations,
     row_norms,
+    with_gradient,
 )
 from saelab.kernels.straight_through import gate, jump
 from saelab.kernels.table import (
@@ -45,4 +46,5 @@ __all__ = [
     "support_above",
     "support_of_topk",
     "trace",
+    "with_gradient",
 ]

@@ -142,6 +142,16 @@ class Code:
         return torch.dot(self.values, weight.index_select(0, self.support.latents))
 
     @cached_property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Of each latent over the rows: sum of f and of f^2, each [d_sae], without gradient."""
+        values = self.values.detach()
+        if self.support is None:
+            return values.sum(0), torch.linalg.vector_norm(values, dim=0).square_()
+        empty, latents = values.new_zeros(self.support.d_sae), self.support.latents
+        first = empty.index_add(0, latents, values)
+        return first, empty.index_add_(0, latents, values.square())
+
+    @cached_property
     def active(self) -> Tensor:
         """Bool, shape of `values`: where a latent fires."""
         return self.values.detach() != 0

@@ -174,6 +174,23 @@ def mean_square(a: Tensor, b: Tensor) -> Tensor:
     return _MeanSquare.apply(a, b)  # type: ignore[return-value]
 
 
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None, None
+
+
+def with_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """The 0-dim `value` as a function of x whose gradient, of the shape of x, is known already."""
+    return _Known.apply(x, value, gradient)  # type: ignore[return-value]
+
+
 class _RowNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:

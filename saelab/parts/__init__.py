@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 from torch import nn
 
 from saelab.errors import SettingError, nearest
+from saelab.parts.annealed_k import AnnealedKConfig
 from saelab.parts.auxk import AuxKConfig
 from saelab.parts.base import PartConfig
 from saelab.parts.batchtopk import BatchTopKConfig
@@ -19,10 +20,14 @@ from saelab.parts.jumprelu import JumpReLUConfig
 from saelab.parts.l0 import L0Config
 from saelab.parts.l0_target import L0TargetConfig
 from saelab.parts.l1 import L1Config
+from saelab.parts.lifetimes import LifetimesConfig
 from saelab.parts.ramp import RampConfig
 from saelab.parts.reconstruction import ReconstructionConfig
 from saelab.parts.relu import ReLUConfig
 from saelab.parts.resampling import ResamplingConfig
+from saelab.parts.rounded_k import RoundedKConfig
+from saelab.parts.similarity import SimilarityConfig
+from saelab.parts.similarity.literal import SimilarityLiteralConfig
 from saelab.parts.tied_threshold import TiedThresholdConfig
 from saelab.parts.topk import TopKConfig
 from saelab.parts.unit_norm import UnitNormConfig
@@ -63,10 +68,18 @@ SEAMS = ("scaling", "activation", "loss", "controller", "constraint", "observer"
 for _seam, _configs in {
     "scaling": (VarianceScalingConfig, CentringConfig, WhiteningConfig),
     "activation": (ReLUConfig, TopKConfig, BatchTopKConfig, JumpReLUConfig, TiedThresholdConfig),
-    "loss": (ReconstructionConfig, L1Config, L0Config, AuxKConfig, ScalarPriorConfig),
-    "controller": (L0TargetConfig, RampConfig),
+    "loss": (
+        ReconstructionConfig,
+        L1Config,
+        L0Config,
+        AuxKConfig,
+        ScalarPriorConfig,
+        SimilarityConfig,
+        SimilarityLiteralConfig,
+    ),
+    "controller": (L0TargetConfig, RampConfig, RoundedKConfig, AnnealedKConfig),
     "constraint": (UnitNormConfig,),
-    "observer": (ResamplingConfig,),
+    "observer": (ResamplingConfig, LifetimesConfig),
 }.items():
     for _config in _configs:
         register(_seam, _config)

@@ -56,3 +56,6 @@ class AuxK(LossTerm):
     def update(self, p: Pass) -> None:
         fired = p.code.firings > 0
         self.silent.add_(p.n).masked_fill_(fired, 0)
+
+    def forget(self, latents: Tensor) -> None:
+        self.silent[latents] = 0

@@ -19,13 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import normalize, softplus
 
 from saelab.config import Frozen
 from saelab.errors import SettingError
@@ -65,6 +66,9 @@ class Pass:
             shuffled rows.
         norms: of the decoder's rows, where they came with its product; see `decoder_norms`.
         kept_z: what `z` returns; None unless a part declares `uses_preactivations`.
+        gradient_norms: of each weight's gradient before clipping, by name; the loop adds them
+            after the backward pass, for `update` and observers.
+        found: what a part has computed on this pass and needs again in its `update`.
     """
 
     x: Tensor
@@ -95,6 +99,9 @@ class Pass:
             )
         return self.kept_z
 
+    gradient_norms: dict[str, float] = field(default_factory=dict)
+    found: dict[Part, Any] = field(default_factory=dict)
+
     @cached_property
     def decoder_norms(self) -> Tensor:
         """|W_dec_i| of each latent with its gradient; [d_sae]."""
@@ -103,6 +110,11 @@ class Pass:
     @property
     def n(self) -> int:
         return self.x.shape[0]
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """sum_n f_ni^2 |W_dec_i|^2 of each latent over the batch; [d_sae], without gradient."""
+        return self.code.sums[1] * self.decoder_norms.detach().square()
 
     def setting(self, value: float | str) -> float:
         """A number as it is; a name is looked up among the controllers."""
@@ -148,6 +160,16 @@ class Stored:
         return value + torch.log(-torch.expm1(-value))
 
 
+def _positive(k: int | str) -> int | str:
+    if isinstance(k, int) and k < 1:
+        raise ValueError("should be at least 1, or a controller's name")
+    return k
+
+
+#: A number of latents, or the name of the controller that sets it.
+Latents = Annotated[int | str, AfterValidator(_positive)]
+
+
 class Part(nn.Module):
     """Base of all parts. Running state is kept in buffers, so that it is saved and restored."""
 
@@ -164,9 +186,6 @@ class Part(nn.Module):
 
     def update(self, p: Pass) -> None:
         """Updates running statistics from one pass; called by the loop, once per step."""
-
-    def on_reset(self, latents: Tensor) -> None:
-        """Forgets what is known of the latents [m], which have just been given new directions."""
 
     def groups(self) -> list[tuple[str, list[nn.Parameter], float | None]]:
         """The part's optimiser groups: name, parameters, learning rate (None: the run's)."""
@@ -200,6 +219,9 @@ class Part(nn.Module):
             finally:
                 for place, value in zip(places, kept, strict=True):
                     place.tensor.copy_(value)
+
+    def forget(self, latents: Tensor) -> None:
+        """Clears running statistics of latents that start afresh; int64 [m]."""
 
     def scalars(self) -> dict[str, float]:
         """Named values for the log, read after the step."""
@@ -288,6 +310,13 @@ class Activation(Part):
         raise TypeError(f"{type(self).__name__} has no export()")
 
 
+def check_setting(name: str, value: float | str, sae: SAE) -> None:
+    """Raises: SettingError when the value is the name of a setting that no controller owns."""
+    if isinstance(value, str) and value not in sae.settings(0):
+        remedy = "no controller sets it: add a controller of that name, or give a number"
+        raise SettingError(name, value, remedy)
+
+
 class LossTerm(Part):
     """One term of the objective; `coefficient` is a number or the name of a controller."""
 
@@ -296,9 +325,7 @@ class LossTerm(Part):
     uses_decoder_norms: ClassVar[bool] = False
 
     def check(self, sae: SAE) -> None:
-        if isinstance(self.coefficient, str) and self.coefficient not in sae.settings(0):
-            remedy = "no controller sets it: add a controller of that name, or give a number"
-            raise SettingError("coefficient", self.coefficient, remedy)
+        check_setting("coefficient", self.coefficient, sae)
 
     def loss(self, p: Pass) -> Tensor:
         """A scalar with gradient; must not change any state."""
@@ -342,6 +369,25 @@ class Observer(Part):
 
     def observe(self, p: Pass) -> Reset | None:
         """Called after `update`; the loop carries out the reset, optimiser moments included."""
+
+
+@torch.no_grad()
+def fresh_start(p: Pass, latents: Tensor, encoder_norm: float, draw: torch.Generator) -> Reset:
+    """New directions: inputs drawn in proportion to their squared error. Bricken et al. 2023.
+
+    Args:
+        latents: which start afresh; int64 [m].
+        encoder_norm: of the new encoder rows, relative to the mean norm of all others.
+        draw: the part's own stream.
+    """
+    error = (p.target - p.recon).square().sum(1).double().cpu()
+    rows = torch.multinomial(error, latents.numel(), replacement=True, generator=draw)
+    directions = normalize(p.x[rows.to(p.x.device)] - p.sae.b_dec.detach(), dim=1)
+    others = torch.ones(p.sae.d_sae, dtype=torch.bool, device=latents.device)
+    others[latents] = False
+    norms = torch.linalg.vector_norm(p.sae.effective_encoder(), dim=1)
+    mean = float(norms[others].mean()) if bool(others.any()) else float(norms.mean())
+    return Reset(latents, directions, encoder_norm * mean)
 
 
 @torch.no_grad()

@@ -12,9 +12,8 @@ from typing import Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from saelab.parts.base import Dims, Observer, PartConfig, Pass, Reset
+from saelab.parts.base import Dims, Observer, PartConfig, Pass, Reset, fresh_start
 from saelab.seeding import torch_stream
 
 
@@ -59,17 +58,12 @@ class Resampling(Observer):
         dead = (self.silent > self.config.patience).nonzero().flatten()
         if not dead.numel():
             return None
-        self.silent[dead] = 0
         self.resets += dead.numel()
-        error = (p.target - p.recon).square().sum(1).double().cpu()
         generator = torch_stream(self.seed, "resampling", step)
-        rows = torch.multinomial(error, dead.numel(), replacement=True, generator=generator)
-        directions = normalize(p.x[rows.to(p.x.device)] - p.sae.b_dec.detach(), dim=1)
-        living = torch.ones(p.sae.d_sae, dtype=torch.bool, device=dead.device)
-        living[dead] = False
-        norms = torch.linalg.vector_norm(p.sae.effective_encoder(), dim=1)
-        mean = float(norms[living].mean()) if bool(living.any()) else float(norms.mean())
-        return Reset(dead, directions, self.config.encoder_norm * mean)
+        return fresh_start(p, dead, self.config.encoder_norm, generator)
+
+    def forget(self, latents: Tensor) -> None:
+        self.silent[latents] = 0
 
     def scalars(self) -> dict[str, float]:
         return {"resampled": float(self.resets)}

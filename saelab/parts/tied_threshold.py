@@ -199,7 +199,7 @@ class TiedThreshold(Activation):
         self.rest.lerp_(sums[2], weight)
         self.temperature.move_on(p.step, p.steps)
 
-    def on_reset(self, latents: Tensor) -> None:
+    def forget(self, latents: Tensor) -> None:
         self.variance[latents] = self._spread()[0].square()
         self.rest[latents] = self.rest.mean()
 

@@ -1,26 +1,31 @@
 """TopK: the k largest pre-activations of a row, negative ones set to zero. Gao et al. 2024, eq. 5.
 
 f_i = max(z_i, 0) if z_i is among the k largest of its row, else 0
+
+Where k is the name of a setting it follows that controller, one step behind; the last k is stored
+for inference.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from saelab.errors import SettingError
 from saelab.kernels import Support, kernels_for, support_of_topk
-from saelab.parts.base import Activation, Dims, PartConfig
+from saelab.parts.base import Activation, Dims, Latents, PartConfig, Pass, check_setting
+
+if TYPE_CHECKING:
+    from saelab.sae import SAE
 
 
 class TopKConfig(PartConfig):
-    """k: active latents per row."""
+    """k: active latents per row, or the name of the controller that sets it."""
 
     kind: Literal["topk"] = "topk"
-    k: PositiveInt = 32
+    k: Latents = 32
 
     def build(self, dims: Dims) -> TopK:
         return TopK(self.k, dims)
@@ -29,11 +34,32 @@ class TopKConfig(PartConfig):
 class TopK(Activation):
     exact_k: ClassVar[bool] = True
 
-    def __init__(self, k: int, dims: Dims) -> None:
+    def __init__(self, k: int | str, dims: Dims) -> None:
         super().__init__()
-        if k > dims.d_sae:
+        if isinstance(k, int) and k > dims.d_sae:
             raise SettingError("activation.k", k, f"must be at most d_sae = {dims.d_sae}")
-        self.k = k
+        self.setting, self.d_sae = k, dims.d_sae
+        if isinstance(k, str):
+            self.register_buffer("stored", torch.ones((), dtype=torch.int64))
+
+    @property
+    def k(self) -> int:
+        return self.setting if isinstance(self.setting, int) else int(self.get_buffer("stored"))
+
+    def check(self, sae: SAE) -> None:
+        if isinstance(self.setting, str):
+            check_setting("activation.k", self.setting, sae)
+            self._follow(sae.settings(0)[self.setting])
+
+    def update(self, p: Pass) -> None:
+        if isinstance(self.setting, str):
+            self._follow(p.settings[self.setting])
+
+    def _follow(self, value: float) -> None:
+        self.get_buffer("stored").fill_(min(max(1, round(value)), self.d_sae))
+
+    def scalars(self) -> dict[str, float]:
+        return {} if isinstance(self.setting, int) else {"topk.k": float(self.k)}
 
     def dense(self, z: Tensor) -> Tensor:
         values, latents = z.topk(self.k, dim=-1, sorted=False)

@@ -41,6 +41,7 @@ from saelab.evals.probing import ProbingData
 from saelab.files import write_atomically, write_json
 from saelab.kernels import kernels_name
 from saelab.parts.base import Dims
+from saelab.parts.similarity import LEARNED, Similarity
 from saelab.rundir import package_digest
 from saelab.sae import SAE, SAEConfig
 from saelab.study.gate import REACH
@@ -296,6 +297,7 @@ class Worker:
             **_weights_facts(cell.sae),
             **_curve_facts(cell.log),
             **{f"{REACH}{name}": share for name, share in cell.moved().items()},
+            **_balance_facts(cell),
         }
 
     def _write(
@@ -371,6 +373,28 @@ def _curve_facts(log: Log) -> dict[str, float | None]:
     tenth = max(1, log.length // 10)
     before, last = loss[-2 * tenth : -tenth].mean(), loss[-tenth:].mean()
     return {"last_tenth_improvement": float(1 - last / before), "spikes": float(spikes(loss))}
+
+
+def _balance_facts(cell: Cell) -> dict[str, float]:
+    """Of a similarity penalty: its mean share of the gradient while it acts, and whether a learned
+    alpha collapsed or hardly moved."""
+    if not isinstance(cell.sae, SAE) or not cell.log.length:
+        return {}
+    facts: dict[str, float] = {}
+    columns = {name: values[: cell.log.length] for name, values in cell.log.columns.items()}
+    for term in cell.sae.loss_terms().values():
+        if not isinstance(term, Similarity):
+            continue
+        share, alpha = columns["penalty_share"], columns["alpha"]
+        if (share > 0).any():
+            facts["penalty_share"] = float(share[share > 0].mean())
+        if term.config.balance in LEARNED:
+            facts["alpha_outside_share"] = stats.outside_share(alpha)
+        learned = list(term.balance.parameters())
+        if learned:
+            reach = sum(own.numel() * cell.optimiser.travel(own) for own in learned)
+            facts["scalar_reach.alpha"] = stats.moved_share(alpha, reach)
+    return facts
 
 
 def spikes(loss: np.ndarray, window: int = 51, factor: float = 10.0, least: int = 3) -> int:

@@ -124,6 +124,7 @@ class Cell:
         total = float(loss.detach())
         if not math.isfinite(total) or not math.isfinite(norm):
             raise CellFailure(self.name, step, f"loss {total}, gradient norm {norm}")
+        p.gradient_norms = self.optimiser.norms
         self.optimiser.step(step)
         self._after(p)
         record = {"loss": total, "grad_norm": norm, "l0": p.code.l0}

@@ -113,9 +113,14 @@ class Optimiser:
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         self.config = config
-        weights = [p for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec) if p.requires_grad]
-        weights = list(dict.fromkeys(weights))  # tied weights are one parameter
-        self.groups = [Group(WEIGHTS, weights, config.lr, maximise=False)]
+        named = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+        if sae.config.tied:  # one parameter for both
+            del named["W_enc"]
+        weights = {name: weight for name, weight in named.items() if weight.requires_grad}
+        self.groups = [Group(WEIGHTS, list(weights.values()), config.lr, maximise=False)]
+        self.weights = list(weights)
+        #: Norm of each weight's gradient before the last clip.
+        self.norms: dict[str, float] = {}
         for part in sae.parts():
             for name, own, lr in part.groups():
                 rate = lr if lr is not None else config.lr
@@ -123,10 +128,13 @@ class Optimiser:
 
     def clip(self) -> float:
         """Clips the weights' gradient; returns its norm before, and inf or NaN as it is."""
-        grads = [p.grad for p in self.groups[0].parameters if p.grad is not None]
-        norm = math.sqrt(sum(_sum_of_squares(grad) for grad in grads))
+        named = zip(self.weights, self.groups[0].parameters, strict=True)
+        grads = {name: p.grad for name, p in named if p.grad is not None}
+        squares = {name: _sum_of_squares(grad) for name, grad in grads.items()}
+        self.norms = {name: math.sqrt(square) for name, square in squares.items()}
+        norm = math.sqrt(sum(squares.values()))
         if norm > self.config.grad_clip:
-            for grad in grads:
+            for grad in grads.values():
                 grad.mul_(self.config.grad_clip / norm)
         return norm
 

@@ -359,7 +359,7 @@ def test_statistics_are_running_means() -> None:
     )
     drive = torch.where(z > rule.fire, z * rule.per_sd, 0.0).mean(0)
     torch.testing.assert_close(activation.rest, rest.lerp(drive, 0.25), rtol=1e-3, atol=1e-5)
-    activation.on_reset(torch.tensor([3]))
+    activation.forget(torch.tensor([3]))
     assert activation.rest[3] == pytest.approx(float(activation.rest.mean()), rel=0.05)
 
 

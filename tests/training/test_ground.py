@@ -16,7 +16,6 @@ from saelab.data.stream import batches
 from saelab.data.synthetic import SyntheticConfig, generate
 from saelab.errors import CellFailure, SettingError
 from saelab.evals.base import missing, number
-from saelab.parts.relu import ReLU
 from saelab.sae import SAEConfig
 from saelab.study.cells import initial_sample
 from saelab.study.ground import GroundConfig, Outcome, at_target, differences, read_ground, train_on
@@ -136,14 +135,13 @@ def test_nonsense_is_refused_before_training(
     assert error.value.setting == setting
 
 
-def test_a_part_that_needs_contexts_gets_them(
-    data: tuple[Source, Source], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ReLU, "needs_contexts", True)
+def test_a_part_that_needs_contexts_gets_them(data: tuple[Source, Source]) -> None:
+    learned = {"kind": "tied_threshold", "learned": ["theta", "beta"]}
+    moving = TOPK.patched({"activation": learned, "constraints": ["unit_norm"]})
     with pytest.raises(SettingError, match="set layout = 'contexts'") as error:
-        run(data, {"topk": TOPK, "relu": RELU})
-    assert error.value.setting == "relu: layout"
-    assert run(data, {"relu": RELU}, layout="contexts")[0].failure is None
+        run(data, {"topk": TOPK, "moving": moving})
+    assert error.value.setting == "moving: layout"
+    assert run(data, {"moving": moving}, layout="contexts")[0].failure is None
 
 
 def test_from_a_file(tmp_path: Path) -> None:

@@ -225,6 +225,15 @@ class TestPlan:
         assert count["other"][0].sae.activation.model_dump()["k"] == 32  # at the level compared
         assert len({s.name for s in specs}) == len(specs)
 
+    def test_at_level_of_a_named_k(self) -> None:
+        """An annealed k ends at the level; a k that follows the data stays what it is."""
+        for controller, end in (("annealed_k", 12), ("rounded_k", None)):
+            activation = {"kind": "topk", "k": "k"}
+            data = {"d_sae": 64, "activation": activation, "controllers": [controller]}
+            sae = at_level(BaseConfig.parse({"sae": data}).sae, 12)
+            assert sae.activation.model_dump()["k"] == "k"
+            assert sae.controllers[0].model_dump().get("end") == end
+
     def test_at_level_without_sparsity_setting(self) -> None:
         sae = BaseConfig().sae.patched(
             {"controllers": [], "losses": ["reconstruction", {"kind": "l1", "coefficient": 0.1}]}

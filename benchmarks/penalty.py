@@ -1,0 +1,117 @@
+"""What the similarity penalty adds to a training step.
+
+    python benchmarks/penalty.py [--quick] [--threads 1]
+
+Our step with and without the penalty, at its default k and at its largest, beside a dense float32
+autograd step of the same shape (ReLU, decoder-norm weighted L1, fused Adam; plain torch). CPU
+seconds of the process, so that other work on the machine shows less. The penalty acts from the
+first step; artificial data, where what it costs is all that counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import process_time
+from typing import Any
+
+import torch
+from common import Contestant, Section, Target, alternate, parser, quartiles, run, save, table
+from ours import Inputs, Shape, cell, make_inputs
+
+from saelab.data.stream import Batch
+from saelab.training.loop import Cell
+
+#: d, N and the overcompleteness of the requirement.
+WIDTHS, ROWS, TIMES = (192, 768), 2048, 16
+L0, K = 32, (100, 512)
+#: What the penalty may add to the dense step.
+LIMIT = 0.25
+
+
+def main() -> None:
+    options = parser(__doc__ or "").parse_args()
+    torch.set_num_threads(options.threads)
+    turns = 2 if options.quick else 7
+    sections = []
+    for width in WIDTHS[:1] if options.quick else WIDTHS:
+        shape = Shape(width, TIMES * width, ROWS)
+        inputs = make_inputs(shape, L0)
+        sides = [Contestant("dense autograd, float32", seconds(dense(inputs)))]
+        sides.append(
+            Contestant("ours, float32", seconds(stepping(cell_with(inputs, None), inputs)))
+        )
+        for k in K:
+            work = seconds(stepping(cell_with(inputs, k), inputs))
+            sides.append(Contestant(f"ours with the penalty, k {k}", work))
+        alternate(sides, turns, steps=1, settle=1)
+        sections.append(section(f"{shape}, {options.threads} thread(s)", sides).show())
+    save("penalty", options, sections, None)
+
+
+def section(title: str, sides: list[Contestant]) -> Section:
+    reference, plain, *penalised = sides
+    targets = []
+    for side in penalised:
+        turns = zip(side.turns, plain.turns, reference.turns, strict=True)
+        shares = [(a[0] - b[0]) / c[0] for a, b, c in turns]
+        low, middle, high = quartiles(shares)
+        name = f"{side.name}: added, share of the dense step"
+        targets.append(Target(name, middle, LIMIT, False, f"({low:.2f}-{high:.2f})"))
+    rows = [[side.name, *(f"{q * 1e3:.4g}" for q in quartiles(side.samples))] for side in sides]
+    text = table(["", "lower quartile, ms", "median", "upper"], rows)
+    return Section(title, text, [side.plain() for side in sides], targets)
+
+
+def seconds(work: Callable[[], object]) -> Callable[[int], list[float]]:
+    """n -> the process's CPU seconds of each of n calls."""
+
+    def samples(n: int) -> list[float]:
+        found = []
+        for _ in range(n):
+            start = process_time()
+            work()
+            found.append(process_time() - start)
+        return found
+
+    return samples
+
+
+def cell_with(inputs: Inputs, k: int | None) -> Cell:
+    """The ReLU cell of the training benchmark, with the penalty where k is given."""
+    one = cell("relu", inputs, L0, "float32")
+    if k is None:
+        return one
+    penalty: dict[str, Any] = {"kind": "similarity", "k": k, "warmup": 0.0, "window": 1e-9}
+    config = one.sae.config.patched({"losses+": penalty})
+    other = Cell("penalised", config, one.config, inputs.batches[0], seed=0)
+    with torch.no_grad():
+        for name in ("scale", "W_enc", "W_dec", "b_enc", "b_dec"):
+            getattr(other.sae, name).copy_(getattr(one.sae, name))
+    return other
+
+
+def stepping(one: Cell, inputs: Inputs) -> Callable[[], object]:
+    batch = Batch(inputs.batches[0], torch.zeros(ROWS, dtype=torch.int64))
+    return lambda: one.step(batch)
+
+
+def dense(inputs: Inputs) -> Callable[[], object]:
+    """The step that autograd gives: all N x F pre-activations, codes and their gradients."""
+    x = inputs.batches[0]
+    w_enc, w_dec = (inputs.rows.clone().requires_grad_() for _ in range(2))
+    b_enc, b_dec = (-inputs.quantile).requires_grad_(), inputs.mean.clone().requires_grad_()
+    optimiser = torch.optim.Adam([w_enc, w_dec, b_enc, b_dec], lr=1e-6, fused=True)
+
+    def step() -> None:
+        f = torch.relu((x - b_dec) @ w_enc.T + b_enc)
+        error = (f @ w_dec + b_dec - x).square().mean()
+        loss = error + 1e-3 * (f * w_dec.norm(dim=1)).sum(1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+if __name__ == "__main__":
+    run(main)

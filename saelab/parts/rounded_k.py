@@ -1,0 +1,97 @@
+"""k, a number of latents, that follows how many carry the activation energy.
+
+    e_i     = sum_n f_ni^2 |W_dec_i|^2
+    kappa   <- m kappa + (1 - m) * smallest number of latents that cover the share of sum_i e_i
+    k       = round(kappa), inside [k_min, k_max]
+
+Over the batch it is for a penalty on the batch's most active latents; over rows (e of one row, the
+mean of some rows' numbers) it drives TopK's k. Over rows, and wherever the activation selects by
+rank, f stands for the rectified pre-activations: measured on the selected code, the share would be
+covered by fewer than k, and k would fall to its lower bound.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from saelab.errors import SettingError
+from saelab.parts.base import Controller, Dims, PartConfig, Pass
+
+#: Rows of a batch whose numbers are averaged, and rows rectified at once.
+SOME_ROWS, SLICE = 32, 256
+
+
+class RoundedKConfig(PartConfig):
+    """Settings of the controller.
+
+    Args:
+        name: the setting that it owns.
+        start: first kappa.
+        cover: share of the energy.
+        over: 'batch' or 'rows'.
+        momentum: of kappa.
+        k_min, k_max: bounds; k never exceeds d_sae.
+    """
+
+    kind: Literal["rounded_k"] = "rounded_k"
+    name: str = "k"
+    start: PositiveFloat = 100
+    cover: float = Field(default=0.9, gt=0, lt=1)
+    over: Literal["batch", "rows"] = "batch"
+    momentum: float = Field(default=0.99, ge=0, lt=1)
+    k_min: PositiveInt = 8
+    k_max: PositiveInt = 512
+
+    def build(self, dims: Dims) -> RoundedK:
+        return RoundedK(self, dims)
+
+
+class RoundedK(Controller):
+    uses_preactivations: ClassVar[bool] = True
+    kappa: Tensor
+
+    def __init__(self, config: RoundedKConfig, dims: Dims) -> None:
+        super().__init__()
+        if config.k_min > min(config.k_max, dims.d_sae):
+            remedy = f"must be at most k_max = {config.k_max} and d_sae = {dims.d_sae}"
+            raise SettingError("k_min", config.k_min, remedy)
+        self.config, self.name = config, config.name
+        self.k_max = min(config.k_max, dims.d_sae)
+        self.register_buffer("kappa", torch.tensor(config.start, dtype=torch.float64))
+
+    def value(self, step: int) -> float:
+        return float(min(max(round(float(self.kappa)), self.config.k_min), self.k_max))
+
+    def update(self, p: Pass) -> None:
+        number = self._over_rows(p) if self.config.over == "rows" else self._over_batch(p)
+        if number > 0:
+            self.kappa.mul_(self.config.momentum).add_((1 - self.config.momentum) * number)
+
+    def scalars(self) -> dict[str, float]:
+        return {self.name: self.value(0), f"{self.name}.kappa": float(self.kappa)}
+
+    def _over_batch(self, p: Pass) -> float:
+        energy = p.energy
+        if p.sae.activation.exact_k or p.sae.activation.couples_batch:
+            squares = sum(torch.relu(z.float()).square_().sum(0) for z in p.z.split(SLICE))
+            energy = squares * p.decoder_norms.detach().square()
+        return float(covering(energy[None], self.config.cover)[0])
+
+    def _over_rows(self, p: Pass) -> float:
+        rows = p.z[:: -(-p.n // SOME_ROWS)]
+        energy = torch.relu(rows.float()).square_() * p.decoder_norms.detach().square()
+        return float(covering(energy, self.config.cover).float().mean())
+
+
+def covering(energy: Tensor, cover: float) -> Tensor:
+    """Smallest number of entries of each row that hold the share; [n, F] -> int64 [n].
+
+    0 where a row has no energy.
+    """
+    held = energy.sort(dim=1, descending=True).values.cumsum(1)
+    enough = (held < cover * held[:, -1:]).sum(1) + 1
+    return enough * (held[:, -1] > 0)

@@ -117,7 +117,10 @@ class VarianceScaling(Scaling):
 
     def scalars(self) -> dict[str, float]:
         """`spread` is the standard deviation of log v_j; batch statistics keep no v."""
-        values = {"beta": float(self.beta.detach().mean()), "theta": float(self.theta.detach().mean())}
+        values = {
+            "beta": float(self.beta.detach().mean()),
+            "theta": float(self.theta.detach().mean()),
+        }
         if self.config.statistics == "running":
             values["spread"] = float(log_spread(self.variance))
         return values | self.temperature.scalars()

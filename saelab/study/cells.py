@@ -252,7 +252,9 @@ class Worker:
         seconds = (time.monotonic() - start) / len(cells)
         for cell, plain in zip(cells, job.cells, strict=True):
             failure = failures.get(cell.name)
-            rows = [] if failure else self.evaluate(cell.sae, plain["probe"]) + convergence(cell.log)
+            rows = (
+                [] if failure else self.evaluate(cell.sae, plain["probe"]) + convergence(cell.log)
+            )
             facts = self._facts(cell, plain, rows)
             if failure:
                 facts["nonfinite_step"] = failure.step

@@ -147,9 +147,7 @@ def final_info(
     measured = {m for arm in arms.values() for values in arm.values.values() for m in values}
     metrics = [metric for metric in METRICS if metric in measured]
     room = MOST_MEANS - max(map(len, others.values()))
-    return {
-        name: _group(arm, metrics, metrics[:room], others[name]) for name, arm in arms.items()
-    }
+    return {name: _group(arm, metrics, metrics[:room], others[name]) for name, arm in arms.items()}
 
 
 def _others(

@@ -30,7 +30,7 @@ from saelab.parts.variance_scaling import VarianceScaling
 from saelab.sae import SAE
 
 DEFINITION = "consistency/1"
-FIT = ("temperature", "r2", "intercept")
+FIT = ("temperature", "r2", "slope", "intercept")
 SPREAD = ("before", "after")
 #: Held-out rows that variances are taken over, and points of a fit that are kept. Our choice.
 ROWS, POINTS = 8192, 128
@@ -38,7 +38,7 @@ ROWS, POINTS = 8192, 128
 
 @torch.no_grad()
 def evaluate_consistency(subject: Subject, data: CoreData) -> list[Row]:
-    """Rows consistency.temperature, .r2 and .intercept, `POINTS` features of the fit as
+    """Rows consistency.temperature, .r2, .slope and .intercept, `POINTS` features of the fit as
     consistency.variance and .threshold (slice 'latent=7'), spread.before and spread.after."""
     if not isinstance(subject, SAE):
         reason = "only an SAE made of parts has thresholds and scalings to look at"
@@ -69,7 +69,7 @@ def _fit(sae: SAE, x: Tensor) -> list[Row]:
     if len(features) < 3 or float(log_v.std()) == 0:
         return _no_fit(f"{len(features)} features have a variance: a line needs 3 different ones")
     slope, intercept, r2 = _line(log_v, log_t)
-    values = dict(zip(FIT, (sign * slope, r2, intercept), strict=True))
+    values = dict(zip(FIT, (sign * slope, r2, slope, intercept), strict=True))
     rows = [number(f"consistency.{name}", value, DEFINITION) for name, value in values.items()]
     ranked = log_v.argsort()
     for i in ranked[torch.linspace(0, len(ranked) - 1, min(POINTS, len(ranked))).long()].tolist():

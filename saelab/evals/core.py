@@ -181,8 +181,8 @@ def evaluate_core(subject: Subject, data: CoreData) -> list[Row]:
     """All core metrics of one subject.
 
     Returns: rows l0, fvu, explained_variance, mse, cosine, dead_share, loss_recovered,
-        loss_recovered_mean, ce_*; fvu, l0 and dead_share by position, also as position.<metric>_early
-        (positions 0-63) and _late (64-127); the density histogram.
+        loss_recovered_mean, ce_*; fvu, l0 and dead_share by position, and of positions 0-63 and
+        64-127 as position.<metric>_early and _late; the density histogram.
     """
     return [*_reconstruction(subject, data), *_loss_recovered(subject, data)]
 
@@ -224,8 +224,14 @@ class Errors:
     def of(self, low: int, high: int) -> Errors:
         """The same of the rows in groups low to high - 1."""
         rows = (self.groups >= low) & (self.groups < high)
-        parts = (self.error, self.power, self.active, self.cosine, self.groups)
-        return Errors(*(part[rows] for part in parts), self.firings[low:high])
+        return Errors(
+            self.error[rows],
+            self.power[rows],
+            self.active[rows],
+            self.cosine[rows],
+            self.groups[rows],
+            self.firings[low:high],
+        )
 
 
 def measured(

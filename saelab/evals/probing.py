@@ -416,7 +416,8 @@ def _code_sums(
     """`SparseSubject.pooled` for any subject, and how many rows it is best given at once."""
     if isinstance(subject, SparseSubject):
         if needs_contexts(subject):
-            return functools.partial(subject.pooled, starts=texts), POOLED_CHUNK
+            pool: Any = subject.pooled
+            return functools.partial(pool, starts=texts), POOLED_CHUNK
         return subject.pooled, POOLED_CHUNK
 
     def sums(rows: Tensor, cuts: Tensor) -> Tensor:
@@ -461,8 +462,8 @@ def evaluate_probing(
         class (slice 'entry=..,class=..'), their mean over the classes of an entry ('entry=..') and
         the plain mean over entries (''); and for a subject `probing_constant`, 1 where all texts of
         an entry have the same code, so that its probes are at 0.5 and mean nothing. The accuracy at
-        k = 5 also from positions 0-31 and 32-63 of texts longer than 32, each alone, of entries with
-        enough of these ('position=0-31,entry=..') and their mean ('position=0-31').
+        k = 5 also from positions 0-31 and 32-63 alone, of entries with enough texts that have both
+        ('position=0-31,entry=..'), and their mean ('position=0-31').
     """
     for k in k_values:
         if k < 1:

@@ -295,8 +295,11 @@ class TiedThreshold(Activation):
         return _TiedJump.apply(z, t.plain, t.midway, t.width, curvature)  # type: ignore[return-value]
 
     def _at(self, support: Support) -> _Thresholds:
-        assert isinstance(support, TracedSupport)
-        return self._thresholds(support, support.trace, support.slope)
+        if isinstance(support, TracedSupport):
+            return self._thresholds(support, support.trace, support.slope)
+        assert self.is_static  # whoever chose the support by `floor` knows of no trace
+        nothing = self.variance.new_zeros(support.nnz)
+        return self._thresholds(support, nothing, nothing)
 
     def _dense_thresholds(self, z: Tensor, starts: Tensor | None) -> _Thresholds:
         starts, drivers, rule = self._segments(len(z), starts, z.device)

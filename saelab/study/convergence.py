@@ -8,8 +8,8 @@
 
 A scalar whose final value is near 0 settles late by that definition: its drift says more then. The
 loss is the reconstruction loss; at each step it is the mean over the 2% of the run that end there,
-and its final value the mean over the last 5%. It must stay near, because it may pass its final value
-on the way: a code that starts dense reconstructs well before it is made sparse.
+and its final value the mean over the last 5%. It must stay near, because it may pass that value on
+the way: a code that starts dense reconstructs well before it is made sparse.
 """
 
 from __future__ import annotations

@@ -292,8 +292,12 @@ class SAE(nn.Module):
         Raises: SettingError when it needs them and has none.
         """
         self._check_eval()
-        z = linear(self._encoder_input(x / self.scale), self.W_enc, self.b_enc)
-        return self._dense(z, starts)
+        return self._dense(linear(self.encoder_input(x), self.W_enc, self.b_enc), starts)
+
+    @torch.no_grad()
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """Raw activations [n, d_in] -> u of the module's equation [n, d_in]."""
+        return self._encoder_input(x / self.scale)
 
     @torch.no_grad()
     def codes(self, x: Tensor, starts: Tensor | None = None) -> Iterator[tuple[slice, Code]]:
@@ -354,19 +358,21 @@ class SAE(nn.Module):
         return (decode_at(code.values, self.W_dec, code.support) + self.b_dec) * self.scale
 
     @torch.no_grad()
-    def pooled(self, rows: Tensor, cuts: Tensor) -> Tensor:
+    def pooled(self, rows: Tensor, cuts: Tensor, starts: Tensor | None = None) -> Tensor:
         """Sums of the code over segments of rows.
 
         Args:
             rows: raw activations [n, d_in].
             cuts: int64 [m + 1], rising; segment i has the rows cuts[i] to cuts[i + 1], which
                 follow each other.
+            starts: as for `forward`; None where every segment begins one.
 
         Returns: float32 [m, d_sae].
         """
         sums = rows.new_zeros(len(cuts) - 1, self.d_sae)
         ends = cuts.new_tensor([0, len(rows)])
-        for here, code in self.codes(rows, torch.cat([cuts, ends]).unique()):
+        starts = torch.cat([cuts, ends]).unique() if starts is None else starts
+        for here, code in self.codes(rows, starts):
             first = max(0, int(torch.searchsorted(cuts, here.start, right=True)) - 1)
             last = int(torch.searchsorted(cuts, here.stop))
             own = cuts[first : last + 1].clamp(here.start, here.stop) - here.start

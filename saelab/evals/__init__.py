@@ -12,8 +12,10 @@ from saelab.data.synthetic import truth_of
 from saelab.errors import SettingError, nearest
 from saelab.evals import probing as _probing
 from saelab.evals.base import Row, Subject, missing
+from saelab.evals.consistency import evaluate_consistency
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.evals.probing import ProbingData, evaluate_probing
+from saelab.evals.sensitivity import evaluate_sensitivity
 from saelab.evals.truth import evaluate_truth, no_truth
 
 
@@ -55,6 +57,8 @@ EVALUATIONS: dict[str, Callable[[Subject, EvalData], list[Row]]] = {
     "core": lambda subject, data: evaluate_core(subject, data.core),
     "probing": _evaluate_probing,
     "truth": _evaluate_truth,
+    "sensitivity": lambda subject, data: evaluate_sensitivity(subject, data.core),
+    "consistency": lambda subject, data: evaluate_consistency(subject, data.core),
 }
 
 

@@ -98,7 +98,7 @@ class SparseSubject(Subject, Protocol):
 def needs_contexts(subject: object) -> bool:
     """Whether a token's code depends on the tokens before it.
 
-    Such a subject is a `SparseSubject` whose `codes` takes `starts` too: where each run of tokens
-    that follow each other begins in the rows, and their number; int64 [m + 1].
+    Such a subject is a `SparseSubject` whose `codes` and `pooled` take `starts` too: where each run
+    of tokens that follow each other begins in the rows, and their number; int64 [m + 1].
     """
     return bool(getattr(subject, "needs_contexts", False))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -32,6 +32,7 @@ from saelab.evals.base import (
     needs_contexts,
     number,
 )
+from saelab.kernels import Code
 
 DEFINITION = "core/1"
 #: Rows encoded at once; bounds the dense code to that x d_sae floats. Our choice: a CPU keeps such
@@ -39,10 +40,16 @@ DEFINITION = "core/1"
 CHUNK, LARGE_CHUNK = 512, 4096
 #: Contexts per forward pass of the language model.
 CONTEXTS = 32
+#: Contexts of a quick loss. Our choice.
+QUICK = 8
 #: Width of the density histogram's bins in log10, and its lowest edge. Our choice.
 BIN, LOWEST = 0.25, -5.0
 #: Positions per bucket of the by-position slices.
 BUCKET = 32
+#: Positions [low, high) that an arm may be trained on alone, and those that it has then never seen.
+EARLY, LATE = (0, 64), (64, 128)
+#: What is also given by position.
+POSITION_METRICS = ("fvu", "l0", "dead_share")
 
 #: Rows [n, d] and where runs of tokens begin in them [m + 1] -> what takes their place [n, d].
 Replace = Callable[[Tensor, Tensor], Tensor]
@@ -127,14 +134,14 @@ class CoreData:
             return [None] * len(ids.split(CONTEXTS))
         return [self.model.start(some, None, self.hook_name) for some in ids.split(CONTEXTS)]
 
-    def loss(self, replace: Replace | None) -> float:
-        """Mean next-token loss in nats with `replace` at the hook."""
+    def loss(self, instead: Replace | None) -> float:
+        """Mean next-token loss in nats with `instead` at the hook."""
         assert self.model is not None
         total, count = 0.0, 0
         ids, mask = self.contexts
         batches = zip(ids.split(CONTEXTS), mask.split(CONTEXTS), self.starts, strict=True)
         for some, counted, start in batches:
-            splice = (self.hook_name, _masked(replace, counted)) if replace else None
+            splice = (self.hook_name, _masked(instead, counted)) if instead else None
             losses = self.model.losses(some, None, splice, start)
             targets = counted[:, 1:].to(losses.device)
             total += float(losses[targets].double().sum())
@@ -150,8 +157,13 @@ class CoreData:
             "ce_mean": self.loss(lambda x, _: self.mean.to(x.device).expand_as(x)),
         }
 
+    @cached_property
+    def quick(self) -> CoreData:
+        """The same with a loss on `QUICK` contexts, for comparing many variants of one subject."""
+        return replace(self, loss_contexts=min(QUICK, self.loss_contexts))
 
-def _masked(replace: Replace, mask: Tensor) -> Callable[[Tensor], Tensor]:
+
+def _masked(instead: Replace, mask: Tensor) -> Callable[[Tensor], Tensor]:
     rows = Batch(mask.unsqueeze(-1), torch.zeros_like(mask).long(), mask).rows()
     assert rows.starts is not None
     starts = rows.starts
@@ -159,7 +171,7 @@ def _masked(replace: Replace, mask: Tensor) -> Callable[[Tensor], Tensor]:
     def splice(x: Tensor) -> Tensor:
         out = x.clone()
         keep = mask.to(x.device)
-        out[keep] = replace(x[keep], starts)
+        out[keep] = instead(x[keep], starts)
         return out
 
     return splice
@@ -169,39 +181,126 @@ def evaluate_core(subject: Subject, data: CoreData) -> list[Row]:
     """All core metrics of one subject.
 
     Returns: rows l0, fvu, explained_variance, mse, cosine, dead_share, loss_recovered,
-        loss_recovered_mean, ce_*; fvu and l0 by position; the density histogram.
+        loss_recovered_mean, ce_*; fvu, l0 and dead_share by position, and of positions 0-63 and
+        64-127 as position.<metric>_early and _late; the density histogram.
     """
     return [*_reconstruction(subject, data), *_loss_recovered(subject, data)]
 
 
-def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Errors:
+    """What a subject makes of rows.
+
+    Args:
+        error, power: squared distance of each row from its reconstruction and from the mean row;
+            float32 [n].
+        active: how many latents fire in each row, float32 [n].
+        cosine: of row and reconstruction, float32 [n].
+        groups: of each row, int64 [n].
+        firings: in how many rows of each group each latent fires; int64 [groups, d_sae].
+    """
+
+    error: Tensor
+    power: Tensor
+    active: Tensor
+    cosine: Tensor
+    groups: Tensor
+    firings: Tensor
+
+    @property
+    def fvu(self) -> float:
+        return float(self.error.double().sum() / self.power.double().sum())
+
+    @property
+    def l0(self) -> float:
+        """Latents per row."""
+        return float(self.active.double().mean())
+
+    @property
+    def dead_share(self) -> float:
+        """Share of latents that fire in none of the rows."""
+        return float((self.firings.sum(0) == 0).double().mean())
+
+    def of(self, low: int, high: int) -> Errors:
+        """The same of the rows in groups low to high - 1."""
+        rows = (self.groups >= low) & (self.groups < high)
+        return Errors(
+            self.error[rows],
+            self.power[rows],
+            self.active[rows],
+            self.cosine[rows],
+            self.groups[rows],
+            self.firings[low:high],
+        )
+
+
+def measured(
+    subject: Subject, data: CoreData, most: int | None = None, by_position: bool = False
+) -> Errors:
+    """Encodes and decodes the held-out rows.
+
+    Args:
+        most: about how many rows; None for all.
+        by_position: count firings for each `BUCKET` of positions instead of all together.
+    """
     x, positions, starts = data.apart if needs_contexts(subject) else (*data.rows, None)
+    if most is not None:
+        if starts is not None:
+            runs = max(1, int(torch.searchsorted(starts, most, right=True)) - 1)
+            starts = starts[: runs + 1]
+            most = int(starts[-1])
+        x, positions = x[:most], positions[:most]
+    groups = positions // BUCKET if by_position else torch.zeros_like(positions)
     error, active, cosine = (torch.empty(len(x)) for _ in range(3))
-    firings = torch.zeros(subject.d_sae, dtype=torch.int64)
+    firings = torch.zeros(int(groups.max()) + 1, subject.d_sae, dtype=torch.int64)
     chunk = _chunk(subject, data.device) if starts is None else len(x)
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk].to(data.device)
-        for part, x_hat, fires, fired in _coded(subject, rows, starts):
+        for part, x_hat, code in _coded(subject, rows, starts):
             here = slice(start + part.start, start + part.stop)
             error[here] = (rows[part] - x_hat).square().sum(1)
-            active[here] = fires
+            active[here] = code.row_counts.float()
             cosine[here] = torch.cosine_similarity(rows[part], x_hat, dim=1)
-            firings += fired.cpu()
-    power = (x - data.mean).square().sum(1)
-    fvu = _ratio(error, power)
-    yield number("fvu", fvu, DEFINITION)
-    yield number("explained_variance", 1 - fvu, DEFINITION)
-    yield number("mse", float(error.double().mean()) / x.shape[1], DEFINITION)
-    yield number("cosine", float(cosine.double().mean()), DEFINITION)
-    yield number("l0", float(active.double().mean()), DEFINITION)
-    yield number("dead_share", float((firings == 0).double().mean()), DEFINITION)
-    for low in range(0, int(positions.max()) + 1, BUCKET):
-        here = (positions >= low) & (positions < low + BUCKET)
-        if here.any():
-            name = f"position={low}-{low + BUCKET - 1}"
-            yield number("fvu", _ratio(error[here], power[here]), DEFINITION, name)
-            yield number("l0", float(active[here].double().mean()), DEFINITION, name)
-    yield from _density(firings, len(x))
+            firings += _firings(code, groups[here], firings.shape).cpu()
+    return Errors(error, (x - data.mean).square().sum(1), active, cosine, groups, firings)
+
+
+def _firings(code: Code, groups: Tensor, shape: torch.Size) -> Tensor:
+    """In how many rows of each group each latent fires; groups [rows] -> int64 [groups, d_sae]."""
+    if shape[0] == 1:
+        return code.firings[None]
+    groups = groups.to(code.values.device)
+    if code.support is None:
+        members = torch.nn.functional.one_hot(groups, shape[0]).float()
+        return (members.T @ code.active.float()).long()  # exact below 2^24 rows
+    pairs = groups[code.support.rows] * shape[1] + code.support.latents
+    return torch.bincount(pairs[code.active], minlength=shape.numel()).view(shape)
+
+
+def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
+    whole = measured(subject, data, by_position=True)
+    yield number("fvu", whole.fvu, DEFINITION)
+    yield number("explained_variance", 1 - whole.fvu, DEFINITION)
+    yield number("mse", float(whole.error.double().mean()) / subject.d_in, DEFINITION)
+    yield number("cosine", float(whole.cosine.double().mean()), DEFINITION)
+    yield number("l0", whole.l0, DEFINITION)
+    yield number("dead_share", whole.dead_share, DEFINITION)
+    for i in range(len(whole.firings)):
+        if bool((whole.groups == i).any()):
+            some = whole.of(i, i + 1)
+            name = f"position={i * BUCKET}-{(i + 1) * BUCKET - 1}"
+            for metric in POSITION_METRICS:
+                yield number(metric, getattr(some, metric), DEFINITION, name)
+    for half, (low, high) in {"early": EARLY, "late": LATE}.items():
+        some = whole.of(low // BUCKET, high // BUCKET)
+        for metric in POSITION_METRICS:
+            name = f"position.{metric}_{half}"
+            if len(some.error):
+                yield number(name, getattr(some, metric), DEFINITION)
+            else:
+                reason = f"no held-out row has a position from {low} to {high - 1}"
+                yield missing(name, DEFINITION, reason)
+    yield from _density(whole.firings.sum(0), len(whole.error))
 
 
 def _chunk(subject: Subject, device: str) -> int:
@@ -212,27 +311,21 @@ def _chunk(subject: Subject, device: str) -> int:
 
 def _coded(
     subject: Subject, rows: Tensor, starts: Tensor | None
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[slice, Tensor, Code]]:
     """Parts of the rows [n, d], in order, with what the subject makes of them.
 
     Args:
         starts: of runs of tokens in the rows, for a subject that needs them.
 
-    Returns: the part; x_hat [part, d]; how many latents fire in each row, float32 [part]; in how
-        many rows each latent fires, int64 [d_sae].
+    Returns: the part; x_hat [part, d]; the code.
     """
     if isinstance(subject, SparseSubject):
         context = (starts,) if needs_contexts(subject) else ()
         for part, code in subject.codes(rows, *context):
-            yield part, subject.decode_code(code), code.row_counts.float(), code.firings
+            yield part, subject.decode_code(code), code
         return
     f = subject.encode(rows)
-    fires = torch.ne(f, 0, out=torch.empty_like(f, dtype=torch.float32))  # its sums are exact
-    yield slice(0, len(rows)), subject.decode(f), fires.sum(1), fires.sum(0).long()
-
-
-def _ratio(error: Tensor, power: Tensor) -> float:
-    return float(error.double().sum() / power.double().sum())
+    yield slice(0, len(rows)), subject.decode(f), Code(f, f, None)
 
 
 def _density(firings: Tensor, rows: int) -> Iterator[Row]:
@@ -252,6 +345,12 @@ def _density(firings: Tensor, rows: int) -> Iterator[Row]:
         yield number("density_histogram", count / len(firings), DEFINITION, edge)
 
 
+def loss_recovered(subject: Subject, data: CoreData) -> float | None:
+    """Against zeros; None where there is nothing to measure it by."""
+    rows = {row.metric: row.value for row in _loss_recovered(subject, data)}
+    return rows["loss_recovered"]
+
+
 def _loss_recovered(subject: Subject, data: CoreData) -> Iterator[Row]:
     names = (
         "loss_recovered",
@@ -266,7 +365,7 @@ def _loss_recovered(subject: Subject, data: CoreData) -> Iterator[Row]:
         return
     losses = dict(data.reference_losses)
     losses["ce_spliced"] = data.loss(
-        lambda x, starts: torch.cat([x_hat for _, x_hat, *_ in _coded(subject, x, starts)])
+        lambda x, starts: torch.cat([x_hat for _, x_hat, _ in _coded(subject, x, starts)])
     )
     yield from (number(name, value, DEFINITION) for name, value in losses.items())
     for name, ablated in (("loss_recovered", "ce_zero"), ("loss_recovered_mean", "ce_mean")):

@@ -22,7 +22,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,10 @@ K_VALUES = (1, 2, 5, 10, 20, 50)
 CHUNK, GPU_CHUNK = 512, 8192
 #: Rows given at once to a subject that pools by itself: float32 rows, not codes. Our choice.
 POOLED_CHUNK = 8192
+#: Texts are also probed on their first and on their later positions alone, at one k, where each
+#: class has at least so many that are longer on either side. Our choice.
+SPLIT, POSITION_K, LEAST_LONG = 32, 5, 20
+HALVES = ("position=0-31", "position=32-63")
 #: Positions in one pass of the language model, padding included.
 TOKENS = 2048
 
@@ -330,7 +334,25 @@ def pooled(
     Returns: float32 [texts, F] on that device.
     Raises: SourceError when a text has no counted position.
     """
-    sums, suited = _code_sums(subject, device)
+    total = _sums(subject, rows, offsets, offsets, chunk, device)
+    return total.div_(offsets.diff().to(device, torch.float32)[:, None])
+
+
+def _sums(
+    subject: Subject | None,
+    rows: Tensor,
+    offsets: Tensor,
+    texts: Tensor,
+    chunk: int | None,
+    device: torch.device | str,
+) -> Tensor:
+    """Sums of the code over segments of rows; as `pooled`, but for
+
+    Args:
+        offsets: of the segments, which may be parts of texts.
+        texts: where the texts begin, and the number of rows.
+    """
+    sums, suited = _code_sums(subject, texts, device)
     chunk = len(rows) if needs_contexts(subject) else chunk or suited  # no text is cut in two
     lengths = offsets.diff()
     if len(lengths) == 0 or int(lengths.min()) == 0:
@@ -347,14 +369,55 @@ def pooled(
             total = found.new_zeros(len(lengths), found.shape[1])
         total[first:last] += found
     assert total is not None
-    return total.div_(lengths.to(device, torch.float32)[:, None])
+    return total
+
+
+@dataclass(frozen=True)
+class ByPosition:
+    """Mean codes of an entry's texts; `early` and `late` are those of the texts that are longer
+    than `SPLIT`, over the positions before and after it.
+
+    Args:
+        whole: float32 [texts, F].
+        long: int64 [m], which texts are longer.
+        early, late: float32 [m, F].
+    """
+
+    whole: Tensor
+    long: Tensor
+    early: Tensor
+    late: Tensor
+
+
+@torch.inference_mode()
+def pooled_by_position(
+    subject: Subject | None,
+    entry: ProbingEntry,
+    chunk: int | None = None,
+    device: torch.device | str = "cpu",
+) -> ByPosition:
+    """`pooled` and its parts from one pass over the rows."""
+    offsets, lengths = entry.offsets, entry.offsets.diff()
+    long = (lengths > SPLIT).nonzero()[:, 0]
+    fine = torch.cat([offsets, offsets[long] + SPLIT]).sort().values
+    sums = _sums(subject, entry.rows, fine, offsets, chunk, device)
+    first = torch.searchsorted(fine, offsets[:-1])
+    early, late = sums[first[long].to(device)], sums[first[long].to(device) + 1]
+    whole = sums[first.to(device)].index_add_(0, long.to(device), late)
+    counts = lengths.to(device, torch.float32)[:, None]
+    return ByPosition(
+        whole.div_(counts), long, early.div_(SPLIT), late.div_(counts[long.to(device)] - SPLIT)
+    )
 
 
 def _code_sums(
-    subject: Subject | None, device: torch.device | str
+    subject: Subject | None, texts: Tensor, device: torch.device | str
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
     """`SparseSubject.pooled` for any subject, and how many rows it is best given at once."""
     if isinstance(subject, SparseSubject):
+        if needs_contexts(subject):
+            pool: Any = subject.pooled
+            return functools.partial(pool, starts=texts), POOLED_CHUNK
         return subject.pooled, POOLED_CHUNK
 
     def sums(rows: Tensor, cuts: Tensor) -> Tensor:
@@ -398,22 +461,67 @@ def evaluate_probing(
     Returns: `<prefix>_top_<k>_test_accuracy` and `<prefix>_test_accuracy` (all columns) of each
         class (slice 'entry=..,class=..'), their mean over the classes of an entry ('entry=..') and
         the plain mean over entries (''); and for a subject `probing_constant`, 1 where all texts of
-        an entry have the same code, so that its probes are at 0.5 and mean nothing.
+        an entry have the same code, so that its probes are at 0.5 and mean nothing. The accuracy at
+        k = 5 also from positions 0-31 and 32-63 alone, of entries with enough texts that have both
+        ('position=0-31,entry=..'), and their mean ('position=0-31').
     """
     for k in k_values:
         if k < 1:
             raise SettingError("k_values", k, "a probe needs at least one column")
     rows: list[Row] = []
+    by_position: list[Row] = []
     with progress(f"probing {prefix}", len(data.entries), "entries") as bar:
         for entry in data.entries:
-            code = pooled(subject, entry.rows, entry.offsets, chunk, device)
+            codes = pooled_by_position(subject, entry, chunk, device)
+            by_position += _rows_by_position(codes, entry, seed, prefix)
+            code = codes.whole
             same = None if subject is None else _constant(code, entry)
             rows += probe_rows(code, entry, seed, k_values, prefix, standardised)
             rows += _means(rows, f"entry={entry.name},class=", f"entry={entry.name}")
             rows += [] if same is None else [same]
             bar.advance()
     entry_slices = {f"entry={entry.name}" for entry in data.entries}
-    return rows + _means([row for row in rows if row.slice in entry_slices], "entry=", "")
+    rows += _means([row for row in rows if row.slice in entry_slices], "entry=", "")
+    return rows + by_position + _means_by_position(by_position)
+
+
+def _rows_by_position(codes: ByPosition, entry: ProbingEntry, seed: int, prefix: str) -> list[Row]:
+    """Accuracy of an entry at `POSITION_K` from each half alone: the mean over its classes."""
+    metric = f"{prefix}_top_{POSITION_K}_test_accuracy"
+    labels, is_train = entry.labels[codes.long], entry.is_train[codes.long]
+    places = {f"{name},entry={entry.name}": name for name in HALVES}
+    fewest = min(
+        int(((labels == c) & (is_train == side)).sum())
+        for c in range(len(entry.classes))
+        for side in (True, False)
+    )
+    if fewest < LEAST_LONG:
+        reason = f"a class has {fewest} texts of more than {SPLIT} tokens (least: {LEAST_LONG})"
+        return [missing(metric, DEFINITION, reason, where) for where in places]
+    some = replace(entry, labels=labels, is_train=is_train)
+    tasks, rows = build_tasks(some, seed), []
+    for where, name in places.items():
+        code = codes.early if name == HALVES[0] else codes.late
+        found = _accuracies(code, some, tasks, (POSITION_K,), full=False)
+        values = [accuracies[POSITION_K] for accuracies in found]
+        said = [value for value in values if isinstance(value, str)]
+        mean = 0.0 if said else sum(map(float, values)) / len(values)
+        rows.append(
+            missing(metric, DEFINITION, said[0], where)
+            if said
+            else number(metric, mean, DEFINITION, where)
+        )
+    return rows
+
+
+def _means_by_position(rows: Sequence[Row]) -> list[Row]:
+    """The plain mean over the entries that have enough long texts, for each half."""
+    made = []
+    for name in HALVES:
+        own = [row for row in rows if row.slice.startswith(name)]
+        found = [row for row in own if row.value is not None]
+        made += _means(found or own[:1], name, name)
+    return made
 
 
 @torch.inference_mode()

@@ -16,14 +16,17 @@ place where running statistics change. Measuring and evaluating never call it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, softplus
 
 from saelab.config import Frozen
 from saelab.errors import SettingError
@@ -131,6 +134,32 @@ class PartConfig(Frozen):
         raise SettingError("kind", self.kind, "this part has no build()")
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where a scalar (or a vector of them) is kept: `tensor` holds link(value)."""
+
+    tensor: Tensor
+    link: Literal["value", "log", "logit", "softplus"] = "value"
+
+    def times(self, factor: float) -> Tensor:
+        """What the tensor would hold if the value were `factor` times as large.
+
+        Raises: SettingError where no tensor holds that value.
+        """
+        if self.link == "value":
+            return self.tensor * factor
+        if self.link == "log":
+            return self.tensor + math.log(factor)
+        if self.link == "logit":
+            share = self.tensor.sigmoid() * factor
+            if bool((share >= 1).any()):
+                remedy = "takes a value in (0, 1) to 1 or beyond: change it by less"
+                raise SettingError("factor", factor, remedy)
+            return share.logit()
+        value = softplus(self.tensor) * factor
+        return value + torch.log(-torch.expm1(-value))
+
+
 def _positive(k: int | str) -> int | str:
     if isinstance(k, int) and k < 1:
         raise ValueError("should be at least 1, or a controller's name")
@@ -166,6 +195,30 @@ class Part(nn.Module):
     def learned(self) -> dict[str, nn.Parameter]:
         """The learned scalars by their names in the log, as they are trained (a logarithm, say)."""
         return {}
+
+    def stored(self) -> dict[str, tuple[Stored, ...]]:
+        """Where the scalars that shape the code are kept, trained or not, by their names in the
+        log; one kept in several places scales with all of them together."""
+        return {}
+
+    @contextmanager
+    def scaled(self, name: str, factor: float) -> Iterator[None]:
+        """Within it the named scalar's value is `factor` times as large; afterwards every bit is
+        what it was.
+
+        Raises: SettingError where the value would leave its range.
+        """
+        places = self.stored()[name]
+        with torch.no_grad():
+            changed = [place.times(factor) for place in places]
+            kept = [place.tensor.clone() for place in places]
+            try:
+                for place, value in zip(places, changed, strict=True):
+                    place.tensor.copy_(value)
+                yield
+            finally:
+                for place, value in zip(places, kept, strict=True):
+                    place.tensor.copy_(value)
 
     def forget(self, latents: Tensor) -> None:
         """Clears running statistics of latents that start afresh; int64 [m]."""

@@ -20,7 +20,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from saelab.kernels import Support, gate, jump, support_above
-from saelab.parts.base import Activation, Dims, PartConfig
+from saelab.parts.base import Activation, Dims, PartConfig, Stored
 
 
 class JumpReLUConfig(PartConfig):
@@ -69,6 +69,10 @@ class JumpReLU(Activation):
         """1[z > t] at the support (or densely), with the pseudo-derivative to the threshold."""
         threshold = self._threshold_at(support)
         return gate(z, threshold.expand_as(z), self.bandwidth)
+
+    def stored(self) -> dict[str, tuple[Stored, ...]]:
+        """All thresholds together."""
+        return {"threshold": (Stored(self.log_threshold, "log"),)}
 
     def scalars(self) -> dict[str, float]:
         return {"threshold": float(self.log_threshold.detach().mean().exp())}

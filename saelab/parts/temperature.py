@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from saelab.errors import SettingError
-from saelab.parts.base import PartConfig
+from saelab.parts.base import PartConfig, Stored
 
 Schedule = Literal["fixed", "annealed", "learned", "learned_schedule"]
 
@@ -49,11 +49,15 @@ class Temperature(nn.Module):
     """
 
     share: Tensor
+    start: Tensor
+    end: Tensor
 
     def __init__(self, config: TemperatureFields) -> None:
         super().__init__()
         self.config, self.lr = config, config.tau_lr
         self.register_buffer("share", torch.zeros(()))
+        self.register_buffer("start", torch.tensor(config.tau), persistent=False)
+        self.register_buffer("end", torch.tensor(config.tau_end), persistent=False)
         if config.temperature == "learned":
             self.raw_tau = nn.Parameter(_inverse_softplus("tau", config.tau))
         if config.temperature == "learned_schedule":
@@ -64,13 +68,13 @@ class Temperature(nn.Module):
         """0-dim float32."""
         c = self.config
         if c.temperature == "fixed":
-            return self.share.new_tensor(c.tau)
+            return self.start
         if c.temperature == "learned":
             return softplus(self.raw_tau)
-        end, rate = self.share.new_tensor(c.tau_end), self.share.new_tensor(c.rate)
+        end, rate = self.end, self.share.new_tensor(c.rate)
         if c.temperature == "learned_schedule":
             end, rate = softplus(self.raw_end), softplus(self.raw_rate)
-        return end + (c.tau - end) * torch.exp(-rate * self.share)
+        return end + (self.start - end) * torch.exp(-rate * self.share)
 
     def move_on(self, step: int, steps: int) -> None:
         """After the given step of the run."""
@@ -86,6 +90,14 @@ class Temperature(nn.Module):
         names = {"raw_tau": "tau", "raw_end": "tau_end", "raw_rate": "tau_rate"}
         return {names[name]: parameter for name, parameter in self.named_parameters()}
 
+    def stored(self) -> dict[str, tuple[Stored, ...]]:
+        """As `Part.stored`: tau is the temperature in force, whatever makes it."""
+        if self.config.temperature == "learned":
+            return {"tau": (Stored(self.raw_tau, "softplus"),)}
+        if self.config.temperature == "learned_schedule":
+            return {"tau": (Stored(self.start), Stored(self.raw_end, "softplus"))}
+        return {"tau": (Stored(self.start), Stored(self.end))}
+
     def scalars(self) -> dict[str, float]:
         values = {"tau": float(self.tau().detach())}
         if self.config.temperature == "learned_schedule":
@@ -94,6 +106,11 @@ class Temperature(nn.Module):
                 "tau_rate": float(softplus(self.raw_rate.detach())),
             }
         return values
+
+
+def log_spread(variance: Tensor) -> Tensor:
+    """Standard deviation of log variance, what a temperature of 0.5 takes off; [n] -> 0-dim."""
+    return variance.clamp_min(torch.finfo(variance.dtype).tiny).log().std(correction=0)
 
 
 def _inverse_softplus(name: str, value: float) -> Tensor:

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from saelab.errors import SettingError
 from saelab.kernels import Adaptation, Support, gate, kernels_for, moments, trace
-from saelab.parts.base import Activation, Dims, Pass
-from saelab.parts.temperature import Temperature, TemperatureFields
+from saelab.parts.base import Activation, Dims, Pass, Stored
+from saelab.parts.temperature import Temperature, TemperatureFields, log_spread
 
 if TYPE_CHECKING:
     from saelab.sae import SAE
@@ -174,6 +174,15 @@ class TiedThreshold(Activation):
         own = {name: p for name, p in named.items() if p.requires_grad}
         return own | self.temperature.learned()
 
+    def stored(self) -> dict[str, tuple[Stored, ...]]:
+        """Those that are trained or not 0, and on which the thresholds depend."""
+        own = {"theta": Stored(self.log_theta, "log"), "gamma": Stored(self.gamma)}
+        if not self.is_static:
+            own |= {"beta": Stored(self.beta), "rho": Stored(self.rho_0, "logit")}
+            own |= {"T": Stored(self.T)}
+        used = {n: (s,) for n, s in own.items() if s.link != "value" or bool(s.tensor.any())}
+        return used | self.temperature.stored()
+
     # ---- statistics --------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -199,9 +208,12 @@ class TiedThreshold(Activation):
         """sdbar, 0-dim, and sd [d_sae]."""
         variance = self.variance.clamp_min(FLOOR * float(self.variance.mean()))
         logs = variance.log() / 2
+        return logs[self._living()].mean().exp(), logs.exp()
+
+    def _living(self) -> Tensor:
+        """Which latents count as living; all where none does; bool [d_sae]."""
         living = self.rest > LIVING * self.rest.mean()
-        mean = logs[living].mean() if bool(living.any()) else logs.mean()
-        return mean.exp(), logs.exp()
+        return living if bool(living.any()) else torch.ones_like(living)
 
     # ---- thresholds --------------------------------------------------------------------------
 
@@ -334,7 +346,9 @@ class TiedThreshold(Activation):
             "rho": self.rho_0.detach().sigmoid(),
             "T": self.T.detach(),
         }
-        return {name: float(value) for name, value in values.items()} | self.temperature.scalars()
+        found = {name: float(value) for name, value in values.items()}
+        found["spread"] = float(log_spread(self.variance[self._living()]))
+        return found | self.temperature.scalars()
 
     def export(self) -> dict[str, Any]:
         """Raises: SettingError when the thresholds move: no standard SAE computes that."""

@@ -19,8 +19,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saelab.errors import SettingError
-from saelab.parts.base import Dims, LossTerm, PartConfig, Pass, Scaling
-from saelab.parts.temperature import Temperature, TemperatureFields
+from saelab.parts.base import Dims, LossTerm, PartConfig, Pass, Scaling, Stored
+from saelab.parts.temperature import Temperature, TemperatureFields, log_spread
 
 
 class VarianceScalingConfig(TemperatureFields):
@@ -77,6 +77,10 @@ class VarianceScaling(Scaling):
         own = {name: p for name, p in named.items() if p.requires_grad}
         return own | self.temperature.learned()
 
+    def stored(self) -> dict[str, tuple[Stored, ...]]:
+        own = {n: (Stored(p),) for n, p in self.learned().items() if n in ("beta", "theta")}
+        return own | self.temperature.stored()
+
     @property
     def foldable(self) -> bool:  # type: ignore[override]
         return self.config.statistics == "running"
@@ -112,11 +116,14 @@ class VarianceScaling(Scaling):
         return self.gain(self.variance).detach()
 
     def scalars(self) -> dict[str, float]:
-        return {
+        """`spread` is the standard deviation of log v_j; batch statistics keep no v."""
+        values = {
             "beta": float(self.beta.detach().mean()),
             "theta": float(self.theta.detach().mean()),
-            **self.temperature.scalars(),
         }
+        if self.config.statistics == "running":
+            values["spread"] = float(log_spread(self.variance))
+        return values | self.temperature.scalars()
 
 
 def _variance(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@
     density          how often latents fire
     scalars          learned scalars over training
     verdict          paired difference from the baseline
+    ...              what is measured of idea A: figures_a.py
 
 Bands and bars go from the lowest to the highest seed, except in the verdict (95% t interval). The
 titles carry the numbers that matter. What is missing is said in the picture, with its reason.
@@ -15,8 +16,7 @@ titles carry the numbers that matter. What is missing is said in the picture, wi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,7 +35,25 @@ from saelab.report.canvas import (
     shown,
     wrap,
 )
+from saelab.report.figures_a import A_PICTURES
 from saelab.report.load import Curve, Run, load
+from saelab.report.shared import (
+    NAMES,
+    against_l0,
+    at,
+    by_arm,
+    cells_of,
+    counts_of,
+    limit_to_late,
+    lost_cells,
+    mean,
+    means_of,
+    of_seeds,
+    over_training,
+    points_with_range,
+    thin_lines,
+    values_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -47,20 +65,16 @@ BIN = 0.25
 #: The k that is shown entry by entry.
 ENTRY_K = 5
 #: Scalars drawn over training.
-SCALARS = ("beta", "theta", "tau", "alpha", "k")
-#: Share of training from which differences to the baseline set their axis; before, they are large.
-SETTLED = 0.2
+SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k")
 #: Title and axis label of the metrics drawn against L0.
 RECOVERED = "loss_recovered"
 FRONTIER = {
     "fvu": ("Reconstruction (lower is better)", "FVU"),
     RECOVERED: ("Language-model loss (higher is better)", "loss recovered"),
 }
-#: Metrics whose name is not what people say.
-NAMES = {"fvu": "FVU", "l0": "L0", "mse": "MSE"}
 WORDS = ("helps", "hurts", "no evidence", "cannot tell", "refused")
 
-#: What a picture is: the figure, or the reason why there is none.
+#: What a picture is: the figure, or the reason why there is none; '' where nobody would expect one.
 Picture = Callable[[Run], "Figure | str"]
 
 # ---------------------------------------------------------------- the front door
@@ -125,135 +139,15 @@ def draw_run(run: Run, where: Path) -> Iterator[tuple[str, bool]]:
             figure = picture(run)
             if not isinstance(figure, str):
                 save(figure, where / f"{run.name}_{name}")
+        if figure == "":
+            continue
         if isinstance(figure, str):
             yield f"{run.name}: no {name} picture, {figure}", False
         else:
             yield f"{run.name}_{name}.png", True
 
 
-# ---------------------------------------------------------------- words
-
-
-def _at(run: Run) -> str:
-    return "the run's L0" if not run.target_l0 else f"L0 {run.target_l0:g}"
-
-
-def _seeds(counts: Sequence[int]) -> str:
-    low, high = min(counts), max(counts)
-    if high == 1:
-        return "one seed"
-    return f"{high} seeds" if low == high else f"{low} to {high} seeds"
-
-
-def _range(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:
-    """'baseline 0.171, others 0.166 (A) to 0.180 (B)'; '-' without any."""
-    parts = []
-    if run.baseline in means:
-        parts.append(f"{shown(run.baseline)} {means[run.baseline]:{form}}")
-    others = sorted((mean, arm) for arm, mean in means.items() if arm in run.arms[1:])
-    if len(others) > 1:
-        (low, first), (high, last) = others[0], others[-1]
-        parts.append(f"others {low:{form}} ({shown(first)}) to {high:{form}} ({shown(last)})")
-    elif others:
-        parts.append(f"{shown(others[0][1])} {others[0][0]:{form}}")
-    return ", ".join(parts) or "-"
-
-
-def _lost_cells(run: Run, metric: str, slice: str = "") -> list[str]:
-    """One note on the cells at the target L0 that have no value, [] when all have one."""
-    parts = []
-    for arm, rows in run.at_target(metric, slice).items():
-        lost = [row for row in rows if row.value is None]
-        if lost and arm in run.arms:
-            count = f"{len(lost)} of {len(rows)} seeds"
-            parts.append(f"{shown(arm)}, {count} ({lost[0].reason})")
-    return [f"Not in the picture: {'; '.join(parts)}."] if parts else []
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _means(numbers: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {arm: _mean(values) for arm, values in numbers.items()}
-
-
-# ---------------------------------------------------------------- side by side
-
-
-def _by_arm(
-    axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: bool = True
-) -> None:
-    """Mean and range of every arm side by side in their order, and seeds as dots."""
-    style = looks(run)
-    for x, arm in enumerate(run.arms):
-        if values := numbers.get(arm):
-            color = style[arm].color
-            if dots and len(values) > 1:
-                spread = x + 0.24 * np.linspace(-1, 1, len(values))
-                axes.plot(spread, values, ".", markersize=5, color=color, alpha=0.5)
-            axes.vlines(x, min(values), max(values), color=color, linewidth=1.6, zorder=3)
-            axes.plot(x, _mean(values), **style[arm].marks(markersize=8))
-    axes.set_xlim(-0.7, len(run.arms) - 0.3)
-    axes.set_xticks([])
-    axes.margins(y=0.1)
-
-
 # ---------------------------------------------------------------- over training
-
-
-def _unit(run: Run, name: str) -> tuple[float, str]:
-    """Tokens in one unit of the axis, and the unit's name."""
-    longest = max(
-        (
-            curve.tokens[-1]
-            for (n, _), of in run.curves.items()
-            if n == name
-            for curve in of.values()
-        ),
-        default=0,
-    )
-    return (1e6, "million tokens") if longest >= 2e5 else (1e3, "thousand tokens")
-
-
-def _band(curves: Mapping[int, Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, mean, lowest and highest over the seeds that got that far."""
-    tokens = np.unique(np.concatenate([curve.tokens for curve in curves.values()]))
-    rows = np.array(
-        [
-            np.interp(tokens, curve.tokens, curve.values, left=np.nan, right=np.nan)
-            for curve in curves.values()
-        ]
-    )
-    return tokens, np.nanmean(rows, 0), np.nanmin(rows, 0), np.nanmax(rows, 0)
-
-
-def _plot_band(
-    axes: Axes, look: Look, curves: Mapping[int, Curve], unit: float, turn: float
-) -> float:
-    """Mean line and band of one arm; `turn` in [0, 1) shifts its markers. Returns the last mean."""
-    tokens, mean, low, high = _band(curves)
-    every = max(1, len(tokens) // 6)
-    axes.plot(tokens / unit, mean, markevery=(int(turn * every), every), **look.line())
-    axes.fill_between(
-        tokens / unit, low, high, color=look.color, alpha=0.14, linewidth=0, zorder=1.5
-    )
-    return float(mean[-1])
-
-
-def _over_training(
-    axes: Axes, run: Run, name: str, curves: Mapping[str, Mapping[int, Curve]] | None = None
-) -> dict[str, float]:
-    """Draws one scalar of all arms, or the given curves. Returns the last mean of each arm."""
-    unit, unit_name = _unit(run, name)
-    if curves is None:
-        curves = {arm: run.curves[name, arm] for arm in run.arms if (name, arm) in run.curves}
-    style, last = looks(run), {}
-    for i, (arm, of_arm) in enumerate(curves.items()):
-        last[arm] = _plot_band(axes, style[arm], of_arm, unit, (i + 0.5) / len(curves))
-    axes.set_xlabel(f"training ({unit_name})")
-    axes.margins(x=0.02)
-    return last
 
 
 def _against_baseline(run: Run, name: str) -> dict[str, dict[int, Curve]]:
@@ -271,25 +165,21 @@ def _against_baseline(run: Run, name: str) -> dict[str, dict[int, Curve]]:
     return found
 
 
-def _counts(run: Run, name: str) -> list[int]:
-    return [len(cells) for (n, _), cells in run.curves.items() if n == name]
-
-
 def loss(run: Run) -> Figure | str:
     """Reconstruction loss (FVU in normalised space) and L0 over training."""
     name = "loss.reconstruction"
-    if not (counts := _counts(run, name)):
+    if not (counts := counts_of(run, name)):
         return "curves.parquet has no loss.reconstruction at the target L0"
     relative = _against_baseline(run, name)
     mosaic = [["loss", "l0"], ["relative", "relative"]] if relative else [["loss", "l0"]]
     page = Page(mosaic, 5.6 if relative else 3.4, height_ratios=(1.25, 1) if relative else (1,))
-    last = _over_training(page.panels["loss"], run, name)
+    last = over_training(page.panels["loss"], run, name)
     log_axis(page.panels["loss"], "y")
     page.panels["loss"].set(title="Reconstruction loss", ylabel="FVU of the batch (share)")
     _l0_over_training(page.panels["l0"], run)
     if relative:
-        _over_training(page.panels["relative"], run, name, relative)
-        _limit_to_late(page.panels["relative"], relative)
+        over_training(page.panels["relative"], run, name, relative)
+        limit_to_late(page.panels["relative"], relative)
         page.panels["relative"].axhline(0, color="black", linewidth=2.4, zorder=1)
         page.panels["relative"].set(
             title="Reconstruction loss against the baseline of the same seed; 0 is equal",
@@ -298,8 +188,9 @@ def loss(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – reconstruction loss and sparsity over training",
         [
-            f"Line: mean over {_seeds(counts)}; band: lowest to highest seed; cells of {_at(run)}.",
-            f"FVU of the last batch: {_range(run, last)}.",
+            f"Line: mean over {of_seeds(counts)}; band: lowest to highest seed;"
+            f" cells of {at(run)}.",
+            f"FVU of the last batch: {values_of(run, last)}.",
         ],
         [handle(arm, looks(run)[arm]) for arm in last],
     )
@@ -307,10 +198,10 @@ def loss(run: Run) -> Figure | str:
 
 def _l0_over_training(axes: Axes, run: Run) -> None:
     axes.set_title("Sparsity")
-    if not _counts(run, "l0"):
+    if not counts_of(run, "l0"):
         explain(axes, "curves.parquet has no l0")
         return
-    _over_training(axes, run, "l0")
+    over_training(axes, run, "l0")
     log_axis(axes, "y")
     axes.set_ylabel("L0 (latents per token)")
     if run.target_l0:
@@ -320,19 +211,6 @@ def _l0_over_training(axes: Axes, run: Run) -> None:
             f"target {run.target_l0:g}", (0.98, run.target_l0), (0, -6), va="top", ha="right",
             xycoords=("axes fraction", "data"), textcoords="offset points", color="#555555",
         )  # fmt: skip
-
-
-def _limit_to_late(axes: Axes, curves: Mapping[str, Mapping[int, Curve]]) -> None:
-    """Limits the y axis to what happens once training has settled."""
-    late = [
-        curve.values[curve.tokens >= SETTLED * curve.tokens[-1]]
-        for of_arm in curves.values()
-        for curve in of_arm.values()
-    ]
-    values = np.concatenate([*late, [0.0]])
-    low, high = values.min(), values.max()
-    pad = 0.06 * max(high - low, 0.1)
-    axes.set_ylim(low - pad, high + pad)
 
 
 def scalars(run: Run) -> Figure | str:
@@ -359,17 +237,17 @@ def scalars(run: Run) -> Figure | str:
     arms: dict[str, None] = {}
     ends = []
     for name, axes in page.panels.items():
-        last = _over_training(axes, run, name)
-        _thin_lines(axes, run, name)
+        last = over_training(axes, run, name)
+        thin_lines(axes, run, name)
         axes.set_title(name)
         axes.set_ylabel("k (latents)" if name == "k" else f"{name} (no unit)")
         arms |= dict.fromkeys(last)
-        ends.append(f"{name} {_range(run, last, '.3g').removeprefix('others ')}")
-    counts = [count for name in moving for count in _counts(run, name)]
+        ends.append(f"{name} {values_of(run, last, '.3g').removeprefix('others ')}")
+    counts = [count for name in moving for count in counts_of(run, name)]
     return page.finish(
         f"{run.title} – learned scalars over training",
         [
-            f"Line: mean over {_seeds(counts)} at {_at(run)}; thin: seeds; band: their range.",
+            f"Line: mean over {of_seeds(counts)} at {at(run)}; thin: seeds; band: their range.",
             f"At the end: {'; '.join(ends)}.",
         ],
         [handle(arm, looks(run)[arm]) for arm in run.arms if arm in arms],
@@ -377,25 +255,14 @@ def scalars(run: Run) -> Figure | str:
     )
 
 
-def _thin_lines(axes: Axes, run: Run, name: str) -> None:
-    """A line per seed, since seeds may settle at different signs and none at the mean."""
-    style, (unit, _) = looks(run), _unit(run, name)
-    for arm in run.arms:
-        for curve in run.curves.get((name, arm), {}).values():
-            axes.plot(
-                curve.tokens / unit, curve.values, color=style[arm].color, linewidth=0.7, alpha=0.6,
-                zorder=2,
-            )  # fmt: skip
-
-
 # ---------------------------------------------------------------- frontier
 
 
 def frontier(run: Run) -> Figure | str:
     """FVU and loss recovered against L0, a point per cell."""
-    if not _cells(run, "fvu"):
+    if not cells_of(run, "fvu"):
         return f"no cell has an FVU and an L0: {run.reason('fvu')}"
-    both = bool(_cells(run, RECOVERED))
+    both = bool(cells_of(run, RECOVERED))
     page = Page(
         [["fvu", RECOVERED], ["fvu at target", f"{RECOVERED} at target" if both else RECOVERED]],
         5.9,
@@ -405,78 +272,27 @@ def frontier(run: Run) -> Figure | str:
     notes = []
     for metric in ("fvu", *[RECOVERED] * both):
         axes = page.panels[metric]
-        _against_l0(axes, run, metric)
+        against_l0(axes, run, metric)
         title, name = FRONTIER[metric]
         axes.set(title=title, ylabel=f"{name} (share)")
         below = page.panels[f"{metric} at target"]
-        _by_arm(below, run, run.numbers(metric))
+        by_arm(below, run, run.numbers(metric))
         below.locator_params(axis="y", nbins=4)
-        below.set(title=f"At {_at(run)}, by arm", ylabel=f"{name} (share)")
-        notes += [note for note in _lost_cells(run, metric) if note not in notes]
+        below.set(title=f"At {at(run)}, by arm", ylabel=f"{name} (share)")
+        notes += [note for note in lost_cells(run, metric) if note not in notes]
     if not both:
         page.panels[RECOVERED].set_title("Language-model loss")
         explain(page.panels[RECOVERED], f"No loss recovered: {run.reason(RECOVERED)}", 1.8)
-    arms = {cell.arm for cell in _cells(run, "fvu")}
+    arms = {cell.arm for cell in cells_of(run, "fvu")}
     return page.finish(
         f"{run.title} – reconstruction against sparsity",
         [
             "Small dots: one cell (arm and seed). Large: mean over seeds; bars: lowest to highest.",
-            f"FVU at {_at(run)}: {_range(run, _means(run.numbers('fvu')))}.",
+            f"FVU at {at(run)}: {values_of(run, means_of(run.numbers('fvu')))}.",
         ],
         [handle(arm, looks(run)[arm]) for arm in run.arms if arm in arms],
         notes,
     )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One trained cell with its measured L0 (latents per token) and metric."""
-
-    arm: str
-    level: float
-    l0: float
-    value: float
-
-
-def _cells(run: Run, metric: str) -> list[Cell]:
-    l0 = {(v.arm, v.seed, v.level): v.value for v in run.values.get(("l0", ""), ())}
-    cells = []
-    for v in run.values.get((metric, ""), ()):
-        x = l0.get((v.arm, v.seed, v.level), v.level)
-        if v.value is not None and x is not None and x > 0 and v.arm in run.arms:
-            cells.append(Cell(v.arm, v.level, x, v.value))
-    return cells
-
-
-def _against_l0(axes: Axes, run: Run, metric: str) -> None:
-    """A dot per cell, a line through the means of the levels, a marker at the target L0."""
-    cells, style = _cells(run, metric), looks(run)
-    for arm in run.arms:
-        own = [cell for cell in cells if cell.arm == arm]
-        look = style[arm]
-        axes.plot(
-            [cell.l0 for cell in own], [cell.value for cell in own], linestyle="", marker=".",
-            markersize=5, color=look.color, alpha=0.5, zorder=2,
-        )  # fmt: skip
-        levels = sorted({cell.level for cell in own})
-        means = [_centre([cell for cell in own if cell.level == level]) for level in levels]
-        axes.plot(*_columns(means), **look.line(marker=""))
-        target = [mean for mean, level in zip(means, levels, strict=True) if run.is_target(level)]
-        axes.plot(*_columns(target), **look.marks(markersize=8))
-    axes.set_xlabel("L0 (latents per token)")
-    axes.margins(x=0.08, y=0.08)
-    log_axis(axes, "x", sorted({cell.level for cell in cells if cell.level > 0}))
-    values = [cell.value for cell in cells]
-    if min(values) > 0 and max(values) > 4 * min(values):
-        log_axis(axes, "y")
-
-
-def _centre(cells: Sequence[Cell]) -> tuple[float, float]:
-    return _mean([cell.l0 for cell in cells]), _mean([cell.value for cell in cells])
-
-
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
 
 
 # ---------------------------------------------------------------- probing
@@ -518,7 +334,7 @@ def probing(run: Run) -> Figure | str:
     axes = page.panels["by k"]
     for i, (subject, points) in enumerate(by_subject.items()):
         dodge = 0.6 * ((i + 0.5) / len(by_subject) - 0.5)
-        _points_with_range(axes, looks(run)[subject], points, dodge)
+        points_with_range(axes, looks(run)[subject], points, dodge)
     axes.set_xticks(range(len(ks)), [f"{k}" if k else "all" for k in ks])
     axes.set_xlim(-0.5, len(ks) - 0.5)
     axes.grid(axis="x", visible=False)
@@ -533,30 +349,19 @@ def probing(run: Run) -> Figure | str:
             textcoords="offset points", color="#555555",
         )  # fmt: skip
     k = ENTRY_K if ENTRY_K in ks else ks[0]
-    means = _means({s: found for s in by_subject if (found := _accuracies(run, s, k))})
+    means = means_of({s: found for s in by_subject if (found := _accuracies(run, s, k))})
     controls = [f"{shown(c)} {means[c]:.3f}" for c in run.controls if c in means]
     counts = [len(values) for s in run.arms for values in by_subject.get(s, {}).values()]
     at_k = f"At k = {k}: " if k else "All latents: "
     return page.finish(
         f"{run.title} – sparse probing accuracy by number of latents",
         [
-            f"Mean over {_seeds(counts)} at {_at(run)}; bars: lowest to highest seed.",
-            f"{at_k}{', '.join([_range(run, means), *controls])}.",
+            f"Mean over {of_seeds(counts)} at {at(run)}; bars: lowest to highest seed.",
+            f"{at_k}{', '.join([values_of(run, means), *controls])}.",
         ],
         [handle(subject, looks(run)[subject]) for subject in by_subject],
-        _lost_cells(run, f"sae_top_{k}_test_accuracy" if k else "sae_test_accuracy"),
+        lost_cells(run, f"sae_top_{k}_test_accuracy" if k else "sae_test_accuracy"),
     )
-
-
-def _points_with_range(
-    axes: Axes, look: Look, points: Mapping[int, Sequence[float]], dodge: float
-) -> None:
-    x = [i + dodge for i in points]
-    means = [_mean(values) for values in points.values()]
-    low = [min(values) for values in points.values()]
-    high = [max(values) for values in points.values()]
-    axes.plot(x, means, **look.line())
-    axes.vlines(x, low, high, color=look.color, linewidth=1.4, zorder=look.zorder)
 
 
 def probing_entries(run: Run) -> Figure | str:
@@ -571,11 +376,11 @@ def probing_entries(run: Run) -> Figure | str:
     style, metric = looks(run), f"sae_top_{ENTRY_K}_test_accuracy"
     lines: dict[str, Look] = {}
     for entry, axes in page.panels.items():
-        _by_arm(axes, run, run.numbers(metric, f"entry={entry}"), dots=False)
+        by_arm(axes, run, run.numbers(metric, f"entry={entry}"), dots=False)
         for control in run.controls:
             if values := _accuracies(run, control, ENTRY_K, f"entry={entry}"):
                 look = lines.setdefault(control, style[control])
-                axes.axhline(_mean(values), color=look.color, linestyle=look.dashes, linewidth=2)
+                axes.axhline(mean(values), color=look.color, linestyle=look.dashes, linewidth=2)
         axes.set_title("\n".join(wrap(entry.replace("_", " "), 1.35)))
         axes.locator_params(axis="y", nbins=4)
     for row in mosaic:
@@ -585,14 +390,14 @@ def probing_entries(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – sparse probing accuracy by entry, k\u00a0=\u00a0{ENTRY_K}",
         [
-            f"Mean over {_seeds(counts)} at {_at(run)}; bars: lowest to highest seed."
+            f"Mean over {of_seeds(counts)} at {at(run)}; bars: lowest to highest seed."
             " Each panel has its own axis."
         ],
         [
             *[handle(arm, style[arm], line=False) for arm in run.arms],
             *[_line_only(control, look) for control, look in lines.items()],
         ],
-        _lost_cells(run, metric),
+        lost_cells(run, metric),
     )
 
 
@@ -624,7 +429,7 @@ def density(run: Run) -> Figure | str:
     left, right = page.panels.values()
     style = looks(run)
     percent = {arm: [100 * share for share in never[arm]] for arm in bins if arm in never}
-    _by_arm(left, run, percent)
+    by_arm(left, run, percent)
     edges = [edge for of_arm in bins.values() for edge in of_arm]
     grid = np.arange(min(edges), max(edges) + BIN / 2, BIN)
     for i, arm in enumerate(bins):
@@ -649,11 +454,11 @@ def density(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – how often latents fire",
         [
-            f"Mean over {_seeds(counts)} at {_at(run)}; dots: seeds; bars: lowest to highest.",
-            f"Never fired, in % of latents: {_range(run, _means(percent), '.1f')}.",
+            f"Mean over {of_seeds(counts)} at {at(run)}; dots: seeds; bars: lowest to highest.",
+            f"Never fired, in % of latents: {values_of(run, means_of(percent), '.1f')}.",
         ],
         [handle(arm, style[arm]) for arm in bins],
-        _lost_cells(run, "density_histogram", "log10_density=never"),
+        lost_cells(run, "density_histogram", "log10_density=never"),
     )
 
 
@@ -723,7 +528,7 @@ def verdict(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – {name} against the baseline: {', '.join(counts)}",
         [
-            f"Mean difference paired by seed at {_at(run)}, with its 95% t interval, which covers"
+            f"Mean difference paired by seed at {at(run)}, with its 95% t interval, which covers"
             " SAE initialisation and data order, not other models or texts. The words rest on p"
             " adjusted for the number of arms (Holm)."
         ],
@@ -757,4 +562,5 @@ PICTURES: dict[str, Picture] = {
     "density": density,
     "scalars": scalars,
     "verdict": verdict,
+    **A_PICTURES,
 }

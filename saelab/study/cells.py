@@ -44,6 +44,7 @@ from saelab.parts.base import Dims
 from saelab.parts.similarity import LEARNED, Similarity
 from saelab.rundir import package_digest
 from saelab.sae import SAE, SAEConfig
+from saelab.study.convergence import convergence
 from saelab.study.gate import REACH
 from saelab.study.plan import CellSpec
 from saelab.study.prepare import open_source
@@ -51,6 +52,8 @@ from saelab.training.loop import Cell, Log, train
 from saelab.training.module_cell import ModuleCell
 from saelab.training.optim import TrainConfig
 
+#: What is measured of a cell at the plan's L0.
+AT_TARGET = ("core", "probing", "sensitivity", "consistency")
 #: Points kept of each curve.
 CURVE_POINTS = 200
 #: Share of the run before which the loss moves by design (warm-up) and no spike is counted.
@@ -249,7 +252,9 @@ class Worker:
         seconds = (time.monotonic() - start) / len(cells)
         for cell, plain in zip(cells, job.cells, strict=True):
             failure = failures.get(cell.name)
-            rows = [] if failure else self.evaluate(cell.sae, plain["probe"])
+            rows = (
+                [] if failure else self.evaluate(cell.sae, plain["probe"]) + convergence(cell.log)
+            )
             facts = self._facts(cell, plain, rows)
             if failure:
                 facts["nonfinite_step"] = failure.step
@@ -262,8 +267,8 @@ class Worker:
 
     @torch.no_grad()
     def evaluate(self, subject: Subject, probe: bool) -> list[Row]:
-        """Core metrics, and probing where the cell is at the plan's L0."""
-        return evaluate(subject, self.evaluation, ("core", "probing") if probe else ("core",))
+        """Core metrics, and all others where the cell is at the plan's L0."""
+        return evaluate(subject, self.evaluation, AT_TARGET if probe else ("core",))
 
     def _build(self, job: Job, plain: dict[str, Any]) -> Cell:
         config = TrainConfig.parse(plain["train"])

@@ -3,7 +3,9 @@
     {arm: {"means": {...}, "stderrs": {...}, "final_info_dict": {metric: [per seed]}}}
 
 at the matched L0. An invalid seed is null everywhere; the standard error is sd (ddof 1) / sqrt(n),
-null for one seed. `means` holds at most 40 entries; everything else is in metrics.parquet.
+null for one seed. `means` holds at most 40 entries: verdict, gate and settings, and of the metrics
+those that come first in `METRICS`, the same ones for every arm of a run. The other two groups hold
+all of them; everything else is in metrics.parquet.
 """
 
 from __future__ import annotations
@@ -19,14 +21,25 @@ from saelab.study.verdict import Comparison, Difference, compare_secondary, judg
 
 #: Most entries of `means`: an autonomous driver's model sees nothing else.
 MOST_MEANS = 40
-#: Metrics that are averaged over seeds, in the order in which they are shown.
+#: Metrics that every launch measures.
 CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")
-PROBING = (
-    *(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50)),
-    "sae_test_accuracy",
-)
 #: Logged values whose last entry is reported.
-SCALARS = ("beta", "theta", "tau", "alpha", "k", "threshold", "sparsity")
+SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k", "threshold", "sparsity")
+#: Metrics in the order in which `means` takes them while there is room.
+METRICS = (
+    *("fvu", "l0", "loss_recovered", "dead_share"),
+    *("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy"),
+    *SCALARS,
+    "final_loss",
+    *("position.fvu_early", "position.fvu_late", "convergence.steps"),
+    *("convergence.beta", "sensitivity.beta", "convergence.theta", "sensitivity.theta"),
+    *("convergence.tau", "sensitivity.tau", "consistency.temperature", "consistency.r2"),
+    *("convergence.rho", "sensitivity.rho"),
+    *("explained_variance", "cosine"),
+    *(f"sae_top_{k}_test_accuracy" for k in (20, 2, 10, 50)),
+    *("position.l0_early", "position.l0_late"),
+    *("position.dead_share_early", "position.dead_share_late"),
+)
 #: Secondary metrics whose paired difference is shown, without a word.
 SECONDARY = ("loss_recovered", "sae_top_5_test_accuracy")
 
@@ -130,30 +143,32 @@ def final_info(
             f"diff.{difference.metric}.low": difference.low,
             f"diff.{difference.metric}.high": difference.high,
         }
-    return {name: _group(arm, verdicts[name], provenance) for name, arm in arms.items()}
+    others = {name: _others(arm, verdicts[name], provenance) for name, arm in arms.items()}
+    measured = {m for arm in arms.values() for values in arm.values.values() for m in values}
+    metrics = [metric for metric in METRICS if metric in measured]
+    room = MOST_MEANS - max(map(len, others.values()))
+    return {name: _group(arm, metrics, metrics[:room], others[name]) for name, arm in arms.items()}
+
+
+def _others(
+    arm: ArmResult, verdict: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `means` holds besides metrics."""
+    fixed = sorted({name for result in arm.gates.values() for name in result.fixed_scalars})
+    named = {"fixed": ", ".join(fixed)} if fixed else {}
+    return {**verdict, "gate": arm.gate_summary, **named, **_settings(arm, provenance)}
 
 
 def _group(
-    arm: ArmResult, verdict: Mapping[str, Any], provenance: Mapping[str, Any]
+    arm: ArmResult, metrics: Sequence[str], shown: Sequence[str], others: Mapping[str, Any]
 ) -> dict[str, Any]:
-    present = {metric for values in arm.values.values() for metric in values}
-    shown = [m for m in (*CORE, *PROBING, *SCALARS, "final_loss") if m in present]
-    means: dict[str, Any] = {}
-    stderrs: dict[str, Any] = {}
-    per_seed: dict[str, list[float | None]] = {}
-    for metric in shown:
-        values = list(arm.metric(metric).values())
-        means[metric], stderrs[metric] = stats.mean_stderr(values)
-        per_seed[metric] = values
-    fixed = sorted({name for result in arm.gates.values() for name in result.fixed_scalars})
-    means |= verdict
-    means["gate"] = arm.gate_summary
-    if fixed:
-        means["fixed"] = ", ".join(fixed)
-    means |= _settings(arm, provenance)
+    """One arm's entry; `shown` are the metrics that `means` has room for."""
+    own = {metric for values in arm.values.values() for metric in values}
+    per_seed = {m: list(arm.metric(m).values()) for m in metrics if m in own}
+    found = {metric: stats.mean_stderr(values) for metric, values in per_seed.items()}
     return {
-        "means": dict(list(means.items())[:MOST_MEANS]),
-        "stderrs": stderrs,
+        "means": {m: found[m][0] for m in shown if m in found} | dict(others),
+        "stderrs": {metric: stderr for metric, (_, stderr) in found.items()},
         "final_info_dict": per_seed,
     }
 

@@ -95,7 +95,7 @@ def test_plot_py_draws_every_picture_of_the_labelled_runs(tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.glob("*.png")} == expected
     assert {path.stem for path in tmp_path.glob("*.svg")} == {Path(name).stem for name in expected}
     assert done.stderr.splitlines() == [
-        "run_10: no scalars picture, none of beta, theta, tau, alpha, k moves in any arm"
+        "run_10: no scalars picture, none of beta, theta, tau, rho, alpha, k moves in any arm"
     ]
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
     for path in tmp_path.glob("*.png"):

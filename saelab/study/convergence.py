@@ -1,0 +1,78 @@
+"""When a cell's loss and its scalars settle, from the log of every step.
+
+    convergence.<scalar>   share of the run after which it stays within 5% of its final value
+    drift.<scalar>         its change over the last tenth of the run, in its own unit
+    moved.<scalar>         its change from the first step to the last
+    convergence.steps      share of the run after which the smoothed loss stays within 2% of its
+                           final value
+
+A scalar whose final value is near 0 settles late by that definition: its drift says more then. The
+loss is the reconstruction loss; at each step it is the mean over the 2% of the run that end there,
+and its final value the mean over the last 5%. It must stay near, because it may pass that value on
+the way: a code that starts dense reconstructs well before it is made sparse.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from saelab.evals.base import Row, missing, number
+from saelab.training.loop import Log
+
+DEFINITION = "convergence/1"
+#: How near is settled: share of a scalar's final value, and of the loss's.
+NEAR, NEAR_LOSS = 0.05, 0.02
+#: Shares of the run that the loss is smoothed over, and that its final value is the mean of.
+SMOOTH, FINAL = 0.02, 0.05
+#: Logged scalars that may be learned; every cell has a row for the first three.
+SCALARS = ("beta", "theta", "tau", "rho", "gamma", "T", "tau_end", "tau_rate", "alpha", "k")
+NAMED = SCALARS[:3]
+#: Fewest steps whose loss can be smoothed.
+FEWEST = 50
+
+
+def convergence(log: Log) -> list[Row]:
+    """The rows of one finished cell."""
+    rows = [_steps(log)]
+    for name in SCALARS:
+        column = log.columns.get(name, np.zeros(0))[: log.length].astype(np.float64)
+        if len(column) and np.isfinite(column).all() and np.ptp(column) > 0:
+            rows += [
+                number(f"convergence.{name}", settled(column, column[-1]), DEFINITION),
+                number(f"drift.{name}", column[-1] - column[_tenth_before(column)], DEFINITION),
+                number(f"moved.{name}", column[-1] - column[0], DEFINITION),
+            ]
+        elif len(column) or name in NAMED:
+            reason = f"{name} does not change" if len(column) else f"the cell has no {name}"
+            rows.append(missing(f"convergence.{name}", DEFINITION, reason))
+    return rows
+
+
+def settled(values: np.ndarray, final: float, near: float = NEAR) -> float:
+    """Share of the run after which values [n] stay within `near` of `final`; 0 for always."""
+    away = np.flatnonzero(np.abs(values - final) > near * abs(final))
+    return float(away[-1] + 1) / len(values) if len(away) else 0.0
+
+
+def steps_to_final(loss: np.ndarray) -> float:
+    """Share of the run after which the smoothed loss [n] stays near its final value."""
+    width = max(1, round(SMOOTH * len(loss)))
+    sums = np.concatenate([[0.0], loss.cumsum()])
+    ends = np.arange(1, len(loss) + 1)
+    starts = np.maximum(ends - width, 0)
+    smooth = (sums[ends] - sums[starts]) / (ends - starts)
+    final = float(loss[-max(1, round(FINAL * len(loss))) :].mean())
+    return settled(smooth, final, NEAR_LOSS)
+
+
+def _tenth_before(column: np.ndarray) -> int:
+    return max(0, len(column) - 1 - len(column) // 10)
+
+
+def _steps(log: Log) -> Row:
+    name = "loss.reconstruction" if "loss.reconstruction" in log.columns else "loss"
+    if name not in log.columns or log.length < FEWEST:
+        reason = f"a loss of {log.length} steps is too short to be smoothed (least: {FEWEST})"
+        return missing("convergence.steps", DEFINITION, reason)
+    loss = log.columns[name][: log.length].astype(np.float64)
+    return number("convergence.steps", steps_to_final(loss), DEFINITION)

@@ -98,8 +98,8 @@ RUNS = {
         Arm("JumpReLU", JUMPRELU, "a threshold per latent"),
         Arm("A2 beta 0", a2("theta"), "one theta for all thresholds"),
         Arm("A2", a2(*TIME), "thresholds follow the context", primary=True),
-        Arm("A2 permuted", a2(*TIME, trace="permuted"), "another context's trace: is it time?"),
-        Arm("A2 mean", a2("theta", "gamma", trace="mean"), "static twin: is it density?"),
+        Arm("A2 permuted", a2(*TIME, trace="permuted"), "another context's trace", primary=True),
+        Arm("A2 mean", a2("theta", "gamma", trace="mean"), "the static twin", primary=True),
     ], {"layout": "contexts"}),
     "run_5": Run("Idea A: taken apart, and where its gauge is fixed", [
         BASE,

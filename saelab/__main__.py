@@ -89,6 +89,25 @@ def train(
         )
 
 
+@app.command()
+def difference(
+    folder: Annotated[Path, typer.Argument(help="A complete run, 'run_4'.")],
+    arm: Annotated[str, typer.Argument(help="The arm in question.")],
+    other: Annotated[str, typer.Argument(help="What it is compared with.")],
+    metric: Annotated[str, typer.Option(help="As in final_info.json.")] = "fvu",
+) -> None:
+    """Print the paired difference of two arms of a run, over the seeds that both have."""
+    with _told():
+        from saelab.study.difference import difference as of_arms
+
+        found = of_arms(folder, arm, other, metric)
+        if found.low is None or found.high is None or found.mean_diff is None:
+            print(f"{arm} - {other}, {metric}: {found.reason}")
+            return
+        span = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.n} pairs"
+        print(f"{arm} - {other}, {metric}: {found.mean_diff:+.4f}  ({span})")
+
+
 @app.command("eval")
 def evaluate(
     path: Annotated[Path, typer.Argument(help="Folder of a trained SAE (sae.json).")],

@@ -244,7 +244,7 @@ class TiedThreshold(Activation):
             rho=self.decay(),
         )
 
-    def _thresholds(self, support: TracedSupport | None, a: Tensor, slope: Tensor) -> _Thresholds:
+    def _thresholds(self, support: Support | None, a: Tensor, slope: Tensor) -> _Thresholds:
         """At the pairs of a support [nnz], or densely [N, d_sae] where there is none."""
 
         def at(x: Tensor) -> Tensor:

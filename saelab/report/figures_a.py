@@ -364,6 +364,7 @@ def regulariser(run: Run) -> Figure | str:
             axes.plot(x, y, **looks(run)[arm].marks(markersize=9))
             axes.annotate(f"{strengths[arm][name]:g}", (x, y), (7, 5), textcoords="offset points")
         axes.margins(x=0.25, y=0.25)
+        axes.set_ylim(bottom=0)
         axes.set(title=name, xlabel="distance moved (mean)", ylabel="sd over seeds at the end")
     arms = [arm for arm in run.arms if any(arm in points for points in panels.values())]
     counts = [len(cells) for (n, arm), cells in run.curves.items() if n == "beta" and arm in arms]

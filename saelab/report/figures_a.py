@@ -127,7 +127,7 @@ def thresholds(run: Run) -> Figure | str:
         for which in ("x", "y"):
             log_axis(axes, which)
         r2 = mean(run.numbers("consistency.r2")[arm])
-        title = f"{shown(arm)}: temperature {mean(fits[arm]):.2f}, R² {r2:.2f}"
+        title = f"{shown(arm)}: temperature {mean(fits[arm]):.2f}, R²\u00a0{r2:.2f}"
         axes.set_title("\n".join(wrap(title, 7.2 / columns - 0.7)))
         axes.set_xlabel("variance of the feature")
     for row in mosaic:

@@ -146,7 +146,7 @@ def test_elasticities_stand_at_their_changes(run: Run) -> None:
 
 def test_thresholds_come_with_their_fit(run: Run) -> None:
     figure = picture(run, "thresholds")
-    axes = panel(figure, "JumpReLU: temperature 0.40, R² 0.70")
+    axes = panel(figure, "JumpReLU: temperature 0.40, R²\u00a00.70")
     (dots,) = (line for line in axes.lines if line.get_marker() == ".")
     assert len(dots.get_xdata()) == 40
     fits = [line for line in axes.lines if line.get_color() == "black"]

@@ -1,7 +1,9 @@
 """Draws every picture of the study: `python plot.py`, no argument.
 
 From all run_* folders here that hold a final_info.json and are named in `labels`, pictures go to
-<run>_<picture>.png and .svg: loss, frontier, probing, probing_entries, density, scalars, verdict.
+<run>_<picture>.png and .svg: loss, frontier, probing, probing_entries, density, scalars, verdict,
+and where a run has the data spread, thresholds, positions, sensitivity, regulariser, speed and
+temperature.
 """
 
 from saelab.report.figures import draw

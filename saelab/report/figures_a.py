@@ -54,8 +54,8 @@ def _legend(run: Run, arms: Sequence[str]) -> list[Any]:
     return [handle(arm, looks(run)[arm]) for arm in run.arms if arm in arms]
 
 
-def _seed_counts(run: Run, numbers: Mapping[str, Sequence[float]]) -> list[int]:
-    return [len(values) for arm, values in numbers.items() if arm in run.arms] or [1]
+def _seeds(run: Run, numbers: Mapping[str, Sequence[float]]) -> str:
+    return of_seeds([len(values) for arm, values in numbers.items() if arm in run.arms] or [1])
 
 
 def _values(run: Run, means: Mapping[str, float], form: str) -> str:
@@ -89,7 +89,7 @@ def spread(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – spread of feature variance before and after scaling",
         [
-            f"Mean over {of_seeds(_seed_counts(run, ends['after']))} at {at(run)}; {RANGE}. Features are"
+            f"Mean over {_seeds(run, ends['after'])} at {at(run)}; {RANGE}. Features are"
             " the input's dimensions, or the latents' pre-activations where thresholds are tied. 0"
             " is equal variances.",
             f"After scaling: {_values(run, means_of(ends['after']), '.2f')}.",
@@ -127,7 +127,7 @@ def thresholds(run: Run) -> Figure | str:
         for which in ("x", "y"):
             log_axis(axes, which)
         r2 = mean(run.numbers("consistency.r2")[arm])
-        title = f"{shown(arm)}: temperature {mean(fits[arm]):.2f}, R² {r2:.2f}"
+        title = f"{shown(arm)}: temperature {mean(fits[arm]):.2f}, R²\u00a0{r2:.2f}"
         axes.set_title("\n".join(wrap(title, 7.2 / columns - 0.7)))
         axes.set_xlabel("variance of the feature")
     for row in mosaic:
@@ -136,7 +136,7 @@ def thresholds(run: Run) -> Figure | str:
         f"{run.title} – per-feature thresholds against variance",
         [
             f"Dots: features of one seed, evenly by rank of variance; lines: fits of"
-            f" {of_seeds(_seed_counts(run, {arm: fits[arm] for arm in arms}))} at {at(run)}, log"
+            f" {_seeds(run, {arm: fits[arm] for arm in arms})} at {at(run)}, log"
             " threshold on log variance. The slope is the temperature that one global pair would"
             " need (minus the slope for gains of the input); R² is what it would explain.",
         ],
@@ -211,9 +211,7 @@ def positions(run: Run) -> Figure | str:
     said = f"FVU at positions 64-127: {values_of(run, means_of(late))}." if late else ""
     return page.finish(
         f"{run.title} – by token position",
-        [
-            f"Mean over {of_seeds(_seed_counts(run, run.numbers('fvu')))} at {at(run)}; {RANGE}. {said}"
-        ],
+        [f"Mean over {_seeds(run, run.numbers('fvu'))} at {at(run)}; {RANGE}. {said}"],
         _legend(run, list(numbers["fvu"])),
         notes,
     )
@@ -305,11 +303,11 @@ def sensitivity(run: Run) -> Figure | str:
         page.panels[f"{scalars[0]} {metric}"].set_ylabel(METRICS[metric])
     largest = {s: means_of(run.numbers(f"sensitivity.{s}")) for s in scalars}
     said = [f"{s} {_extremes(values)}" for s, values in largest.items() if values]
-    counts = _seed_counts(run, run.numbers(f"sensitivity.{scalars[0]}"))
+    seeds = _seeds(run, run.numbers(f"sensitivity.{scalars[0]}"))
     return page.finish(
         f"{run.title} – elasticities to the scalars, without training again",
         [
-            f"Change of the metric in % for 1% more of the scalar. Mean over {of_seeds(counts)} at"
+            f"Change of the metric in % for 1% more of the scalar. Mean over {seeds} at"
             f" {at(run)}; {RANGE}. Each panel has its own axis.",
             f"Largest for FVU, by arm: {'; '.join(said)}.",
         ],
@@ -366,6 +364,7 @@ def regulariser(run: Run) -> Figure | str:
             axes.plot(x, y, **looks(run)[arm].marks(markersize=9))
             axes.annotate(f"{strengths[arm][name]:g}", (x, y), (7, 5), textcoords="offset points")
         axes.margins(x=0.25, y=0.25)
+        axes.set_ylim(bottom=0)
         axes.set(title=name, xlabel="distance moved (mean)", ylabel="sd over seeds at the end")
     arms = [arm for arm in run.arms if any(arm in points for points in panels.values())]
     counts = [len(cells) for (n, arm), cells in run.curves.items() if n == "beta" and arm in arms]
@@ -489,7 +488,7 @@ def temperature(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – reconstruction by temperature",
         [
-            f"Small dots: cells; large: mean over {of_seeds(_seed_counts(run, numbers))}; {RANGE}. Line"
+            f"Small dots: cells; large: mean over {_seeds(run, numbers)}; {RANGE}. Line"
             " and grey band: the baseline.",
             f"FVU by temperature: {', '.join(said)}{base}.",
         ],

@@ -12,6 +12,7 @@ from projects import BASE, BASELINE, PLAN, RATE, ROOT, SCALED, Ended, Project, r
 
 from saelab import checkpoint
 from saelab.data.store import FolderSource
+from saelab.study.final_info import METRICS
 
 #: The embedded text and its probing entries, in small.
 STDLIB = """\
@@ -38,6 +39,10 @@ probing = { train_size = 60, test_size = 30 }
 #: Seeds, and with them cells, of each arm at the target L0 and at the further one.
 SEEDS = {"baseline": (3, 1), "rate": (3, 1), "scaled": (2, 0)}
 PROBED = tuple(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50))
+DEFINITIONS = (
+    *("core/1", "sparse_probing/2"),
+    *("sensitivity/1", "consistency/1", "convergence/1"),
+)
 CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")
 
 
@@ -82,10 +87,17 @@ def test_means_hold_metrics_verdict_gate_and_settings(launched: Launched) -> Non
     info = launched.project.info()
     settings = ("training_steps", "tokens", "final_loss", "layer", "dict_size", "learning_rate")
     for arm, group in info.items():
-        names = [*CORE, *PROBED, "sae_test_accuracy", "gate", "sparsity_penalty", *settings]
-        assert set(names) <= set(group["means"])
+        assert {"gate", "sparsity_penalty", *settings, *METRICS[:7]} <= set(group["means"])
+        assert {*CORE, *PROBED, "sae_test_accuracy"} <= set(group["final_info_dict"])
         verdict = [f"diff.fvu{end}" for end in ("", ".low", ".high")] + ["verdict.fvu"]
         assert (set(verdict) <= set(group["means"])) == (arm != "baseline")
+    measured = {metric for group in info.values() for metric in group["final_info_dict"]}
+    averaged = {metric for group in info.values() for metric in group["means"]}
+    shown = [metric in averaged for metric in METRICS if metric in measured]
+    assert shown == sorted(shown, reverse=True)  # what there is no room for comes last
+    of_scalars = {"convergence.beta", "sensitivity.beta", "sensitivity.tau"}
+    assert of_scalars <= set(info["scaled"]["means"])
+    assert all("position.fvu_early" in group["means"] for group in info.values())
     means = info["rate"]["means"]
     assert (means["training_steps"], means["tokens"], means["layer"]) == (128, 16_384, 2)
     assert (means["dict_size"], means["learning_rate"]) == (256, 2e-3)
@@ -100,7 +112,8 @@ def test_means_and_errors_are_those_of_the_seeds(launched: Launched) -> None:
             assert n == SEEDS[arm][0]
             mean = sum(values) / n
             sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-            assert group["means"][metric] == pytest.approx(mean, abs=1e-12)
+            if metric in group["means"]:
+                assert group["means"][metric] == pytest.approx(mean, abs=1e-12)
             assert group["stderrs"][metric] == pytest.approx(sd / math.sqrt(n), abs=1e-9)
 
 
@@ -116,7 +129,7 @@ def test_every_number_in_metrics_has_definition_and_provenance(launched: Launche
     table = pq.read_table(launched.folder / "metrics.parquet")
     rows = table.to_pylist()
     for row in rows:
-        assert row["definition"] in ("core/1", "sparse_probing/2")
+        assert row["definition"] in DEFINITIONS
         assert (row["value"] is None) == bool(row["reason"])
         assert row["hook_name"] == "blocks.2.hook_resid_post"
         assert (row["model"], row["context"], row["dtype"]) == ("embedded", 32, "float32")

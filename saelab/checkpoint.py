@@ -26,6 +26,8 @@ def save(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()
     }
+    if sae.config.tied:  # one matrix, stored once
+        del tensors["W_enc"]
     file = folder / "sae.safetensors"
     write_atomically(file, lambda temporary: save_file(tensors, temporary))
     record = {
@@ -58,7 +60,10 @@ def load(folder: Path, device: str = "cpu") -> tuple[SAE, dict[str, Any]]:
         raise DamageError(f"{file} does not match its checksum: train the cell again")
     sae = SAEConfig.parse(record["sae"]).build(int(record["d_in"]))
     try:
-        sae.load_state_dict(load_file(file))
+        tensors = load_file(file)
+        if sae.config.tied and "W_dec" in tensors:
+            tensors["W_enc"] = tensors["W_dec"]
+        sae.load_state_dict(tensors)
     except (SafetensorError, RuntimeError) as error:
         raise DamageError(f"{file} does not fit its configuration ({error})") from None
     sae.eval()

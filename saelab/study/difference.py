@@ -20,7 +20,7 @@ def difference(folder: Path, arm: str, other: str, metric: str = "fvu") -> Diffe
     Args:
         folder: of the run.
 
-    Raises: SourceError when the run is not complete; SettingError when it has no such arm or metric.
+    Raises: SourceError when the run is not complete; SettingError for an unknown arm or metric.
     """
     file = folder / "final_info.json"
     if not file.is_file():

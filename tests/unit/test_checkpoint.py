@@ -27,6 +27,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "observers": ["resampling"],
     },
     "jumprelu": {"activation": "jumprelu", "losses": ["reconstruction", "l0"]},
+    "tied": {"tied": True, "constraints": ["unit_norm"]},
+    "tied_threshold": {
+        "activation": {"kind": "tied_threshold", "temperature": "learned"},
+        "losses": ["reconstruction", "l0"],
+        "constraints": ["unit_norm"],
+    },
 }
 
 

@@ -86,8 +86,11 @@ class ArmResult:
         """The gate's word for the arm: 'ok', or each finding with the number of its seeds."""
         words: dict[str, int] = {}
         for result in self.gates.values():
-            for finding in result.findings:
-                label = f"{finding.outcome}: {finding.check}" + (" (expected)" * finding.expected)
+            labels = [
+                f"{finding.outcome}: {finding.check}" + (" (expected)" * finding.expected)
+                for finding in result.findings
+            ]
+            for label in dict.fromkeys(labels):  # several scalars of a cell count once
                 words[label] = words.get(label, 0) + 1
         total = len(self.gates)
         return "; ".join(f"{word} in {n} of {total}" for word, n in words.items()) or "ok"

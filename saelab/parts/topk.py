@@ -40,11 +40,11 @@ class TopK(Activation):
             raise SettingError("activation.k", k, f"must be at most d_sae = {dims.d_sae}")
         self.setting, self.d_sae = k, dims.d_sae
         if isinstance(k, str):
-            self.register_buffer("stored", torch.ones((), dtype=torch.int64))
+            self.register_buffer("last_k", torch.ones((), dtype=torch.int64))
 
     @property
     def k(self) -> int:
-        return self.setting if isinstance(self.setting, int) else int(self.get_buffer("stored"))
+        return self.setting if isinstance(self.setting, int) else int(self.get_buffer("last_k"))
 
     def check(self, sae: SAE) -> None:
         if isinstance(self.setting, str):
@@ -56,7 +56,7 @@ class TopK(Activation):
             self._follow(p.settings[self.setting])
 
     def _follow(self, value: float) -> None:
-        self.get_buffer("stored").fill_(min(max(1, round(value)), self.d_sae))
+        self.get_buffer("last_k").fill_(min(max(1, round(value)), self.d_sae))
 
     def scalars(self) -> dict[str, float]:
         return {} if isinstance(self.setting, int) else {"topk.k": float(self.k)}

@@ -289,6 +289,8 @@ def at_l0(levels: Sequence[float | None], values: Sequence[float | None], target
         span = f"measured at L0 {measured[0]:.4g} to {measured[-1]:.4g}"
         return AtL0(None, f"{span}, and not extrapolated to {target:g}: add a level beyond it")
     means = np.bincount(place, [y for _, y in found]) / np.bincount(place)
+    if target in measured:  # its logarithm may be that of a neighbour too
+        return AtL0(float(means[measured == target][0]))
     return AtL0(float(np.interp(math.log(target), np.log(measured), means)))
 
 

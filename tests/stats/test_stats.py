@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats as reference
 
@@ -236,6 +236,7 @@ def test_at_l0_is_exact_for_a_metric_linear_in_log_l0(
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 100), numbers), min_size=1, max_size=8), st.randoms())
+@example([(0.1, 0.0), (0.10000000000000002, 1.0)], random.Random(0))
 def test_at_l0_passes_through_the_levels_in_any_order(
     pairs: list[tuple[float, float]], random: random.Random
 ) -> None:

@@ -521,18 +521,17 @@ i64 trace_range(const T* z, const Rule& rule, const i64* starts, const i64* driv
     return count;
 }
 
-// Each thread takes a range of latents; the ranges of a row are then put side by side.
+// Each thread takes a range of latents; the ranges of a row are then put side by side. Returns how
+// many pairs there are: where that is more than there is room for they are not all there.
 template <typename T>
 i64 traced(const T* z, const Rule& rule, const i64* starts, const i64* drivers, i64 segments,
-           i64 d_sae, i64 limit, int threads, float* moments, i64* offsets, i64* latents,
+           i64 d_sae, i64 room, int threads, float* moments, i64* offsets, i64* latents,
            float* trace, float* slope) {
     offsets[0] = 0;
     std::fill(moments, moments + 3 * d_sae, 0.0f);
     if (threads == 1) {
-        const Traced out{limit, offsets + 1, latents, trace, slope};
-        const i64 total =
-            trace_range(z, rule, starts, drivers, segments, d_sae, 0, d_sae, moments, out);
-        return total > limit ? -1 : total;
+        const Traced out{room, offsets + 1, latents, trace, slope};
+        return trace_range(z, rule, starts, drivers, segments, d_sae, 0, d_sae, moments, out);
     }
     const i64 rows = starts[segments];
     std::vector<std::unique_ptr<i64[]>> whole(2 * threads);
@@ -541,15 +540,16 @@ i64 traced(const T* z, const Rule& rule, const i64* starts, const i64* drivers, 
     std::vector<i64> counts(threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < threads; ++t) {
-        whole[2 * t].reset(new i64[rows]), whole[2 * t + 1].reset(new i64[limit]);
-        real[2 * t].reset(new float[limit]), real[2 * t + 1].reset(new float[limit]);
-        parts[t] = {limit, whole[2 * t].get(), whole[2 * t + 1].get(), real[2 * t].get(),
+        whole[2 * t].reset(new i64[rows]), whole[2 * t + 1].reset(new i64[room]);
+        real[2 * t].reset(new float[room]), real[2 * t + 1].reset(new float[room]);
+        parts[t] = {room, whole[2 * t].get(), whole[2 * t + 1].get(), real[2 * t].get(),
                     real[2 * t + 1].get()};
         counts[t] = trace_range(z, rule, starts, drivers, segments, d_sae, d_sae * t / threads,
                                 d_sae * (t + 1) / threads, moments, parts[t]);
     }
-    if (std::accumulate(counts.begin(), counts.end(), i64{0}) > limit) return -1;
-    i64 total = 0;
+    i64 total = std::accumulate(counts.begin(), counts.end(), i64{0});
+    if (total > room) return total;
+    total = 0;
     for (i64 n = 0; n < rows; ++n) {
         for (const auto& part : parts) {
             const i64 from = n ? part.ends[n - 1] : 0, count = part.ends[n] - from;
@@ -691,16 +691,16 @@ i64 above_float32(const float* z, const float* floor, i64 rows, i64 d_sae, i64 r
 }
 
 i64 traced_bfloat16(const std::uint16_t* z, const float* rules, const i64* starts, const i64* drivers,
-                    i64 segments, i64 d_sae, i64 limit, int threads, float* moments,
+                    i64 segments, i64 d_sae, i64 room, int threads, float* moments,
                     i64* offsets, i64* latents, float* trace, float* slope) {
-    return traced(z, rule_of(rules, d_sae), starts, drivers, segments, d_sae, limit, threads,
+    return traced(z, rule_of(rules, d_sae), starts, drivers, segments, d_sae, room, threads,
                   moments, offsets, latents, trace, slope);
 }
 
 i64 traced_float32(const float* z, const float* rules, const i64* starts, const i64* drivers,
-                   i64 segments, i64 d_sae, i64 limit, int threads, float* moments,
+                   i64 segments, i64 d_sae, i64 room, int threads, float* moments,
                    i64* offsets, i64* latents, float* trace, float* slope) {
-    return traced(z, rule_of(rules, d_sae), starts, drivers, segments, d_sae, limit, threads,
+    return traced(z, rule_of(rules, d_sae), starts, drivers, segments, d_sae, room, threads,
                   moments, offsets, latents, trace, slope);
 }
 

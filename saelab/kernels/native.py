@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,33 +187,50 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def _scanned(
+    z: Tensor, limit: int, scan: Callable[[int], tuple[list[Tensor], int]]
+) -> list[Tensor] | None:
+    """With room for a usual code first, and a second scan for a denser one.
+
+    Args:
+        z: [N, F].
+        limit: the largest number of pairs.
+        scan: room -> arrays of that length, and how many pairs there are; the arrays hold them
+            where they fit.
+
+    Returns: the arrays without what is not used, None beyond the limit.
+    """
+    room = min(limit, int(ROOM * z.numel()) + 1)
+    arrays, nnz = scan(room)
+    if nnz > limit:
+        return None
+    if nnz > room:
+        arrays, nnz = scan(nnz + nnz // 4)  # rows are not equally dense
+    return [array[:nnz].clone() for array in arrays]
+
+
 def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] | None:
-    """As `eager.above`; with room for a usual code first, and a second scan for a denser one."""
+    """As `eager.above`."""
     if z.dtype not in DTYPES:
         return eager.above(z, floor, limit)
     z, floor = z.contiguous(), None if floor is None else floor.contiguous()
-    offsets, latents, nnz = _above(z, floor, min(limit, int(ROOM * z.numel()) + 1))
-    if nnz > limit:
-        return None
-    if nnz > latents.numel():
-        offsets, latents, nnz = _above(z, floor, nnz + nnz // 4)  # rows are not equally dense
-    return offsets, latents[:nnz].clone()
-
-
-def _above(z: Tensor, floor: Tensor | None, room: int) -> tuple[Tensor, Tensor, int]:
-    """(offsets, latents [room], how many pairs there are): latents hold them where they fit."""
     offsets = torch.empty(z.shape[0] + 1, dtype=torch.int64)
-    latents = torch.empty(room, dtype=torch.int64)
-    nnz = _function("above", z.dtype)(
-        z.data_ptr(),
-        _pointer(floor),
-        *z.shape,
-        room,
-        torch.get_num_threads(),
-        offsets.data_ptr(),
-        latents.data_ptr(),
-    )
-    return offsets, latents, nnz
+
+    def scan(room: int) -> tuple[list[Tensor], int]:
+        latents = torch.empty(room, dtype=torch.int64)
+        nnz = _function("above", z.dtype)(
+            z.data_ptr(),
+            _pointer(floor),
+            *z.shape,
+            room,
+            torch.get_num_threads(),
+            offsets.data_ptr(),
+            latents.data_ptr(),
+        )
+        return [latents], nnz
+
+    found = _scanned(z, limit, scan)
+    return None if found is None else (offsets, found[0])
 
 
 def traced(
@@ -224,24 +242,30 @@ def traced(
     z, rules = z.contiguous(), torch.stack(rule)
     starts, drivers = starts.contiguous(), drivers.contiguous()
     offsets = torch.empty(z.shape[0] + 1, dtype=torch.int64)
-    latents = torch.empty(limit, dtype=torch.int64)
-    trace, slope, moments = torch.empty(limit), torch.empty(limit), torch.empty(3, z.shape[1])
-    nnz = _function("traced", z.dtype)(
-        z.data_ptr(),
-        rules.data_ptr(),
-        starts.data_ptr(),
-        drivers.data_ptr(),
-        len(drivers),
-        z.shape[1],
-        limit,
-        torch.get_num_threads(),
-        moments.data_ptr(),
-        offsets.data_ptr(),
-        latents.data_ptr(),
-        trace.data_ptr(),
-        slope.data_ptr(),
-    )
-    return None if nnz < 0 else (offsets, latents[:nnz], trace[:nnz], slope[:nnz], moments)
+    moments = torch.empty(3, z.shape[1])
+
+    def scan(room: int) -> tuple[list[Tensor], int]:
+        latents = torch.empty(room, dtype=torch.int64)
+        trace, slope = torch.empty(room), torch.empty(room)
+        nnz = _function("traced", z.dtype)(
+            z.data_ptr(),
+            rules.data_ptr(),
+            starts.data_ptr(),
+            drivers.data_ptr(),
+            len(drivers),
+            z.shape[1],
+            room,
+            torch.get_num_threads(),
+            moments.data_ptr(),
+            offsets.data_ptr(),
+            latents.data_ptr(),
+            trace.data_ptr(),
+            slope.data_ptr(),
+        )
+        return [latents, trace, slope], nnz
+
+    found = _scanned(z, limit, scan)
+    return None if found is None else (offsets, found[0], found[1], found[2], moments)
 
 
 def topk(z: Tensor, k: int) -> Tensor:

@@ -156,8 +156,12 @@ class Stored:
                 remedy = "takes a value in (0, 1) to 1 or beyond: change it by less"
                 raise SettingError("factor", factor, remedy)
             return share.logit()
-        value = softplus(self.tensor) * factor
-        return value + torch.log(-torch.expm1(-value))
+        return inverse_softplus(softplus(self.tensor) * factor)
+
+
+def inverse_softplus(value: Tensor) -> Tensor:
+    """What softplus makes the value, > 0, of."""
+    return value + torch.log(-torch.expm1(-value))
 
 
 def _positive(k: int | str) -> int | str:
@@ -188,9 +192,16 @@ class Part(nn.Module):
         """Updates running statistics from one pass; called by the loop, once per step."""
 
     def groups(self) -> list[tuple[str, list[nn.Parameter], float | None]]:
-        """The part's optimiser groups: name, parameters, learning rate (None: the run's)."""
-        own = [p for p in self.parameters() if p.requires_grad]
-        return [(type(self).__name__, own, self.lr)] if own else []
+        """The part's optimiser groups: name, parameters, learning rate (None: the run's).
+
+        A child module with an `lr` of its own has a group of its own.
+        """
+        apart = {c: lr for c in self.children() if (lr := getattr(c, "lr", None)) is not None}
+        theirs = {id(p) for child in apart for p in child.parameters()}
+        own = [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
+        groups = [(type(self).__name__, own, self.lr)]
+        groups += [(type(c).__name__, list(c.parameters()), lr) for c, lr in apart.items()]
+        return [group for group in groups if group[1]]
 
     def learned(self) -> dict[str, nn.Parameter]:
         """The learned scalars by their names in the log, as they are trained (a logarithm, say)."""

@@ -11,7 +11,6 @@ temperature with which it ended.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from saelab.errors import SettingError
-from saelab.parts.base import PartConfig, Stored
+from saelab.parts.base import PartConfig, Stored, inverse_softplus
 
 Schedule = Literal["fixed", "annealed", "learned", "learned_schedule"]
 
@@ -59,10 +58,10 @@ class Temperature(nn.Module):
         self.register_buffer("start", torch.tensor(config.tau), persistent=False)
         self.register_buffer("end", torch.tensor(config.tau_end), persistent=False)
         if config.temperature == "learned":
-            self.raw_tau = nn.Parameter(_inverse_softplus("tau", config.tau))
+            self.raw_tau = nn.Parameter(_started("tau", config.tau))
         if config.temperature == "learned_schedule":
-            self.raw_end = nn.Parameter(_inverse_softplus("tau_end", config.tau_end))
-            self.raw_rate = nn.Parameter(_inverse_softplus("rate", config.rate))
+            self.raw_end = nn.Parameter(_started("tau_end", config.tau_end))
+            self.raw_rate = nn.Parameter(_started("rate", config.rate))
 
     def tau(self) -> Tensor:
         """0-dim float32."""
@@ -79,11 +78,6 @@ class Temperature(nn.Module):
     def move_on(self, step: int, steps: int) -> None:
         """After the given step of the run."""
         self.share.fill_((step + 1) / steps)
-
-    def groups(self) -> list[tuple[str, list[nn.Parameter], float | None]]:
-        """As `Part.groups`."""
-        own = list(self.parameters())
-        return [("Temperature", own, self.lr)] if own else []
 
     def learned(self) -> dict[str, nn.Parameter]:
         """As `Part.learned`."""
@@ -113,7 +107,7 @@ def log_spread(variance: Tensor) -> Tensor:
     return variance.clamp_min(torch.finfo(variance.dtype).tiny).log().std(correction=0)
 
 
-def _inverse_softplus(name: str, value: float) -> Tensor:
+def _started(name: str, value: float) -> Tensor:
     if value <= 0:
         raise SettingError(name, value, "is learned and can't start at 0: use a positive value")
-    return torch.tensor(value + math.log(-math.expm1(-value)))
+    return inverse_softplus(torch.tensor(value, dtype=torch.float64)).float()

@@ -164,10 +164,6 @@ class TiedThreshold(Activation):
             remedy = "free decoder norms undo a tied threshold: add the constraint unit_norm"
             raise SettingError("activation", "tied_threshold", remedy)
 
-    def groups(self) -> list[tuple[str, list[nn.Parameter], float | None]]:
-        own = [p for p in self.parameters(recurse=False) if p.requires_grad]
-        return [("TiedThreshold", own, self.lr), *self.temperature.groups()]
-
     def learned(self) -> dict[str, nn.Parameter]:
         named = {"theta": self.log_theta, "beta": self.beta, "gamma": self.gamma}
         named |= {"rho": self.rho_0, "T": self.T}

@@ -68,10 +68,6 @@ class VarianceScaling(Scaling):
         self.theta = nn.Parameter(torch.full(shape, config.theta), requires_grad=shifts)
         self.temperature = Temperature(config)
 
-    def groups(self) -> list[tuple[str, list[nn.Parameter], float | None]]:
-        own = [p for p in (self.beta, self.theta) if p.requires_grad]
-        return [*([("VarianceScaling", own, self.lr)] if own else []), *self.temperature.groups()]
-
     def learned(self) -> dict[str, nn.Parameter]:
         named = {"beta": self.beta, "theta": self.theta}
         own = {name: p for name, p in named.items() if p.requires_grad}

@@ -44,7 +44,7 @@ from saelab.parts.base import Dims
 from saelab.parts.similarity import LEARNED, Similarity
 from saelab.rundir import package_digest
 from saelab.sae import SAE, SAEConfig
-from saelab.study.convergence import convergence
+from saelab.study.convergence import FEWEST, convergence
 from saelab.study.gate import REACH
 from saelab.study.plan import CellSpec
 from saelab.study.prepare import open_source
@@ -371,11 +371,10 @@ def _weights_facts(sae: Any) -> dict[str, float]:
 
 def _curve_facts(log: Log) -> dict[str, float | None]:
     """Spikes of the loss and its improvement over the last tenth of the run."""
-    name = "loss.reconstruction" if "loss.reconstruction" in log.columns else "loss"
-    if name not in log.columns or log.length < 50:
+    loss = log.loss
+    if len(loss) < FEWEST:
         return {}
-    loss = log.columns[name][: log.length].astype(np.float64)
-    tenth = max(1, log.length // 10)
+    tenth = max(1, len(loss) // 10)
     before, last = loss[-2 * tenth : -tenth].mean(), loss[-tenth:].mean()
     return {"last_tenth_improvement": float(1 - last / before), "spikes": float(spikes(loss))}
 

@@ -27,7 +27,7 @@ SMOOTH, FINAL = 0.02, 0.05
 #: Logged scalars that may be learned; every cell has a row for the first three.
 SCALARS = ("beta", "theta", "tau", "rho", "gamma", "T", "tau_end", "tau_rate", "alpha", "k")
 NAMED = SCALARS[:3]
-#: Fewest steps whose loss can be smoothed.
+#: Fewest steps whose loss can be smoothed, or looked over for spikes.
 FEWEST = 50
 
 
@@ -70,9 +70,7 @@ def _tenth_before(column: np.ndarray) -> int:
 
 
 def _steps(log: Log) -> Row:
-    name = "loss.reconstruction" if "loss.reconstruction" in log.columns else "loss"
-    if name not in log.columns or log.length < FEWEST:
+    if len(log.loss) < FEWEST:
         reason = f"a loss of {log.length} steps is too short to be smoothed (least: {FEWEST})"
         return missing("convergence.steps", DEFINITION, reason)
-    loss = log.columns[name][: log.length].astype(np.float64)
-    return number("convergence.steps", steps_to_final(loss), DEFINITION)
+    return number("convergence.steps", steps_to_final(log.loss), DEFINITION)

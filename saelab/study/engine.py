@@ -127,19 +127,14 @@ def launch(task: Launch) -> list[Comparison]:
     controls = _controls(specs, content, prepared)
     if later_arms(task.run):
         early = replace(task, run=first_wave(task.run))
-        keys = _keys(early, content)
-        _train(early, keys, controls, data, cache, prepared)
-        train = prepared.train.digest
-        folders = {spec: cell_folder(cache, key, train) for spec, key in keys.items()}
-        task = replace(task, run=resolved(task.run, lambda found: _value(found, early, folders)))
+        ended = _trained(early, content, controls, data, cache, prepared)
+        task = replace(task, run=resolved(task.run, lambda found: _value(found, early.plan, ended)))
         if overlap:  # the harvest is complete by now
             prepared = prepare(base, cache, base.model.device)
             data = _data(base, prepared, task)
-    keys = _keys(task, content)
-    _train(task, keys, controls, data, cache, prepared)
-    train = prepared.train.digest
-    folders = {spec: cell_folder(cache, key, train) for spec, key in keys.items()}
+    folders = _trained(task, content, controls, data, cache, prepared)
     arms, rows = _collect(task, folders)
+    train = prepared.train.digest
     rows += _control_rows(cell_folder(cache, control["key"], train) for control in controls)
     comparisons, differences = judge_run(arms, task.plan, task.purpose != "confirm")
     info = final_info(arms, comparisons, differences, prepared.provenance)
@@ -147,21 +142,16 @@ def launch(task: Launch) -> list[Comparison]:
     record.write(time.monotonic() - start)
     _check_baseline(task, arms)
     print(table(info, comparisons, task.plan))
-    print(f"\n{task.out_dir}: {len(keys)} cells in {clock(time.monotonic() - start)}")
+    print(f"\n{task.out_dir}: {len(folders)} cells in {clock(time.monotonic() - start)}")
     return comparisons
 
 
-def _keys(task: Launch, content: dict[str, Any]) -> dict[CellSpec, Key]:
-    specs = cells(task.plan, task.base, task.run, task.purpose)
-    return {spec: cell_key(spec, content) for spec in specs}
-
-
-def _value(found: Found, task: Launch, folders: Mapping[CellSpec, Path]) -> Any:
+def _value(found: Found, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> Any:
     """What the arm ended with: the mean over its cells at the plan's L0, or its last cell's course.
 
     Raises: SettingError when the arm has no such value.
     """
-    own = [spec for spec in folders if spec.arm == found.arm and _at_target(spec, task.plan)]
+    own = [spec for spec in folders if spec.arm == found.arm and _at_target(spec, plan)]
     if found.path:
         points = curve(folders[own[-1]] / "curves.parquet", found.name)
     else:
@@ -262,6 +252,22 @@ def _controls(
     return found
 
 
+def _trained(
+    task: Launch,
+    content: dict[str, Any],
+    controls: Sequence[dict[str, Any]],
+    data: Data,
+    cache: Path,
+    prepared: Prepared,
+) -> dict[CellSpec, Path]:
+    """Where each cell of the task's run lies, all of them trained and evaluated."""
+    specs = cells(task.plan, task.base, task.run, task.purpose)
+    keys = {spec: cell_key(spec, content) for spec in specs}
+    _train(task, keys, controls, data, cache, prepared)
+    train = prepared.train.digest
+    return {spec: cell_folder(cache, key, train) for spec, key in keys.items()}
+
+
 def _train(
     task: Launch,
     keys: Mapping[CellSpec, Key],
@@ -320,10 +326,7 @@ def _jobs(
     for (seed, _, _), members in groups.items():
         for i in range(0, len(members), GROUP):
             some = members[i : i + GROUP]
-            plain = [
-                as_job_cell(s, keys[s]) | {"probe": s.level == (task.plan.target_l0 or 0)}
-                for s in some
-            ]
+            plain = [as_job_cell(s, keys[s]) | {"probe": _at_target(s, task.plan)} for s in some]
             jobs.append(Job(plain, seed, data, cache, task.experiment, task.name))
     jobs.sort(key=lambda job: -len(job.cells))
     last = max(1, _workers(task, data.device))
@@ -401,7 +404,7 @@ def _collect(
         cell = read_json(folder / "cell.json")
         own = {"arm": spec.arm, "seed": spec.seed, "level": spec.level}
         rows += [row | own for row in cell["rows"]]
-        if spec.level == (task.plan.target_l0 or 0):
+        if _at_target(spec, task.plan):
             arms[spec.arm].add(spec.seed, cell, spec.expected)
     return arms, rows
 

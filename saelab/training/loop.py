@@ -39,6 +39,13 @@ class Log:
             self.columns[name][self.length] = value
         self.length += 1
 
+    @property
+    def loss(self) -> np.ndarray:
+        """The reconstruction loss of each step, float64 [steps]; the whole loss of a module that
+        has no such term; empty where nothing was logged."""
+        name = "loss.reconstruction" if "loss.reconstruction" in self.columns else "loss"
+        return self.columns.get(name, np.zeros(0))[: self.length].astype(np.float64)
+
     def last(self, name: str, share: float = 0.0) -> float:
         """The last value, or the mean over the last `share` of the run."""
         column = self.columns[name][: self.length]

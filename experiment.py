@@ -58,6 +58,10 @@ def b(**changes):
 
 BASE = Arm("baseline", comment="ReLU with decoder-norm weighted L1")
 EARLY = {"train.positions": (0, 64)}
+MORE_THAN_A_RATE = [
+    Arm("A1 scaled start", a1(start="scaled"), "A1, started in scaled space"),
+    Arm("baseline lr x2", {"train.lr": 1.6e-2}, "is A1 more than a learning rate?"),
+]
 
 # fmt: off
 RUNS = {
@@ -69,9 +73,8 @@ RUNS = {
     "run_1": Run("Idea A: variance scaling of the input with global beta and theta", [
         BASE,
         Arm("A1", a1(), "tau 0.5, global beta and theta, same start", primary=True),
-        Arm("A1 scaled start", a1(start="scaled"), "the same, started in scaled space"),
+        *MORE_THAN_A_RATE,
         Arm("A literal", A_LITERAL, "the first sketch: batch variance, no biases, beta_0 = 0"),
-        Arm("baseline lr x2", {"train.lr": 1.6e-2}, "is A1 more than a learning rate?"),
         Arm("baseline pos 0-63", EARLY, "trained on early positions"),
         Arm("A1 pos 0-63", a1() | EARLY, "A1 on early positions"),
     ]),
@@ -80,13 +83,14 @@ RUNS = {
         Arm("tau 0.1", a1(tau=0.1), "hardly any scaling"),
         Arm("tau 0.5", a1(), "unit variance", primary=True),
         Arm("tau 1", a1(tau=1.0), "over-corrects"),
-        Arm("baseline lr x2", {"train.lr": 1.6e-2}, "is A1 more than a learning rate?"),
+        *MORE_THAN_A_RATE,
     ]),
     "run_3": Run("Idea A: regulariser", [
         BASE,
         *(Arm(f"c {c:g}", a1(PRIOR | {"c_beta": c, "c_theta": c}), "pull of beta and theta",
               primary=c == 1e-3) for c in (1e-4, 1e-3, 1e-2)),
         Arm("beta_0 0", a1(PRIOR | {"beta_0": 0.0}), "beta is pulled to 0, as first sketched"),
+        *MORE_THAN_A_RATE,
     ]),
     "run_4": Run("Idea A: schedules of tau, and thresholds that follow the context", [
         BASE,
@@ -95,6 +99,7 @@ RUNS = {
         Arm("A1 learned", a1(temperature="learned"), "tau by gradient"),
         Arm("A1 schedule", a1(temperature="learned_schedule", tau_end=0.1), "rate and end learned"),
         Arm("A1 found", a1(tau=Found("A1 learned", "tau")), "fixed at the tau that was learned"),
+        *MORE_THAN_A_RATE,
         Arm("JumpReLU", JUMPRELU, "a threshold per latent"),
         Arm("A2 beta 0", a2("theta"), "one theta for all thresholds"),
         Arm("A2", a2(*TIME), "thresholds follow the context", primary=True),
@@ -104,6 +109,7 @@ RUNS = {
     "run_5": Run("Idea A: taken apart, and where its gauge is fixed", [
         BASE,
         Arm("A1", a1(), "as in run_1", primary=True),
+        *MORE_THAN_A_RATE,
         Arm("no scaling", a1(tau=0.0), "beta and theta alone"),
         Arm("no scalars", a1(tying="off"), "variance scaling alone"),
         Arm("per feature", a1(tying="per_feature"), "vectors for beta and theta, same rate"),

@@ -298,6 +298,25 @@ class Section:
         }
 
 
+def added(title: str, sides: Sequence[Contestant], limit: float) -> Section:
+    """What sides after the second add to the second, as shares of the first; one sample a turn.
+
+    Args:
+        sides: the reference, our step without, and our step with each of some things.
+        limit: the largest share that is allowed.
+    """
+    reference, plain, *others = sides
+    targets = []
+    for side in others:
+        turns = zip(side.turns, plain.turns, reference.turns, strict=True)
+        low, middle, high = quartiles([(a[0] - b[0]) / c[0] for a, b, c in turns])
+        name = f"{side.name}: added, share of {reference.name}"
+        targets.append(Target(name, middle, limit, False, f"({low:.3f}-{high:.3f})"))
+    rows = [[side.name, *(f"{q * 1e3:.4g}" for q in quartiles(side.samples))] for side in sides]
+    text = table(["", "lower quartile, ms", "median", "upper"], rows)
+    return Section(title, text, [side.plain() for side in sides], targets)
+
+
 def save(name: str, options: argparse.Namespace, sections: Sequence[Section], peers: Any) -> None:
     """Writes <results>/<name>.json ('<name>-quick.json' for a smoke run)."""
     path = options.results / f"{name}{'-quick' if options.quick else ''}.json"

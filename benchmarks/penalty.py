@@ -15,7 +15,7 @@ from time import process_time
 from typing import Any
 
 import torch
-from common import Contestant, Section, Target, alternate, parser, quartiles, run, save, table
+from common import Contestant, added, alternate, parser, run, save
 from ours import Inputs, Shape, cell, make_inputs
 
 from saelab.data.stream import Batch
@@ -44,22 +44,9 @@ def main() -> None:
             work = seconds(stepping(cell_with(inputs, k), inputs))
             sides.append(Contestant(f"ours with the penalty, k {k}", work))
         alternate(sides, turns, steps=1, settle=1)
-        sections.append(section(f"{shape}, {options.threads} thread(s)", sides).show())
+        title = f"{shape}, {options.threads} thread(s)"
+        sections.append(added(title, sides, LIMIT).show())
     save("penalty", options, sections, None)
-
-
-def section(title: str, sides: list[Contestant]) -> Section:
-    reference, plain, *penalised = sides
-    targets = []
-    for side in penalised:
-        turns = zip(side.turns, plain.turns, reference.turns, strict=True)
-        shares = [(a[0] - b[0]) / c[0] for a, b, c in turns]
-        low, middle, high = quartiles(shares)
-        name = f"{side.name}: added, share of the dense step"
-        targets.append(Target(name, middle, LIMIT, False, f"({low:.2f}-{high:.2f})"))
-    rows = [[side.name, *(f"{q * 1e3:.4g}" for q in quartiles(side.samples))] for side in sides]
-    text = table(["", "lower quartile, ms", "median", "upper"], rows)
-    return Section(title, text, [side.plain() for side in sides], targets)
 
 
 def seconds(work: Callable[[], object]) -> Callable[[int], list[float]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import Contestant, Section, Target, alternate, parser, quartiles, run, save, table
+from common import Contestant, added, alternate, parser, run, save
 from ours import Inputs, Shape, cell, make_inputs
 from penalty import L0, ROWS, TIMES, WIDTHS, dense, seconds
 
@@ -39,20 +39,9 @@ def main() -> None:
             Contestant("ours with the trace", seconds(stepping(inputs, MOVING))),
         ]
         alternate(sides, 2 if options.quick else 7, steps=1, settle=1)
-        sections.append(section(f"{shape}, {options.threads} thread(s)", sides).show())
+        title = f"{shape}, {options.threads} thread(s)"
+        sections.append(added(title, sides, LIMIT).show())
     save("trace", options, sections, None)
-
-
-def section(title: str, sides: list[Contestant]) -> Section:
-    reference, still, moving = sides
-    turns = zip(moving.turns, still.turns, reference.turns, strict=True)
-    low, middle, high = quartiles([(a[0] - b[0]) / c[0] for a, b, c in turns])
-    added = Target(
-        "trace: added, share of the dense step", middle, LIMIT, False, f"({low:.3f}-{high:.3f})"
-    )
-    rows = [[side.name, *(f"{q * 1e3:.4g}" for q in quartiles(side.samples))] for side in sides]
-    text = table(["", "lower quartile, ms", "median", "upper"], rows)
-    return Section(title, text, [side.plain() for side in sides], [added])
 
 
 def stepping(inputs: Inputs, activation: dict[str, Any]) -> Any:

@@ -73,6 +73,7 @@ def train_on(
     layout: Layout = "rows",
     evals: Sequence[str] = EVALS,
     device: str = "cpu",
+    otherwise: Mapping[str, TrainConfig] | None = None,
 ) -> list[Outcome]:
     """Trains every arm at every seed and level, and evaluates it on the held-out activations.
 
@@ -82,10 +83,16 @@ def train_on(
         seeds: of initialisation and data order; the arms of a seed see the same batches.
         levels: L0 that the arms are trained for, as in `at_level`; none leaves them as they are.
         layout: 'rows', or 'contexts' for parts that need whole contexts.
+        otherwise: arm -> its own training, on the same batches.
 
     Returns: the cells, seed by seed, level by level.
     Raises: SettingError for settings that can't be used.
     """
+    trainings = {arm: training for arm in arms} | dict(otherwise or {})
+    for arm, own in trainings.items():
+        if (own.steps, own.batch_size) != (training.steps, training.batch_size):
+            remedy = f"an arm sees the same batches as the others: leave them for {arm!r}"
+            raise SettingError("tokens and batch_size", (own.tokens, own.batch_size), remedy)
     check_names(evals)
     if not arms:
         raise SettingError("arms", dict(arms), "at least one is needed")
@@ -102,7 +109,7 @@ def train_on(
     with progress("training", len(seeds) * training.steps, "steps") as bar:
         for seed in seeds:
             cells = [
-                Cell(f"{arm}/seed {seed}/L0 {level:g}", config, training, sample, seed)
+                Cell(f"{arm}/seed {seed}/L0 {level:g}", config, trainings[arm], sample, seed)
                 for arm, level, config in places
             ]
             stream = batches(source, seed, training.batch_size, layout)
@@ -166,13 +173,14 @@ class GroundConfig(Frozen):
         data_seed: of the dictionary; 'own' gives every seed a dictionary of its own.
         contexts, held_out_contexts: to train on and to evaluate on.
         arms: name -> SAE.
+        otherwise: arm -> what is changed of `train` for it; batches are those of the others.
         seeds: how many.
         target_l0: where arms are compared.
         levels: L0 that are trained for; they must lie on both sides of the target.
         baseline: the arm that the others are paired with; None leaves the pairing out.
         metrics: that are shown.
 
-    Raises: SettingError for a baseline that is no arm.
+    Raises: SettingError for a baseline, or an arm trained otherwise, that is no arm.
     """
 
     study: str = "synthetic"
@@ -183,6 +191,7 @@ class GroundConfig(Frozen):
     layout: Layout = "rows"
     train: TrainConfig = TrainConfig()
     arms: dict[str, SAEConfig] = Field(min_length=1)
+    otherwise: dict[str, dict[str, Any]] = Field(default={})
     seeds: PositiveInt = 3
     target_l0: PositiveFloat
     levels: tuple[PositiveFloat, ...]
@@ -190,9 +199,15 @@ class GroundConfig(Frozen):
     metrics: tuple[str, ...] = ("fvu", "mcc", "chance_mcc", "firing_f1", "uniqueness", "dead_share")
 
     def model_post_init(self, _: Any) -> None:
-        if self.baseline is not None and self.baseline not in self.arms:
-            remedy = f"is no arm{nearest(self.baseline, self.arms)}"
-            raise SettingError("baseline", self.baseline, remedy)
+        named = [("otherwise", arm) for arm in self.otherwise]
+        named += [("baseline", self.baseline)] if self.baseline is not None else []
+        for setting, arm in named:
+            if arm not in self.arms:
+                raise SettingError(setting, arm, f"is no arm{nearest(arm, self.arms)}")
+
+    def trainings(self) -> dict[str, TrainConfig]:
+        """The training of each arm that has its own."""
+        return {arm: self.train.patched(changes) for arm, changes in self.otherwise.items()}
 
 
 def read_ground(path: Path) -> GroundConfig:
@@ -211,8 +226,16 @@ def run_ground(config: GroundConfig) -> list[Outcome]:
 def _on_one_dictionary(config: GroundConfig, data_seed: int, seeds: Sequence[int]) -> list[Outcome]:
     source = generate(config.data, data_seed, config.contexts)
     held_out = generate(config.data, data_seed, config.held_out_contexts, "held_out")
-    layout, levels = config.layout, config.levels
-    return train_on(source, held_out, config.arms, seeds, config.train, levels, layout)
+    return train_on(
+        source,
+        held_out,
+        config.arms,
+        seeds,
+        config.train,
+        config.levels,
+        config.layout,
+        otherwise=config.trainings(),
+    )
 
 
 def table(config: GroundConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -224,7 +247,8 @@ def table(config: GroundConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         values: arm -> metric -> value at the target L0 of each seed, None where it is missing.
         missing: why, as sentences.
         l0: arm -> level -> measured L0 of each seed.
-        scalars: arm -> scalar of its activation -> value of every cell, in the order of training.
+        scalars: arm -> scalar of its activation or input scaling -> value of every cell, in the
+            order of training.
         differences: arm -> metric -> arm minus baseline over the seeds that have both: n, mean, sd
             and the 95% t interval from low to high; {} without a baseline.
         oracle: of the true dictionary with the true code, the mean over seeds.
@@ -247,7 +271,7 @@ def table(config: GroundConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
             f"{level:g}": [o.value("l0") for o in own if o.level == level]
             for level in config.levels
         }
-        found["scalars"][arm] = _columns([o.sae.activation.scalars() for o in own])
+        found["scalars"][arm] = _columns([_scalars(o.sae) for o in own])
         if config.baseline not in (None, arm):
             found["differences"][arm] = {
                 name: _paired(differences(of, arm, config.baseline)) for name, of in rows.items()
@@ -278,6 +302,11 @@ def shown(table: Mapping[str, Any]) -> Iterator[str]:
         for name, paired in metrics.items():
             yield f"  {name:20s} {_interval(paired)}"
     yield from (f"missing: {sentence}" for sentence in table["missing"])
+
+
+def _scalars(sae: SAE) -> dict[str, float]:
+    parts = (sae.activation, sae.scaling)
+    return {name: value for part in parts if part for name, value in part.scalars().items()}
 
 
 def _columns(records: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

@@ -147,25 +147,29 @@ def test_a_part_that_needs_contexts_gets_them(data: tuple[Source, Source]) -> No
     assert run(data, {"moving": moving}, layout="contexts")[0].failure is None
 
 
+#: All of a file but the metrics and the arms.
+TINY = """\
+contexts = 64
+held_out_contexts = 8
+seeds = 2
+target_l0 = 3
+levels = [2, 4]
+data = { d = 8, features = 16, l0 = 2, positions = 16 }
+train = { tokens = 2560, batch_size = 64 }
+"""
+
+
+def arm(name: str, d_sae: int) -> str:
+    """A TopK arm of a file."""
+    return (
+        f"[arms.{name}]\nd_sae = {d_sae}\nactivation = {{ kind = 'topk' }}\n"
+        "losses = [{ kind = 'reconstruction' }]\ncontrollers = []\n"
+    )
+
+
 def test_from_a_file(tmp_path: Path) -> None:
     config = tmp_path / "tiny.toml"
-    config.write_text(
-        """
-        contexts = 64
-        held_out_contexts = 8
-        seeds = 2
-        target_l0 = 3
-        levels = [2, 4]
-        metrics = ["fvu", "mcc", "chance_mcc"]
-        data = { d = 8, features = 16, l0 = 2, positions = 16 }
-        train = { tokens = 2560, batch_size = 64 }
-        [arms.topk]
-        d_sae = 16
-        activation = { kind = "topk" }
-        losses = [{ kind = "reconstruction" }]
-        controllers = []
-        """
-    )
+    config.write_text(f'{TINY}\nmetrics = ["fvu", "mcc", "chance_mcc"]\n{arm("topk", 16)}')
     out = tmp_path / "rows.json"
     command = ["synthetic", str(config), "--out", str(out), "--set", "data.positions=8"]
     result = CliRunner().invoke(app, command)
@@ -183,34 +187,10 @@ def test_from_a_file(tmp_path: Path) -> None:
 
 def test_a_table_pairs_arms_with_the_baseline(tmp_path: Path) -> None:
     config = tmp_path / "tiny.toml"
-    config.write_text(
-        """
-        contexts = 64
-        held_out_contexts = 8
-        seeds = 3
-        data_seed = "own"
-        target_l0 = 3
-        levels = [2, 4]
-        baseline = "narrow"
-        metrics = ["fvu", "mcc"]
-        data = { d = 8, features = 16, l0 = 2, positions = 16 }
-        train = { tokens = 3840, batch_size = 64 }
-        [arms.topk]
-        d_sae = 16
-        activation = { kind = "topk" }
-        losses = [{ kind = "reconstruction" }]
-        controllers = []
-        [arms.narrow]
-        d_sae = 8
-        activation = { kind = "topk" }
-        losses = [{ kind = "reconstruction" }]
-        controllers = []
-        [arms.dense]
-        d_sae = 16
-        losses = [{ kind = "reconstruction" }]
-        controllers = []
-        """
-    )
+    dense = "[arms.dense]\nd_sae = 16\nlosses = [{ kind = 'reconstruction' }]\ncontrollers = []\n"
+    own = 'seeds = 3\ndata_seed = "own"\nbaseline = "narrow"\nmetrics = ["fvu", "mcc"]'
+    tiny = TINY.replace("seeds = 2", own)
+    config.write_text(f"{tiny}\n{arm('topk', 16)}{arm('narrow', 8)}{dense}")
     file, picture = tmp_path / "table.json", tmp_path / "drawn"
     command = ["synthetic", str(config), "--table", str(file), "--picture", str(picture)]
     result = CliRunner().invoke(app, command)
@@ -226,6 +206,29 @@ def test_a_table_pairs_arms_with_the_baseline(tmp_path: Path) -> None:
     assert len(table["missing"]) == 6 and "not extrapolated" in table["missing"][0]
     assert "narrow" not in table["differences"] and len(table["l0"]["narrow"]["4"]) == 3
     assert picture.with_name("drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_arm_may_be_trained_otherwise(data: tuple[Source, Source]) -> None:
+    arms = {"slow": TOPK, "fast": TOPK}
+    fast = TRAIN.patched({"lr": 3 * TRAIN.lr})
+    slow_alone, fast_alone = (
+        run(data, {"slow": TOPK})[0],
+        train_on(*data, {"fast": TOPK}, [3], fast)[0],
+    )
+    slow, fast_beside = run(data, arms, otherwise={"fast": fast})
+    assert torch.equal(slow.sae.W_enc, slow_alone.sae.W_enc)
+    assert torch.equal(fast_beside.sae.W_enc, fast_alone.sae.W_enc)
+    assert not torch.equal(slow.sae.W_enc, fast_beside.sae.W_enc)
+    with pytest.raises(SettingError, match="the same batches"):
+        run(data, arms, otherwise={"fast": TRAIN.patched({"tokens": 2 * TRAIN.tokens})})
+
+
+def test_an_arm_trained_otherwise_is_an_arm() -> None:
+    fields = {"target_l0": 3, "levels": [2, 4], "data": DATA, "arms": {"topk": TOPK}}
+    config = GroundConfig.parse(fields | {"otherwise": {"topk": {"lr": 0.5}}})
+    assert config.trainings() == {"topk": config.train.patched({"lr": 0.5})}
+    with pytest.raises(SettingError, match="'topk'"):
+        GroundConfig.parse(fields | {"otherwise": {"topkk": {}}})
 
 
 @pytest.mark.parametrize("changes", [{"baseline": "rely"}, {"baseline": None}])

@@ -358,8 +358,8 @@ def regulariser(run: Run) -> Figure | str:
     page = Page([list(panels)], 3.6)
     for name, points in panels.items():
         axes = page.panels[name]
-        line = sorted((strengths[arm][name], x, y) for arm, (x, y) in points.items())
-        axes.plot([x for _, x, _ in line], [y for *_, y in line], color="#999999", linewidth=1)
+        line = sorted({strengths[arm][name]: points[arm] for arm in reversed(points)}.items())
+        axes.plot(*zip(*(point for _, point in line), strict=True), color="#999999", linewidth=1)
         for arm, (x, y) in points.items():
             axes.plot(x, y, **looks(run)[arm].marks(markersize=9))
             axes.annotate(f"{strengths[arm][name]:g}", (x, y), (7, 5), textcoords="offset points")
@@ -372,7 +372,8 @@ def regulariser(run: Run) -> Figure | str:
         f"{run.title} – what the strength of the regulariser does to its scalars",
         [
             f"A point for each arm, with its strength beside it; {of_seeds(counts or [1])} at"
-            f" {at(run)}. Distance from the first step to the last."
+            f" {at(run)}. Distance from the first step to the last. The line joins the first arm of"
+            " each strength."
         ],
         [handle(arm, looks(run)[arm], line=False) for arm in arms],
     )

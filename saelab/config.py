@@ -45,7 +45,7 @@ class Frozen(BaseModel):
             *parents, last = name.removesuffix("+").split(".")
             node: Any = data
             for depth, key in enumerate(parents):
-                child = _child(node, key, name)
+                child = _child(node, key, name, value)
                 if not isinstance(child, (dict, list, tuple)):
                     where = ".".join(parents[: depth + 1])
                     raise SettingError(name, value, f"{where} is {child!r} here and has no fields")
@@ -53,7 +53,7 @@ class Frozen(BaseModel):
                     child = list(child)
                     node[int(key) if isinstance(node, list) else key] = child
                 node = child
-            old = _child(node, last, name)
+            old = _child(node, last, name, value)
             if append and not isinstance(old, (list, tuple)):
                 raise SettingError(name, value, "is no list to append to: leave out the '+'")
             new = [*old, value] if append else value
@@ -65,13 +65,13 @@ class Frozen(BaseModel):
         return digest(self.model_dump(mode="json"))
 
 
-def _child(node: Any, key: str, name: str) -> Any:
+def _child(node: Any, key: str, name: str, value: Any) -> Any:
     if isinstance(node, list):
         if key.isdigit() and int(key) < len(node):
             return node[int(key)]
-        raise SettingError(name, key, f"this list has {len(node)} entries, counted from 0")
+        raise SettingError(name, value, f"this list has {len(node)} entries, counted from 0")
     if key not in node:
-        raise SettingError(name, key, f"no such setting{nearest(key, node)}")
+        raise SettingError(name, value, f"no such setting{nearest(key, node)}")
     return node[key]
 
 

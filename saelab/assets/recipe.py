@@ -22,6 +22,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from saelab.allocator import keep_freed_memory
 from saelab.data import stdlib
+from saelab.data.models import check_device, no_bars
+from saelab.errors import SettingError
+from saelab.files import write_atomically, write_json, write_text, writing
 from saelab.progress import progress
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -150,11 +153,15 @@ def train(
 
     Returns the held-out losses in nats per token: 'model' (of the stored float16 weights),
     'unigram', 'bigram'.
+
+    Raises: SettingError for settings that can't be used, or a folder that holds a finished model.
     """
+    _check(out, recipe, device)
     keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(stdlib.texts("train"), recipe.vocab_size)
     bos = _id(tokenizer, BOS)
     train_tokens = token_stream(tokenizer, stdlib.texts("train"))
@@ -172,16 +179,27 @@ def train(
             if (step + 1) % every == 0:
                 check = held_out_loss(model, held_out[:: max(1, len(held_out) // 128)])
                 curve.append({"step": step + 1, "train": loss, "held_out": check})
-                (out / "curve.json").write_text(json.dumps(curve))
+                write_json(out / "curve.json", curve)
                 _save_resume(out, model, optimizer, recipe, step + 1)
     _write(out, model, tokenizer)
-    stored = GPTNeoXForCausalLM.from_pretrained(out).float()
+    with no_bars():
+        stored = GPTNeoXForCausalLM.from_pretrained(out).float()
     losses = {"model": held_out_loss(stored, held_out)} | ngram_losses(
         train_tokens, held_out, recipe.vocab_size
     )
     _write_card(out, recipe, stored, tokenizer, len(train_tokens), held_out, losses)
     shutil.rmtree(out / ".resume", ignore_errors=True)
     return losses
+
+
+def _check(out: Path, recipe: Recipe, device: str) -> None:
+    check_device(device)
+    least = recipe.batch * recipe.context
+    if recipe.tokens < least:
+        raise SettingError("tokens", recipe.tokens, f"one step takes {least:,}: ask for more")
+    if (out / "model.safetensors").is_file() and not (out / ".resume").is_dir():
+        remedy = "holds a finished model: name another folder, or delete it to train again"
+        raise SettingError("out", str(out), remedy)
 
 
 def _start(out: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, device: str):
@@ -253,20 +271,23 @@ def _step(model, optimizer, tokens: torch.Tensor, recipe: Recipe, step: int) -> 
 
 
 def _save_resume(out: Path, model, optimizer, recipe: Recipe, step: int) -> None:
-    folder = out / ".resume"
-    folder.mkdir(exist_ok=True)
+    file = out / ".resume" / "state.safetensors"
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors[f"mean.{name}"] = optimizer.state[parameter]["exp_avg"]
         tensors[f"square.{name}"] = optimizer.state[parameter]["exp_avg_sq"]
     state = json.dumps({"recipe": asdict(recipe), "step": step})
-    save_file(tensors, folder / "state.tmp", metadata={"state": state})
-    (folder / "state.tmp").replace(folder / "state.safetensors")
+    metadata = {"state": state}
+    write_atomically(file, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def _write(out: Path, model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    model.half().cpu().save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    new = out / ".resume" / "finished"
+    with writing(out), no_bars():
+        model.half().cpu().save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        for file in sorted(new.iterdir()):
+            file.replace(out / file.name)
 
 
 @torch.no_grad()
@@ -285,9 +306,10 @@ def _write_card(out, recipe, model, tokenizer, train_tokens, held_out, losses) -
     text = sample(model, tokenizer, "def read_header(self, ", 90, seed=0)
     corpus = stdlib.manifest()
     facts = {"recipe": asdict(recipe), "corpus": corpus, "losses_nats_per_token": losses}
-    (out / "recipe.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(out / "recipe.json", facts)
     predicted = held_out[:, 1:].numel()
-    (out / "README.md").write_text(
+    write_text(
+        out / "README.md",
         f"""# {out.name}
 
 A causal language model of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters
@@ -322,5 +344,5 @@ A sample (temperature 0.7, seed 0):
 
 The training text is under the Python Software Foundation licence; the weights are released under
 the licence of this project.
-"""
+""",
     )

@@ -483,9 +483,9 @@ def size(config: ModelConfig) -> Size:
 def _told(config: ModelConfig) -> Iterator[str]:
     """The model's place; what goes wrong there is one sentence."""
     path = _place(config)
-    _check_device(config.device)
+    check_device(config.device)
     try:
-        with quiet(), _no_bars():
+        with quiet(), no_bars():
             yield path
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unusable(config, path, error) from error
@@ -532,7 +532,7 @@ def _place(config: ModelConfig) -> str:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """No progress bars of transformers inside."""
     from transformers.utils import logging
 
@@ -545,7 +545,8 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Raises: SettingError for a device that does not exist here."""
     try:
         device = torch.device(name)
     except RuntimeError:

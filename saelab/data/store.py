@@ -231,6 +231,16 @@ def _check_bytes(path: Path, record: Mapping[str, Any]) -> None:
         raise DamageError(f"{file} does not match its checksum: delete {path} and harvest again")
 
 
+def reopen(path: Path) -> None:
+    """Makes a complete folder an unfinished one: a writer goes on after its last intact shard."""
+    header = path / "header.json"
+    try:
+        read_json(header)
+        header.replace(path / "partial.json")
+    except DamageError:
+        header.unlink()
+
+
 class GrowingSource:
     """A harvest that another process still writes: whatever is not there yet is waited for.
 

@@ -288,6 +288,11 @@ def _dataset(config: TextConfig) -> Iterator[str]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences the hub's retries and the loaders' remarks: what matters is raised as an error."""
+    import huggingface_hub.utils.logging
+    import transformers.utils.logging as of_transformers
+
+    of_transformers.get_logger()  # both set their own levels when they are first used
+    huggingface_hub.utils.logging.get_logger()
     loggers = [logging.getLogger(n) for n in ("transformers", "huggingface_hub", "datasets")]
     levels = [logger.level for logger in loggers]
     try:
@@ -382,9 +387,10 @@ def _take(rows: Iterable[np.ndarray], ids: _Ids, context: int, tokens: int, titl
         if count >= tokens:
             break
     if count < tokens:
+        lower = f"lower the number of tokens to {count:,} or " if count else ""
         raise SourceError(
             f"{title} has only {count:,} tokens in contexts of {context}, {tokens:,} are wanted: "
-            f"lower the number of tokens to {count:,} or name a larger text"
+            f"{lower}name a larger text"
         )
     full = np.full((len(kept), context), ids.fill, dtype=np.int64)
     full[:, 0] = ids.first

@@ -182,7 +182,7 @@ def loss(run: Run) -> Figure | str:
         limit_to_late(page.panels["relative"], relative)
         page.panels["relative"].axhline(0, color="black", linewidth=2.4, zorder=1)
         page.panels["relative"].set(
-            title="Reconstruction loss against the baseline of the same seed; 0 is equal",
+            title="Reconstruction loss against the baseline of the same seed; spikes may be cut",
             ylabel="difference (%)",
         )
     return page.finish(

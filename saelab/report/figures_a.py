@@ -189,7 +189,7 @@ def positions(run: Run) -> Figure | str:
         axes.tick_params(axis="x", labelsize=9.5 if name in ("fvu", "difference") else 8)
         axes.grid(axis="x", visible=False)
         title, label = BY_POSITION[name]
-        axes.set(title=title, ylabel=label)
+        axes.set(title=title, ylabel=label, xlabel="token position")
         if name == "difference":
             axes.axhline(0, color="black", linewidth=2.4, zorder=1)
     high = max(1.0, page.panels["dead_share"].get_ylim()[1])
@@ -288,7 +288,7 @@ def sensitivity(run: Run) -> Figure | str:
             assert axes is not None
             places = {steps.index(change): values for change, values in points.items()}
             dodge = 0.5 * ((i + 0.5) / len(of_arms) - 0.5)
-            points_with_range(axes, looks(run)[arm], places, dodge)
+            points_with_range(axes, looks(run)[arm], places, dodge, joined=False)
             drawn[arm] = None
     for axes in page.panels.values():
         axes.axhline(0, color="black", linewidth=1.2, zorder=1)
@@ -300,7 +300,7 @@ def sensitivity(run: Run) -> Figure | str:
         page.panels[f"{scalar} {metrics[0]}"].set_title(scalar)
         page.panels[f"{scalar} {metrics[-1]}"].set_xlabel("change (%)")
     for metric in metrics:
-        page.panels[f"{scalars[0]} {metric}"].set_ylabel(METRICS[metric])
+        page.panels[f"{scalars[0]} {metric}"].set_ylabel(f"{METRICS[metric]} (% per %)")
     largest = {s: means_of(run.numbers(f"sensitivity.{s}")) for s in scalars}
     said = [f"{s} {_extremes(values)}" for s, values in largest.items() if values]
     seeds = _seeds(run, run.numbers(f"sensitivity.{scalars[0]}"))

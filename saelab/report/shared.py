@@ -86,14 +86,18 @@ def by_arm(axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: b
 
 
 def points_with_range(
-    axes: Axes, look: Look, points: Mapping[Any, Sequence[float]], dodge: float = 0.0
+    axes: Axes,
+    look: Look,
+    points: Mapping[Any, Sequence[float]],
+    dodge: float = 0.0,
+    joined: bool = True,
 ) -> None:
     """Mean and range of the seeds at each x (a number), joined by a line; `dodge` shifts them."""
     x = [at + dodge for at in points]
     means = [mean(values) for values in points.values()]
     low = [min(values) for values in points.values()]
     high = [max(values) for values in points.values()]
-    axes.plot(x, means, **look.line())
+    axes.plot(x, means, **(look.line() if joined else look.marks()))
     axes.vlines(x, low, high, color=look.color, linewidth=1.4, zorder=look.zorder)
 
 
@@ -159,14 +163,15 @@ def counts_of(run: Run, name: str) -> list[int]:
 
 
 def limit_to_late(axes: Axes, curves: Mapping[str, Mapping[int, Curve]]) -> None:
-    """Limits the y axis to what happens once training has settled."""
+    """Limits the y axis to what happens once training has settled; spikes may leave it."""
     late = [
         curve.values[curve.tokens >= SETTLED * curve.tokens[-1]]
         for of_arm in curves.values()
         for curve in of_arm.values()
     ]
-    values = np.concatenate([*late, [0.0]])
-    low, high = values.min(), values.max()
+    ends = [values[-1] for values in late if len(values)]
+    usual = np.percentile(np.concatenate([*late, [0.0]]), [2, 98])
+    low, high = min(0.0, *usual, *ends), max(0.0, *usual, *ends)
     pad = 0.06 * max(high - low, 0.1)
     axes.set_ylim(low - pad, high + pad)
 

@@ -7,6 +7,7 @@ a launch overlaps its harvest with training, they alone are still to be made whe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,10 @@ from saelab.config import digest
 from saelab.data import models
 from saelab.data.harvest import harvest, harvest_steps
 from saelab.data.models import LanguageModel
-from saelab.data.store import FolderSource, ForeignSource, GrowingSource, Shard, Source
+from saelab.data.store import FolderSource, ForeignSource, GrowingSource, Shard, Source, reopen
 from saelab.data.tasks import Entry, embedded_entries, entries_from_table
 from saelab.data.texts import TextConfig, documents, manifest, tokenize
-from saelab.errors import SettingError, SourceError
+from saelab.errors import DamageError, SettingError, SourceError
 from saelab.evals.probing import harvest_probing, identity
 from saelab.study.plan import BaseConfig, ProbingConfig
 
@@ -188,8 +189,13 @@ def _activations(
     folder = cache / "activations" / digest(asked)
     done = folder / base.hook_name.replace("/", "_")
     if (done / "header.json").is_file():
-        found = FolderSource.open(done, {"asked_tokens": tokens, "hook_name": base.hook_name})
-        return found, no_steps()
+        try:
+            found = FolderSource.open(done, {"asked_tokens": tokens, "hook_name": base.hook_name})
+            found.verify()
+            return found, no_steps()
+        except DamageError as error:
+            print(f"{error} (done now)", file=sys.stderr)
+            reopen(done)
     found = tokenize(text, model.tokenizer, base.context, tokens)
     extras = {"asked_tokens": tokens, "corpus": asked["corpus"]}
     if in_steps:

@@ -234,7 +234,26 @@ def test_a_run_without_baseline_is_refused(tmp_path: Path) -> None:
 def test_a_text_without_enough_words_is_told(tmp_path: Path, content: str) -> None:
     project = project_with(tmp_path)
     project.write("train.txt", content)
-    told(project.call(), "train.txt", "name a")
+    ended = project.call()
+    told(ended, "train.txt", "name a")
+    assert "tokens to 0" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--tokens", "0"), ("tokens = 0", "ask for more")),
+        (("--device", "gpu"), ("'gpu'", "no such device")),
+        (("--out", "."), ("out = '.'", "holds a finished model")),
+    ],
+)
+def test_a_language_model_that_can_not_be_made(
+    tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"finished")
+    told(cli(tmp_path, "lm", "train", *arguments), *words)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"finished"
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_an_unreachable_hub_is_told_soon(tmp_path: Path) -> None:
@@ -260,6 +279,7 @@ def test_without_a_network_nothing_hangs(tmp_path: Path) -> None:
             project.replace(TO_BASE, '"files"\npath = "train.txt"', '"dataset"\npath = "no/set"')
         ended = run(project.folder, "experiment.py", "--out_dir=run_1", variables=hub, timeout=180)
         told(ended, "local")
+        assert "Retry" not in ended.err
 
 
 # ---------------------------------------------------------------- places and disks

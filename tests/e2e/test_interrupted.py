@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,27 @@ def test_a_killed_launch_leaves_no_process_and_the_same_command_finishes_it(
     assert "(0 in the cache)" not in ended.err
     assert project.info() == uninterrupted.info()
     assert project.weights() == uninterrupted.weights()
+
+
+def test_damaged_activations_are_told_and_harvested_again(
+    tmp_path: Path, uninterrupted: Project
+) -> None:
+    project = Project.make(tmp_path / "project", ARMS[:2])
+    project.replace(
+        "configs/small.toml", "[evaluation]", "[harvest]\nshard_tokens = 4_000\n[evaluation]"
+    )
+    assert project.call().code == 0
+    weights = project.weights()
+    shard = sorted(project.folder.glob(".saelab/activations/*/*/shard-00001.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    shutil.rmtree(project.folder / ".saelab" / "cells")
+    ended = project.again()
+    assert ended.code == 0, ended.err
+    assert f"{shard.name} does not match its checksum" in ended.err
+    assert project.weights() == weights
+    assert "checksum" not in project.again().err
 
 
 def test_an_interrupt_from_the_keyboard_ends_with_130_and_one_sentence(tmp_path: Path) -> None:

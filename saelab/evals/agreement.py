@@ -1,15 +1,16 @@
 """Long-term consistency of a decoder: with its own past, and with what other seeds learn.
 
     m(s, t)               mean matched |cosine| of the decoder at s tokens with that at t (matching)
-    consistency.snapshots m(t, end), slice 'tokens=t'; of signed cosines: snapshots_signed
+    consistency.snapshots m(t, end), slice 'tokens=t'; snapshots_signed: the signed cosines of the
+                          same pairs (of random dictionaries: about 0)
     consistency.half_life tokens from s until m(s, .) falls below (1 + chance) / 2, that is until
                           half of its excess over chance is gone; between two snapshots
                           interpolated on a line in log tokens
     consistency.chance    mean matched |cosine| of random dictionaries of the shape
 
-The half-life is given from every snapshot s ('from=s'), and without a slice from the first one at
-or after the end of warm-up. A latent that was resampled keeps its index and is not matched by it:
-all latents are matched anew for each pair of snapshots.
+The half-life is given from every snapshot s at or after the end of warm-up ('from=s'), and without
+a slice from the first of these. A latent that was resampled keeps its index and is not matched by
+it: all latents are matched anew for each pair of snapshots.
 
     consistency.seeds     mean matched |cosine| with other seeds of the arm, and by the latent's own
                           held-out firing frequency ('frequency=-3.5': its log10 is in [-3.5, -3))
@@ -24,7 +25,7 @@ from functools import cache
 from torch import Tensor
 
 from saelab.evals.base import Row, missing, number
-from saelab.evals.matching import absolute_mean, agree, same_index_mean
+from saelab.evals.matching import matched_cosines, same_index_mean
 
 DEFINITION = "agreement/1"
 OF_SNAPSHOTS = ("consistency.snapshots", "consistency.snapshots_signed", "consistency.half_life")
@@ -59,28 +60,29 @@ def snapshot_rows(
     rows, end = [], len(tokens) - 1
     known: dict[tuple[int, int], float] = {}
     for i, own in enumerate(decoders):
-        found = agree(own, decoders[end])
-        known[i, end] = float(found.absolute.mean())
+        cosines = matched_cosines(own, decoders[end]) if i < end else own.new_ones(1)
+        known[i, end] = float(cosines.abs().mean())
         where = f"tokens={tokens[i]}"
         rows.append(number(OF_SNAPSHOTS[0], known[i, end], DEFINITION, where))
-        rows.append(number(OF_SNAPSHOTS[1], float(found.signed.mean()), DEFINITION, where))
+        rows.append(number(OF_SNAPSHOTS[1], float(cosines.mean()), DEFINITION, where))
 
     @cache
     def matched(i: int, j: int) -> float:
-        return known[i, j] if (i, j) in known else absolute_mean(decoders[i], decoders[j])
+        if (i, j) in known:
+            return known[i, j]
+        return float(matched_cosines(decoders[i], decoders[j]).abs().mean())
 
     def least(i: int, j: int) -> float:
         return same_index_mean(decoders[i], decoders[j])
 
     level = (1 + chance) / 2
-    lives = [half_life(tokens, i, level, matched, least) for i in range(end)]
-    first = next((i for i in range(end) if tokens[i] >= settled), None)
-    if first is None:
+    starts = [i for i in range(end) if tokens[i] >= settled]
+    if not starts:
         reason = "no snapshot lies between the end of warm-up and that of the run"
-        rows.append(missing(OF_SNAPSHOTS[2], DEFINITION, reason))
-    else:
-        rows.append(_life(lives[first], level, ""))
-    return rows + [_life(life, level, f"from={tokens[i]}") for i, life in enumerate(lives)]
+        return [*rows, missing(OF_SNAPSHOTS[2], DEFINITION, reason)]
+    lives = {i: half_life(tokens, i, level, matched, least) for i in starts}
+    rows.append(_life(lives[starts[0]], level, ""))
+    return rows + [_life(life, level, f"from={tokens[i]}") for i, life in lives.items()]
 
 
 def half_life(tokens: Sequence[int], start: int, level: float, matched, least) -> float | None:

@@ -265,7 +265,8 @@ def _trained(
 ) -> dict[CellSpec, Path]:
     """Where each cell of the task's run lies, all of them trained and evaluated."""
     specs = cells(task.plan, task.base, task.run, task.purpose)
-    keys = {spec: cell_key(spec, content) for spec in specs}
+    measured = {there: content | {"at_target": there} for there in (False, True)}
+    keys = {spec: cell_key(spec, measured[_at_target(spec, task.plan)]) for spec in specs}
     _train(task, keys, controls, data, cache, prepared)
     train = prepared.train.digest
     return {spec: cell_folder(cache, key, train) for spec, key in keys.items()}

@@ -19,7 +19,7 @@ it: all latents are matched anew for each pair of snapshots.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from torch import Tensor
@@ -85,7 +85,13 @@ def snapshot_rows(
     return rows + [_life(life, level, f"from={tokens[i]}") for i, life in lives.items()]
 
 
-def half_life(tokens: Sequence[int], start: int, level: float, matched, least) -> float | None:
+def half_life(
+    tokens: Sequence[int],
+    start: int,
+    level: float,
+    matched: Callable[[int, int], float],
+    least: Callable[[int, int], float],
+) -> float | None:
     """Tokens from snapshot `start` until `matched(start, .)` first falls below `level` < 1; None
     when it does not. `least` bounds `matched` from below and is cheap: most pairs need no more."""
     for j in range(start + 1, len(tokens)):

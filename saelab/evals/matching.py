@@ -3,13 +3,14 @@
     C_ij = cos(a_i, b_j)
 
 Row i stands for row pi(i), pi an assignment of distinct rows with the largest sum of C (signed) or
-of |C| (absolute). Up to `EXACT` rows pi is optimal (scipy's `linear_sum_assignment`, Crouse 2016,
-which is faster where each column's share in the sum is guessed first, by an auction, Bertsekas
-1988: a constant per column changes no optimum).
-Beyond, it is the best among each row's and each column's `CANDIDATES` largest entries and the pairs
-of a greedy assignment, which make sure that there is one: a sparse problem (scipy's
-`min_weight_full_bipartite_matching`) made in blocks, so that C is never held as a whole. That can
-only fall short of the optimum, by less than the rows' largest entries lie above what it finds.
+of |C| (absolute), C in float32. Up to `EXACT` rows pi is optimal (scipy's `linear_sum_assignment`,
+Crouse 2016, which is faster where each column's share in the sum is guessed first, by an auction,
+Bertsekas 1988: a constant per column changes no optimum). Beyond, it is the best among each row's
+and each column's `CANDIDATES` largest entries and the pairs of a greedy assignment, which make sure
+that there is one: a sparse problem (scipy's `min_weight_full_bipartite_matching`) made in blocks,
+so that C is never held as a whole. That can only fall short of the optimum, by no more than the
+rows' largest entries lie above what it finds. Rows that are the same in another order are matched
+as such, without cosines.
 
 A matched cosine is 1 - |u - v|^2 / 2 of the unit rows in float64 (its negative, with u + v, for
 rows that point apart), so that equal rows give exactly 1. Its mean between SAEs of two seeds is the
@@ -30,7 +31,7 @@ from torch.nn.functional import normalize
 from saelab.errors import MismatchError
 from saelab.seeding import torch_stream
 
-#: Rows up to which the whole matrix is held (three times in float64: 1.6 GB) and solved exactly.
+#: Rows up to which the whole matrix is held (24 bytes an entry: 1.6 GB) and solved exactly.
 EXACT = 8192
 #: Largest entries of each row and column among which a larger problem is solved. Our choice;
 #: tests/unit/test_matching.py holds the mean cosine within 5e-4 of the optimum on random, noisy,
@@ -94,10 +95,11 @@ def same_index_mean(a: Tensor, b: Tensor) -> float:
 
 
 def matching_bytes(n: int, d: int) -> int:
-    """Memory of a comparison of two dictionaries of n rows: their unit rows, and the cosines thrice
-    (with them, without their signs, and in scipy), or a block's and the candidates of all rows."""
-    cosines = 3 * n * n if n <= EXACT else 2 * BLOCK * n + 16 * CANDIDATES * n
-    return 8 * (2 * n * d + cosines)
+    """Memory of a comparison of two dictionaries of n rows: their unit rows in both precisions and
+    the cosines (with their signs, without, and twice as costs in float64 at most), or those of a
+    block and the candidates of all rows."""
+    cosines = 24 * n * n if n <= EXACT else 16 * BLOCK * n + 128 * CANDIDATES * n
+    return 24 * n * d + cosines
 
 
 def unit(rows: Tensor) -> Tensor:
@@ -176,9 +178,24 @@ def _absolute(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     that is best for |C|; and C where it is held."""
     if a.shape != b.shape:
         raise MismatchError(f"dictionaries of shapes {[*a.shape]} and {[*b.shape]} are compared")
-    cosines = a @ b.T if len(a) <= EXACT else None
-    partner = _candidates(a, b) if cosines is None else matched(cosines.abs())[1]
+    cosines = a.float() @ b.float().T if len(a) <= EXACT else None
+    partner = _reordered(a, b)
+    if partner is None:
+        partner = _candidates(a, b) if cosines is None else matched(cosines.abs())[1]
     return _paired(a, b[partner]), partner, cosines
+
+
+def _reordered(a: Tensor, b: Tensor) -> Tensor | None:
+    """Which row of b each row of a is, where b is a in another order, else None; int64 [n]. Found
+    without cosines, which can't tell very similar rows apart."""
+    if not torch.equal(a[:, 0].sort().values, b[:, 0].sort().values):  # quick, and mostly enough
+        return None
+    first, second = (np.lexsort(rows.T.numpy()) for rows in (a, b))
+    if not np.array_equal(a.numpy()[first], b.numpy()[second]):
+        return None
+    partner = torch.empty(len(a), dtype=torch.int64)
+    partner[torch.from_numpy(first)] = torch.from_numpy(second)
+    return partner
 
 
 def _paired(u: Tensor, v: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ def test_a_permutation_of_itself_gives_exactly_one(
     found = agree(a, a[permutation()])
     assert bool((found.absolute == 1).all()) and bool((found.signed == 1).all())
     assert torch.equal(permutation()[found.signed_partner], torch.arange(N))
+    close = torch.cat([a, a + 1e-5 * rows("close")])  # float32 cosines can't tell these apart
+    assert bool((agree(close, close[permutation(2 * N)]).absolute == 1).all())
     half = a.half()  # as snapshots are stored
     assert float(agree(half, half[permutation()]).absolute.mean()) == 1
 
@@ -90,7 +92,7 @@ def test_no_assignment_is_better(global_random_seed: int) -> None:
     found = agree(a, b)
     for values, all_values in ((found.absolute, cosine.abs()), (found.signed, cosine)):
         best = max(float(all_values[torch.arange(6), order].sum()) for order in orders)
-        assert float(values.sum()) == pytest.approx(best, abs=1e-12)
+        assert float(values.sum()) == pytest.approx(best, abs=1e-6)
 
 
 def test_the_guess_of_prices_changes_no_result(global_random_seed: int) -> None:
@@ -116,7 +118,7 @@ def test_the_faster_matching_is_near_the_exact_one(
             fast = agree(a, b)
         for best, found in ((exact.absolute, fast.absolute), (exact.signed, fast.signed)):
             short = float(best.mean() - found.mean())
-            assert -1e-12 < short < (1e-2 if candidates == 8 else 5e-4)
+            assert -1e-6 < short < (1e-2 if candidates == 8 else 5e-4)
         cosine = (unit(a) @ unit(b).T).abs()
         assert float(exact.absolute.mean()) <= float(cosine.max(1).values.mean())
 
@@ -133,8 +135,8 @@ def test_values_without_the_search_for_signs() -> None:
     for a, b in structured(1):
         values, found = matched_cosines(a, b), agree(a, b)
         assert torch.equal(values.abs(), found.absolute)
-        assert float(values.mean()) <= float(found.signed.mean()) + 1e-12
-        assert same_index_mean(a, b) <= float(found.absolute.mean()) + 1e-12
+        assert float(values.mean()) <= float(found.signed.mean()) + 1e-6
+        assert same_index_mean(a, b) <= float(found.absolute.mean()) + 1e-6
 
 
 def test_a_row_of_zeros_is_like_none() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -64,12 +64,15 @@ class CoreData:
         model: None when the activations were made elsewhere.
         loss_contexts: how many contexts loss recovered is measured on.
         device: of the subjects.
+        density: share of the held-out rows in which each latent fires, of the subject that
+            `evaluate_core` measured last; float64 [d_sae].
     """
 
     source: Source
     model: LanguageModel | None
     loss_contexts: int = 128
     device: str = "cpu"
+    density: Tensor | None = field(default=None, init=False)
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -300,7 +303,9 @@ def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
             else:
                 reason = f"no held-out row has a position from {low} to {high - 1}"
                 yield missing(name, DEFINITION, reason)
-    yield from _density(whole.firings.sum(0), len(whole.error))
+    firings, rows = whole.firings.sum(0), len(whole.error)
+    data.density = firings.double() / rows
+    yield from _density(firings, rows)
 
 
 def _chunk(subject: Subject, device: str) -> int:

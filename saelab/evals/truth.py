@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -34,7 +33,7 @@ from saelab.data.store import Source
 from saelab.data.synthetic import Truth
 from saelab.errors import MismatchError
 from saelab.evals.base import Row, Subject, missing, needs_contexts, number
-from saelab.seeding import torch_stream
+from saelab.evals.matching import DRAWS, matched, random_directions
 
 DEFINITION = "truth/1"
 SCORES = ("mcc", "mcc_signed", "uniqueness", "firing_f1")
@@ -45,8 +44,6 @@ METRICS = (
     *(f"oracle_{name}" for name in SCORES),
     *ORACLE,
 )
-#: Random dictionaries that chance is the mean of. Our choice.
-DRAWS = 3
 #: Rows whose dense codes are made at once. Our choice.
 CHUNK = 2048
 
@@ -117,14 +114,6 @@ def directions(subject: Subject, device: str = "cpu") -> Tensor:
         one[torch.arange(count), start + torch.arange(count)] = 1
         parts.append(subject.decode(one) - origin)
     return normalize(torch.cat(parts).float().cpu(), dim=1)
-
-
-def matched(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """The assignment of rows to columns with the largest sum: two int64 [min(rows, columns)]."""
-    from scipy.optimize import linear_sum_assignment
-
-    rows, columns = linear_sum_assignment(similarity.double().numpy(), maximize=True)
-    return torch.from_numpy(np.asarray(rows)), torch.from_numpy(np.asarray(columns))
 
 
 def mcc(found: Tensor, true: Tensor, signed: bool = False) -> float:
@@ -211,11 +200,6 @@ class _Firings:
         f1 = torch.zeros(self.match.n_features, dtype=torch.float64)
         f1[features] = 2 * self.both.double() / total.clamp(min=1)
         return {**self.match.scores, "firing_f1": float(f1[self.fires > 0].mean())}
-
-
-def random_directions(n: int, d: int, seed: int, draw: int = 0) -> Tensor:
-    """Random unit rows, float32 [n, d]."""
-    return normalize(torch.randn(n, d, generator=torch_stream(seed, "evaluation", "chance", draw)))
 
 
 @lru_cache(maxsize=8)

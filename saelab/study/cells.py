@@ -4,7 +4,11 @@ A finished cell is a folder of the cache under its content hash:
 
     sae.safetensors, sae.json    the trained SAE (module.safetensors for a user's own module)
     curves.parquet               every logged value over training, thinned
+    snapshots.safetensors        decoders kept over training (of a cell at the plan's L0)
+    latents.parquet              what is known of each latent (likewise)
     cell.json                    rows, facts for the gate, failure if any; written last
+
+A finished cell at the plan's L0 is then compared with those of its arm's other seeds (seeds.py).
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from saelab import checkpoint, stats
 from saelab.config import digest
@@ -35,9 +40,13 @@ from saelab.data.store import Source
 from saelab.data.stream import Layout, batches
 from saelab.errors import SettingError, SourceError
 from saelab.evals import EvalData, evaluate
+from saelab.evals.agreement import OF_CHANCE, OF_SNAPSHOTS, chance_rows, no_agreement, snapshot_rows
 from saelab.evals.base import Row, Subject
 from saelab.evals.core import CoreData
+from saelab.evals.decoder import decoder_rows
+from saelab.evals.matching import chance, largest_cosines
 from saelab.evals.probing import ProbingData
+from saelab.evals.survival import survival_rows
 from saelab.files import write_atomically, write_json
 from saelab.kernels import kernels_name
 from saelab.parts.base import Dims
@@ -46,8 +55,10 @@ from saelab.rundir import package_digest
 from saelab.sae import SAE, SAEConfig
 from saelab.study.convergence import FEWEST, convergence
 from saelab.study.gate import REACH
+from saelab.study.latents import FILE, write_latents
 from saelab.study.plan import CellSpec
 from saelab.study.prepare import open_source
+from saelab.study.seeds import compare
 from saelab.training.loop import Cell, Log, train
 from saelab.training.module_cell import ModuleCell
 from saelab.training.optim import TrainConfig
@@ -78,6 +89,7 @@ class Data:
     model: ModelConfig | None
     layout: Layout
     loss_contexts: int
+    snapshots: int
     k_values: tuple[int, ...]
     probing_seed: int
     device: str
@@ -195,6 +207,7 @@ def as_job_cell(spec: CellSpec, key: Key) -> dict[str, Any]:
         "train": spec.train.model_dump(mode="json"),
         "own_module": spec.module is not None,
         "probe": True,
+        "others": [],
         "key": key,
     }
 
@@ -252,13 +265,17 @@ class Worker:
         seconds = (time.monotonic() - start) / len(cells)
         for cell, plain in zip(cells, job.cells, strict=True):
             failure = failures.get(cell.name)
-            rows = (
-                [] if failure else self.evaluate(cell.sae, plain["probe"]) + convergence(cell.log)
-            )
-            facts = self._facts(cell, plain, rows)
+            largest = largest_cosines(cell.sae.W_dec) if isinstance(cell.sae, SAE) else None
+            rows = [] if failure else self._rows(cell, plain["probe"], largest)
+            facts = self._facts(cell, plain, rows, largest)
             if failure:
                 facts["nonfinite_step"] = failure.step
-            self._write(self.folder(job.cache, plain["key"]), cell, plain, rows, facts, seconds)
+            folder = self.folder(job.cache, plain["key"])
+            if plain["probe"] and not failure:
+                self._write_latents(folder, cell)
+            self._write(folder, cell, plain, rows, facts, seconds)
+            for other in plain["others"]:
+                compare(job.cache, folder, self.folder(job.cache, other))
             advance(evaluation_cost(config))
 
     def folder(self, cache: Path, key: Key) -> Path:
@@ -270,6 +287,32 @@ class Worker:
         """Core metrics, and all others where the cell is at the plan's L0."""
         return evaluate(subject, self.evaluation, AT_TARGET if probe else ("core",))
 
+    def _rows(self, cell: Cell, probe: bool, largest: Tensor | None) -> list[Row]:
+        """All rows of a trained cell."""
+        rows = self.evaluate(cell.sae, probe) + convergence(cell.log)
+        if probe:
+            rows += [*decoder_rows(largest), *survival_rows(cell.sae), *self._agreement(cell)]
+        return rows
+
+    def _agreement(self, cell: Cell) -> list[Row]:
+        """The decoder beside its own snapshots, and what chance gives."""
+        if cell.snapshots is None:
+            reason = "only an SAE made of parts has decoder rows"
+            return no_agreement(reason, (*OF_SNAPSHOTS, *OF_CHANCE))
+        kept, config = cell.snapshots, cell.config
+        expected = chance(cell.sae.d_sae, cell.sae.d_in, self.data.probing_seed)
+        settled = config.warmup * config.tokens
+        rows = snapshot_rows(kept.tokens, kept.decoders, settled, expected[0])
+        return rows + chance_rows(expected)
+
+    def _write_latents(self, folder: Path, cell: Cell) -> None:
+        density = self.evaluation.core.density
+        if cell.snapshots is None or density is None:
+            return
+        write_latents(folder / FILE, cell.sae, density)
+        if cell.snapshots.tokens:
+            cell.snapshots.save(folder / "snapshots.safetensors")
+
     def _build(self, job: Job, plain: dict[str, Any]) -> Cell:
         config = TrainConfig.parse(plain["train"])
         name = f"{plain['arm']}/seed {plain['seed']}/L0 {plain['level']:g}"
@@ -279,9 +322,12 @@ class Worker:
             arm = next(arm for arm in runs[job.run].arms if arm.name == plain["arm"])
             d_sae = SAEConfig.parse(plain["sae"]).d_sae
             return ModuleCell(name, arm.module, d_sae, config, self.sample, job.seed)
-        return Cell(name, SAEConfig.parse(plain["sae"]), config, self.sample, job.seed)
+        sae, snapshots = SAEConfig.parse(plain["sae"]), self.data.snapshots * plain["probe"]
+        return Cell(name, sae, config, self.sample, job.seed, snapshots)
 
-    def _facts(self, cell: Cell, plain: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
+    def _facts(
+        self, cell: Cell, plain: dict[str, Any], rows: list[Row], largest: Tensor | None
+    ) -> dict[str, Any]:
         values = {row.metric: row.value for row in rows if not row.slice and row.value is not None}
         constant = [row.value for row in rows if row.metric == "probing_constant"]
         names = ("l0", "explained_variance", "loss_recovered", "dead_share")
@@ -299,7 +345,7 @@ class Worker:
             "probing_constant": float(all(constant)) if constant else None,
             "data_passes": cell.config.tokens / max(1, sum(self.train.shard_counts)),
             "planned_passes": 1.0,
-            **_weights_facts(cell.sae),
+            **_weights_facts(cell.sae, largest),
             **_curve_facts(cell.log),
             **{f"{REACH}{name}": share for name, share in cell.moved().items()},
             **_balance_facts(cell),
@@ -355,18 +401,14 @@ def untrained(worker: Worker, spec: dict[str, Any]) -> SAE:
     return sae.eval()
 
 
-def _weights_facts(sae: Any) -> dict[str, float]:
-    if not isinstance(sae, SAE):  # a module's weights may have any names and shapes
+def _weights_facts(sae: Any, largest: Tensor | None) -> dict[str, float]:
+    """Of an SAE; `largest` as `largest_cosines` gives them, None for a module, whose weights may
+    have any names and shapes."""
+    if largest is None:
         return {}
-    encoder, decoder = sae.W_enc.detach(), sae.W_dec.detach()
-    rows = torch.nn.functional.normalize(decoder, dim=1)
-    twins = 0
-    for start in range(0, len(rows), 2048):
-        cosine = rows[start : start + 2048] @ rows.T
-        cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = 0
-        twins += int((cosine.max(1).values > 0.95).sum())
-    zero = not bool(encoder.any()) or not bool(decoder.any())
-    return {"weights_zero": float(zero), "near_duplicate_share": twins / len(rows)}
+    zero = not bool(sae.W_enc.any()) or not bool(sae.W_dec.any())
+    twins = int((largest > 0.95).sum())
+    return {"weights_zero": float(zero), "near_duplicate_share": twins / len(largest)}
 
 
 def _curve_facts(log: Log) -> dict[str, float | None]:

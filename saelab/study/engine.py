@@ -41,7 +41,7 @@ from saelab.study.cells import (
     curve,
     evaluation_cost,
 )
-from saelab.study.executor import run_jobs, worker_count
+from saelab.study.executor import one_thread, run_jobs, worker_count
 from saelab.study.final_info import CORE, ArmResult, final_info, judge_run
 from saelab.study.memory import needs
 from saelab.study.plan import (
@@ -60,6 +60,7 @@ from saelab.study.plan import (
 )
 from saelab.study.prepare import Prepared, prepare, source_path
 from saelab.study.record import Record
+from saelab.study.seeds import compare, partners, rows_of_seeds
 from saelab.study.summary import table
 from saelab.study.verdict import Comparison
 
@@ -133,7 +134,7 @@ def launch(task: Launch) -> list[Comparison]:
             prepared = prepare(base, cache, base.model.device)
             data = _data(base, prepared, task)
     folders = _trained(task, content, controls, data, cache, prepared)
-    arms, rows = _collect(task, folders)
+    arms, rows = _collect(task, folders, cache)
     train = prepared.train.digest
     rows += _control_rows(cell_folder(cache, control["key"], train) for control in controls)
     comparisons, differences = judge_run(arms, task.plan, task.purpose != "confirm")
@@ -216,6 +217,7 @@ def _data(base: BaseConfig, prepared: Prepared, task: Launch) -> Data:
         model=base.model if base.activations is None else None,
         layout=base.layout,
         loss_contexts=base.evaluation.loss_contexts,
+        snapshots=base.evaluation.snapshots,
         k_values=base.evaluation.probing.k_values,
         probing_seed=study_seeds(task.plan.study, "evaluation", 1)[0],
         device=base.model.device,
@@ -230,6 +232,7 @@ def _data_content(base: BaseConfig, prepared: Prepared, data: Data) -> dict[str,
         "probing": prepared.probing.name if prepared.probing else None,
         "layout": data.layout,
         "loss_contexts": data.loss_contexts,
+        "snapshots": data.snapshots,
         "k_values": data.k_values,
         "probing_seed": data.probing_seed,
         "threads": 1,
@@ -262,7 +265,8 @@ def _trained(
 ) -> dict[CellSpec, Path]:
     """Where each cell of the task's run lies, all of them trained and evaluated."""
     specs = cells(task.plan, task.base, task.run, task.purpose)
-    keys = {spec: cell_key(spec, content) for spec in specs}
+    measured = {there: content | {"at_target": there} for there in (False, True)}
+    keys = {spec: cell_key(spec, measured[_at_target(spec, task.plan)]) for spec in specs}
     _train(task, keys, controls, data, cache, prepared)
     train = prepared.train.digest
     return {spec: cell_folder(cache, key, train) for spec, key in keys.items()}
@@ -318,6 +322,7 @@ def _jobs(
 
     The last groups are split up, so that no worker waits long for another at the end.
     """
+    others = _other_seeds(keys, task.plan)
     groups: dict[tuple[int, int, int], list[CellSpec]] = {}
     for spec in specs:
         key = (spec.seed, spec.train.batch_size, spec.train.tokens)
@@ -326,12 +331,26 @@ def _jobs(
     for (seed, _, _), members in groups.items():
         for i in range(0, len(members), GROUP):
             some = members[i : i + GROUP]
-            plain = [as_job_cell(s, keys[s]) | {"probe": _at_target(s, task.plan)} for s in some]
+            plain = [
+                as_job_cell(spec, keys[spec])
+                | {"probe": _at_target(spec, task.plan)}
+                | {"others": [keys[other] for other in others.get(spec, ())]}
+                for spec in some
+            ]
             jobs.append(Job(plain, seed, data, cache, task.experiment, task.name))
     jobs.sort(key=lambda job: -len(job.cells))
     last = max(1, _workers(task, data.device))
     alone = [replace(job, cells=[cell]) for job in jobs[-last:] for cell in job.cells]
     return [*jobs[:-last], *alone]
+
+
+def _other_seeds(specs: Iterable[CellSpec], plan: PlanConfig) -> dict[CellSpec, list[CellSpec]]:
+    """The cells of other seeds that each cell at the plan's L0 is compared with."""
+    arms: dict[str, list[CellSpec]] = {}
+    for spec in specs:
+        if _at_target(spec, plan):
+            arms.setdefault(spec.arm, []).append(spec)
+    return {one: others for arm in arms.values() for one, others in partners(arm).items()}
 
 
 def _work(job: Job, advance: Any, state: dict[str, Any]) -> None:
@@ -390,7 +409,7 @@ def _gemm_seconds(n: int, d_in: int, d_sae: int) -> float:
 
 
 def _collect(
-    task: Launch, folders: Mapping[CellSpec, Path]
+    task: Launch, folders: Mapping[CellSpec, Path], cache: Path
 ) -> tuple[dict[str, ArmResult], list[dict[str, Any]]]:
     """Results per arm at the target L0, and all rows of all cells."""
     arms = {
@@ -400,13 +419,26 @@ def _collect(
         for arm in task.run.arms
     }
     rows: list[dict[str, Any]] = []
+    other_seeds = _other_seeds(folders, task.plan)
     for spec, folder in folders.items():
         cell = read_json(folder / "cell.json")
+        if spec in other_seeds:
+            others = [folders[other] for other in other_seeds[spec]]
+            cell["rows"] += _against(cache, folder, others)
         own = {"arm": spec.arm, "seed": spec.seed, "level": spec.level}
         rows += [row | own for row in cell["rows"]]
         if _at_target(spec, task.plan):
             arms[spec.arm].add(spec.seed, cell, spec.expected)
     return arms, rows
+
+
+def _against(cache: Path, folder: Path, others: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of a cell beside other seeds. Its worker has compared most pairs: not those of cells
+    that other launches left in the cache, nor after an interruption."""
+    with one_thread():
+        for other in others:
+            compare(cache, folder, other)
+    return [row.as_dict() for row in rows_of_seeds(cache, folder, others)]
 
 
 def _control_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:

@@ -35,10 +35,13 @@ METRICS = (
     *("convergence.beta", "sensitivity.beta", "convergence.theta", "sensitivity.theta"),
     *("convergence.tau", "sensitivity.tau", "consistency.temperature", "consistency.r2"),
     *("convergence.rho", "sensitivity.rho"),
+    *("consistency.seeds", "consistency.chance", "consistency.half_life"),
+    *("consistency.seeds_signed", "resampling.count", "lifetime.resamplings", "lifetime.median"),
     *("explained_variance", "cosine"),
     *(f"sae_top_{k}_test_accuracy" for k in (20, 2, 10, 50)),
     *("position.l0_early", "position.l0_late"),
     *("position.dead_share_early", "position.dead_share_late"),
+    *("consistency.chance_signed", "decoder.max_cosine", "lifetime.deaths"),
 )
 #: Secondary metrics whose paired difference is shown, without a word.
 SECONDARY = ("loss_recovered", "sae_top_5_test_accuracy")

@@ -3,7 +3,7 @@
     harvest  = process + weights + lanes x one pass's tensors + two shards + tokens
     training = process + workers x (process + weights + probing + a shard and the sample
                + cells of a job x (parameters, two moments) + the largest one's gradient
-               + one chunk of dense code)
+               + one chunk of dense code + snapshots + a matching)
 
 The need is the larger one, or the sum (its process and weights once) where the launch trains beside
 its harvest. Bytes are counted from the settings; only `process` was measured.
@@ -23,8 +23,10 @@ from saelab.data.harvest import HarvestConfig, bytes_needed
 from saelab.data.models import Size
 from saelab.data.passes import AHEAD, lanes
 from saelab.evals import core, probing
+from saelab.evals.matching import matching_bytes
 from saelab.study.cells import SAMPLE_ROWS
 from saelab.study.plan import BaseConfig, CellSpec
+from saelab.training.snapshots import snapshot_bytes
 
 #: A process with torch, transformers and the tokenizer, in bytes. Measured: 390 to 450 MB.
 PROCESS = 420 * 2**20
@@ -84,7 +86,8 @@ def needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, group: int)
     shard = base.harvest.shard_tokens * size.d_model * 4
     rows = _probing_rows(base) * size.d_model * 2
     sample = SAMPLE_ROWS * size.d_model * 4
-    worker = size.weights + rows + 2 * shard + sample + _cells(specs, size.d_model, group)
+    cells = _cells(specs, size.d_model, group, base.evaluation.snapshots)
+    worker = size.weights + rows + 2 * shard + sample + cells
     tokens = (base.train.tokens, base.evaluation.tokens)
     stored = sum(bytes_needed(n, base.context, size.d_model, base.harvest.dtype) for n in tokens)
     return Needs(
@@ -128,14 +131,16 @@ def _probing_rows(base: BaseConfig) -> int:
     return int(texts * FILLED * min(settings.context, base.context))
 
 
-def _cells(specs: Sequence[CellSpec], d: int, group: int) -> int:
+def _cells(specs: Sequence[CellSpec], d: int, group: int, snapshots: int) -> int:
     """The largest job: weights and two moments of its cells, the gradient of the one whose turn it
-    is, and one chunk of codes."""
+    is, one chunk of codes, the cells' snapshots, and a matching of two dictionaries."""
     widest = sorted((spec.sae.d_sae for spec in specs), reverse=True)[:group]
     weights = [4 * (2 * d * width + width + d) for width in widest]
     chunk = max(core.CHUNK, probing.CHUNK, *(spec.train.batch_size for spec in specs))
     codes = CODES * chunk * max(widest, default=0) * 4
-    return 3 * sum(weights) + max(weights, default=0) + codes
+    kept = sum(snapshot_bytes(snapshots, width, d) for width in widest)
+    matching = max((matching_bytes(width, d) for width in widest), default=0)
+    return 3 * sum(weights) + max(weights, default=0) + codes + kept + matching
 
 
 def _processes(workers: int, worker: int) -> int:

@@ -56,10 +56,12 @@ class ProbingConfig(Frozen):
 
 
 class EvalConfig(Frozen):
-    """Core evaluation: tokens for reconstruction, contexts for loss recovered."""
+    """Core evaluation: tokens for reconstruction, contexts for loss recovered; decoders kept over
+    the training of each cell at the plan's L0, evenly spaced in log tokens (0: none)."""
 
     tokens: PositiveInt = 65_024
     loss_contexts: PositiveInt = 128
+    snapshots: int = Field(default=10, ge=0)
     probing: ProbingConfig = ProbingConfig()
 
 

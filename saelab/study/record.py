@@ -90,7 +90,7 @@ class Record:
     def _place_checkpoints(self, out: Path) -> None:
         for spec, folder in self.folders.items():
             target = out / spec.arm / f"seed{spec.seed}-l0_{spec.level:g}"
-            for name in ("sae.safetensors", "sae.json", "module.safetensors"):
+            for name in ("sae.safetensors", "sae.json", "module.safetensors", "latents.parquet"):
                 source = folder / name
                 if source.is_file():
                     with writing(target / name):

@@ -18,6 +18,7 @@ from saelab.data.stream import Batch
 from saelab.errors import CellFailure
 from saelab.sae import SAEConfig
 from saelab.training.optim import Optimiser, TrainConfig
+from saelab.training.snapshots import Snapshots
 
 #: Batches of a cell's turn: at most so many, and so many bytes. Our choice: few enough to stay in a
 #: CPU's cache beside one cell, enough that fetching the next cell's weights does not show.
@@ -60,10 +61,19 @@ class Cell:
         sae_config, train_config: what it is and how it is trained.
         sample: raw activations [n, d_in] for initialisation, the same for all cells of a launch.
         seed: of its named streams.
+        snapshots: how many decoders are kept over the run.
     """
 
+    snapshots: Snapshots | None = None
+
     def __init__(
-        self, name: str, sae_config: SAEConfig, train_config: TrainConfig, sample: Tensor, seed: int
+        self,
+        name: str,
+        sae_config: SAEConfig,
+        train_config: TrainConfig,
+        sample: Tensor,
+        seed: int,
+        snapshots: int = 0,
     ) -> None:
         self.name, self.config, self.device = name, train_config, sample.device
         self.sae = sae_config.build(sample.shape[1], train_config.steps, seed).to(sample.device)
@@ -72,6 +82,7 @@ class Cell:
         self.optimiser = Optimiser(self.sae, train_config)
         self.fired_at = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=sample.device)
         self.log = Log(train_config.steps)
+        self.snapshots = Snapshots(snapshots, train_config.steps, train_config.batch_size)
         self.steps_done = 0
         self.tokens = 0
         self._learned = {n: p for part in self.sae.parts() for n, p in part.learned().items()}
@@ -111,9 +122,12 @@ class Cell:
         """
         self._drop_gradients()
         try:
-            return self._step(batch)
+            record = self._step(batch)
         finally:
             self._drop_gradients()
+        if self.snapshots is not None:
+            self.snapshots.look(self.sae, self.steps_done)
+        return record
 
     def _drop_gradients(self) -> None:
         self.optimiser.zero_grad()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from projects import BASE, BASELINE, PLAN, RATE, ROOT, SCALED, Ended, Project, run
+from safetensors.torch import load_file
 
 from saelab import checkpoint
 from saelab.data.store import FolderSource
@@ -42,6 +43,7 @@ PROBED = tuple(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50))
 DEFINITIONS = (
     *("core/1", "sparse_probing/2"),
     *("sensitivity/1", "consistency/1", "convergence/1"),
+    *("agreement/1", "decoder/1", "survival/1"),
 )
 CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")
 
@@ -254,6 +256,35 @@ def test_the_same_launch_from_an_empty_cache_gives_the_same_bits(
     assert other.weights() == launched.project.weights()
     files = [p.folder / "run_1" / "final_info.json" for p in (other, launched.project)]
     assert files[0].read_bytes() == files[1].read_bytes()
+    found = sorted(other.folder.glob(".saelab/pairs/*"))
+    assert len(found) == sum(seeds * (seeds - 1) // 2 for seeds, _ in SEEDS.values())
+    before, written = files[0].read_bytes(), [file.stat().st_mtime_ns for file in found]
+    assert other.again().code == 0
+    assert [file.stat().st_mtime_ns for file in found] == written  # none is compared twice
+    assert files[0].read_bytes() == before
+
+
+def test_cells_at_the_target_have_snapshots_latents_and_other_seeds(launched: Launched) -> None:
+    cells = launched.project.manifest()["cells"]
+    rows = pq.read_table(launched.folder / "metrics.parquet").to_pylist()
+    for name, key in cells.items():
+        folder = launched.project.folder / ".saelab" / "cells" / key
+        at_target = name.endswith("L0 16")
+        assert (folder / "snapshots.safetensors").is_file() == at_target
+        assert (folder / "latents.parquet").is_file() == at_target
+        if at_target:
+            kept = load_file(folder / "snapshots.safetensors")
+            assert kept["tokens"].tolist()[-1] == 16_384 and len(kept["tokens"]) == 10
+            assert kept["decoder"].shape == (10, 256, 192)
+            share = pq.read_table(folder / "latents.parquet").column("density").to_pylist()
+            assert sum(share) == pytest.approx(16, rel=1e-6)  # TopK: that is its L0
+    for arm, (seeds, further) in SEEDS.items():
+        own = [row for row in rows if row["arm"] == arm and row["slice"] == ""]
+        for metric in ("consistency.seeds", "consistency.seeds_signed", "consistency.chance"):
+            found = [row["value"] for row in own if row["metric"] == metric]
+            assert len(found) == seeds and all(0 < value < 1 for value in found)
+        assert sum(row["metric"] == "decoder.max_cosine" for row in own) == seeds
+        assert sum(row["metric"] == "fvu" for row in own) == seeds + further
 
 
 # ---------------------------------------------------------------- one project, changed by its user

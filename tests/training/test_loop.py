@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from saelab.data.store import MemorySource, Shard
 from saelab.data.stream import Batch, batches
@@ -22,6 +25,7 @@ from saelab.training import loop
 from saelab.training.loop import Cell, train
 from saelab.training.module_cell import ModuleCell
 from saelab.training.optim import TrainConfig
+from saelab.training.snapshots import snapshot_bytes, snapshot_steps
 
 D_IN, D_SAE, SIZE, CONTEXT = 16, 64, 64, 16
 
@@ -140,6 +144,42 @@ class TestBitwise:
         run(activations, cell_of(activations, sae=sae_config(**VARIANTS["jumprelu"])))
         assert torch.equal(torch.get_rng_state(), before)
         assert np.array_equal(numpy_state(), numpy_before)
+
+    @variants
+    def test_snapshots_change_nothing(self, variant: str, activations: MemorySource) -> None:
+        config, sample = sae_config(**VARIANTS[variant]), activations.shard(0).rows()[0]
+        plain, kept = (Cell("a", config, train_config(), sample, 3, n) for n in (0, 4))
+        for cell in (plain, kept):
+            run(activations, cell)
+        assert_bitwise(plain, kept)
+        assert kept.snapshots is not None and plain.snapshots is not None
+        assert not plain.snapshots.tokens
+        assert kept.snapshots.tokens == [SIZE * step for step in (1, 3, 10, 30)]
+        last = normalize(kept.sae.W_dec, dim=1).half()
+        assert torch.equal(kept.snapshots.decoders[-1], last)
+        assert not torch.equal(kept.snapshots.decoders[0], last)
+        assert len(kept.snapshots.thresholds) == 4
+
+    def test_snapshots_are_evenly_spaced_in_log_tokens(self) -> None:
+        steps = snapshot_steps(10, 10_000)
+        assert (steps[0], steps[-1], len(steps)) == (100, 10_000, 10)
+        ratios = np.diff(np.log(steps))
+        np.testing.assert_allclose(ratios, math.log(100) / 9, atol=0.01)
+        assert snapshot_steps(0, 50) == [] and snapshot_steps(1, 50) == [50]
+        assert snapshot_steps(10, 3) == [1, 2, 3]
+
+    def test_a_snapshot_file_takes_the_stated_bytes(
+        self, activations: MemorySource, tmp_path: Path
+    ) -> None:
+        cell = Cell("a", sae_config(), train_config(), activations.shard(0).rows()[0], 3, 4)
+        run(activations, cell)
+        assert cell.snapshots is not None
+        cell.snapshots.save(tmp_path / "snapshots.safetensors")
+        size = (tmp_path / "snapshots.safetensors").stat().st_size
+        assert 0 <= size - snapshot_bytes(4, D_SAE, cell.sae.d_in) < 600
+        stored = load_file(tmp_path / "snapshots.safetensors")
+        assert stored["tokens"].tolist() == cell.snapshots.tokens
+        assert torch.equal(stored["b_enc"][-1], cell.sae.b_enc.detach())
 
     @variants
     def test_neighbours_change_nothing(self, variant: str, activations: MemorySource) -> None:

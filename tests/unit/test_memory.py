@@ -15,6 +15,7 @@ from saelab.data.harvest import HarvestConfig
 from saelab.data.models import ModelConfig, load, size
 from saelab.study.memory import harvest_bytes, needs, process
 from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run, cells
+from saelab.training.snapshots import snapshot_bytes
 
 BASE = BaseConfig()
 GROUP = 3
@@ -42,6 +43,9 @@ def test_needs_grow_with_what_is_asked_for() -> None:
     assert needs(large, specs(), 2, GROUP).harvest > small.harvest + 300e6
     long = BASE.patched({"train.tokens": 16 * BASE.train.tokens})
     assert needs(long, specs(long), 2, GROUP).disk > 10 * small.disk
+    without = BASE.patched({"evaluation.snapshots": 0})
+    kept = small.training - needs(without, specs(without), 2, GROUP).training
+    assert kept == 2 * GROUP * snapshot_bytes(10, BASE.sae.d_sae, 192)
     assert "GB of memory" in small.line() and "GB of disk" in small.line()
 
 

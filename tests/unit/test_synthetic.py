@@ -16,7 +16,8 @@ from saelab.data.store import MemorySource
 from saelab.data.stream import batches
 from saelab.data.synthetic import SyntheticConfig, Truth, generate, truth_of
 from saelab.errors import MismatchError, SettingError
-from saelab.evals.truth import mcc, random_directions
+from saelab.evals.matching import random_directions
+from saelab.evals.truth import mcc
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 

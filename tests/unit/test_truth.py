@@ -18,12 +18,12 @@ from saelab.errors import MismatchError
 from saelab.evals import EVALUATIONS, EvalData, evaluate
 from saelab.evals import truth as scores
 from saelab.evals.core import CoreData
+from saelab.evals.matching import DRAWS, random_directions
 from saelab.evals.truth import (
     METRICS,
     directions,
     evaluate_truth,
     mcc,
-    random_directions,
     uniqueness,
 )
 from saelab.seeding import torch_stream
@@ -139,7 +139,7 @@ def test_a_random_dictionary_scores_what_is_printed_as_chance(
     others = [random_directions(latents, D, global_random_seed + 1, i) for i in range(40)]
     for name, score in (("mcc", mcc), ("uniqueness", uniqueness)):
         values = torch.tensor([score(w, truth.directions) for w in others])
-        error = float(values.std()) * (1 / scores.DRAWS + 1 / 40) ** 0.5
+        error = float(values.std()) * (1 / DRAWS + 1 / 40) ** 0.5
         assert abs(found[f"chance_{name}"] - float(values.mean())) < 6 * error, name
     assert 0 < found["chance_firing_f1"] < 0.5
 

@@ -1,0 +1,31 @@
+"""How near each latent's decoder row is to another one's: the largest cosine over all other rows.
+
+Rows: decoder.max_cosine, its mean over latents, and with a slice ('cosine=0.35') the share of
+latents whose largest cosine lies in [0.35, 0.40); the lowest bin holds all below it too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saelab.evals.base import Row, missing, number
+
+DEFINITION = "decoder/1"
+METRIC = "decoder.max_cosine"
+#: Bins from 0 to 1. Our choice.
+BINS = 20
+
+
+def decoder_rows(largest: Tensor | None) -> list[Row]:
+    """Rows for the largest cosines [d_sae] of `matching.largest_cosines`; None without a decoder
+    made of rows."""
+    if largest is None:
+        return [missing(METRIC, DEFINITION, "only an SAE made of parts has decoder rows")]
+    # a cosine that is 0.35 but for rounding is 0.35
+    index = (largest.double() * BINS + 1e-6).floor().long().clamp(0, BINS - 1)
+    counts = torch.bincount(index, minlength=BINS).tolist()
+    rows = [number(METRIC, float(largest.double().mean()), DEFINITION)]
+    for i, count in enumerate(counts):
+        rows.append(number(METRIC, count / len(largest), DEFINITION, f"cosine={i / BINS:.2f}"))
+    return rows

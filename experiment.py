@@ -131,7 +131,7 @@ RUNS = {
         Arm("B neither", b_full(observers=[COUNT]), "dead latents stay dead"),
         Arm("B k 100", b(balance="minimax") | {"sae.observers": [BY_AGE]}, "k does not move"),
         Arm("B weight 0", b_full(coefficient=0.0), "all of it but the penalty"),
-        Arm("adaptive topk", topk(kind="rounded_k", over="rows", cover=0.5), "k follows rows"),
+        Arm("adaptive topk", topk(kind="rounded_k", over="rows", cover=0.904), "k follows rows"),
         Arm("annealed k", topk(kind="annealed_k", end=Found("adaptive topk", "k")), "same end"),
     ]),
     "run_9": Run("Ideas A and B together", [

@@ -82,7 +82,6 @@ def test_a_k_on_a_schedule_ends_where_another_k_ended(tmp_path: Path) -> None:
     means = {name: group["means"] for name, group in project.info().items()}
     found = means["adaptive"]["k"]
     assert found >= 20 and abs(found - 60) > 1
-    assert abs(means["annealed"]["k"] - found) <= 0.5 and means["annealed"]["k"] != 16
     assert means["annealed"]["l0"] == pytest.approx(found, rel=0.05)
     assert means["annealed"]["verdict.fvu"] == "refused"  # the baseline's L0 is another one
 

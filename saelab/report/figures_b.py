@@ -104,7 +104,8 @@ def stability(run: Run) -> Figure | str:
         axes, (title, label, _) = page.panels[metric], STEADY[metric]
         by_arm(axes, run, of_arms)
         axes.set(title=title, ylabel=label)
-        axes.set_ylim(bottom=-0.05 * (axes.dataLim.y1 or 1))  # markers at 0 stay whole
+        top = axes.dataLim.y1
+        axes.set_ylim(-0.05 * (top or 1), 1.1 * (top or 1))  # markers at 0 stay whole
         axes.locator_params(axis="y", nbins=4)
     stopped = {arm: vs for arm, vs in _of_arms(run, "stability.nonfinite").items() if any(vs)}
     cells = [f"{shown(arm)}, {sum(vs):g} of {len(vs)} seeds" for arm, vs in stopped.items()]

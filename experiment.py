@@ -15,55 +15,41 @@ from saelab.study.plan import Arm, Found, Run
 # --------------------------------------------------------------------------------------------------
 
 # ---- settings that several arms share ------------------------------------------------------------
-
+# fmt: off
+RECON, UNIT = {"kind": "reconstruction"}, {"kind": "unit_norm"}
+L1 = [RECON, {"kind": "l1"}]
+BARE = {"sae.controllers": [], "sae.observers": [], "sae.constraints": [UNIT]}
+TOPK = BARE | {"sae.activation": {"kind": "topk"}, "sae.losses": [RECON, {"kind": "auxk"}]}
+JUMPRELU = BARE | {"sae.activation": {"kind": "jumprelu"}, "sae.losses": [RECON, {"kind": "l0"}],
+                   "sae.controllers": [{"kind": "l0_target", "start": 1e-4}]}
+EARLY, FAST = {"train.positions": (0, 64)}, {"train.lr": 1.6e-2}
 A1 = {"kind": "variance", "tau": 0.5, "statistics": "running", "tying": "global"}
 PRIOR = {"kind": "scalar_prior", "c_beta": 1e-3, "c_theta": 1e-3, "beta_0": 1.0}
-OWN_LOSS = {"sae.controllers": [], "sae.constraints": [{"kind": "unit_norm"}], "sae.observers": []}
-TOPK = OWN_LOSS | {
-    "sae.activation": {"kind": "topk"},
-    "sae.losses": [{"kind": "reconstruction"}, {"kind": "auxk"}],
-}
-JUMPRELU = OWN_LOSS | {
-    "sae.activation": {"kind": "jumprelu"},
-    "sae.losses": [{"kind": "reconstruction"}, {"kind": "l0"}],
-    "sae.controllers": [{"kind": "l0_target", "start": 1e-4}],
-}
-A_LITERAL = {
-    "sae.scaling": A1 | {"statistics": "batch", "literal": True},
-    "sae.losses+": PRIOR | {"beta_0": 0.0},
-    "sae.encoder_bias": False,
-    "sae.centre": False,
-}
+A_LITERAL = {"sae.scaling": A1 | {"statistics": "batch", "literal": True}, "sae.centre": False,
+             "sae.losses+": PRIOR | {"beta_0": 0.0}, "sae.encoder_bias": False}
+SCALED = [RECON | {"space": "scaled"}, {"kind": "l1"}, PRIOR]
 TIME = ["theta", "beta", "gamma", "rho", "T"]
-SCALED = [{"kind": "reconstruction", "space": "scaled"}, {"kind": "l1"}, PRIOR]
-B = {"kind": "similarity"}
+FIXED, BY_AGE = {"kind": "resampling"}, {"kind": "lifetimes"}
+COUNT = BY_AGE | {"resample": False}  # lifetimes are looked at, and no latent is resampled
 
-
-def a1(prior=PRIOR, **changes):
-    """Idea A at the input."""
+def a1(prior=PRIOR, **changes):  # idea A at the input
     return {"sae.scaling": A1 | changes, "sae.losses+": prior}
+def a2(*learned, **changes):  # idea A at the threshold, with these scalars learned
+    return JUMPRELU | {"sae.activation": {"kind": "tied_threshold", "learned": learned} | changes}
 
+def b(**changes):  # idea B's penalty
+    return {"sae.losses+": {"kind": "similarity"} | changes}
+def b_full(*losses, observers=(BY_AGE,), **changes):  # all of B: learned alpha, rounded k, ages
+    penalty = {"kind": "similarity", "balance": "minimax", "k": "k"} | changes
+    return {"sae.losses": [*L1, penalty, *losses], "sae.controllers+": {"kind": "rounded_k"},
+            "sae.observers": [*observers]}
 
-def a2(*learned, **changes):
-    """Idea A at the threshold, with these scalars learned."""
-    return JUMPRELU | {
-        "sae.activation": {"kind": "tied_threshold", "learned": list(learned)} | changes
-    }
-
-
-def b(**changes):
-    """Idea B's penalty."""
-    return {"sae.losses+": B | changes}
-
+def topk(**controller):  # TopK whose k moves
+    return TOPK | {"sae.activation": {"kind": "topk", "k": "k"}, "sae.controllers": [controller]}
 
 BASE = Arm("baseline", comment="ReLU with decoder-norm weighted L1")
-EARLY = {"train.positions": (0, 64)}
-MORE_THAN_A_RATE = [
-    Arm("A1 scaled start", a1(start="scaled"), "A1, started in scaled space"),
-    Arm("baseline lr x2", {"train.lr": 1.6e-2}, "is A1 more than a learning rate?"),
-]
-
-# fmt: off
+MORE_THAN_A_RATE = [Arm("A1 scaled start", a1(start="scaled"), "A1, started in scaled space"),
+                    Arm("baseline lr x2", FAST, "is A1 more than a learning rate?")]
 RUNS = {
     "run_0": Run("Baselines: ReLU with L1, TopK and JumpReLU over sparsity levels", [
         BASE,
@@ -117,8 +103,7 @@ RUNS = {
         Arm("one scale", a1(tau=0.0, tying="scale"), "beta alone"),
         Arm("whitening", {"sae.scaling": {"kind": "whitening"}}, "correlations scaled too"),
         Arm("A1 scaled loss", a1() | {"sae.losses": SCALED}, "errors in scaled space too"),
-        Arm("A1 unit encoder", a1() | {"sae.constraints": [{"kind": "unit_norm", "weight":
-            "encoder"}]}, "beta can't hide in W_enc"),
+        Arm("A1 unit encoder", a1() | {"sae.constraints": [UNIT | {"weight": "encoder"}]}, "gauge"),
         Arm("A1 tied", a1() | {"sae.tied": True}, "the encoder is the decoder's transpose"),
     ]),
     "run_6": Run("Idea B: similarity of decoder rows and of codes", [
@@ -141,6 +126,26 @@ RUNS = {
         Arm("replay", b(balance="replay", path=Found("minimax", "alpha", path=True)),
             "minimax's alpha of another seed"),
         Arm("frozen random", b(balance="frozen_random"), "alpha drawn once"),
+    ]),
+    "run_8": Run("Idea B: rounded k, lifetimes and resampling by age, taken apart", [
+        BASE,
+        Arm("B full", b_full(), "learned alpha, rounded k, resampling by age", primary=True),
+        Arm("B auxk", b_full({"kind": "auxk"}, observers=[COUNT]), "AuxK instead"),
+        Arm("B fixed", b_full(observers=[FIXED, COUNT]), "at fixed intervals instead"),
+        Arm("B neither", b_full(observers=[COUNT]), "dead latents stay dead"),
+        Arm("B k 100", b(balance="minimax") | {"sae.observers": [BY_AGE]}, "k does not move"),
+        Arm("B weight 0", b_full(coefficient=0.0), "all of it but the penalty"),
+        Arm("adaptive topk", topk(kind="rounded_k", over="rows", cover=0.904), "k follows rows"),
+        Arm("annealed k", topk(kind="annealed_k", end=Found("adaptive topk", "k")), "same end"),
+    ]),
+    "run_9": Run("Ideas A and B together", [
+        BASE,
+        Arm("A", a1(), "A1 as in run_1", primary=True),
+        Arm("B", b_full(), "B full as in run_8", primary=True),
+        Arm("both", {"sae.scaling": A1} | b_full(PRIOR), "A1 and B full", primary=True),
+        Arm("scaling, B", {"sae.scaling": A1 | {"tying": "off"}} | b_full(), "no scalars"),
+        Arm("both, weight 0", {"sae.scaling": A1} | b_full(PRIOR, coefficient=0.0), "no penalty"),
+        *MORE_THAN_A_RATE,
     ]),
 }
 # fmt: on

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from saelab.parts.base import Controller, Dims, PartConfig
 
+#: Where k ends when neither the settings nor a study's plan say it, as `topk` has it.
+END = 32
+
 
 class AnnealedKConfig(PartConfig):
-    """name: the setting that it owns; start, end: k; until: share of the run with a changing k."""
+    """Settings of the schedule.
+
+    Args:
+        name: the setting that it owns.
+        start, end: k; an end of None is the L0 at which a study compares its arms.
+        until: share of the run with a changing k.
+    """
 
     kind: Literal["annealed_k"] = "annealed_k"
     name: str = "k"
     start: PositiveInt = 100
-    end: PositiveInt = 32
+    end: PositiveFloat | None = None
     until: float = Field(default=0.5, gt=0, le=1)
 
     def build(self, dims: Dims) -> AnnealedK:
@@ -32,6 +41,6 @@ class AnnealedK(Controller):
         self.steps, self.most = max(1.0, config.until * dims.steps), dims.d_sae
 
     def value(self, step: int) -> float:
-        c = self.config
-        k = round(c.start * (c.end / c.start) ** min(1.0, step / self.steps))
-        return float(min(k, self.most))
+        start, end = self.config.start, self.config.end or END
+        k = round(start * (end / start) ** min(1.0, step / self.steps))
+        return float(min(max(1, k), self.most))

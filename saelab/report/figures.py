@@ -7,7 +7,7 @@
     density          how often latents fire
     scalars          learned scalars over training
     verdict          paired difference from the baseline
-    ...              what is measured of idea A: figures_a.py
+    ...              what is measured of the ideas: figures_a.py, figures_b.py
 
 Bands and bars go from the lowest to the highest seed, except in the verdict (95% t interval). The
 titles carry the numbers that matter. What is missing is said in the picture, with its reason.
@@ -36,6 +36,7 @@ from saelab.report.canvas import (
     wrap,
 )
 from saelab.report.figures_a import A_PICTURES
+from saelab.report.figures_b import B_PICTURES
 from saelab.report.load import Curve, Run, load
 from saelab.report.shared import (
     NAMES,
@@ -563,4 +564,5 @@ PICTURES: dict[str, Picture] = {
     "scalars": scalars,
     "verdict": verdict,
     **A_PICTURES,
+    **B_PICTURES,
 }

@@ -19,17 +19,22 @@ import numpy as np
 from saelab.report.canvas import Page, handle, log_axis, looks, shown, wrap
 from saelab.report.load import Run
 from saelab.report.shared import (
+    RANGE,
     against_l0,
     at,
     band,
     cells_of,
+    changes_of,
+    legend,
     mean,
     means_of,
     of_seeds,
     over_training,
     points_with_range,
+    seeds_of,
     token_unit,
     values_of,
+    without_baseline,
 )
 
 if TYPE_CHECKING:
@@ -47,20 +52,6 @@ BY_POSITION = {
     "dead_share": ("Never fire there", "share of latents (%)"),
     "sae_top_5_test_accuracy": ("Probes, k = 5", "test accuracy"),
 }
-RANGE = "bars: lowest to highest seed"
-
-
-def _legend(run: Run, arms: Sequence[str]) -> list[Any]:
-    return [handle(arm, looks(run)[arm]) for arm in run.arms if arm in arms]
-
-
-def _seeds(run: Run, numbers: Mapping[str, Sequence[float]]) -> str:
-    return of_seeds([len(values) for arm, values in numbers.items() if arm in run.arms] or [1])
-
-
-def _values(run: Run, means: Mapping[str, float], form: str) -> str:
-    """`values_of`, where the baseline may have no value."""
-    return values_of(run, means, form).removeprefix("others ")
 
 
 # ---------------------------------------------------------------- spread
@@ -89,12 +80,12 @@ def spread(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – spread of feature variance before and after scaling",
         [
-            f"Mean over {_seeds(run, ends['after'])} at {at(run)}; {RANGE}. Features are"
+            f"Mean over {seeds_of(run, ends['after'])} at {at(run)}; {RANGE}. Features are"
             " the input's dimensions, or the latents' pre-activations where thresholds are tied. 0"
             " is equal variances.",
-            f"After scaling: {_values(run, means_of(ends['after']), '.2f')}.",
+            f"After scaling: {without_baseline(run, means_of(ends['after']), '.2f')}.",
         ],
-        _legend(run, arms),
+        legend(run, arms),
         [note] if without else [],
     )
 
@@ -136,7 +127,7 @@ def thresholds(run: Run) -> Figure | str:
         f"{run.title} – per-feature thresholds against variance",
         [
             f"Dots: features of one seed, evenly by rank of variance; lines: fits of"
-            f" {_seeds(run, {arm: fits[arm] for arm in arms})} at {at(run)}, log"
+            f" {seeds_of(run, {arm: fits[arm] for arm in arms})} at {at(run)}, log"
             " threshold on log variance. The slope is the temperature that one global pair would"
             " need (minus the slope for gains of the input); R² is what it would explain.",
         ],
@@ -211,8 +202,8 @@ def positions(run: Run) -> Figure | str:
     said = f"FVU at positions 64-127: {values_of(run, means_of(late))}." if late else ""
     return page.finish(
         f"{run.title} – by token position",
-        [f"Mean over {_seeds(run, run.numbers('fvu'))} at {at(run)}; {RANGE}. {said}"],
-        _legend(run, list(numbers["fvu"])),
+        [f"Mean over {seeds_of(run, run.numbers('fvu'))} at {at(run)}; {RANGE}. {said}"],
+        legend(run, list(numbers["fvu"])),
         notes,
     )
 
@@ -255,16 +246,9 @@ def _minus_baseline(
     return {arm: found[arm] for arm in run.arms if arm in found}
 
 
-def _changes(run: Run, arm: str) -> dict[str, Any]:
-    """What an arm changes of the base; {} where the manifest does not say it."""
-    arms = run.manifest.get("arms", {})
-    entry = arms.get(arm, {}) if isinstance(arms, dict) else {}
-    return entry.get("changes", {})
-
-
 def _stops(run: Run) -> dict[str, int]:
     """Arms that are trained on the first positions alone, and on how many."""
-    found = {arm: _changes(run, arm).get("train.positions") for arm in run.arms}
+    found = {arm: changes_of(run, arm).get("train.positions") for arm in run.arms}
     return {arm: int(positions[1]) for arm, positions in found.items() if positions}
 
 
@@ -303,7 +287,7 @@ def sensitivity(run: Run) -> Figure | str:
         page.panels[f"{scalars[0]} {metric}"].set_ylabel(f"{METRICS[metric]} (% per %)")
     largest = {s: means_of(run.numbers(f"sensitivity.{s}")) for s in scalars}
     said = [f"{s} {_extremes(values)}" for s, values in largest.items() if values]
-    seeds = _seeds(run, run.numbers(f"sensitivity.{scalars[0]}"))
+    seeds = seeds_of(run, run.numbers(f"sensitivity.{scalars[0]}"))
     return page.finish(
         f"{run.title} – elasticities to the scalars, without training again",
         [
@@ -311,7 +295,7 @@ def sensitivity(run: Run) -> Figure | str:
             f" {at(run)}; {RANGE}. Each panel has its own axis.",
             f"Largest for FVU, by arm: {'; '.join(said)}.",
         ],
-        _legend(run, list(drawn)),
+        legend(run, list(drawn)),
     )
 
 
@@ -383,7 +367,7 @@ def _strengths(run: Run) -> dict[str, dict[str, float]]:
     """Arm -> scalar -> strength of its prior, for arms that the manifest says have one."""
     found = {}
     for arm in run.arms:
-        for part in _parts(_changes(run, arm)):
+        for part in _parts(changes_of(run, arm)):
             if part.get("kind") == "scalar_prior":
                 found[arm] = {s: float(part.get(f"c_{s}", 1e-3)) for s in ("beta", "theta")}
     return found
@@ -467,7 +451,7 @@ def speed(run: Run) -> Figure | str:
             " within 2% of its final value.",
             f"In % of the steps: {values_of(run, means_of(percent), '.0f')}.",
         ],
-        _legend(run, arms),
+        legend(run, arms),
     )
 
 
@@ -489,11 +473,11 @@ def temperature(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – reconstruction by temperature",
         [
-            f"Small dots: cells; large: mean over {_seeds(run, numbers)}; {RANGE}. Line"
+            f"Small dots: cells; large: mean over {seeds_of(run, numbers)}; {RANGE}. Line"
             " and grey band: the baseline.",
             f"FVU by temperature: {', '.join(said)}{base}.",
         ],
-        _legend(run, arms),
+        legend(run, arms),
     )
 
 

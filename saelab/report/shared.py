@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saelab.report.canvas import Look, log_axis, looks, shown
+from saelab.report.canvas import Look, handle, log_axis, looks, shown
 from saelab.report.load import Curve, Run
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 NAMES = {"fvu": "FVU", "l0": "L0", "mse": "MSE"}
 #: Share of training from which differences to the baseline set their axis; before, they are large.
 SETTLED = 0.2
+
+RANGE = "bars: lowest to highest seed"
 
 # ---------------------------------------------------------------- words
 
@@ -45,6 +47,28 @@ def values_of(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:
     elif others:
         parts.append(f"{shown(others[0][1])} {others[0][0]:{form}}")
     return ", ".join(parts) or "-"
+
+
+def without_baseline(run: Run, means: Mapping[str, float], form: str) -> str:
+    """`values_of`, where the baseline may have no value."""
+    return values_of(run, means, form).removeprefix("others ")
+
+
+def seeds_of(run: Run, numbers: Mapping[str, Sequence[float]]) -> str:
+    """How many seeds the arms have numbers of."""
+    return of_seeds([len(values) for arm, values in numbers.items() if arm in run.arms] or [1])
+
+
+def legend(run: Run, arms: Sequence[str]) -> list[Any]:
+    """Entries of the legend for these arms, in the run's order."""
+    return [handle(arm, looks(run)[arm]) for arm in run.arms if arm in arms]
+
+
+def changes_of(run: Run, arm: str) -> dict[str, Any]:
+    """What an arm changes of the base; {} where the manifest does not say it."""
+    arms = run.manifest.get("arms", {})
+    entry = arms.get(arm, {}) if isinstance(arms, dict) else {}
+    return entry.get("changes", {})
 
 
 def lost_cells(run: Run, metric: str, slice: str = "") -> list[str]:

@@ -59,6 +59,7 @@ from saelab.study.latents import FILE, write_latents
 from saelab.study.plan import CellSpec
 from saelab.study.prepare import open_source
 from saelab.study.seeds import compare
+from saelab.study.stability import LARGE, spikes, stability
 from saelab.training.loop import Cell, Log, train
 from saelab.training.module_cell import ModuleCell
 from saelab.training.optim import TrainConfig
@@ -67,8 +68,6 @@ from saelab.training.optim import TrainConfig
 AT_TARGET = ("core", "probing", "sensitivity", "consistency")
 #: Points kept of each curve.
 CURVE_POINTS = 200
-#: Share of the run before which the loss moves by design (warm-up) and no spike is counted.
-SETTLED = 0.2
 #: Rows of the first shard that initialise every cell of a launch.
 SAMPLE_ROWS = 65_536
 
@@ -266,7 +265,9 @@ class Worker:
         for cell, plain in zip(cells, job.cells, strict=True):
             failure = failures.get(cell.name)
             largest = largest_cosines(cell.sae.W_dec) if isinstance(cell.sae, SAE) else None
-            rows = [] if failure else self._rows(cell, plain["probe"], largest)
+            rows = stability(cell.log, failure.step if failure else None)
+            if not failure:
+                rows += self._rows(cell, plain["probe"], largest)
             facts = self._facts(cell, plain, rows, largest)
             if failure:
                 facts["nonfinite_step"] = failure.step
@@ -412,13 +413,14 @@ def _weights_facts(sae: Any, largest: Tensor | None) -> dict[str, float]:
 
 
 def _curve_facts(log: Log) -> dict[str, float | None]:
-    """Spikes of the loss and its improvement over the last tenth of the run."""
+    """Large spikes of the loss and its improvement over the last tenth of the run."""
     loss = log.loss
     if len(loss) < FEWEST:
         return {}
     tenth = max(1, len(loss) // 10)
     before, last = loss[-2 * tenth : -tenth].mean(), loss[-tenth:].mean()
-    return {"last_tenth_improvement": float(1 - last / before), "spikes": float(spikes(loss))}
+    large = float(spikes(loss, LARGE))
+    return {"last_tenth_improvement": float(1 - last / before), "spikes": large}
 
 
 def _balance_facts(cell: Cell) -> dict[str, float]:
@@ -441,25 +443,6 @@ def _balance_facts(cell: Cell) -> dict[str, float]:
             reach = sum(own.numel() * cell.optimiser.travel(own) for own in learned)
             facts["scalar_reach.alpha"] = stats.moved_share(alpha, reach)
     return facts
-
-
-def spikes(loss: np.ndarray, window: int = 51, factor: float = 10.0, least: int = 3) -> int:
-    """Loss spikes: log loss above its running median by `factor` MAD for `least` steps or more."""
-    logs = np.log(np.maximum(loss, 1e-12))
-    half = window // 2
-    start = int(SETTLED * len(logs))
-    padded = np.pad(logs, half, mode="edge")
-    median = np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
-    residual = (logs - median)[start:]
-    high = residual > factor * max(stats.mad(residual), 1e-9)
-    runs, length = 0, 0
-    for flag in [*high.tolist(), False]:
-        if flag:
-            length += 1
-        else:
-            runs += length >= least
-            length = 0
-    return runs
 
 
 def _logged(log: Log) -> list[tuple[str, np.ndarray]]:

@@ -54,15 +54,19 @@ def settled(values: np.ndarray, final: float, near: float = NEAR) -> float:
     return float(away[-1] + 1) / len(values) if len(away) else 0.0
 
 
-def steps_to_final(loss: np.ndarray) -> float:
-    """Share of the run after which the smoothed loss [n] stays near its final value."""
+def smoothed(loss: np.ndarray) -> np.ndarray:
+    """At each step of loss [n] the mean over the `SMOOTH` of the run that ends there."""
     width = max(1, round(SMOOTH * len(loss)))
     sums = np.concatenate([[0.0], loss.cumsum()])
     ends = np.arange(1, len(loss) + 1)
     starts = np.maximum(ends - width, 0)
-    smooth = (sums[ends] - sums[starts]) / (ends - starts)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def steps_to_final(loss: np.ndarray) -> float:
+    """Share of the run after which the smoothed loss [n] stays near its final value."""
     final = float(loss[-max(1, round(FINAL * len(loss))) :].mean())
-    return settled(smooth, final, NEAR_LOSS)
+    return settled(smoothed(loss), final, NEAR_LOSS)
 
 
 def _tenth_before(column: np.ndarray) -> int:

@@ -24,14 +24,14 @@ MOST_MEANS = 40
 #: Metrics that every launch measures.
 CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")
 #: Logged values whose last entry is reported.
-SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k", "threshold", "sparsity")
+SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k", "threshold", "sparsity", "penalty_share")
 #: Metrics in the order in which `means` takes them while there is room.
 METRICS = (
     *("fvu", "l0", "loss_recovered", "dead_share"),
     *("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy"),
     *SCALARS,
     "final_loss",
-    *("position.fvu_early", "position.fvu_late", "convergence.steps"),
+    *("position.fvu_early", "position.fvu_late", "convergence.steps", "spikes", "stability.rise"),
     *("convergence.beta", "sensitivity.beta", "convergence.theta", "sensitivity.theta"),
     *("convergence.tau", "sensitivity.tau", "consistency.temperature", "consistency.r2"),
     *("convergence.rho", "sensitivity.rho"),
@@ -42,6 +42,7 @@ METRICS = (
     *("position.l0_early", "position.l0_late"),
     *("position.dead_share_early", "position.dead_share_late"),
     *("consistency.chance_signed", "decoder.max_cosine", "lifetime.deaths"),
+    *("stability.detrended", "stability.gradient_cv", "stability.nonfinite"),
 )
 #: Secondary metrics whose paired difference is shown, without a word.
 SECONDARY = ("loss_recovered", "sae_top_5_test_accuracy")

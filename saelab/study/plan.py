@@ -249,14 +249,16 @@ def find_run(runs: Mapping[str, Run], name: str) -> Run:
 def at_level(sae: SAEConfig, level: float) -> SAEConfig:
     """The settings with their sparsity at `level` latents per row: controller's target, or k.
 
-    A k that a controller anneals ends there; one that a controller finds is left to it.
+    A k that a controller anneals ends there, unless its settings say where; one that a controller
+    finds is left to it.
     """
     changes: dict[str, Any] = {}
     k = getattr(sae.activation, "k", None)
     for i, controller in enumerate(sae.controllers):
         if controller.kind == "l0_target":
             changes[f"controllers.{i}.target"] = level
-        if controller.kind == "annealed_k" and getattr(controller, "name", None) == k:
+        anneals = controller.kind == "annealed_k" and getattr(controller, "name", None) == k
+        if anneals and getattr(controller, "end", None) is None:
             changes[f"controllers.{i}.end"] = max(1, round(level))
     if isinstance(k, int):
         changes["activation.k"] = max(1, round(level))

@@ -204,6 +204,9 @@ def test_cells_that_diverge_do_not_stop_the_others(tmp_path: Path) -> None:
     for arm in ("nan first", "nan later"):
         assert info[arm]["means"].get("fvu") is None
         assert "nonfinite_training" in info[arm]["means"]["gate"]
+        assert set(info[arm]["final_info_dict"]["stability.nonfinite"]) == {1}
+        assert "spikes" not in info[arm]["final_info_dict"]
+    assert set(info["fine"]["final_info_dict"]["stability.nonfinite"]) == {0}
     assert info["fine"]["means"]["verdict.fvu"] in WORDS
     summary = (project.folder / "run_1" / "summary.md").read_text(encoding="utf-8")
     assert "not finite at step 40" in summary

@@ -69,6 +69,23 @@ def test_an_arm_is_fixed_at_what_another_learned(tmp_path: Path) -> None:
     assert project.again().code == 0 and project.weights() == kept  # all of it from the cache
 
 
+def test_a_k_on_a_schedule_ends_where_another_k_ended(tmp_path: Path) -> None:
+    """Not at the plan's L0, which the k that follows the data does not know."""
+    moving = '{"sae.activation": {"kind": "topk", "k": "k"}, "sae.controllers": [%s]}'
+    rows = '{"kind": "rounded_k", "over": "rows", "start": 60, "k_min": 20}'
+    schedule = '{"kind": "annealed_k", "start": 60, "end": Found("adaptive", "k")}'
+    arms = (f'Arm("adaptive", {moving % rows})', f'Arm("annealed", {moving % schedule})')
+    project = Project.make(tmp_path / "p", (BASELINE, *arms), plan=PLAN)
+    project.replace("experiment.py", "import Arm, Run", "import Arm, Found, Run")
+    ended = project.call()
+    assert ended.code == 0, ended.err
+    means = {name: group["means"] for name, group in project.info().items()}
+    found = means["adaptive"]["k"]
+    assert found >= 20 and abs(found - 60) > 1
+    assert means["annealed"]["l0"] == pytest.approx(found, rel=0.05)
+    assert means["annealed"]["verdict.fvu"] == "refused"  # the baseline's L0 is another one
+
+
 def test_a_value_that_nobody_logs(tmp_path: Path) -> None:
     wrong = FOUND.replace('"tau")', '"taau")')
     project = Project.make(tmp_path / "p", (BASELINE, LEARNED, wrong), plan=PLAN)

@@ -226,8 +226,10 @@ class TestPlan:
         assert len({s.name for s in specs}) == len(specs)
 
     def test_at_level_of_a_named_k(self) -> None:
-        """An annealed k ends at the level; a k that follows the data stays what it is."""
-        for controller, end in (("annealed_k", 12), ("rounded_k", None)):
+        """An annealed k ends at the level; one whose end is said, or that follows the data, does
+        not."""
+        said = {"kind": "annealed_k", "end": 31.5}
+        for controller, end in (("annealed_k", 12), (said, 31.5), ("rounded_k", None)):
             activation = {"kind": "topk", "k": "k"}
             data = {"d_sae": 64, "activation": activation, "controllers": [controller]}
             sae = at_level(BaseConfig.parse({"sae": data}).sae, 12)

@@ -63,7 +63,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist: name the folder of a saved SAE") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or ["it is empty"])[0]
         remedy = "only tensors are unpickled, so save the SAE's state dict"
         raise SourceError(f"{path} can't be read ({reason}): {remedy}") from None
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):

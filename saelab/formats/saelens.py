@@ -67,6 +67,11 @@ class Rule:
     why: str
     read: tuple[Any, ...] = (None, False)
 
+    def reads(self, value: Any) -> bool:
+        """Whether an SAE with this value is read; head 0 is not the same as no head."""
+        alike = (type(value) is type(known) and value == known for known in self.read)
+        return self.kind != "refused" or any(alike)
+
 
 def _rules(kind: Kind, why: str, *names: str, **options: Any) -> dict[str, Rule]:
     return {name: Rule(kind, why, **options) for name in names}
@@ -196,7 +201,7 @@ def _check(where: Path, values: Mapping[str, Any], all_known: bool) -> None:
             remedy = f"is not known to this reader of SAELens {VERSION}{nearest(name, RULES)}: "
             remedy += "delete it where it does not change what the SAE computes"
             raise SettingError(f"{where}: {name}", value, remedy)
-        if rule is not None and rule.kind == "refused" and value not in rule.read:
+        if rule is not None and not rule.reads(value):
             raise SettingError(f"{where}: {name}", value, rule.why)
     for name, value in (values.get("activation_fn_kwargs") or {}).items():
         if name != "k":
@@ -260,7 +265,7 @@ def _without_ones(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]
 
 
 def _linear(tensors: Mapping[str, Tensor], bias: str = "b_enc") -> Plain:
-    w_enc = tensors["W_enc"].T
+    w_enc = tensors["W_enc"].mT
     return Plain(w_enc, tensors[bias], tensors["W_dec"], tensors["b_dec"])
 
 

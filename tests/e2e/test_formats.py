@@ -91,13 +91,13 @@ def test_export_and_eval_again(project: Project, tmp_path: Path) -> None:
     places = {f"{arm}/seed{seed}-l0_16" for arm, seed in launched}
     assert {str(p.parent.relative_to(out)) for p in out.glob("*/*/cfg.json")} == places
     assert sorted(ended.out.split()) == sorted(str(out / place) for place in places)
-    for (arm, seed), values in launched.items():
+    for arm, seed in launched:
         folder = out / arm / f"seed{seed}-l0_16"
         metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
         assert metadata["hook_name"] == "blocks.2.hook_resid_post"
         assert metadata["dataset_path"] == "train.txt" and metadata["context_size"] == 32
         assert metadata["saelab"]["arm"] == arm and metadata["saelab"]["seed"] == seed
-    file = tmp_path / "rows.parquet"
+    file, values = tmp_path / "rows.parquet", launched[arm, seed]
     ended = cli(project.folder, "eval", str(folder), "--config", "run_1", "--out", str(file))
     assert ended.code == 0, ended.err
     for row in pq.read_table(file).to_pylist():
@@ -171,6 +171,21 @@ def test_another_place_is_told_and_may_be_allowed(project: Project, tmp_path: Pa
     told(cli(project.folder, *options), *words, "--allow-mismatch")
     rows = rows_of(cli(project.folder, *options, "--allow-mismatch", "--json"))
     assert all(word in row["mismatch"] for row in rows for word in words)
+
+
+def test_an_evaluation_harvests_no_training_text(project: Project, tmp_path: Path) -> None:
+    """And leaves a cache with which a launch goes on."""
+    fresh = Project.make(tmp_path / "p", (BASELINE,), plan=PLAN, base=PROBED)
+    cell = str(one_cell(project))
+    ended = cli(fresh.folder, "eval", cell, "--config", CONFIG, "--evals", "core", "--json")
+    fvu = next(row["value"] for row in rows_of(ended) if row["metric"] == "fvu")
+    seed = int(Path(cell).name[4:].split("-")[0])
+    assert fvu == at_target(project)["baseline", seed]["fvu"]
+    complete = list((fresh.folder / ".saelab" / "activations").glob("*/*/header.json"))
+    assert len(complete) == 1
+    ended = fresh.call()
+    assert ended.code == 0, ended.err
+    assert at_target(fresh)["baseline", seed]["fvu"] == fvu
 
 
 def test_another_width_is_told(project: Project, tmp_path: Path) -> None:

@@ -90,12 +90,25 @@ def saelens(folder: Path, x: torch.Tensor) -> None:
             whole[name] = folder / f"saelens-{name}-inference"
         elif name == "standard":
             normalised(folder, sae, x)
-    for name in inference:
+    for name in ("standard", "topk"):
+        of_old(folder / f"saelens-{name}", folder / f"saelens-{name}-old")
+    for name in (*inference, "standard-old", "topk-old"):
         place = folder / f"saelens-{name}"
         told(place, x, *saelens_functions(place))
     for name, place in whole.items():  # a checkpoint is the same function as what it is saved as
         told(place, x, *saelens_functions(place))
         told(folder / f"saelens-{name}", x, *saelens_functions(place))
+
+
+def of_old(new: Path, old: Path) -> None:
+    """The same weights as SAELens before 6.0 wrote them: one flat dictionary."""
+    old.mkdir()
+    (old / "sae_weights.safetensors").write_bytes((new / "sae_weights.safetensors").read_bytes())
+    flat = {"d_in": D_IN, "d_sae": D_SAE, "dtype": "torch.float32", "lr": 4e-4}
+    flat |= {"hook_point": "blocks.8.hook_resid_pre", "model_name": "gpt2-small"}
+    if "topk" in new.name:
+        flat |= {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
+    (old / "cfg.json").write_text(json.dumps(flat))
 
 
 def normalised(folder: Path, sae: Any, x: torch.Tensor) -> None:

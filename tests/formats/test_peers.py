@@ -35,7 +35,7 @@ THEIRS = [
     *(f"saelens-{n}" for n in ("jumprelu-trained", "gated-trained")),
     *(f"saelens-{n}-inference" for n in ("topk-trained", "batchtopk", "jumprelu-trained")),
     *(f"saelens-{n}" for n in ("expected_average_only_in", "covariance_whitening")),
-    "saelens-gated-trained-inference",
+    *(f"saelens-{n}" for n in ("gated-trained-inference", "standard-old", "topk-old")),
     "sparsify-layers.3",
     *(f"dictionary_learning-{n}" for n in ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder")),
     *(f"dictionary_learning-{n}" for n in ("AutoEncoderTopK", "BatchTopKSAE")),

@@ -84,7 +84,7 @@ def _hint(folder: Path) -> str:
         rest = [" and ".join(f.files) for f in TABLE.values() if some[0] in f.files]
         return f" ({some[0]} alone is not enough): it needs {', or '.join(rest)}"
     if (folder / "module.safetensors").is_file():
-        return " (a user's own module, whose code is not in the folder): name an SAE of parts"
+        return " but a user's own module, whose code is not here: choose other arms with --arm"
     if any(p.suffix in (".pt", ".pth", ".bin", ".pkl") for p in folder.iterdir()):
         return " (pickles are not read): save it as safetensors"
     return ": name the folder of a saved SAE"

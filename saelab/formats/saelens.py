@@ -177,12 +177,12 @@ OLD_NAMES |= {"activation_fn_str": "activation_fn", "hook_point_layer": "hook_la
 
 def _one_form(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """Fields, metadata, and whether they are of a version before 6.0, which kept both in one."""
-    metadata = config.get("metadata") or {}
+    metadata = _entries(config, "metadata")
     version = str(config.get("sae_lens_version") or metadata.get("sae_lens_version") or "0")
     if version.split(".")[0].isdigit() and int(version.split(".")[0]) >= 6:
         return {n: v for n, v in config.items() if n != "metadata"}, metadata, False
     flat = {OLD_NAMES.get(name, name): value for name, value in (config | metadata).items()}
-    k = (flat.get("activation_fn_kwargs") or {}).get("k")
+    k = _entries(flat, "activation_fn_kwargs").get("k")
     if flat.get("activation_fn") == "topk" and k is not None:
         flat |= {"architecture": "topk", "k": k}
     if "hook_z" in str(flat.get("hook_name", "")):
@@ -191,6 +191,17 @@ def _one_form(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], b
     given = flat.get("normalize_activations")
     flat["normalize_activations"] = named[given] if given in (True, False, None) else given
     return flat, flat, True
+
+
+def _entries(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A field that holds names and values itself; {} where it is missing.
+
+    Raises: SettingError when it holds something else.
+    """
+    found = values.get(name) or {}
+    if not isinstance(found, dict):
+        raise SettingError(name, found, "should hold names and values: save the SAE again")
+    return found
 
 
 def _check(where: Path, values: Mapping[str, Any], all_known: bool) -> None:
@@ -203,11 +214,11 @@ def _check(where: Path, values: Mapping[str, Any], all_known: bool) -> None:
             raise SettingError(f"{where}: {name}", value, remedy)
         if rule is not None and not rule.reads(value):
             raise SettingError(f"{where}: {name}", value, rule.why)
-    for name, value in (values.get("activation_fn_kwargs") or {}).items():
+    for name, value in _entries(values, "activation_fn_kwargs").items():
         if name != "k":
             setting = f"{where}: activation_fn_kwargs.{name}"
             raise SettingError(setting, value, "is not known here and may change the activation")
-    for name, value in (values.get("model_from_pretrained_kwargs") or {}).items():
+    for name, value in _entries(values, "model_from_pretrained_kwargs").items():
         if name == "center_writing_weights" and value:
             remedy = "the SAE is of a model whose activations had their mean taken off"
             raise SettingError(f"{where}: {name}", value, f"{remedy}; no such model is run here")
@@ -363,7 +374,7 @@ def _unlike(metadata: Mapping[str, Any]) -> Iterator[str]:
     if any(end not in (None, 0) for end in positions):
         yield f"was trained on positions {list(positions)} alone, but all count here"
     for name in OTHER_WEIGHTS:
-        value = (metadata.get("model_from_pretrained_kwargs") or {}).get(name)
+        value = _entries(metadata, "model_from_pretrained_kwargs").get(name)
         if value is not None:
             yield f"was trained on the model's {name} {value}, which can't be compared"
 
@@ -380,7 +391,7 @@ def save(sae: SAE, folder: Path, about: Mapping[str, Any]) -> None:
 
     Raises: SettingError when a part of the SAE can't be folded.
     """
-    plain = Plain.of(sae)
+    plain = Plain.of(sae).checked(folder)
     tensors = {name: getattr(plain, name) for name in MATRICES} | {"W_enc": plain.W_enc.T}
     if plain.threshold is not None:
         tensors["threshold"] = plain.threshold

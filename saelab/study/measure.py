@@ -117,16 +117,16 @@ def evaluate_choice(
     Raises: MismatchError for an SAE of another width, model or hook; what loading raises.
     """
     check_names(evals)
-    chosen = choice.members()
-    source = base.activations is None
-    bench: Bench | None = None
-    for member in chosen:
+    bench = Bench(base, cache, seed) if base.activations is not None else None
+    place = (base.model.path, base.hook_name)
+    if bench is not None:
+        place = ("", bench.provenance["hook_name"])
+    for member in choice.members():
         found = formats.load(member.folder, choice.format)
-        model, hook = (base.model.path, base.hook_name) if source else ("", "")
         if not choice.allow_mismatch:
-            found.origin.check(model, hook)
+            found.origin.check(*place)
         bench = bench or Bench(base, cache, seed)  # after the first checks: a harvest takes long
-        differences = "; ".join(found.origin.differences(model, hook))
+        differences = "; ".join(found.origin.differences(*place))
         subject = still(found.sae) if choice.without_trace else found.sae
         subject = subject.to(torch.device(base.model.device))
         for row in bench.rows(subject, evals):

@@ -17,7 +17,7 @@ from saelab import formats
 from saelab.errors import SettingError, SourceError, UsageError
 from saelab.formats.saelens import RULES
 from saelab.parts import TABLE
-from saelab.study.export import still
+from saelab.study.export import about, still
 
 ABOUT = {"model": "m/pythia", "hook_name": "blocks.3.hook_resid_post", "context": 128, "seed": 7}
 WEIGHTS = "sae_weights.safetensors"
@@ -76,6 +76,27 @@ def test_every_setting_comes_back(
 ) -> None:
     sae = trained(global_random_seed, **config)
     same_function(exported(sae, tmp_path), sae, rows(global_random_seed + 1))
+
+
+def test_an_sae_from_outside_can_be_written_again(tmp_path: Path, global_random_seed: int) -> None:
+    names = (*LINEAR, "threshold")
+    cfg = config("jumprelu", metadata={"context_size": 64, "dataset_path": "pile"})
+    write(tmp_path / "a", cfg, WEIGHTS, random_weights(global_random_seed, *names))
+    found = formats.load(tmp_path / "a")
+    formats.saver("saelens")(found.sae, tmp_path / "b", about(found, tmp_path / "a"))
+    same_function(formats.load(tmp_path / "b").sae, found.sae, rows(global_random_seed))
+    metadata = json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]
+    wanted = {"model_name": "gpt2", "context_size": 64, "dataset_path": "pile"}
+    assert wanted.items() <= metadata.items()
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    sae = trained()
+    with torch.no_grad():
+        sae.W_dec[0, 0] = float("nan")
+    with pytest.raises(SourceError, match="not finite"):
+        exported(sae, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_batch_statistics_are_refused(tmp_path: Path) -> None:
@@ -307,7 +328,7 @@ REFUSED: dict[str, list[Any]] = {
     "d_sae": [D_SAE - 1],
     "dtype": ["int8"],
     "k": [0, "many", None],
-    "model_from_pretrained_kwargs": [{"center_writing_weights": True}, {"hf_model": "other"}],
+    "model_from_pretrained_kwargs": [[1], {"center_writing_weights": True}, {"hf_model": "other"}],
     "hook_name_out": ["blocks.3.hook_mlp_out"],
     "hook_layer_out": [3],
     "hook_head_index_out": [0],

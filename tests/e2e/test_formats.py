@@ -197,6 +197,17 @@ def test_another_width_is_told(project: Project, tmp_path: Path) -> None:
     told(ended, "d_in = 192", "the activations have 8")
 
 
+def test_activations_made_elsewhere_name_no_place(project: Project, tmp_path: Path) -> None:
+    acts = tmp_path / "acts"
+    acts.mkdir()
+    save_file({"x": torch.randn(4096, 192)}, acts / "x.safetensors")
+    options = ("--config", CONFIG, "--set", f"activations={acts}", "--evals", "core", "--json")
+    rows = rows_of(cli(project.folder, "eval", str(one_cell(project)), *options))
+    found = {row["metric"]: row for row in rows if not row["slice"]}
+    assert found["fvu"]["value"] > 0 and found["fvu"]["mismatch"] == ""
+    assert found["loss_recovered"]["value"] is None and found["loss_recovered"]["reason"]
+
+
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no path": (("eval", "nowhere", "--config", CONFIG), ("nowhere does not exist",)),
     "a file": (("eval", "plan.toml", "--config", CONFIG), ("plan.toml is a file",)),

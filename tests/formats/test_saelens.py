@@ -17,6 +17,8 @@ from saelab import formats
 from saelab.errors import SettingError, SourceError, UsageError
 from saelab.formats.saelens import RULES
 from saelab.parts import TABLE
+from saelab.parts.base import Activation
+from saelab.parts.relu import ReLU
 from saelab.study.export import about, still
 
 ABOUT = {"model": "m/pythia", "hook_name": "blocks.3.hook_resid_post", "context": 128, "seed": 7}
@@ -97,6 +99,26 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="not finite"):
         exported(sae, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+class Halved(ReLU):
+    """An activation that says nothing of its form."""
+
+    export = Activation.export
+
+
+def test_an_activation_without_export_is_refused(tmp_path: Path) -> None:
+    sae = trained()
+    sae.activation = Halved().eval()
+    with pytest.raises(SettingError, match=r"Halved.*no export"):
+        exported(sae, tmp_path)
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    sae = trained()
+    sae.activation.export = lambda: {"architecture": "absolute"}
+    with pytest.raises(SettingError, match="absolute"):
+        exported(sae, tmp_path)
 
 
 def test_batch_statistics_are_refused(tmp_path: Path) -> None:
@@ -435,6 +457,10 @@ def test_what_is_no_directory_of_an_sae_is_told(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(SourceError, match=r"name the folder of a saved SAE"):
         formats.load(folder)
+    (folder / "module.safetensors").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"own module.*--arm"):
+        formats.load(folder)
+    (folder / "module.safetensors").unlink()
     (folder / "ae.bin").write_bytes(b"x")
     with pytest.raises(SourceError, match=r"pickles are not read"):
         formats.load(folder)

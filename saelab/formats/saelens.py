@@ -263,7 +263,7 @@ def load(folder: Path) -> Loaded:
             raise SettingError(f"{where}: {name}", fields[name], f"the weights have {size}")
     about = {"context": metadata.get("context_size"), "dataset": metadata.get("dataset_path")}
     about["saelens"] = {name: metadata.get(name) for name in metadata if name in DESCRIBES}
-    return Loaded(_normalised(plain, fields, folder).build(), _origin(metadata), about)
+    return Loaded(_normalised(plain, fields, folder).build(), _origin(metadata, old), about)
 
 
 def _without_ones(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -359,15 +359,21 @@ def _has(folder: Path, name: str) -> bool:
     return (folder / name).is_file()
 
 
-def _origin(metadata: Mapping[str, Any]) -> Origin:
+def _origin(metadata: Mapping[str, Any], old: bool) -> Origin:
     return Origin(
         str(metadata.get("model_name") or ""),
         str(metadata.get("hook_name") or ""),
-        tuple(_unlike(metadata)),
+        tuple(_unlike(metadata, old)),
     )
 
 
-def _unlike(metadata: Mapping[str, Any]) -> Iterator[str]:
+def _unlike(metadata: Mapping[str, Any], old: bool) -> Iterator[str]:
+    if old and "model_from_pretrained_kwargs" not in metadata:
+        # github.com/decoderesearch/SAELens/pull/279: models have come unprocessed only since then
+        yield (
+            "does not say how its model was loaded, and before September 2024 SAELens trained on "
+            "models whose activations had their mean taken off"
+        )
     if metadata.get("prepend_bos") is False:
         yield "was trained without BOS tokens, but contexts here begin with one"
     positions = metadata.get("seqpos_slice") or []

@@ -405,6 +405,16 @@ def test_what_changes_nothing_is_read(tmp_path: Path) -> None:
     assert formats.load(tmp_path).origin.differences("gpt2", "blocks.2.hook_resid_post") == []
 
 
+def test_old_directories_may_be_of_a_processed_model(tmp_path: Path) -> None:
+    place = ("gpt2-small", "blocks.8.hook_resid_pre")
+    write(tmp_path / "a", old(), WEIGHTS, random_weights(0, *LINEAR))
+    (told,) = formats.load(tmp_path / "a").origin.differences(*place)
+    assert "mean taken off" in told
+    cfg = old(model_from_pretrained_kwargs={"center_writing_weights": False})
+    write(tmp_path / "b", cfg, WEIGHTS, random_weights(0, *LINEAR))
+    assert formats.load(tmp_path / "b").origin.differences(*place) == []
+
+
 def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
     write(tmp_path, config("standard", squash=True), WEIGHTS, random_weights(0, *LINEAR))
     with pytest.raises(SettingError, match="squash"):

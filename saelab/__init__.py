@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from saelab.api import compare, evaluate, settings, train
+    from saelab.api import compare, evaluate, load, save, settings, train
     from saelab.data.synthetic import SyntheticConfig, generate, truth_of
     from saelab.parts import register
     from saelab.sae import SAE, SAEConfig
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _PLACES = {
     "compare": "saelab.api",
     "evaluate": "saelab.api",
+    "load": "saelab.api",
+    "save": "saelab.api",
     "settings": "saelab.api",
     "train": "saelab.api",
     "register": "saelab.parts",
@@ -45,7 +47,9 @@ __all__ = [
     "compare",
     "evaluate",
     "generate",
+    "load",
     "register",
+    "save",
     "settings",
     "train",
     "train_on",

@@ -25,6 +25,26 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one setting: --set train.lr=1e-3. May be repeated."),
 ]
+Arm = Annotated[
+    list[str] | None,
+    typer.Option("--arm", help="Of a run: this arm alone. May be repeated; all by default."),
+]
+Seed = Annotated[
+    list[int] | None,
+    typer.Option("--seed", help="Of a run: this seed alone. May be repeated; all by default."),
+]
+WithoutTrace = Annotated[
+    bool,
+    typer.Option(
+        "--without-trace",
+        help="Take beta = 0 in a threshold that follows the context: another function than the "
+        "trained one, but one that other tools know.",
+    ),
+]
+Experiment = Annotated[
+    Path | None,
+    typer.Option(help="The experiment.py whose own parts the SAE is made of."),
+]
 
 
 @contextmanager
@@ -110,29 +130,115 @@ def difference(
 
 @app.command("eval")
 def evaluate(
-    path: Annotated[Path, typer.Argument(help="Folder of a trained SAE (sae.json).")],
-    config: Annotated[Path, typer.Option(help="Base settings that name model, hook and texts.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A run folder (run_1: every arm at the plan's L0), one of its cells, or the "
+            "directory of an SAE: ours, SAELens, sparsify, dictionary_learning."
+        ),
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="What it is measured on: a TOML file that names model, hook and texts, or a run "
+            "folder. A run, or a cell of one, brings its own."
+        ),
+    ] = None,
     evals: Annotated[
-        str, typer.Option(help="Comma-separated: core, probing, truth.")
+        str,
+        typer.Option(help="Comma-separated: core, probing, sensitivity, consistency, truth."),
     ] = "core,probing",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="saelab, saelens or sparsify are found by their files. dictionary_learning must "
+            "be named: its ae.pt is a pickle, of which only tensors are read."
+        ),
+    ] = "",
+    arm: Arm = None,
+    seed: Seed = None,
+    allow_mismatch: Annotated[
+        bool,
+        typer.Option(
+            "--allow-mismatch",
+            help="Evaluate on another model or hook than it was trained on; the rows say so.",
+        ),
+    ] = False,
+    without_trace: WithoutTrace = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for all rows with definition and provenance: .parquet or .json."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the rows, not the table.")] = False,
+    experiment: Experiment = None,
     set_: Set = None,
 ) -> None:
-    """Evaluate a saved SAE on held-out text."""
-    with _told():
-        from saelab.api import evaluate as measure
-        from saelab.api import settings
-        from saelab.checkpoint import load
-        from saelab.errors import MismatchError
+    """Evaluate saved SAEs on held-out text.
 
-        base = settings(config, _changes(set_))
-        sae, origin = load(path)
-        if origin.get("hook_name") not in ("", base.hook_name):
-            raise MismatchError(
-                f"the SAE was trained at {origin['hook_name']}, but hook_name = {base.hook_name}: "
-                "evaluate it where it was trained"
-            )
-        for metric, value in measure(sae, base, evals.split(",")).items():
-            typer.echo(f"{metric:32s} {value:.4f}")
+    saelab eval run_1
+
+    saelab eval run_1/cells/baseline/seed7-l0_32 --evals core --json
+
+    saelab eval downloaded_sae --config configs/pythia-70m.toml --out rows.parquet
+    """
+    with _told():
+        import json as plain
+
+        from saelab.errors import SettingError
+        from saelab.files import write_json
+        from saelab.rundir import cache_folder
+        from saelab.study.measure import Choice, evaluate_choice, settings_of, table
+        from saelab.study.plan import BaseConfig, read_base
+        from saelab.study.record import write_rows
+
+        if out is not None and out.suffix not in (".json", ".parquet"):
+            raise SettingError("--out", str(out), "name a file that ends in .parquet or .json")
+        _own_parts(experiment)
+        choice = Choice(
+            path, format, tuple(arm or ()), tuple(seed or ()), allow_mismatch, without_trace
+        )
+        choice.members()
+        found, probing_seed = settings_of(path, config)
+        base = read_base(found) if isinstance(found, Path) else BaseConfig.parse(found)
+        base = base.patched(_changes(set_))
+        rows = list(
+            evaluate_choice(choice, base, cache_folder(Path()), evals.split(","), probing_seed)
+        )
+        if out is not None:
+            (write_json if out.suffix == ".json" else write_rows)(out, rows)
+        for line in [plain.dumps(rows, indent=1)] if json else table(rows):
+            typer.echo(line)
+
+
+@app.command("export")
+def export_(
+    path: Annotated[
+        Path, typer.Argument(help="A run folder (run_1), one of its cells, or a saved SAE.")
+    ],
+    out: Annotated[Path, typer.Option(help="New folder.")],
+    format: Annotated[str, typer.Option(help="saelens: sae_lens.SAE.load_from_disk.")] = "saelens",
+    arm: Arm = None,
+    seed: Seed = None,
+    without_trace: WithoutTrace = False,
+    source: Annotated[
+        str, typer.Option(help="Format of PATH where it must be named, as for eval.")
+    ] = "",
+    experiment: Experiment = None,
+) -> None:
+    """Write trained SAEs for another tool: the same code and reconstruction from raw activations.
+
+    saelab export run_1 --out for_saelens --arm baseline
+
+    Of a run every cell at the plan's L0 is written, as OUT/<arm>/seed<s>-l0_<level>. Input scaling,
+    centring, beta, theta and the activations' norm are folded into the weights; what can't be
+    folded is refused, and then nothing is written (docs/formats.md).
+    """
+    with _told():
+        from saelab.study.export import export
+
+        _own_parts(experiment)
+        for folder in export(path, out, format, source, arm or (), seed or (), without_trace):
+            typer.echo(str(folder))
 
 
 @app.command()
@@ -188,6 +294,14 @@ def lm_train(
 
         for name, loss in make(out, Recipe(tokens=tokens), threads, device).items():
             typer.echo(f"{name:8s} {loss:.4f} nats per held-out token")
+
+
+def _own_parts(experiment: Path | None) -> None:
+    """Registers the parts that an experiment.py defines."""
+    if experiment is not None:
+        from saelab.study.cells import load_experiment
+
+        load_experiment(experiment.resolve())
 
 
 def _changes(pairs: list[str] | None) -> dict[str, Any]:

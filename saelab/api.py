@@ -14,22 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from saelab import formats
 from saelab.config import read_toml
-from saelab.data import models
 from saelab.data.stream import batches
-from saelab.errors import CellFailure, MismatchError
-from saelab.evals import EvalData, check_names
-from saelab.evals import evaluate as measure
+from saelab.errors import CellFailure
+from saelab.evals import check_names
 from saelab.evals.base import Row, Subject
-from saelab.evals.core import CoreData
-from saelab.evals.probing import ProbingData
 from saelab.progress import progress
 from saelab.rundir import cache_folder
 from saelab.sae import SAE
 from saelab.study.cells import initial_sample
 from saelab.study.engine import Launch, launch
+from saelab.study.measure import Bench
 from saelab.study.plan import BASELINE, Arm, BaseConfig, PlanConfig, Run
 from saelab.study.prepare import prepare
 from saelab.study.verdict import Comparison
@@ -73,7 +69,30 @@ def train(base: BaseConfig, seed: int = 0, cache: str | Path = ".") -> SAE:
     return cell.sae
 
 
-@torch.no_grad()
+def load(path: str | Path, format: str = "") -> SAE:
+    """The SAE in a directory of ours, SAELens or sparsify, in evaluation mode.
+
+    Args:
+        format: 'dictionary_learning' must be named, since it holds a pickle; '' finds the others.
+
+    Raises: SourceError, SettingError when the directory holds no SAE that can be read.
+    """
+    return formats.load(path, format).sae
+
+
+def save(
+    sae: SAE, folder: str | Path, format: str = "saelens", about: Mapping[str, Any] | None = None
+) -> None:
+    """Writes an SAE as another tool reads it.
+
+    Args:
+        about: metadata: model, hook_name, context, dataset, and whatever else is to be kept.
+
+    Raises: SettingError when a part of the SAE can't be folded into that form.
+    """
+    formats.saver(format)(sae, Path(folder), about or {})
+
+
 def evaluate(
     subject: Subject,
     base: BaseConfig,
@@ -91,19 +110,7 @@ def evaluate(
     Raises: SettingError for an unknown evaluation; MismatchError for activations of another width.
     """
     check_names(evals)
-    prepared = prepare(base, cache_folder(Path(cache)), base.model.device)
-    if subject.d_in != prepared.held_out.d:
-        remedy = f"the activations have {prepared.held_out.d}: evaluate it where it was trained"
-        raise MismatchError(f"the SAE has d_in = {subject.d_in}, {remedy}")
-    model = models.load(base.model) if base.activations is None else None
-    data = EvalData(
-        CoreData(prepared.held_out, model, base.evaluation.loss_contexts, base.model.device),
-        ProbingData.load(prepared.probing) if prepared.probing else None,
-        seed,
-        base.evaluation.probing.k_values,
-        prepared.why_no_probing,
-    )
-    rows = measure(subject, data, evals)
+    rows = Bench(base, cache_folder(Path(cache)), seed).rows(subject, evals)
     scores = Scores({r.metric: r.value for r in rows if not r.slice and r.value is not None})
     scores.rows = rows
     return scores

@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 
 #: Parts of the package whose change never alters a number.
-NO_NUMBERS = ("report", "__main__.py", "progress.py")
+NO_NUMBERS = ("report", "formats", "__main__.py", "progress.py")
 
 
 def cache_folder(root: Path) -> Path:

@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from saelab.study.engine import Launch
 
 
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of one shape as a Parquet table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(list(rows))
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+
+
 @dataclass(frozen=True)
 class Record:
     """Everything that a finished launch leaves behind.
@@ -64,12 +73,8 @@ class Record:
         write_json(out / "manifest.json", self._manifest(seconds))
 
     def _write_metrics(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         provenance = self.prepared.provenance | {"saelab": saelab.__version__}
-        table = pa.Table.from_pylist([row | provenance for row in self.rows])
-        write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+        write_rows(path, [row | provenance for row in self.rows])
 
     def _write_curves(self, path: Path) -> None:
         import pyarrow as pa

@@ -20,6 +20,7 @@ LAYERS = [
     {"kernels"},
     {"parts"},
     {"sae", "checkpoint"},
+    {"formats"},
     {"training"},
     {"evals"},
     {"study"},

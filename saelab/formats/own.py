@@ -1,0 +1,17 @@
+"""Our own folder: sae.json and sae.safetensors (`saelab.checkpoint`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from saelab import checkpoint
+from saelab.formats.base import Loaded, Origin
+
+FILES = ("sae.json", "sae.safetensors")
+
+
+def load(folder: Path) -> Loaded:
+    """Raises: SourceError, DamageError as `checkpoint.load`."""
+    sae, about = checkpoint.load(folder)
+    origin = Origin(str(about.get("model") or ""), str(about.get("hook_name") or ""))
+    return Loaded(sae, origin, about)

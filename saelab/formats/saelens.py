@@ -1,0 +1,442 @@
+"""SAELens directories, as `sae_lens.SAE.load_from_disk` of 6.54 reads them.
+
+    cfg.json                   architecture, sizes, how activations are prepared, metadata
+    sae_weights.safetensors    W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_dec [d_in], and
+
+        standard, topk         b_enc [d_sae]
+        jumprelu               b_enc, threshold [d_sae] (log_threshold in older checkpoints)
+        gated                  b_gate, b_mag, r_mag [d_sae]
+        batchtopk              b_enc, topk_threshold (one number; a training checkpoint)
+
+    activation_scaler.json, activation_whitening.safetensors    of a training checkpoint
+
+`RULES` says of every field whether it is honoured, changes nothing, or is refused; docs/formats.md
+shows the table. A field of cfg.json that is not in it is refused, because it may change what the
+SAE computes; metadata that is not in it describes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import saelab
+from saelab.errors import SettingError, nearest
+from saelab.files import write_atomically, write_json
+from saelab.formats.base import (
+    MATRICES,
+    Loaded,
+    Origin,
+    Plain,
+    fitting,
+    read_config,
+    read_tensors,
+    take,
+)
+from saelab.sae import SAE
+
+FILES = CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
+#: The version whose layout is written. Without one of 6 or later SAELens takes cfg.json for an old
+#: flat one.
+VERSION = "6.54.0"
+DTYPES = {"float32", "float64", "float16", "bfloat16"}
+
+# ---- the fields ---------------------------------------------------------------------------------
+
+Kind = Literal["honoured", "nothing", "refused"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is done with a field.
+
+    Args:
+        kind: 'honoured'; 'nothing', it does not change the function; or 'refused'.
+        why: what is done, or the reason and the remedy.
+        read: values that a refused field may have, because they mean that it is not used.
+    """
+
+    kind: Kind
+    why: str
+    read: tuple[Any, ...] = (None, False)
+
+    def reads(self, value: Any) -> bool:
+        """Whether an SAE with this value is read; head 0 is not the same as no head."""
+        alike = (type(value) is type(known) and value == known for known in self.read)
+        return self.kind != "refused" or any(alike)
+
+
+def _rules(kind: Kind, why: str, *names: str, **options: Any) -> dict[str, Rule]:
+    return {name: Rule(kind, why, **options) for name in names}
+
+
+RULES: dict[str, Rule] = {
+    **_rules("honoured", "decides which tensors there are and what they compute", "architecture"),
+    **_rules("honoured", "compared with the shapes of the weights", "d_in", "d_sae"),
+    **_rules("honoured", "weights are rounded to it; arithmetic is float32 here", "dtype"),
+    **_rules("honoured", "active latents per row of a topk SAE", "k"),
+    **_rules("honoured", "whether b_dec is subtracted before the encoder", "apply_b_dec_to_input"),
+    **_rules(
+        "honoured",
+        "'none' as it is; 'expected_average_only_in' and 'covariance_whitening' are folded with "
+        f"the statistics in {SCALER} or {WHITENING} and refused without; 'layer_norm' and "
+        "'constant_norm_rescale' are refused",
+        "normalize_activations",
+    ),
+    **_rules(
+        "honoured", "decoder norms are folded into the encoder", "rescale_acts_by_decoder_norm"
+    ),
+    **_rules(
+        "refused",
+        "is of an SAE on the outputs of attention heads, laid side by side: no activation here "
+        "has heads",
+        "reshape_activations",
+        read=("none", None),
+    ),
+    **_rules(
+        "refused",
+        "is none that SAELens 6 computes: only relu and topk are read",
+        "activation_fn",
+        read=("relu", "topk", None),
+    ),
+    **_rules("honoured", "k of an old topk SAE; other entries are refused", "activation_fn_kwargs"),
+    **_rules(
+        "refused",
+        "multiplies the code by a learned factor, which SAELens 6 can't load: fold it into W_dec",
+        "finetuning_scaling_factor",
+    ),
+    **_rules(
+        "refused",
+        "adds the error of the reconstruction back, so that nothing could be measured: set it to "
+        "false",
+        "use_error_term",
+    ),
+    **_rules(
+        "refused",
+        "is of a transcoder, which reconstructs other activations than it reads: only "
+        "autoencoders are read",
+        *("d_out", "hook_name_out", "hook_layer_out", "hook_head_index_out", "hf_hook_name_out"),
+    ),
+    **_rules(
+        "refused",
+        "is one attention head, but activations here are of all heads together",
+        "hook_head_index",
+    ),
+    **_rules(
+        "honoured",
+        "'center_writing_weights' is refused: it takes its mean off every activation, so the SAE "
+        "belongs to a processed model; what leaves activations at these hooks as they are is read "
+        "(fold_ln, fold_value_biases, center_unembed, refactor_factored_attn_matrices, dtypes and "
+        "devices); other weights (revision, checkpoint_index) are told as a difference; all else "
+        "is refused",
+        "model_from_pretrained_kwargs",
+    ),
+    **_rules("honoured", "compared with the data's", "model_name", "hook_name"),
+    **_rules("honoured", "compared: contexts here begin with BOS", "prepend_bos"),
+    **_rules("honoured", "compared: all positions count here", "seqpos_slice"),
+    **_rules(
+        "nothing",
+        "describes the training run",
+        *("context_size", "dataset_path", "hook_layer", "model_class_name", "neuronpedia_id"),
+        *("exclude_special_tokens", "sae_lens_version", "sae_lens_training_version"),
+        *("training_architecture", "training_architecture_details", "hf_hook_name"),
+    ),
+    **_rules("nothing", "where it was computed", "device"),
+    **_rules(
+        "nothing",
+        "is used in training alone",
+        *("l1_coefficient", "lp_norm", "l1_warm_up_steps", "decoder_init_norm"),
+        *("use_sparse_activations", "aux_loss_coefficient", "topk_threshold_lr"),
+        *("matryoshka_widths", "use_matryoshka_aux_loss", "jumprelu_init_threshold"),
+        *("jumprelu_bandwidth", "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale"),
+        *("jumprelu_ste_to_input", "l0_coefficient", "l0_warm_up_steps"),
+        *("pre_act_loss_coefficient", "target_l0"),
+    ),
+}
+#: Metadata that is kept when such an SAE is written again.
+DESCRIBES = {name for name, rule in RULES.items() if rule.kind != "refused"} | {"saelab"}
+#: What a TransformerLens model may be loaded with that leaves the activations at our hook points.
+HARMLESS = {
+    *("fold_ln", "fold_value_biases", "center_unembed", "refactor_factored_attn_matrices"),
+    *("dtype", "torch_dtype", "device", "device_map", "n_devices", "n_ctx", "trust_remote_code"),
+    *("first_n_layers", "default_padding_side", "local_files_only"),
+}
+#: What names other weights of the same model: told as a difference.
+OTHER_WEIGHTS = ("revision", "checkpoint_index", "checkpoint_value")
+#: Old names of fields, before 6.0.
+OLD_NAMES = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
+OLD_NAMES |= {"activation_fn_str": "activation_fn", "hook_point_layer": "hook_layer"}
+
+
+def _one_form(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """Fields, metadata, and whether they are of a version before 6.0, which kept both in one."""
+    metadata = _entries(config, "metadata")
+    version = str(config.get("sae_lens_version") or metadata.get("sae_lens_version") or "0")
+    if version.split(".")[0].isdigit() and int(version.split(".")[0]) >= 6:
+        return {n: v for n, v in config.items() if n != "metadata"}, metadata, False
+    flat = {OLD_NAMES.get(name, name): value for name, value in (config | metadata).items()}
+    k = _entries(flat, "activation_fn_kwargs").get("k")
+    if flat.get("activation_fn") == "topk" and k is not None:
+        flat |= {"architecture": "topk", "k": k}
+    if "hook_z" in str(flat.get("hook_name", "")):
+        flat.setdefault("reshape_activations", "hook_z")
+    named = {True: "expected_average_only_in", False: "none", None: "none"}
+    given = flat.get("normalize_activations")
+    flat["normalize_activations"] = named[given] if given in (True, False, None) else given
+    return flat, flat, True
+
+
+def _entries(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A field that holds names and values itself; {} where it is missing.
+
+    Raises: SettingError when it holds something else.
+    """
+    found = values.get(name) or {}
+    if not isinstance(found, dict):
+        raise SettingError(name, found, "should hold names and values: save the SAE again")
+    return found
+
+
+def _check(where: Path, values: Mapping[str, Any], all_known: bool) -> None:
+    """Raises: SettingError for a field that is refused or, where all must be, not known."""
+    for name, value in values.items():
+        rule = RULES.get(name)
+        if rule is None and all_known:
+            remedy = f"is not known to this reader of SAELens {VERSION}{nearest(name, RULES)}: "
+            remedy += "delete it where it does not change what the SAE computes"
+            raise SettingError(f"{where}: {name}", value, remedy)
+        if rule is not None and not rule.reads(value):
+            raise SettingError(f"{where}: {name}", value, rule.why)
+    for name, value in _entries(values, "activation_fn_kwargs").items():
+        if name != "k":
+            setting = f"{where}: activation_fn_kwargs.{name}"
+            raise SettingError(setting, value, "is not known here and may change the activation")
+    for name, value in _entries(values, "model_from_pretrained_kwargs").items():
+        if name == "center_writing_weights" and value:
+            remedy = "the SAE is of a model whose activations had their mean taken off"
+            raise SettingError(f"{where}: {name}", value, f"{remedy}; no such model is run here")
+        known = name in HARMLESS or name in OTHER_WEIGHTS or name == "center_writing_weights"
+        if not known and value:
+            remedy = "changes the model in a way that is not known here, and so its activations"
+            raise SettingError(f"{where}: model_from_pretrained_kwargs.{name}", value, remedy)
+
+
+def _rounded(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Any:
+    """The tensors as SAELens has them after loading, in float32."""
+    name = str(fields.get("dtype", "float32")).removeprefix("torch.")
+    if name not in DTYPES:
+        raise SettingError(f"{where}: dtype", name, f"use one of {', '.join(sorted(DTYPES))}")
+    return {key: tensor.to(getattr(torch, name)).float() for key, tensor in tensors.items()}
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> Loaded:
+    """An SAELens directory.
+
+    Raises: SourceError when the files are not those of an SAE; SettingError for a field that is
+        refused.
+    """
+    where = folder / CONFIG
+    fields, metadata, old = _one_form(read_config(where))
+    _check(where, fields, all_known=not old)
+    _check(where, metadata, all_known=False)
+    architecture = str(fields.get("architecture", "standard"))
+    if architecture not in READERS:
+        remedy = f"only autoencoders of these kinds are read: {', '.join(READERS)}"
+        raise SettingError(f"{where}: architecture", architecture, remedy)
+    tensors = _rounded(_without_ones(read_tensors(folder / WEIGHTS), folder), fields, where)
+    with fitting(folder / WEIGHTS):
+        plain = READERS[architecture](tensors, fields, folder / WEIGHTS)
+    plain = replace(plain, centre=bool(fields.get("apply_b_dec_to_input", True)))
+    plain = plain.checked(folder / WEIGHTS)
+    for name, size in (("d_in", plain.d_in), ("d_sae", plain.d_sae)):
+        if fields.get(name, size) != size:
+            raise SettingError(f"{where}: {name}", fields[name], f"the weights have {size}")
+    about = {"context": metadata.get("context_size"), "dataset": metadata.get("dataset_path")}
+    about["saelens"] = {name: metadata.get(name) for name in metadata if name in DESCRIBES}
+    return Loaded(_normalised(plain, fields, folder).build(), _origin(metadata, old), about)
+
+
+def _without_ones(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Old files hold a scaling factor even where it is not used: all 1."""
+    factor = tensors.pop("scaling_factor", None)
+    if factor is not None and not bool((factor == 1).all()):
+        where = f"{folder / WEIGHTS}: scaling_factor"
+        raise SettingError(where, "not all 1", RULES["finetuning_scaling_factor"].why)
+    return tensors
+
+
+def _linear(tensors: Mapping[str, Tensor], bias: str = "b_enc") -> Plain:
+    w_enc = tensors["W_enc"].mT
+    return Plain(w_enc, tensors[bias], tensors["W_dec"], tensors["b_dec"])
+
+
+def _standard(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
+    return _linear(take(tensors, MATRICES, where))
+
+
+def _topk(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
+    k = fields.get("k")
+    if not isinstance(k, int) or k < 1:
+        raise SettingError(f"{where.parent / CONFIG}: k", k, "a topk SAE needs a number from 1 on")
+    return replace(_normed(_linear(take(tensors, MATRICES, where)), fields), k=k)
+
+
+def _jumprelu(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
+    logarithm = "log_threshold" in tensors
+    name = "log_threshold" if logarithm else "threshold"
+    found = take(tensors, (*MATRICES, name), where)
+    return replace(_linear(found), threshold=found[name].exp() if logarithm else found[name])
+
+
+def _batchtopk(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
+    found = take(tensors, (*MATRICES, "topk_threshold"), where)
+    plain = _normed(_linear(found), fields)
+    return replace(plain, threshold=found["topk_threshold"].expand(plain.d_sae))
+
+
+def _gated(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
+    names = ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")
+    found = take(tensors, names, where)
+    plain = _linear(found, "b_mag")
+    return plain.gated(found["r_mag"].exp(), found["b_gate"], found["b_mag"])
+
+
+def _normed(plain: Plain, fields: Mapping[str, Any]) -> Plain:
+    return plain.with_unit_decoder() if fields.get("rescale_acts_by_decoder_norm") else plain
+
+
+#: Architecture -> what reads its tensors.
+READERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], Path], Plain]] = {
+    "standard": _standard,
+    "topk": _topk,
+    "jumprelu": _jumprelu,
+    "gated": _gated,
+    "batchtopk": _batchtopk,
+    "matryoshka_batchtopk": _batchtopk,
+}
+
+
+def _normalised(plain: Plain, fields: Mapping[str, Any], folder: Path) -> Plain:
+    """With the normalisation of activations folded.
+
+    Raises: SettingError where it is not known, or can't be: it follows each row's own norm.
+    """
+    kind = fields.get("normalize_activations", "none")
+    setting = f"{folder / CONFIG}: normalize_activations"
+    if kind == "none":
+        return plain
+    if kind == "expected_average_only_in":
+        scaler = read_config(folder / SCALER) if _has(folder, SCALER) else {}
+        factor = scaler.get("scaling_factor")
+        if factor is None:
+            remedy = f"its factor is in no {SCALER}: fold it in SAELens before saving"
+            raise SettingError(setting, kind, f"{remedy} (fold_activation_norm_scaling_factor)")
+        return plain.of_scaled(float(factor))
+    if kind == "covariance_whitening":
+        if not _has(folder, WHITENING):
+            remedy = f"there is no {WHITENING}: fold it in SAELens before saving"
+            raise SettingError(setting, kind, f"{remedy} (fold_activation_whitening)")
+        names = ("mean", "matrix", "inverse_matrix")
+        found = take(read_tensors(folder / WHITENING), names, folder / WHITENING)
+        return plain.of_whitened(*(found[name].float() for name in names))
+    if kind in ("layer_norm", "constant_norm_rescale"):
+        remedy = "can't be folded: the reconstruction is rescaled by each row's own norm, which a "
+        raise SettingError(setting, kind, f"{remedy}decoder from code to activation never sees")
+    raise SettingError(setting, kind, "is not known here")
+
+
+def _has(folder: Path, name: str) -> bool:
+    return (folder / name).is_file()
+
+
+def _origin(metadata: Mapping[str, Any], old: bool) -> Origin:
+    return Origin(
+        str(metadata.get("model_name") or ""),
+        str(metadata.get("hook_name") or ""),
+        tuple(_unlike(metadata, old)),
+    )
+
+
+def _unlike(metadata: Mapping[str, Any], old: bool) -> Iterator[str]:
+    if old and "model_from_pretrained_kwargs" not in metadata:
+        # github.com/decoderesearch/SAELens/pull/279: models have come unprocessed only since then
+        yield (
+            "does not say how its model was loaded, and before September 2024 SAELens trained on "
+            "models whose activations had their mean taken off"
+        )
+    if metadata.get("prepend_bos") is False:
+        yield "was trained without BOS tokens, but contexts here begin with one"
+    positions = metadata.get("seqpos_slice") or []
+    if any(end not in (None, 0) for end in positions):
+        yield f"was trained on positions {list(positions)} alone, but all count here"
+    for name in OTHER_WEIGHTS:
+        value = _entries(metadata, "model_from_pretrained_kwargs").get(name)
+        if value is not None:
+            yield f"was trained on the model's {name} {value}, which can't be compared"
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def save(sae: SAE, folder: Path, about: Mapping[str, Any]) -> None:
+    """Writes the SAE with everything folded; decoder norms are left alone, as the code has them.
+
+    Args:
+        folder: to be filled.
+        about: model, hook_name, context, dataset and whatever else is to be kept as metadata.
+
+    Raises: SettingError when a part of the SAE can't be folded.
+    """
+    plain = Plain.of(sae).checked(folder)
+    tensors = {name: getattr(plain, name) for name in MATRICES} | {"W_enc": plain.W_enc.T}
+    if plain.threshold is not None:
+        tensors["threshold"] = plain.threshold
+    whole = {name: t.detach().float().cpu().clone().contiguous() for name, t in tensors.items()}
+    write_atomically(folder / WEIGHTS, lambda temporary: save_file(whole, temporary))
+    write_json(folder / CONFIG, _config(plain) | {"metadata": _metadata(about)})
+
+
+def _config(plain: Plain) -> dict[str, Any]:
+    names = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}
+    return {
+        "architecture": names[plain.kind],
+        "d_in": plain.d_in,
+        "d_sae": plain.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **({"k": plain.k, "rescale_acts_by_decoder_norm": False} if plain.k is not None else {}),
+    }
+
+
+def _metadata(about: Mapping[str, Any]) -> dict[str, Any]:
+    hook = str(about.get("hook_name") or "")
+    block = hook.removeprefix("blocks.").split(".")[0] if hook.startswith("blocks.") else ""
+    own = {"model", "hook_name", "context", "dataset"}
+    return {
+        "sae_lens_version": VERSION,
+        "sae_lens_training_version": None,
+        "model_name": about.get("model") or None,
+        "model_class_name": "HookedTransformer",
+        "model_from_pretrained_kwargs": {"center_writing_weights": False},
+        "hook_name": hook or None,
+        "hook_layer": int(block) if block.isdigit() else None,
+        "hook_head_index": None,
+        "prepend_bos": True,
+        "context_size": about.get("context"),
+        "dataset_path": about.get("dataset") or None,
+        "saelab_version": saelab.__version__,
+        "saelab": {name: value for name, value in about.items() if name not in own},
+    }

@@ -1,0 +1,208 @@
+"""Runs with the peers' packages alone: reads what we wrote, and writes what we read.
+
+    python peers_worker.py FOLDER
+
+FOLDER/ours/<name>/     an export of ours; its rows.safetensors holds x, and answer.safetensors gets
+                        what `sae_lens.SAE.load_from_disk` makes of it: f and x_hat
+FOLDER/theirs/<name>/   SAEs of SAELens, sparsify and dictionary_learning, with the same two files
+FOLDER/fields.json      architecture -> fields of SAELens' configuration classes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+D_IN, D_SAE, K = 6, 24, 3
+SEED = 5
+
+
+def main(folder: Path) -> None:
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        for own in sorted((folder / "ours").iterdir()):
+            answer(own, *saelens_functions(own))
+        x = load_file(folder / "rows.safetensors")["x"]
+        for make in (saelens, sparsify, dictionary_learning):
+            make(folder / "theirs", x)
+    (folder / "fields.json").write_text(json.dumps(fields()))
+
+
+def answer(folder: Path, encode: Any, decode: Any) -> None:
+    f = encode(load_file(folder / "rows.safetensors")["x"])
+    save_file({"f": f, "x_hat": decode(f)}, folder / "answer.safetensors")
+
+
+def saelens_functions(folder: Path) -> tuple[Any, Any]:
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(folder)
+    return sae.encode, lambda f: sae.decode(f.to(sae.dtype)).float()
+
+
+def told(folder: Path, x: torch.Tensor, encode: Any, decode: Any) -> None:
+    save_file({"x": x}, folder / "rows.safetensors")
+    answer(folder, lambda x: encode(x).float().contiguous(), decode)
+
+
+# ---- SAELens ------------------------------------------------------------------------------------
+
+
+def saelens(folder: Path, x: torch.Tensor) -> None:
+    import sae_lens
+
+    sizes = {"d_in": D_IN, "d_sae": D_SAE}
+    inference = {
+        "standard": sae_lens.StandardSAE(sae_lens.StandardSAEConfig(**sizes)),
+        "standard-uncentred": sae_lens.StandardSAE(
+            sae_lens.StandardSAEConfig(**sizes, apply_b_dec_to_input=False)
+        ),
+        "topk": sae_lens.TopKSAE(sae_lens.TopKSAEConfig(**sizes, k=K)),
+        "topk-rescaled": sae_lens.TopKSAE(
+            sae_lens.TopKSAEConfig(**sizes, k=K, rescale_acts_by_decoder_norm=True)
+        ),
+        "jumprelu": sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(**sizes)),
+        "gated": sae_lens.GatedSAE(sae_lens.GatedSAEConfig(**sizes)),
+    }
+    training = {
+        "topk-trained": sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(**sizes, k=K)),
+        "batchtopk": sae_lens.BatchTopKTrainingSAE(
+            sae_lens.BatchTopKTrainingSAEConfig(**sizes, k=K)
+        ),
+        "jumprelu-trained": sae_lens.JumpReLUTrainingSAE(
+            sae_lens.JumpReLUTrainingSAEConfig(**sizes)
+        ),
+        "gated-trained": sae_lens.GatedTrainingSAE(sae_lens.GatedTrainingSAEConfig(**sizes)),
+    }
+    whole = {}
+    for name, sae in (inference | training).items():
+        scatter(sae)
+        sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = "gpt2", "blocks.3.hook_resid_post"
+        sae.save_model(folder / f"saelens-{name}")
+        if name in training:
+            sae.save_inference_model(folder / f"saelens-{name}-inference")
+            whole[name] = folder / f"saelens-{name}-inference"
+        elif name == "standard":
+            normalised(folder, sae, x)
+    for name in ("standard", "topk"):
+        of_old(folder / f"saelens-{name}", folder / f"saelens-{name}-old")
+    for name in (*inference, "standard-old", "topk-old"):
+        place = folder / f"saelens-{name}"
+        told(place, x, *saelens_functions(place))
+    for name, place in whole.items():  # a checkpoint is the same function as what it is saved as
+        told(place, x, *saelens_functions(place))
+        told(folder / f"saelens-{name}", x, *saelens_functions(place))
+
+
+def of_old(new: Path, old: Path) -> None:
+    """The same weights as SAELens before 6.0 wrote them: one flat dictionary."""
+    old.mkdir()
+    (old / "sae_weights.safetensors").write_bytes((new / "sae_weights.safetensors").read_bytes())
+    flat = {"d_in": D_IN, "d_sae": D_SAE, "dtype": "torch.float32", "lr": 4e-4}
+    flat |= {"hook_point": "blocks.8.hook_resid_pre", "model_name": "gpt2-small"}
+    if "topk" in new.name:
+        flat |= {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
+    (old / "cfg.json").write_text(json.dumps(flat))
+
+
+def normalised(folder: Path, sae: Any, x: torch.Tensor) -> None:
+    """Checkpoints whose normalisation is not folded yet; SAELens' own folding answers."""
+    import copy
+
+    from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+
+    matrix = torch.linalg.qr(torch.randn(D_IN, D_IN))[0] * torch.linspace(0.5, 2, D_IN)
+    white = ActivationWhitening(x.mean(0), matrix, torch.linalg.inv(matrix))
+    scalers = {
+        "expected_average_only_in": ActivationScaler(scaling_factor=0.4),
+        "covariance_whitening": ActivationScaler(whitening=white),
+    }
+    for kind, scaler in scalers.items():
+        place, raw = folder / f"saelens-{kind}", copy.deepcopy(sae)
+        raw.cfg.normalize_activations = kind
+        raw.save_model(place)
+        scaler.save(str(place / "activation_scaler.json"))
+        if kind == "covariance_whitening":
+            raw.fold_activation_whitening(white.mean, white.matrix, white.inverse_matrix)
+        else:
+            raw.fold_activation_norm_scaling_factor(0.4)
+        told(place, x, raw.encode, raw.decode)
+
+
+def scatter(module: torch.nn.Module) -> None:
+    """Random values, so that nothing is 0 or of norm 1 by chance."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape))
+        if "threshold" in name and "log" not in name:
+            tensor.abs_()
+
+
+def fields() -> dict[str, list[str]]:
+    from sae_lens.registry import get_sae_class, get_sae_training_class
+
+    kinds = ("standard", "topk", "jumprelu", "gated")
+    found = {kind: get_sae_class(kind)[1] for kind in kinds}
+    trained = (*kinds, "batchtopk", "matryoshka_batchtopk")
+    found |= {f"{kind}-training": get_sae_training_class(kind)[1] for kind in trained}
+    return {name: [f.name for f in dataclasses.fields(kind)] for name, kind in found.items()}
+
+
+# ---- sparsify, dictionary_learning --------------------------------------------------------------
+
+
+def sparsify(folder: Path, x: torch.Tensor) -> None:
+    from sparsify import SparseCoder
+    from sparsify.config import SparseCoderConfig
+
+    sae = SparseCoder(D_IN, SparseCoderConfig(num_latents=D_SAE, k=K))
+    scatter(sae)
+    place = folder / "sparsify-layers.3"
+    sae.save_to_disk(place)
+    sae = SparseCoder.load_from_disk(place)
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        values, indices, _ = sae.encode(x)
+        return torch.zeros(len(x), D_SAE).scatter(1, indices, values)
+
+    told(place, x, encode, lambda f: f @ sae.W_dec + sae.b_dec)
+    values, indices, _ = sae.encode(x)
+    stored = load_file(place / "answer.safetensors")
+    assert torch.allclose(stored["x_hat"], sae.decode(values, indices), rtol=1e-5, atol=1e-4)
+
+
+def dictionary_learning(folder: Path, x: torch.Tensor) -> None:
+    from dictionary_learning import dictionary
+    from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
+
+    matryoshka = matryoshka_batch_top_k.MatryoshkaBatchTopKSAE
+    made = [
+        dictionary.AutoEncoder(D_IN, D_SAE),
+        dictionary.AutoEncoderNew(D_IN, D_SAE),
+        dictionary.GatedAutoEncoder(D_IN, D_SAE),
+        dictionary.JumpReluAutoEncoder(D_IN, D_SAE),
+        top_k.AutoEncoderTopK(D_IN, D_SAE, K),
+        batch_top_k.BatchTopKSAE(D_IN, D_SAE, K),
+        matryoshka(D_IN, D_SAE, K, [8, D_SAE - 8]),
+    ]
+    for own in made:
+        name = type(own).__name__
+        place = folder / f"dictionary_learning-{name}"
+        place.mkdir(parents=True)
+        scatter(own)
+        torch.save(own.state_dict(), place / "ae.pt")
+        config = {"trainer": {"dict_class": name, "k": K, "lm_name": "gpt2"}}
+        (place / "config.json").write_text(json.dumps(config))
+        given = {"k": K} if "TopK" in name else {}
+        sae = type(own).from_pretrained(place / "ae.pt", **given)
+        told(place, x, sae.encode, sae.decode)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

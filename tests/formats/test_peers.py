@@ -1,0 +1,125 @@
+"""With the peers themselves: SAELens computes what ours does, and ours what each of them does.
+
+    make test-peers         makes benchmarks/.peers first
+
+or SAELAB_PEERS names a python that has sae-lens, eai-sparsify and dictionary-learning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from saes import N, clear, rows, same, trained
+from safetensors.torch import load_file, save_file
+from test_saelens import activation
+
+from saelab import formats
+from saelab.formats.saelens import RULES
+from saelab.parts import TABLE
+from saelab.sae import SAE
+
+pytestmark = pytest.mark.peers
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("peers_worker.py")
+SECONDS = 600
+
+OURS = [(a, s) for a in TABLE["activation"] for s in (None, *TABLE["scaling"])]
+THEIRS = [
+    *(f"saelens-{n}" for n in ("standard", "standard-uncentred", "topk", "topk-rescaled")),
+    *(f"saelens-{n}" for n in ("jumprelu", "gated", "topk-trained", "batchtopk")),
+    *(f"saelens-{n}" for n in ("jumprelu-trained", "gated-trained")),
+    *(f"saelens-{n}-inference" for n in ("topk-trained", "batchtopk", "jumprelu-trained")),
+    *(f"saelens-{n}" for n in ("expected_average_only_in", "covariance_whitening")),
+    *(f"saelens-{n}" for n in ("gated-trained-inference", "standard-old", "topk-old")),
+    "sparsify-layers.3",
+    *(f"dictionary_learning-{n}" for n in ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder")),
+    *(f"dictionary_learning-{n}" for n in ("AutoEncoderTopK", "BatchTopKSAE")),
+    *(f"dictionary_learning-{n}" for n in ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")),
+]
+
+
+def peers_python() -> Path:
+    """Skips, with the reason, where there is none."""
+    named = os.environ.get("SAELAB_PEERS")
+    python = Path(named) if named else ROOT / "benchmarks" / ".peers" / "bin" / "python"
+    if not python.is_file():
+        pytest.skip(f"no peers: {python} is no python; run make test-peers, or set SAELAB_PEERS")
+    return python
+
+
+def name_of(activation: str, scaling: str | None) -> str:
+    return f"{activation}-{scaling}"
+
+
+@pytest.fixture(scope="module")
+def saes() -> dict[str, SAE]:
+    own = {"constraints": ["unit_norm"]}
+    return {name_of(a, s): trained(activation=activation(a), scaling=s, **own) for a, s in OURS}
+
+
+@pytest.fixture(scope="module")
+def answers(saes: dict[str, SAE], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that the peers computed, in one process of theirs."""
+    python, folder = peers_python(), tmp_path_factory.mktemp("peers")
+    x = rows(1)
+    for name, sae in saes.items():
+        place = folder / "ours" / name
+        formats.saver("saelens")(sae, place, {"model": "gpt2"})
+        save_file({"x": clear(sae, x)}, place / "rows.safetensors")
+    save_file({"x": x}, folder / "rows.safetensors")
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
+    done = subprocess.run(
+        [str(python), str(WORKER), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=kept | offline | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", [name_of(a, s) for a, s in OURS])
+def test_saelens_computes_what_ours_does(name: str, saes: dict[str, SAE], answers: Path) -> None:
+    place, sae = answers / "ours" / name, saes[name]
+    x, found = load_file(place / "rows.safetensors")["x"], load_file(place / "answer.safetensors")
+    assert len(x) > N // 2
+    f = sae.encode(x)
+    assert bool((f > 0).any())
+    same(found["f"], f)
+    same(found["x_hat"], sae.decode(f))
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_ours_computes_what_they_do(name: str, answers: Path) -> None:
+    place = answers / "theirs" / name
+    named = "dictionary_learning" if name.startswith("dictionary_learning") else ""
+    sae = formats.load(place, named).sae
+    x, found = load_file(place / "rows.safetensors")["x"], load_file(place / "answer.safetensors")
+    kept = clear(sae, x)
+    rows_kept = (x[:, None] == kept[None]).all(2).any(1)
+    assert int(rows_kept.sum()) > N // 2
+    f = found["f"][rows_kept]
+    assert 0 < float((f > 0).float().mean()) < 1
+    same(sae.encode(x[rows_kept]), f)
+    same(sae.decode(f), found["x_hat"][rows_kept])
+
+
+def test_all_that_they_wrote_is_tried(answers: Path) -> None:
+    assert {place.name for place in (answers / "theirs").iterdir()} == set(THEIRS)
+
+
+def test_every_field_of_theirs_is_known(answers: Path) -> None:
+    found = json.loads((answers / "fields.json").read_text())
+    assert len(found) == 10
+    assert {name for names in found.values() for name in names} - {"metadata"} <= set(RULES)
+
+
+def test_the_rows_of_a_test_are_not_all_alike() -> None:
+    assert len(torch.unique(rows(1), dim=0)) == N

@@ -9,43 +9,39 @@ run_1/final_info.json. An arm changes named settings of the base (configs/*.toml
 from saelab.study.front import main
 from saelab.study.plan import Arm, Found, Run
 
-# ---- a new part may be written here --------------------------------------------------------------
-# Subclass PartConfig and LossTerm (saelab.parts.base), then register("loss", MyConfig); an arm uses
-# it with {"sae.losses+": {"kind": "my_loss"}}.
-# --------------------------------------------------------------------------------------------------
+# ---- a new part may be written here: subclass PartConfig and LossTerm (saelab.parts.base), then
+# register("loss", MyConfig); an arm uses it with {"sae.losses+": {"kind": "my_loss"}} -------------
 
-# ---- settings that several arms share ------------------------------------------------------------
 # fmt: off
-RECON, UNIT = {"kind": "reconstruction"}, {"kind": "unit_norm"}
-L1 = [RECON, {"kind": "l1"}]
+RECON, UNIT, AUXK = {"kind": "reconstruction"}, {"kind": "unit_norm"}, {"kind": "auxk"}
 BARE = {"sae.controllers": [], "sae.observers": [], "sae.constraints": [UNIT]}
-TOPK = BARE | {"sae.activation": {"kind": "topk"}, "sae.losses": [RECON, {"kind": "auxk"}]}
+TOPK = BARE | {"sae.activation": {"kind": "topk"}, "sae.losses": [RECON, AUXK]}
 JUMPRELU = BARE | {"sae.activation": {"kind": "jumprelu"}, "sae.losses": [RECON, {"kind": "l0"}],
                    "sae.controllers": [{"kind": "l0_target", "start": 1e-4}]}
 EARLY, FAST = {"train.positions": (0, 64)}, {"train.lr": 1.6e-2}
 A1 = {"kind": "variance", "tau": 0.5, "statistics": "running", "tying": "global"}
 PRIOR = {"kind": "scalar_prior", "c_beta": 1e-3, "c_theta": 1e-3, "beta_0": 1.0}
+L1, PULLED = [RECON, {"kind": "l1"}], [RECON, {"kind": "l1"}, PRIOR]
 A_LITERAL = {"sae.scaling": A1 | {"statistics": "batch", "literal": True}, "sae.centre": False,
              "sae.losses+": PRIOR | {"beta_0": 0.0}, "sae.encoder_bias": False}
 SCALED = [RECON | {"space": "scaled"}, {"kind": "l1"}, PRIOR]
 TIME = ["theta", "beta", "gamma", "rho", "T"]
-FIXED, BY_AGE = {"kind": "resampling"}, {"kind": "lifetimes"}
+FIXED, BY_AGE = {"kind": "resampling"}, {"kind": "lifetimes", "base_steps": 50}
 COUNT = BY_AGE | {"resample": False}  # lifetimes are looked at, and no latent is resampled
-
 def a1(prior=PRIOR, **changes):  # idea A at the input
     return {"sae.scaling": A1 | changes, "sae.losses+": prior}
 def a2(*learned, **changes):  # idea A at the threshold, with these scalars learned
     return JUMPRELU | {"sae.activation": {"kind": "tied_threshold", "learned": learned} | changes}
-
 def b(**changes):  # idea B's penalty
     return {"sae.losses+": {"kind": "similarity"} | changes}
-def b_full(*losses, observers=(BY_AGE,), **changes):  # all of B: learned alpha, rounded k, ages
+def b_full(*observers, losses=L1, **changes):  # all of B: learned alpha, rounded k, ages
     penalty = {"kind": "similarity", "balance": "minimax", "k": "k"} | changes
-    return {"sae.losses": [*L1, penalty, *losses], "sae.controllers+": {"kind": "rounded_k"},
-            "sae.observers": [*observers]}
-
+    return {"sae.losses": [*losses, penalty], "sae.controllers+": {"kind": "rounded_k"},
+            "sae.observers": [*observers] or [BY_AGE]}
+def b_topk(*observers, losses=(RECON,), **changes):  # the same on TopK
+    return b_full(*observers, losses=losses, **changes)
 def topk(**controller):  # TopK whose k moves
-    return TOPK | {"sae.activation": {"kind": "topk", "k": "k"}, "sae.controllers": [controller]}
+    return {"sae.activation": {"kind": "topk", "k": "k"}, "sae.controllers": [controller]}
 
 BASE = Arm("baseline", comment="ReLU with decoder-norm weighted L1")
 MORE_THAN_A_RATE = [Arm("A1 scaled start", a1(start="scaled"), "A1, started in scaled space"),
@@ -127,24 +123,24 @@ RUNS = {
             "minimax's alpha of another seed"),
         Arm("frozen random", b(balance="frozen_random"), "alpha drawn once"),
     ]),
-    "run_8": Run("Idea B: rounded k, lifetimes and resampling by age, taken apart", [
-        BASE,
-        Arm("B full", b_full(), "learned alpha, rounded k, resampling by age", primary=True),
-        Arm("B auxk", b_full({"kind": "auxk"}, observers=[COUNT]), "AuxK instead"),
-        Arm("B fixed", b_full(observers=[FIXED, COUNT]), "at fixed intervals instead"),
-        Arm("B neither", b_full(observers=[COUNT]), "dead latents stay dead"),
+    "run_8": Run("Idea B: rounded k, lifetimes and resampling by age, on TopK (ReLU: none die)", [
+        Arm("baseline", comment="TopK, dead latents stay dead"),
+        Arm("B full", b_topk(), "learned alpha, rounded k, resampling by age", primary=True),
+        Arm("B auxk", b_topk(COUNT, losses=[RECON, AUXK]), "AuxK instead"),
+        Arm("B fixed", b_topk(FIXED, COUNT), "at fixed intervals instead"),
+        Arm("B neither", b_topk(COUNT), "dead latents stay dead"),
         Arm("B k 100", b(balance="minimax") | {"sae.observers": [BY_AGE]}, "k does not move"),
-        Arm("B weight 0", b_full(coefficient=0.0), "all of it but the penalty"),
+        Arm("B weight 0", b_topk(coefficient=0.0), "all of it but the penalty"),
         Arm("adaptive topk", topk(kind="rounded_k", over="rows", cover=0.904), "k follows rows"),
         Arm("annealed k", topk(kind="annealed_k", end=Found("adaptive topk", "k")), "same end"),
-    ]),
+    ], TOPK | {"sae.losses": [RECON], "sae.observers": [COUNT]}),
     "run_9": Run("Ideas A and B together", [
         BASE,
         Arm("A", a1(), "A1 as in run_1", primary=True),
         Arm("B", b_full(), "B full as in run_8", primary=True),
-        Arm("both", {"sae.scaling": A1} | b_full(PRIOR), "A1 and B full", primary=True),
+        Arm("both", {"sae.scaling": A1} | b_full(losses=PULLED), "A1 and B full", primary=True),
         Arm("scaling, B", {"sae.scaling": A1 | {"tying": "off"}} | b_full(), "no scalars"),
-        Arm("both, weight 0", {"sae.scaling": A1} | b_full(PRIOR, coefficient=0.0), "no penalty"),
+        Arm("both, weight 0", {"sae.scaling": A1} | b_full(losses=PULLED, coefficient=0.0), "A1"),
         *MORE_THAN_A_RATE,
     ]),
 }

@@ -8,7 +8,7 @@ A latent is dead when it has not fired for `dead_after` rows.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -31,7 +31,7 @@ class AuxKConfig(PartConfig):
 
 
 class AuxK(LossTerm):
-    uses_preactivations: ClassVar[bool] = True
+    uses_preactivations = True
     silent: Tensor
 
     def __init__(self, config: AuxKConfig, dims: Dims) -> None:

@@ -182,7 +182,7 @@ class Part(nn.Module):
     #: Needs batches of whole contexts.
     needs_contexts: ClassVar[bool] = False
     #: Reads `p.z`, which is then kept through the step.
-    uses_preactivations: ClassVar[bool] = False
+    uses_preactivations: bool = False
     lr: float | None = None
 
     def check(self, sae: SAE) -> None:

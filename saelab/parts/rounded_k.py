@@ -4,15 +4,15 @@
     kappa   <- m kappa + (1 - m) * smallest number of latents that cover the share of sum_i e_i
     k       = round(kappa), inside [k_min, k_max]
 
-Over the batch it is for a penalty on the batch's most active latents; over rows (e of one row, the
-mean of some rows' numbers) it drives TopK's k. Over rows, and wherever the activation selects by
-rank, f stands for the rectified pre-activations: measured on the selected code, the share would be
-covered by fewer than k, and k would fall to its lower bound.
+Over the batch, f is the code, and k is for a penalty on the batch's most active latents. Over rows
+(e of one row, the mean of some rows' numbers) k drives TopK's, and f stands for the rectified
+pre-activations: measured on the selected code, the share would be covered by fewer than k, and k
+would fall to its lower bound.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -21,8 +21,8 @@ from torch import Tensor
 from saelab.errors import SettingError
 from saelab.parts.base import Controller, Dims, PartConfig, Pass
 
-#: Rows of a batch whose numbers are averaged, and rows rectified at once.
-SOME_ROWS, SLICE = 32, 256
+#: Rows of a batch whose numbers are averaged.
+SOME_ROWS = 32
 
 
 class RoundedKConfig(PartConfig):
@@ -51,7 +51,6 @@ class RoundedKConfig(PartConfig):
 
 
 class RoundedK(Controller):
-    uses_preactivations: ClassVar[bool] = True
     kappa: Tensor
 
     def __init__(self, config: RoundedKConfig, dims: Dims) -> None:
@@ -60,6 +59,7 @@ class RoundedK(Controller):
             remedy = f"must be at most k_max = {config.k_max} and d_sae = {dims.d_sae}"
             raise SettingError("k_min", config.k_min, remedy)
         self.config, self.name = config, config.name
+        self.uses_preactivations = config.over == "rows"
         self.k_max = min(config.k_max, dims.d_sae)
         self.register_buffer("kappa", torch.tensor(config.start, dtype=torch.float64))
 
@@ -67,19 +67,13 @@ class RoundedK(Controller):
         return float(min(max(round(float(self.kappa)), self.config.k_min), self.k_max))
 
     def update(self, p: Pass) -> None:
-        number = self._over_rows(p) if self.config.over == "rows" else self._over_batch(p)
+        rows = self.config.over == "rows"
+        number = self._over_rows(p) if rows else float(covering(p.energy[None], self.config.cover))
         if number > 0:
             self.kappa.mul_(self.config.momentum).add_((1 - self.config.momentum) * number)
 
     def scalars(self) -> dict[str, float]:
         return {self.name: self.value(0), f"{self.name}.kappa": float(self.kappa)}
-
-    def _over_batch(self, p: Pass) -> float:
-        energy = p.energy
-        if p.sae.activation.exact_k or p.sae.activation.couples_batch:
-            squares = sum(torch.relu(z.float()).square_().sum(0) for z in p.z.split(SLICE))
-            energy = squares * p.decoder_norms.detach().square()
-        return float(covering(energy[None], self.config.cover)[0])
 
     def _over_rows(self, p: Pass) -> float:
         rows = p.z[:: -(-p.n // SOME_ROWS)]

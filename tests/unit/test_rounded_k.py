@@ -108,12 +108,14 @@ def test_adaptive_topk_does_not_ratchet_down() -> None:
     assert records[-1]["l0"] == pytest.approx(one.log.columns["topk.k"][-2], abs=1.0)
 
 
-def test_batch_cover_of_topk_is_before_selection() -> None:
+def test_batch_cover_of_topk_is_of_the_code_and_keeps_no_preactivations() -> None:
     one = topk({"kind": "rounded_k", "start": 3, "momentum": 0.0, "k_min": 1})
     controller = one.sae.controllers["rounded_k"]
     assert isinstance(controller, RoundedK)
     p = one.sae(rows(3))
-    energy = torch.relu(p.z).square().sum(0) * one.sae.W_dec.detach().norm(dim=1).square()
+    assert p.kept_z is None
+    f = p.code.dense().detach()
+    energy = f.square().sum(0) * one.sae.W_dec.detach().norm(dim=1).square()
     with torch.no_grad():
         controller.update(p)
     assert float(controller.kappa) == int(covering(energy[None], 0.9)[0])

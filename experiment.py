@@ -41,7 +41,7 @@ def b_full(*observers, losses=L1, **changes):  # all of B: learned alpha, rounde
 def b_topk(*observers, losses=(RECON,), **changes):  # the same on TopK
     return b_full(*observers, losses=losses, **changes)
 def topk(**controller):  # TopK whose k moves
-    return {"sae.activation": {"kind": "topk", "k": "k"}, "sae.controllers": [controller]}
+    return TOPK | {"sae.activation": {"kind": "topk", "k": "k"}, "sae.controllers": [controller]}
 
 BASE = Arm("baseline", comment="ReLU with decoder-norm weighted L1")
 MORE_THAN_A_RATE = [Arm("A1 scaled start", a1(start="scaled"), "A1, started in scaled space"),

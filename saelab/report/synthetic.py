@@ -70,7 +70,7 @@ def picture(table: Mapping[str, Any]) -> Figure:
         names = ["\n".join(wrap(shown(arm), 1.9)) for arm in arms]
         axes.set_yticks(range(len(arms)), names if i % 2 == 0 else [""] * len(arms))
         axes.set_ylim(len(arms) - 0.5, -0.5)
-        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="x", nbins=4, steps=[1, 2, 5, 10])
         axes.grid(axis="y", visible=False)
         axes.set(title=title, xlabel=f"{'left' if lower else 'right'} of 0 is better")
     own = config["data_seed"] == "own"

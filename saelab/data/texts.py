@@ -350,6 +350,10 @@ class _Ids:
     def counted(self, ids: np.ndarray) -> np.ndarray:
         return ~np.isin(ids, self.special)
 
+    def inside(self, ids: np.ndarray) -> np.ndarray:
+        """Neither BOS nor EOS nor PAD."""
+        return ~np.isin(ids, [self.first, self.end, self.fill])
+
 
 def _first_id(*ids: Any) -> int | None:
     return next((int(i) for i in ids if i is not None), None)
@@ -464,13 +468,14 @@ def _windows(chunks: Iterator[np.ndarray], width: int) -> Iterator[np.ndarray]:
 
 
 def tokenize_texts(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int, unknown: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One context for each text: BOS and its first tokens, padded on the right.
 
     Args:
         texts: n texts; an empty one has no counted position.
         context: positions a context; what is longer is cut.
+        unknown: whether special ids besides BOS, EOS and PAD count.
 
     Returns: ids int64 [n, context]; attention mask bool [n, context], True on BOS and tokens;
         mask bool [n, context], True where the position counts.
@@ -482,5 +487,5 @@ def tokenize_texts(
         kept = [special.first, *piece[: context - 1]]
         ids[row, : len(kept)] = kept
         attention[row, : len(kept)] = True
-    mask = attention & special.counted(ids)
+    mask = attention & (special.inside(ids) if unknown else special.counted(ids))
     return torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(mask)

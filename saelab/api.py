@@ -18,6 +18,7 @@ import torch
 
 from saelab.config import read_toml
 from saelab.data import models
+from saelab.data.saebench import Definition
 from saelab.data.stream import batches
 from saelab.errors import CellFailure, MismatchError
 from saelab.evals import EvalData, check_names
@@ -80,6 +81,7 @@ def evaluate(
     evals: Sequence[str] = ("core", "probing"),
     seed: int = 0,
     cache: str | Path = ".",
+    definition: Definition | None = None,
 ) -> Scores:
     """Evaluates anything with encode and decode on the held-out text of `base`.
 
@@ -87,10 +89,13 @@ def evaluate(
         subject: an SAE, or any object with d_in, d_sae, encode and decode in raw activation space.
         evals: of 'core', 'probing' and 'truth'.
         seed: of the probing examples.
+        definition: of sparse probing, 2 or 1 (SAEBench's); None for that of `base`.
 
     Raises: SettingError for an unknown evaluation; MismatchError for activations of another width.
     """
     check_names(evals)
+    if definition is not None:
+        base = base.patched({"evaluation.probing.definition": definition})
     prepared = prepare(base, cache_folder(Path(cache)), base.model.device)
     if subject.d_in != prepared.held_out.d:
         remedy = f"the activations have {prepared.held_out.d}: evaluate it where it was trained"
@@ -102,6 +107,8 @@ def evaluate(
         seed,
         base.evaluation.probing.k_values,
         prepared.why_no_probing,
+        base.evaluation.probing.definition,
+        prepared.missing_entries,
     )
     rows = measure(subject, data, evals)
     scores = Scores({r.metric: r.value for r in rows if not r.slice and r.value is not None})

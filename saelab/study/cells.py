@@ -31,6 +31,7 @@ from saelab import checkpoint, stats
 from saelab.config import digest
 from saelab.data import models
 from saelab.data.models import ModelConfig
+from saelab.data.saebench import Definition
 from saelab.data.store import Source
 from saelab.data.stream import Layout, batches
 from saelab.errors import SettingError, SourceError
@@ -80,6 +81,8 @@ class Data:
     loss_contexts: int
     k_values: tuple[int, ...]
     probing_seed: int
+    definition: Definition
+    missing_entries: dict[str, str]
     device: str
     provenance: dict[str, Any]
 
@@ -238,6 +241,8 @@ class Worker:
             data.probing_seed,
             data.k_values,
             data.why_no_probing,
+            data.definition,
+            data.missing_entries,
         )
 
     def run(self, job: Job, advance: Callable[[float], None]) -> None:

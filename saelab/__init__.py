@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "compare": "saelab.api",
     "evaluate": "saelab.api",
+    "saebench_result": "saelab.api",
     "settings": "saelab.api",
     "train": "saelab.api",
     "register": "saelab.parts",
@@ -46,6 +47,7 @@ __all__ = [
     "evaluate",
     "generate",
     "register",
+    "saebench_result",
     "settings",
     "train",
     "train_on",

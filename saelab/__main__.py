@@ -113,26 +113,72 @@ def evaluate(
     path: Annotated[Path, typer.Argument(help="Folder of a trained SAE (sae.json).")],
     config: Annotated[Path, typer.Option(help="Base settings that name model, hook and texts.")],
     evals: Annotated[
-        str, typer.Option(help="Comma-separated: core, probing, truth.")
+        str, typer.Option(help="Comma-separated: core, probing, model_channels, truth.")
     ] = "core,probing",
+    definition: Annotated[
+        int | None, typer.Option(help="Of sparse probing: 2, or 1 for SAEBench's.")
+    ] = None,
+    saebench_json: Annotated[
+        Path | None, typer.Option(help="Also write SAEBench's result file.")
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Evaluate a saved SAE on held-out text."""
     with _told():
         from saelab.api import evaluate as measure
-        from saelab.api import settings
+        from saelab.api import saebench_result, settings
         from saelab.checkpoint import load
         from saelab.errors import MismatchError
+        from saelab.files import write_json
 
-        base = settings(config, _changes(set_))
+        changes = _changes(set_)
+        if definition is not None:
+            changes["evaluation.probing.definition"] = definition
+        base = settings(config, changes)
+        names = evals.split(",")
+        if saebench_json is not None:
+            names += [name for name in ("probing", "model_channels") if name not in names]
         sae, origin = load(path)
         if origin.get("hook_name") not in ("", base.hook_name):
             raise MismatchError(
                 f"the SAE was trained at {origin['hook_name']}, but hook_name = {base.hook_name}: "
                 "evaluate it where it was trained"
             )
-        for metric, value in measure(sae, base, evals.split(",")).items():
+        scores = measure(sae, base, names)
+        for metric, value in scores.items():
             typer.echo(f"{metric:32s} {value:.4f}")
+        if saebench_json is not None:
+            write_json(saebench_json, saebench_result(scores, sae, base, path.name))
+            typer.echo(f"{saebench_json}: SAEBench's result file")
+
+
+@app.command()
+def saebench(
+    path: Annotated[Path, typer.Argument(help="A SAEBench result file, or a complete run.")],
+    beside: Annotated[
+        Path | None, typer.Option(help="Another result file, or a complete run of ours.")
+    ] = None,
+    arm: Annotated[str, typer.Option(help="Of a run.")] = "baseline",
+    seed: Annotated[int | None, typer.Option(help="Of a run; its first one by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a run's cell as SAEBench's result file.")
+    ] = None,
+) -> None:
+    """Show a SAEBench sparse probing result, what it is, and ours beside it."""
+    with _told():
+        from saelab.errors import SettingError
+        from saelab.files import write_json
+        from saelab.study.recorded import result_at, run_result, shown
+
+        if path.is_dir():
+            if out is None:
+                raise SettingError("--out", None, "a run becomes a file: say which")
+            write_json(out, run_result(path, arm, seed))
+            path = out
+        elif out is not None:
+            raise SettingError("--out", str(out), f"{path} is a result file already: leave it out")
+        for line in shown(path, result_at(beside, arm, seed) if beside else None):
+            typer.echo(line)
 
 
 @app.command()

@@ -20,12 +20,15 @@ from saelab.config import read_toml
 from saelab.data import models
 from saelab.data.saebench import Definition
 from saelab.data.stream import batches
+from saelab.data.tasks import SAMPLING_SEED
 from saelab.errors import CellFailure, MismatchError
 from saelab.evals import EvalData, check_names
 from saelab.evals import evaluate as measure
 from saelab.evals.base import Row, Subject
 from saelab.evals.core import CoreData
 from saelab.evals.probing import ProbingData
+from saelab.evals.saebench import as_result
+from saelab.evals.saebench_probing import DEFINITION as as_definition_1
 from saelab.progress import progress
 from saelab.rundir import cache_folder
 from saelab.sae import SAE
@@ -33,6 +36,7 @@ from saelab.study.cells import initial_sample
 from saelab.study.engine import Launch, launch
 from saelab.study.plan import BASELINE, Arm, BaseConfig, PlanConfig, Run
 from saelab.study.prepare import prepare
+from saelab.study.recorded import about
 from saelab.study.verdict import Comparison
 from saelab.training import loop
 
@@ -87,7 +91,7 @@ def evaluate(
 
     Args:
         subject: an SAE, or any object with d_in, d_sae, encode and decode in raw activation space.
-        evals: of 'core', 'probing' and 'truth'.
+        evals: of 'core', 'probing', 'model_channels' (probing of the model itself) and 'truth'.
         seed: of the probing examples.
         definition: of sparse probing, 2 or 1 (SAEBench's); None for that of `base`.
 
@@ -114,6 +118,28 @@ def evaluate(
     scores = Scores({r.metric: r.value for r in rows if not r.slice and r.value is not None})
     scores.rows = rows
     return scores
+
+
+def saebench_result(
+    scores: Scores, subject: Subject, base: BaseConfig, name: str = "custom_sae", seed: int = 0
+) -> dict[str, Any]:
+    """SAEBench's result file of an evaluation, as plain data.
+
+    Args:
+        scores: of `evaluate` with 'probing' and 'model_channels'.
+        subject, base: as given to it.
+        name: what the SAE is called.
+        seed: of the probing examples; definition 1 has SAEBench's own.
+
+    Raises: SourceError when the scores lack what the schema asks for.
+    """
+    sae: dict[str, Any] = {"d_in": subject.d_in, "d_sae": subject.d_sae}
+    if isinstance(subject, SAE):
+        sae["architecture"] = subject.config.activation.kind
+        sae["saelab"] = subject.config.model_dump(mode="json")
+    definitions = {row.definition for row in scores.rows}
+    told = about(base, sae, name, SAMPLING_SEED if as_definition_1 in definitions else seed)
+    return as_result(scores.rows, told)
 
 
 def compare(

@@ -38,9 +38,7 @@ Definition = Literal[1, 2]
 #: A class may fall short of the texts that are asked for by this share. Our choice: it moves the
 #: standard error of an accuracy by 1%.
 SHORT = 0.02
-UNREACHABLE = (
-    "the hub can't be reached: name a local folder for it in evaluation.probing.sources"
-)
+UNREACHABLE = "the hub can't be reached: name a local folder for it in evaluation.probing.sources"
 
 
 class SourceConfig(Frozen):
@@ -291,7 +289,7 @@ def _split(texts: Sequence[str], sizes: tuple[int, int]) -> list[list[str]]:
 
 def _chosen(texts: list[str], size: int) -> tuple[str, ...]:
     """What pandas' `sample(n=size, random_state=42)` takes."""
-    state = np.random.RandomState(SAMPLING_SEED)  # noqa: NPY002 (SAEBench's own draw)
+    state = np.random.RandomState(SAMPLING_SEED)  # SAEBench's own draw
     return tuple(texts[i] for i in state.choice(len(texts), size, replace=False))
 
 

@@ -73,6 +73,7 @@ def _evaluate_truth(subject: Subject, data: EvalData) -> list[Row]:
 EVALUATIONS: dict[str, Callable[[Subject, EvalData], list[Row]]] = {
     "core": lambda subject, data: evaluate_core(subject, data.core),
     "probing": probing_rows,
+    "model_channels": lambda _, data: probing_rows(None, data, prefix="llm"),
     "truth": _evaluate_truth,
     "sensitivity": lambda subject, data: evaluate_sensitivity(subject, data.core),
     "consistency": lambda subject, data: evaluate_consistency(subject, data.core),

@@ -477,10 +477,10 @@ def evaluate_probing(
     Returns: `<prefix>_top_<k>_test_accuracy` and `<prefix>_test_accuracy` (all columns) of each
         class (slice 'entry=..,class=..'), their mean over the classes of an entry ('entry=..') and
         the plain mean over entries (''), with its 95% interval as `<metric>.low` and
-        `<metric>.high` where there are two entries or more; and for a subject `probing_constant`, 1 where all texts of
-        an entry have the same code, so that its probes are at 0.5 and mean nothing. The accuracy at
-        k = 5 also from positions 0-31 and 32-63 alone, of entries with enough texts that have both
-        ('position=0-31,entry=..'), and their mean ('position=0-31').
+        `<metric>.high` where there are two entries or more; and for a subject `probing_constant`,
+        1 where all texts of an entry have the same code, so that its probes are at 0.5 and mean
+        nothing. The accuracy at k = 5 also from positions 0-31 and 32-63 alone, of entries with
+        enough texts that have both ('position=0-31,entry=..'), and their mean ('position=0-31').
     """
     for k in k_values:
         if k < 1:
@@ -688,8 +688,10 @@ def _full(code: Tensor, task: Task) -> Tensor:
 
 
 def _intervals(rows: Sequence[Row]) -> list[Row]:
-    """The 95% t interval of each mean over entries, which are its units: the tasks of an entry share
-    their texts, so that they are no draws of their own."""
+    """The 95% t interval of each mean over entries, which are its units.
+
+    The tasks of an entry share their texts, so that they are no draws of their own.
+    """
     values: dict[str, list[float | None]] = {}
     for row in rows:
         if row.metric.endswith("accuracy"):

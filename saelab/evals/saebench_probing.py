@@ -146,7 +146,7 @@ def examples(
     negatives = torch.cat([pool[permuted(len(pool))[:share]] for pool in others])
     negatives = negatives[permuted(len(negatives))[: len(own)]]
     order = permuted(2 * len(own))
-    return Examples(torch.cat([own, negatives])[order], (torch.arange(2 * len(own)) < len(own))[order])
+    return Examples(torch.cat([own, negatives])[order], order < len(own))
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _full(train: Side, test: Side, generator: torch.Generator) -> float:
 
 def _linear(d: int, generator: torch.Generator) -> torch.nn.Linear:
     """torch's own initialisation, from the generator instead of the global state."""
-    layer = torch.nn.utils.skip_init(torch.nn.Linear, d, 1)
+    layer = torch.nn.Linear(d, 1, device="meta").to_empty(device="cpu")  # draws nothing
     torch.nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
     torch.nn.init.uniform_(layer.bias, -(d**-0.5), d**-0.5, generator=generator)
     return layer

@@ -39,9 +39,8 @@ def difference(folder: Path, arm: str, other: str, metric: str = "fvu") -> Diffe
     # an arm's seeds are the first ones of the study, in their order
     by_seed = {name: dict(enumerate(values[name][metric])) for name in values}
     definitions = _definitions(folder / "metrics.parquet", metric, (other, arm))
-    return compare_secondary(
-        metric, by_seed[other], {arm: by_seed[arm]}, definitions=definitions
-    )[0]
+    own = {arm: by_seed[arm]}
+    return compare_secondary(metric, by_seed[other], own, definitions=definitions)[0]
 
 
 def _definitions(table: Path, metric: str, arms: tuple[str, ...]) -> dict[str, str]:

@@ -60,9 +60,9 @@ class ArmResult:
         rows = [row for row in cell["rows"] if not row["slice"] and row["value"] is not None]
         values = {row["metric"]: row["value"] for row in rows}
         for row in rows:
-            known = {"earlier seeds": self.definitions.get(row["metric"], row["definition"])}
-            check_one_definition(row["metric"], known | {f"seed {seed}": row["definition"]})
-            self.definitions[row["metric"]] = row["definition"]
+            earlier = self.definitions.setdefault(row["metric"], row["definition"])
+            both = {"an earlier seed": earlier, f"seed {seed}": row["definition"]}
+            check_one_definition(row["metric"], both)
         last = {k: v for k, v in cell["last"].items() if k in SCALARS and v is not None}
         loss = cell["last"].get("loss")
         self.facts[seed] = cell["facts"]

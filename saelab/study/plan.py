@@ -55,7 +55,7 @@ class ProbingConfig(Frozen):
 
     definition: Definition = 2
     entries: Literal["embedded", "saebench", "none"] = "embedded"
-    sources: dict[str, SourceConfig] = {}
+    sources: dict[str, SourceConfig] = Field(default_factory=dict)
     tables: tuple[TableConfig, ...] = ()
     train_size: PositiveInt = 500
     test_size: PositiveInt = 250

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from saelab.api import compare, evaluate, settings, train
+    from saelab.api import compare, evaluate, saebench_result, settings, train
     from saelab.data.synthetic import SyntheticConfig, generate, truth_of
     from saelab.parts import register
     from saelab.sae import SAE, SAEConfig

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import rss
@@ -438,17 +439,17 @@ def saebench_run(
 
     # Its cache is os.path.join(artifacts_path, model name, ...): a model named by an absolute path
     # would get it into its own folder.
-    os.makedirs(out, exist_ok=True)
+    Path(out).mkdir(parents=True, exist_ok=True)
     os.chdir(out)
-    name = os.path.basename(model)
+    name = Path(model).name
     if name not in known.OFFICIAL_MODEL_NAMES:
-        os.symlink(model, name)
+        Path(name).symlink_to(model)
         known.OFFICIAL_MODEL_NAMES.append(name)
         known.MODEL_ALIASES[name] = [name]
     model = name
     digests: dict[str, str] = {}
     refused: dict[str, str] = {}
-    texts = json.loads(open(given).read())  # noqa: SIM115
+    texts = json.loads(Path(given).read_text())
     own = STATE.sampling = getattr(STATE, "sampling", dataset_utils.get_multi_label_train_test_data)
 
     def sampled(name: str, *sizes: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -463,7 +464,7 @@ def saebench_run(
 
     dataset_utils.get_multi_label_train_test_data = sampled
     dataset_utils.load_dataset = lambda name, *args, **options: _rows_of_hub(
-        json.loads(open(rows[name]).read()),  # noqa: SIM115
+        json.loads(Path(rows[name]).read_text()),
         *args,
         **options,
     )
@@ -511,8 +512,8 @@ def check_schema(file: str) -> str:
     from pydantic import TypeAdapter
     from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
 
-    with open(file) as text:
-        return type(TypeAdapter(SparseProbingEvalOutput).validate_json(text.read())).__name__
+    found = TypeAdapter(SparseProbingEvalOutput).validate_json(Path(file).read_text())
+    return type(found).__name__
 
 
 # ---------------------------------------------------------------- the loop

@@ -10,8 +10,9 @@ rows of the local tables instead of the hub's. Ours is `evaluate_as_saebench` fr
     difference = ours - SAEBench's, both at seed 42
     z          = (SAEBench's - mean of our draws) / (sd of our draws sqrt(1 + 1 / draws))
 
-where a draw is our definition 1 with other negatives and its sd at least one test text: one task's accuracy hangs on which texts
-stand in as negatives, and z says whether SAEBench's lies within that. europarl and github-code have
+where a draw is our definition 1 with other negatives and the sd counts as one test text at least:
+one task's accuracy hangs on which texts stand in as negatives, and z says whether SAEBench's lies
+within that. europarl and github-code have
 one split on the hub, so both sides of the local tables are put together and split again by
 SAEBench's own draw. Where its sampling refuses (a class that is short), it is given the texts that
 ours drew.
@@ -330,8 +331,9 @@ def _by_metric(
         apart = [ours[key] - cached[key] for key in ours if key[0] == metric]
         worst, equal = max(map(abs, apart)), sum(d == 0 for d in apart)
         gap = value - theirs[metric]
-        lines.append([metric, f"{value:.4f}", f"{theirs[metric]:.4f}", f"{gap:+.4f}",
-                      f"{worst:.4f}", f"{equal} of {len(apart)}", f"{before[metric]:.4f}"])  # fmt: skip
+        numbers = [f"{value:.4f}", f"{theirs[metric]:.4f}", f"{gap:+.4f}", f"{worst:.4f}"]
+        same = f"{equal} of {len(apart)}"
+        lines.append([metric, *numbers, same, f"{before[metric]:.4f}"])
         raw.append({"metric": metric, "ours": value, "saebench": theirs[metric],
                     "saebench_empty_cache": before[metric], "difference": gap,
                     "largest_of_a_task": worst, "tasks_equal": equal})  # fmt: skip

@@ -38,6 +38,8 @@ Definition = Literal[1, 2]
 #: A class may fall short of the texts that are asked for by this share. Our choice: it moves the
 #: standard error of an accuracy by 1%.
 SHORT = 0.02
+#: A path that begins so is a place on this machine and no name of a data set.
+PLACES = ("/", ".", "~")
 UNREACHABLE = "the hub can't be reached: name a local folder for it in evaluation.probing.sources"
 
 
@@ -142,7 +144,8 @@ def saebench_entries(
     unreachable = False
     for recipe in RECIPES:
         source = sources.get(recipe.name, SourceConfig())
-        if unreachable and not _is_local(source.path or recipe.hub):
+        local = _is_local(source.path or recipe.hub) or (source.path or "").startswith(PLACES)
+        if unreachable and not local:
             why[recipe.name] = UNREACHABLE
             continue
         try:
@@ -208,6 +211,8 @@ class _Pools:
         if _is_local(path):
             folder = Path(path).expanduser()
             return [read_side(folder, side, wanted) for side in sides_of(folder)]
+        if path.startswith(PLACES):
+            raise SourceError(f"{path} is no folder: name an existing one, or a data set")
         if translated:
             return [self._pairs(path)]
         sides = ("train",) if self.recipe.one_split else ("train", "test")

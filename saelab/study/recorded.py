@@ -140,16 +140,18 @@ def shown(path: Path, beside: Mapping[str, Any] | None = None) -> list[str]:
     result = read_result(path)
     config = result["eval_config"]
     tasks = f"{config['probe_train_set_size']} / {config['probe_test_set_size']}"
+    found = gate(read_saebench_result(path))
     lines = [
         f"{path.name}: {config['model_name']}, {_hook(result)}, {tasks} texts a task, "
         f"{config['context_length']} tokens a text, definition {definition_of(result)}",
-        *what_it_is(gate(read_saebench_result(path))),
+        *what_it_is(found),
     ]
     theirs = rows_of(result)
     ours = rows_of(beside) if beside else []
-    lines += ["", *_means(theirs, ours)]
+    why_not = "" if beside is None else _why_not_compared(found, result, beside)
+    lines += ["", *_means(theirs, ours, differences=bool(beside) and not why_not)]
     if beside is not None:
-        lines += ["", _comparable(result, beside)]
+        lines += ["", f"No differences: {why_not}." if why_not else _compared(result, beside)]
     return [*lines, "", *_entries(theirs)]
 
 
@@ -157,12 +159,20 @@ def _hook(result: Mapping[str, Any]) -> str:
     return str((result.get("sae_cfg_dict") or {}).get("hook_name") or "hook not told")
 
 
-def _comparable(result: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Whether differences may be read as differences of the SAEs."""
+def _why_not_compared(
+    found: GateResult, result: Mapping[str, Any], other: Mapping[str, Any]
+) -> str:
+    """Why no difference of the two is taken; '' when it may be."""
+    definitions = {"the file": definition_of(result), "ours": definition_of(other)}
     try:
-        _check(result, other)
+        check_one_definition("sparse probing", definitions)
     except MismatchError as error:
-        return f"No differences: {error}."
+        return str(error)
+    return "the file's SAE is invalid, as said above" if found.outcome == "invalid" else ""
+
+
+def _compared(result: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What a difference is a difference of."""
     places = [(r["eval_config"]["model_name"], _hook(r)) for r in (result, other)]
     sets = [set(r["eval_config"]["dataset_names"]) for r in (result, other)]
     notes = []
@@ -173,16 +183,10 @@ def _comparable(result: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return "The differences are between " + ("; ".join(notes) or "SAEs in the same place") + "."
 
 
-def _check(result: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    definitions = {"the file": definition_of(result), "ours": definition_of(other)}
-    check_one_definition("sparse probing", definitions)
-
-
-def _means(theirs: Sequence[Row], ours: Sequence[Row]) -> list[str]:
+def _means(theirs: Sequence[Row], ours: Sequence[Row], differences: bool) -> list[str]:
     other = {row.metric: row for row in ours if not row.slice}
-    same = bool(ours) and ours[0].definition == theirs[0].definition
     head = ["mean over entries", "file", *(["ours"] if ours else [])]
-    cells = [[*head, *(["difference"] if same else [])]]
+    cells = [[*head, *(["difference"] if differences else [])]]
     for row in theirs:
         if row.slice or (row.value is None and other.get(row.metric, row).value is None):
             continue
@@ -191,7 +195,7 @@ def _means(theirs: Sequence[Row], ours: Sequence[Row]) -> list[str]:
             mine = other[row.metric].value if row.metric in other else None
             line.append(_number(mine))
             both = row.value is not None and mine is not None
-            line += [f"{mine - row.value:+.4f}" if both else "-"] if same else []  # type: ignore[operator]
+            line += [f"{mine - row.value:+.4f}" if both else "-"] if differences else []  # type: ignore[operator]
         cells.append(line)
     return _table(cells)
 

@@ -44,7 +44,7 @@ class ProbingConfig(Frozen):
 
     Args:
         definition: 2, or 1 for SAEBench 0.6.0's way of drawing and probing, faults included, for
-            comparison with published numbers (it takes minutes an SAE where 2 takes seconds).
+            comparison with published numbers.
         entries: 'embedded' (cut from the standard library), 'saebench' (its eight data sets) or
             'none'; `tables` are added.
         sources: for 'saebench', name of an entry -> where its texts lie, if not on the hub.

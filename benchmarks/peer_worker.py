@@ -490,8 +490,8 @@ def saebench_run(
 
 def _rows_of_hub(tables: dict[str, list[Any]], name: str = "", **options: Any) -> Any:
     """What `load_dataset` gives: rows by split, or the rows of one split."""
-    if name:  # a pair of languages: of each its own texts
-        return [row for row in tables["train"] if next(iter(row["translation"])) in name.split("-")]
+    if name:  # a pair of languages, of which SAEBench reads the first
+        return [row for row in tables["train"] if name.split("-")[0] in row["translation"]]
     return tables[options["split"]] if "split" in options else tables
 
 

@@ -8,6 +8,7 @@ Nothing of saelab is imported here.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import rss
@@ -54,6 +56,7 @@ class State:
     sae: Any
     texts: dict[str, dict[str, dict[str, torch.Tensor]]]
     pooled: dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]
+    sampling: Callable[..., Any]
 
     def __init__(self) -> None:
         self.trainers, self.harvests, self.texts, self.pooled = {}, {}, {}, {}
@@ -399,6 +402,123 @@ def probing_probes(k: int | None) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "accuracy": sum(found) / len(found)}
 
 
+# ---------------------------------------------------------------- the whole of SAEBench
+
+
+def saebench_run(
+    model: str,
+    hook: str,
+    layer: int,
+    weights: str,
+    rows: dict[str, str],
+    given: str,
+    out: str,
+    k_values: list[int],
+    again: bool,
+) -> dict[str, Any]:
+    """SAEBench's sparse probing from texts to its result file.
+
+    Args:
+        model: its folder.
+        hook: TransformerLens' name of the place.
+        layer: of the hook.
+        weights: W_enc [d_sae, d_in], b_enc, W_dec, b_dec of a ReLU SAE.
+        rows: entry -> JSON with the rows that the hub would give, by split.
+        given: JSON of entry -> side -> class -> texts, for entries that its own sampling refuses.
+        out: folder for its results and caches.
+        k_values: numbers of columns.
+        again: whether the language model's activations are in its cache already.
+
+    Returns: seconds on the clock and of the processor, the result, the texts of each entry as a
+        digest, and the entries whose sampling refused.
+    """
+    # Its type checks bind one size for all classes of an entry, so that a class that is short by a
+    # few texts stops it; the probes themselves do not mind.
+    os.environ["JAXTYPING_DISABLE"] = "1"
+    import transformer_lens.loading_from_pretrained as known
+    from sae_bench.evals.sparse_probing import main as sparse_probing
+    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+    from sae_bench.sae_bench_utils import dataset_utils
+
+    # Its cache is os.path.join(artifacts_path, model name, ...): a model named by an absolute path
+    # would get it into its own folder.
+    Path(out).mkdir(parents=True, exist_ok=True)
+    os.chdir(out)
+    name = Path(model).name
+    if name not in known.OFFICIAL_MODEL_NAMES:
+        Path(name).symlink_to(model)
+        known.OFFICIAL_MODEL_NAMES.append(name)
+        known.MODEL_ALIASES[name] = [name]
+    model = name
+    digests: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    texts = json.loads(Path(given).read_text())
+    own = STATE.sampling = getattr(STATE, "sampling", dataset_utils.get_multi_label_train_test_data)
+
+    def sampled(name: str, *sizes: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        try:
+            train, test = own(name, *sizes)
+        except (AssertionError, KeyError, ValueError) as error:
+            refused[name] = str(error) or "its assertion of the number of texts failed"
+            train, test = texts[name]["train"], texts[name]["test"]
+        chosen = {name: [train[name], test[name]] for name in texts[name]["train"]}
+        digests[name] = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:16]
+        return train, test
+
+    dataset_utils.get_multi_label_train_test_data = sampled
+    dataset_utils.load_dataset = lambda name, *args, **options: _rows_of_hub(
+        json.loads(Path(rows[name]).read_text()),
+        *args,
+        **options,
+    )
+    config = SparseProbingEvalConfig(
+        model_name=model, dataset_names=list(rows), k_values=k_values, llm_batch_size=32,
+        llm_dtype="float32", context_length=128,
+    )  # fmt: skip
+    sae = _standard_sae(weights, model, hook, layer)
+    start, cpu = time.perf_counter(), time.process_time()
+    found = sparse_probing.run_eval(
+        config, [("ours", sae)], "cpu", out, force_rerun=again, artifacts_path="artifacts"
+    )
+    seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+    (result,) = found.values()
+    file = f"{out}/ours_custom_sae_eval_results.json"
+    return {"seconds": seconds, "result": file, "texts": digests, "refused": refused} | {
+        "by_class": result["eval_result_unstructured"]
+    }
+
+
+def _rows_of_hub(tables: dict[str, list[Any]], name: str = "", **options: Any) -> Any:
+    """What `load_dataset` gives: rows by split, or the rows of one split."""
+    if name:  # a pair of languages, of which SAEBench reads the first
+        return [row for row in tables["train"] if name.split("-")[0] in row["translation"]]
+    return tables[options["split"]] if "split" in options else tables
+
+
+def _standard_sae(weights: str, model: str, hook: str, layer: int) -> Any:
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+
+    tensors = load_file(weights)
+    d_sae, d_in = tensors["W_enc"].shape
+    about = SAEMetadata(hook_name=hook, hook_layer=layer, model_name=model, context_size=128)
+    sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=d_sae, dtype="float32", metadata=about))
+    with torch.no_grad():
+        sae.W_enc.copy_(tensors["W_enc"].T)
+        for name in ("b_enc", "W_dec", "b_dec"):
+            getattr(sae, name).copy_(tensors[name])
+    return sae
+
+
+def check_schema(file: str) -> str:
+    """The name of SAEBench's own schema, once the file has passed it."""
+    from pydantic import TypeAdapter
+    from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
+
+    found = TypeAdapter(SparseProbingEvalOutput).validate_json(Path(file).read_text())
+    return type(found).__name__
+
+
 # ---------------------------------------------------------------- the loop
 
 
@@ -419,6 +539,8 @@ CALLS = {
         probing_open,
         probing_pool,
         probing_probes,
+        saebench_run,
+        check_schema,
     )
 }
 

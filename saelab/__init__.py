@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from saelab.api import compare, evaluate, load, save, settings, train
+    from saelab.api import compare, evaluate, load, saebench_result, save, settings, train
     from saelab.data.synthetic import SyntheticConfig, generate, truth_of
     from saelab.parts import register
     from saelab.sae import SAE, SAEConfig
@@ -22,6 +22,7 @@ _PLACES = {
     "compare": "saelab.api",
     "evaluate": "saelab.api",
     "load": "saelab.api",
+    "saebench_result": "saelab.api",
     "save": "saelab.api",
     "settings": "saelab.api",
     "train": "saelab.api",
@@ -49,6 +50,7 @@ __all__ = [
     "generate",
     "load",
     "register",
+    "saebench_result",
     "save",
     "settings",
     "train",

@@ -146,8 +146,13 @@ def evaluate(
     ] = None,
     evals: Annotated[
         str,
-        typer.Option(help="Comma-separated: core, probing, sensitivity, consistency, truth."),
+        typer.Option(
+            help="Comma-separated: core, probing, model_channels, sensitivity, consistency, truth."
+        ),
     ] = "core,probing",
+    definition: Annotated[
+        int | None, typer.Option(help="Of sparse probing: 2, or 1 for SAEBench's.")
+    ] = None,
     format: Annotated[
         str,
         typer.Option(
@@ -170,6 +175,9 @@ def evaluate(
         typer.Option(help="File for all rows with definition and provenance: .parquet or .json."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the rows, not the table.")] = False,
+    saebench_json: Annotated[
+        Path | None, typer.Option(help="Also write SAEBench's result file, of one SAE.")
+    ] = None,
     experiment: Experiment = None,
     set_: Set = None,
 ) -> None:
@@ -187,7 +195,7 @@ def evaluate(
         from saelab.errors import SettingError
         from saelab.files import write_json
         from saelab.rundir import cache_folder
-        from saelab.study.measure import Choice, evaluate_choice, settings_of, table
+        from saelab.study.measure import Choice, evaluate_choice, saebench_file, settings_of, table
         from saelab.study.plan import BaseConfig, read_base
         from saelab.study.record import write_rows
 
@@ -197,13 +205,20 @@ def evaluate(
         choice = Choice(
             path, format, tuple(arm or ()), tuple(seed or ()), allow_mismatch, without_trace
         )
-        choice.members()
+        names, changes = evals.split(","), _changes(set_)
+        if definition is not None:
+            changes["evaluation.probing.definition"] = definition
+        if len(choice.members()) > 1 and saebench_json is not None:
+            remedy = "is of one SAE: choose it by --arm and --seed"
+            raise SettingError("--saebench-json", str(saebench_json), remedy)
+        if saebench_json is not None:
+            names += [name for name in ("probing", "model_channels") if name not in names]
         found, probing_seed = settings_of(path, config)
         base = read_base(found) if isinstance(found, Path) else BaseConfig.parse(found)
-        base = base.patched(_changes(set_))
-        rows = list(
-            evaluate_choice(choice, base, cache_folder(Path()), evals.split(","), probing_seed)
-        )
+        base = base.patched(changes)
+        rows = list(evaluate_choice(choice, base, cache_folder(Path()), names, probing_seed))
+        if saebench_json is not None:
+            write_json(saebench_json, saebench_file(choice, base, rows, probing_seed))
         if out is not None:
             (write_json if out.suffix == ".json" else write_rows)(out, rows)
         for line in [plain.dumps(rows, indent=1)] if json else table(rows):
@@ -239,6 +254,35 @@ def export_(
         _own_parts(experiment)
         for folder in export(path, out, format, source, arm or (), seed or (), without_trace):
             typer.echo(str(folder))
+
+
+@app.command()
+def saebench(
+    path: Annotated[Path, typer.Argument(help="A SAEBench result file, or a complete run.")],
+    beside: Annotated[
+        Path | None, typer.Option(help="Another result file, or a complete run of ours.")
+    ] = None,
+    arm: Annotated[str, typer.Option(help="Of a run.")] = "baseline",
+    seed: Annotated[int | None, typer.Option(help="Of a run; its first one by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a run's cell as SAEBench's result file.")
+    ] = None,
+) -> None:
+    """Show a SAEBench sparse probing result, what it is, and ours beside it."""
+    with _told():
+        from saelab.errors import SettingError
+        from saelab.files import write_json
+        from saelab.study.recorded import result_at, run_result, shown
+
+        if path.is_dir():
+            if out is None:
+                raise SettingError("--out", None, "a run becomes a file: say which")
+            write_json(out, run_result(path, arm, seed))
+            path = out
+        elif out is not None:
+            raise SettingError("--out", str(out), f"{path} is a result file already: leave it out")
+        for line in shown(path, result_at(beside, arm, seed) if beside else None):
+            typer.echo(line)
 
 
 @app.command()

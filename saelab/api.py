@@ -16,6 +16,7 @@ from typing import Any
 
 from saelab import formats
 from saelab.config import read_toml
+from saelab.data.saebench import Definition
 from saelab.data.stream import batches
 from saelab.errors import CellFailure
 from saelab.evals import check_names
@@ -28,6 +29,7 @@ from saelab.study.engine import Launch, launch
 from saelab.study.measure import Bench
 from saelab.study.plan import BASELINE, Arm, BaseConfig, PlanConfig, Run
 from saelab.study.prepare import prepare
+from saelab.study.recorded import result_of
 from saelab.study.verdict import Comparison
 from saelab.training import loop
 
@@ -99,21 +101,41 @@ def evaluate(
     evals: Sequence[str] = ("core", "probing"),
     seed: int = 0,
     cache: str | Path = ".",
+    definition: Definition | None = None,
 ) -> Scores:
     """Evaluates anything with encode and decode on the held-out text of `base`.
 
     Args:
         subject: an SAE, or any object with d_in, d_sae, encode and decode in raw activation space.
-        evals: of 'core', 'probing' and 'truth'.
+        evals: of 'core', 'probing', 'model_channels' (probing of the model itself) and 'truth'.
         seed: of the probing examples.
+        definition: of sparse probing, 2 or 1 (SAEBench's); None for that of `base`.
 
     Raises: SettingError for an unknown evaluation; MismatchError for activations of another width.
     """
     check_names(evals)
+    if definition is not None:
+        base = base.patched({"evaluation.probing.definition": definition})
     rows = Bench(base, cache_folder(Path(cache)), seed).rows(subject, evals)
     scores = Scores({r.metric: r.value for r in rows if not r.slice and r.value is not None})
     scores.rows = rows
     return scores
+
+
+def saebench_result(
+    scores: Scores, subject: Subject, base: BaseConfig, name: str = "custom_sae", seed: int = 0
+) -> dict[str, Any]:
+    """SAEBench's result file of an evaluation, as plain data.
+
+    Args:
+        scores: of `evaluate` with 'probing' and 'model_channels'.
+        subject, base: as given to it.
+        name: what the SAE is called.
+        seed: of the probing examples; definition 1 has SAEBench's own.
+
+    Raises: SourceError when the scores lack what the schema asks for.
+    """
+    return result_of(scores.rows, subject, base, name, seed)
 
 
 def compare(

@@ -4,6 +4,7 @@ SaelabError                  something went wrong that the user can act on
 ├── UsageError               bad input: exit code 2, one sentence with setting, value and remedy
 │   ├── SettingError         a setting has an impossible value or an unknown name
 │   ├── SourceError          a model, text or activation source is missing or unusable
+│   │   └── UnreachableError the hub can't be reached
 │   └── MismatchError        two things that must agree (hook, context, dtype, definition) do not
 ├── DamageError              a file that saelab wrote does not match its checksum
 ├── CellFailure              one cell stopped (non-finite loss ...); the others go on
@@ -41,6 +42,10 @@ class SettingError(UsageError):
 
 class SourceError(UsageError):
     """A model, text or activation source is missing or unusable."""
+
+
+class UnreachableError(SourceError):
+    """The hub can't be reached, so that nothing on it can be had."""
 
 
 class MismatchError(UsageError):

@@ -17,7 +17,7 @@ import functools
 import textwrap
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ CHARACTERS = 128
 TEST_EVERY = 4
 #: Seed of the draw from all candidates, as SAEBench's.
 SAMPLING_SEED = 42
+
+#: Files of local tables.
+KINDS = (".parquet", ".jsonl")
 
 Labelled = Iterator[tuple[str, str]]  # pairs (class, text)
 Candidates = dict[tuple[str, bool], dict[str, None]]  # (class, is test) -> texts in order
@@ -350,14 +353,14 @@ def _candidates() -> dict[str, Candidates]:
     return found
 
 
-def drop_shared(groups: dict[Any, dict[str, None]]) -> None:
-    """Removes every text that is in more than one group from all of them."""
+def drop_shared(groups: dict[Any, dict[str, Any]]) -> None:
+    """Removes every text (key) that is in more than one group from all of them."""
     count: dict[str, int] = defaultdict(int)
     for group in groups.values():
         for text in group:
             count[text] += 1
     for key, group in groups.items():
-        groups[key] = {text: None for text in group if count[text] == 1}
+        groups[key] = {text: value for text, value in group.items() if count[text] == 1}
 
 
 def _draw(recipe: Recipe, groups: Candidates, train_size: int, test_size: int) -> Entry:
@@ -427,12 +430,36 @@ def entries_from_table(
 def _texts_by_label(
     folder: Path, side: str, text_column: str, label_column: str
 ) -> dict[str, dict[str, None]]:
+    groups: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in read_side(folder, side, (text_column, label_column)):
+        text, label = row[text_column], row[label_column]
+        if text is not None and label is not None and text.strip():
+            groups[str(label)][text] = None
+    return dict(groups)
+
+
+def sides_of(folder: Path) -> list[str]:
+    """Which of train and test a folder has; 'train' where it has none, to be missed by name."""
+    there = [s for s in ("train", "test") if any(_file_of(folder, s, kind) for kind in KINDS)]
+    return there or ["train"]
+
+
+def _file_of(folder: Path, side: str, kind: str) -> Path | None:
+    path = folder / f"{side}{kind}"
+    return path if path.is_file() else None
+
+
+def read_side(folder: Path, side: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a folder's `train` or `test`, .parquet or .jsonl, with the columns alone.
+
+    Raises: SourceError for a missing or broken file, or a missing column; at the first row.
+    """
     import pyarrow
     import pyarrow.json
     import pyarrow.parquet
 
     readers = {".parquet": pyarrow.parquet.read_table, ".jsonl": pyarrow.json.read_json}
-    paths = [path for suffix in readers if (path := folder / f"{side}{suffix}").is_file()]
+    paths = [path for kind in KINDS if (path := _file_of(folder, side, kind))]
     if not paths:
         raise SourceError(f"{folder} has no {side}.parquet or {side}.jsonl: name such a folder")
     path = paths[0]
@@ -440,13 +467,9 @@ def _texts_by_label(
         table = readers[path.suffix](path)
     except pyarrow.ArrowInvalid as error:
         raise SourceError(f"{path} can't be read ({error}): mend it") from None
-    for column in (text_column, label_column):
+    for column in columns:
         if column not in table.column_names:
             known = ", ".join(table.column_names)
             raise SourceError(f"{path} has no column {column!r}: choose one of {known}")
-    groups: dict[str, dict[str, None]] = defaultdict(dict)
-    columns = (table[text_column].to_pylist(), table[label_column].to_pylist())
-    for text, label in zip(*columns, strict=True):
-        if text is not None and label is not None and text.strip():
-            groups[str(label)][text] = None
-    return dict(groups)
+    for batch in table.select(list(columns)).to_batches(max_chunksize=1024):
+        yield from batch.to_pylist()

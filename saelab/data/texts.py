@@ -17,7 +17,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +29,7 @@ import torch
 
 from saelab.config import Frozen
 from saelab.data import stdlib
-from saelab.errors import SettingError, SourceError, nearest
+from saelab.errors import SettingError, SourceError, UnreachableError, nearest
 from saelab.files import sha256
 from saelab.seeding import numpy_stream
 
@@ -258,6 +258,18 @@ def _text_of(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def _dataset(config: TextConfig) -> Iterator[str]:
+    for row in dataset_rows(config, (config.column,)):
+        yield _text_of(row, config.column, f"data set {config.path}")
+
+
+def dataset_rows(config: TextConfig, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a data set's split, streamed in its own order.
+
+    Args:
+        columns: that it must have.
+
+    Raises: UnreachableError or SourceError when it can't be had, is not plain data or lacks one.
+    """
     path = _path(config)
     import datasets
 
@@ -265,15 +277,16 @@ def _dataset(config: TextConfig) -> Iterator[str]:
         with quiet():
             found = datasets.load_dataset(path, config.name, split=config.split, streaming=True)
             builder = str(found.info.builder_name)
-            columns = found.column_names
+            there = found.column_names
     except Exception as error:  # `datasets` raises a dozen kinds, none of its own root
         raise _unusable(config, error) from error
     if builder not in SAFE_BUILDERS:
         raise SourceError(
             f"data set {path} is of type {builder!r}: only {', '.join(SAFE_BUILDERS)} are read"
         )
-    if columns is not None and config.column not in columns:
-        _text_of(dict.fromkeys(columns), config.column, f"data set {path}")
+    for column in columns:
+        if there is not None and column not in there:
+            _text_of(dict.fromkeys(there), column, f"data set {path}")
     rows = iter(found)
     while True:
         try:
@@ -282,7 +295,7 @@ def _dataset(config: TextConfig) -> Iterator[str]:
             return
         except Exception as error:
             raise _unusable(config, error) from error
-        yield _text_of(row, config.column, f"data set {path}")
+        yield row
 
 
 @contextmanager
@@ -306,7 +319,8 @@ def quiet() -> Iterator[None]:
 
 def _unusable(config: TextConfig, error: Exception) -> SourceError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return SourceError(
+    kind = UnreachableError if isinstance(error, ConnectionError) else SourceError
+    return kind(
         f"data set {config.path} (name {config.name!r}, split {config.split!r}) can't be read "
         f"({reason}): check its name and split, or name local files where there is no network"
     )
@@ -340,6 +354,10 @@ class _Ids:
 
     def counted(self, ids: np.ndarray) -> np.ndarray:
         return ~np.isin(ids, self.special)
+
+    def inside(self, ids: np.ndarray) -> np.ndarray:
+        """Neither BOS nor EOS nor PAD."""
+        return ~np.isin(ids, [self.first, self.end, self.fill])
 
 
 def _first_id(*ids: Any) -> int | None:
@@ -456,13 +474,14 @@ def _windows(chunks: Iterator[np.ndarray], width: int) -> Iterator[np.ndarray]:
 
 
 def tokenize_texts(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int, unknown: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One context for each text: BOS and its first tokens, padded on the right.
 
     Args:
         texts: n texts; an empty one has no counted position.
         context: positions a context; what is longer is cut.
+        unknown: whether special ids besides BOS, EOS and PAD count.
 
     Returns: ids int64 [n, context]; attention mask bool [n, context], True on BOS and tokens;
         mask bool [n, context], True where the position counts.
@@ -474,5 +493,5 @@ def tokenize_texts(
         kept = [special.first, *piece[: context - 1]]
         ids[row, : len(kept)] = kept
         attention[row, : len(kept)] = True
-    mask = attention & special.counted(ids)
+    mask = attention & (special.inside(ids) if unknown else special.counted(ids))
     return torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(mask)

@@ -5,16 +5,19 @@ A new evaluation is one file here and one line in `EVALUATIONS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from saelab.data.saebench import Definition
 from saelab.data.synthetic import truth_of
 from saelab.errors import SettingError, nearest
 from saelab.evals import probing as _probing
+from saelab.evals import saebench_probing as _saebench
 from saelab.evals.base import Row, Subject, missing
 from saelab.evals.consistency import evaluate_consistency
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.evals.probing import ProbingData, evaluate_probing
+from saelab.evals.saebench_probing import evaluate_as_saebench
 from saelab.evals.sensitivity import evaluate_sensitivity
 from saelab.evals.truth import evaluate_truth, no_truth
 
@@ -27,8 +30,10 @@ class EvalData:
         core: held-out activations and their model.
         probing: activations of the probing texts, or None with the reason in `why_no_probing`.
         seed: of the probing examples and of random dictionaries, the same for all subjects that are
-            compared.
+            compared. Probing by definition 1 has SAEBench's own, 42.
         k_values: numbers of latents that probes may use.
+        definition: of sparse probing: 2, or 1 for SAEBench's.
+        missing_entries: probing entries that can't be had, with the reasons.
     """
 
     core: CoreData
@@ -36,14 +41,26 @@ class EvalData:
     seed: int = 0
     k_values: Sequence[int] = _probing.K_VALUES
     why_no_probing: str = ""
+    definition: Definition = 2
+    missing_entries: Mapping[str, str] = field(default_factory=dict)
 
 
-def _evaluate_probing(subject: Subject, data: EvalData) -> list[Row]:
-    if data.probing is not None:
-        device = data.core.device
-        return evaluate_probing(subject, data.probing, data.seed, data.k_values, device=device)
-    names = [f"sae_top_{k}_test_accuracy" for k in data.k_values] + ["sae_test_accuracy"]
-    return [missing(name, _probing.DEFINITION, data.why_no_probing) for name in names]
+PROBING = {1: _saebench.DEFINITION, 2: _probing.DEFINITION}
+
+
+def probing_rows(subject: Subject | None, data: EvalData, prefix: str = "sae") -> list[Row]:
+    """Sparse probing by the definition that is set; None probes the model's channels ('llm')."""
+    definition = PROBING[data.definition]
+    names = [f"{prefix}_top_{k}_test_accuracy" for k in data.k_values] + [f"{prefix}_test_accuracy"]
+    if data.probing is None:
+        return [missing(name, definition, data.why_no_probing) for name in names]
+    of, k, device = data.probing, data.k_values, data.core.device
+    if data.definition == 1:
+        rows = evaluate_as_saebench(subject, of, k_values=k, prefix=prefix, device=device)
+    else:
+        rows = evaluate_probing(subject, of, data.seed, k, prefix, device)
+    absent = data.missing_entries.items()
+    return rows + [missing(n, definition, why, f"entry={e}") for e, why in absent for n in names]
 
 
 def _evaluate_truth(subject: Subject, data: EvalData) -> list[Row]:
@@ -55,7 +72,8 @@ def _evaluate_truth(subject: Subject, data: EvalData) -> list[Row]:
 
 EVALUATIONS: dict[str, Callable[[Subject, EvalData], list[Row]]] = {
     "core": lambda subject, data: evaluate_core(subject, data.core),
-    "probing": _evaluate_probing,
+    "probing": probing_rows,
+    "model_channels": lambda _, data: probing_rows(None, data, prefix="llm"),
     "truth": _evaluate_truth,
     "sensitivity": lambda subject, data: evaluate_sensitivity(subject, data.core),
     "consistency": lambda subject, data: evaluate_consistency(subject, data.core),

@@ -9,12 +9,13 @@ reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 
+from saelab.errors import MismatchError
 from saelab.kernels import Code
 
 
@@ -57,6 +58,30 @@ def number(metric: str, value: float, definition: str, slice: str = "") -> Row:
 
 def missing(metric: str, definition: str, reason: str, slice: str = "") -> Row:
     return Row(metric, None, definition, slice, reason=reason)
+
+
+def other_definition(own: str | None, reference: str | None, who: str = "the baseline") -> str:
+    """Why two numbers of one metric are not compared; '' when both have one definition."""
+    if own == reference and own is not None:
+        return ""
+    return (
+        f"measured as {own!r}, {who} as {reference!r}: numbers of different definitions "
+        "are not compared, so evaluate both in the same way"
+    )
+
+
+def check_one_definition(metric: str, definitions: Mapping[str, str]) -> None:
+    """To be called wherever numbers of one metric are put beside each other.
+
+    Args:
+        definitions: who is compared -> definition id; whoever has no number is left out.
+
+    Raises: MismatchError that names the metric, who differs and the definitions.
+    """
+    first = next(iter(definitions), "")
+    for name, definition in definitions.items():
+        if why := other_definition(definition, definitions[first], first):
+            raise MismatchError(f"{metric} of {name} is {why}")
 
 
 @runtime_checkable

@@ -9,8 +9,9 @@
 
 Source: SAEBench's sparse_probing (https://github.com/adamkarvonen/SAEBench), definition 1. What
 definition 2 changes: the examples depend on the seed alone, so that all subjects see the same ones;
-the full probe is the same regression instead of the best of 100 epochs on the test set; what can't
-be measured is a row with a reason.
+the full probe is the same regression instead of the best of 100 epochs on the test set; beside the
+probes on columns chosen by raw scale stand some on columns divided by their standard deviation; the
+mean over entries has an interval; what can't be measured is a row with a reason.
 
 The regressions are solved to convergence (`logistic`): the k-sparse probes of all classes of an
 entry together in float64, the full ones in float32 without any matrix but the codes themselves.
@@ -31,6 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saelab import stats
 from saelab.config import digest
 from saelab.data.models import LanguageModel
 from saelab.data.passes import by_length, side_by_side
@@ -56,6 +58,9 @@ POOLED_CHUNK = 8192
 #: Texts are also probed on their first and on their later positions alone, at one k, where each
 #: class has at least so many that are longer on either side. Our choice.
 SPLIT, POSITION_K, LEAST_LONG = 32, 5, 20
+#: Numbers of columns that are also chosen and fitted with every column at standard deviation 1. Our
+#: choice: the two that reports show, which hardly cost time.
+STANDARDISED_K = (1, 5)
 HALVES = ("position=0-31", "position=32-63")
 #: Positions in one pass of the language model, padding included.
 TOKENS = 2048
@@ -152,10 +157,16 @@ def _content(entry: ProbingEntry) -> list[Any]:
 
 
 def identity(
-    model: LanguageModel, hook_name: str, entries: Sequence[Entry], context: int, dtype: torch.dtype
+    model: LanguageModel,
+    hook_name: str,
+    entries: Sequence[Entry],
+    context: int,
+    dtype: torch.dtype,
+    unknown: bool = False,
 ) -> dict[str, Any]:
     """The header of the activations that `harvest_probing` would make: all they depend on."""
-    return {
+    own = {"mask": "BOS, EOS and PAD alone left out"} if unknown else {}
+    return own | {
         "model": model.config.path,
         "model_digest": model.digest,
         "model_dtype": model.config.dtype,
@@ -172,6 +183,7 @@ def harvest_probing(
     entries: Sequence[Entry],
     context: int = 64,
     dtype: torch.dtype = torch.float16,
+    unknown: bool = False,
 ) -> ProbingData:
     """One pass of the language model over all texts, for all subjects.
 
@@ -181,10 +193,11 @@ def harvest_probing(
         entries: the labelled texts.
         context: positions a text, BOS included; what is longer is cut.
         dtype: of the stored rows.
+        unknown: whether special ids besides BOS, EOS and PAD (UNK) count, as in definition 1.
 
     Raises: SourceError when an activation is not finite in `dtype`.
     """
-    texts = [_TokenisedTexts(entry, model, context) for entry in entries]
+    texts = [_TokenisedTexts(entry, model, context, unknown) for entry in entries]
     rows = _filled(model, hook_name, texts, dtype)
     for entry, x in zip(entries, rows, strict=True):
         if not x.isfinite().all():
@@ -195,7 +208,7 @@ def harvest_probing(
         ProbingEntry(entry.name, entry.classes, x, part.offsets, part.labels, part.is_train)
         for entry, part, x in zip(entries, texts, rows, strict=True)
     ]
-    return ProbingData(tuple(made), identity(model, hook_name, entries, context, dtype))
+    return ProbingData(tuple(made), identity(model, hook_name, entries, context, dtype, unknown))
 
 
 def _texts(entry: Entry) -> tuple[list[str], list[int], list[bool]]:
@@ -213,10 +226,12 @@ def _texts(entry: Entry) -> tuple[list[str], list[int], list[bool]]:
 class _TokenisedTexts:
     """The texts of one entry as tokens; `offsets`, `labels` and `is_train` as in `ProbingEntry`."""
 
-    def __init__(self, entry: Entry, model: LanguageModel, context: int) -> None:
+    def __init__(self, entry: Entry, model: LanguageModel, context: int, unknown: bool) -> None:
         texts, labels, is_train = _texts(entry)
         self.labels, self.is_train = torch.tensor(labels), torch.tensor(is_train)
-        self.ids, self.attention, self.mask = tokenize_texts(texts, model.tokenizer, context)
+        self.ids, self.attention, self.mask = tokenize_texts(
+            texts, model.tokenizer, context, unknown
+        )
         self.offsets = torch.zeros(len(texts) + 1, dtype=torch.int64)
         self.offsets[1:] = self.mask.sum(1).cumsum(0)
         self.places = self.offsets[:-1, None] + self.mask.cumsum(1) - 1  # row of each position
@@ -267,7 +282,7 @@ class Examples:
     positive: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """One class against the rest."""
 
@@ -441,7 +456,7 @@ def evaluate_probing(
     k_values: Sequence[int] = K_VALUES,
     prefix: str = "sae",
     device: torch.device | str = "cpu",
-    standardised: bool = False,
+    standardised_k: Sequence[int] = STANDARDISED_K,
     chunk: int | None = None,
 ) -> list[Row]:
     """Accuracies of k-sparse and full probes on the test texts.
@@ -453,17 +468,19 @@ def evaluate_probing(
         k_values: numbers of columns.
         prefix: of the metrics.
         device: of the subject.
-        standardised: also choose and fit with every column divided by its standard deviation, as
-            `<prefix>_standardised_top_<k>_test_accuracy`, where no column is large by scale alone.
+        standardised_k: those of `k_values` at which columns are also chosen and fitted divided by
+            their standard deviation on train, as `<prefix>_standardised_top_<k>_test_accuracy`:
+            no column is large there by scale alone.
         chunk: rows encoded at once, which bounds the memory at chunk x d_sae numbers; None for what
             suits subject and device.
 
     Returns: `<prefix>_top_<k>_test_accuracy` and `<prefix>_test_accuracy` (all columns) of each
         class (slice 'entry=..,class=..'), their mean over the classes of an entry ('entry=..') and
-        the plain mean over entries (''); and for a subject `probing_constant`, 1 where all texts of
-        an entry have the same code, so that its probes are at 0.5 and mean nothing. The accuracy at
-        k = 5 also from positions 0-31 and 32-63 alone, of entries with enough texts that have both
-        ('position=0-31,entry=..'), and their mean ('position=0-31').
+        the plain mean over entries (''), with its 95% interval as `<metric>.low` and
+        `<metric>.high` where there are two entries or more; and for a subject `probing_constant`,
+        1 where all texts of an entry have the same code, so that its probes are at 0.5 and mean
+        nothing. The accuracy at k = 5 also from positions 0-31 and 32-63 alone, of entries with
+        enough texts that have both ('position=0-31,entry=..'), and their mean ('position=0-31').
     """
     for k in k_values:
         if k < 1:
@@ -475,13 +492,14 @@ def evaluate_probing(
             codes = pooled_by_position(subject, entry, chunk, device)
             by_position += _rows_by_position(codes, entry, seed, prefix)
             code = codes.whole
-            same = None if subject is None else _constant(code, entry)
-            rows += probe_rows(code, entry, seed, k_values, prefix, standardised)
-            rows += _means(rows, f"entry={entry.name},class=", f"entry={entry.name}")
+            same = None if subject is None else constant_row(code, entry)
+            rows += probe_rows(code, entry, seed, k_values, prefix, standardised_k)
+            rows += mean_rows(rows, f"entry={entry.name},class=", f"entry={entry.name}")
             rows += [] if same is None else [same]
             bar.advance()
     entry_slices = {f"entry={entry.name}" for entry in data.entries}
-    rows += _means([row for row in rows if row.slice in entry_slices], "entry=", "")
+    of_entries = [row for row in rows if row.slice in entry_slices]
+    rows += mean_rows(of_entries, "entry=", "") + _intervals(of_entries)
     return rows + by_position + _means_by_position(by_position)
 
 
@@ -502,8 +520,8 @@ def _rows_by_position(codes: ByPosition, entry: ProbingEntry, seed: int, prefix:
     tasks, rows = build_tasks(some, seed), []
     for where, name in places.items():
         code = codes.early if name == HALVES[0] else codes.late
-        found = _accuracies(code, some, tasks, (POSITION_K,), full=False)
-        values = [accuracies[POSITION_K] for accuracies in found]
+        found = _accuracies(code, some, tasks, _probes((POSITION_K,)))
+        values = [value for accuracies in found for value in accuracies.values()]
         said = [value for value in values if isinstance(value, str)]
         mean = 0.0 if said else sum(map(float, values)) / len(values)
         rows.append(
@@ -520,7 +538,7 @@ def _means_by_position(rows: Sequence[Row]) -> list[Row]:
     for name in HALVES:
         own = [row for row in rows if row.slice.startswith(name)]
         found = [row for row in own if row.value is not None]
-        made += _means(found or own[:1], name, name)
+        made += mean_rows(found or own[:1], name, name)
     return made
 
 
@@ -531,78 +549,94 @@ def probe_rows(
     seed: int,
     k_values: Sequence[int] = K_VALUES,
     prefix: str = "sae",
-    standardised: bool = False,
+    standardised_k: Sequence[int] = STANDARDISED_K,
 ) -> list[Row]:
     """The rows of every class of one entry.
 
     Args:
         code: `pooled` of the entry, float32 [texts, F]; it is changed: the mean over the training
             texts is subtracted in place, where a copy would cost as much as some of the probes.
-        entry, seed, k_values, prefix, standardised: as in `evaluate_probing`.
+        entry, seed, k_values, prefix, standardised_k: as in `evaluate_probing`.
     """
-    tasks, found = build_tasks(entry, seed), {}
-    if standardised:
-        spread = code[entry.is_train].std(0)
-        columns = code / torch.where(spread > 0, spread, 1)
-        found["standardised_"] = _accuracies(columns, entry, tasks, k_values, full=False)
-    found = {"": _accuracies(code, entry, tasks, k_values, full=True), **found}
+    tasks = build_tasks(entry, seed)
+    scaled_k = [k for k in standardised_k if k in k_values]
+    found = _accuracies(code, entry, tasks, _probes(k_values, scaled_k, full=True))
     rows = []
-    for i, task in enumerate(tasks):
+    for task, accuracies in zip(tasks, found, strict=True):
         where = f"entry={entry.name},class={task.name}"
-        for variant, accuracies in found.items():
-            for k, value in accuracies[i].items():
-                part = f"{variant}top_{k}_" if k else ""
-                metric = f"{prefix}_{part}test_accuracy"
-                rows.append(
-                    missing(metric, DEFINITION, value, where)
-                    if isinstance(value, str)
-                    else number(metric, value, DEFINITION, where)
-                )
+        for probe, value in accuracies.items():
+            metric = f"{prefix}_{probe}test_accuracy"
+            rows.append(
+                missing(metric, DEFINITION, value, where)
+                if isinstance(value, str)
+                else number(metric, value, DEFINITION, where)
+            )
     return rows
 
 
+#: Part of a metric's name -> number of columns (0 for all) and whether they are standardised.
+Probes = dict[str, tuple[int, bool]]
+
+
+def _probes(k_values: Sequence[int], scaled_k: Sequence[int] = (), full: bool = False) -> Probes:
+    raw = {f"top_{k}_": (k, False) for k in k_values}
+    scaled = {f"standardised_top_{k}_": (k, True) for k in scaled_k}
+    return {**raw, **({"": (0, False)} if full else {}), **scaled}
+
+
 def _accuracies(
-    code: Tensor, entry: ProbingEntry, tasks: Sequence[Task], k_values: Sequence[int], full: bool
-) -> list[dict[int, float | str]]:
-    """For each task the test accuracy by k, with 0 for the full probe; or why there is none.
+    code: Tensor, entry: ProbingEntry, tasks: Sequence[Task], probes: Probes
+) -> list[dict[str, float | str]]:
+    """For each task the test accuracy of each probe; or why there is none.
 
     The code is centred in place.
     """
-    wanted = [*k_values, *([0] if full else [])]
     finite = code.sum(1).isfinite()
     here = finite.cpu()
     sound = [t for t in tasks if bool(here[t.train.index].all() and here[t.test.index].all())]
     if not here.all():
         code.masked_fill_(~finite[:, None], 0)
-    train = (entry.is_train & here).to(code)
+    is_train = entry.is_train & here
+    train = is_train.to(code)
     code.sub_((train / train.sum()) @ code)
-    possible = [k for k in k_values if k <= code.shape[1]]
-    log_odds = _sparse(code, sound, possible) if sound and possible else {}
-    if sound and full:
-        log_odds[0] = [_full(code, task) for task in sound]
-    found = {task.name: dict[int, float | str]() for task in sound}
-    for k in wanted:
-        for i, task in enumerate(sound):
-            if k in log_odds:
-                right = (log_odds[k][i].cpu() > 0) == task.test.positive
-                found[task.name][k] = float(right.double().mean())
+    log_odds: dict[str, list[Tensor]] = {}
+    for scaled in (False, True) if sound else ():
+        possible = {n: k for n, (k, s) in probes.items() if s == scaled and 0 < k <= code.shape[1]}
+        if possible:
+            scale = _inverse_spread(code, is_train) if scaled else None
+            found = _sparse(code, sound, list(possible.values()), scale)
+            log_odds |= {name: found[k] for name, k in possible.items()}
+    for name in (name for name, (k, _) in probes.items() if k == 0):
+        log_odds[name] = [_full(code, task) for task in sound]
+    made: list[dict[str, float | str]] = []
+    for task in tasks:
+        if task not in sound:
+            made.append(dict.fromkeys(probes, "the code is not finite"))
+            continue
+        own: dict[str, float | str] = {}
+        for name, (k, _) in probes.items():
+            if name in log_odds:
+                right = (log_odds[name][sound.index(task)].cpu() > 0) == task.test.positive
+                own[name] = float(right.double().mean())
             else:
-                reason = f"the code has {code.shape[1]} columns, fewer than k = {k}"
-                found[task.name][k] = reason
-    broken: dict[int, float | str] = dict.fromkeys(wanted, "the code is not finite")
-    return [found.get(task.name, broken) for task in tasks]
+                own[name] = f"the code has {code.shape[1]} columns, fewer than k = {k}"
+        made.append(own)
+    return made
 
 
 def _sparse(
-    code: Tensor, tasks: Sequence[Task], k_values: Sequence[int]
+    code: Tensor, tasks: Sequence[Task], k_values: Sequence[int], scale: Tensor | None = None
 ) -> dict[int, list[Tensor]]:
     """By k, the k-sparse probes' log-odds for the test texts of each task, float64.
 
     Args:
         code: float32 [texts, F], of mean zero.
+        scale: float32 [F] by which columns are multiplied; None for ones.
     """
-    best = _best_columns(code, tasks, max(k_values))
+    best = _best_columns(code, tasks, max(k_values), scale)
     columns = code.index_select(1, best.flatten()).T.reshape(*best.shape, len(code)).double()
+    if scale is not None:
+        columns *= scale[best][:, :, None]
     n = max(len(task.train.index) for task in tasks)
     index = torch.zeros(len(tasks), n, dtype=torch.int64)
     positive, counted = (torch.zeros(len(tasks), n, dtype=torch.bool) for _ in range(2))
@@ -621,14 +655,27 @@ def _sparse(
     return found
 
 
-def _best_columns(code: Tensor, tasks: Sequence[Task], k: int) -> Tensor:
-    """The k columns whose class means differ most, best first: int64 [tasks, k]."""
+def _best_columns(code: Tensor, tasks: Sequence[Task], k: int, scale: Tensor | None) -> Tensor:
+    """The k columns whose scaled class means differ most, best first: int64 [tasks, k]."""
     sign = torch.zeros(len(tasks), len(code))
     for i, task in enumerate(tasks):
         positive = task.train.positive
         sign[i, task.train.index] = positive / positive.sum() - ~positive / (~positive).sum()
     difference = sign.to(code.device) @ code
+    difference = difference if scale is None else difference * scale
     return difference.abs().argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+def _inverse_spread(code: Tensor, is_train: Tensor) -> Tensor:
+    """1 / standard deviation of each column over the training texts, 1 where it is constant.
+
+    Args:
+        code: float32 [texts, F], of mean zero there.
+    """
+    n = int(is_train.sum())
+    train = code[:n] if is_train[:n].all() else code[is_train.to(code.device)]  # hardly ever a copy
+    spread = torch.linalg.vector_norm(train, dim=0) / max(1, n - 1) ** 0.5
+    return 1 / torch.where(spread > 0, spread, 1)
 
 
 def _full(code: Tensor, task: Task) -> Tensor:
@@ -640,12 +687,36 @@ def _full(code: Tensor, task: Task) -> Tensor:
     return test @ w + b
 
 
-def _constant(code: Tensor, entry: ProbingEntry) -> Row:
+def _intervals(rows: Sequence[Row]) -> list[Row]:
+    """The 95% t interval of each mean over entries, which are its units.
+
+    The tasks of an entry share their texts, so that they are no draws of their own.
+    """
+    values: dict[str, list[float | None]] = {}
+    for row in rows:
+        if row.metric.endswith("accuracy"):
+            values.setdefault(row.metric, []).append(row.value)
+    made = []
+    for metric, found in values.items():
+        numbers = [value for value in found if value is not None]
+        if len(numbers) == len(found) > 1:
+            low, high = stats.t_interval(numbers)
+            made += [
+                number(f"{metric}.low", float(low), DEFINITION),
+                number(f"{metric}.high", float(high), DEFINITION),
+            ]
+    return made
+
+
+def constant_row(code: Tensor, entry: ProbingEntry, definition: str = DEFINITION) -> Row:
+    """1 where all texts of an entry have the same code."""
     same = float((code == code[0]).all())
-    return number("probing_constant", same, DEFINITION, f"entry={entry.name}")
+    return number("probing_constant", same, definition, f"entry={entry.name}")
 
 
-def _means(rows: Sequence[Row], begins: str, where: str) -> list[Row]:
+def mean_rows(
+    rows: Sequence[Row], begins: str, where: str, definition: str = DEFINITION
+) -> list[Row]:
     """One row for each metric: the mean over the rows whose slice begins so."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -655,8 +726,8 @@ def _means(rows: Sequence[Row], begins: str, where: str) -> list[Row]:
     for metric, group in groups.items():
         values = [row.value for row in group if row.value is not None]
         if len(values) == len(group):
-            made.append(number(metric, sum(values) / len(values), DEFINITION, where))
+            made.append(number(metric, sum(values) / len(values), definition, where))
         else:
             first = next(row for row in group if row.value is None)
-            made.append(missing(metric, DEFINITION, f"{first.slice}: {first.reason}", where))
+            made.append(missing(metric, definition, f"{first.slice}: {first.reason}", where))
     return made

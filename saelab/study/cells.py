@@ -36,6 +36,7 @@ from saelab import checkpoint, stats
 from saelab.config import digest
 from saelab.data import models
 from saelab.data.models import ModelConfig
+from saelab.data.saebench import Definition
 from saelab.data.store import Source
 from saelab.data.stream import Layout, batches
 from saelab.errors import SettingError, SourceError
@@ -91,6 +92,8 @@ class Data:
     snapshots: int
     k_values: tuple[int, ...]
     probing_seed: int
+    definition: Definition
+    missing_entries: dict[str, str]
     device: str
     provenance: dict[str, Any]
 
@@ -250,6 +253,8 @@ class Worker:
             data.probing_seed,
             data.k_values,
             data.why_no_probing,
+            data.definition,
+            data.missing_entries,
         )
 
     def run(self, job: Job, advance: Callable[[float], None]) -> None:

@@ -20,7 +20,8 @@ def difference(folder: Path, arm: str, other: str, metric: str = "fvu") -> Diffe
     Args:
         folder: of the run.
 
-    Raises: SourceError when the run is not complete; SettingError for an unknown arm or metric.
+    Raises: SourceError when the run is not complete; SettingError for an unknown arm or metric;
+        MismatchError when the two were measured by different definitions.
     """
     file = folder / "final_info.json"
     if not file.is_file():
@@ -37,4 +38,18 @@ def difference(folder: Path, arm: str, other: str, metric: str = "fvu") -> Diffe
         raise SettingError("metric", metric, remedy)
     # an arm's seeds are the first ones of the study, in their order
     by_seed = {name: dict(enumerate(values[name][metric])) for name in values}
-    return compare_secondary(metric, by_seed[other], {arm: by_seed[arm]})[0]
+    definitions = _definitions(folder / "metrics.parquet", metric, (other, arm))
+    own = {arm: by_seed[arm]}
+    return compare_secondary(metric, by_seed[other], own, definitions=definitions)[0]
+
+
+def _definitions(table: Path, metric: str, arms: tuple[str, ...]) -> dict[str, str]:
+    """Arm -> definition id of a metric in a run's rows; those that it has not are left out."""
+    if not table.is_file():
+        return {}
+    import pyarrow.parquet as pq
+
+    columns = ["arm", "definition"]
+    chosen = [("metric", "==", metric), ("slice", "==", ""), ("arm", "in", arms)]
+    rows = pq.read_table(table, columns=columns, filters=chosen).to_pylist()
+    return {row["arm"]: row["definition"] for row in rows}

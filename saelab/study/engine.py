@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from saelab.errors import SettingError, StudyFailure, nearest
-from saelab.evals.probing import evaluate_probing
+from saelab.evals import probing_rows
 from saelab.files import WriteError, read_json, write_json
 from saelab.progress import clock, progress
 from saelab.rundir import cache_folder
@@ -220,6 +220,8 @@ def _data(base: BaseConfig, prepared: Prepared, task: Launch) -> Data:
         snapshots=base.evaluation.snapshots,
         k_values=base.evaluation.probing.k_values,
         probing_seed=study_seeds(task.plan.study, "evaluation", 1)[0],
+        definition=base.evaluation.probing.definition,
+        missing_entries=prepared.missing_entries,
         device=base.model.device,
         provenance=prepared.provenance,
     )
@@ -235,6 +237,8 @@ def _data_content(base: BaseConfig, prepared: Prepared, data: Data) -> dict[str,
         "snapshots": data.snapshots,
         "k_values": data.k_values,
         "probing_seed": data.probing_seed,
+        "probing_definition": data.definition,
+        "missing_entries": data.missing_entries,
         "threads": 1,
         "device": data.device,
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -369,9 +373,7 @@ def _work(job: Job, advance: Any, state: dict[str, Any]) -> None:
 
 def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
     if control["control"] == CONTROL_CHANNELS:
-        data = worker.evaluation
-        assert data.probing is not None
-        rows = evaluate_probing(None, data.probing, data.seed, data.k_values, prefix="llm")
+        rows = probing_rows(None, worker.evaluation, prefix="llm")
     else:
         rows = worker.evaluate(celljob.untrained(worker, control), probe=True)
     own = [row.of_cell(control["control"], -1, control["level"]).as_dict() for row in rows]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saelab import stats
+from saelab.evals.base import check_one_definition
 from saelab.study.gate import GateResult, gate
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.verdict import Comparison, Difference, compare_secondary, judge
@@ -57,10 +58,15 @@ class ArmResult:
     values: dict[int, dict[str, float]] = field(default_factory=dict)
     gates: dict[int, GateResult] = field(default_factory=dict)
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    definitions: dict[str, str] = field(default_factory=dict)
 
     def add(self, seed: int, cell: Mapping[str, Any], expected: Sequence[str]) -> None:
         rows = [row for row in cell["rows"] if not row["slice"] and row["value"] is not None]
         values = {row["metric"]: row["value"] for row in rows}
+        for row in rows:
+            earlier = self.definitions.setdefault(row["metric"], row["definition"])
+            both = {"an earlier seed": earlier, f"seed {seed}": row["definition"]}
+            check_one_definition(row["metric"], both)
         last = {k: v for k, v in cell["last"].items() if k in SCALARS and v is not None}
         loss = cell["last"].get("loss")
         self.facts[seed] = cell["facts"]
@@ -108,6 +114,8 @@ def judge_run(
     base = arms[BASELINE]
     l0 = {name: _numbers(arm.metric("l0")) for name, arm in arms.items()}
     compared = {name: arm.metric(plan.primary) for name, arm in others.items()}
+    own = base.definitions.get(plan.primary)  # an arm whose cells all failed has no number at all
+    of_primary = {name: arm.definitions.get(plan.primary, own) for name, arm in arms.items()}
     comparisons = judge(
         plan.primary,
         plan.direction,
@@ -120,13 +128,21 @@ def judge_run(
         plan.alpha,
         exploratory,
         failed={name: arm.failed for name, arm in others.items()},
+        definitions={name: found for name, found in of_primary.items() if own and found},
         baseline_name=BASELINE,
     )
     differences: list[Difference] = []
     for metric in SECONDARY:
         if metric != plan.primary:
             values = {name: arm.metric(metric) for name, arm in others.items()}
-            differences += compare_secondary(metric, base.reference(metric), values)
+            definitions = {
+                name: arm.definitions[metric]
+                for name, arm in arms.items()
+                if metric in arm.definitions
+            }
+            differences += compare_secondary(
+                metric, base.reference(metric), values, definitions=definitions
+            )
     return comparisons, differences
 
 

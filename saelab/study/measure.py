@@ -27,6 +27,7 @@ from saelab.study.export import still
 from saelab.study.folders import Member, RunFolder, members
 from saelab.study.plan import BaseConfig
 from saelab.study.prepare import prepare
+from saelab.study.recorded import result_of
 
 
 class Bench:
@@ -49,6 +50,8 @@ class Bench:
             seed,
             base.evaluation.probing.k_values,
             prepared.why_no_probing,
+            base.evaluation.probing.definition,
+            prepared.missing_entries,
         )
 
     @torch.no_grad()
@@ -132,6 +135,17 @@ def evaluate_choice(
         for row in bench.rows(subject, evals):
             own = row.of_cell(member.arm, member.seed, member.level).as_dict()
             yield {**own, **_about(member, found, choice), "mismatch": differences} | _data(bench)
+
+
+def saebench_file(
+    choice: Choice, base: BaseConfig, rows: Sequence[Mapping[str, Any]], seed: int
+) -> dict[str, Any]:
+    """SAEBench's result file of one SAE, from its rows and those of the model's channels."""
+    (member,) = choice.members()
+    found = [Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in rows]
+    return result_of(
+        found, formats.load(member.folder, choice.format).sae, base, choice.path.name, seed
+    )
 
 
 def _about(member: Member, found: Loaded, choice: Choice) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from saelab.config import Frozen, read_toml
 from saelab.data.harvest import HarvestConfig
 from saelab.data.models import ModelConfig
+from saelab.data.saebench import Definition, SourceConfig
 from saelab.data.stream import Layout
 from saelab.data.texts import TextConfig
 from saelab.errors import SettingError, nearest
@@ -42,12 +43,19 @@ class ProbingConfig(Frozen):
     """Sparse probing inside runs.
 
     Args:
-        entries: 'embedded' (cut from the standard library) or 'none'; `tables` are added.
-        train_size, test_size: texts per class.
-        context: tokens per text, BOS included.
+        definition: 2, or 1 for SAEBench 0.6.0's way of drawing and probing, faults included, for
+            comparison with published numbers.
+        entries: 'embedded' (cut from the standard library), 'saebench' (its eight data sets) or
+            'none'; `tables` are added.
+        sources: for 'saebench', name of an entry -> where its texts lie, if not on the hub.
+        train_size, test_size: texts per class; SAEBench's are 2000 and 500.
+        context: tokens per text, BOS included; SAEBench's is 128.
+        k_values: numbers of latents that probes may use.
     """
 
-    entries: Literal["embedded", "none"] = "embedded"
+    definition: Definition = 2
+    entries: Literal["embedded", "saebench", "none"] = "embedded"
+    sources: dict[str, SourceConfig] = Field(default_factory=dict)
     tables: tuple[TableConfig, ...] = ()
     train_size: PositiveInt = 500
     test_size: PositiveInt = 250

@@ -19,6 +19,7 @@ from saelab.config import digest
 from saelab.data import models
 from saelab.data.harvest import harvest, harvest_steps
 from saelab.data.models import LanguageModel
+from saelab.data.saebench import saebench_entries, why_missing
 from saelab.data.store import FolderSource, ForeignSource, GrowingSource, Shard, Source, reopen
 from saelab.data.tasks import Entry, embedded_entries, entries_from_table
 from saelab.data.texts import TextConfig, documents, manifest, tokenize
@@ -27,6 +28,7 @@ from saelab.evals.probing import harvest_probing, identity
 from saelab.study.plan import BaseConfig, ProbingConfig
 
 #: Stored precision of probing activations; the model's own channels are probed from the same.
+#: Definition 1 keeps float32.
 PROBING_DTYPE = torch.float16
 
 Part = Literal["train", "held_out"]
@@ -44,7 +46,8 @@ class Prepared:
     Args:
         train, held_out: activations to train on and to evaluate on.
         probing: folder of the probing activations, or None.
-        why_no_probing: the reason when there is none.
+        why_no_probing: the reason when there is none, or when some entries are missing.
+        missing_entries: which, with the reason of each.
         provenance: what every evaluation row carries.
         steps: make what is missing of `train`, a `GrowingSource` then; none where it is complete.
     """
@@ -55,6 +58,7 @@ class Prepared:
     why_no_probing: str
     provenance: dict[str, Any]
     steps: Generator[None, None, None] = field(default_factory=no_steps)
+    missing_entries: dict[str, str] = field(default_factory=dict)
 
     @property
     def train_digest(self) -> str | None:
@@ -76,7 +80,7 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
     model = models.load(base.model.patched({"device": device}))
     model.check_context(base.context)
     held_out, _ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
-    probing = _probing(base, model, cache)
+    probing, absent = _probing(base, model, cache)
     train, steps = _activations(
         base, base.train_text, base.train.tokens, model, cache, in_steps=overlap
     )
@@ -93,7 +97,8 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
         "text_digest": held_out.header["text_digest"],
     }
     reason = "" if probing else "no probing entries are set (evaluation.probing)"
-    return Prepared(train, held_out, probing, reason, provenance, steps)
+    reason = why_missing(absent) or reason
+    return Prepared(train, held_out, probing, reason, provenance, steps, absent)
 
 
 def _foreign(base: BaseConfig) -> Prepared:
@@ -204,9 +209,14 @@ def _activations(
     return made[base.hook_name], no_steps()
 
 
-def probing_entries(config: ProbingConfig) -> tuple[Entry, ...]:
-    """The entries that the settings name."""
+def probing_entries(config: ProbingConfig) -> tuple[tuple[Entry, ...], dict[str, str]]:
+    """The entries that the settings name, and why those of them are missing that can't be had."""
     entries: tuple[Entry, ...] = ()
+    absent: dict[str, str] = {}
+    if config.entries == "saebench":
+        entries, absent = saebench_entries(
+            config.sources, config.train_size, config.test_size, config.definition
+        )
     if config.entries == "embedded":
         entries += embedded_entries(config.train_size, config.test_size)
     for table in config.tables:
@@ -220,20 +230,27 @@ def probing_entries(config: ProbingConfig) -> tuple[Entry, ...]:
                 config.test_size,
             ),
         )
-    return entries
+    return entries, absent
 
 
-def _probing(base: BaseConfig, model: LanguageModel, cache: Path) -> Path | None:
+def _probing(
+    base: BaseConfig, model: LanguageModel, cache: Path
+) -> tuple[Path | None, dict[str, str]]:
+    """The folder of the probing activations, and the entries that are missing from them."""
     config = base.evaluation.probing
-    entries = probing_entries(config)
+    entries, absent = probing_entries(config)
+    if absent:
+        print(f"sparse probing {why_missing(absent)}", file=sys.stderr)
     if not entries:
-        return None
-    context = min(config.context, base.context)
-    asked = identity(model, base.hook_name, entries, context, PROBING_DTYPE)
+        return None, absent
+    context, as_saebench = min(config.context, base.context), config.definition == 1
+    dtype = torch.float32 if as_saebench else PROBING_DTYPE
+    asked = identity(model, base.hook_name, entries, context, dtype, as_saebench)
     folder = cache / "probing" / digest(asked)
     if not (folder / "probing.json").is_file():
-        harvest_probing(model, base.hook_name, entries, context, PROBING_DTYPE).save(folder)
-    return folder
+        made = harvest_probing(model, base.hook_name, entries, context, dtype, as_saebench)
+        made.save(folder)
+    return folder, absent
 
 
 def open_source(path: Path, foreign: bool, part: Part, growing: bool = False) -> Source:

@@ -29,6 +29,7 @@ import numpy as np
 
 from saelab import stats
 from saelab.errors import SettingError
+from saelab.evals.base import check_one_definition, other_definition
 from saelab.seeding import numpy_stream
 
 Word = Literal["helps", "hurts", "no evidence", "cannot tell", "refused"]
@@ -164,7 +165,8 @@ def judge(
     definitions, failed = definitions or {}, failed or {}
     pairs: dict[str, _Pairs] = {}
     for arm, values in arms.items():
-        refusal = _other_definition(arm, definitions, baseline_name)
+        own, reference = definitions.get(arm), definitions.get(baseline_name)
+        refusal = other_definition(own, reference) if definitions else ""
         pairs[arm] = (
             _Pairs(np.zeros(0), refusal=refusal)
             if refusal
@@ -202,9 +204,20 @@ def words(gain: stats.Array, p_holm: stats.Array, p_tost: stats.Array, alpha: fl
 
 
 def compare_secondary(
-    metric: str, baseline: Values, arms: Mapping[str, Values], alpha: float = 0.05
+    metric: str,
+    baseline: Values,
+    arms: Mapping[str, Values],
+    alpha: float = 0.05,
+    definitions: Mapping[str, str] | None = None,
 ) -> list[Difference]:
-    """Differences of a secondary metric with t intervals; secondary metrics get no word."""
+    """Differences of a secondary metric with t intervals; secondary metrics get no word.
+
+    Args:
+        definitions: arm, and the baseline under its own name, -> definition id of the metric.
+
+    Raises: MismatchError when those differ.
+    """
+    check_one_definition(metric, definitions or {})
     found = []
     for arm, values in arms.items():
         d = [a - b for a, b in _both(baseline, values).values()]
@@ -288,18 +301,6 @@ def _both(baseline: Values, values: Values) -> dict[int, tuple[float, float]]:
 def _too_few(n: int, excluded: int) -> str:
     why = f", {excluded} excluded because a cell is invalid or missing" if excluded else ""
     return f"{_count(n, 'usable pair')}{why}: two are needed, so mend those cells or add seeds"
-
-
-def _other_definition(arm: str, definitions: Mapping[str, str], baseline_name: str) -> str:
-    if not definitions:
-        return ""
-    own, reference = definitions.get(arm), definitions.get(baseline_name)
-    if own == reference and own is not None:
-        return ""
-    return (
-        f"measured as {own!r}, the baseline as {reference!r}: numbers of different definitions "
-        "are not compared, so evaluate both in the same way"
-    )
 
 
 # ------------------------------------------------------------------------------------- the verdict

@@ -209,7 +209,7 @@ def test_a_constant_code_is_half_and_flagged(level: float) -> None:
     accuracies = [
         row.value for row in rows if row.metric.endswith("accuracy") and row.value is not None
     ]
-    assert len(accuracies) == 7 * 5 and set(accuracies) == {0.5}
+    assert len(accuracies) == (7 + 2) * 5 and set(accuracies) == {0.5}
 
 
 def test_more_columns_than_there_are_is_a_missing_row() -> None:
@@ -262,7 +262,7 @@ def test_the_same_seed_gives_the_same_rows_and_the_model_its_own_channels() -> N
 def test_the_standardised_variant_is_not_led_by_scale() -> None:
     entry = planted(0)
     entry.rows[:, 11] *= 1000  # one massive channel of noise
-    rows = evaluate_probing(None, data_of(entry), 0, prefix="llm", standardised=True)
+    rows = evaluate_probing(None, data_of(entry), 0, prefix="llm")
     overall = values(rows)
     assert overall["llm_standardised_top_1_test_accuracy"] == 1.0
     assert overall["llm_top_1_test_accuracy"] < 0.7  # type: ignore[operator]

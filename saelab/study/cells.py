@@ -52,6 +52,8 @@ from saelab.training.loop import Cell, Log, train
 from saelab.training.module_cell import ModuleCell
 from saelab.training.optim import TrainConfig
 
+#: Cells of one seed that share a pass over the stream in one job.
+GROUP = 3
 #: What is measured of a cell at the plan's L0.
 AT_TARGET = ("core", "probing", "sensitivity", "consistency")
 #: Points kept of each curve.

@@ -31,6 +31,7 @@ from saelab.rundir import cache_folder
 from saelab.seeding import study_seeds
 from saelab.study import cells as celljob
 from saelab.study.cells import (
+    GROUP,
     Data,
     Job,
     Key,
@@ -41,9 +42,10 @@ from saelab.study.cells import (
     curve,
     evaluation_cost,
 )
+from saelab.study.check import RunCheck, check, check_limit
+from saelab.study.estimate import training_seconds
 from saelab.study.executor import run_jobs, worker_count
-from saelab.study.final_info import CORE, ArmResult, final_info, judge_run
-from saelab.study.memory import needs
+from saelab.study.final_info import CORE, ArmResult, CellGate, final_info, judge_run
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
@@ -60,15 +62,12 @@ from saelab.study.plan import (
 )
 from saelab.study.prepare import Prepared, prepare, source_path
 from saelab.study.record import Record
+from saelab.study.registry import register
 from saelab.study.summary import table
 from saelab.study.verdict import Comparison
 
-#: Cells of one seed that share a pass over the stream in one job.
-GROUP = 3
 #: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.
 LONGEST = 7000.0
-#: Seconds until workers have imported torch and opened their data.
-START_SECONDS = 10.0
 CONTROL_CHANNELS, CONTROL_UNTRAINED = "control:model channels", "control:untrained"
 
 
@@ -112,14 +111,15 @@ def launch(task: Launch) -> list[Comparison]:
             "out_dir", str(task.out_dir), "is a complete run: name another, or delete it first"
         )
     _check_folder(task.out_dir)
-    specs = cells(task.plan, task.base, preview(task.run), task.purpose)
-    base = task.base.patched(dict(task.run.changes))
-    _check_primary(task.plan.primary, base)
+    before = checked(task)
+    base, specs = before.base, before.specs
     cache = cache_folder(task.root)
-    print(
-        f"{task.name}: {needs(base, specs, _workers(task, base.model.device), GROUP).line()}",
-        file=sys.stderr,
-    )
+    for line in [before.needs.line(), *before.warnings]:
+        print(f"{task.name}: {line}", file=sys.stderr)
+    if base.activations is None and not any(cache.glob("activations/*/*/header.json")):
+        before.check_limit()
+    # a study is what a run table and a plan make; a single comparison registers nothing
+    deviations = register(task.root, task.plan) if task.experiment else ()
     overlap = base.harvest.overlaps(base.model.device)
     prepared = prepare(base, cache, base.model.device, overlap)
     data = _data(base, prepared, task)
@@ -127,23 +127,35 @@ def launch(task: Launch) -> list[Comparison]:
     controls = _controls(specs, content, prepared)
     if later_arms(task.run):
         early = replace(task, run=first_wave(task.run))
-        ended = _trained(early, content, controls, data, cache, prepared)
+        later = [spec for spec in specs if spec.arm in {arm.name for arm in later_arms(task.run)}]
+        ended = _trained(early, content, controls, data, cache, prepared, later)
         task = replace(task, run=resolved(task.run, lambda found: _value(found, early.plan, ended)))
         if overlap:  # the harvest is complete by now
             prepared = prepare(base, cache, base.model.device)
             data = _data(base, prepared, task)
     folders = _trained(task, content, controls, data, cache, prepared)
-    arms, rows = _collect(task, folders)
+    arms, rows, gates = _collect(task, folders)
     train = prepared.train.digest
     rows += _control_rows(cell_folder(cache, control["key"], train) for control in controls)
     comparisons, differences = judge_run(arms, task.plan, task.purpose != "confirm")
     info = final_info(arms, comparisons, differences, prepared.provenance)
-    record = Record(task, base, folders, arms, rows, prepared, comparisons, info)
+    record = Record(task, base, folders, arms, rows, gates, prepared, comparisons, info, deviations)
     record.write(time.monotonic() - start)
     _check_baseline(task, arms)
     print(table(info, comparisons, task.plan))
     print(f"\n{task.out_dir}: {len(folders)} cells in {clock(time.monotonic() - start)}")
     return comparisons
+
+
+def checked(task: Launch) -> RunCheck:
+    """What a launch will be; nothing is trained.
+
+    Raises: UsageError for what is impossible.
+    """
+    specs = cells(task.plan, task.base, preview(task.run), task.purpose)
+    base = task.base.patched(dict(task.run.changes))
+    _check_primary(task.plan.primary, base)
+    return check(task, specs, _workers(task, base.model.device))
 
 
 def _value(found: Found, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> Any:
@@ -259,11 +271,16 @@ def _trained(
     data: Data,
     cache: Path,
     prepared: Prepared,
+    later: Sequence[CellSpec] = (),
 ) -> dict[CellSpec, Path]:
-    """Where each cell of the task's run lies, all of them trained and evaluated."""
+    """Where each cell of the task's run lies, all of them trained and evaluated.
+
+    Args:
+        later: cells of a second wave, which count towards the launch's time.
+    """
     specs = cells(task.plan, task.base, task.run, task.purpose)
     keys = {spec: cell_key(spec, content) for spec in specs}
-    _train(task, keys, controls, data, cache, prepared)
+    _train(task, keys, controls, data, cache, prepared, later)
     train = prepared.train.digest
     return {spec: cell_folder(cache, key, train) for spec, key in keys.items()}
 
@@ -275,6 +292,7 @@ def _train(
     data: Data,
     cache: Path,
     prepared: Prepared,
+    later: Sequence[CellSpec],
 ) -> None:
     """Trains and evaluates what is not in the cache."""
     open_specs = [spec for spec in keys if not _done(cache, keys[spec], data)]
@@ -287,16 +305,10 @@ def _train(
         return
     total = sum(s.train.tokens + evaluation_cost(s.train) for s in open_specs) or 1.0
     workers = _workers(task, data.device)
-    expected = START_SECONDS + _expected_seconds(open_specs, prepared.held_out.d) / max(
-        1, min(workers, len(jobs))
-    )
-    if expected > task.limit:
-        raise SettingError(
-            "tokens",
-            task.base.train.tokens,
-            f"this launch is expected to take {clock(expected)}, over the limit of "
-            f"{clock(task.limit)}: train fewer tokens, arms or seeds",
-        )
+    width, at_once = prepared.held_out.d, max(1, min(workers, len(jobs)))
+    whole = training_seconds([*open_specs, *later], width, at_once)
+    check_limit(task.name, whole, task.limit)
+    expected = training_seconds(open_specs, width, at_once)
     print(
         f"{task.name}: {len(open_specs)} cells to train ({len(keys) - len(open_specs)} in the "
         f"cache), {workers} workers, about {clock(expected)}",
@@ -366,33 +378,13 @@ def _done(cache: Path, key: Key, data: Data) -> bool:
     return (cell_folder(cache, key, data.train_digest) / "cell.json").is_file()
 
 
-def _expected_seconds(specs: Sequence[CellSpec], d_in: int) -> float:
-    """Seconds on one worker, from a timed encoder GEMM (which only warns, and decides no bit)."""
-    total = 0.0
-    costs: dict[tuple[int, int], float] = {}
-    for spec in specs:
-        shape = (spec.train.batch_size, spec.sae.d_sae)
-        if shape not in costs:
-            costs[shape] = _gemm_seconds(shape[0], d_in, shape[1])
-        total += 1.5 * spec.train.steps * (costs[shape] + 2e-3)
-    return total
-
-
-def _gemm_seconds(n: int, d_in: int, d_sae: int) -> float:
-    a, b = torch.ones(n, d_in), torch.ones(d_in, d_sae)
-    torch.mm(a, b)
-    start = time.perf_counter()
-    torch.mm(a, b)
-    return (time.perf_counter() - start) * max(1, torch.get_num_threads() // 2)
-
-
 # ---- collecting ------------------------------------------------------------------------------
 
 
 def _collect(
     task: Launch, folders: Mapping[CellSpec, Path]
-) -> tuple[dict[str, ArmResult], list[dict[str, Any]]]:
-    """Results per arm at the target L0, and all rows of all cells."""
+) -> tuple[dict[str, ArmResult], list[dict[str, Any]], dict[str, CellGate]]:
+    """Results per arm at the target L0, all rows of all cells, and what the gate sees of each."""
     arms = {
         arm.name: ArmResult(
             arm.name, arm_settings(task.base, task.run, arm).model_dump(mode="json")
@@ -400,13 +392,15 @@ def _collect(
         for arm in task.run.arms
     }
     rows: list[dict[str, Any]] = []
+    gates: dict[str, CellGate] = {}
     for spec, folder in folders.items():
         cell = read_json(folder / "cell.json")
         own = {"arm": spec.arm, "seed": spec.seed, "level": spec.level}
         rows += [row | own for row in cell["rows"]]
+        gates[spec.name] = CellGate(**own, expected=spec.expected, facts=cell["facts"])
         if _at_target(spec, task.plan):
             arms[spec.arm].add(spec.seed, cell, spec.expected)
-    return arms, rows
+    return arms, rows, gates
 
 
 def _control_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:

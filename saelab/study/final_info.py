@@ -44,6 +44,21 @@ METRICS = (
 SECONDARY = ("loss_recovered", "sae_top_5_test_accuracy")
 
 
+@dataclass(frozen=True)
+class CellGate:
+    """What the gate sees of one cell; with the rows of the cell, its verdict can be made again."""
+
+    arm: str
+    seed: int
+    level: float
+    expected: tuple[str, ...]
+    facts: dict[str, Any]
+
+    @property
+    def result(self) -> GateResult:
+        return gate(self.facts, self.expected)
+
+
 @dataclass
 class ArmResult:
     """All cells of one arm at the target L0, by seed."""
@@ -53,11 +68,13 @@ class ArmResult:
     values: dict[int, dict[str, float]] = field(default_factory=dict)
     gates: dict[int, GateResult] = field(default_factory=dict)
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    definitions: dict[str, str] = field(default_factory=dict)
 
     def add(self, seed: int, cell: Mapping[str, Any], expected: Sequence[str]) -> None:
         rows = [row for row in cell["rows"] if not row["slice"] and row["value"] is not None]
         values = {row["metric"]: row["value"] for row in rows}
         last = {k: v for k, v in cell["last"].items() if k in SCALARS and v is not None}
+        self.definitions |= {row["metric"]: row["definition"] for row in rows}
         loss = cell["last"].get("loss")
         self.facts[seed] = cell["facts"]
         self.gates[seed] = gate(cell["facts"], expected)
@@ -104,6 +121,8 @@ def judge_run(
     base = arms[BASELINE]
     l0 = {name: _numbers(arm.metric("l0")) for name, arm in arms.items()}
     compared = {name: arm.metric(plan.primary) for name, arm in others.items()}
+    own = base.definitions.get(plan.primary)
+    definitions = {name: arm.definitions.get(plan.primary, own) for name, arm in arms.items()}
     comparisons = judge(
         plan.primary,
         plan.direction,
@@ -116,6 +135,8 @@ def judge_run(
         plan.alpha,
         exploratory,
         failed={name: arm.failed for name, arm in others.items()},
+        definitions={name: str(known) for name, known in definitions.items() if own},
+        family=plan.family,
         baseline_name=BASELINE,
     )
     differences: list[Difference] = []

@@ -27,6 +27,8 @@ from saelab.study.gate import gate
 from saelab.training.optim import TrainConfig
 
 BASELINE = "baseline"
+#: Stands for what another arm ends with, before it is known: possible for every setting.
+PREVIEWED = 0.4375
 
 
 class TableConfig(Frozen):
@@ -99,6 +101,8 @@ class PlanConfig(Frozen):
         seeds, seeds_other, seeds_levels: number of seeds of the baseline and of the run's primary
             arm, of the other arms, and of the two main arms at the further levels.
         alpha: level of the verdict.
+        family: comparisons that Holm counts at least; None counts the run's arms.
+        exclusions: in words, what is left out on purpose; shown in every report.
     """
 
     study: str
@@ -113,6 +117,7 @@ class PlanConfig(Frozen):
     seeds_other: PositiveInt = 3
     seeds_levels: int = Field(default=2, ge=0)
     alpha: float = Field(default=0.05, gt=0, lt=1)
+    family: PositiveInt | None = None
     exclusions: tuple[str, ...] = ()
 
 
@@ -214,7 +219,7 @@ def resolved(run: Run, value: Callable[[Found], Any]) -> Run:
 
 def preview(run: Run) -> Run:
     """The run with numbers for what is not known before its first wave: to check and to count."""
-    return resolved(run, lambda found: (0.4375, 0.4375) if found.path else 0.4375)
+    return resolved(run, lambda found: (PREVIEWED, PREVIEWED) if found.path else PREVIEWED)
 
 
 def _replaced(data: Any, value: Callable[[Found], Any]) -> Any:

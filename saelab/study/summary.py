@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from saelab import stats
 from saelab.study.plan import BASELINE, PlanConfig
+from saelab.study.registry import Attempt, plan_hash
 from saelab.study.verdict import COVERS, Comparison
 
 if TYPE_CHECKING:
@@ -34,7 +35,12 @@ def table(info: Mapping[str, Any], comparisons: Sequence[Comparison], plan: Plan
         seeds = max((len(v) for v in group["final_info_dict"].values()), default=0)
         cells = [_cell(group["final_info_dict"].get(metric, [])) for metric in COLUMNS]
         lines.append([arm, str(seeds), *cells, words.get(arm, "")])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table of text whose first line is its heading."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
     ]
@@ -53,9 +59,19 @@ def _cell(values: Sequence[float | None]) -> str:
 
 
 def summary_text(
-    task: Launch, arms: Mapping[str, ArmResult], comparisons: Sequence[Comparison], no_probing: str
+    task: Launch,
+    arms: Mapping[str, ArmResult],
+    comparisons: Sequence[Comparison],
+    no_probing: str,
+    deviations: Sequence[str] = (),
+    earlier: Sequence[Attempt] = (),
 ) -> str:
-    """summary.md: question, verdict, cells that do not count, what to try next."""
+    """summary.md: question, plan, verdict, cells that do not count, what to try next.
+
+    Args:
+        deviations: of the plan from the registered one.
+        earlier: attempts at this run before the one that it is from.
+    """
     plan = task.plan
     better = "lower" if plan.direction == "lower" else "higher"
     lines = [
@@ -64,6 +80,10 @@ def summary_text(
         f"**Question.** Does an arm change {plan.primary} ({better} is better) against the "
         f"baseline {f'at L0 {plan.target_l0:g}' if plan.target_l0 else 'at its own L0'}, by at "
         f"least {plan.sesoi:g}?",
+        "",
+        f"**Plan.** {plan_hash(plan)}, {_as_registered(deviations)}",
+        *(f"- deviation: {text}" for text in deviations),
+        *(f"- left out on purpose: {text}" for text in plan.exclusions),
         "",
         "**Verdict.**" + (" Exploratory." if task.purpose != "confirm" else " Confirmatory."),
         "",
@@ -81,10 +101,17 @@ def summary_text(
     lines += ["", COVERS, "", "**Why.**", ""]
     lines += [f"- {c.arm}: {c.reason}" for c in comparisons]
     lines += ["", "**Gate.**", "", *_gate_lines(arms)]
+    if earlier:
+        lines += ["", f"**Earlier attempts at {task.name}.**", ""]
+        lines += [f"- {attempt.line()}" for attempt in earlier]
     if no_probing:
         lines += ["", f"**Missing.** Sparse probing: {no_probing}."]
     lines += ["", "**What to try next.**", "", *_next(comparisons)]
     return "\n".join(lines) + "\n"
+
+
+def _as_registered(deviations: Sequence[str]) -> str:
+    return "changed since the first run of the study:" if deviations else "as registered."
 
 
 def _gate_lines(arms: Mapping[str, ArmResult]) -> list[str]:

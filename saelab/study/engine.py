@@ -12,6 +12,7 @@ that looks complete, and the same command goes on where it stopped.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -24,14 +25,18 @@ from typing import Any
 import torch
 
 from saelab.errors import SettingError, StudyFailure, nearest
+from saelab.evals.core import CoreData
 from saelab.evals.probing import evaluate_probing
 from saelab.files import WriteError, read_json, write_json
 from saelab.progress import clock, progress
 from saelab.rundir import cache_folder
+from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.study import cells as celljob
+from saelab.study import controls
 from saelab.study.cells import (
     GROUP,
+    PROBED,
     Data,
     Job,
     Key,
@@ -44,8 +49,15 @@ from saelab.study.cells import (
 )
 from saelab.study.check import RunCheck, check, check_limit
 from saelab.study.estimate import training_seconds
-from saelab.study.executor import run_jobs, worker_count
-from saelab.study.final_info import CORE, ArmResult, CellGate, final_info, judge_run
+from saelab.study.executor import one_thread, run_jobs, worker_count
+from saelab.study.final_info import (
+    CORE,
+    ArmResult,
+    CellGate,
+    final_info,
+    judge_planted,
+    judge_run,
+)
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
@@ -68,7 +80,6 @@ from saelab.study.verdict import Comparison
 
 #: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.
 LONGEST = 7000.0
-CONTROL_CHANNELS, CONTROL_UNTRAINED = "control:model channels", "control:untrained"
 
 
 @dataclass(frozen=True)
@@ -124,22 +135,30 @@ def launch(task: Launch) -> list[Comparison]:
     prepared = prepare(base, cache, base.model.device, overlap)
     data = _data(base, prepared, task)
     content = _data_content(base, prepared, data)
-    controls = _controls(specs, content, prepared)
+    beside = _controls(specs, content, prepared)
     if later_arms(task.run):
         early = replace(task, run=first_wave(task.run))
         later = [spec for spec in specs if spec.arm in {arm.name for arm in later_arms(task.run)}]
-        ended = _trained(early, content, controls, data, cache, prepared, later)
+        ended = _trained(early, content, beside, data, cache, prepared, later)
         task = replace(task, run=resolved(task.run, lambda found: _value(found, early.plan, ended)))
         if overlap:  # the harvest is complete by now
             prepared = prepare(base, cache, base.model.device)
             data = _data(base, prepared, task)
-    folders = _trained(task, content, controls, data, cache, prepared)
-    arms, rows, gates = _collect(task, folders)
+    folders = _trained(task, content, beside, data, cache, prepared)
     train = prepared.train.digest
-    rows += _control_rows(cell_folder(cache, control["key"], train) for control in controls)
+    places = [cell_folder(cache, control["key"], train) for control in beside]
+    places += _planted(task, folders, content, prepared, cache)
+    of_controls = _control_rows(places)
+    arms, rows, gates = _collect(
+        task, folders, random_band(of_controls, base.evaluation.probing.test_size)
+    )
+    rows += of_controls
     comparisons, differences = judge_run(arms, task.plan, task.purpose != "confirm")
     info = final_info(arms, comparisons, differences, prepared.provenance)
-    record = Record(task, base, folders, arms, rows, gates, prepared, comparisons, info, deviations)
+    planted = judge_planted(of_controls, arms[BASELINE], task.plan)
+    record = Record(
+        task, base, folders, arms, rows, gates, prepared, comparisons, info, deviations, planted
+    )
     record.write(time.monotonic() - start)
     _check_baseline(task, arms)
     print(table(info, comparisons, task.plan))
@@ -253,21 +272,51 @@ def _data_content(base: BaseConfig, prepared: Prepared, data: Data) -> dict[str,
 def _controls(
     specs: Sequence[CellSpec], content: dict[str, Any], prepared: Prepared
 ) -> list[dict[str, Any]]:
-    """Control subjects: the model's own channels, and the baseline at its initialisation."""
+    """Cells of the control subjects; the one that is trained comes first."""
     first = next(spec for spec in specs if spec.arm == BASELINE)
     found = []
-    for name in (CONTROL_CHANNELS, CONTROL_UNTRAINED):
-        if name == CONTROL_CHANNELS and prepared.probing is None:
-            continue
-        key = replace(cell_key(first, content), control=name)
-        found.append(as_job_cell(first, key) | {"control": name})
+    if first.module is None and not first.sae.tied:
+        frozen = controls.frozen_spec(first)
+        found.append(as_job_cell(frozen, cell_key(frozen, content)))
+    for name in (controls.CHANNELS, *controls.SUBJECTS):
+        if name != controls.CHANNELS or prepared.probing is not None:
+            key = replace(cell_key(first, content), control=f"{controls.PREFIX}{name}")
+            found.append(as_job_cell(first, key) | {"control": name})
     return found
+
+
+def _planted(
+    task: Launch,
+    folders: Mapping[CellSpec, Path],
+    content: dict[str, Any],
+    prepared: Prepared,
+    cache: Path,
+) -> list[Path]:
+    """Where the planted effect of each trained baseline cell at the target lies, made here."""
+    places = []
+    core = CoreData(prepared.held_out, None, device=task.base.model.device)
+    for spec, folder in folders.items():
+        wanted = spec.arm == BASELINE and _at_target(spec, task.plan)
+        if (
+            not wanted
+            or not (folder / "sae.json").is_file()
+            or len(places) >= task.plan.seeds_other
+        ):
+            continue
+        key = replace(cell_key(spec, content), control=f"{controls.PREFIX}{controls.PLANTED}")
+        place = cell_folder(cache, key, prepared.train.digest)
+        if not (place / "cell.json").is_file():
+            with one_thread():
+                made = controls.planted(folder, core, spec.seed, spec.level)
+            write_json(place / "cell.json", made)
+        places.append(place)
+    return places
 
 
 def _trained(
     task: Launch,
     content: dict[str, Any],
-    controls: Sequence[dict[str, Any]],
+    beside: Sequence[dict[str, Any]],
     data: Data,
     cache: Path,
     prepared: Prepared,
@@ -276,11 +325,12 @@ def _trained(
     """Where each cell of the task's run lies, all of them trained and evaluated.
 
     Args:
+        beside: cells of controls.
         later: cells of a second wave, which count towards the launch's time.
     """
     specs = cells(task.plan, task.base, task.run, task.purpose)
     keys = {spec: cell_key(spec, content) for spec in specs}
-    _train(task, keys, controls, data, cache, prepared, later)
+    _train(task, keys, beside, data, cache, prepared, later)
     train = prepared.train.digest
     return {spec: cell_folder(cache, key, train) for spec, key in keys.items()}
 
@@ -288,7 +338,7 @@ def _trained(
 def _train(
     task: Launch,
     keys: Mapping[CellSpec, Key],
-    controls: Sequence[dict[str, Any]],
+    beside: Sequence[dict[str, Any]],
     data: Data,
     cache: Path,
     prepared: Prepared,
@@ -297,10 +347,12 @@ def _train(
     """Trains and evaluates what is not in the cache."""
     open_specs = [spec for spec in keys if not _done(cache, keys[spec], data)]
     jobs = _jobs(task, open_specs, keys, data, cache)
-    controls = [control for control in controls if not _done(cache, control["key"], data)]
-    if controls:
-        seed = controls[0]["seed"]
-        jobs.append(Job(list(controls), seed, data, cache, task.experiment, task.name))
+    beside = [control for control in beside if not _done(cache, control["key"], data)]
+    trained = [control for control in beside if "control" not in control]
+    for some in (trained, [control for control in beside if "control" in control]):
+        if some:
+            job = Job(some, some[0]["seed"], data, cache, task.experiment, task.name)
+            jobs.insert(0 if some is trained else len(jobs), job)
     if not jobs:
         return
     total = sum(s.train.tokens + evaluation_cost(s.train) for s in open_specs) or 1.0
@@ -361,13 +413,17 @@ def _work(job: Job, advance: Any, state: dict[str, Any]) -> None:
 
 
 def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
-    if control["control"] == CONTROL_CHANNELS:
+    name = control["control"]
+    if name == controls.CHANNELS:
         data = worker.evaluation
         assert data.probing is not None
         rows = evaluate_probing(None, data.probing, data.seed, data.k_values, prefix="llm")
     else:
-        rows = worker.evaluate(celljob.untrained(worker, control), probe=True)
-    own = [row.of_cell(control["control"], -1, control["level"]).as_dict() for row in rows]
+        kind, config = controls.SUBJECTS[name], SAEConfig.parse(control["sae"])
+        setting = controls.Setting(worker.sample, config, control["level"], control["seed"])
+        rows = worker.evaluate(kind.make(setting), probe=kind.probed)
+    arm = f"{controls.PREFIX}{name}"
+    own = [row.of_cell(arm, -1, control["level"]).as_dict() for row in rows]
     write_json(worker.folder(cache, control["key"]) / "cell.json", {"rows": own})
 
 
@@ -382,9 +438,13 @@ def _done(cache: Path, key: Key, data: Data) -> bool:
 
 
 def _collect(
-    task: Launch, folders: Mapping[CellSpec, Path]
+    task: Launch, folders: Mapping[CellSpec, Path], shared: Mapping[str, Any]
 ) -> tuple[dict[str, ArmResult], list[dict[str, Any]], dict[str, CellGate]]:
-    """Results per arm at the target L0, all rows of all cells, and what the gate sees of each."""
+    """Results per arm at the target L0, all rows of all cells, and what the gate sees of each.
+
+    Args:
+        shared: facts for the gate that are the same for all cells at the target.
+    """
     arms = {
         arm.name: ArmResult(
             arm.name, arm_settings(task.base, task.run, arm).model_dump(mode="json")
@@ -397,10 +457,30 @@ def _collect(
         cell = read_json(folder / "cell.json")
         own = {"arm": spec.arm, "seed": spec.seed, "level": spec.level}
         rows += [row | own for row in cell["rows"]]
+        if _at_target(spec, task.plan):
+            cell["facts"] |= shared
         gates[spec.name] = CellGate(**own, expected=spec.expected, facts=cell["facts"])
         if _at_target(spec, task.plan):
             arms[spec.arm].add(spec.seed, cell, spec.expected)
     return arms, rows, gates
+
+
+def random_band(rows: Sequence[dict[str, Any]], texts: int) -> dict[str, float]:
+    """Where probing accuracy of a random dictionary lies: the untrained baseline's, with two
+    standard errors of a share over the test texts to either side; {} without probing.
+
+    Args:
+        rows: of controls.
+        texts: test texts of a class.
+    """
+    name = f"{controls.PREFIX}untrained"
+    own = [row for row in rows if (row["arm"], row["metric"]) == (name, PROBED)]
+    classes = sum(",class=" in row["slice"] for row in own)
+    whole = [row["value"] for row in own if not row["slice"] and row["value"] is not None]
+    if not whole or not classes:
+        return {}
+    error = 2 * math.sqrt(whole[0] * (1 - whole[0]) / (classes * texts))
+    return {"random_control_low": whole[0] - error, "random_control_high": whole[0] + error}
 
 
 def _control_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +101,21 @@ def _inline(
     jobs: Sequence[Any],
     bar: Progress,
 ) -> None:
-    import torch
-
-    threads, state = torch.get_num_threads(), {}
-    torch.set_num_threads(1)
-    try:
+    state: dict[str, Any] = {}
+    with one_thread():
         for job in jobs:
             function(job, bar.advance, state)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread, as in a worker, so that the bits are a worker's."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saelab import stats
+from saelab.study import controls
 from saelab.study.gate import GateResult, gate
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.verdict import Comparison, Difference, compare_secondary, judge
@@ -145,6 +146,41 @@ def judge_run(
             values = {name: arm.metric(metric) for name, arm in others.items()}
             differences += compare_secondary(metric, base.reference(metric), values)
     return comparisons, differences
+
+
+@dataclass(frozen=True)
+class Planted:
+    """The verdict on the planted effect, and by how much it should worsen FVU."""
+
+    comparison: Comparison
+    expected: float
+
+
+def judge_planted(
+    rows: Sequence[Mapping[str, Any]], baseline: ArmResult, plan: PlanConfig
+) -> Planted | None:
+    """Whether the rules see an effect of known size on FVU; None where none was planted.
+
+    Args:
+        rows: of controls.
+    """
+    name = f"{controls.PREFIX}{controls.PLANTED}"
+    own = [row for row in rows if row["arm"] == name]
+    fvu = {row["seed"]: row["value"] for row in own if row["metric"] == "fvu"}
+    worse = [row["value"] for row in own if row["metric"] == "planted.expected_fvu_change"]
+    if len(fvu) < 2:
+        return None
+    (found,) = judge(
+        "fvu",
+        "lower",
+        plan.sesoi if plan.primary == "fvu" else 0.0,
+        baseline.reference("fvu"),
+        {controls.PLANTED: fvu},
+        {},
+        None,
+        alpha=plan.alpha,
+    )
+    return Planted(found, sum(worse) / len(worse))
 
 
 def _numbers(values: Mapping[int, float | None]) -> dict[int, float]:

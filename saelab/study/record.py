@@ -15,11 +15,11 @@ import saelab
 from saelab.files import write_atomically, write_json, write_text, writing
 from saelab.kernels import kernels_name
 from saelab.rundir import package_digest, place
-from saelab.study.final_info import ArmResult, CellGate
+from saelab.study.final_info import ArmResult, CellGate, Planted
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.prepare import Prepared
 from saelab.study.registry import Attempt, attempts, plan_hash
-from saelab.study.summary import summary_text
+from saelab.study.summary import control_lines, summary_text
 from saelab.study.verdict import Comparison
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Record:
         prepared: the data.
         comparisons, info: the verdict, and the content of final_info.json.
         deviations: of the plan from the registered one.
+        planted: the verdict on an effect of known size.
     """
 
     task: Launch
@@ -52,6 +53,7 @@ class Record:
     comparisons: Sequence[Comparison]
     info: dict[str, Any]
     deviations: tuple[str, ...]
+    planted: Planted | None
 
     def write(self, seconds: float) -> None:
         """Fills the run folder; each file whole or not at all."""
@@ -64,8 +66,15 @@ class Record:
         self._write_curves(out / "curves.parquet")
         self._place_checkpoints(out / "cells")
         why = self.prepared.why_no_probing
+        of_controls = control_lines(self.rows, self.planted)
         text = summary_text(
-            self.task, self.arms, self.comparisons, why, self.deviations, self._earlier()
+            self.task,
+            self.arms,
+            self.comparisons,
+            why,
+            self.deviations,
+            self._earlier(),
+            of_controls,
         )
         write_text(out / "summary.md", text)
         write_json(out / "gate.json", self._gates())
@@ -149,6 +158,7 @@ class Record:
             "deviations": self.deviations,
             "base": self.base.model_dump(mode="json"),
             "comparisons": [asdict(comparison) for comparison in self.comparisons],
+            "planted": asdict(self.planted) if self.planted else None,
             "data": {
                 "train": self.prepared.train.header,
                 "held_out": self.prepared.held_out.header,

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from saelab import stats
+from saelab.study import controls
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import Attempt, plan_hash
 from saelab.study.verdict import COVERS, Comparison
 
 if TYPE_CHECKING:
     from saelab.study.engine import Launch
-    from saelab.study.final_info import ArmResult
+    from saelab.study.final_info import ArmResult, Planted
 
 #: Columns of the printed table: metric -> heading.
 COLUMNS = {
@@ -65,12 +66,14 @@ def summary_text(
     no_probing: str,
     deviations: Sequence[str] = (),
     earlier: Sequence[Attempt] = (),
+    of_controls: Sequence[str] = (),
 ) -> str:
     """summary.md: question, plan, verdict, cells that do not count, what to try next.
 
     Args:
         deviations: of the plan from the registered one.
         earlier: attempts at this run before the one that it is from.
+        of_controls: lines about the control subjects.
     """
     plan = task.plan
     better = "lower" if plan.direction == "lower" else "higher"
@@ -101,6 +104,8 @@ def summary_text(
     lines += ["", COVERS, "", "**Why.**", ""]
     lines += [f"- {c.arm}: {c.reason}" for c in comparisons]
     lines += ["", "**Gate.**", "", *_gate_lines(arms)]
+    if of_controls:
+        lines += ["", "**Controls.**", "", *of_controls]
     if earlier:
         lines += ["", f"**Earlier attempts at {task.name}.**", ""]
         lines += [f"- {attempt.line()}" for attempt in earlier]
@@ -108,6 +113,32 @@ def summary_text(
         lines += ["", f"**Missing.** Sparse probing: {no_probing}."]
     lines += ["", "**What to try next.**", "", *_next(comparisons)]
     return "\n".join(lines) + "\n"
+
+
+def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) -> list[str]:
+    """The control subjects as a Markdown table, and whether the planted effect was seen."""
+    names = controls.names_of(rows)
+    metrics = {metric: COLUMNS[metric] for metric in ("fvu", "l0", "loss_recovered")}
+    metrics |= {f"{side}_top_5_test_accuracy": "probe k=5" for side in ("sae", "llm")}
+    heads = list(dict.fromkeys(metrics.values()))
+    lines = [f"| control | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name in names:
+        own = [row for row in rows if row["arm"] == name and not row["slice"]]
+        values: dict[str, list[float]] = {head: [] for head in heads}
+        for row in own:
+            if row["metric"] in metrics and row["value"] is not None:
+                values[metrics[row["metric"]]].append(row["value"])
+        said = [f"{sum(v) / len(v):.4g}" if v else "-" for v in values.values()]
+        lines.append(f"| {name.removeprefix(controls.PREFIX)} | {' | '.join(said)} |")
+    return [*lines, *_planted_lines(planted)] if names else []
+
+
+def _planted_lines(planted: Planted | None) -> list[str]:
+    if planted is None:
+        return []
+    c = planted.comparison
+    seen = "" if c.word == "hurts" else ": an effect of this size is missed"
+    return ["", f"Planted effect: {c.word}{seen} (expected {planted.expected:+.4g}); {c.reason}."]
 
 
 def _as_registered(deviations: Sequence[str]) -> str:

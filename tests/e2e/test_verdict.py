@@ -11,6 +11,7 @@ import pytest
 from projects import BASELINE, PLAN, RATE, SCALED, Project, cli
 
 from saelab.files import read_json, write_json
+from saelab.study.controls import SUBJECTS
 from saelab.study.review import finished
 
 TWIN = 'Arm("twin", {}, twin_of="baseline")'
@@ -70,6 +71,23 @@ def test_a_bad_cell_stops_nothing_and_is_listed(project: Project) -> None:
     assert declared and all(n["expected"] for n in declared if n["check"] == "not_converged")
     kept = read_json(project.folder / "run_1" / "gate.json")
     assert len(kept) == len(project.manifest()["cells"])
+    healthy = next(cell["facts"] for cell in kept.values() if cell["arm"] == "rate")
+    assert healthy["code_std"] > 0 and healthy["mean_over_std"] > 0
+    assert (healthy["bos_masked"], healthy["centred"]) == (1, 1)
+
+
+def test_an_effect_of_known_size_is_found_and_the_controls_are_shown(project: Project) -> None:
+    planted = project.manifest()["planted"]
+    assert planted["comparison"]["word"] == "hurts"
+    assert planted["comparison"]["mean_diff"] == pytest.approx(planted["expected"], rel=0.5)
+    text = (project.folder / "run_1" / "summary.md").read_text(encoding="utf-8")
+    assert "Planted effect: hurts" in text
+    for name in (*SUBJECTS, "frozen decoder", "planted effect"):
+        assert f"| {name} |" in text
+    rows = pq.read_table(project.folder / "run_1" / "metrics.parquet").to_pylist()
+    fvu = {r["arm"]: r["value"] for r in rows if (r["metric"], r["slice"]) == ("fvu", "")}
+    ends = fvu["control:untrained"], fvu["control:frozen decoder"], fvu["baseline"]
+    assert list(ends) == sorted(ends, reverse=True)
 
 
 def test_the_terminal_shows_all_of_it(project: Project) -> None:

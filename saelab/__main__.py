@@ -142,6 +142,36 @@ def _simulate(simulations: int, json_: bool) -> None:
 
 
 @app.command()
+def template(
+    folder: Annotated[Path, typer.Argument(help="To be made.")],
+    run_0: Annotated[
+        Path | None, typer.Option("--run-0", help="A complete run of the baselines, copied there.")
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train run_0 there now, as `saelab run run_0` would.")
+    ] = False,
+) -> None:
+    """Write a folder for a study: run table, plan, pictures, and what an autonomous driver reads.
+
+    Without an option it copies run_0 of this folder where there is one.
+    """
+    with _told():
+        from saelab.study.cells import load_experiment
+        from saelab.study.front import run_one
+        from saelab.study.template import BASELINE_RUN, write_template
+
+        here = Path(BASELINE_RUN)
+        if run_0 is None and not train and (here / "final_info.json").is_file():
+            run_0 = here
+        write_template(folder, run_0)
+        if train:
+            file = (folder / "experiment.py").resolve()
+            run_one(load_experiment(file).RUNS, file, folder / BASELINE_RUN)
+        elif run_0 is None:
+            typer.echo(f"{folder} has no run_0 yet: python experiment.py --out_dir=run_0 makes it")
+
+
+@app.command()
 def attempts(json_: Json = False) -> None:
     """List every attempt at a run of the study in this folder."""
     with _told():

@@ -82,19 +82,55 @@ def plan_check(
 ) -> None:
     """Say what runs will train, change, cost and could see, and refuse what is impossible."""
     with _told():
+        from saelab.errors import SourceError
         from saelab.study.cells import load_experiment
         from saelab.study.check import text
         from saelab.study.front import check_one
+        from saelab.study.plan import Confirmation
 
         file = experiment.resolve()
         runs = load_experiment(file).RUNS
-        found = [check_one(runs, file, name) for name in names or runs]
+        found = []
+        for name in names or runs:
+            try:
+                found.append(check_one(runs, file, name))
+            except SourceError as error:  # a confirmation whose earlier runs are not there yet
+                if names or not isinstance(runs[name], Confirmation):
+                    raise
+                typer.echo(f"{name}: {error}", err=True)
         if json_:
             _print_json([one.as_dict() for one in found])
         else:
             typer.echo("\n\n".join(map(text, found)))
         for one in found:
             one.check_limit()
+
+
+@app.command()
+def tune(
+    name: Annotated[str, typer.Argument(help="A run of the table, 'run_10'.")] = "run_10",
+    json_: Json = False,
+    experiment: Table = EXPERIMENT,
+) -> None:
+    """Try three learning rates for baseline and primary arm each, for the confirming run.
+
+    On seeds that no verdict uses; the best of each side goes into tuned.json.
+    """
+    with _told():
+        from contextlib import redirect_stdout
+
+        from saelab.study.cells import load_experiment
+        from saelab.study.front import tune_one
+
+        file = experiment.resolve()
+        with redirect_stdout(sys.stderr if json_ else sys.stdout):
+            found = tune_one(load_experiment(file).RUNS, file, name)
+        if json_:
+            _print_json(found)
+        else:
+            for arm, known in found.items():
+                if isinstance(known, dict):
+                    typer.echo(f"{arm}: train.lr = {known['train.lr']:g} of {known['trials']}")
 
 
 @app.command()

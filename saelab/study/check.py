@@ -65,7 +65,7 @@ class ArmCheck:
     """One arm before it is trained.
 
     Args:
-        name, comment, twin_of: of the arm.
+        name, comment, twin_of, against: of the arm.
         second_wave: whether it waits for what another arm ends with.
         changes: against the run's base, all of them.
         cells, pairs: cells over all levels, and pairs with the baseline at the target L0.
@@ -79,6 +79,7 @@ class ArmCheck:
     name: str
     comment: str
     twin_of: str | None
+    against: str
     second_wave: bool
     changes: tuple[Change, ...]
     cells: int
@@ -126,7 +127,9 @@ class RunCheck:
 
     @property
     def warnings(self) -> list[str]:
-        """What should be known before it starts."""
+        """What should be known before it starts; a tuning is judged by no test."""
+        if self.purpose == "tune":
+            return []
         found = [f"the plan deviates from the registered one: {text}" for text in self.deviations]
         found += [f"left out on purpose: {text}" for text in self.plan.exclusions]
         compared = [arm for arm in self.arms if arm.name != BASELINE]
@@ -175,7 +178,7 @@ def check(task: Launch, specs: Sequence[CellSpec], workers: int) -> RunCheck:
         task.run.title,
         task.purpose,
         task.plan,
-        deviations(task.root, task.plan),
+        deviations(task.root, task.plan) if task.judged else (),
         arms,
         tuple(specs),
         base,
@@ -202,6 +205,7 @@ def _arm(
         arm.name,
         arm.comment,
         arm.twin_of,
+        arm.against,
         arm in later_arms(task.run),
         arm_changes(task, arm),
         len(own),
@@ -365,6 +369,8 @@ def _arm_lines(arm: ArmCheck, plan: PlanConfig) -> list[str]:
         notes += [arm.test, f"sees {plan.primary} from {arm.sees:.3g}{unit}"]
     if arm.second_wave:
         notes.append("second wave")
+    if arm.against != BASELINE:
+        notes.append(f"against {arm.against}")
     if arm.twin_of:
         notes.append(f"twin of {arm.twin_of}")
     changed = [f"      {change.line()}" for change in arm.changes]

@@ -92,7 +92,7 @@ class Launch:
         out_dir: the run folder to make.
         root: folder of plan.toml; the cache lies there.
         experiment: the file with the run table, for workers that need its parts.
-        purpose: 'explore' or 'confirm': which seeds.
+        purpose: 'explore', 'confirm' or 'tune': which seeds.
         force: replace a complete run.
         limit: seconds that the launch may be expected to take.
         workers: processes; 0 works in this one, None takes one per core.
@@ -109,6 +109,11 @@ class Launch:
     force: bool = False
     limit: float = LONGEST
     workers: int | None = None
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is a run of a study: a single comparison or a tuning registers nothing."""
+        return self.experiment is not None and self.purpose != "tune"
 
 
 def launch(task: Launch) -> list[Comparison]:
@@ -129,8 +134,7 @@ def launch(task: Launch) -> list[Comparison]:
         print(f"{task.name}: {line}", file=sys.stderr)
     if base.activations is None and not any(cache.glob("activations/*/*/header.json")):
         before.check_limit()
-    # a study is what a run table and a plan make; a single comparison registers nothing
-    deviations = register(task.root, task.plan) if task.experiment else ()
+    deviations = register(task.root, task.plan) if task.judged else ()
     overlap = base.harvest.overlaps(base.model.device)
     prepared = prepare(base, cache, base.model.device, overlap)
     data = _data(base, prepared, task)
@@ -447,7 +451,7 @@ def _collect(
     """
     arms = {
         arm.name: ArmResult(
-            arm.name, arm_settings(task.base, task.run, arm).model_dump(mode="json")
+            arm.name, arm_settings(task.base, task.run, arm).model_dump(mode="json"), arm.against
         )
         for arm in task.run.arms
     }

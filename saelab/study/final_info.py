@@ -66,6 +66,7 @@ class ArmResult:
 
     name: str
     settings: dict[str, Any]
+    against: str = BASELINE
     values: dict[int, dict[str, float]] = field(default_factory=dict)
     gates: dict[int, GateResult] = field(default_factory=dict)
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -118,34 +119,44 @@ def judge_run(
     arms: Mapping[str, ArmResult], plan: PlanConfig, exploratory: bool
 ) -> tuple[list[Comparison], list[Difference]]:
     """The verdict on the primary metric, and secondary differences without words."""
-    others = {name: arm for name, arm in arms.items() if name != BASELINE}
-    base = arms[BASELINE]
-    l0 = {name: _numbers(arm.metric("l0")) for name, arm in arms.items()}
-    compared = {name: arm.metric(plan.primary) for name, arm in others.items()}
-    own = base.definitions.get(plan.primary)
-    definitions = {name: arm.definitions.get(plan.primary, own) for name, arm in arms.items()}
-    comparisons = judge(
-        plan.primary,
+    others = [arm for arm in arms.values() if arm.name != BASELINE]
+    comparisons: list[Comparison] = []
+    differences: list[Difference] = []
+    for name in dict.fromkeys(arm.against for arm in others):
+        some = {arm.name: arm for arm in others if arm.against == name}
+        comparisons += _judge(arms[name], some, plan, exploratory, len(others))
+        for metric in SECONDARY:
+            if metric != plan.primary:
+                values = {own: arm.metric(metric) for own, arm in some.items()}
+                differences += compare_secondary(metric, arms[name].reference(metric), values)
+    order = list(arms)
+    comparisons.sort(key=lambda c: order.index(c.arm))
+    return comparisons, differences
+
+
+def _judge(
+    base: ArmResult, arms: Mapping[str, ArmResult], plan: PlanConfig, exploratory: bool, family: int
+) -> list[Comparison]:
+    """The verdict on arms that are compared with one other, in a family of all arms of the run."""
+    primary, every = plan.primary, {base.name: base, **arms}
+    own = base.definitions.get(primary)
+    definitions = {name: arm.definitions.get(primary, own) for name, arm in every.items()}
+    return judge(
+        primary,
         plan.direction,
         plan.sesoi,
-        base.reference(plan.primary),
-        compared,
-        l0,
+        base.reference(primary),
+        {name: arm.metric(primary) for name, arm in arms.items()},
+        {name: _numbers(arm.metric("l0")) for name, arm in every.items()},
         plan.target_l0,
         plan.tolerance,
         plan.alpha,
         exploratory,
-        failed={name: arm.failed for name, arm in others.items()},
+        failed={name: arm.failed for name, arm in arms.items()},
         definitions={name: str(known) for name, known in definitions.items() if own},
-        family=plan.family,
-        baseline_name=BASELINE,
+        family=max(family, plan.family or 0),
+        baseline_name=base.name,
     )
-    differences: list[Difference] = []
-    for metric in SECONDARY:
-        if metric != plan.primary:
-            values = {name: arm.metric(metric) for name, arm in others.items()}
-            differences += compare_secondary(metric, base.reference(metric), values)
-    return comparisons, differences
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saelab.errors import SaelabError, SettingError, nearest
-from saelab.study.plan import Run, find_run, read_base, read_plan
+from saelab.files import read_json
+from saelab.study.plan import BASELINE, Confirmation, Run, find_run, read_base, read_plan
 from saelab.study.registry import attempt
 
 if TYPE_CHECKING:
@@ -73,6 +75,32 @@ def run_one(
         launch(task)
 
 
+def tune_one(runs: Mapping[str, Run], experiment: Path, name: str) -> dict[str, Any]:
+    """Tries learning rates for the baseline and the primary arms of a run, on seeds of their own.
+
+    Returns: what it wrote into tuned.json, which a `Confirmation` then uses.
+    Raises: as a launch.
+    """
+    from saelab.study.confirm import keep_best, trial_plan, trials
+    from saelab.study.engine import launch
+
+    task = task_of(runs, experiment, Path(name), True, experiment.parent / "plan.toml")
+    arms = [arm for arm in task.run.arms if arm.against == BASELINE]
+    names = [arm.name for arm in arms if arm.name == BASELINE or arm.primary]
+    names = [each for each in names if each != f"{BASELINE} tuned"]
+    folder = task.root / ".saelab" / "tuning" / name
+    trying = replace(
+        task,
+        run=trials(replace(task.run, arms=arms), task.base, names),
+        plan=trial_plan(task.plan),
+        out_dir=folder,
+        purpose="tune",
+    )
+    launch(trying)
+    info = read_json(folder / "final_info.json")
+    return keep_best(task.root, name, task.run, task.base, task.plan, info, names)
+
+
 def check_one(runs: Mapping[str, Run], experiment: Path, name: str) -> RunCheck:
     """What a run will be, before anything is trained.
 
@@ -95,14 +123,18 @@ def task_of(
 
     Raises: SettingError when the table has no such run, SourceError for a missing file.
     """
+    from saelab.study.confirm import confirmed
     from saelab.study.engine import Launch
 
     plan, root = read_plan(plan_file), plan_file.parent
+    base, run = read_base(root / plan.base), find_run(runs, out_dir.name)
+    if isinstance(run, Confirmation):
+        run = confirmed(run, runs, root, base, out_dir.name)
     return Launch(
         name=out_dir.name,
-        run=find_run(runs, out_dir.name),
+        run=run,
         plan=plan,
-        base=read_base(root / plan.base),
+        base=base,
         out_dir=out_dir,
         root=root,
         experiment=experiment,

@@ -107,7 +107,7 @@ class Record:
 
     def _earlier(self) -> list[Attempt]:
         """Attempts at this run before this one, which is the last in the ledger."""
-        if self.task.experiment is None:
+        if not self.task.judged:
             return []
         return [a for a in attempts(self.task.root) if a.run == self.task.name][:-1]
 
@@ -149,6 +149,7 @@ class Record:
                     "comment": arm.comment,
                     "changes": _plain(arm.changes),
                     "twin_of": arm.twin_of,
+                    "against": arm.against,
                 }
                 for arm in task.run.arms
             },

@@ -11,7 +11,7 @@ shown together only where their plan, their definitions and what was measured on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -22,7 +22,7 @@ from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.files import read_json
 from saelab.study.final_info import ArmResult, CellGate, judge_run
 from saelab.study.gate import ORDER, Outcome
-from saelab.study.plan import PlanConfig
+from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import changes, plan_hash
 from saelab.study.summary import aligned
 from saelab.study.verdict import COVERS, Comparison, Difference
@@ -174,7 +174,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _arms(
-    names: Iterable[str],
+    names: Mapping[str, Mapping[str, Any]],
     gates: Mapping[str, CellGate],
     rows: Sequence[Mapping[str, Any]],
     target: float,
@@ -183,7 +183,9 @@ def _arms(
     by_cell: dict[tuple[str, int, float], list[Mapping[str, Any]]] = {}
     for row in rows:
         by_cell.setdefault((row["arm"], row["seed"], row["level"]), []).append(row)
-    arms = {name: ArmResult(name, {}) for name in names}
+    arms = {
+        name: ArmResult(name, {}, known.get("against", BASELINE)) for name, known in names.items()
+    }
     for cell in gates.values():
         if cell.level == target:
             own = by_cell.get((cell.arm, cell.seed, cell.level), [])
@@ -238,7 +240,8 @@ def _table(found: Review) -> str:
     for c in found.comparisons:
         numbers = [_signed(c.mean_diff), _span(c), _p(c.p), _p(c.p_holm), _plain(c.detectable)]
         needed = str(c.needed_seeds or "-")
-        lines.append([c.arm, c.metric, str(c.n), *numbers, needed, c.word])
+        arm = c.arm if c.against == BASELINE else f"{c.arm} - {c.against}"
+        lines.append([arm, c.metric, str(c.n), *numbers, needed, c.word])
     for d in found.differences:
         none = ["-", "-", "-", "-"]
         lines.append([d.arm, d.metric, str(d.n), _signed(d.mean_diff), _span(d), *none, ""])

@@ -61,6 +61,7 @@ class Comparison:
         reason: one sentence with the numbers.
         exploratory: false only for the confirmatory run.
         bca_low, bca_high: BCa bootstrap interval, from 10 pairs.
+        against: the arm that it is compared with.
     """
 
     arm: str
@@ -80,6 +81,7 @@ class Comparison:
     exploratory: bool
     bca_low: float | None = None
     bca_high: float | None = None
+    against: str = "baseline"
 
     def means(self) -> dict[str, float | str | None]:
         """The entries of `final_info.json` that hold this comparison."""
@@ -88,6 +90,7 @@ class Comparison:
             f"diff.{self.metric}": self.mean_diff,
             f"diff.{self.metric}.low": self.low,
             f"diff.{self.metric}.high": self.high,
+            **({"against": self.against} if self.against != "baseline" else {}),
         }
 
 
@@ -183,7 +186,7 @@ def judge(
     p_holm = dict(zip(usable, map(float, adjusted), strict=True))
     blank = Comparison(
         "", primary, 0, None, None, None, None, None, "", sesoi, None, "refused", None, "",
-        exploratory,
+        exploratory, against=baseline_name,
     )  # fmt: skip
     return [
         _compare(

@@ -22,9 +22,18 @@ RATE = Arm("rate", {"train.lr": 2e-3}, "half the rate", primary=True)
 def checked_run(root: Path, *arms: Arm, limit: float = 7000.0, **plan: object) -> RunCheck:
     settings = PlanConfig.parse({"study": "test", **plan})
     run = Run("A run", [Arm("baseline"), *arms])
-    return checked(
-        Launch("run_1", run, settings, BASE, root / "run_1", root, workers=2, limit=limit)
+    task = Launch(
+        name="run_1",
+        run=run,
+        plan=settings,
+        base=BASE,
+        out_dir=root / "run_1",
+        root=root,
+        experiment=root / "experiment.py",
+        limit=limit,
+        workers=2,
     )
+    return checked(task)
 
 
 def changes(found: RunCheck, arm: str) -> dict[str, tuple[object, object]]:

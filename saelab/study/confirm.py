@@ -147,7 +147,9 @@ def trials(run: Run, base: BaseConfig, names: Sequence[str]) -> Run:
     for arm in run.arms:
         if arm.name in names:
             rate = arm_settings(base, run, arm).train.lr
-            tried = [(factor, arm.changes | {"train.lr": factor * rate}) for factor in FACTORS]
+            tried = [
+                (factor, dict(arm.changes) | {"train.lr": factor * rate}) for factor in FACTORS
+            ]
             arms += [
                 replace(arm, name=trial(arm.name, factor), changes=changes, twin_of=None)
                 for factor, changes in tried

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -200,7 +200,7 @@ def planted(folder: Any, data: CoreData, seed: int, level: float) -> dict[str, A
     return {"rows": [row.of_cell(name, seed, level).as_dict() for row in rows]}
 
 
-def names_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+def names_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The controls among evaluation rows, in their order."""
     found = dict.fromkeys(row["arm"] for row in rows)
     return [name for name in found if name.startswith(PREFIX)]

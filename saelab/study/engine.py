@@ -371,8 +371,8 @@ def _train(
         file=sys.stderr,
     )
     bar = progress(f"{task.name}: train and evaluate", total, "tokens")
-    with closing(prepared.steps) as beside:
-        run_jobs(_work, jobs, workers, cache / "logs", bar, beside)
+    with closing(prepared.steps) as steps:
+        run_jobs(_work, jobs, workers, cache / "logs", bar, steps)
 
 
 def _jobs(

@@ -37,8 +37,8 @@ from saelab.study.plan import CellSpec
 PREFIX = "control:"
 CHANNELS, FROZEN, PLANTED = "model channels", "frozen decoder", "planted effect"
 #: By which the planted effect turns decoder rows, in degrees. Our choice: on the embedded default
-#: FVU then worsens by about twice the smallest effect of interest.
-ANGLE = 5.0
+#: FVU then worsens by somewhat more than the smallest effect of interest.
+ANGLE = 7.0
 #: Rows on which the planted effect's expected error is computed.
 EXPECTED_ROWS = 2048
 

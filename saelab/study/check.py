@@ -171,7 +171,7 @@ def check(task: Launch, specs: Sequence[CellSpec], workers: int) -> RunCheck:
     Raises: SourceError when the language model can't be found.
     """
     base = task.base.patched(dict(task.run.changes))
-    spreads = measured_spreads(task.root, task.plan)
+    spreads = measured_spreads(task.root, task.plan) if task.judged else {}
     arms = tuple(_arm(task, arm, specs, spreads) for arm in task.run.arms)
     return RunCheck(
         task.name,
@@ -322,8 +322,7 @@ def measured_spreads(root: Path, plan: PlanConfig) -> dict[tuple[str, str], floa
             continue
         for c in manifest.get("comparisons", []):
             if c["detectable"]:
-                alpha = manifest["plan"]["alpha"]
-                sd = c["detectable"] / stats.detectable_factor(c["n"], alpha)
+                sd = c["detectable"] / stats.detectable_factor(c["n"], manifest["plan"]["alpha"])
                 found[manifest["run"], c["arm"]] = sd
     return found
 

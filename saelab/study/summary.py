@@ -97,9 +97,9 @@ def summary_text(
     for c in comparisons:
         interval = "-" if c.low is None else f"{c.low:+.4f} to {c.high:+.4f}"
         difference = "-" if c.mean_diff is None else f"{c.mean_diff:+.4f}"
+        arm = c.arm if c.against == BASELINE else f"{c.arm}, against {c.against}"
         lines.append(
-            f"| {c.arm} | {comments.get(c.arm, '')} | {c.word} | {difference} | {interval} "
-            f"| {c.n} |"
+            f"| {arm} | {comments.get(c.arm, '')} | {c.word} | {difference} | {interval} | {c.n} |"
         )
     lines += ["", COVERS, "", "**Why.**", ""]
     lines += [f"- {c.arm}: {c.reason}" for c in comparisons]

@@ -355,8 +355,7 @@ def _train(
     trained = [control for control in beside if "control" not in control]
     for some in (trained, [control for control in beside if "control" in control]):
         if some:
-            job = Job(some, some[0]["seed"], data, cache, task.experiment, task.name)
-            jobs.insert(0 if some is trained else len(jobs), job)
+            jobs.append(Job(some, some[0]["seed"], data, cache, task.experiment, task.name))
     if not jobs:
         return
     total = sum(s.train.tokens + evaluation_cost(s.train) for s in open_specs) or 1.0

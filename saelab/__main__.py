@@ -20,6 +20,12 @@ app = typer.Typer(
 )
 lm = typer.Typer(help="The embedded language model.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(lm, name="lm")
+plan = typer.Typer(
+    help="The plan of a study, before anything is trained.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(plan, name="plan")
 
 Set = Annotated[
     list[str] | None,
@@ -47,6 +53,11 @@ Experiment = Annotated[
 ]
 
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Table = Annotated[Path, typer.Option("--experiment", help="File with the run table.")]
+EXPERIMENT = Path("experiment.py")
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """Bad input ends with one sentence and exit code 2, a failed study with 1."""
@@ -63,17 +74,178 @@ def _told() -> Iterator[None]:
 def run(
     name: Annotated[str, typer.Argument(help="A run of the table in experiment.py, 'run_1'.")],
     force: Annotated[bool, typer.Option(help="Replace a complete run.")] = False,
-    experiment: Annotated[Path, typer.Option(help="File with the run table.")] = Path(
-        "experiment.py"
-    ),
+    json_: Json = False,
+    experiment: Table = EXPERIMENT,
 ) -> None:
     """Train, evaluate and judge all arms of one run (as `python experiment.py --out_dir=NAME`)."""
     with _told():
+        from contextlib import redirect_stdout
+
         from saelab.study.cells import load_experiment
         from saelab.study.front import run_one
+        from saelab.study.review import review
 
         file = experiment.resolve()
-        run_one(load_experiment(file).RUNS, file, Path(name), force)
+        with redirect_stdout(sys.stderr if json_ else sys.stdout):
+            run_one(load_experiment(file).RUNS, file, Path(name), force)
+        if json_:
+            _print_json(review(Path(name)).as_dict())
+
+
+@plan.command("check")
+def plan_check(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Runs of the table; all of them without a name.")
+    ] = None,
+    json_: Json = False,
+    experiment: Table = EXPERIMENT,
+) -> None:
+    """Say what runs will train, change, cost and could see, and refuse what is impossible."""
+    with _told():
+        from saelab.errors import SourceError
+        from saelab.study.cells import load_experiment
+        from saelab.study.check import text
+        from saelab.study.front import check_one
+        from saelab.study.plan import Confirmation
+
+        file = experiment.resolve()
+        runs = load_experiment(file).RUNS
+        found = []
+        for name in names or runs:
+            try:
+                found.append(check_one(runs, file, name))
+            except SourceError as error:  # a confirmation whose earlier runs are not there yet
+                if names or not isinstance(runs[name], Confirmation):
+                    raise
+                typer.echo(f"{name}: {error}", err=True)
+        if json_:
+            _print_json([one.as_dict() for one in found])
+        else:
+            typer.echo("\n\n".join(map(text, found)))
+        for one in found:
+            one.check_limit()
+
+
+@app.command()
+def tune(
+    name: Annotated[str, typer.Argument(help="A run of the table, 'run_10'.")] = "run_10",
+    json_: Json = False,
+    experiment: Table = EXPERIMENT,
+) -> None:
+    """Try three learning rates for baseline and primary arm each, for the confirming run.
+
+    On seeds that no verdict uses; the best of each side goes into tuned.json.
+    """
+    with _told():
+        from contextlib import redirect_stdout
+
+        from saelab.study.cells import load_experiment
+        from saelab.study.front import tune_one
+
+        file = experiment.resolve()
+        with redirect_stdout(sys.stderr if json_ else sys.stdout):
+            found = tune_one(load_experiment(file).RUNS, file, name)
+        if json_:
+            _print_json(found)
+        else:
+            for arm, known in found.items():
+                if isinstance(known, dict):
+                    typer.echo(f"{arm}: train.lr = {known['train.lr']:g} of {known['trials']}")
+
+
+@app.command()
+def verdict(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Complete runs; all run_* here without a name.")
+    ] = None,
+    json_: Json = False,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Check the rules on simulated cells instead.")
+    ] = False,
+    simulations: Annotated[
+        int, typer.Option(help="Simulated runs per row, at least 100.")
+    ] = 20_000,
+) -> None:
+    """Judge finished runs from their files: differences, intervals, p and the four words."""
+    with _told():
+        if simulate:
+            _simulate(simulations, json_)
+            return
+        from saelab.study.review import finished, review_all, text
+
+        found = review_all(folders or finished(Path()))
+        if json_:
+            _print_json([one.as_dict() for one in found])
+        else:
+            typer.echo("\n\n".join(map(text, found)))
+
+
+def _simulate(simulations: int, json_: bool) -> None:
+    from dataclasses import asdict
+
+    from saelab.errors import SettingError, StudyFailure
+    from saelab.study.verdict import HEADING, validation_table
+
+    if simulations < 100:
+        raise SettingError("simulations", simulations, "at least 100 are needed")
+    rows = validation_table(simulations)
+    if json_:
+        _print_json([asdict(row) for row in rows])
+    else:
+        typer.echo("\n".join([HEADING, *(row.line() for row in rows)]))
+    if any(row.kept is False for row in rows):
+        raise StudyFailure("a promise of the verdict is broken: see the row that says so")
+
+
+@app.command()
+def template(
+    folder: Annotated[Path, typer.Argument(help="To be made.")],
+    run_0: Annotated[
+        Path | None, typer.Option("--run-0", help="A complete run of the baselines, copied there.")
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train run_0 there now, as `saelab run run_0` would.")
+    ] = False,
+) -> None:
+    """Write a folder for a study: run table, plan, pictures, and what an autonomous driver reads.
+
+    Without an option it copies run_0 of this folder where there is one.
+    """
+    with _told():
+        from saelab.study.cells import load_experiment
+        from saelab.study.front import run_one
+        from saelab.study.template import BASELINE_RUN, write_template
+
+        here = Path(BASELINE_RUN)
+        if run_0 is None and not train and (here / "final_info.json").is_file():
+            run_0 = here
+        write_template(folder, run_0)
+        if train:
+            file = (folder / "experiment.py").resolve()
+            run_one(load_experiment(file).RUNS, file, folder / BASELINE_RUN)
+        elif run_0 is None:
+            typer.echo(f"{folder} has no run_0 yet: python experiment.py --out_dir=run_0 makes it")
+
+
+@app.command()
+def attempts(json_: Json = False) -> None:
+    """List every attempt at a run of the study in this folder."""
+    with _told():
+        from saelab.study.registry import as_dicts
+        from saelab.study.registry import attempts as kept
+
+        found = kept(Path())
+        if json_:
+            _print_json(as_dicts(found))
+        else:
+            for one in found:
+                typer.echo(one.line())
+
+
+def _print_json(data: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(data, indent=1))
 
 
 @app.command()

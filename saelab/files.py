@@ -60,6 +60,16 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
+def append_line(path: Path, text: str) -> None:
+    """Adds one line to a file in one write, so that writers beside it don't mix theirs in."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(text.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
 def read_json(path: Path) -> Any:
     """Raises: DamageError when the file is no JSON, SourceError when it is missing."""
     try:

@@ -16,6 +16,7 @@ from saelab.parts.auxk import AuxKConfig
 from saelab.parts.base import PartConfig
 from saelab.parts.batchtopk import BatchTopKConfig
 from saelab.parts.centring import CentringConfig
+from saelab.parts.frozen import FrozenConfig
 from saelab.parts.jumprelu import JumpReLUConfig
 from saelab.parts.l0 import L0Config
 from saelab.parts.l0_target import L0TargetConfig
@@ -78,7 +79,7 @@ for _seam, _configs in {
         SimilarityLiteralConfig,
     ),
     "controller": (L0TargetConfig, RampConfig, RoundedKConfig, AnnealedKConfig),
-    "constraint": (UnitNormConfig,),
+    "constraint": (UnitNormConfig, FrozenConfig),
     "observer": (ResamplingConfig, LifetimesConfig),
 }.items():
     for _config in _configs:

@@ -42,7 +42,7 @@ from saelab.data.stream import Layout, batches
 from saelab.errors import SettingError, SourceError
 from saelab.evals import EvalData, evaluate
 from saelab.evals.agreement import OF_CHANCE, OF_SNAPSHOTS, chance_rows, no_agreement, snapshot_rows
-from saelab.evals.base import Row, Subject
+from saelab.evals.base import Row, Subject, needs_contexts
 from saelab.evals.core import CoreData
 from saelab.evals.decoder import decoder_rows
 from saelab.evals.matching import chance, largest_cosines
@@ -65,8 +65,15 @@ from saelab.training.loop import Cell, Log, train
 from saelab.training.module_cell import ModuleCell
 from saelab.training.optim import TrainConfig
 
+#: Cells of one seed that share a pass over the stream in one job.
+GROUP = 3
 #: What is measured of a cell at the plan's L0.
 AT_TARGET = ("core", "probing", "sensitivity", "consistency")
+#: What the gate compares with the random controls.
+PROBED = "sae_top_5_test_accuracy"
+#: Held-out rows on which a code is asked whether it is constant, and contexts that the activations
+#: are described by. Our choice.
+CODE_ROWS, INPUT_CONTEXTS = 512, 512
 #: Points kept of each curve.
 CURVE_POINTS = 200
 #: Rows of the first shard that initialise every cell of a launch.
@@ -245,6 +252,7 @@ class Worker:
         growing = data.train_digest is None
         self.train = open_source(data.train, data.foreign, "train", growing)
         self.sample = initial_sample(self.train).to(data.device)
+        self.input_facts = input_facts(self.train)
         model = models.load(data.model) if data.model else None
         held_out = open_source(data.held_out, data.foreign, "held_out")
         self.evaluation = EvalData(
@@ -351,6 +359,10 @@ class Worker:
             "probing_constant": float(all(constant)) if constant else None,
             "data_passes": cell.config.tokens / max(1, sum(self.train.shard_counts)),
             "planned_passes": 1.0,
+            "code_std": code_std(cell.sae, self.evaluation.core) if rows else None,
+            "centred": float(centred(cell)),
+            "probing_accuracy": values.get(PROBED),
+            **self.input_facts,
             **_weights_facts(cell.sae, largest),
             **_curve_facts(cell.log),
             **{f"{REACH}{name}": share for name, share in cell.moved().items()},
@@ -400,11 +412,37 @@ def initial_sample(source: Source) -> torch.Tensor:
     return source.shard(0).rows()[0][:SAMPLE_ROWS].float()
 
 
-def untrained(worker: Worker, spec: dict[str, Any]) -> SAE:
-    """The SAE of a cell at its initialisation: the control that training must beat."""
-    sae = SAEConfig.parse(spec["sae"]).build(worker.sample.shape[1], 1, spec["seed"])
-    sae.to(worker.sample.device).initialise(worker.sample, spec["seed"])
-    return sae.eval()
+@torch.no_grad()
+def code_std(subject: Any, data: CoreData) -> float:
+    """The largest standard deviation of a latent over some held-out rows; 0 is a constant code."""
+    if needs_contexts(subject):
+        x, _, starts = data.apart
+        starts = starts[: 1 + max(1, int((starts <= CODE_ROWS).sum()) - 1)]
+        code = subject.encode(x[: int(starts[-1])].to(data.device), starts.to(data.device))
+    else:
+        code = subject.encode(data.rows[0][:CODE_ROWS].to(data.device))
+    return float(code.float().std(0, correction=0).max())
+
+
+def centred(cell: Cell) -> bool:
+    """Whether the cell's SAE takes a mean off its input; a user's own module is not asked."""
+    sae = cell.sae
+    return isinstance(sae, SAE) and (sae.config.centre or sae.scaling is not None)
+
+
+def input_facts(source: Source) -> dict[str, float | None]:
+    """What the gate asks of the activations: norm(mean) / norm(std) of the rows that count, and the
+    share of variance at the first position of each context where it counts too."""
+    shard = source.shard(0)
+    x, mask = shard.x[:INPUT_CONTEXTS].float(), shard.mask[:INPUT_CONTEXTS]
+    rows = x[mask]
+    off = (x - rows.mean(0)).square().sum(2) * mask
+    several = x.shape[1] > 1
+    return {
+        "mean_over_std": float(rows.mean(0).norm() / rows.std(0).norm()),
+        "bos_masked": float(not mask[:, 0].any()),
+        "bos_variance_share": float(off[:, 0].sum() / off.sum()) if several else None,
+    }
 
 
 def _weights_facts(sae: Any, largest: Tensor | None) -> dict[str, float]:

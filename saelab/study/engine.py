@@ -12,6 +12,7 @@ that looks complete, and the same command goes on where it stopped.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -25,12 +26,17 @@ import torch
 
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.evals import probing_rows
+from saelab.evals.core import CoreData
 from saelab.files import WriteError, read_json, write_json
 from saelab.progress import clock, progress
 from saelab.rundir import cache_folder
+from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.study import cells as celljob
+from saelab.study import controls
 from saelab.study.cells import (
+    GROUP,
+    PROBED,
     Data,
     Job,
     Key,
@@ -41,9 +47,17 @@ from saelab.study.cells import (
     curve,
     evaluation_cost,
 )
+from saelab.study.check import RunCheck, check, check_limit
+from saelab.study.estimate import training_seconds
 from saelab.study.executor import one_thread, run_jobs, worker_count
-from saelab.study.final_info import CORE, ArmResult, final_info, judge_run
-from saelab.study.memory import needs
+from saelab.study.final_info import (
+    CORE,
+    ArmResult,
+    CellGate,
+    final_info,
+    judge_planted,
+    judge_run,
+)
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
@@ -60,17 +74,13 @@ from saelab.study.plan import (
 )
 from saelab.study.prepare import Prepared, prepare, source_path
 from saelab.study.record import Record
+from saelab.study.registry import register
 from saelab.study.seeds import compare, partners, rows_of_seeds
 from saelab.study.summary import table
 from saelab.study.verdict import Comparison
 
-#: Cells of one seed that share a pass over the stream in one job.
-GROUP = 3
 #: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.
 LONGEST = 7000.0
-#: Seconds until workers have imported torch and opened their data.
-START_SECONDS = 10.0
-CONTROL_CHANNELS, CONTROL_UNTRAINED = "control:model channels", "control:untrained"
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Launch:
         out_dir: the run folder to make.
         root: folder of plan.toml; the cache lies there.
         experiment: the file with the run table, for workers that need its parts.
-        purpose: 'explore' or 'confirm': which seeds.
+        purpose: 'explore', 'confirm' or 'tune': which seeds.
         force: replace a complete run.
         limit: seconds that the launch may be expected to take.
         workers: processes; 0 works in this one, None takes one per core.
@@ -101,6 +111,11 @@ class Launch:
     limit: float = LONGEST
     workers: int | None = None
 
+    @property
+    def judged(self) -> bool:
+        """Whether it is a run of a study: a single comparison or a tuning registers nothing."""
+        return self.experiment is not None and self.purpose != "tune"
+
 
 def launch(task: Launch) -> list[Comparison]:
     """Runs one launch and writes its folder; prints the table of results.
@@ -113,38 +128,58 @@ def launch(task: Launch) -> list[Comparison]:
             "out_dir", str(task.out_dir), "is a complete run: name another, or delete it first"
         )
     _check_folder(task.out_dir)
-    specs = cells(task.plan, task.base, preview(task.run), task.purpose)
-    base = task.base.patched(dict(task.run.changes))
-    _check_primary(task.plan.primary, base)
+    before = checked(task)
+    base, specs = before.base, before.specs
     cache = cache_folder(task.root)
-    print(
-        f"{task.name}: {needs(base, specs, _workers(task, base.model.device), GROUP).line()}",
-        file=sys.stderr,
-    )
+    for line in [before.needs.line(), *before.warnings]:
+        print(f"{task.name}: {line}", file=sys.stderr)
+    if base.activations is None and not any(cache.glob("activations/*/*/header.json")):
+        before.check_limit()
+    deviations = register(task.root, task.plan) if task.judged else ()
     overlap = base.harvest.overlaps(base.model.device)
     prepared = prepare(base, cache, base.model.device, overlap)
     data = _data(base, prepared, task)
     content = _data_content(base, prepared, data)
-    controls = _controls(specs, content, prepared)
+    beside = _controls(specs, content, prepared)
     if later_arms(task.run):
         early = replace(task, run=first_wave(task.run))
-        ended = _trained(early, content, controls, data, cache, prepared)
+        later = [spec for spec in specs if spec.arm in {arm.name for arm in later_arms(task.run)}]
+        ended = _trained(early, content, beside, data, cache, prepared, later)
         task = replace(task, run=resolved(task.run, lambda found: _value(found, early.plan, ended)))
         if overlap:  # the harvest is complete by now
             prepared = prepare(base, cache, base.model.device)
             data = _data(base, prepared, task)
-    folders = _trained(task, content, controls, data, cache, prepared)
-    arms, rows = _collect(task, folders, cache)
+    folders = _trained(task, content, beside, data, cache, prepared)
     train = prepared.train.digest
-    rows += _control_rows(cell_folder(cache, control["key"], train) for control in controls)
+    places = [cell_folder(cache, control["key"], train) for control in beside]
+    places += _planted(task, folders, content, prepared, cache)
+    of_controls = _control_rows(places)
+    arms, rows, gates = _collect(
+        task, folders, random_band(of_controls, base.evaluation.probing.test_size), cache
+    )
+    rows += of_controls
     comparisons, differences = judge_run(arms, task.plan, task.purpose != "confirm")
     info = final_info(arms, comparisons, differences, prepared.provenance)
-    record = Record(task, base, folders, arms, rows, prepared, comparisons, info)
+    planted = judge_planted(of_controls, arms[BASELINE], task.plan)
+    record = Record(
+        task, base, folders, arms, rows, gates, prepared, comparisons, info, deviations, planted
+    )
     record.write(time.monotonic() - start)
     _check_baseline(task, arms)
     print(table(info, comparisons, task.plan))
     print(f"\n{task.out_dir}: {len(folders)} cells in {clock(time.monotonic() - start)}")
     return comparisons
+
+
+def checked(task: Launch) -> RunCheck:
+    """What a launch will be; nothing is trained.
+
+    Raises: UsageError for what is impossible.
+    """
+    specs = cells(task.plan, task.base, preview(task.run), task.purpose)
+    base = task.base.patched(dict(task.run.changes))
+    _check_primary(task.plan.primary, base)
+    return check(task, specs, _workers(task, base.model.device))
 
 
 def _value(found: Found, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> Any:
@@ -248,30 +283,66 @@ def _data_content(base: BaseConfig, prepared: Prepared, data: Data) -> dict[str,
 def _controls(
     specs: Sequence[CellSpec], content: dict[str, Any], prepared: Prepared
 ) -> list[dict[str, Any]]:
-    """Control subjects: the model's own channels, and the baseline at its initialisation."""
+    """Cells of the control subjects; the one that is trained comes first."""
     first = next(spec for spec in specs if spec.arm == BASELINE)
     found = []
-    for name in (CONTROL_CHANNELS, CONTROL_UNTRAINED):
-        if name == CONTROL_CHANNELS and prepared.probing is None:
-            continue
-        key = replace(cell_key(first, content), control=name)
-        found.append(as_job_cell(first, key) | {"control": name})
+    if first.module is None and not first.sae.tied:
+        frozen = controls.frozen_spec(first)
+        found.append(as_job_cell(frozen, cell_key(frozen, content)))
+    for name in (controls.CHANNELS, *controls.SUBJECTS):
+        if name != controls.CHANNELS or prepared.probing is not None:
+            key = replace(cell_key(first, content), control=f"{controls.PREFIX}{name}")
+            found.append(as_job_cell(first, key) | {"control": name})
     return found
+
+
+def _planted(
+    task: Launch,
+    folders: Mapping[CellSpec, Path],
+    content: dict[str, Any],
+    prepared: Prepared,
+    cache: Path,
+) -> list[Path]:
+    """Where the planted effect of each trained baseline cell at the target lies, made here."""
+    places = []
+    core = CoreData(prepared.held_out, None, device=task.base.model.device)
+    for spec, folder in folders.items():
+        wanted = spec.arm == BASELINE and _at_target(spec, task.plan)
+        if (
+            not wanted
+            or not (folder / "sae.json").is_file()
+            or len(places) >= task.plan.seeds_other
+        ):
+            continue
+        key = replace(cell_key(spec, content), control=f"{controls.PREFIX}{controls.PLANTED}")
+        place = cell_folder(cache, key, prepared.train.digest)
+        if not (place / "cell.json").is_file():
+            with one_thread():
+                made = controls.planted(folder, core, spec.seed, spec.level)
+            write_json(place / "cell.json", made)
+        places.append(place)
+    return places
 
 
 def _trained(
     task: Launch,
     content: dict[str, Any],
-    controls: Sequence[dict[str, Any]],
+    beside: Sequence[dict[str, Any]],
     data: Data,
     cache: Path,
     prepared: Prepared,
+    later: Sequence[CellSpec] = (),
 ) -> dict[CellSpec, Path]:
-    """Where each cell of the task's run lies, all of them trained and evaluated."""
+    """Where each cell of the task's run lies, all of them trained and evaluated.
+
+    Args:
+        beside: cells of controls.
+        later: cells of a second wave, which count towards the launch's time.
+    """
     specs = cells(task.plan, task.base, task.run, task.purpose)
     measured = {there: content | {"at_target": there} for there in (False, True)}
     keys = {spec: cell_key(spec, measured[_at_target(spec, task.plan)]) for spec in specs}
-    _train(task, keys, controls, data, cache, prepared)
+    _train(task, keys, beside, data, cache, prepared, later)
     train = prepared.train.digest
     return {spec: cell_folder(cache, key, train) for spec, key in keys.items()}
 
@@ -279,40 +350,36 @@ def _trained(
 def _train(
     task: Launch,
     keys: Mapping[CellSpec, Key],
-    controls: Sequence[dict[str, Any]],
+    beside: Sequence[dict[str, Any]],
     data: Data,
     cache: Path,
     prepared: Prepared,
+    later: Sequence[CellSpec],
 ) -> None:
     """Trains and evaluates what is not in the cache."""
     open_specs = [spec for spec in keys if not _done(cache, keys[spec], data)]
     jobs = _jobs(task, open_specs, keys, data, cache)
-    controls = [control for control in controls if not _done(cache, control["key"], data)]
-    if controls:
-        seed = controls[0]["seed"]
-        jobs.append(Job(list(controls), seed, data, cache, task.experiment, task.name))
+    beside = [control for control in beside if not _done(cache, control["key"], data)]
+    trained = [control for control in beside if "control" not in control]
+    for some in (trained, [control for control in beside if "control" in control]):
+        if some:
+            jobs.append(Job(some, some[0]["seed"], data, cache, task.experiment, task.name))
     if not jobs:
         return
     total = sum(s.train.tokens + evaluation_cost(s.train) for s in open_specs) or 1.0
     workers = _workers(task, data.device)
-    expected = START_SECONDS + _expected_seconds(open_specs, prepared.held_out.d) / max(
-        1, min(workers, len(jobs))
-    )
-    if expected > task.limit:
-        raise SettingError(
-            "tokens",
-            task.base.train.tokens,
-            f"this launch is expected to take {clock(expected)}, over the limit of "
-            f"{clock(task.limit)}: train fewer tokens, arms or seeds",
-        )
+    width, at_once = prepared.held_out.d, max(1, min(workers, len(jobs)))
+    whole = training_seconds([*open_specs, *later], width, at_once)
+    check_limit(task.name, whole, task.limit)
+    expected = training_seconds(open_specs, width, at_once)
     print(
         f"{task.name}: {len(open_specs)} cells to train ({len(keys) - len(open_specs)} in the "
         f"cache), {workers} workers, about {clock(expected)}",
         file=sys.stderr,
     )
     bar = progress(f"{task.name}: train and evaluate", total, "tokens")
-    with closing(prepared.steps) as beside:
-        run_jobs(_work, jobs, workers, cache / "logs", bar, beside)
+    with closing(prepared.steps) as steps:
+        run_jobs(_work, jobs, workers, cache / "logs", bar, steps)
 
 
 def _jobs(
@@ -372,11 +439,15 @@ def _work(job: Job, advance: Any, state: dict[str, Any]) -> None:
 
 
 def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
-    if control["control"] == CONTROL_CHANNELS:
+    name = control["control"]
+    if name == controls.CHANNELS:
         rows = probing_rows(None, worker.evaluation, prefix="llm")
     else:
-        rows = worker.evaluate(celljob.untrained(worker, control), probe=True)
-    own = [row.of_cell(control["control"], -1, control["level"]).as_dict() for row in rows]
+        kind, config = controls.SUBJECTS[name], SAEConfig.parse(control["sae"])
+        setting = controls.Setting(worker.sample, config, control["level"], control["seed"])
+        rows = worker.evaluate(kind.make(setting), probe=kind.probed)
+    arm = f"{controls.PREFIX}{name}"
+    own = [row.of_cell(arm, -1, control["level"]).as_dict() for row in rows]
     write_json(worker.folder(cache, control["key"]) / "cell.json", {"rows": own})
 
 
@@ -387,41 +458,26 @@ def _done(cache: Path, key: Key, data: Data) -> bool:
     return (cell_folder(cache, key, data.train_digest) / "cell.json").is_file()
 
 
-def _expected_seconds(specs: Sequence[CellSpec], d_in: int) -> float:
-    """Seconds on one worker, from a timed encoder GEMM (which only warns, and decides no bit)."""
-    total = 0.0
-    costs: dict[tuple[int, int], float] = {}
-    for spec in specs:
-        shape = (spec.train.batch_size, spec.sae.d_sae)
-        if shape not in costs:
-            costs[shape] = _gemm_seconds(shape[0], d_in, shape[1])
-        total += 1.5 * spec.train.steps * (costs[shape] + 2e-3)
-    return total
-
-
-def _gemm_seconds(n: int, d_in: int, d_sae: int) -> float:
-    a, b = torch.ones(n, d_in), torch.ones(d_in, d_sae)
-    torch.mm(a, b)
-    start = time.perf_counter()
-    torch.mm(a, b)
-    return (time.perf_counter() - start) * max(1, torch.get_num_threads() // 2)
-
-
 # ---- collecting ------------------------------------------------------------------------------
 
 
 def _collect(
-    task: Launch, folders: Mapping[CellSpec, Path], cache: Path
-) -> tuple[dict[str, ArmResult], list[dict[str, Any]]]:
-    """Results per arm at the target L0, and all rows of all cells."""
+    task: Launch, folders: Mapping[CellSpec, Path], shared: Mapping[str, Any], cache: Path
+) -> tuple[dict[str, ArmResult], list[dict[str, Any]], dict[str, CellGate]]:
+    """Results per arm at the target L0, all rows of all cells, and what the gate sees of each.
+
+    Args:
+        shared: facts for the gate that are the same for all cells at the target.
+    """
     arms = {
         arm.name: ArmResult(
-            arm.name, arm_settings(task.base, task.run, arm).model_dump(mode="json")
+            arm.name, arm_settings(task.base, task.run, arm).model_dump(mode="json"), arm.against
         )
         for arm in task.run.arms
     }
     rows: list[dict[str, Any]] = []
     other_seeds = _other_seeds(folders, task.plan)
+    gates: dict[str, CellGate] = {}
     for spec, folder in folders.items():
         cell = read_json(folder / "cell.json")
         if spec in other_seeds:
@@ -430,8 +486,29 @@ def _collect(
         own = {"arm": spec.arm, "seed": spec.seed, "level": spec.level}
         rows += [row | own for row in cell["rows"]]
         if _at_target(spec, task.plan):
+            cell["facts"] |= shared
+        gates[spec.name] = CellGate(**own, expected=spec.expected, facts=cell["facts"])
+        if _at_target(spec, task.plan):
             arms[spec.arm].add(spec.seed, cell, spec.expected)
-    return arms, rows
+    return arms, rows, gates
+
+
+def random_band(rows: Sequence[dict[str, Any]], texts: int) -> dict[str, float]:
+    """Where probing accuracy of a random dictionary lies: the untrained baseline's, with two
+    standard errors of a share over the test texts to either side; {} without probing.
+
+    Args:
+        rows: of controls.
+        texts: test texts of a class.
+    """
+    name = f"{controls.PREFIX}untrained"
+    own = [row for row in rows if (row["arm"], row["metric"]) == (name, PROBED)]
+    classes = sum(",class=" in row["slice"] for row in own)
+    whole = [row["value"] for row in own if not row["slice"] and row["value"] is not None]
+    if not whole or not classes:
+        return {}
+    error = 2 * math.sqrt(whole[0] * (1 - whole[0]) / (classes * texts))
+    return {"random_control_low": whole[0] - error, "random_control_high": whole[0] + error}
 
 
 def _against(cache: Path, folder: Path, others: Sequence[Path]) -> list[dict[str, Any]]:

@@ -109,7 +109,7 @@ def _inline(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """As in a worker: the bits do not depend on the number of cores."""
+    """Torch on one thread, as in a worker, so that the bits are a worker's."""
     import torch
 
     threads = torch.get_num_threads()

@@ -16,6 +16,7 @@ from typing import Any
 
 from saelab import stats
 from saelab.evals.base import check_one_definition
+from saelab.study import controls
 from saelab.study.gate import GateResult, gate
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.verdict import Comparison, Difference, compare_secondary, judge
@@ -49,12 +50,28 @@ METRICS = (
 SECONDARY = ("loss_recovered", "sae_top_5_test_accuracy")
 
 
+@dataclass(frozen=True)
+class CellGate:
+    """What the gate sees of one cell; with the rows of the cell, its verdict can be made again."""
+
+    arm: str
+    seed: int
+    level: float
+    expected: tuple[str, ...]
+    facts: dict[str, Any]
+
+    @property
+    def result(self) -> GateResult:
+        return gate(self.facts, self.expected)
+
+
 @dataclass
 class ArmResult:
     """All cells of one arm at the target L0, by seed."""
 
     name: str
     settings: dict[str, Any]
+    against: str = BASELINE
     values: dict[int, dict[str, float]] = field(default_factory=dict)
     gates: dict[int, GateResult] = field(default_factory=dict)
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -110,40 +127,83 @@ def judge_run(
     arms: Mapping[str, ArmResult], plan: PlanConfig, exploratory: bool
 ) -> tuple[list[Comparison], list[Difference]]:
     """The verdict on the primary metric, and secondary differences without words."""
-    others = {name: arm for name, arm in arms.items() if name != BASELINE}
-    base = arms[BASELINE]
-    l0 = {name: _numbers(arm.metric("l0")) for name, arm in arms.items()}
-    compared = {name: arm.metric(plan.primary) for name, arm in others.items()}
-    own = base.definitions.get(plan.primary)  # an arm whose cells all failed has no number at all
-    of_primary = {name: arm.definitions.get(plan.primary, own) for name, arm in arms.items()}
-    comparisons = judge(
-        plan.primary,
+    others = [arm for arm in arms.values() if arm.name != BASELINE]
+    comparisons: list[Comparison] = []
+    differences: list[Difference] = []
+    for name in dict.fromkeys(arm.against for arm in others):
+        some = {arm.name: arm for arm in others if arm.against == name}
+        comparisons += _judge(arms[name], some, plan, exploratory, len(others))
+        for metric in SECONDARY:
+            if metric != plan.primary:
+                values = {own: arm.metric(metric) for own, arm in some.items()}
+                both = {own: arm.definitions for own, arm in {name: arms[name], **some}.items()}
+                known = {own: found[metric] for own, found in both.items() if metric in found}
+                differences += compare_secondary(
+                    metric, arms[name].reference(metric), values, definitions=known
+                )
+    order = list(arms)
+    comparisons.sort(key=lambda c: order.index(c.arm))
+    return comparisons, differences
+
+
+def _judge(
+    base: ArmResult, arms: Mapping[str, ArmResult], plan: PlanConfig, exploratory: bool, family: int
+) -> list[Comparison]:
+    """The verdict on arms that are compared with one other, in a family of all arms of the run."""
+    primary, every = plan.primary, {base.name: base, **arms}
+    own = base.definitions.get(primary)
+    definitions = {name: arm.definitions.get(primary, own) for name, arm in every.items()}
+    return judge(
+        primary,
         plan.direction,
         plan.sesoi,
-        base.reference(plan.primary),
-        compared,
-        l0,
+        base.reference(primary),
+        {name: arm.metric(primary) for name, arm in arms.items()},
+        {name: _numbers(arm.metric("l0")) for name, arm in every.items()},
         plan.target_l0,
         plan.tolerance,
         plan.alpha,
         exploratory,
-        failed={name: arm.failed for name, arm in others.items()},
-        definitions={name: found for name, found in of_primary.items() if own and found},
-        baseline_name=BASELINE,
+        failed={name: arm.failed for name, arm in arms.items()},
+        definitions={name: str(known) for name, known in definitions.items() if own},
+        family=max(family, plan.family or 0),
+        baseline_name=base.name,
     )
-    differences: list[Difference] = []
-    for metric in SECONDARY:
-        if metric != plan.primary:
-            values = {name: arm.metric(metric) for name, arm in others.items()}
-            definitions = {
-                name: arm.definitions[metric]
-                for name, arm in arms.items()
-                if metric in arm.definitions
-            }
-            differences += compare_secondary(
-                metric, base.reference(metric), values, definitions=definitions
-            )
-    return comparisons, differences
+
+
+@dataclass(frozen=True)
+class Planted:
+    """The verdict on the planted effect, and by how much it should worsen FVU."""
+
+    comparison: Comparison
+    expected: float
+
+
+def judge_planted(
+    rows: Sequence[Mapping[str, Any]], baseline: ArmResult, plan: PlanConfig
+) -> Planted | None:
+    """Whether the rules see an effect of known size on FVU; None where none was planted.
+
+    Args:
+        rows: of controls.
+    """
+    name = f"{controls.PREFIX}{controls.PLANTED}"
+    own = [row for row in rows if row["arm"] == name]
+    fvu = {row["seed"]: row["value"] for row in own if row["metric"] == "fvu"}
+    worse = [row["value"] for row in own if row["metric"] == "planted.expected_fvu_change"]
+    if len(fvu) < 2:
+        return None
+    (found,) = judge(
+        "fvu",
+        "lower",
+        plan.sesoi if plan.primary == "fvu" else 0.0,
+        baseline.reference("fvu"),
+        {controls.PLANTED: fvu},
+        {},
+        None,
+        alpha=plan.alpha,
+    )
+    return Planted(found, sum(worse) / len(worse))
 
 
 def _numbers(values: Mapping[int, float | None]) -> dict[int, float]:

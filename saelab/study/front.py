@@ -5,11 +5,21 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from saelab.errors import SaelabError, SettingError, nearest
-from saelab.study.plan import PlanConfig, Run, find_run, read_base, read_plan
+from saelab.files import read_json
+from saelab.study.plan import BASELINE, Confirmation, Run, find_run, read_base, read_plan
+from saelab.study.registry import attempt
 
+if TYPE_CHECKING:
+    from saelab.study.check import RunCheck
+    from saelab.study.engine import Launch
+
+#: The run whose seeds are used nowhere else.
+CONFIRMING = "run_10"
 USAGE = "usage: python experiment.py --out_dir=run_1     (no other argument)"
 
 
@@ -57,24 +67,77 @@ def run_one(
     plan_file: Path | None = None,
 ) -> None:
     """One launch of the run that the last part of `out_dir` names."""
-    from saelab.study.engine import Launch, launch
+    from saelab.study.engine import launch
 
     plan_file = plan_file or experiment.parent / "plan.toml"
-    plan: PlanConfig = read_plan(plan_file)
-    name = out_dir.name
-    run = find_run(runs, name)
-    root = plan_file.parent
-    purpose = "confirm" if name == "run_10" else "explore"
-    launch(
-        Launch(
-            name=name,
-            run=run,
-            plan=plan,
-            base=read_base(root / plan.base),
-            out_dir=out_dir,
-            root=root,
-            experiment=experiment,
-            purpose=purpose,
-            force=force,
-        )
+    task = task_of(runs, experiment, out_dir, force, plan_file)
+    with attempt(plan_file.parent, out_dir.name):
+        launch(task)
+
+
+def tune_one(runs: Mapping[str, Run], experiment: Path, name: str) -> dict[str, Any]:
+    """Tries learning rates for the baseline and the primary arms of a run, on seeds of their own.
+
+    Returns: what it wrote into tuned.json, which a `Confirmation` then uses.
+    Raises: as a launch.
+    """
+    from saelab.study.confirm import keep_best, trial_plan, trials
+    from saelab.study.engine import launch
+
+    task = task_of(runs, experiment, Path(name), True, experiment.parent / "plan.toml")
+    arms = [arm for arm in task.run.arms if arm.against == BASELINE]
+    names = [arm.name for arm in arms if arm.name == BASELINE or arm.primary]
+    names = [each for each in names if each != f"{BASELINE} tuned"]
+    folder = task.root / ".saelab" / "tuning" / name
+    trying = replace(
+        task,
+        run=trials(replace(task.run, arms=arms), task.base, names),
+        plan=trial_plan(task.plan),
+        out_dir=folder,
+        purpose="tune",
+    )
+    launch(trying)
+    info = read_json(folder / "final_info.json")
+    return keep_best(task.root, name, task.run, task.base, task.plan, info, names)
+
+
+def check_one(runs: Mapping[str, Run], experiment: Path, name: str) -> RunCheck:
+    """What a run will be, before anything is trained.
+
+    Raises: as the launch would for what is impossible.
+    """
+    from saelab.study.engine import checked
+
+    plan_file = experiment.parent / "plan.toml"
+    return checked(task_of(runs, experiment, Path(name), True, plan_file))
+
+
+def task_of(
+    runs: Mapping[str, Run],
+    experiment: Path,
+    out_dir: Path,
+    force: bool,
+    plan_file: Path,
+) -> Launch:
+    """What the run table and plan.toml say about one run.
+
+    Raises: SettingError when the table has no such run, SourceError for a missing file.
+    """
+    from saelab.study.confirm import confirmed
+    from saelab.study.engine import Launch
+
+    plan, root = read_plan(plan_file), plan_file.parent
+    base, run = read_base(root / plan.base), find_run(runs, out_dir.name)
+    if isinstance(run, Confirmation):
+        run = confirmed(run, runs, root, base, out_dir.name)
+    return Launch(
+        name=out_dir.name,
+        run=run,
+        plan=plan,
+        base=base,
+        out_dir=out_dir,
+        root=root,
+        experiment=experiment,
+        purpose="confirm" if out_dir.name == CONFIRMING else "explore",
+        force=force,
     )

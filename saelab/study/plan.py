@@ -28,6 +28,8 @@ from saelab.study.gate import gate
 from saelab.training.optim import TrainConfig
 
 BASELINE = "baseline"
+#: Stands for what another arm ends with, before it is known: possible for every setting.
+PREVIEWED = 0.4375
 
 
 class TableConfig(Frozen):
@@ -109,6 +111,8 @@ class PlanConfig(Frozen):
         seeds, seeds_other, seeds_levels: number of seeds of the baseline and of the run's primary
             arm, of the other arms, and of the two main arms at the further levels.
         alpha: level of the verdict.
+        family: comparisons that Holm counts at least; None counts the run's arms.
+        exclusions: in words, what is left out on purpose; shown in every report.
     """
 
     study: str
@@ -123,6 +127,7 @@ class PlanConfig(Frozen):
     seeds_other: PositiveInt = 3
     seeds_levels: int = Field(default=2, ge=0)
     alpha: float = Field(default=0.05, gt=0, lt=1)
+    family: PositiveInt | None = None
     exclusions: tuple[str, ...] = ()
 
 
@@ -137,6 +142,7 @@ class Arm:
         comment: one sentence on what the arm isolates.
         primary: the run's primary arm gets as many seeds as the baseline, and further levels.
         twin_of: the arm whose settings this one repeats on purpose.
+        against: the arm that it is compared with.
         expected: gate checks that this arm is expected to fail.
         module: instead of changes to the SAE, the user's own torch module: a callable
             (d_in, d_sae, seed) -> module with `encode`, `decode` and `loss(x) -> scalar`.
@@ -149,6 +155,7 @@ class Arm:
     twin_of: str | None = None
     expected: tuple[str, ...] = ()
     module: Callable[..., Any] | None = None
+    against: str = BASELINE
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,19 @@ class Run:
     title: str
     arms: tuple[Arm, ...] | list[Arm]
     changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Confirmation(Run):
+    """A run that trains the best valid arm of earlier runs beside its own arms, see `confirm`.
+
+    Args:
+        among: the earlier runs; all others of the table where none is named.
+        leave: names of arms that are never confirmed, such as controls of the learning rate.
+    """
+
+    among: tuple[str, ...] = ()
+    leave: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,9 +242,16 @@ def resolved(run: Run, value: Callable[[Found], Any]) -> Run:
     return replace(run, arms=arms)
 
 
+def founds(changes: Mapping[str, Any]) -> list[Found]:
+    """Every `Found` in an arm's changes."""
+    kept: list[Found] = []
+    _replaced(changes, lambda found: kept.append(found))
+    return kept
+
+
 def preview(run: Run) -> Run:
     """The run with numbers for what is not known before its first wave: to check and to count."""
-    return resolved(run, lambda found: (0.4375, 0.4375) if found.path else 0.4375)
+    return resolved(run, lambda found: (PREVIEWED, PREVIEWED) if found.path else PREVIEWED)
 
 
 def _replaced(data: Any, value: Callable[[Found], Any]) -> Any:
@@ -380,10 +407,14 @@ def check_layout(arm: str, config: SAEConfig, layout: Layout) -> None:
 
 def _check_arms(run: Run) -> None:
     names = [arm.name for arm in run.arms]
+    arms = {arm.name: arm for arm in run.arms}
     if BASELINE not in names:
         raise SettingError("arms", names, f"every run trains the baseline: add Arm({BASELINE!r})")
     for name in names:
         if names.count(name) > 1:
             raise SettingError("arm", name, "occurs twice: names must differ")
+        if arms[name].against not in names or arms[name].against == name != BASELINE:
+            remedy = f"is no other arm of the run{nearest(arms[name].against, names)}: name one"
+            raise SettingError(f"{name}: against", arms[name].against, remedy)
         if not name or "/" in name or name.startswith((".", "control:")):
             raise SettingError("arm", name, "may not be empty, hold '/' or start with '.'")

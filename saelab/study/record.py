@@ -15,10 +15,11 @@ import saelab
 from saelab.files import write_atomically, write_json, write_text, writing
 from saelab.kernels import kernels_name
 from saelab.rundir import package_digest, place
-from saelab.study.final_info import ArmResult
+from saelab.study.final_info import ArmResult, CellGate, Planted
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.prepare import Prepared
-from saelab.study.summary import summary_text
+from saelab.study.registry import Attempt, attempts, plan_hash
+from saelab.study.summary import control_lines, summary_text
 from saelab.study.verdict import Comparison
 
 if TYPE_CHECKING:
@@ -44,8 +45,11 @@ class Record:
         folders: of every cell in the cache; its name is the cell's content hash.
         arms: results per arm at the target L0.
         rows: every evaluation row of every cell and control.
+        gates: what the gate sees of every cell.
         prepared: the data.
         comparisons, info: the verdict, and the content of final_info.json.
+        deviations: of the plan from the registered one.
+        planted: the verdict on an effect of known size.
     """
 
     task: Launch
@@ -53,9 +57,12 @@ class Record:
     folders: Mapping[CellSpec, Path]
     arms: Mapping[str, ArmResult]
     rows: Sequence[dict[str, Any]]
+    gates: Mapping[str, CellGate]
     prepared: Prepared
     comparisons: Sequence[Comparison]
     info: dict[str, Any]
+    deviations: tuple[str, ...]
+    planted: Planted | None
 
     def write(self, seconds: float) -> None:
         """Fills the run folder; each file whole or not at all."""
@@ -68,7 +75,18 @@ class Record:
         self._write_curves(out / "curves.parquet")
         self._place_checkpoints(out / "cells")
         why = self.prepared.why_no_probing
-        write_text(out / "summary.md", summary_text(self.task, self.arms, self.comparisons, why))
+        of_controls = control_lines(self.rows, self.planted)
+        text = summary_text(
+            self.task,
+            self.arms,
+            self.comparisons,
+            why,
+            self.deviations,
+            self._earlier(),
+            of_controls,
+        )
+        write_text(out / "summary.md", text)
+        write_json(out / "gate.json", self._gates())
         write_json(out / "final_info.json", self.info)
         write_json(out / "manifest.json", self._manifest(seconds))
 
@@ -91,6 +109,21 @@ class Record:
             tables.append(curves)
         whole = pa.concat_tables(tables)
         write_atomically(path, lambda temporary: pq.write_table(whole, temporary))
+
+    def _earlier(self) -> list[Attempt]:
+        """Attempts at this run before this one, which is the last in the ledger."""
+        if not self.task.judged:
+            return []
+        return [a for a in attempts(self.task.root) if a.run == self.task.name][:-1]
+
+    def _gates(self) -> dict[str, Any]:
+        """Facts and findings of every cell."""
+        found = {}
+        for name, cell in self.gates.items():
+            result = cell.result
+            findings = [asdict(finding) for finding in result.findings]
+            found[name] = asdict(cell) | {"outcome": result.outcome, "findings": findings}
+        return found
 
     def _place_checkpoints(self, out: Path) -> None:
         for spec, folder in self.folders.items():
@@ -117,13 +150,21 @@ class Record:
             "purpose": task.purpose,
             "seeds": sorted({spec.seed for spec in self.folders}),
             "arms": {
-                arm.name: {"comment": arm.comment, "changes": _plain(arm.changes)}
+                arm.name: {
+                    "comment": arm.comment,
+                    "changes": _plain(arm.changes),
+                    "twin_of": arm.twin_of,
+                    "against": arm.against,
+                }
                 for arm in task.run.arms
             },
             "cells": {spec.name: folder.name for spec, folder in self.folders.items()},
             "plan": plan.model_dump(mode="json"),
+            "plan_hash": plan_hash(plan),
+            "deviations": self.deviations,
             "base": self.base.model_dump(mode="json"),
             "comparisons": [asdict(comparison) for comparison in self.comparisons],
+            "planted": asdict(self.planted) if self.planted else None,
             "data": {
                 "train": self.prepared.train.header,
                 "held_out": self.prepared.held_out.header,

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from saelab import stats
+from saelab.study import controls
 from saelab.study.plan import BASELINE, PlanConfig
+from saelab.study.registry import Attempt, plan_hash
 from saelab.study.verdict import COVERS, Comparison
 
 if TYPE_CHECKING:
     from saelab.study.engine import Launch
-    from saelab.study.final_info import ArmResult
+    from saelab.study.final_info import ArmResult, Planted
 
 #: Columns of the printed table: metric -> heading.
 COLUMNS = {
@@ -34,7 +36,12 @@ def table(info: Mapping[str, Any], comparisons: Sequence[Comparison], plan: Plan
         seeds = max((len(v) for v in group["final_info_dict"].values()), default=0)
         cells = [_cell(group["final_info_dict"].get(metric, [])) for metric in COLUMNS]
         lines.append([arm, str(seeds), *cells, words.get(arm, "")])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table of text whose first line is its heading."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
     ]
@@ -53,9 +60,21 @@ def _cell(values: Sequence[float | None]) -> str:
 
 
 def summary_text(
-    task: Launch, arms: Mapping[str, ArmResult], comparisons: Sequence[Comparison], no_probing: str
+    task: Launch,
+    arms: Mapping[str, ArmResult],
+    comparisons: Sequence[Comparison],
+    no_probing: str,
+    deviations: Sequence[str] = (),
+    earlier: Sequence[Attempt] = (),
+    of_controls: Sequence[str] = (),
 ) -> str:
-    """summary.md: question, verdict, cells that do not count, what to try next."""
+    """summary.md: question, plan, verdict, cells that do not count, what to try next.
+
+    Args:
+        deviations: of the plan from the registered one.
+        earlier: attempts at this run before the one that it is from.
+        of_controls: lines about the control subjects.
+    """
     plan = task.plan
     better = "lower" if plan.direction == "lower" else "higher"
     lines = [
@@ -64,6 +83,10 @@ def summary_text(
         f"**Question.** Does an arm change {plan.primary} ({better} is better) against the "
         f"baseline {f'at L0 {plan.target_l0:g}' if plan.target_l0 else 'at its own L0'}, by at "
         f"least {plan.sesoi:g}?",
+        "",
+        f"**Plan.** {plan_hash(plan)}, {_as_registered(deviations)}",
+        *(f"- deviation: {text}" for text in deviations),
+        *(f"- left out on purpose: {text}" for text in plan.exclusions),
         "",
         "**Verdict.**" + (" Exploratory." if task.purpose != "confirm" else " Confirmatory."),
         "",
@@ -74,17 +97,52 @@ def summary_text(
     for c in comparisons:
         interval = "-" if c.low is None else f"{c.low:+.4f} to {c.high:+.4f}"
         difference = "-" if c.mean_diff is None else f"{c.mean_diff:+.4f}"
+        arm = c.arm if c.against == BASELINE else f"{c.arm}, against {c.against}"
         lines.append(
-            f"| {c.arm} | {comments.get(c.arm, '')} | {c.word} | {difference} | {interval} "
-            f"| {c.n} |"
+            f"| {arm} | {comments.get(c.arm, '')} | {c.word} | {difference} | {interval} | {c.n} |"
         )
     lines += ["", COVERS, "", "**Why.**", ""]
     lines += [f"- {c.arm}: {c.reason}" for c in comparisons]
     lines += ["", "**Gate.**", "", *_gate_lines(arms)]
+    if of_controls:
+        lines += ["", "**Controls.**", "", *of_controls]
+    if earlier:
+        lines += ["", f"**Earlier attempts at {task.name}.**", ""]
+        lines += [f"- {attempt.line()}" for attempt in earlier]
     if no_probing:
         lines += ["", f"**Missing.** Sparse probing: {no_probing}."]
     lines += ["", "**What to try next.**", "", *_next(comparisons)]
     return "\n".join(lines) + "\n"
+
+
+def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) -> list[str]:
+    """The control subjects as a Markdown table, and whether the planted effect was seen."""
+    names = controls.names_of(rows)
+    metrics = {metric: COLUMNS[metric] for metric in ("fvu", "l0", "loss_recovered")}
+    metrics |= {f"{side}_top_5_test_accuracy": "probe k=5" for side in ("sae", "llm")}
+    heads = list(dict.fromkeys(metrics.values()))
+    lines = [f"| control | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name in names:
+        own = [row for row in rows if row["arm"] == name and not row["slice"]]
+        values: dict[str, list[float]] = {head: [] for head in heads}
+        for row in own:
+            if row["metric"] in metrics and row["value"] is not None:
+                values[metrics[row["metric"]]].append(row["value"])
+        said = [f"{sum(v) / len(v):.4g}" if v else "-" for v in values.values()]
+        lines.append(f"| {name.removeprefix(controls.PREFIX)} | {' | '.join(said)} |")
+    return [*lines, *_planted_lines(planted)] if names else []
+
+
+def _planted_lines(planted: Planted | None) -> list[str]:
+    if planted is None:
+        return []
+    c = planted.comparison
+    seen = "" if c.word == "hurts" else ": an effect of this size is missed"
+    return ["", f"Planted effect: {c.word}{seen} (expected {planted.expected:+.4g}); {c.reason}."]
+
+
+def _as_registered(deviations: Sequence[str]) -> str:
+    return "changed since the first run of the study:" if deviations else "as registered."
 
 
 def _gate_lines(arms: Mapping[str, ArmResult]) -> list[str]:

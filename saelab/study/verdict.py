@@ -62,6 +62,7 @@ class Comparison:
         reason: one sentence with the numbers.
         exploratory: false only for the confirmatory run.
         bca_low, bca_high: BCa bootstrap interval, from 10 pairs.
+        against: the arm that it is compared with.
     """
 
     arm: str
@@ -81,6 +82,7 @@ class Comparison:
     exploratory: bool
     bca_low: float | None = None
     bca_high: float | None = None
+    against: str = "baseline"
 
     def means(self) -> dict[str, float | str | None]:
         """The entries of `final_info.json` that hold this comparison."""
@@ -89,6 +91,7 @@ class Comparison:
             f"diff.{self.metric}": self.mean_diff,
             f"diff.{self.metric}.low": self.low,
             f"diff.{self.metric}.high": self.high,
+            **({"against": self.against} if self.against != "baseline" else {}),
         }
 
 
@@ -185,7 +188,7 @@ def judge(
     p_holm = dict(zip(usable, map(float, adjusted), strict=True))
     blank = Comparison(
         "", primary, 0, None, None, None, None, None, "", sesoi, None, "refused", None, "",
-        exploratory,
+        exploratory, against=baseline_name,
     )  # fmt: skip
     return [
         _compare(
@@ -535,10 +538,19 @@ class ValidationRow:
         run = self.run
         bounds = "" if self.low is None else f"{self.low:.3f}-{self.high:.3f}"
         kept = {True: "kept", False: "BROKEN", None: "no promise"}[self.kept]
-        return (
-            f"{self.promise:<34} {run.kind:<10} n {run.n}  arms {run.arms}  {run.test:<9} "
-            f"{self.observed:.3f}  {bounds:<11} {kept}"
+        return _line(
+            self.promise, run.kind, run.n, run.arms, run.test, f"{self.observed:.3f}", bounds, kept
         )
+
+
+def _line(*cells: object) -> str:
+    widths = (34, 10, 5, 4, 9, 8, 11)
+    text = [f"{cell!s:<{width}}" for cell, width in zip(cells, widths, strict=False)]
+    return " ".join([*text, str(cells[-1])])
+
+
+#: Names the columns of `ValidationRow.line`.
+HEADING = _line("promise", "cells", "pairs", "arms", "test", "observed", "promised", "kept?")
 
 
 def validation_table(simulations: int = 2000, seed: int = 0) -> list[ValidationRow]:
@@ -547,7 +559,8 @@ def validation_table(simulations: int = 2000, seed: int = 0) -> list[ValidationR
     Returns: rows on false alarms, coverage, power at the smallest detectable effect and false
         equivalence; two last rows show, without a promise, false alarms under skewed differences.
     """
-    alpha, rows = 0.05, []
+    alpha = 0.05
+    rows: list[ValidationRow] = []
 
     def row(
         promise: str, run: Simulation, observed: float, bounds: tuple[float, float] | None
@@ -560,9 +573,10 @@ def validation_table(simulations: int = 2000, seed: int = 0) -> list[ValidationR
         for n, arms in ((3, 1), (5, 5), (8, 1), (8, 5)):
             run = simulate(kind, n, arms, simulations=simulations, seed=seed)
             row("no effect: helps or hurts", run, run.any_told, (0.0, alpha))
-    for n in (3, 5, 8):
-        run = simulate("normal", n, simulations=simulations, seed=seed)
-        row("95% interval covers", run, run.coverage, (0.93, 0.97))
+    for kind in kinds:
+        for n in (3, 5, 8):
+            run = simulate(kind, n, simulations=simulations, seed=seed)
+            row("95% interval covers", run, run.coverage, (0.93, 0.97))
     for n, stated in ((3, (0.79, 0.81)), (5, (0.79, 0.81)), (8, (0.76, 0.80))):
         effect = stats.detectable_factor(n)
         run = simulate("normal", n, effect=effect, simulations=simulations, seed=seed)

@@ -116,8 +116,8 @@ EDITS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
         ("trian.txt does not exist", "name an existing one"),
     ),
     "more tokens than there are": (
-        (TO_BASE, "16_384", "50_000_000"),
-        ("train.txt", "50,000,000 are wanted", "lower the number of tokens"),
+        (TO_BASE, "16_384", "5_000_000"),
+        ("train.txt", "5,000,000 are wanted", "lower the number of tokens"),
     ),
     "more evaluation tokens than there are": (
         (TO_BASE, "4_000", "5_000_000"),

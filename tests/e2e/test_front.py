@@ -29,7 +29,21 @@ def test_importing_is_quick_and_loads_no_torch(tmp_path: Path, code: str) -> Non
     assert fastest < QUICK
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("eval",), ("run",), ("lm", "train")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        (),
+        ("train",),
+        ("eval",),
+        ("run",),
+        ("lm", "train"),
+        ("plan", "check"),
+        ("verdict",),
+        ("tune",),
+        ("template",),
+        ("attempts",),
+    ],
+)
 def test_help_says_what_a_command_takes(tmp_path: Path, command: tuple[str, ...]) -> None:
     ended = cli(tmp_path, *command, "--help")
     assert ended.code == 0

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from saelab import checkpoint
 from saelab.data.store import FolderSource
+from saelab.study.controls import SUBJECTS
 from saelab.study.final_info import METRICS
 
 #: The embedded text and its probing entries, in small.
@@ -40,7 +41,9 @@ probing = { train_size = 60, test_size = 30 }
 #: Seeds, and with them cells, of each arm at the target L0 and at the further one.
 SEEDS = {"baseline": (3, 1), "rate": (3, 1), "scaled": (2, 0)}
 PROBED = tuple(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50))
+CONTROLS = ("model channels", "frozen decoder", "planted effect", *SUBJECTS)
 DEFINITIONS = (
+    "planted/1",
     *("core/1", "sparse_probing/2"),
     *("sensitivity/1", "consistency/1", "convergence/1"),
     *("agreement/1", "decoder/1", "survival/1"),
@@ -139,7 +142,7 @@ def test_every_number_in_metrics_has_definition_and_provenance(launched: Launche
         for name in ("model_digest", "text", "text_digest", "saelab"):
             assert row[name]
     arms = {row["arm"] for row in rows}
-    assert arms == {*SEEDS, "control:model channels", "control:untrained"}
+    assert arms == {*SEEDS, *(f"control:{name}" for name in CONTROLS)}
 
 
 def test_metrics_and_final_info_agree(launched: Launched) -> None:
@@ -162,7 +165,7 @@ def test_all_subjects_are_probed_on_the_same_entries(launched: Launched) -> None
     for row in rows:
         if row["metric"].endswith("top_5_test_accuracy"):
             probed.setdefault(row["arm"], set()).add(row["slice"])
-    assert len(probed) == 5
+    assert set(probed) >= {*SEEDS, "control:untrained", "control:frozen decoder"}
     assert len({frozenset(slices) for slices in probed.values()}) == 1
 
 

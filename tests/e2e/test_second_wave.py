@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from projects import BASELINE, Project
@@ -84,6 +85,22 @@ def test_a_k_on_a_schedule_ends_where_another_k_ended(tmp_path: Path) -> None:
     assert found >= 20 and abs(found - 60) > 1
     assert means["annealed"]["l0"] == pytest.approx(found, rel=0.05)
     assert means["annealed"]["verdict.fvu"] == "refused"  # the baseline's L0 is another one
+
+
+def test_the_second_wave_counts_towards_the_limit_before_the_first_is_trained(
+    tmp_path: Path,
+) -> None:
+    plan = PLAN.replace("seeds = 2", "seeds = 3\nseeds_other = 3")
+    project = Project.make(tmp_path / "p", (BASELINE, LEARNED, FOUND), plan=plan)
+    project.replace("experiment.py", "import Arm, Run", "import Arm, Found, Run")
+
+    def seconds(specs: list, *_: object) -> float:
+        return 1000.0 * len(specs)
+
+    with patch("saelab.study.engine.training_seconds", seconds):  # 6 cells, then 3
+        ended = project.call()
+    assert ended.code == 2 and "'2:30:00'" in ended.last and "over the limit" in ended.last
+    assert not project.finished_cells()
 
 
 def test_a_value_that_nobody_logs(tmp_path: Path) -> None:

@@ -1,0 +1,206 @@
+"""Control subjects of every study: what an idea is placed between.
+
+    model channels    the residual stream's own channels, probed
+    all zero          no latent fires and the reconstruction is zero
+    top channels      the k channels in which x is farthest from the mean, k the target L0
+    PCA               the same of its principal components
+    untrained         the baseline at its initialisation: a random dictionary at the target L0
+    frozen decoder    the baseline trained without its decoder, which stays random
+    planted effect    the trained baseline with every decoder row turned by `ANGLE`, so that FVU
+                      worsens by a known amount
+
+A row d_i is turned towards a random direction r_i at a right angle to it, so that with the
+reconstruction x_hat = b + p, p = sum_i f_i d_i, the expected error is
+
+    E|x - x_hat'|^2 = |x - b - cos(a) p|^2 + sin(a)^2 sum_i f_i^2 |d_i|^2
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from saelab import checkpoint
+from saelab.evals.base import Row, Subject, number
+from saelab.evals.core import DEFINITION, CoreData, measured
+from saelab.sae import SAE, SAEConfig
+from saelab.seeding import torch_stream
+from saelab.study.plan import CellSpec
+
+PREFIX = "control:"
+CHANNELS, FROZEN, PLANTED = "model channels", "frozen decoder", "planted effect"
+#: By which the planted effect turns decoder rows, in degrees. Our choice: on the embedded default
+#: FVU then worsens by somewhat more than the smallest effect of interest.
+ANGLE = 7.0
+#: Rows on which the planted effect's expected error is computed.
+EXPECTED_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a control may be made from.
+
+    Args:
+        sample: raw activations [n, d_in] of the training text.
+        sae: settings of the baseline.
+        level: target L0 in latents per token; 0 without one.
+        seed: of the baseline's first cell.
+    """
+
+    sample: Tensor
+    sae: SAEConfig
+    level: float
+    seed: int
+
+    @property
+    def k(self) -> int:
+        width = self.sample.shape[1]
+        return min(width, max(1, round(self.level or width / 8)))
+
+
+class Zero:
+    """No latent ever fires."""
+
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        self.d_in, self.d_sae = d_in, d_sae
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), self.d_sae)
+
+    def decode(self, f: Tensor) -> Tensor:
+        return f.new_zeros(len(f), self.d_in)
+
+
+class TopOfBasis:
+    """x = mean + c B with orthonormal rows B [d_in, d_in]; the code is c at its k largest |c|."""
+
+    def __init__(self, mean: Tensor, basis: Tensor, k: int) -> None:
+        self.mean, self.basis, self.k = mean, basis, k
+        self.d_in = self.d_sae = len(mean)
+
+    def encode(self, x: Tensor) -> Tensor:
+        c = (x - self.mean) @ self.basis.T
+        kept = c.abs().topk(self.k, dim=1).indices
+        return torch.zeros_like(c).scatter_(1, kept, c.gather(1, kept))
+
+    def decode(self, f: Tensor) -> Tensor:
+        return f @ self.basis + self.mean
+
+
+def _zero(of: Setting) -> Subject:
+    return Zero(of.sample.shape[1], of.sae.d_sae)
+
+
+def _top_channels(of: Setting) -> Subject:
+    mean = of.sample.mean(0)
+    return TopOfBasis(mean, torch.eye(len(mean), device=mean.device), of.k)
+
+
+def _pca(of: Setting) -> Subject:
+    mean = of.sample.mean(0)
+    centred = (of.sample - mean).double()
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    return TopOfBasis(mean, vectors.T.flip(0).to(mean), of.k)
+
+
+def _untrained(of: Setting) -> Subject:
+    config = of.sae
+    if of.level and config.initial_l0 is None:
+        config = config.patched({"initial_l0": of.level})
+    sae = config.build(of.sample.shape[1], 1, of.seed)
+    sae.to(of.sample.device).initialise(of.sample, of.seed)
+    return sae.eval()
+
+
+@dataclass(frozen=True)
+class Control:
+    """How a control subject is made, and whether it is probed besides the core metrics."""
+
+    make: Callable[[Setting], Subject]
+    probed: bool = False
+
+
+#: name -> control that needs no training; the model's channels are probed without being a subject.
+SUBJECTS: dict[str, Control] = {
+    "all zero": Control(_zero),
+    "top channels": Control(_top_channels),
+    "PCA": Control(_pca),
+    "untrained": Control(_untrained, probed=True),
+}
+
+
+def frozen_spec(baseline: CellSpec) -> CellSpec:
+    """The baseline's cell with a decoder that stays random; nothing resets its rows."""
+    kept = [part for part in baseline.sae.constraints if part.kind != "unit_norm"]
+    changes: dict[str, Any] = {"constraints": [*kept, {"kind": "frozen"}], "observers": []}
+    name = f"{PREFIX}{FROZEN}"
+    return replace(baseline, arm=name, sae=baseline.sae.patched(changes), expected=())
+
+
+# ---- the planted effect ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def turned(sae: SAE, seed: int, degrees: float = ANGLE) -> SAE:
+    """A copy of an SAE whose decoder rows are turned, each towards its own random direction.
+
+    Args:
+        seed: directions come from its named stream 'planted'.
+    """
+    copied = copy.deepcopy(sae)
+    w = copied.W_dec
+    draw = torch.randn(w.shape, generator=torch_stream(seed, "planted")).to(w)
+    unit = normalize(w, dim=1)
+    across = normalize(draw - (draw * unit).sum(1, keepdim=True) * unit, dim=1)
+    a = math.radians(degrees)
+    length = w.norm(dim=1, keepdim=True)
+    if copied.config.tied:  # the encoder stays as it was
+        copied.W_enc = torch.nn.Parameter(w.detach().clone())
+    w.copy_(length * (math.cos(a) * unit + math.sin(a) * across))
+    return copied
+
+
+@torch.no_grad()
+def expected_fvu_change(sae: SAE, x: Tensor, degrees: float = ANGLE) -> float:
+    """By how much `turned` worsens FVU on rows x [n, d_in], over the draw of its directions."""
+    a, f = math.radians(degrees), sae.encode(x)
+    b = sae.decode(torch.zeros_like(f[:1]))
+    p = sae.decode(f) - b
+    before = (x - b - p).square().sum()
+    raw = sae.W_dec.norm(dim=1) * sae.scale  # the decoder works in normalised space
+    after = (x - b - math.cos(a) * p).square().sum()
+    spread = math.sin(a) ** 2 * ((f * raw) ** 2).sum()
+    return float((after + spread - before) / (x - x.mean(0)).square().sum())
+
+
+def planted_rows(sae: SAE, data: CoreData, seed: int) -> list[Row]:
+    """FVU and L0 of the turned SAE on all held-out rows, and by how much FVU should worsen."""
+    found = measured(turned(sae, seed), data)
+    rows = data.rows[0][:EXPECTED_ROWS].to(data.device)
+    return [
+        number("fvu", found.fvu, DEFINITION),
+        number("explained_variance", 1 - found.fvu, DEFINITION),
+        number("l0", found.l0, DEFINITION),
+        number("planted.expected_fvu_change", expected_fvu_change(sae, rows), "planted/1"),
+    ]
+
+
+def planted(folder: Any, data: CoreData, seed: int, level: float) -> dict[str, Any]:
+    """The content of a control's cell.json, from the folder of a trained baseline cell."""
+    sae, _ = checkpoint.load(folder, data.device)
+    rows = planted_rows(sae, data, seed)
+    name = f"{PREFIX}{PLANTED}"
+    return {"rows": [row.of_cell(name, seed, level).as_dict() for row in rows]}
+
+
+def names_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The controls among evaluation rows, in their order."""
+    found = dict.fromkeys(row["arm"] for row in rows)
+    return [name for name in found if name.startswith(PREFIX)]

@@ -1,0 +1,161 @@
+"""What a study keeps beside plan.toml for good: the plan as first registered, and every attempt.
+
+    .saelab/plan.json         the plan when the first run started
+    .saelab/attempts.jsonl    one line when an attempt starts and one when it ends
+
+A plan may be changed later; each change is then shown as a deviation wherever the study is. An
+attempt that was killed has no second line, and a run folder that was deleted keeps its attempts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from saelab.config import digest
+from saelab.errors import DamageError, SaelabError, UsageError
+from saelab.files import append_line, read_json, write_json
+from saelab.study.plan import PlanConfig
+
+FOLDER, PLAN, ATTEMPTS = ".saelab", "plan.json", "attempts.jsonl"
+#: Settings of plan.toml that decide no verdict.
+UNREGISTERED = {"base"}
+
+
+def registered(plan: PlanConfig) -> dict[str, Any]:
+    """What of a plan is registered, as plain data."""
+    return plan.model_dump(mode="json", exclude=UNREGISTERED)
+
+
+def plan_hash(plan: PlanConfig) -> str:
+    """A 16-character hash of what is registered."""
+    return digest(registered(plan))
+
+
+def register(root: Path, plan: PlanConfig) -> tuple[str, ...]:
+    """Keeps the plan of the study's first run.
+
+    Args:
+        root: folder of plan.toml.
+
+    Returns: the deviations of `plan` from the one that is kept, as in 'seeds: 8 -> 4'.
+    """
+    file = root / FOLDER / PLAN
+    if not file.is_file():
+        write_json(file, {"hash": plan_hash(plan), "plan": registered(plan), "at": _now()})
+    return deviations(root, plan)
+
+
+def deviations(root: Path, plan: PlanConfig) -> tuple[str, ...]:
+    """How `plan` differs from the registered one; nothing where none is registered yet."""
+    file = root / FOLDER / PLAN
+    if not file.is_file():
+        return ()
+    return changes(PlanConfig.parse(read_json(file)["plan"], where=file.name), plan)
+
+
+def changes(old: PlanConfig, new: PlanConfig) -> tuple[str, ...]:
+    """What differs between two plans, as in 'seeds: 8 -> 4'."""
+    before, after = registered(old), registered(new)
+    return tuple(
+        f"{name}: {_plain(before[name])} -> {_plain(after[name])}"
+        for name in after
+        if before[name] != after[name]
+    )
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value)
+
+
+# ---- attempts --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run.
+
+    Args:
+        number: counted from 1 over all runs of the study.
+        run: 'run_3'.
+        started: time in UTC.
+        outcome: 'complete', 'failed' (exit code 1), 'refused' (2), 'interrupted', or 'no end' for
+            one that was killed or is still at work.
+        reason: its last line of stderr where it has one.
+        seconds: how long it took; None without an end.
+    """
+
+    number: int
+    run: str
+    started: str
+    outcome: str = "no end"
+    reason: str = ""
+    seconds: float | None = None
+
+    def line(self) -> str:
+        took = "" if self.seconds is None else f" after {self.seconds:.0f} s"
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.number}. {self.run}, {self.started}, {self.outcome}{took}{why}"
+
+
+@contextmanager
+def attempt(root: Path, run: str) -> Iterator[int]:
+    """Writes down an attempt at `run` and how it ended; gives its number."""
+    file = root / FOLDER / ATTEMPTS
+    number = 1 + len(attempts(root))
+    begun = Attempt(number, run, _now())
+    append_line(file, _line(start=number, run=run, started=begun.started, pid=os.getpid()))
+    start, outcome, reason = time.monotonic(), "complete", ""
+    try:
+        yield number
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+        raise
+    except Exception as error:
+        outcome = "refused" if isinstance(error, UsageError) else "failed"
+        said = "" if isinstance(error, SaelabError) else f"{type(error).__name__}: "
+        reason = (said + str(error)).splitlines()[-1] if str(error) else type(error).__name__
+        raise
+    finally:
+        seconds = round(time.monotonic() - start, 1)
+        append_line(file, _line(end=number, outcome=outcome, reason=reason, seconds=seconds))
+
+
+def attempts(root: Path) -> list[Attempt]:
+    """Every attempt of the study, in order.
+
+    Raises: DamageError when the ledger can't be read.
+    """
+    file = root / FOLDER / ATTEMPTS
+    found: dict[int, Attempt] = {}
+    if not file.is_file():
+        return []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+            if "start" in line:
+                found[line["start"]] = Attempt(line["start"], line["run"], line["started"])
+            else:
+                ended = {name: line[name] for name in ("outcome", "reason", "seconds")}
+                found[line["end"]] = replace(found[line["end"]], **ended)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DamageError(f"{file} is damaged at {text!r} ({error}): mend the line") from None
+    return list(found.values())
+
+
+def as_dicts(found: list[Attempt]) -> list[dict[str, Any]]:
+    return [asdict(attempt) for attempt in found]
+
+
+def _line(**data: Any) -> str:
+    return json.dumps(data)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

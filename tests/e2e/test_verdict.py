@@ -1,0 +1,237 @@
+"""`saelab verdict` and `saelab plan check` say what the launch itself wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from projects import BASELINE, PLAN, RATE, SCALED, Project, cli
+
+from saelab.files import read_json, write_json
+from saelab.study.controls import SUBJECTS
+from saelab.study.review import finished
+
+TWIN = 'Arm("twin", {}, twin_of="baseline")'
+#: Its learning rate is so high that it diverges or ends worse than the mean.
+BROKEN = 'Arm("broken", {"train.lr": 1e9})'
+DECLARED = 'Arm("declared", {"train.lr": 3e-3}, expected=["not_converged"])'
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    arms = (BASELINE, RATE, TWIN, BROKEN, DECLARED)
+    made = Project.make(tmp_path_factory.mktemp("verdict") / "project", arms)
+    ended = made.call()
+    assert ended.code == 0, ended.err
+    return made
+
+
+def judged(project: Project, *arguments: str) -> list[dict]:
+    ended = cli(project.folder, "verdict", *arguments, "--json")
+    assert ended.code == 0, ended.err
+    return json.loads(ended.out)
+
+
+def test_it_says_what_the_launch_wrote(project: Project) -> None:
+    (found,) = judged(project, "run_1")
+    manifest, info = project.manifest(), project.info()
+    assert found["comparisons"] == manifest["comparisons"]
+    assert found["plan_hash"] == manifest["plan_hash"]
+    for c in found["comparisons"]:
+        means = info[c["arm"]]["means"]
+        assert (means["verdict.fvu"], means["diff.fvu"]) == (c["word"], c["mean_diff"])
+    shown = {d["arm"]: d["mean_diff"] for d in found["differences"] if d["metric"] != "fvu"}
+    assert shown["rate"] is None  # the last secondary metric, which is not measured here
+    recovered = [d for d in found["differences"] if d["metric"] == "loss_recovered"]
+    for d in recovered:
+        assert info[d["arm"]]["means"]["diff.loss_recovered"] == d["mean_diff"]
+
+
+def test_without_a_name_it_judges_every_complete_run(project: Project) -> None:
+    assert judged(project) == judged(project, "run_1")
+    assert [folder.name for folder in finished(project.folder)] == ["run_1"]
+
+
+def test_a_twin_differs_by_exactly_nothing(project: Project) -> None:
+    c = next(c for c in judged(project)[0]["comparisons"] if c["arm"] == "twin")
+    assert (c["mean_diff"], c["low"], c["high"], c["p"]) == (0.0, 0.0, 0.0, 1.0)
+    assert c["word"] == "no evidence"
+
+
+def test_a_bad_cell_stops_nothing_and_is_listed(project: Project) -> None:
+    (found,) = judged(project)
+    c = next(c for c in found["comparisons"] if c["arm"] == "broken")
+    assert c["word"] in ("hurts", "cannot tell") and "failed and count against" in c["reason"]
+    notes = [note for note in found["cells"] if note["cell"].startswith("broken/")]
+    assert {note["outcome"] for note in notes} >= {"failed"}
+    declared = [note for note in found["cells"] if note["cell"].startswith("declared/")]
+    assert declared and all(n["expected"] for n in declared if n["check"] == "not_converged")
+    kept = read_json(project.folder / "run_1" / "gate.json")
+    assert len(kept) == len(project.manifest()["cells"])
+    healthy = next(cell["facts"] for cell in kept.values() if cell["arm"] == "rate")
+    assert healthy["code_std"] > 0 and healthy["mean_over_std"] > 0
+    assert (healthy["bos_masked"], healthy["centred"]) == (1, 1)
+
+
+def test_an_effect_of_known_size_is_found_and_the_controls_are_shown(project: Project) -> None:
+    planted = project.manifest()["planted"]
+    assert planted["comparison"]["word"] == "hurts"
+    assert planted["comparison"]["mean_diff"] == pytest.approx(planted["expected"], rel=0.5)
+    text = (project.folder / "run_1" / "summary.md").read_text(encoding="utf-8")
+    assert "Planted effect: hurts" in text
+    for name in (*SUBJECTS, "frozen decoder", "planted effect"):
+        assert f"| {name} |" in text
+    rows = pq.read_table(project.folder / "run_1" / "metrics.parquet").to_pylist()
+    fvu = {r["arm"]: r["value"] for r in rows if (r["metric"], r["slice"]) == ("fvu", "")}
+    ends = fvu["control:untrained"], fvu["control:frozen decoder"], fvu["baseline"]
+    assert list(ends) == sorted(ends, reverse=True)
+
+
+def test_the_terminal_shows_all_of_it(project: Project) -> None:
+    said = cli(project.folder, "verdict").out
+    for words in ("p (Holm)", "detectable", "seeds to tell", "no evidence", "broken, ", "plan "):
+        assert words in said
+    assert "declared, not_converged (expected)" in said
+    assert "other models or texts" in said
+
+
+def copied(project: Project, folder: Path) -> Path:
+    shutil.copytree(project.folder / "run_1", folder / "run_1")
+    shutil.copytree(project.folder / "run_1", folder / "run_2")
+    manifest = read_json(folder / "run_2" / "manifest.json")
+    write_json(folder / "run_2" / "manifest.json", manifest | {"run": "run_2"})
+    return folder / "run_2"
+
+
+def test_runs_of_one_plan_are_shown_together(project: Project, tmp_path: Path) -> None:
+    copied(project, tmp_path)
+    ended = cli(tmp_path, "verdict", "--json")
+    assert [one["run"] for one in json.loads(ended.out)] == ["run_1", "run_2"]
+
+
+def test_runs_of_different_plans_are_not_compared(project: Project, tmp_path: Path) -> None:
+    run_2 = copied(project, tmp_path)
+    manifest = read_json(run_2 / "manifest.json")
+    manifest["plan"]["sesoi"] = 0.01
+    write_json(run_2 / "manifest.json", manifest)
+    ended = cli(tmp_path, "verdict")
+    assert ended.code == 2 and "the plan (sesoi: 0.005 -> 0.01)" in ended.last
+    assert cli(tmp_path, "verdict", "run_2").code == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("definition", "core/2", "the definition (core/1 -> core/2)"),
+        (
+            "hook_name",
+            "blocks.1.hook_resid_post",
+            "hook_name (blocks.2.hook_resid_post -> blocks.1",
+        ),
+        ("text_digest", "another", "text_digest"),
+    ],
+)
+def test_runs_measured_otherwise_are_not_compared(
+    project: Project, tmp_path: Path, column: str, value: str, words: str
+) -> None:
+    file = copied(project, tmp_path) / "metrics.parquet"
+    table = pq.read_table(file)
+    index = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(index, column, [[value] * len(table)]), file)
+    ended = cli(tmp_path, "verdict")
+    assert ended.code == 2 and words in ended.last and "one at a time" in ended.last
+
+
+def test_arms_of_other_definitions_are_refused(project: Project, tmp_path: Path) -> None:
+    run_2 = copied(project, tmp_path)
+    table = pq.read_table(run_2 / "metrics.parquet")
+    index = table.schema.get_field_index("definition")
+    values = ["core/2" if row["arm"] == "rate" else row["definition"] for row in table.to_pylist()]
+    pq.write_table(table.set_column(index, "definition", [values]), run_2 / "metrics.parquet")
+    found = json.loads(cli(tmp_path, "verdict", "run_2", "--json").out)[0]["comparisons"]
+    words = {c["arm"]: (c["word"], c["reason"]) for c in found}
+    assert words["rate"][0] == "refused" and "core/2" in words["rate"][1]
+    assert words["twin"][0] == "no evidence"
+
+
+def test_what_is_no_complete_run_is_told(project: Project, tmp_path: Path) -> None:
+    for arguments, words in (((), "no complete run"), (("run_9",), "run_9 holds no final_info")):
+        ended = cli(tmp_path, "verdict", *arguments)
+        assert ended.code == 2 and words in ended.last
+    run_2 = copied(project, tmp_path)
+    (run_2 / "gate.json").write_text("{}}")
+    ended = cli(tmp_path, "verdict", "run_2")
+    assert ended.code == 1 and "gate.json is damaged" in ended.last
+
+
+def test_a_later_change_of_the_plan_is_allowed_and_shown(project: Project, tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+    shutil.copytree(project.folder, folder, ignore=shutil.ignore_patterns("run_1"))
+    changed = Project(folder)
+    changed.table((BASELINE, RATE))
+    changed.replace("plan.toml", "seeds = 3", "seeds = 2")
+    ended = changed.call()
+    assert ended.code == 0, ended.err
+    assert "deviates from the registered one: seeds: 3 -> 2" in ended.err
+    assert changed.manifest()["deviations"] == ["seeds: 3 -> 2"]
+    assert "deviation: seeds: 3 -> 2" in (folder / "run_1" / "summary.md").read_text()
+    assert "deviation from the registered plan: seeds: 3 -> 2" in cli(folder, "verdict").out
+    assert judged(changed)[0]["deviations"] == ["seeds: 3 -> 2"]
+
+
+def test_earlier_attempts_are_kept_and_named(project: Project, tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+    shutil.copytree(project.folder, folder, ignore=shutil.ignore_patterns("run_1"))
+    again = Project(folder)
+    again.table((BASELINE, 'Arm("odd", {"train.lrr": 1})'))
+    assert again.call().code == 2
+    again.table((BASELINE, RATE))
+    assert again.call().code == 0
+    ended = cli(folder, "attempts", "--json")
+    outcomes = [(a["run"], a["outcome"]) for a in json.loads(ended.out)]
+    assert outcomes == [("run_1", "complete"), ("run_1", "refused"), ("run_1", "complete")]
+    text = (folder / "run_1" / "summary.md").read_text(encoding="utf-8")
+    assert "Earlier attempts at run_1" in text and "train.lrr" in text
+    assert text.count("complete after") == 1  # the first; this one is the folder itself
+
+
+def test_plan_check_trains_nothing(tmp_path: Path) -> None:
+    made = Project.make(tmp_path / "p", (BASELINE, RATE, SCALED))
+    ended = cli(made.folder, "plan", "check", "--json")
+    assert ended.code == 0, ended.err
+    (found,) = json.loads(ended.out)
+    assert (found["run"], found["cells"], found["primary"]) == ("run_1", 10, "fvu")
+    assert any("no exact p below" in warning for warning in found["warnings"])
+    assert "scaled" in cli(made.folder, "plan", "check", "run_1").out
+    assert not (made.folder / ".saelab").exists() and not (made.folder / "run_1").exists()
+    ended = cli(made.folder, "plan", "check", "run_2")
+    assert ended.code == 2 and "did you mean 'run_1'" in ended.last
+
+
+def test_a_launch_that_would_take_too_long_is_refused_before_its_harvest(tmp_path: Path) -> None:
+    made = Project.make(tmp_path / "p", (BASELINE, RATE), plan=PLAN)
+    made.replace("configs/small.toml", "tokens = 16_384", "tokens = 16_384_000_000")
+    for ended in (made.call(), cli(made.folder, "plan", "check")):
+        assert ended.code == 2 and "over the limit of 1:56:40" in ended.last
+    assert not list(made.folder.glob(".saelab/activations/*"))
+    assert not (made.folder / "run_1").exists()
+
+
+def test_a_run_from_the_command_line_prints_its_verdict_as_json(tmp_path: Path) -> None:
+    plan = "study = 'small'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
+    made = Project.make(tmp_path / "p", (BASELINE, RATE), plan=plan)
+    ended = cli(made.folder, "run", "run_1", "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["comparisons"] == made.manifest()["comparisons"]
+
+
+def test_the_simulation_prints_its_table(tmp_path: Path) -> None:
+    ended = cli(tmp_path, "verdict", "--simulate", "--simulations", "500")
+    assert ended.code == 0, ended.err
+    assert "kept" in ended.out and "no effect: helps or hurts" in ended.out
+    rows = json.loads(cli(tmp_path, "verdict", "--simulate", "--simulations", "500", "--json").out)
+    assert len(rows) + 1 == len(ended.out.splitlines())
+    assert cli(tmp_path, "verdict", "--simulate", "--simulations", "1").code == 2

@@ -1,0 +1,96 @@
+"""The plan as first registered, its deviations, and the ledger of attempts."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from saelab.errors import DamageError, SettingError, StudyFailure
+from saelab.study.plan import PlanConfig
+from saelab.study.registry import attempt, attempts, deviations, plan_hash, register
+
+PLAN = PlanConfig(study="test")
+
+
+def test_the_first_plan_is_kept_and_later_ones_are_compared_with_it(tmp_path: Path) -> None:
+    assert deviations(tmp_path, PLAN.patched({"seeds": 3})) == ()
+    assert register(tmp_path, PLAN) == ()
+    changed = PLAN.patched({"seeds": 4, "primary": "mse"})
+    for _ in range(2):  # the first one stays
+        assert register(tmp_path, changed) == ('primary: "fvu" -> "mse"', "seeds: 8 -> 4")
+    assert register(tmp_path, PLAN) == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"study": "other"},
+        {"primary": "mse"},
+        {"direction": "higher"},
+        {"sesoi": 0.01},
+        {"family": 9},
+        {"seeds": 5},
+        {"seeds_other": 5},
+        {"target_l0": 16},
+        {"exclusions": ("cells on the old text",)},
+        {"alpha": 0.01},
+    ],
+)
+def test_the_hash_covers_what_decides_a_verdict(change: dict) -> None:
+    assert plan_hash(PLAN.patched(change)) != plan_hash(PLAN)
+
+
+def test_the_hash_does_not_cover_the_place_of_the_base() -> None:
+    assert plan_hash(PLAN.patched({"base": "elsewhere.toml"})) == plan_hash(PLAN)
+
+
+def test_the_ledger_says_how_each_attempt_ended(tmp_path: Path) -> None:
+    with attempt(tmp_path, "run_1") as number:
+        assert number == 1 and attempts(tmp_path)[0].outcome == "no end"
+    errors = {
+        "refused": SettingError("lr", -1, "must be positive"),
+        "failed": StudyFailure("no valid baseline"),
+        "interrupted": KeyboardInterrupt(),
+    }
+    for error in [*errors.values(), ZeroDivisionError("division by zero")]:
+        with pytest.raises(type(error)), attempt(tmp_path, "run_2"):
+            raise error
+    found = attempts(tmp_path)
+    assert [a.number for a in found] == [1, 2, 3, 4, 5]
+    assert [a.run for a in found] == ["run_1", *["run_2"] * 4]
+    assert [a.outcome for a in found] == ["complete", *errors, "failed"]
+    assert found[1].reason == "lr = -1: must be positive"
+    assert found[4].reason == "ZeroDivisionError: division by zero"
+    assert all(a.seconds is not None and a.seconds >= 0 for a in found)
+    assert "refused" in found[1].line() and "must be positive" in found[1].line()
+
+
+def killed(folder: Path) -> None:
+    with attempt(folder, "run_3"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_attempt_has_no_end_and_the_next_one_its_own_number(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=killed, args=(tmp_path,))
+    process.start()
+    process.join()
+    with attempt(tmp_path, "run_3") as number:
+        assert number == 2
+    assert [(a.outcome, a.seconds is None) for a in attempts(tmp_path)] == [
+        ("no end", True),
+        ("complete", False),
+    ]
+
+
+def test_no_ledger_is_no_attempt_and_a_damaged_one_is_told(tmp_path: Path) -> None:
+    assert attempts(tmp_path) == []
+    with attempt(tmp_path, "run_1"):
+        pass
+    with (tmp_path / ".saelab" / "attempts.jsonl").open("a") as file:
+        file.write('{"end": 7, "outcome": "complete"}\n')
+    with pytest.raises(DamageError, match=r"attempts.jsonl is damaged"):
+        attempts(tmp_path)

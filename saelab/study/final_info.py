@@ -135,15 +135,19 @@ def judge_run(
         comparisons += _judge(arms[name], some, plan, exploratory, len(others))
         for metric in SECONDARY:
             if metric != plan.primary:
-                values = {own: arm.metric(metric) for own, arm in some.items()}
-                both = {own: arm.definitions for own, arm in {name: arms[name], **some}.items()}
-                known = {own: found[metric] for own, found in both.items() if metric in found}
-                differences += compare_secondary(
-                    metric, arms[name].reference(metric), values, definitions=known
-                )
+                differences += _secondary(arms[name], some, metric)
     order = list(arms)
     comparisons.sort(key=lambda c: order.index(c.arm))
     return comparisons, differences
+
+
+def _secondary(base: ArmResult, arms: Mapping[str, ArmResult], metric: str) -> list[Difference]:
+    """Differences of the arms that were measured as the other was; what differs has none."""
+    own = base.definitions.get(metric)
+    same = {name: arm for name, arm in arms.items() if arm.definitions.get(metric, own) == own}
+    definitions = {name: own for name in (base.name, *same) if own}
+    values = {name: arm.metric(metric) for name, arm in same.items()}
+    return compare_secondary(metric, base.reference(metric), values, definitions=definitions)
 
 
 def _judge(

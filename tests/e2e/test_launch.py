@@ -46,7 +46,7 @@ DEFINITIONS = (
     "planted/1",
     *("core/1", "sparse_probing/2"),
     *("sensitivity/1", "consistency/1", "convergence/1"),
-    *("agreement/1", "decoder/1", "survival/1"),
+    *("agreement/1", "decoder/1", "survival/1", "stability/1"),
 )
 CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")
 

@@ -13,6 +13,7 @@ from saelab.data.store import MemorySource, Shard
 from saelab.data.stream import Batch
 from saelab.errors import CellFailure
 from saelab.evals.core import CoreData, measured
+from saelab.evals.matching import largest_cosines
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.study import cells
@@ -72,7 +73,7 @@ def facts(cell: Cell, held_out: MemorySource | None = None) -> dict[str, Any]:
         "code_std": cells.code_std(cell.sae, data),
         "centred": float(cells.centred(cell)),
         **cells.input_facts(data.source),
-        **cells._weights_facts(cell.sae),
+        **cells._weights_facts(cell.sae, largest_cosines(cell.sae.W_dec)),
         **cells._curve_facts(cell.log),
     }
 

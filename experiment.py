@@ -7,11 +7,10 @@ run_1/final_info.json. An arm changes named settings of the base (configs/*.toml
 """
 
 from saelab.study.front import main
-from saelab.study.plan import Arm, Found, Run
+from saelab.study.plan import Arm, Confirmation, Found, Run
 
 # ---- a new part may be written here: subclass PartConfig and LossTerm (saelab.parts.base), then
 # register("loss", MyConfig); an arm uses it with {"sae.losses+": {"kind": "my_loss"}} -------------
-
 # fmt: off
 RECON, UNIT, AUXK = {"kind": "reconstruction"}, {"kind": "unit_norm"}, {"kind": "auxk"}
 BARE = {"sae.controllers": [], "sae.observers": [], "sae.constraints": [UNIT]}
@@ -143,8 +142,9 @@ RUNS = {
         Arm("both, weight 0", {"sae.scaling": A1} | b_full(losses=PULLED, coefficient=0.0), "A1"),
         *MORE_THAN_A_RATE,
     ]),
+    "run_10": Confirmation("Confirmation of the best valid arm", [BASE],
+                           leave=("baseline lr x2", "baseline pos 0-63")),
 }
-# fmt: on
 
 if __name__ == "__main__":
     main(RUNS, __file__)

@@ -49,7 +49,7 @@ RUNS = {
     "run_0": Run("Baselines: ReLU with L1, TopK and JumpReLU over sparsity levels", [
         BASE,
         Arm("TopK", TOPK, "exactly k latents per token, with AuxK", primary=True),
-        Arm("JumpReLU", JUMPRELU, "a learned threshold per latent"),
+        Arm("JumpReLU", JUMPRELU, "a learned threshold per latent", primary=True),
     ]),
     "run_1": Run("Idea A: variance scaling of the input with global beta and theta", [
         BASE,

@@ -166,7 +166,7 @@ def launch(task: Launch) -> list[Comparison]:
     )
     record.write(time.monotonic() - start)
     _check_baseline(task, arms)
-    print(table(info, comparisons, task.plan))
+    print(table(info, comparisons, task.plan, of_controls))
     print(f"\n{task.out_dir}: {len(folders)} cells in {clock(time.monotonic() - start)}")
     return comparisons
 

@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,13 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     table = pa.Table.from_pylist(list(rows))
     write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+
+
+#: Packages that a run's numbers depend on; their versions stand in its manifest.
+PACKAGES = (
+    *("torch", "numpy", "scipy", "scikit-learn", "transformers", "tokenizers", "safetensors"),
+    *("datasets", "pyarrow"),
+)
 
 
 @dataclass(frozen=True)
@@ -74,13 +82,12 @@ class Record:
         self._write_metrics(out / "metrics.parquet")
         self._write_curves(out / "curves.parquet")
         self._place_checkpoints(out / "cells")
-        why = self.prepared.why_no_probing
         of_controls = control_lines(self.rows, self.planted)
         text = summary_text(
             self.task,
             self.arms,
             self.comparisons,
-            why,
+            self._missing(),
             self.deviations,
             self._earlier(),
             of_controls,
@@ -109,6 +116,13 @@ class Record:
             tables.append(curves)
         whole = pa.concat_tables(tables)
         write_atomically(path, lambda temporary: pq.write_table(whole, temporary))
+
+    def _missing(self) -> list[str]:
+        """What no cell has of the printed table, with its reason."""
+        why = self.prepared.why_no_probing
+        found = [f"Sparse probing: {why}."] if why else []
+        lost = [r for r in self.rows if r["metric"] == "loss_recovered" and r["reason"]]
+        return found + [f"Loss recovered: {r['reason']}." for r in lost[:1]]
 
     def _earlier(self) -> list[Attempt]:
         """Attempts at this run before this one, which is the last in the ledger."""
@@ -174,7 +188,7 @@ class Record:
                 "saelab": saelab.__version__,
                 "package_digest": package_digest(),
                 "python": platform.python_version(),
-                "torch": torch.__version__,
+                **{name: version(name) for name in PACKAGES},
                 "threads_per_worker": 1,
                 "kernels": kernels_name(),
                 "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from saelab import stats
@@ -27,8 +27,14 @@ COLUMNS = {
 }
 
 
-def table(info: Mapping[str, Any], comparisons: Sequence[Comparison], plan: PlanConfig) -> str:
-    """Arms x metrics, mean and 95% t interval (half width) over seeds, and the verdict."""
+def table(
+    info: Mapping[str, Any],
+    comparisons: Sequence[Comparison],
+    plan: PlanConfig,
+    rows: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Arms x metrics, mean and 95% t interval (half width) over seeds, and the verdict; then the
+    controls among the rows, means alone."""
     words = {c.arm: c.word for c in comparisons}
     heads = ["arm", "seeds", *COLUMNS.values(), f"verdict on {plan.primary}"]
     lines = [heads]
@@ -36,7 +42,26 @@ def table(info: Mapping[str, Any], comparisons: Sequence[Comparison], plan: Plan
         seeds = max((len(v) for v in group["final_info_dict"].values()), default=0)
         cells = [_cell(group["final_info_dict"].get(metric, [])) for metric in COLUMNS]
         lines.append([arm, str(seeds), *cells, words.get(arm, "")])
+    for name, values in control_values(rows).items():
+        cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in COLUMNS]
+        lines.append([name, "", *cells, ""])
     return aligned(lines)
+
+
+def control_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Control -> metric -> its mean over all data; probes of the model's channels as of an SAE."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in controls.names_of(rows):
+        of_metric = found.setdefault(name, {})
+        for row in rows:
+            if row["arm"] == name and not row["slice"] and row["value"] is not None:
+                metric = row["metric"]
+                metric = f"sae{metric[3:]}" if metric.startswith("llm_") else metric
+                of_metric.setdefault(metric, []).append(row["value"])
+    return {
+        name: {metric: sum(values) / len(values) for metric, values in of_metric.items()}
+        for name, of_metric in found.items()
+    }
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -63,7 +88,7 @@ def summary_text(
     task: Launch,
     arms: Mapping[str, ArmResult],
     comparisons: Sequence[Comparison],
-    no_probing: str,
+    missing: Sequence[str],
     deviations: Sequence[str] = (),
     earlier: Sequence[Attempt] = (),
     of_controls: Sequence[str] = (),
@@ -71,6 +96,7 @@ def summary_text(
     """summary.md: question, plan, verdict, cells that do not count, what to try next.
 
     Args:
+        missing: what could not be measured, and why.
         deviations: of the plan from the registered one.
         earlier: attempts at this run before the one that it is from.
         of_controls: lines about the control subjects.
@@ -101,36 +127,42 @@ def summary_text(
         lines.append(
             f"| {arm} | {comments.get(c.arm, '')} | {c.word} | {difference} | {interval} | {c.n} |"
         )
-    lines += ["", COVERS, "", "**Why.**", ""]
-    lines += [f"- {c.arm}: {c.reason}" for c in comparisons]
+    if comparisons:
+        lines += ["", COVERS, "", "**Why.**", ""]
+        lines += [f"- {c.arm}: {c.reason}" for c in comparisons]
+    else:
+        lines[-2:] = [f"There is one arm, {BASELINE}, and nothing to compare it with.", ""]
+        lines += [f"- {COLUMNS[name]}: {value}" for name, value in _reached(arms[BASELINE])]
     lines += ["", "**Gate.**", "", *_gate_lines(arms)]
     if of_controls:
         lines += ["", "**Controls.**", "", *of_controls]
     if earlier:
         lines += ["", f"**Earlier attempts at {task.name}.**", ""]
         lines += [f"- {attempt.line()}" for attempt in earlier]
-    if no_probing:
-        lines += ["", f"**Missing.** Sparse probing: {no_probing}."]
+    if missing:
+        lines += ["", "**Missing.**", "", *(f"- {text}" for text in missing)]
     lines += ["", "**What to try next.**", "", *_next(comparisons)]
     return "\n".join(lines) + "\n"
 
 
 def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) -> list[str]:
     """The control subjects as a Markdown table, and whether the planted effect was seen."""
-    names = controls.names_of(rows)
-    metrics = {metric: COLUMNS[metric] for metric in ("fvu", "l0", "loss_recovered")}
-    metrics |= {f"{side}_top_5_test_accuracy": "probe k=5" for side in ("sae", "llm")}
-    heads = list(dict.fromkeys(metrics.values()))
-    lines = [f"| control | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for name in names:
-        own = [row for row in rows if row["arm"] == name and not row["slice"]]
-        values: dict[str, list[float]] = {head: [] for head in heads}
-        for row in own:
-            if row["metric"] in metrics and row["value"] is not None:
-                values[metrics[row["metric"]]].append(row["value"])
-        said = [f"{sum(v) / len(v):.4g}" if v else "-" for v in values.values()]
+    shown = ("fvu", "l0", "loss_recovered", "sae_top_5_test_accuracy")
+    heads = " | ".join(COLUMNS[metric] for metric in shown)
+    lines = [f"| control | {heads} |", "|---" * (len(shown) + 1) + "|"]
+    found = control_values(rows)
+    for name, values in found.items():
+        said = [f"{values[metric]:.4g}" if metric in values else "-" for metric in shown]
         lines.append(f"| {name.removeprefix(controls.PREFIX)} | {' | '.join(said)} |")
-    return [*lines, *_planted_lines(planted)] if names else []
+    return [*lines, *_planted_lines(planted)] if found else []
+
+
+def _reached(arm: ArmResult) -> Iterator[tuple[str, str]]:
+    """Of each metric of the printed table that was measured, its mean over seeds."""
+    for metric in COLUMNS:
+        value = stats.mean_stderr(arm.metric(metric).values())[0]
+        if value is not None:
+            yield metric, f"{value:.4g}"
 
 
 def _planted_lines(planted: Planted | None) -> list[str]:
@@ -159,6 +191,8 @@ def _gate_lines(arms: Mapping[str, ArmResult]) -> list[str]:
 
 
 def _next(comparisons: Sequence[Comparison]) -> list[str]:
+    if not comparisons:
+        return ["- add an arm to compare it with (`experiment.py`, or `saelab.compare`)."]
     lines = []
     for c in comparisons:
         if c.word == "cannot tell" and c.needed_seeds:

@@ -11,6 +11,8 @@ from saelab.study.plan import Arm, Confirmation, Found, Run
 
 # ---- a new part may be written here: subclass PartConfig and LossTerm (saelab.parts.base), then
 # register("loss", MyConfig); an arm uses it with {"sae.losses+": {"kind": "my_loss"}} -------------
+
+# ---- settings that several arms share ------------------------------------------------------------
 # fmt: off
 RECON, UNIT, AUXK = {"kind": "reconstruction"}, {"kind": "unit_norm"}, {"kind": "auxk"}
 BARE = {"sae.controllers": [], "sae.observers": [], "sae.constraints": [UNIT]}
@@ -37,8 +39,6 @@ def b_full(*observers, losses=L1, **changes):  # all of B: learned alpha, rounde
     penalty = {"kind": "similarity", "balance": "minimax", "k": "k"} | changes
     return {"sae.losses": [*losses, penalty], "sae.controllers+": {"kind": "rounded_k"},
             "sae.observers": [*observers] or [BY_AGE]}
-def b_topk(*observers, losses=(RECON,), **changes):  # the same on TopK
-    return b_full(*observers, losses=losses, **changes)
 def topk(**controller):  # TopK whose k moves
     return TOPK | {"sae.activation": {"kind": "topk", "k": "k"}, "sae.controllers": [controller]}
 
@@ -124,12 +124,12 @@ RUNS = {
     ]),
     "run_8": Run("Idea B: rounded k, lifetimes and resampling by age, on TopK (ReLU: none die)", [
         Arm("baseline", comment="TopK, dead latents stay dead"),
-        Arm("B full", b_topk(), "learned alpha, rounded k, resampling by age", primary=True),
-        Arm("B auxk", b_topk(COUNT, losses=[RECON, AUXK]), "AuxK instead"),
-        Arm("B fixed", b_topk(FIXED, COUNT), "at fixed intervals instead"),
-        Arm("B neither", b_topk(COUNT), "dead latents stay dead"),
+        Arm("B full", b_full(losses=[RECON]), "learned alpha, rounded k, resampling by age", primary=True),
+        Arm("B auxk", b_full(COUNT, losses=[RECON, AUXK]), "AuxK instead"),
+        Arm("B fixed", b_full(FIXED, COUNT, losses=[RECON]), "at fixed intervals instead"),
+        Arm("B neither", b_full(COUNT, losses=[RECON]), "dead latents stay dead"),
         Arm("B k 100", b(balance="minimax") | {"sae.observers": [BY_AGE]}, "k does not move"),
-        Arm("B weight 0", b_topk(coefficient=0.0), "all of it but the penalty"),
+        Arm("B weight 0", b_full(losses=[RECON], coefficient=0.0), "all of it but the penalty"),
         Arm("adaptive topk", topk(kind="rounded_k", over="rows", cover=0.904), "k follows rows"),
         Arm("annealed k", topk(kind="annealed_k", end=Found("adaptive topk", "k")), "same end"),
     ], TOPK | {"sae.losses": [RECON], "sae.observers": [COUNT]}),

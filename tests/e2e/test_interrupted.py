@@ -80,6 +80,7 @@ def test_an_interrupt_from_the_keyboard_ends_with_130_and_one_sentence(tmp_path:
             stdout=subprocess.DEVNULL,
             stderr=errors,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under nohup
         )
         try:
             wait_for(lambda: bool(project.finished_cells()), "the first finished cell")

@@ -124,7 +124,7 @@ RUNS = {
     ]),
     "run_8": Run("Idea B: rounded k, lifetimes and resampling by age, on TopK (ReLU: none die)", [
         Arm("baseline", comment="TopK, dead latents stay dead"),
-        Arm("B full", b_full(losses=[RECON]), "learned alpha, rounded k, resampling by age", primary=True),
+        Arm("B full", b_full(losses=[RECON]), "minimax, rounded k, resets by age", primary=True),
         Arm("B auxk", b_full(COUNT, losses=[RECON, AUXK]), "AuxK instead"),
         Arm("B fixed", b_full(FIXED, COUNT, losses=[RECON]), "at fixed intervals instead"),
         Arm("B neither", b_full(COUNT, losses=[RECON]), "dead latents stay dead"),

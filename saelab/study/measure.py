@@ -161,7 +161,8 @@ def _data(bench: Bench) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines for a terminal: of every arm the mean over its seeds of each value over all data."""
+    """Lines for a terminal: of every arm the mean over its seeds of each value over all data, or
+    the reason why it is missing."""
     lines: list[str] = []
     arms = dict.fromkeys(str(row["arm"]) for row in rows)
     for arm in arms:
@@ -170,8 +171,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             seeds = len({row["seed"] for row in own})
             lines.append(f"{arm} ({seeds} seed{'s' * (seeds > 1)})")
         for metric in dict.fromkeys(row["metric"] for row in own):
-            values = [row["value"] for row in own if row["metric"] == metric]
-            present = [value for value in values if value is not None]
-            if present:
-                lines.append(f"{metric:32s} {sum(present) / len(present):.4f}")
+            rows_of = [row for row in own if row["metric"] == metric]
+            present = [row["value"] for row in rows_of if row["value"] is not None]
+            mean = f"{sum(present) / len(present):.4f}" if present else ""
+            lines.append(f"{metric:32s} {mean or 'missing: ' + rows_of[0]['reason']}")
     return lines

@@ -106,7 +106,8 @@ def test_export_and_eval_again(project: Project, tmp_path: Path) -> None:
             assert row["value"] == pytest.approx(values[row["metric"]], abs=2e-2)
             if row["metric"] in ("fvu", "l0", "ce_spliced", "cosine"):
                 assert row["value"] == pytest.approx(values[row["metric"]], rel=1e-5)
-    shown = dict(line.split() for line in ended.out.splitlines())
+    shown = dict(line.split(maxsplit=1) for line in ended.out.splitlines())
+    assert shown["position.fvu_late"].startswith("missing: ")
     assert float(shown["fvu"]) == pytest.approx(values["fvu"], abs=1e-4)
 
 

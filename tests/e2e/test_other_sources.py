@@ -262,7 +262,7 @@ def test_a_trained_sae_is_evaluated_by_its_folder(tmp_path: Path) -> None:
     folder = next((project.folder / "out" / "cells").glob("*/*"))
     ended = cli(project.folder, "eval", str(folder), "--config", config, "--evals", "core")
     assert ended.code == 0, ended.err
-    shown = dict(line.split() for line in ended.out.splitlines())
+    shown = dict(line.split(maxsplit=1) for line in ended.out.splitlines())
     stored = one_cell(project.folder / "out")
     for metric in ("fvu", "l0", "loss_recovered", "ce_clean"):
         assert float(shown[metric]) == pytest.approx(stored[metric, ""]["value"], abs=1e-4)

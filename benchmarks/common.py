@@ -335,11 +335,18 @@ def save(name: str, options: argparse.Namespace, sections: Sequence[Section], pe
 def _command(name: str, options: argparse.Namespace) -> str:
     """The command without the places of this machine."""
     given = [
-        f"--{key}" if value is True else f"--{key} {value}"
+        f"--{key}" if value is True else f"--{key} {_place(value)}"
         for key, value in vars(options).items()
         if key not in ("peers", "results") and value not in (False, None)
     ]
     return " ".join([f"python benchmarks/{name}.py", *given])
+
+
+def _place(value: object) -> object:
+    """A path as it is seen from the root of the repository; anything else as it is."""
+    if isinstance(value, Path) and value.is_absolute():
+        return os.path.relpath(value, HERE.parent)
+    return value
 
 
 def machine(threads: int) -> dict[str, Any]:

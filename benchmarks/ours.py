@@ -11,7 +11,7 @@ keep it. Data and weights are artificial: what they cost is what counts here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from saelab.data.stream import Batch
-from saelab.sae import SAEConfig
+from saelab.evals.probing import ProbingData, pooled
+from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
@@ -162,3 +163,16 @@ def gemm(inputs: Inputs, dtype: torch.dtype) -> Any:
     x, w = inputs.batches[0].to(dtype), inputs.rows.to(dtype)
 
     return timed(lambda: torch.mm(x, w.T))
+
+
+def one_row_each(sae: SAE, data: ProbingData) -> ProbingData:
+    """The same entries with one row for each text: its mean code."""
+    entries = tuple(
+        replace(
+            entry,
+            rows=pooled(sae, entry.rows, entry.offsets),
+            offsets=torch.arange(len(entry.labels) + 1),
+        )
+        for entry in data.entries
+    )
+    return ProbingData(entries, data.header)

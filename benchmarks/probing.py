@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from common import (
     target_of,
     timed,
 )
+from ours import one_row_each
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -76,7 +76,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with peers_of(options) as peers, scratch() as folder:
         sae, data = _subject_and_data(options, folder)
-        codes = _pooled(sae, data)
+        codes = one_row_each(sae, data)
         sections = [
             _times(options, sae, data, codes, peers, folder).show(),
             _accuracies(codes, options.quick).show(),
@@ -94,19 +94,6 @@ def _subject_and_data(options: Namespace, folder: Path) -> tuple[SAE, ProbingDat
     entries = embedded_entries(TRAIN_SIZE, TEST_SIZE)[: options.entries]
     model = models.load(base.model)
     return sae, harvest_probing(model, base.hook_name, entries, CONTEXT, torch.float32)
-
-
-def _pooled(sae: SAE, data: ProbingData) -> ProbingData:
-    """The same entries with one row for each text: its mean code."""
-    entries = tuple(
-        replace(
-            entry,
-            rows=pooled(sae, entry.rows, entry.offsets),
-            offsets=torch.arange(len(entry.labels) + 1),
-        )
-        for entry in data.entries
-    )
-    return ProbingData(entries, data.header)
 
 
 # ---------------------------------------------------------------- times

@@ -27,7 +27,6 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ from common import (
     scratch,
     table,
 )
+from ours import one_row_each
 from safetensors.torch import save_file
 from scipy import stats as scipy_stats
 
@@ -55,7 +55,7 @@ from saelab.data import models
 from saelab.data.saebench import SourceConfig, saebench_entries
 from saelab.data.tasks import Entry
 from saelab.evals.base import Row
-from saelab.evals.probing import ProbingData, harvest_probing, pooled
+from saelab.evals.probing import ProbingData, harvest_probing
 from saelab.evals.saebench_probing import evaluate_as_saebench
 from saelab.sae import SAE
 from saelab.study.plan import BaseConfig
@@ -160,7 +160,7 @@ def _ours(
     clock.lap("model's channels")
     rows = evaluate_as_saebench(sae, data, k_values=K_VALUES)
     clock.lap("SAE")
-    return Ours(rows, channels, _pooled(sae, data)), entries, seconds
+    return Ours(rows, channels, one_row_each(sae, data)), entries, seconds
 
 
 def _not_asked() -> list[str]:
@@ -180,19 +180,6 @@ class _Clock:
         now = time.perf_counter(), time.process_time()
         self.laps[name] = {"wall": now[0] - self.last[0], "cpu": now[1] - self.last[1]}
         self.last = now
-
-
-def _pooled(sae: SAE, data: ProbingData) -> ProbingData:
-    """The same entries with one row for each text: its mean code."""
-    entries = tuple(
-        replace(
-            entry,
-            rows=pooled(sae, entry.rows, entry.offsets),
-            offsets=torch.arange(len(entry.labels) + 1),
-        )
-        for entry in data.entries
-    )
-    return ProbingData(entries, data.header)
 
 
 def _draws(ours: Ours, count: int) -> dict[Key, list[float]]:

@@ -84,6 +84,13 @@ def check_one_definition(metric: str, definitions: Mapping[str, str]) -> None:
             raise MismatchError(f"{metric} of {name} is {why}")
 
 
+def number_or_reason(metric: str, found: float | str, definition: str, slice: str = "") -> Row:
+    """A row for what was found: a number, or the reason why there is none."""
+    if isinstance(found, str):
+        return missing(metric, definition, found, slice)
+    return number(metric, found, definition, slice)
+
+
 @runtime_checkable
 class Subject(Protocol):
     """Anything that can be evaluated. All tensors are in raw activation space, float32."""

@@ -40,7 +40,15 @@ from saelab.data.store import check_identity
 from saelab.data.tasks import Entry, entries_digest
 from saelab.data.texts import tokenize_texts
 from saelab.errors import DamageError, SettingError, SourceError
-from saelab.evals.base import Row, SparseSubject, Subject, missing, needs_contexts, number
+from saelab.evals.base import (
+    Row,
+    SparseSubject,
+    Subject,
+    missing,
+    needs_contexts,
+    number,
+    number_or_reason,
+)
 from saelab.evals.logistic import logistic_regression, logistic_regressions
 from saelab.files import read_json, sha256, write_atomically, write_json
 from saelab.progress import progress
@@ -566,11 +574,7 @@ def probe_rows(
         where = f"entry={entry.name},class={task.name}"
         for probe, value in accuracies.items():
             metric = f"{prefix}_{probe}test_accuracy"
-            rows.append(
-                missing(metric, DEFINITION, value, where)
-                if isinstance(value, str)
-                else number(metric, value, DEFINITION, where)
-            )
+            rows.append(number_or_reason(metric, value, DEFINITION, where))
     return rows
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from saelab.data.tasks import SAMPLING_SEED
 from saelab.errors import SettingError
-from saelab.evals.base import Row, Subject, missing, number
+from saelab.evals.base import Row, Subject, number_or_reason
 from saelab.evals.probing import (
     K_VALUES,
     Examples,
@@ -98,11 +98,7 @@ def _entry_rows(
         for label, name in enumerate(entry.classes):
             found = _accuracy(code, entry, label, k, generator)
             where = f"entry={entry.name},class={name}"
-            rows.append(
-                missing(metric, DEFINITION, found, where)
-                if isinstance(found, str)
-                else number(metric, found, DEFINITION, where)
-            )
+            rows.append(number_or_reason(metric, found, DEFINITION, where))
     return rows
 
 

@@ -121,8 +121,10 @@ class Record:
         """What no cell has of the printed table, with its reason."""
         why = self.prepared.why_no_probing
         found = [f"Sparse probing: {why}."] if why else []
-        lost = [r for r in self.rows if r["metric"] == "loss_recovered" and r["reason"]]
-        return found + [f"Loss recovered: {r['reason']}." for r in lost[:1]]
+        own = [r for r in self.rows if r["arm"] in self.arms and r["metric"] == "loss_recovered"]
+        if own and all(row["value"] is None for row in own):
+            found.append(f"Loss recovered: {own[0]['reason']}.")
+        return found
 
     def _earlier(self) -> list[Attempt]:
         """Attempts at this run before this one, which is the last in the ledger."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from matplotlib.figure import Figure
+from pictures import marked, panel, picture, words
 from run_folders import STEPS, TARGET, TOKENS, write_run
 
 from saelab.parts.similarity import SimilarityConfig
@@ -88,33 +86,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     pq.write_table(pa.Table.from_pylist(table), folder / "metrics.parquet")
     pq.write_table(pa.Table.from_pylist(curves), folder / "curves.parquet")
     return load(folder)
-
-
-def picture(run: Run, name: str) -> Figure:
-    with matplotlib.rc_context(canvas.STYLE):
-        figure = figures.PICTURES[name](run)
-    assert isinstance(figure, Figure), (name, figure)
-    return figure
-
-
-def panel(figure: Figure, title: str) -> Any:
-    (axes,) = (axes for axes in figure.axes if axes.get_title(loc="left").startswith(title))
-    return axes
-
-
-def words(figure: Figure) -> str:
-    return " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
-
-
-def marked(axes: Any, arm: str, run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """The points that are drawn with the arm's marker."""
-    look = canvas.looks(run)[arm]
-    line = next(
-        line
-        for line in axes.lines
-        if line.get_color() == look.color and line.get_marker() == look.marker
-    )
-    return np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
 
 
 def test_all_are_drawn_in_seconds(run: Run, tmp_path: Path) -> None:

@@ -37,16 +37,12 @@ def run_jobs(
     logs: Path,
     bar: AbstractContextManager[Progress],
     beside: Iterable[None] = (),
+    device: str = "cpu",
 ) -> None:
-    """Calls `function(job, advance, state)` for every job in up to `workers` processes.
+    """See `executors.RunJobs`.
 
-    Args:
-        function: importable; `state` is a dictionary that a worker keeps between its jobs.
-        jobs: picklable, the longest first.
-        workers: 0 runs the jobs one after the other in this process, with the same bits.
-        logs: folder for the workers' stderr.
-        bar: opened after `beside`; advanced by the amounts that the jobs pass to `advance`.
-        beside: work for this process meanwhile, in steps; without workers it comes first.
+    Without workers the jobs run one after the other in this process, after `beside`, with the same
+    bits. What workers print goes into a file each.
 
     Raises: what a job or a step raises; StudyFailure when a worker dies.
     """

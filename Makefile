@@ -1,10 +1,11 @@
 # make demo    set-up, the main job on the embedded default, its pictures
 # make test    set-up, the tests
 # make test-triton  set-up, Triton (Linux, 200 MB), the checks of the GPU's kernels without a GPU
+# make test-clusters  set-up, Ray and submitit, the checks of executors for many machines
 # make test-peers   set-up, the peers' environment, the checks against the peers themselves
 # make peers   the environment of the packages that benchmarks/ compares with
 # make bench   set-up, every benchmark in full (about half an hour); BENCH=--quick for a smoke run
-.PHONY: setup demo test test-slow test-triton test-peers check peers bench clean
+.PHONY: setup demo test test-slow test-triton test-clusters test-peers check clusters peers bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -37,6 +38,12 @@ test-slow: setup
 test-triton: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt triton
 	$(BIN)/python -m pytest tests/numerics/test_gpu_kernels.py
+
+clusters: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray,slurm]'
+
+test-clusters: clusters
+	$(BIN)/python -m pytest tests/e2e/test_clusters.py
 
 test-peers: setup peers
 	SAELAB_PEERS=benchmarks/.peers/bin/python $(BIN)/python -m pytest -m peers

@@ -4,8 +4,8 @@ local    worker processes of this machine
 ray      tasks of a Ray cluster                     (extra `ray`)
 slurm    a job array of a Slurm cluster             (extra `slurm`)
 
-A new executor is one file here and one line in `EXECUTORS`. Wherever a job runs, it has one thread on
-a CPU and its own named random streams, so the bits of a result do not depend on the executor.
+A new executor is one file here and one line in `EXECUTORS`. Wherever a job runs, it has one thread
+on a CPU and its own named random streams, so the bits of a result do not depend on the executor.
 """
 
 from __future__ import annotations

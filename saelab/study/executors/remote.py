@@ -1,7 +1,7 @@
 """What executors have in common whose workers may be on other machines.
 
-They share nothing but a file system: the study's folder has the same path everywhere. A worker reads
-the harvest and writes its cells there, and tells how far it is in a small file of its own.
+They share nothing but a file system: the study's folder has the same path everywhere. A worker
+reads the harvest and writes its cells there, and tells how far it is in a small file of its own.
 """
 
 from __future__ import annotations

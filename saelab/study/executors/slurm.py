@@ -87,7 +87,9 @@ def _wait(pending: list[Any], tally: Path, bar: Progress) -> None:
             error = job.exception()
             if error is not None:
                 last = str(error).strip().splitlines()[-1]
-                raise StudyFailure(f"job {job.job_id} ended without a result ({last}): see {tally.parent}")
+                raise StudyFailure(
+                    f"job {job.job_id} ended without a result ({last}): see {tally.parent}"
+                )
 
 
 def settings(text: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@ A finished cell is a folder of the cache under its content hash:
     curves.parquet               every logged value over training, thinned
     snapshots.safetensors        decoders kept over training (of a cell at the plan's L0)
     latents.parquet              what is known of each latent (likewise)
-    cell.json                    rows, facts for the gate, failure if any; written last
+    cell.json                    rows, facts for the gate, failure if any, and the checksums of all
+                                 other files; written last (finished.py)
 
 While a cell is trained its checkpoints lie in resume/<key>/ of the cache (training/resume.py).
 A finished cell at the plan's L0 is then compared with those of its arm's other seeds (seeds.py).
@@ -48,13 +49,14 @@ from saelab.evals.decoder import decoder_rows
 from saelab.evals.matching import chance, largest_cosines
 from saelab.evals.probing import ProbingData
 from saelab.evals.survival import survival_rows
-from saelab.files import write_atomically, write_json
+from saelab.files import write_atomically
 from saelab.kernels import kernels_name
 from saelab.parts.base import Dims
 from saelab.parts.similarity import LEARNED, Similarity
 from saelab.rundir import package_digest
 from saelab.sae import SAE, SAEConfig
 from saelab.study.convergence import FEWEST, convergence
+from saelab.study.finished import finish
 from saelab.study.gate import REACH
 from saelab.study.latents import FILE, write_latents
 from saelab.study.plan import CellSpec
@@ -404,16 +406,14 @@ class Worker:
         own = [row.of_cell(plain["arm"], plain["seed"], plain["level"]).as_dict() for row in rows]
         write_curves(folder / "curves.parquet", cell)
         last = {name: _finite(values[cell.log.length - 1]) for name, values in _logged(cell.log)}
-        write_json(
-            folder / "cell.json",
-            {
-                "settings": {name: plain[name] for name in ("sae", "train", "level", "seed")},
-                "rows": own,
-                "facts": {name: _finite(value) for name, value in facts.items()},
-                "last": last,
-                "seconds": round(seconds, 3),
-            },
-        )
+        record = {
+            "settings": {name: plain[name] for name in ("sae", "train", "level", "seed")},
+            "rows": own,
+            "facts": {name: _finite(value) for name, value in facts.items()},
+            "last": last,
+            "seconds": round(seconds, 3),
+        }
+        finish(folder, record)
 
 
 def evaluation_cost(config: TrainConfig) -> float:

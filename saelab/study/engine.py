@@ -27,7 +27,7 @@ import torch
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.evals import probing_rows
 from saelab.evals.core import CoreData
-from saelab.files import WriteError, read_json, write_json
+from saelab.files import WriteError, read_json
 from saelab.progress import clock, progress
 from saelab.rundir import cache_folder
 from saelab.sae import SAEConfig
@@ -59,6 +59,7 @@ from saelab.study.final_info import (
     judge_planted,
     judge_run,
 )
+from saelab.study.finished import finish, is_finished
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
@@ -318,10 +319,10 @@ def _planted(
             continue
         key = replace(cell_key(spec, content), control=f"{controls.PREFIX}{controls.PLANTED}")
         place = cell_folder(cache, key, prepared.train.digest)
-        if not (place / "cell.json").is_file():
+        if not is_finished(place):
             with one_thread():
                 made = controls.planted(folder, core, spec.seed, spec.level)
-            write_json(place / "cell.json", made)
+            finish(place, made)
         places.append(place)
     return places
 
@@ -454,14 +455,14 @@ def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
         rows = worker.evaluate(kind.make(setting), probe=kind.probed)
     arm = f"{controls.PREFIX}{name}"
     own = [row.of_cell(arm, -1, control["level"]).as_dict() for row in rows]
-    write_json(worker.folder(cache, control["key"]) / "cell.json", {"rows": own})
+    finish(worker.folder(cache, control["key"]), {"rows": own})
 
 
 def _done(cache: Path, key: Key, data: Data) -> bool:
     """Whether a cell is in the cache; none is before the activations are complete."""
     if data.train_digest is None:
         return False
-    return (cell_folder(cache, key, data.train_digest) / "cell.json").is_file()
+    return is_finished(cell_folder(cache, key, data.train_digest))
 
 
 # ---- collecting ------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -55,10 +54,12 @@ from saelab.parts.similarity import LEARNED, Similarity
 from saelab.rundir import package_digest
 from saelab.sae import SAE, SAEConfig
 from saelab.study.convergence import FEWEST, convergence
+from saelab.study.executor import Advance
 from saelab.study.gate import REACH
 from saelab.study.latents import FILE, write_latents
 from saelab.study.plan import CellSpec
 from saelab.study.prepare import open_source
+from saelab.study.reports import Reports
 from saelab.study.seeds import compare
 from saelab.study.stability import LARGE, spikes, stability
 from saelab.training.loop import Cell, Log, train
@@ -265,18 +266,18 @@ class Worker:
             data.missing_entries,
         )
 
-    def run(self, job: Job, advance: Callable[[float], None]) -> None:
-        """Trains and evaluates the job's cells; `advance` counts token-steps."""
+    def run(self, job: Job, advance: Advance) -> None:
+        """Trains and evaluates the job's cells; `advance` takes token-steps and lines."""
         cells = [self._build(job, cell) for cell in job.cells]
         config = cells[0].config
         stream = batches(self.train, job.seed, config.batch_size, self.data.layout)
         start = time.monotonic()
-        failures = train(
-            cells, stream, lambda steps, living: advance(steps * len(living) * config.batch_size)
-        )
+        reports = Reports(cells, job.cells, advance)
+        failures = train(cells, stream, reports.steps)
         seconds = (time.monotonic() - start) / len(cells)
         for cell, plain in zip(cells, job.cells, strict=True):
             failure = failures.get(cell.name)
+            reports.evaluating(cell)
             largest = largest_cosines(cell.sae.W_dec) if isinstance(cell.sae, SAE) else None
             rows = stability(cell.log, failure.step if failure else None)
             if not failure:
@@ -291,6 +292,7 @@ class Worker:
             for other in plain["others"]:
                 compare(job.cache, folder, self.folder(job.cache, other))
             advance(evaluation_cost(config))
+            reports.done(cell, rows, failure)
 
     def folder(self, cache: Path, key: Key) -> Path:
         """Where a finished cell lies; waits for the training activations to be complete."""

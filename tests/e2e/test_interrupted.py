@@ -41,7 +41,7 @@ def test_a_killed_launch_leaves_no_process_and_the_same_command_finishes_it(
         stop(process)
     done = len(project.finished_cells())
     assert 0 < done < len(uninterrupted.finished_cells())
-    assert not (project.folder / "run_1").exists()
+    assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
     ended = project.call()
     assert ended.code == 0, ended.err
     assert "(0 in the cache)" not in ended.err
@@ -92,7 +92,7 @@ def test_an_interrupt_from_the_keyboard_ends_with_130_and_one_sentence(tmp_path:
     text = (project.folder / "stderr").read_text()
     assert "Traceback" not in text
     assert text.rstrip().splitlines()[-1].startswith("interrupted: the same command goes on")
-    assert not (project.folder / "run_1").exists()
+    assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
 
 
 def test_temporary_files_of_a_killed_writer_do_not_disturb(

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,18 @@ class RunProgress:
                 self._journal = None
 
     def _track(self, line: Mapping[str, Any]) -> None:
-        if self._tracker is None or "arm" not in line:
+        if "arm" not in line:
             return
         values = {name: v for name, v in line.get("values", {}).items() if v is not None}
         cell = f"{line['arm']}/seed{line['seed']}-l0_{line['level']:g}"
+        if values:
+            self._ask(lambda tracker: tracker.log(cell, int(line.get("step", 0)), values))
+
+    def _ask(self, do: Callable[[Tracker], None]) -> None:
+        if self._tracker is None:
+            return
         try:
-            self._tracker.log(cell, int(line.get("step", 0)), values)
+            do(self._tracker)
         except Exception as error:  # whatever the tracker's package raises
             name = type(self._tracker).__name__
             print(f"{name} failed ({error}): the run goes on without it", file=sys.stderr)
@@ -111,8 +117,7 @@ class RunProgress:
             if self._journal is not None and not self._waiting:
                 self.tell({"stage": END, "outcome": outcome, "reason": reason})
                 self._journal.close()
-            if self._tracker is not None:
-                self._tracker.close()
+            self._ask(lambda tracker: tracker.close())
             if outcome == "refused" and _holds_nothing_else(self.folder):
                 shutil.rmtree(self.folder)
 

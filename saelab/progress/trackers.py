@@ -82,7 +82,7 @@ class Wandb(Tracker):
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish(quiet=True)
+            self._run.finish()
 
 
 class Trackio(Tracker):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from projects import Project, environment, group_is_gone, stop, wait_for
 
+from saelab.progress.watch import Watched
+
 #: Enough cells that a launch is still training when the first one is finished.
 MANY = 'Arm("{0}", {{"train.lr": {1}e-3}})'
 ARMS = ('Arm("baseline")', *(MANY.format(f"a{i}", i) for i in range(1, 4)))
@@ -42,9 +44,12 @@ def test_a_killed_launch_leaves_no_process_and_the_same_command_finishes_it(
     done = len(project.finished_cells())
     assert 0 < done < len(uninterrupted.finished_cells())
     assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
+    killed = Watched(project.folder / "run_1")
+    assert killed.look() == "died" and len(killed.state.finished) >= done
     ended = project.call()
     assert ended.code == 0, ended.err
     assert "(0 in the cache)" not in ended.err
+    assert killed.look() == "complete" and killed.state.cached == done
     assert project.info() == uninterrupted.info()
     assert project.weights() == uninterrupted.weights()
 

@@ -1,4 +1,4 @@
-"""What it costs to say where a run is (metrics.jsonl, view), as a share of the training it tells of.
+"""What it costs to say where a run is (metrics.jsonl, view), as a share of its training.
 
     python benchmarks/telling.py [--quick] [--threads 1]
 

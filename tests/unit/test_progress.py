@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -111,10 +112,10 @@ def test_plain_lines_are_those_of_a_bar_without_a_launch(
     monkeypatch.delenv("SAELAB_PROGRESS", raising=False)
     said = []
     for inside in (False, True):
-        with told(tmp_path / "a", ABOUT) if inside else progress("x", 1):
-            with progress("run_3: train", 200, "tokens") as one:
-                one.start -= 10
-                one.advance(100)
+        launch = told(tmp_path / "a", ABOUT) if inside else nullcontext()
+        with launch, progress("run_3: train", 200, "tokens") as one:
+            one.start -= 10
+            one.advance(100)
         said.append(capsys.readouterr().err)
     assert said[0] == said[1] == "run_3: train:  50%  100/200 tokens  10/s  0:10 left\n"
 

@@ -94,8 +94,9 @@ def in_launch(folder: Path, messages: list[tuple[float, Any]]) -> tuple[float, f
         progress("train and evaluate", POINTS * SHAPE.rows, "tokens") as bar,
     ):
         taken = seconds(lambda: [_take(bar, *message) for message in messages])
+        last = [line for _, line in messages if line is not None][-1]
         for seed in range(CELLS):
-            _take(bar, 0.0, messages[-1][1] | {"seed": seed, "arm": "baseline"})
+            _take(bar, 0.0, last | {"seed": seed})
         drawn = min(seconds(lambda: draw(launch)) for _ in range(20))
     return taken, drawn
 

@@ -46,6 +46,7 @@ class RunProgress:
 
     def __init__(self, folder: Path, about: Mapping[str, Any], tracker: Tracker) -> None:
         self.folder, self.state = folder, State()
+        self._new = not folder.exists()
         self._journal: Journal | None = Journal(folder / NAME)
         self._tracker: Tracker | None = tracker
         self._lock = threading.RLock()
@@ -118,7 +119,7 @@ class RunProgress:
                 self.tell({"stage": END, "outcome": outcome, "reason": reason})
                 self._journal.close()
             self._ask(lambda tracker: tracker.close())
-            if outcome == "refused" and _holds_nothing_else(self.folder):
+            if outcome == "refused" and self._new and _holds_nothing_else(self.folder):
                 shutil.rmtree(self.folder)
 
 

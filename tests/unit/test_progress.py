@@ -149,7 +149,7 @@ def test_the_last_line_says_how_it_ended(
     assert (last["stage"], last["outcome"], last["reason"]) == ("end", outcome, reason)
 
 
-def test_a_refused_launch_leaves_no_folder_but_keeps_one_that_holds_more(tmp_path: Path) -> None:
+def test_a_refused_launch_leaves_no_folder_but_keeps_one_that_was_there(tmp_path: Path) -> None:
     folder = tmp_path / "run_3"
     for early in (True, False):
         with pytest.raises(SourceError), told(folder, ABOUT):
@@ -157,12 +157,13 @@ def test_a_refused_launch_leaves_no_folder_but_keeps_one_that_holds_more(tmp_pat
                 tell_cells(1, 0)
             raise SourceError("no texts")
         assert not folder.exists()
-    folder.mkdir()
-    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError), told(folder, ABOUT):
+        tell_cells(1, 0)
+        raise ValueError
     with pytest.raises(SourceError), told(folder, ABOUT):
         tell_cells(1, 0)
         raise SourceError("no texts")
-    assert stages(folder) == ["launch", "cells", "end"]
+    assert stages(folder) == ["launch", "cells", "end"] * 2
 
 
 def test_a_journal_that_can_not_be_written_stops_nothing(tmp_path: Path, capsys) -> None:

@@ -174,25 +174,32 @@ def told(folder: Path, about: Mapping[str, Any], tracker: str = "none") -> Itera
     """
     run = RunProgress(folder, about, open_tracker(tracker, folder, about))
     outcome, reason = "complete", ""
-    _runs.append(run)
-    try:
-        with ExitStack() as shown:
-            shown.enter_context(bars_made_by(run.bar))
-            if display() == "live":
-                from saelab.progress.view import live
-
-                shown.enter_context(live(run.render))
+    with _open(run):
+        try:
             yield run
-    except Exception as error:
-        outcome = "refused" if isinstance(error, UsageError) else "failed"
-        reason = (str(error) or type(error).__name__).splitlines()[-1]
-        raise
-    except BaseException:
-        outcome = "interrupted"
-        raise
-    finally:
-        _runs.remove(run)
-        run.end(outcome, reason)
+        except Exception as error:
+            outcome = "refused" if isinstance(error, UsageError) else "failed"
+            reason = (str(error) or type(error).__name__).splitlines()[-1]
+            raise
+        except BaseException:
+            outcome = "interrupted"
+            raise
+        finally:
+            run.end(outcome, reason)
+
+
+@contextmanager
+def _open(run: RunProgress) -> Iterator[None]:
+    """The run is the one that is told, that makes the bars, and that the terminal shows."""
+    with ExitStack() as opened:
+        _runs.append(run)
+        opened.callback(_runs.remove, run)
+        opened.enter_context(bars_made_by(run.bar))
+        if display() == "live":
+            from saelab.progress.view import live
+
+            opened.enter_context(live(run.render))
+        yield
 
 
 def start_of(pid: int) -> str:

@@ -11,8 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from projects import BASELINE, RATE, Ended, Project, cli, environment, stop
+from projects import BASE, BASELINE, RATE, Ended, Project, cli, environment, stop
 
 from saelab.progress.watch import Watched
 
@@ -45,11 +44,12 @@ class Broken(torch.nn.Module):
         raise ValueError("mend me")
 """
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+#: Half of the usual training.
+SHORT = BASE.replace("16_384", "8_192")
 
 
-def project(folder: Path, **more: str) -> Project:
-    return Project.make(folder, (BASELINE, RATE), plan=PLAN, **more)
+def project(folder: Path) -> Project:
+    return Project.make(folder, (BASELINE, RATE), plan=PLAN, base=SHORT)
 
 
 def on_terminal(made: Project, meanwhile: Callable[[], object] = lambda: None) -> Ended:

@@ -1,6 +1,8 @@
 """Runs jobs in local worker processes, each with one thread, and reports their progress.
 
-Workers die with their parent and write their stderr to a log file. One thread per worker on a CPU:
+Workers end with their parent and write their stderr to a log file. A signal to end reaches them as
+SIGTERM from their parent, whoever else got it: what they do is cut short at its next safe place,
+with a checkpoint where they train (training/resume.py). One thread per worker on a CPU:
 the bits of a result then do not depend on how many workers there are.
 """
 
@@ -22,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from saelab import signals
 from saelab.errors import SettingError, StudyFailure
 from saelab.progress import Progress
 from saelab.progress.run import tell
@@ -30,6 +33,9 @@ from saelab.progress.run import tell
 POLL = 0.25
 #: Seconds that the last words of the workers may take to arrive.
 PATIENCE = 5.0
+#: Seconds that workers have for the end of their round and a checkpoint before they are killed. Our
+#: choice: what schedulers give.
+GRACE = 30.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 #: What a job says how far it is with: an amount of work done since it last did, and a line for
@@ -37,6 +43,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Advance = Callable[..., None]
 
 _channel: Any = None
+_busy = False
 _state: dict[str, Any] = {}
 
 
@@ -76,7 +83,8 @@ def run_jobs(
     futures: list[Future[None]] = []
     try:
         with bar as shown, _listening(heard, shown):
-            futures = [pool.submit(_run, function, job) for job in jobs]
+            with _keyboard_blocked():  # workers inherit that
+                futures = [pool.submit(_run, function, job) for job in jobs]
             for _ in beside:
                 _raise_failures(futures)
             _wait(futures)
@@ -88,7 +96,18 @@ def run_jobs(
     finally:
         for future in futures:
             future.cancel()
-        _stop(pool)
+        _stop(pool, unfinished=not all(future.done() for future in futures))
+
+
+@contextmanager
+def _keyboard_blocked() -> Iterator[None]:
+    """Holds SIGINT back, also from processes started within: a terminal sends it to all of them,
+    and the parent decides."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(futures: Sequence[Future[None]]) -> None:
@@ -155,20 +174,27 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _stop(pool: ProcessPoolExecutor) -> None:
+def _stop(pool: ProcessPoolExecutor, unfinished: bool) -> None:
+    """Ends the workers; none is left behind."""
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
-    deadline = time.monotonic() + 5
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.terminate()
+    try:
+        if unfinished:
+            for process in processes:
+                process.terminate()
+        deadline = time.monotonic() + GRACE
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:  # also when a second interrupt ends the waiting
+        for process in processes:
+            if process.is_alive():
+                process.kill()
 
 
 def _initialise(channel: Any, logs: Path, parent: int) -> None:
     global _channel
     _channel = channel
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, _terminated)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
@@ -184,10 +210,22 @@ def _initialise(channel: Any, logs: Path, parent: int) -> None:
     torch.set_num_threads(1)
 
 
+def _terminated(number: int, frame: Any) -> None:
+    if not _busy:
+        os._exit(128 + number)
+    signals.handle(number, frame)
+
+
 def _run(function: Callable[..., None], job: Any) -> None:
+    global _busy
     words = _Words(*_channel)
-    function(job, words, _state)
-    words.send()
+    try:
+        _busy = True
+        function(job, words, _state)
+        words.send()
+        _busy = False
+    except signals.Interrupted as stop:
+        os._exit(stop.exit_code)
 
 
 class _Words:

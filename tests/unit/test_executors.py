@@ -11,7 +11,7 @@ from saelab.errors import SettingError, SourceError
 from saelab.progress import progress
 from saelab.study import executors
 from saelab.study.executors import EXECUTORS, executor, local
-from saelab.study.executors.remote import Report, Task, reported
+from saelab.study.executors.remote import Tally, Task, Words
 from saelab.study.executors.slurm import settings
 
 
@@ -52,12 +52,31 @@ def test_a_task_does_its_job_in_its_folder_and_tells_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tally = tmp_path / "tally"
+    folder = tmp_path / "tally"
     for number, job in enumerate((3, 4)):
-        Task.of(square, job, number, tally)()
-    assert reported(tally) == 7
-    Report(tally / "0")(5)  # the job has started again: it counts from zero
-    assert reported(tally) == 9
+        Task.of(square, job, number, folder)()
+    with progress("", 10) as bar:
+        tally = Tally(folder, bar)
+        tally.hear()
+        assert bar.done == 7
+        again = Words(folder / "0.jsonl")  # the job has started again: it counts from zero
+        tally.hear()
+        assert bar.done == 4
+        again(2)
+        again.close()
+        tally.hear()
+        assert bar.done == 6
+
+
+def test_what_a_job_says_of_a_cell_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr("saelab.study.executors.remote.tell", told.append)
+    words = Words(tmp_path / "0.jsonl")
+    words(1.0, {"stage": "train", "values": {"loss": 0.5}})
+    words.close()
+    with progress("", 10) as bar:
+        Tally(tmp_path, bar).hear()
+    assert told == [{"stage": "train", "values": {"loss": 0.5}}]
 
 
 def test_a_machine_without_the_folder_says_so(tmp_path: Path) -> None:

@@ -24,7 +24,10 @@ LOCAL = "local"
 #: Name -> module with a function `run_jobs`.
 EXECUTORS = {name: f"{__name__}.{name}" for name in (LOCAL, "ray", "slurm")}
 
-Work = Callable[[Any, Callable[[float], None], dict[str, Any]], None]
+#: What a job says how far it is with: an amount of work done since it last did, and a line for
+#: metrics.jsonl or none.
+Advance = Callable[..., None]
+Work = Callable[[Any, Advance, dict[str, Any]], None]
 
 
 class RunJobs(Protocol):
@@ -47,7 +50,7 @@ class RunJobs(Protocol):
             jobs: picklable, the longest first.
             workers: how many work at a time, where this machine decides that.
             logs: folder for what workers print.
-            bar: opened after `beside`; advanced by the amounts that the jobs pass to `advance`.
+            bar: advanced by the amounts that the jobs pass to `advance`; their lines are told.
             beside: work for this process meanwhile, in steps.
             device: what a job needs: a core ('cpu') or a GPU.
 

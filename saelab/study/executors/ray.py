@@ -17,7 +17,7 @@ from typing import Any
 from saelab.errors import SettingError, SourceError, StudyFailure
 from saelab.progress import Progress
 from saelab.study.executors.local import POLL
-from saelab.study.executors.remote import Task, reported
+from saelab.study.executors.remote import Tally, Task
 
 #: How often a task is started again after its worker died. Our choice.
 RETRIES = 3
@@ -39,28 +39,28 @@ def run_jobs(
     Raises: SettingError without Ray; SourceError when the cluster can't be reached; StudyFailure
         when a task's workers keep dying.
     """
-    tally = logs / f"ray-{os.getpid()}"
+    folder = (logs / f"ray-{os.getpid()}").absolute()
     with _cluster(workers) as ray:
         for _ in beside:
             pass
         needs = {"num_cpus": 1} if device == "cpu" else {"num_cpus": 1, "num_gpus": 1}
         remote = ray.remote(**needs, max_retries=RETRIES)(_call)
-        tasks = [Task.of(function, job, number, tally) for number, job in enumerate(jobs)]
+        tasks = [Task.of(function, job, number, folder) for number, job in enumerate(jobs)]
         try:
             with bar as shown:
-                _wait(ray, [remote.remote(task) for task in tasks], tally, shown)
+                _wait(ray, [remote.remote(task) for task in tasks], Tally(folder, shown))
         finally:
-            shutil.rmtree(tally, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _call(task: Task) -> None:
     task()
 
 
-def _wait(ray: Any, pending: Sequence[Any], tally: Path, bar: Progress) -> None:
+def _wait(ray: Any, pending: Sequence[Any], tally: Tally) -> None:
     while pending:
         done, pending = ray.wait(list(pending), num_returns=1, timeout=POLL)
-        bar.advance(reported(tally) - bar.done)
+        tally.hear()
         for task in done:
             _raise_failure(ray, task)
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saelab.errors import SourceError
-from saelab.files import write_text
+from saelab.progress import Progress
+from saelab.progress.journal import Journal, Tail
+from saelab.progress.run import tell
+from saelab.study.executors import Work
 from saelab.study.executors.local import POLL, one_thread
 
 #: Variables that a worker is given as they are here.
-KEPT = ("SAELAB_CACHE", "SAELAB_FAILPOINT")
+KEPT = ("SAELAB_CACHE", "SAELAB_CHECKPOINT_SECONDS")
 #: What a worker keeps between its jobs.
 _state: dict[str, Any] = {}
 
@@ -27,7 +30,7 @@ _state: dict[str, Any] = {}
 class Task:
     """One job on its way: everything that a worker on another machine needs."""
 
-    function: Callable[[Any, Callable[[float], None], dict[str, Any]], None]
+    function: Work
     job: Any
     number: int
     folder: Path
@@ -52,22 +55,46 @@ class Task:
         os.chdir(self.folder)
         os.environ.update(self.variables, SAELAB_PROGRESS="off")
         with one_thread():
-            self.function(self.job, Report(self.tally / str(self.number)), _state)
+            words = Words(self.tally / f"{self.number}.jsonl")
+            self.function(self.job, words, _state)
+            words.close()
 
 
-class Report:
-    """A job's `advance`: what is done so far, in a file; from zero when the job starts again."""
+class Words:
+    """A job's `advance`: one line of JSON in a file of its own for what it says, [done, line], with
+    all that is done so far; from zero when the job starts again."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.done, self._last = file, 0.0, 0.0
+        self._journal, self._done, self._said = Journal(file), 0.0, 0.0
+        self._say(None)
 
-    def __call__(self, amount: float) -> None:
-        self.done += amount
-        if time.monotonic() - self._last >= POLL:
-            self._last = time.monotonic()
-            write_text(self.file, f"{self.done}")
+    def __call__(self, amount: float, line: Mapping[str, Any] | None = None) -> None:
+        self._done += amount
+        if line is not None or time.monotonic() - self._said >= POLL:
+            self._say(line)
+
+    def close(self) -> None:
+        self._say(None)
+        self._journal.close()
+
+    def _say(self, line: Mapping[str, Any] | None) -> None:
+        self._said = time.monotonic()
+        self._journal.write({"done": self._done, "line": line})
 
 
-def reported(tally: Path) -> float:
-    """What all jobs have done."""
-    return sum(float(file.read_text() or 0) for file in tally.glob("[0-9]*"))
+class Tally:
+    """What all jobs of a launch say, in the process of the launch."""
+
+    def __init__(self, folder: Path, bar: Progress) -> None:
+        self.folder, self.bar = folder, bar
+        self._tails: dict[str, Tail] = {}
+        self._done: dict[str, float] = {}
+
+    def hear(self) -> None:
+        """Takes in what is new."""
+        for file in sorted(self.folder.glob("*.jsonl")):
+            for said in self._tails.setdefault(file.name, Tail(file)).lines():
+                self._done[file.name] = said["done"]
+                if said["line"] is not None:
+                    tell(said["line"])
+        self.bar.advance(sum(self._done.values()) - self.bar.done)

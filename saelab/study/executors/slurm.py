@@ -17,7 +17,7 @@ from typing import Any
 
 from saelab.errors import SettingError, StudyFailure
 from saelab.progress import Progress
-from saelab.study.executors.remote import Task, reported
+from saelab.study.executors.remote import Tally, Task
 
 #: Seconds between two looks at the queue, and minutes that a job may take unless told. Our choice.
 POLL, MINUTES = 2.0, 240
@@ -69,7 +69,7 @@ def run_jobs(
         ]
     try:
         with bar as shown:
-            _wait(handed, tally, shown)
+            _wait(handed, Tally(tally, shown))
     except BaseException:
         for job in handed:
             job.cancel(check=False)
@@ -77,18 +77,18 @@ def run_jobs(
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait(pending: list[Any], tally: Path, bar: Progress) -> None:
+def _wait(pending: list[Any], tally: Tally) -> None:
     while pending:
         time.sleep(POLL)
         done = [job for job in pending if job.done()]
         pending = [job for job in pending if job not in done]
-        bar.advance(reported(tally) - bar.done)
+        tally.hear()
         for job in done:
             error = job.exception()
             if error is not None:
                 last = str(error).strip().splitlines()[-1]
                 raise StudyFailure(
-                    f"job {job.job_id} ended without a result ({last}): see {tally.parent}"
+                    f"job {job.job_id} ended without a result ({last}): see {tally.folder.parent}"
                 )
 
 

@@ -130,7 +130,7 @@ def job(number: int, advance: Any, state: dict[str, Any]) -> None:
 def test_whatever_workers_say_arrives_in_order(tmp_path, monkeypatch, workers: int) -> None:
     from contextlib import nullcontext
 
-    from saelab.study import executor
+    from saelab.study.executors import local as executor
 
     heard: list[dict[str, Any]] = []
     monkeypatch.setattr(executor, "tell", heard.append)

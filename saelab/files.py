@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import DamageError, SourceError
+
+#: Bytes of a JSON file at most; parsed it takes up to twenty times as much. Ours have a few MB.
+MOST_JSON = 32 * 2**20
 
 
 class WriteError(SourceError):
@@ -71,13 +75,40 @@ def append_line(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises: DamageError when the file is no JSON, SourceError when it is missing."""
+    """Raises: DamageError when the file is no JSON, SourceError when it can't be opened."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path)
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise SourceError(f"{path} can't be read ({error.strerror}): name another") from None
+    except ValueError as error:
         raise DamageError(f"{path} is damaged ({error}): delete it and run again") from None
+
+
+def parse_json(path: Path) -> Any:
+    """The content of a JSON file, by the standard: no NaN, no number beyond a float's range.
+
+    Raises: OSError when it can't be opened; ValueError for anything else that is wrong with it.
+    """
+    with path.open("rb") as file:
+        content = file.read(MOST_JSON + 1)
+    if len(content) > MOST_JSON:
+        raise ValueError(f"it is over {MOST_JSON // 2**20} MB")
+    try:
+        return json.loads(content.decode(), parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is beyond the range of numbers")
+    return value
 
 
 def sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from saelab.errors import SettingError, SourceError
 from saelab.files import read_json, write_json
+from saelab.runfiles import RunFiles
 from saelab.study.plan import (
     BASELINE,
     Arm,
@@ -117,7 +118,7 @@ def _arm(run: Run, best: Candidate) -> Arm:
 def _check_unchanged(arm: Arm, folder: Path) -> None:
     """Raises: SettingError when the arm was edited after its run; one of a second wave has other
     numbers there."""
-    kept = read_json(folder / "manifest.json")["arms"][arm.name]["changes"]
+    kept = RunFiles(folder).needed("arms")["arms"].get(arm.name, {}).get("changes")
     if not founds(arm.changes) and kept != _plain(arm.changes):
         remedy = f"was changed after {folder.name}: make that run again, or undo the change"
         raise SettingError("arm", arm.name, remedy)

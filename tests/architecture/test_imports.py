@@ -14,7 +14,8 @@ import saelab
 ROOT = Path(saelab.__file__).parent
 #: From the bottom up. The public surface (`saelab/__init__`) only names modules and loads none.
 LAYERS = [
-    {"errors", "seeding", "stats", "config", "files", "progress", "allocator", "rundir"},
+    {"errors", "shown", "seeding", "stats", "config", "files", "progress", "allocator", "rundir"}
+    | {"schema", "sealed", "tables", "runfiles", "lock", "weights"},
     {"data"},
     {"assets"},
     {"kernels"},

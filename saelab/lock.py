@@ -66,7 +66,9 @@ def _taken(file: Path, busy: str) -> int:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), file.stat()):
                     os.ftruncate(handle, 0)
-                    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                    os.pwrite(
+                        handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0
+                    )
                     return handle
         except BaseException:
             os.close(handle)

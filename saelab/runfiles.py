@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from saelab.errors import DamageError, SourceError
 from saelab.files import read_json, sha256
 from saelab.schema import Loose, Name, Number, Whole, check
@@ -32,7 +34,7 @@ REMEDY = "make the run again, or take the folder from where it was copied"
 
 class _Arm(Loose):
     comment: str = ""
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = Field(default_factory=dict)
     against: str = "baseline"
 
 
@@ -52,20 +54,20 @@ class _Manifest(Loose):
     primary: str = ""
     purpose: str = ""
     target_l0: Number | None = None
-    arms: dict[Name, _Arm] = {}
-    plan: dict[str, Any] = {}
-    base: dict[str, Any] = {}
-    deviations: list[str] = []
-    comparisons: list[_Comparison] = []
+    arms: dict[Name, _Arm] = Field(default_factory=dict)
+    plan: dict[str, Any] = Field(default_factory=dict)
+    base: dict[str, Any] = Field(default_factory=dict)
+    deviations: list[str] = Field(default_factory=list)
+    comparisons: list[_Comparison] = Field(default_factory=list)
 
 
 Plain = Number | str | bool | None
 
 
 class _Group(Loose):
-    means: dict[str, Plain] = {}
-    stderrs: dict[str, Number | None] = {}
-    final_info_dict: dict[str, list[Plain] | Plain] = {}
+    means: dict[str, Plain] = Field(default_factory=dict)
+    stderrs: dict[str, Number | None] = Field(default_factory=dict)
+    final_info_dict: dict[str, list[Plain] | Plain] = Field(default_factory=dict)
 
 
 class _Cell(Loose):

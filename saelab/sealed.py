@@ -9,12 +9,13 @@ Names are relative, so that a folder may be copied, moved and renamed.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from saelab.config import digest
-from saelab.errors import DamageError
+from saelab.errors import DamageError, SourceError
 from saelab.files import read_json, sha256, write_json
 
 SEAL = "seal"
@@ -76,3 +77,16 @@ def check_beside(path: Path, remedy: str = "delete it and run again") -> None:
             raise DamageError(f"{file} is missing: {remedy}")
         if sha256(file) != expected:
             raise DamageError(f"{file} does not match its checksum: {remedy}")
+
+
+def intact(path: Path) -> bool:
+    """Whether a sealed object is there with all of its files; damage is told on stderr, and what
+    is damaged is then made again."""
+    if not path.is_file():
+        return False
+    try:
+        check_beside(path, "it is made again")
+    except (DamageError, SourceError) as error:
+        print(error, file=sys.stderr)
+        return False
+    return True

@@ -42,4 +42,4 @@ def _read(path: Path, error: type[SaelabError], remedy: str, take: Any) -> dict[
         raise error(f"{path} does not exist: {remedy}") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as found:
         reason = (str(found).strip() or type(found).__name__).splitlines()[0][:200]
-        raise error(f"{path} is no safetensors file that can be read ({reason}): {remedy}") from None
+        raise error(f"{path} can't be read: no safetensors file ({reason}): {remedy}") from None

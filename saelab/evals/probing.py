@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from saelab import stats
@@ -50,9 +50,12 @@ from saelab.evals.base import (
     number_or_reason,
 )
 from saelab.evals.logistic import logistic_regression, logistic_regressions
-from saelab.files import read_json, sha256, write_atomically, write_json
+from saelab.files import sha256, write_atomically
 from saelab.progress import progress
+from saelab.schema import Loose, check
+from saelab.sealed import read_sealed, write_sealed
 from saelab.seeding import numpy_stream
+from saelab.weights import read_weights
 
 DEFINITION = "sparse_probing/2"
 #: Version of the folder with the model's activations.
@@ -119,7 +122,7 @@ class ProbingData:
         write_atomically(file, lambda temporary: save_file(tensors, temporary))
         entries = [{"name": e.name, "classes": list(e.classes)} for e in self.entries]
         record = {"format": FORMAT, "sha256": sha256(file), "header": self.header}
-        write_json(folder / "probing.json", {**record, "entries": entries})
+        write_sealed(folder / "probing.json", {**record, "entries": entries}, (file.name,))
 
     @classmethod
     def load(cls, folder: Path, expected: Mapping[str, Any] | None = None) -> ProbingData:
@@ -131,25 +134,44 @@ class ProbingData:
 
         Raises: MismatchError when they do not; DamageError when the file is not what was written.
         """
-        record = read_json(folder / "probing.json")
+        remedy = f"delete {folder} and run again"
+        record = read_sealed(folder / "probing.json", remedy)
+        check(record, _Record, folder / "probing.json", remedy)
         file = folder / "probing.safetensors"
         stored = {**record["header"], "format": record["format"]}
         check_identity(stored, {"format": FORMAT, **(expected or {})}, str(folder))
         if not file.is_file() or sha256(file) != record["sha256"]:
             raise DamageError(f"{file} is not what was written: delete {folder} and run again")
-        tensors = load_file(file)
+        tensors = read_weights(file, DamageError, remedy)
+        if absent := [name for e in record["entries"] for name in _names(e) if name not in tensors]:
+            raise DamageError(f"{file} lacks {absent[0]!r}: {remedy}")
         entries = tuple(
-            ProbingEntry(
-                entry["name"],
-                tuple(entry["classes"]),
-                *(tensors[f"{entry['name']}.{name}"] for name in _TENSORS),
-            )
-            for entry in record["entries"]
+            ProbingEntry(e["name"], tuple(e["classes"]), *(tensors[name] for name in _names(e)))
+            for e in record["entries"]
         )
         return cls(entries, record["header"])
 
 
 _TENSORS = ("rows", "offsets", "labels", "is_train")
+
+
+def _names(entry: Mapping[str, Any]) -> list[str]:
+    """Of an entry's tensors in the file."""
+    return [f"{entry['name']}.{name}" for name in _TENSORS]
+
+
+class _Entry(Loose):
+    name: str
+    classes: list[str]
+
+
+class _Record(Loose):
+    """What probing.json holds."""
+
+    format: int
+    sha256: str
+    header: dict[str, Any]
+    entries: list[_Entry]
 
 
 def _tensors(entry: ProbingEntry) -> dict[str, Tensor]:

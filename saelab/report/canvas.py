@@ -18,6 +18,7 @@ import numpy as np
 
 from saelab.files import write_atomically
 from saelab.report.load import CONTROL, Run
+from saelab.shown import visible
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -127,7 +128,8 @@ def looks(run: Run) -> dict[str, Look]:
 def shown(name: str) -> str:
     """An arm or control as the legend names it."""
     if name.startswith(CONTROL):
-        return f"control: {name.removeprefix(CONTROL).strip()}"
+        return f"control: {visible(name.removeprefix(CONTROL).strip())}"
+    name = visible(f" {name}" if name.startswith("_") else name)  # legends leave out "_..."
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 

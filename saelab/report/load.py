@@ -177,9 +177,7 @@ def _read_values(files: RunFiles) -> dict[tuple[str, str], list[Value]]:
     return dict(values)
 
 
-def _read_curves(
-    files: RunFiles, target: float | None
-) -> dict[tuple[str, str], dict[int, Curve]]:
+def _read_curves(files: RunFiles, target: float | None) -> dict[tuple[str, str], dict[int, Curve]]:
     points: dict[tuple[str, str], dict[int, dict[int, float]]] = defaultdict(
         lambda: defaultdict(dict)
     )

@@ -48,12 +48,13 @@ from saelab.evals.decoder import decoder_rows
 from saelab.evals.matching import chance, largest_cosines
 from saelab.evals.probing import ProbingData
 from saelab.evals.survival import survival_rows
-from saelab.files import write_atomically, write_json
+from saelab.files import write_atomically
 from saelab.kernels import kernels_name
 from saelab.parts.base import Dims
 from saelab.parts.similarity import LEARNED, Similarity
 from saelab.rundir import package_digest
 from saelab.sae import SAE, SAEConfig
+from saelab.sealed import write_sealed
 from saelab.study.convergence import FEWEST, convergence
 from saelab.study.gate import REACH
 from saelab.study.latents import FILE, write_latents
@@ -65,6 +66,9 @@ from saelab.training.loop import Cell, Log, train
 from saelab.training.module_cell import ModuleCell
 from saelab.training.optim import TrainConfig
 
+#: The files that a finished cell's cell.json holds the checksums of.
+OF_CELL = ("sae.safetensors", "sae.json", "module.safetensors", "curves.parquet", FILE)
+OF_CELL += ("snapshots.safetensors",)
 #: Cells of one seed that share a pass over the stream in one job.
 GROUP = 3
 #: What is measured of a cell at the plan's L0.
@@ -390,7 +394,7 @@ class Worker:
         own = [row.of_cell(plain["arm"], plain["seed"], plain["level"]).as_dict() for row in rows]
         write_curves(folder / "curves.parquet", cell)
         last = {name: _finite(values[cell.log.length - 1]) for name, values in _logged(cell.log)}
-        write_json(
+        write_sealed(
             folder / "cell.json",
             {
                 "settings": {name: plain[name] for name in ("sae", "train", "level", "seed")},
@@ -399,6 +403,7 @@ class Worker:
                 "last": last,
                 "seconds": round(seconds, 3),
             },
+            OF_CELL,
         )
 
 

@@ -26,6 +26,7 @@ from saelab.errors import SettingError
 from saelab.parts import TABLE
 from saelab.progress import clock
 from saelab.runfiles import MANIFEST, RunFiles
+from saelab.shown import visible
 from saelab.study.cells import GROUP
 from saelab.study.estimate import harvest_seconds, training_seconds
 from saelab.study.memory import Needs, needs
@@ -356,7 +357,7 @@ def text(found: RunCheck) -> str:
     for arm in found.arms:
         lines += _arm_lines(arm, plan)
     lines += [f"  warning: {warning}" for warning in found.warnings]
-    return "\n".join(lines)
+    return visible("\n".join(lines), kept="\n")
 
 
 def _arm_lines(arm: ArmCheck, plan: PlanConfig) -> list[str]:

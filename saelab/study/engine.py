@@ -27,11 +27,14 @@ import torch
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.evals import probing_rows
 from saelab.evals.core import CoreData
-from saelab.files import WriteError, read_json, write_json
+from saelab.files import WriteError
+from saelab.lock import held
 from saelab.progress import clock, progress
 from saelab.rundir import cache_folder
 from saelab.sae import SAEConfig
+from saelab.sealed import intact, read_sealed, write_sealed
 from saelab.seeding import study_seeds
+from saelab.shown import visible
 from saelab.study import cells as celljob
 from saelab.study import controls
 from saelab.study.cells import (
@@ -58,6 +61,7 @@ from saelab.study.final_info import (
     judge_planted,
     judge_run,
 )
+from saelab.study.memory import fitting, refuse
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
@@ -120,19 +124,26 @@ class Launch:
 def launch(task: Launch) -> list[Comparison]:
     """Runs one launch and writes its folder; prints the table of results.
 
-    Raises: UsageError for bad input, StudyFailure when the baseline has no valid cell.
+    Raises: UsageError for bad input, StudyFailure when the baseline has no valid cell, BusyError
+        while another launch has the same folder.
     """
+    _check_folder(task.out_dir)
+    with held(task.out_dir, f"is making {task.name}"):
+        return _launch(task)
+
+
+def _launch(task: Launch) -> list[Comparison]:
     start = time.monotonic()
     if (task.out_dir / "final_info.json").exists() and not task.force:
         raise SettingError(
             "out_dir", str(task.out_dir), "is a complete run: name another, or delete it first"
         )
-    _check_folder(task.out_dir)
     before = checked(task)
     base, specs = before.base, before.specs
     cache = cache_folder(task.root)
     for line in [before.needs.line(), *before.warnings]:
-        print(f"{task.name}: {line}", file=sys.stderr)
+        print(f"{task.name}: {visible(line)}", file=sys.stderr)
+    task = _within_memory(task, before)
     if base.activations is None and not any(cache.glob("activations/*/*/header.json")):
         before.check_limit()
     deviations = register(task.root, task.plan) if task.judged else ()
@@ -166,7 +177,7 @@ def launch(task: Launch) -> list[Comparison]:
     )
     record.write(time.monotonic() - start)
     _check_baseline(task, arms)
-    print(table(info, comparisons, task.plan, of_controls))
+    print(visible(table(info, comparisons, task.plan, of_controls), kept="\n"))
     print(f"\n{task.out_dir}: {len(folders)} cells in {clock(time.monotonic() - start)}")
     return comparisons
 
@@ -191,7 +202,7 @@ def _value(found: Found, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> 
     if found.path:
         points = curve(folders[own[-1]] / "curves.parquet", found.name)
     else:
-        last = [read_json(folders[spec] / "cell.json")["last"].get(found.name) for spec in own]
+        last = [read_sealed(folders[spec] / "cell.json")["last"].get(found.name) for spec in own]
         points = [value for value in last if value is not None]
     if not points:
         raise SettingError("Found.name", found.name, f"{found.arm} logs no such value: mend it")
@@ -200,6 +211,21 @@ def _value(found: Found, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> 
 
 def _at_target(spec: CellSpec, plan: PlanConfig) -> bool:
     return spec.level == (plan.target_l0 or 0)
+
+
+def _within_memory(task: Launch, before: RunCheck) -> Launch:
+    """The launch with as many workers as the memory here holds; the bits are those of any number.
+
+    Raises: SettingError when it holds not even one.
+    """
+    workers = fitting(before.base, before.specs, before.workers, GROUP)
+    if workers is None:
+        refuse(before.base, before.specs, GROUP)
+    elif workers < before.workers:
+        told = f"{workers or 'no'} worker{'s' * (workers > 1)} instead of {before.workers}"
+        print(f"{task.name}: {told}, which fits the memory here", file=sys.stderr)
+        return replace(task, workers=workers)
+    return task
 
 
 def _workers(task: Launch, device: str) -> int:
@@ -211,6 +237,10 @@ def _check_folder(folder: Path) -> None:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise SettingError("out_dir", str(folder), f"{there} is no folder: name another")
+    for inside in (folder, folder / "cells"):
+        if inside.is_symlink():
+            remedy = f"{inside} is a link, and so leads elsewhere: name another"
+            raise SettingError("out_dir", str(folder), remedy)
     if not os.access(there, os.W_OK | os.X_OK):
         raise WriteError(f"{folder} can't be written in {there}: choose another folder")
 
@@ -316,10 +346,10 @@ def _planted(
             continue
         key = replace(cell_key(spec, content), control=f"{controls.PREFIX}{controls.PLANTED}")
         place = cell_folder(cache, key, prepared.train.digest)
-        if not (place / "cell.json").is_file():
+        if not intact(place / "cell.json"):
             with one_thread():
                 made = controls.planted(folder, core, spec.seed, spec.level)
-            write_json(place / "cell.json", made)
+            write_sealed(place / "cell.json", made)
         places.append(place)
     return places
 
@@ -448,14 +478,14 @@ def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
         rows = worker.evaluate(kind.make(setting), probe=kind.probed)
     arm = f"{controls.PREFIX}{name}"
     own = [row.of_cell(arm, -1, control["level"]).as_dict() for row in rows]
-    write_json(worker.folder(cache, control["key"]) / "cell.json", {"rows": own})
+    write_sealed(worker.folder(cache, control["key"]) / "cell.json", {"rows": own})
 
 
 def _done(cache: Path, key: Key, data: Data) -> bool:
-    """Whether a cell is in the cache; none is before the activations are complete."""
+    """Whether a cell is in the cache, undamaged; none is before the activations are complete."""
     if data.train_digest is None:
         return False
-    return (cell_folder(cache, key, data.train_digest) / "cell.json").is_file()
+    return intact(cell_folder(cache, key, data.train_digest) / "cell.json")
 
 
 # ---- collecting ------------------------------------------------------------------------------
@@ -479,7 +509,7 @@ def _collect(
     other_seeds = _other_seeds(folders, task.plan)
     gates: dict[str, CellGate] = {}
     for spec, folder in folders.items():
-        cell = read_json(folder / "cell.json")
+        cell = read_sealed(folder / "cell.json")
         if spec in other_seeds:
             others = [folders[other] for other in other_seeds[spec]]
             cell["rows"] += _against(cache, folder, others)
@@ -521,4 +551,4 @@ def _against(cache: Path, folder: Path, others: Sequence[Path]) -> list[dict[str
 
 
 def _control_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    return [row for folder in folders for row in read_json(folder / "cell.json")["rows"]]
+    return [row for folder in folders for row in read_sealed(folder / "cell.json")["rows"]]

@@ -145,6 +145,9 @@ class Record:
     def _place_checkpoints(self, out: Path) -> None:
         for spec, folder in self.folders.items():
             target = out / spec.arm / f"seed{spec.seed}-l0_{spec.level:g}"
+            for place_ in (target, target.parent):
+                if place_.is_symlink():  # it would lead out of the run
+                    place_.unlink()
             for name in ("sae.safetensors", "sae.json", "module.safetensors", "latents.parquet"):
                 source = folder / name
                 if source.is_file():

@@ -25,7 +25,7 @@ from saelab.config import digest
 from saelab.evals.agreement import OF_SEEDS, no_agreement, seed_rows, sums_by_frequency
 from saelab.evals.base import Row
 from saelab.evals.matching import Agreement, agree
-from saelab.files import read_json, write_json
+from saelab.sealed import intact, read_sealed, write_sealed
 from saelab.study.latents import FILE, read_density
 
 T = TypeVar("T")
@@ -47,13 +47,13 @@ def partners(members: Sequence[T]) -> dict[T, list[T]]:
 def compare(cache: Path, one: Path, other: Path) -> None:
     """Compares two cells, by their folders, unless that is done or one of them is not there."""
     file = _file(cache, one, other)
-    if file.is_file() or not (_comparable(one) and _comparable(other)):
+    if intact(file) or not (_comparable(one) and _comparable(other)):
         return
     first, second = sorted((one, other), key=lambda folder: folder.name)
     found = agree(_decoder(first), _decoder(second))
     sides = {first: found, second: found.turned()}
     sums = {cell.name: _sums(side, read_density(cell / FILE)) for cell, side in sides.items()}
-    write_json(file, sums)
+    write_sealed(file, sums)
 
 
 def rows_of_seeds(cache: Path, own: Path, others: Sequence[Path]) -> list[Row]:
@@ -69,7 +69,7 @@ def rows_of_seeds(cache: Path, own: Path, others: Sequence[Path]) -> list[Row]:
         reason = "the cell failed, or is no SAE made of parts"
         return no_agreement(reason, OF_SEEDS)
     files = [_file(cache, own, other) for other in others]
-    pairs = [read_json(file)[own.name] for file in files if file.is_file()]
+    pairs = [read_sealed(file)[own.name] for file in files if file.is_file()]
     if not pairs:
         return no_agreement("no other seed of the arm has a trained SAE", OF_SEEDS)
     return seed_rows(pairs)

@@ -61,10 +61,12 @@ EXPERIMENT = Path("experiment.py")
 @contextmanager
 def _told() -> Iterator[None]:
     """Bad input ends with one sentence and exit code 2, a failed study with 1."""
+    from saelab import exhausted
     from saelab.errors import SaelabError
 
     try:
-        yield
+        with exhausted.told():
+            yield
     except SaelabError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(error.exit_code) from None

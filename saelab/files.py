@@ -46,7 +46,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         code, why = (error.errno, error.strerror) if isinstance(error, OSError) else (None, "")
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        full = ("No space left", "File too large")  # the second: the limit of ulimit -f
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(s in str(error) for s in full):
             raise WriteError(
                 f"{path} can't be written, the disk is full: free some space"
             ) from error

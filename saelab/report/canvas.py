@@ -211,7 +211,7 @@ def text_width(text: str, size: float = TEXT, bold: bool = False) -> float:
 def wrap(text: str, inches: float, size: float = TEXT, bold: bool = False) -> list[str]:
     """Breaks a text at its spaces into lines that are not wider; a longer word stands alone."""
     lines: list[str] = []
-    for word in text.split(" "):
+    for word in visible(text).split(" "):
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and text_width(longer, size, bold) <= inches:
             lines[-1] = longer

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from saelab import exhausted
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.evals import probing_rows
 from saelab.evals.core import CoreData
@@ -128,7 +129,7 @@ def launch(task: Launch) -> list[Comparison]:
         while another launch has the same folder.
     """
     _check_folder(task.out_dir)
-    with held(task.out_dir, f"is making {task.name}"):
+    with exhausted.told(), held(task.out_dir, f"is making {task.name}"):
         return _launch(task)
 
 

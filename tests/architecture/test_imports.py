@@ -15,7 +15,7 @@ ROOT = Path(saelab.__file__).parent
 #: From the bottom up. The public surface (`saelab/__init__`) only names modules and loads none.
 LAYERS = [
     {"errors", "shown", "seeding", "stats", "config", "files", "progress", "allocator", "rundir"}
-    | {"schema", "sealed", "tables", "runfiles", "lock", "weights"},
+    | {"schema", "sealed", "tables", "runfiles", "lock", "weights", "exhausted"},
     {"data"},
     {"assets"},
     {"kernels"},

@@ -26,6 +26,9 @@ from saelab.sealed import SEAL, write_sealed
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux has them")
 TINY = "study = 'tiny'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
+#: Settings that matter to no limit, as small as they can be.
+SMALLER = {"tokens = 16_384": "tokens = 2_048", "d_sae = 256": "d_sae = 64"}
+SMALLER |= {"tokens = 4_000": "tokens = 1_000", "loss_contexts = 8": "loss_contexts = 2"}
 
 
 def told(ended: Ended, *words: str, code: int = 2) -> None:
@@ -38,7 +41,11 @@ def told(ended: Ended, *words: str, code: int = 2) -> None:
 
 def project_in(folder: Path, *arms: str) -> Project:
     project = Project.make(folder, arms or (BASELINE, RATE), plan=TINY)
-    project.replace("configs/small.toml", "tokens = 16_384", "tokens = 4_096")
+    for old, new in SMALLER.items():
+        project.replace("configs/small.toml", old, new)
+    for name in ("train.txt", "held_out.txt"):
+        file = project.folder / name
+        file.write_text(file.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
     return project
 
 
@@ -61,7 +68,7 @@ def copy_of(project: Project, folder: Path) -> Project:
 @LINUX
 def test_a_limit_on_file_sizes_is_told_and_the_same_command_goes_on(tmp_path: Path) -> None:
     project = project_in(tmp_path / "project")
-    size = 1_000_000  # bytes; the first shard is larger
+    size = 600_000  # bytes; the first shard is larger
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -85,7 +92,7 @@ def small_disk(place: Path, size: str) -> Iterator[None]:
 
 
 @LINUX
-@pytest.mark.parametrize("size", ["1m", "5m"])  # full in the harvest, and among the cells
+@pytest.mark.parametrize("size", ["900k", "4m"])  # full in the harvest, and among the cells
 def test_a_full_disk_is_told_and_room_lets_the_same_command_go_on(
     tmp_path: Path, finished: Project, size: str
 ) -> None:

@@ -89,8 +89,8 @@ def _check_shapes(config: SAEConfig, d_in: int, file: Path) -> None:
     """
     try:
         wanted = config.shapes(d_in)
-    except (RuntimeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, ArithmeticError, ValueError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DamageError(f"{file} fits no SAE of such sizes ({reason}): {REMEDY}") from None
     found = shapes(file, DamageError, REMEDY)
     if config.tied:

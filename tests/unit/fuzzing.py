@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from saelab.errors import SaelabError
+from saelab.shown import is_plain
 
 #: More memory than this for one damaged file is a fault, in bytes.
 MOST = 10**9
@@ -113,7 +114,7 @@ def as_json(data: Any) -> bytes:
     return json.dumps(data).encode()
 
 
-def answer(read: Callable[[], Any]) -> tuple[str, Any]:
+def answer(read: Callable[[], Any]) -> tuple[str, str]:
     """("value", what was read) or ("told", the sentence); anything else is a fault.
 
     Raises: what the reader raises that is no SaelabError; AssertionError for too much memory or a
@@ -121,10 +122,10 @@ def answer(read: Callable[[], Any]) -> tuple[str, Any]:
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        result = ("value", read())
+        result = ("value", repr(read()))  # as text, in which NaN is NaN
     except SaelabError as error:
         said = str(error)
-        assert len(said) > 20 and said.isprintable(), said
+        assert len(said) > 20 and is_plain(said), said
         result = ("told", said)
     taken = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert taken < MOST, f"{taken:,} bytes for a damaged file"

@@ -503,7 +503,7 @@ def attacked(name: str, folder: Path, cases: int) -> None:
         _attack(kind, folder, file, max(2, int(cases * kind.share)), before)
 
 
-def _attack(kind: Format, folder: Path, file: str, cases: int, before: tuple[str, Any]) -> None:
+def _attack(kind: Format, folder: Path, file: str, cases: int, before: tuple[str, str]) -> None:
     good, bad = folder / "good", folder / "bad"
     content = (good / file).read_bytes()
     attack = harm(content)

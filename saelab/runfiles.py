@@ -28,6 +28,8 @@ MANIFEST, INFO, GATE = "manifest.json", "final_info.json", "gate.json"
 METRICS, CURVES = "metrics.parquet", "curves.parquet"
 #: What the manifest answers for, beside files of single cells that carry no checksum themselves.
 SEALED = (INFO, METRICS, CURVES, GATE, "summary.md")
+#: Name in a manifest that has a seal: one that has lost it is told from one that never had it.
+ANSWERS = "sealed"
 OF_CELLS = ("latents.parquet", "module.safetensors")
 REMEDY = "make the run again, or take the folder from where it was copied"
 
@@ -94,6 +96,8 @@ class RunFiles:
         check_object(data, path, REMEDY)
         if SEAL in data:
             data = opened(data, path, REMEDY)
+        elif ANSWERS in data:
+            raise DamageError(f"{path} has lost its checksum: {REMEDY}")
         return check(data, _Manifest, path, REMEDY)
 
     @cached_property
@@ -142,4 +146,4 @@ def seal_run(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes the manifest of a run whose other files are all there."""
     cells = sorted(p for name in OF_CELLS for p in (folder / "cells").glob(f"*/*/{name}"))
     names = [*SEALED, *(file.relative_to(folder).as_posix() for file in cells)]
-    write_sealed(folder / MANIFEST, manifest, names)
+    write_sealed(folder / MANIFEST, {**manifest, ANSWERS: True}, names)

@@ -122,6 +122,10 @@ def test_a_run_without_checksums_says_so(tmp_path: Path, finished: Project) -> N
     del data["seal"]
     file.write_text(json.dumps(data))
     ended = cli(project.folder, "verdict", "run_1")
+    assert ended.code == 1 and "manifest.json has lost its checksum" in ended.last
+    del data["sealed"]
+    file.write_text(json.dumps(data))
+    ended = cli(project.folder, "verdict", "run_1")
     assert ended.code == 0 and "carry no checksums" in ended.out
     assert "carry no checksums" not in cli(finished.folder, "verdict", "run_1").out
 

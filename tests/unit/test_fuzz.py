@@ -228,7 +228,8 @@ def unseal(folder: Path) -> None:
     file = folder / "run_1" / "manifest.json"
     data = read_json(file)
     if isinstance(data, dict):
-        data.pop(SEAL, None)
+        for name in (SEAL, "sealed"):
+            data.pop(name, None)
         write_json(file, data)
 
 

@@ -13,12 +13,10 @@ import torch
 from pydantic import Field
 from safetensors.torch import save_file
 
-from saelab.config import digest
 from saelab.errors import DamageError, SourceError
-from saelab.files import read_json, sha256, write_atomically, write_json
+from saelab.files import read_json, read_sealed, sha256, write_atomically, write_sealed
 from saelab.sae import SAE, SAEConfig
 from saelab.schema import Loose, check
-from saelab.sealed import check_object
 from saelab.weights import read_weights, shapes
 
 FORMAT = 1
@@ -48,7 +46,7 @@ def save(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
         "provenance": provenance,
         "sha256": sha256(file),
     }
-    write_json(folder / "sae.json", record | {"digest": digest(record)})
+    write_sealed(folder / "sae.json", record)
 
 
 def load(folder: Path, device: str = "cpu") -> tuple[SAE, dict[str, Any]]:
@@ -60,14 +58,11 @@ def load(folder: Path, device: str = "cpu") -> tuple[SAE, dict[str, Any]]:
     if not (folder / "sae.json").is_file():
         raise SourceError(f"{folder} holds no sae.json: name the folder of a saved SAE")
     record = read_json(folder / "sae.json")
-    check_object(record, folder / "sae.json", REMEDY)
-    if record.get("format") != FORMAT:
-        raise SourceError(
-            f"{folder} has format {record.get('format')!r}, this version reads {FORMAT}: {REMEDY}"
-        )
-    if record.pop("digest", None) != digest(record):
-        raise DamageError(f"{folder / 'sae.json'} was changed after it was written: {REMEDY}")
-    check(record, _Record, folder / "sae.json", REMEDY)
+    found = record.get("format") if isinstance(record, dict) else None
+    if isinstance(record, dict) and found != FORMAT:
+        told = f"{folder} has format {found!r}, this version reads {FORMAT}"
+        raise SourceError(f"{told}: {REMEDY}")
+    record = check(read_sealed(folder / "sae.json", REMEDY), _Record, folder / "sae.json", REMEDY)
     file = folder / "sae.safetensors"
     if not file.is_file() or sha256(file) != record["sha256"]:
         raise DamageError(f"{file} does not match its checksum: {REMEDY}")

@@ -21,7 +21,7 @@ class ExhaustedError(UsageError):
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def named() -> Iterator[None]:
     """Raises: ExhaustedError in place of what the system and the libraries raise."""
     try:
         yield

@@ -1,6 +1,6 @@
 """The files of a finished run, read with care: unchanged since the launch, and of their types.
 
-    manifest.json     is sealed (sealed.py) and holds the checksums of the others
+    manifest.json     is sealed (`files.write_sealed`) and holds the checksums of the others
     final_info.json, metrics.parquet, curves.parquet, gate.json, summary.md, cells/...
 
 A file that is missing is as its reader takes it: a driver may copy final_info.json alone. One that
@@ -10,6 +10,7 @@ hand; `sealed` tells, and `saelab verdict` says so.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,18 +20,17 @@ from typing import Any
 from pydantic import Field
 
 from saelab.errors import DamageError, SourceError
-from saelab.files import read_json, sha256
+from saelab.files import read_json, read_sealed, sha256, write_sealed
 from saelab.schema import Loose, Name, Number, Whole, check
-from saelab.sealed import SEAL, check_object, opened, sums_of, write_sealed
 from saelab.tables import Kind, read_rows
 
 MANIFEST, INFO, GATE = "manifest.json", "final_info.json", "gate.json"
 METRICS, CURVES = "metrics.parquet", "curves.parquet"
 #: What the manifest answers for, beside files of single cells that carry no checksum themselves.
 SEALED = (INFO, METRICS, CURVES, GATE, "summary.md")
-#: Name in a manifest that has a seal: one that has lost it is told from one that never had it.
-ANSWERS = "sealed"
 OF_CELLS = ("latents.parquet", "module.safetensors")
+#: Where the manifest has file -> checksum. One with sums and without a digest has lost it.
+SUMS = "sha256"
 REMEDY = "make the run again, or take the folder from where it was copied"
 
 
@@ -61,6 +61,7 @@ class _Manifest(Loose):
     base: dict[str, Any] = Field(default_factory=dict)
     deviations: list[str] = Field(default_factory=list)
     comparisons: list[_Comparison] = Field(default_factory=list)
+    sha256: dict[str, str] = Field(default_factory=dict)
 
 
 Plain = Number | str | bool | None
@@ -92,17 +93,14 @@ class RunFiles:
         path = self.folder / MANIFEST
         if not path.is_file():
             return {}
-        data = read_json(path)
-        check_object(data, path, REMEDY)
-        if SEAL in data:
-            data = opened(data, path, REMEDY)
-        elif ANSWERS in data:
-            raise DamageError(f"{path} has lost its checksum: {REMEDY}")
-        return check(data, _Manifest, path, REMEDY)
+        data = check(read_json(path), _Manifest, path, REMEDY)
+        if "digest" in data or SUMS in data:
+            data = check(read_sealed(path, REMEDY), _Manifest, path, REMEDY)
+        return data
 
     @cached_property
     def _sums(self) -> dict[str, str]:
-        return sums_of(self.folder / MANIFEST) if self.manifest else {}
+        return self.manifest.get(SUMS, {})
 
     @property
     def sealed(self) -> bool:
@@ -146,4 +144,6 @@ def seal_run(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes the manifest of a run whose other files are all there."""
     cells = sorted(p for name in OF_CELLS for p in (folder / "cells").glob(f"*/*/{name}"))
     names = [*SEALED, *(file.relative_to(folder).as_posix() for file in cells)]
-    write_sealed(folder / MANIFEST, {**manifest, ANSWERS: True}, names)
+    there = [name for name in names if (folder / name).is_file()]
+    sums = {SUMS: {name: sha256(folder / name) for name in there}}
+    write_sealed(folder / MANIFEST, json.loads(json.dumps(manifest)) | sums)

@@ -2,7 +2,7 @@
 
     <folder>/shard-00000.safetensors   x [contexts, positions, d], mask, ids
     <folder>/header.json               identity, counts and the sha256 of each shard; written last
-                                       and sealed (saelab/sealed.py)
+                                       and sealed (`files.write_sealed`)
 
 A folder without header.json is not complete; `partial.json` then says which shards are there, a
 writer of the same identity goes on after them, and a reader may follow the writer. The digest of a
@@ -30,9 +30,8 @@ from torch import Tensor
 
 from saelab.config import digest
 from saelab.errors import DamageError, MismatchError, SourceError
-from saelab.files import read_json, sha256, write_atomically
+from saelab.files import read_json, read_sealed, sha256, write_atomically, write_sealed
 from saelab.schema import Loose, Name, check
-from saelab.sealed import check_object, read_sealed, write_sealed
 from saelab.weights import read_weights
 
 #: Version of the folder's layout.
@@ -237,8 +236,7 @@ def _read_state(file: Path) -> dict[str, Any]:
     """
     remedy = f"delete {file.parent} and harvest again"
     stored = read_json(file)
-    check_object(stored, file, remedy)
-    if stored.get("format") != FORMAT:
+    if isinstance(stored, dict) and stored.get("format") != FORMAT:
         raise SourceError(
             f"{file.parent} has format {stored.get('format')!r}, this version reads {FORMAT}: "
             "harvest it again"

@@ -56,6 +56,7 @@ from saelab.report.shared import (
     values_of,
 )
 from saelab.shown import visible
+from saelab.signals import told
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -82,6 +83,7 @@ Picture = Callable[[Run], "Figure | str"]
 # ---------------------------------------------------------------- the front door
 
 
+@told()
 def draw(labels: Mapping[str, str]) -> None:
     """Draws all runs of the current directory; this is the whole of plot.py.
 

@@ -28,12 +28,11 @@ from saelab import exhausted
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.evals import probing_rows
 from saelab.evals.core import CoreData
-from saelab.files import WriteError
+from saelab.files import WriteError, read_sealed
 from saelab.lock import held
 from saelab.progress import clock, progress
 from saelab.rundir import cache_folder
 from saelab.sae import SAEConfig
-from saelab.sealed import intact, read_sealed, write_sealed
 from saelab.seeding import study_seeds
 from saelab.shown import visible
 from saelab.study import cells as celljob
@@ -50,6 +49,7 @@ from saelab.study.cells import (
     cell_key,
     curve,
     evaluation_cost,
+    resume_folder,
 )
 from saelab.study.check import RunCheck, check, check_limit
 from saelab.study.estimate import training_seconds
@@ -62,6 +62,7 @@ from saelab.study.final_info import (
     judge_planted,
     judge_run,
 )
+from saelab.study.finished import finish, is_finished
 from saelab.study.memory import fitting, refuse
 from saelab.study.plan import (
     BASELINE,
@@ -83,6 +84,7 @@ from saelab.study.registry import register
 from saelab.study.seeds import compare, partners, rows_of_seeds
 from saelab.study.summary import table
 from saelab.study.verdict import Comparison
+from saelab.training.resume import drop_damaged, remove_checkpoints
 
 #: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.
 LONGEST = 7000.0
@@ -129,7 +131,7 @@ def launch(task: Launch) -> list[Comparison]:
         while another launch has the same folder.
     """
     _check_folder(task.out_dir)
-    with exhausted.told(), held(task.out_dir, f"is making {task.name}"):
+    with exhausted.named(), held(task.out_dir, f"is making {task.name}"):
         return _launch(task)
 
 
@@ -347,10 +349,10 @@ def _planted(
             continue
         key = replace(cell_key(spec, content), control=f"{controls.PREFIX}{controls.PLANTED}")
         place = cell_folder(cache, key, prepared.train.digest)
-        if not intact(place / "cell.json"):
+        if not is_finished(place):
             with one_thread():
                 made = controls.planted(folder, core, spec.seed, spec.level)
-            write_sealed(place / "cell.json", made)
+            finish(place, made)
         places.append(place)
     return places
 
@@ -392,6 +394,10 @@ def _train(
     jobs = _jobs(task, open_specs, keys, data, cache)
     beside = [control for control in beside if not _done(cache, control["key"], data)]
     trained = [control for control in beside if "control" not in control]
+    unfinished = [keys[spec] for spec in open_specs] + [control["key"] for control in trained]
+    for key in [*keys.values(), *(control["key"] for control in trained)]:
+        tidy = drop_damaged if key in unfinished else remove_checkpoints
+        tidy(resume_folder(cache, key, prepared.train, data.foreign))
     for some in (trained, [control for control in beside if "control" in control]):
         if some:
             jobs.append(Job(some, some[0]["seed"], data, cache, task.experiment, task.name))
@@ -479,14 +485,14 @@ def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
         rows = worker.evaluate(kind.make(setting), probe=kind.probed)
     arm = f"{controls.PREFIX}{name}"
     own = [row.of_cell(arm, -1, control["level"]).as_dict() for row in rows]
-    write_sealed(worker.folder(cache, control["key"]) / "cell.json", {"rows": own})
+    finish(worker.folder(cache, control["key"]), {"rows": own})
 
 
 def _done(cache: Path, key: Key, data: Data) -> bool:
     """Whether a cell is in the cache, undamaged; none is before the activations are complete."""
     if data.train_digest is None:
         return False
-    return intact(cell_folder(cache, key, data.train_digest) / "cell.json")
+    return is_finished(cell_folder(cache, key, data.train_digest))
 
 
 # ---- collecting ------------------------------------------------------------------------------

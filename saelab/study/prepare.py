@@ -24,9 +24,8 @@ from saelab.data.store import FolderSource, ForeignSource, GrowingSource, Shard,
 from saelab.data.tasks import Entry, embedded_entries, entries_from_table
 from saelab.data.texts import TextConfig, documents, manifest, tokenize
 from saelab.errors import DamageError, SettingError, SourceError
-from saelab.evals.probing import harvest_probing, identity
+from saelab.evals.probing import ProbingData, harvest_probing, identity
 from saelab.lock import held
-from saelab.sealed import intact
 from saelab.study.plan import BaseConfig, ProbingConfig
 
 #: Stored precision of probing activations; the model's own channels are probed from the same.
@@ -249,7 +248,7 @@ def _probing(
     dtype = torch.float32 if as_saebench else PROBING_DTYPE
     asked = identity(model, base.hook_name, entries, context, dtype, as_saebench)
     folder = cache / "probing" / digest(asked)
-    if not intact(folder / "probing.json"):
+    if not ProbingData.is_saved(folder):
         with held(folder, "is harvesting its probing activations"):
             made = harvest_probing(model, base.hook_name, entries, context, dtype, as_saebench)
             made.save(folder)

@@ -119,11 +119,11 @@ def test_a_run_without_checksums_says_so(tmp_path: Path, finished: Project) -> N
     project = copy_of(finished, tmp_path / "project")
     file = project.folder / "run_1" / "manifest.json"
     data = json.loads(file.read_text())
-    del data["seal"]
+    del data["digest"]
     file.write_text(json.dumps(data))
     ended = cli(project.folder, "verdict", "run_1")
-    assert ended.code == 1 and "manifest.json has lost its checksum" in ended.last
-    del data["sealed"]
+    assert ended.code == 1 and "manifest.json was changed after" in ended.last
+    del data["sha256"]
     file.write_text(json.dumps(data))
     ended = cli(project.folder, "verdict", "run_1")
     assert ended.code == 0 and "carry no checksums" in ended.out
@@ -153,7 +153,7 @@ def test_a_damaged_cache_is_told_and_made_again(tmp_path: Path, finished: Projec
     assert "Traceback" not in ended.err
     assert project.info() == finished.info() and project.weights() == finished.weights()
     again = project.again()
-    assert "checksum" not in again.err and "changed after" not in again.err
+    assert "damaged" not in again.err and "changed after" not in again.err
     assert "to train" not in again.err
 
 

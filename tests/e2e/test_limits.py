@@ -20,9 +20,8 @@ import torch
 from projects import BASELINE, RATE, Ended, Project, environment, stop, wait_for
 from safetensors.torch import load_file, save_file
 
-from saelab.files import read_json, sha256
+from saelab.files import read_json, sha256, write_sealed
 from saelab.lock import held
-from saelab.sealed import SEAL, write_sealed
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux has them")
 TINY = "study = 'tiny'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
@@ -323,7 +322,7 @@ def test_nan_in_harvested_activations_names_step_and_cell(
     tensors["x"][-1, -1, 3] = math.nan
     save_file(tensors, file)
     record["shards"][0] |= {"sha256": sha256(file), "bytes": file.stat().st_size}
-    write_sealed(header, {name: value for name, value in record.items() if name != SEAL})
+    write_sealed(header, {name: value for name, value in record.items() if name != "digest"})
     ended = project.again()
     assert ended.code == 1 and "Traceback" not in ended.err, ended.err
     assert "baseline has no valid cell" in ended.last and "step" in ended.last, ended.last

@@ -30,14 +30,14 @@ from saelab.data.store import FolderSource, FolderWriter, ForeignSource, Growing
 from saelab.data.tasks import entries_from_table
 from saelab.data.texts import TextConfig, documents
 from saelab.evals.probing import ProbingData, ProbingEntry
-from saelab.files import read_json, write_json
+from saelab.files import read_json, write_json, write_sealed
 from saelab.report.load import load
 from saelab.runfiles import seal_run
 from saelab.sae import SAEConfig
-from saelab.sealed import SEAL, intact, write_sealed
 from saelab.study.cells import curve
 from saelab.study.confirm import _tuned
 from saelab.study.difference import difference
+from saelab.study.finished import finish, is_finished
 from saelab.study.folders import RunFolder, members
 from saelab.study.latents import read_density
 from saelab.study.plan import BaseConfig, PlanConfig
@@ -127,7 +127,7 @@ def reseal(name: str) -> Callable[[Path], None]:
     def sealed(folder: Path) -> None:
         data = read_json(folder / name)
         if isinstance(data, dict):
-            write_sealed(folder / name, {n: v for n, v in data.items() if n != SEAL})
+            write_sealed(folder / name, {n: v for n, v in data.items() if n != "digest"})
 
     return sealed
 
@@ -152,12 +152,12 @@ def make_cell(folder: Path) -> None:
     pq.write_table(pa.table(names), folder / "curves.parquet")
     pq.write_table(pa.table({"density": [0.1, 0.2]}), folder / "latents.parquet")
     rows = [{"metric": "fvu", "value": 0.25, "slice": "", "reason": "", "definition": "core/1"}]
-    write_sealed(folder / "cell.json", {"rows": rows, "last": {"loss": 1.0}}, OF_CELL)
+    finish(folder, {"rows": rows, "last": {"loss": 1.0}})
 
 
 def read_cell(folder: Path) -> Any:
     """A damaged cell is trained again: here, it is the cell that was not damaged."""
-    if not intact(folder / "cell.json"):
+    if not is_finished(folder):
         shutil.rmtree(folder)
         folder.mkdir()
         make_cell(folder)
@@ -228,7 +228,7 @@ def unseal(folder: Path) -> None:
     file = folder / "run_1" / "manifest.json"
     data = read_json(file)
     if isinstance(data, dict):
-        for name in (SEAL, "sealed"):
+        for name in ("digest", "sha256"):
             data.pop(name, None)
         write_json(file, data)
 

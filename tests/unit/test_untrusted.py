@@ -25,12 +25,11 @@ from saelab.data import models
 from saelab.data.models import ModelConfig
 from saelab.data.store import ForeignSource
 from saelab.errors import DamageError, SaelabError, SettingError, SourceError
-from saelab.files import read_json, write_json
+from saelab.files import read_json, write_json, write_sealed
 from saelab.report.canvas import shown
 from saelab.report.figures import draw_run
 from saelab.report.load import load
 from saelab.sae import SAEConfig
-from saelab.sealed import write_sealed
 from saelab.shown import markdown, visible
 from saelab.study.export import export
 from saelab.study.folders import members

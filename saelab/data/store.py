@@ -182,7 +182,7 @@ class FolderSource:
 
     @property
     def d(self) -> int:
-        return int(self.header["d"])
+        return _width(self.header, self.path)
 
     @property
     def n_shards(self) -> int:
@@ -212,8 +212,8 @@ class FolderSource:
 
 
 class _Header(Loose):
-    d: int = Field(ge=1)
-    n_tokens: int = Field(ge=0)
+    d: int = Field(default=1, ge=1)
+    n_tokens: int = Field(default=0, ge=0)
 
 
 class _Record(Loose):
@@ -242,6 +242,12 @@ def _read_state(file: Path) -> dict[str, Any]:
             "harvest it again"
         )
     return check(read_sealed(file, remedy), _State, file, remedy)
+
+
+def _width(header: Mapping[str, Any], path: Path) -> int:
+    if "d" not in header:
+        raise DamageError(f"{path} does not say its width d: delete it and harvest again")
+    return int(header["d"])
 
 
 def _check_size(path: Path, record: Mapping[str, Any]) -> None:
@@ -307,7 +313,7 @@ class GrowingSource:
 
     @property
     def d(self) -> int:
-        return int(self.header["d"])
+        return _width(self.header, self.path)
 
     @property
     def n_shards(self) -> int:

@@ -62,12 +62,14 @@ EXPERIMENT = Path("experiment.py")
 def _told() -> Iterator[None]:
     """Bad input ends with one sentence and exit code 2, a failed study with 1, SIGINT with 130 and
     SIGTERM with 143."""
+    from saelab import exhausted
     from saelab.errors import SaelabError
     from saelab.signals import told
 
     with told():
         try:
-            yield
+            with exhausted.named():
+                yield
         except SaelabError as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(error.exit_code) from None
@@ -120,7 +122,7 @@ def plan_check(
             except SourceError as error:  # a confirmation whose earlier runs are not there yet
                 if names or not isinstance(runs[name], Confirmation):
                     raise
-                typer.echo(f"{name}: {error}", err=True)
+                _say(f"{name}: {error}", err=True)
         if json_:
             _print_json([one.as_dict() for one in found])
         else:
@@ -153,7 +155,7 @@ def tune(
         else:
             for arm, known in found.items():
                 if isinstance(known, dict):
-                    typer.echo(f"{arm}: train.lr = {known['train.lr']:g} of {known['trials']}")
+                    _say(f"{arm}: train.lr = {known['train.lr']:g} of {known['trials']}")
 
 
 @app.command()
@@ -259,7 +261,14 @@ def attempts(json_: Json = False) -> None:
             _print_json(as_dicts(found))
         else:
             for one in found:
-                typer.echo(one.line())
+                _say(one.line())
+
+
+def _say(text: str, err: bool = False) -> None:
+    """Prints what may hold names and texts of others."""
+    from saelab.shown import visible
+
+    typer.echo(visible(text, kept="\n"), err=err)
 
 
 def _print_json(data: Any) -> None:
@@ -314,10 +323,10 @@ def difference(
 
         found = of_arms(folder, arm, other, metric)
         if found.low is None or found.high is None or found.mean_diff is None:
-            print(f"{arm} - {other}, {metric}: {found.reason}")
+            _say(f"{arm} - {other}, {metric}: {found.reason}")
             return
         span = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.n} pairs"
-        print(f"{arm} - {other}, {metric}: {found.mean_diff:+.4f}  ({span})")
+        _say(f"{arm} - {other}, {metric}: {found.mean_diff:+.4f}  ({span})")
 
 
 @app.command("eval")
@@ -414,7 +423,7 @@ def evaluate(
         if out is not None:
             (write_json if out.suffix == ".json" else write_rows)(out, rows)
         for line in [plain.dumps(rows, indent=1)] if json else table(rows):
-            typer.echo(line)
+            _say(line)
 
 
 @app.command("export")
@@ -445,7 +454,7 @@ def export_(
 
         _own_parts(experiment)
         for folder in export(path, out, format, source, arm or (), seed or (), without_trace):
-            typer.echo(str(folder))
+            _say(str(folder))
 
 
 @app.command()
@@ -474,7 +483,7 @@ def saebench(
         elif out is not None:
             raise SettingError("--out", str(out), f"{path} is a result file already: leave it out")
         for line in shown(path, result_at(beside, arm, seed) if beside else None):
-            typer.echo(line)
+            _say(line)
 
 
 @app.command()

@@ -102,12 +102,18 @@ class SAEConfig(Frozen):
         """An uninitialised SAE; call `initialise` before training."""
         return SAE(self, Dims(d_in, self.d_sae, steps, seed))
 
+    def shapes(self, d_in: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor of such an SAE; none of them is made."""
+        with torch.device("meta"):
+            sae = SAE(self, Dims(d_in, self.d_sae), checked=False)
+        return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+
 
 @final
 class SAE(nn.Module):
     scale: Tensor
 
-    def __init__(self, config: SAEConfig, dims: Dims) -> None:
+    def __init__(self, config: SAEConfig, dims: Dims, checked: bool = True) -> None:
         super().__init__()
         self.config, self.d_in, self.d_sae = config, dims.d_in, dims.d_sae
         self.W_enc = nn.Parameter(torch.zeros(dims.d_sae, dims.d_in))
@@ -125,7 +131,7 @@ class SAE(nn.Module):
         self.observers = _named(config.observers, dims)
         self._norms_wanted = any(t.uses_decoder_norms for t in self.loss_terms().values())
         self._z_wanted = any(part.uses_preactivations for part in self.parts())
-        for part in self.parts():
+        for part in self.parts() if checked else ():
             part.check(self)
 
     # ---- composition -------------------------------------------------------------------------

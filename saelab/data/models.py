@@ -20,6 +20,7 @@ Any other module is named by its path, as `model.named_modules()` has it; its ou
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,18 +31,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from saelab.assets import EMBEDDED_MODEL
 from saelab.config import Frozen, digest
 from saelab.data.texts import quiet
-from saelab.errors import SettingError, SourceError, nearest
+from saelab.errors import SaelabError, SettingError, SourceError, nearest
 from saelab.files import sha256
+from saelab.weights import shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+#: Fields of a model's config.json that say of how many parts it is made, and how many are taken.
+COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
+MOST_PARTS = 1024
 #: Endings of architecture names that have a next-token head.
 HEADS = ("ForCausalLM", "LMHeadModel")
 KINDS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
@@ -422,6 +426,8 @@ def load(config: ModelConfig) -> LanguageModel:
 
     with _told(config) as path:
         settings, kind, options = _kind(config, path)
+        if Path(path).is_dir():
+            _check_stored(kind, settings, Path(path))
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model, info = kind.from_pretrained(
             path,
@@ -487,7 +493,9 @@ def _told(config: ModelConfig) -> Iterator[str]:
     try:
         with quiet(), no_bars():
             yield path
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (SaelabError, MemoryError):
+        raise
+    except Exception as error:  # a strange config.json makes `transformers` raise any kind
         raise _unusable(config, path, error) from error
 
 
@@ -499,7 +507,34 @@ def _kind(config: ModelConfig, path: str) -> tuple[Any, Any, dict[str, Any]]:
     if config.revision is not None:
         options["revision"] = config.revision
     settings = AutoConfig.from_pretrained(path, **options)
+    _check_counts(settings)
     return settings, AutoModelForCausalLM if _has_head(settings) else AutoModel, options
+
+
+def _check_counts(settings: Any) -> None:
+    """Raises: SourceError for so many blocks or experts that making them would not end."""
+    text = settings.get_text_config()
+    for name in COUNTS:
+        value = getattr(text, name, None)
+        if value is not None and not (isinstance(value, int) and 0 < value <= MOST_PARTS):
+            told = f"{name} = {repr(value)[:40]}, and from 1 to {MOST_PARTS} are read"
+            raise SourceError(f"config.json of the model has {told}: mend it")
+
+
+def _check_stored(kind: Any, settings: Any, folder: Path) -> None:
+    """Whether the weights of a folder are as many as its config.json makes of it, so that none that
+    are not there take memory.
+
+    Raises: SourceError where they are not.
+    """
+    with torch.device("meta"):
+        expected = sum(weight.numel() for weight in kind.from_config(settings).parameters())
+    remedy = "complete its folder or download it again"
+    files = sorted(folder.glob("*.safetensors"))
+    held = [math.prod(s) for file in files for s in shapes(file, SourceError, remedy).values()]
+    if held and expected > 2 * sum(held):  # tied weights are stored once
+        told = f"config.json describes {expected:,} weights, and its files hold {sum(held):,}"
+        raise SourceError(f"model {folder}: {told}: {remedy}")
 
 
 def _has_head(settings: Any) -> bool:

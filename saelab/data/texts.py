@@ -32,6 +32,7 @@ from saelab.data import stdlib
 from saelab.errors import SettingError, SourceError, UnreachableError, nearest
 from saelab.files import sha256
 from saelab.seeding import numpy_stream
+from saelab.tables import stream_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -210,26 +211,19 @@ def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                 if line.strip():
                     yield _json_row(line, f"{file}:{number}")
     elif file.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        try:
-            with pq.ParquetFile(file) as table:
-                names = table.schema_arrow.names
-                there = [name for name in columns if name in names]
-                if not there and set(columns) != {"split"}:
-                    there = names
-                if there:
-                    for batch in table.iter_batches(batch_size=256, columns=there):
-                        yield from batch.to_pylist()
-        except pa.ArrowInvalid as error:
-            raise SourceError(f"{file} is no readable parquet file ({error}): mend it") from None
+        def choose(names: Sequence[str]) -> list[str]:
+            there = [name for name in columns if name in names]
+            every = not there and set(columns) != {"split"}
+            return list(names) if every else there
+
+        yield from stream_rows(file, choose, SourceError, "name a readable parquet file")
 
 
 def _json_row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{where} is no JSON ({error}): write one object a line") from None
     if not isinstance(row, dict):
         raise SourceError(f"{where} is no JSON object: write one object a line")

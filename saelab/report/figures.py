@@ -55,6 +55,7 @@ from saelab.report.shared import (
     thin_lines,
     values_of,
 )
+from saelab.shown import visible
 from saelab.signals import told
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def draw(labels: Mapping[str, str]) -> None:
     for folder in folders:
         try:
             for line, drawn in draw_run(load(folder, labels[folder.name]), Path()):
-                print(line, file=sys.stdout if drawn else sys.stderr, flush=True)
+                print(visible(line), file=sys.stdout if drawn else sys.stderr, flush=True)
         except SaelabError as error:
             print(error, file=sys.stderr)
             code = error.exit_code

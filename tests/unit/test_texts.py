@@ -270,7 +270,7 @@ def test_a_missing_column_names_those_there(tmp_path: Path, suffix: str) -> None
         ("x.jsonl", '{"text": ""}\n', "holds no text"),
         ("x.jsonl", '{"text": "a"}\n{broken\n', r"x.jsonl:2 is no JSON"),
         ("x.jsonl", "[1]\n", "is no JSON object"),
-        ("x.parquet", "PAR1 nothing", "no readable parquet"),
+        ("x.parquet", "PAR1 nothing", "name a readable parquet file"),
         ("x.csv", "a,b", "none of .txt, .md, .jsonl, .parquet"),
     ],
 )

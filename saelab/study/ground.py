@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from saelab import stats
 from saelab.config import Frozen, read_toml
 from saelab.data.store import Source
 from saelab.data.stream import Layout, batches
-from saelab.data.synthetic import SyntheticConfig, generate
+from saelab.data.synthetic import Process, SyntheticConfig, generate, parse_process
 from saelab.errors import CellFailure, SettingError, nearest
 from saelab.evals import EvalData, check_names, evaluate
 from saelab.evals.base import Row
@@ -172,6 +172,7 @@ class GroundConfig(Frozen):
         data: the activations.
         data_seed: of the dictionary; 'own' gives every seed a dictionary of its own.
         contexts, held_out_contexts: to train on and to evaluate on.
+        keep: training activations in memory; False makes them on the way, each time anew.
         arms: name -> SAE.
         otherwise: arm -> what is changed of `train` for it; batches are those of the others.
         seeds: how many.
@@ -184,9 +185,10 @@ class GroundConfig(Frozen):
     """
 
     study: str = "synthetic"
-    data: SyntheticConfig = SyntheticConfig()
+    data: Annotated[Process, BeforeValidator(parse_process)] = SyntheticConfig()
     data_seed: int | Literal["own"] = 0
     contexts: PositiveInt = 8192
+    keep: bool = True
     held_out_contexts: PositiveInt = 256
     layout: Layout = "rows"
     train: TrainConfig = TrainConfig()
@@ -224,7 +226,7 @@ def run_ground(config: GroundConfig) -> list[Outcome]:
 
 
 def _on_one_dictionary(config: GroundConfig, data_seed: int, seeds: Sequence[int]) -> list[Outcome]:
-    source = generate(config.data, data_seed, config.contexts)
+    source = generate(config.data, data_seed, config.contexts, keep=config.keep)
     held_out = generate(config.data, data_seed, config.held_out_contexts, "held_out")
     return train_on(
         source,

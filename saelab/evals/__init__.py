@@ -13,6 +13,7 @@ from saelab.data.synthetic import truth_of
 from saelab.errors import SettingError, nearest
 from saelab.evals import probing as _probing
 from saelab.evals import saebench_probing as _saebench
+from saelab.evals.absorption import evaluate_absorption
 from saelab.evals.base import Row, Subject, missing
 from saelab.evals.consistency import evaluate_consistency
 from saelab.evals.core import CoreData, evaluate_core
@@ -70,11 +71,17 @@ def _evaluate_truth(subject: Subject, data: EvalData) -> list[Row]:
     return evaluate_truth(subject, data.core.source, truth, data.seed, data.core.device)
 
 
+def _evaluate_absorption(subject: Subject, data: EvalData) -> list[Row]:
+    source = data.core.source
+    return evaluate_absorption(subject, source, truth_of(source), data.seed, data.core.device)
+
+
 EVALUATIONS: dict[str, Callable[[Subject, EvalData], list[Row]]] = {
     "core": lambda subject, data: evaluate_core(subject, data.core),
     "probing": probing_rows,
     "model_channels": lambda _, data: probing_rows(None, data, prefix="llm"),
     "truth": _evaluate_truth,
+    "absorption": _evaluate_absorption,
     "sensitivity": lambda subject, data: evaluate_sensitivity(subject, data.core),
     "consistency": lambda subject, data: evaluate_consistency(subject, data.core),
 }

@@ -75,10 +75,8 @@ def evaluate_truth(
     oracle = _Firings(_itself(true))
     active = error = power = rows = 0.0
     mean = _mean(source)
-    for x, codes in paired_rows(source, truth):
-        fires = codes != 0
-        context = (_starts(x, truth).to(device),) if needs_contexts(subject) else ()
-        f = subject.encode(x.to(device), *context).cpu() != 0
+    for x, f, codes in coded_rows(subject, source, truth, device):
+        fires, f = codes != 0, f != 0
         own.count(f, fires)
         oracle.count(fires, fires)
         active, rows = active + float(f.sum()), rows + len(x)
@@ -108,7 +106,13 @@ def no_truth() -> list[Row]:
 
 @torch.no_grad()
 def directions(subject: Subject, device: str = "cpu") -> Tensor:
-    """Unit directions that a subject's latents write, float32 [d_sae, d_in]; 0 for one of none.
+    """Unit directions that a subject's latents write, float32 [d_sae, d_in]; 0 for one of none."""
+    return normalize(written(subject, device), dim=1)
+
+
+@torch.no_grad()
+def written(subject: Subject, device: str = "cpu") -> Tensor:
+    """What a subject's latents write at 1, float32 [d_sae, d_in].
 
     For any decoder that is affine, ours or not: row j is decode(e_j) - decode(0).
     """
@@ -119,7 +123,7 @@ def directions(subject: Subject, device: str = "cpu") -> Tensor:
         one = torch.zeros(count, subject.d_sae, device=device)
         one[torch.arange(count), start + torch.arange(count)] = 1
         parts.append(subject.decode(one) - origin)
-    return normalize(torch.cat(parts).float().cpu(), dim=1)
+    return torch.cat(parts).float().cpu()
 
 
 def mcc(found: Tensor, true: Tensor, signed: bool = False) -> float:
@@ -147,6 +151,15 @@ def paired_rows(source: Source, truth: KnownTruth) -> Iterator[tuple[Tensor, Ten
             x, rest = rest[: len(codes)], rest[len(codes) :]
             pair = zip(x.split(contexts), codes.split(contexts), strict=True)
             yield from ((some.flatten(0, 1), true.flatten(0, 1)) for some, true in pair)
+
+
+def coded_rows(
+    subject: Subject, source: Source, truth: KnownTruth, device: str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """`paired_rows` with the subject's code [n, d_sae] between, all on the CPU."""
+    for x, codes in paired_rows(source, truth):
+        context = (_starts(x, truth).to(device),) if needs_contexts(subject) else ()
+        yield x, subject.encode(x.to(device), *context).cpu(), codes
 
 
 def _starts(x: Tensor, truth: KnownTruth) -> Tensor:

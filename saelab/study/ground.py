@@ -34,7 +34,7 @@ from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
 
 #: What is measured where nothing else is asked for.
-EVALS = ("core", "truth")
+EVALS = ("core", "truth", "absorption")
 #: What is told of the true dictionary with the true code.
 ORACLE = ("oracle_fvu", "oracle_l0")
 
@@ -179,9 +179,10 @@ class GroundConfig(Frozen):
         target_l0: where arms are compared.
         levels: L0 that are trained for; they must lie on both sides of the target.
         baseline: the arm that the others are paired with; None leaves the pairing out.
+        evals: what is measured.
         metrics: that are shown.
 
-    Raises: SettingError for a baseline, or an arm trained otherwise, that is no arm.
+    Raises: SettingError for an unknown evaluation, or for a baseline, or an arm trained otherwise, that is no arm.
     """
 
     study: str = "synthetic"
@@ -198,9 +199,11 @@ class GroundConfig(Frozen):
     target_l0: PositiveFloat
     levels: tuple[PositiveFloat, ...]
     baseline: str | None = None
+    evals: tuple[str, ...] = EVALS
     metrics: tuple[str, ...] = ("fvu", "mcc", "chance_mcc", "firing_f1", "uniqueness", "dead_share")
 
     def model_post_init(self, _: Any) -> None:
+        check_names(self.evals)
         named = [("otherwise", arm) for arm in self.otherwise]
         named += [("baseline", self.baseline)] if self.baseline is not None else []
         for setting, arm in named:
@@ -236,6 +239,7 @@ def _on_one_dictionary(config: GroundConfig, data_seed: int, seeds: Sequence[int
         config.train,
         config.levels,
         config.layout,
+        config.evals,
         otherwise=config.trainings(),
     )
 

@@ -515,7 +515,6 @@ def _standard_sae(weights: str, model: str, hook: str, layer: int) -> Any:
 
 def synthetic_draw(settings: dict[str, Any], rows: int, out: str) -> None:
     """Rows of SAELens' own synthetic model, with what they were made from, as safetensors."""
-    from safetensors.torch import save_file
     from sae_lens.synthetic import (
         FoldedNormalMagnitudeConfig,
         HierarchyConfig,
@@ -526,6 +525,7 @@ def synthetic_draw(settings: dict[str, Any], rows: int, out: str) -> None:
         SyntheticModelConfig,
         ZipfianFiringProbabilityConfig,
     )
+    from safetensors.torch import save_file
 
     s = settings
     firing = ZipfianFiringProbabilityConfig(s["exponent"], s["highest"], s["lowest"])

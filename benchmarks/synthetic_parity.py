@@ -103,9 +103,7 @@ def _source(x: Tensor) -> MemorySource:
 # ---------------------------------------------------------------- scores
 
 
-def _scores(
-    peers: Peers, options: Namespace, drawn: Mapping[str, Tensor], folder: Path
-) -> Section:
+def _scores(peers: Peers, options: Namespace, drawn: Mapping[str, Tensor], folder: Path) -> Section:
     source = _source(drawn["x"])
     lines, raw, worst = [], [], 0.0
     for width in WIDTHS:
@@ -207,8 +205,8 @@ def _z(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def _pairs(codes: Tensor) -> Tensor:
-    """Whether a child fires together with the child that lies `children` further on, one of the next
-    family, and with that one's parent; bool [n, 2 children]."""
+    """Whether a child fires together with the child that lies `children` further on, which is one
+    of the next family, and with that one's parent; bool [n, 2 children]."""
     on, parent = codes != 0, CONFIG.parent_of
     children = (parent != torch.arange(len(parent))).nonzero().squeeze(1)
     across = (children + CONFIG.children).clamp(max=int(children.max()))

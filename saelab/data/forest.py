@@ -16,9 +16,9 @@ The directions start random and are pushed apart by `apart_steps` steps of Adam 
 
     sum_{i != j} (D_i . D_j)^2 + n sum_i (|D_i|^2 - 1)^2
 
-Positions are independent. Given u every e_i is on its own, so those of children are drawn only where
-their parent fires: what is made at once is the nodes without parent and a list of what fires, never
-rows x features. Every draw comes from a named stream of the data's seed.
+Positions are independent. Given u every e_i is on its own, so those of children are drawn only
+where their parent fires: what is made at once is the nodes without parent and a list of what fires,
+never rows x features. Every draw comes from a named stream of the data's seed.
 
 Source: SynthSAEBench, Chanin and Garriga-Alonso 2026 (arXiv 2602.14687), whose 16k model the
 defaults are; what their generator and this one give is held side by side in
@@ -300,9 +300,7 @@ class _Firings:
 @lru_cache(maxsize=2)
 def _directions(config: ForestConfig, seed: int) -> Tensor:
     """Kept: pushing 16k directions apart takes minutes."""
-    draw = torch.randn(
-        config.features, config.d, generator=torch_stream(seed, "forest directions")
-    )
+    draw = torch.randn(config.features, config.d, generator=torch_stream(seed, "forest directions"))
     return apart(normalize(draw, dim=1), config.apart_steps, config.apart_lr)
 
 

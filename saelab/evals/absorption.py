@@ -3,7 +3,7 @@
 W_j is what latent j writes at f_j = 1, v_i the true value of feature i, main(p) = argmax_j cos(W_j,
 D_p) the latent of a parent p. Of the rows where p and at least one of its children c are on,
 
-    absorption.rate           the share in which main(p) is silent and some other latent j fires that
+    absorption.rate           the share in which main(p) is silent and some latent j that fires
                               stands for both: f_j a_jp >= v_p / 2 and f_j a_jc >= v_c / 2 for a
                               child c that is on, with W_j ~ a_jp D_p + a_jc D_c by least squares
     absorption.silent         the share in which main(p) is silent, whoever stands in

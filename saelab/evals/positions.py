@@ -12,9 +12,9 @@ over all predicted tokens of core's contexts, and over those of a slice:
                                      text, ordered by how often they occur there: tokens of
                                      equal count share a decile, so that deciles differ in size
 
-Spliced and ablated are what they are in `core`, whose passes are used where it ran before: the CE of
-the slices, weighted by their shares, is core's. KL is measured on the first contexts alone, as many
-as fit into `core.KEPT` numbers: all of them where positions x vocabulary is small.
+Spliced and ablated are what they are in `core`, whose passes are used where it ran before: the CE
+of the slices, weighted by their shares, is core's. KL is measured on the first contexts alone, as
+many as fit into `core.KEPT` numbers: all of them where positions x vocabulary is small.
 """
 
 from __future__ import annotations

@@ -182,7 +182,8 @@ class GroundConfig(Frozen):
         evals: what is measured.
         metrics: that are shown.
 
-    Raises: SettingError for an unknown evaluation, or for a baseline, or an arm trained otherwise, that is no arm.
+    Raises: SettingError for an unknown evaluation, and for a baseline, or an arm trained
+        otherwise, that is no arm.
     """
 
     study: str = "synthetic"

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,7 +120,7 @@ def globals_of(folder: Path) -> dict[str, Any]:
     """What a process has once: random states, switches, files of the working folder."""
     return {
         "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.random.get_state()[1].copy()),  # type: ignore[union-attr,index]
+        "numpy": repr(np.random.get_state()),  # noqa: NPY002
         "python": random.getstate(),
         "grad": torch.is_grad_enabled(),
         "dtype": torch.get_default_dtype(),
@@ -133,7 +132,9 @@ def globals_of(folder: Path) -> dict[str, Any]:
 def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert before.keys() == after.keys()
     for name, value in before.items():
-        own, other = (x.cpu().numpy().tobytes() if isinstance(x, Tensor) else x for x in (value, after[name]))
+        own, other = (
+            x.cpu().numpy().tobytes() if isinstance(x, Tensor) else x for x in (value, after[name])
+        )
         assert own == other, name  # bytes, since a NaN is not equal to itself
 
 

@@ -83,7 +83,10 @@ def test_an_sae_that_absorbs_by_construction_has_rate_1(global_random_seed: int)
     rows = []
     for family, size in enumerate(sizes):  # a child's latent writes the parent too
         d = truth.directions[family::PARENTS]
-        rows += [d[0], *(size[0] * d[0] + own * row for own, row in zip(size[1:], d[1:]))]
+        rows += [
+            d[0],
+            *(size[0] * d[0] + own * row for own, row in zip(size[1:], d[1:], strict=True)),
+        ]
     subject.weights = torch.stack(rows)
     found = scores(subject, source, truth)
     assert found["absorption.rate"] == found["absorption.silent"] == 1
@@ -152,7 +155,10 @@ def test_random_directions_score_what_is_printed_as_chance(global_random_seed: i
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"correlation": "independent"}, "no children"), ({"given": 1e-9}, "no parent is on together")],
+    [
+        ({"correlation": "independent"}, "no children"),
+        ({"given": 1e-9}, "no parent is on together"),
+    ],
 )
 def test_what_can_not_be_measured_says_why(changes: dict[str, Any], reason: str) -> None:
     source, truth = made(0, **changes)

@@ -69,7 +69,9 @@ def test_the_slices_make_up_the_totals_of_core(
     data = EvalData(CoreData(source, model), None)
     rows = evaluate(Half(model.d_model), data, ["core", "positions"])
     whole = {row.metric: row.value for row in rows if not row.slice}
-    slices = [by for name, by in values(rows).items() if name.startswith(f"{kind}=") and "share" in by]
+    slices = [
+        by for name, by in values(rows).items() if name.startswith(f"{kind}=") and "share" in by
+    ]
     assert len(slices) == (2 if kind == "position" else 10)
     assert sum(by["share"] for by in slices) == pytest.approx(1)
     for metric in ("ce_clean", "ce_zero", "ce_spliced", "kl"):

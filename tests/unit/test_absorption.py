@@ -82,11 +82,9 @@ def test_an_sae_that_absorbs_by_construction_has_rate_1(global_random_seed: int)
     subject = HandMade(truth, rule, torch.eye(1 + CHILDREN))
     rows = []
     for family, size in enumerate(sizes):  # a child's latent writes the parent too
-        d = truth.directions[family::PARENTS]
-        rows += [
-            d[0],
-            *(size[0] * d[0] + own * row for own, row in zip(size[1:], d[1:], strict=True)),
-        ]
+        parent, *children = truth.directions[family::PARENTS]
+        both = zip(size[1:], children, strict=True)
+        rows += [parent, *(size[0] * parent + own * child for own, child in both)]
     subject.weights = torch.stack(rows)
     found = scores(subject, source, truth)
     assert found["absorption.rate"] == found["absorption.silent"] == 1

@@ -13,7 +13,7 @@ from saelab.data.models import LanguageModel, ModelConfig, load
 from saelab.evals import EvalData, core, evaluate
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData
-from saelab.evals.positions import METRICS, evaluate_positions
+from saelab.evals.positions import METRICS, _deciles, evaluate_positions
 from saelab.seeding import torch_stream
 
 HOOK = "blocks.1.hook_resid_post"
@@ -109,15 +109,17 @@ def test_what_changes_nothing_recovers_all(model: LanguageModel, source: Any) ->
 
 
 def test_deciles_go_from_rare_tokens_to_frequent_ones(model: LanguageModel, source: Any) -> None:
-    found = values(evaluate_positions(Half(model.d_model), CoreData(source, model)))
     ids, mask = source.shard(0).ids, source.shard(0).mask
     counts = torch.bincount(ids[mask])
-    most = int(counts.argmax())
-    share = float((ids[:, 1:][mask[:, 1:]] == most).double().mean())
-    assert share > 0.1
-    assert found["frequency_decile=10"]["share"] > 0 or found["frequency_decile=9"]["share"] > 0
-    shares = [found[f"frequency_decile={i}"]["share"] for i in range(1, 11)]
-    assert max(shares) >= share
+    decile = _deciles(CoreData(source, model))
+    rising = decile[counts.argsort(stable=True)]
+    assert bool((rising.diff() >= 0).all()) and int(rising[0]) == 0 and int(rising[-1]) >= 7
+    for count in counts.unique():
+        assert len(decile[counts == count].unique()) == 1
+    found = values(evaluate_positions(Half(model.d_model), CoreData(source, model)))
+    for i in range(10):
+        share = float((decile[ids[:, 1:]] == i)[mask[:, 1:]].double().mean())
+        assert found[f"frequency_decile={i + 1}"]["share"] == pytest.approx(share)
 
 
 def test_core_lends_its_pass(model: LanguageModel, source: Any) -> None:

@@ -367,7 +367,8 @@ def evaluate(
     evals: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: core, probing, model_channels, sensitivity, consistency, truth."
+            help="Comma-separated: core, probing, model_channels, truth, absorption, positions, "
+            "sensitivity, consistency."
         ),
     ] = "core,probing",
     definition: Annotated[

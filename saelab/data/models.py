@@ -296,13 +296,7 @@ class LanguageModel:
         Args as in `logits`. Losses of padding or special targets are there too: leave them out
         with `mask[:, 1:]`. Memory: contexts x positions x vocabulary numbers.
         """
-        logits = self.logits(ids, attention_mask, splice, start)
-        target = ids.to(logits.device)[:, 1:]
-        rows = [
-            nn.functional.cross_entropy(row[:-1].float(), after, reduction="none")
-            for row, after in zip(logits, target, strict=True)
-        ]
-        return torch.stack(rows)
+        return next_token_losses(self.logits(ids, attention_mask, splice, start), ids)
 
     @property
     def _body(self) -> nn.Module:
@@ -323,6 +317,16 @@ class LanguageModel:
         if hasattr(self.model.config, "use_cache"):
             inputs["use_cache"] = False
         return inputs
+
+
+def next_token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Of logits [contexts, positions, vocabulary] and their tokens; as `LanguageModel.losses`."""
+    target = ids.to(logits.device)[:, 1:]
+    rows = [
+        nn.functional.cross_entropy(row[:-1].float(), after, reduction="none")
+        for row, after in zip(logits, target, strict=True)
+    ]
+    return torch.stack(rows)
 
 
 def _blocks_before(hook_name: str) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saelab.data.stream import Batch
 from saelab.errors import CellFailure
+from saelab.ranks import ALONE, Ranks
 from saelab.sae import SAEConfig
 from saelab.training.optim import Optimiser, TrainConfig
 from saelab.training.snapshots import Snapshots
@@ -62,6 +63,7 @@ class Cell:
         sample: raw activations [n, d_in] for initialisation, the same for all cells of a launch.
         seed: of its named streams.
         snapshots: how many decoders are kept over the run.
+        ranks: the processes that it is trained on, all of which do the same with their cell.
     """
 
     snapshots: Snapshots | None = None
@@ -74,13 +76,15 @@ class Cell:
         sample: Tensor,
         seed: int,
         snapshots: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.name, self.config, self.device = name, train_config, sample.device
-        self.sae = sae_config.build(sample.shape[1], train_config.steps, seed).to(sample.device)
+        sae = sae_config.build(sample.shape[1], train_config.steps, seed, ranks)
+        self.sae = sae.to(sample.device)
         self.sae.initialise(sample, seed)
         self.sae.train()
         self.optimiser = Optimiser(self.sae, train_config)
-        self.fired_at = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=sample.device)
+        self.fired_at = torch.zeros(self.sae.own, dtype=torch.int64, device=sample.device)
         self.log = Log(train_config.steps)
         self.snapshots = Snapshots(snapshots, train_config.steps, train_config.batch_size)
         self.steps_done = 0
@@ -107,13 +111,22 @@ class Cell:
 
         Raises: CellFailure when none has a position that the cell trains on.
         """
+        return self._counted(batch).to(self.device)
+
+    def _counted(self, batch: Batch) -> Batch:
         rows = batch.rows()
         if self.config.positions is not None:
             rows = rows.within(*self.config.positions)
         if not len(rows.x):
             reason = f"no row of the batch has a position in {self.config.positions}: widen them"
             raise CellFailure(self.name, self.steps_done, reason)
-        return rows.to(self.device)
+        data = getattr(self.sae, "ranks", ALONE).data
+        if len(rows.x) < data:
+            reason = (
+                f"a batch has {len(rows.x)} rows for {data} ranks: use fewer, or larger batches"
+            )
+            raise CellFailure(self.name, self.steps_done, reason)
+        return rows
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; returns the record that was logged. Gradients live no longer.
@@ -134,23 +147,27 @@ class Cell:
 
     def _step(self, batch: Batch) -> dict[str, float]:
         step, sae = self.steps_done, self.sae
-        rows = self.rows(batch)
-        p = sae(rows.x, step, self.config.steps, rows.starts)
+        rows = self._counted(batch)
+        own = rows.part(self.sae.ranks.rows(len(rows.x))).to(self.device)
+        p = sae(own.x, step, self.config.steps, own.starts, len(rows.x))
         terms = {name: term.loss(p) for name, term in sae.loss_terms().items()}
-        loss = torch.stack(list(terms.values())).sum()
-        loss.backward()
+        losses = torch.stack(list(terms.values()))
+        losses.sum().backward()
+        self.optimiser.gather()
         for constraint in sae.constraint_parts():
             constraint.on_gradients(sae)
         norm = self.optimiser.clip()
-        total = float(loss.detach())
+        losses = sae.ranks.over_rows(losses.detach())
+        total = float(losses.sum())
         if not math.isfinite(total) or not math.isfinite(norm):
             raise CellFailure(self.name, step, f"loss {total}, gradient norm {norm}")
         p.gradient_norms = self.optimiser.norms
         self.optimiser.step(step)
         self._after(p)
-        record = {"loss": total, "grad_norm": norm, "l0": p.code.l0}
-        record |= {f"loss.{name}": float(term.detach()) for name, term in terms.items()}
-        record["dead"] = int((self.fired_at < self.tokens - self.dead_after).sum()) / sae.d_sae
+        record = {"loss": total, "grad_norm": norm, "l0": p.l0}
+        record |= {f"loss.{name}": float(x) for name, x in zip(terms, losses, strict=True)}
+        dead = int((self.fired_at < self.tokens - self.dead_after).sum())
+        record["dead"] = sae.ranks.total_over_latents(dead)[0] / sae.d_sae
         self.log.append(record | sae.scalars())
         self.steps_done += 1
         return record
@@ -166,7 +183,7 @@ class Cell:
         for constraint in sae.constraint_parts():
             constraint.on_parameters(sae)
         self.tokens += p.n
-        self.fired_at.masked_fill_(p.code.firings > 0, self.tokens)
+        self.fired_at.masked_fill_(p.firings > 0, self.tokens)
         for part in sae.parts():
             part.update(p)
         for observer in sae.observer_parts():

@@ -1,7 +1,8 @@
 """A trained SAE on disk: `sae.safetensors` (all tensors, running state included) and `sae.json`.
 
 The JSON holds format, d_in, configuration, provenance, the checksum of the tensors and a digest of
-itself; it is written last, so a folder with it is complete.
+itself; it is written last, so a folder with it is complete. How many ranks wrote it does not show,
+and any number of them reads it.
 """
 
 from __future__ import annotations
@@ -11,25 +12,37 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 from saelab.config import digest
 from saelab.errors import DamageError, SourceError
 from saelab.files import read_json, sha256, write_atomically, write_json
+from saelab.ranks import ALONE, Ranks
 from saelab.sae import SAE, SAEConfig
+from saelab.shards import read_shard, write_shards
 
 FORMAT = 1
 
 
 def save(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
-    """Writes the SAE; `provenance` is plain JSON data (model, hook_name, context, seed ...)."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()
-    }
+    """Writes the SAE; `provenance` is plain JSON data (model, hook_name, context, seed ...).
+
+    The ranks of one SAE call it together.
+    """
+    tensors: dict[str, Tensor] = dict(sae.state_dict())
     if sae.config.tied:  # one matrix, stored once
         del tensors["W_enc"]
     file = folder / "sae.safetensors"
-    write_atomically(file, lambda temporary: save_file(tensors, temporary))
+    if sae.ranks.alone:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        write_atomically(file, lambda temporary: save_file(tensors, temporary))
+    else:
+        write_shards(file, tensors, sae.per_latent(), sae.d_sae, sae.ranks)
+    sae.ranks.on_first(lambda: _write_record(sae, folder, file, provenance))
+
+
+def _write_record(sae: SAE, folder: Path, file: Path, provenance: dict[str, Any]) -> None:
     record = {
         "format": FORMAT,
         "d_in": sae.d_in,
@@ -40,8 +53,8 @@ def save(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
     write_json(folder / "sae.json", record | {"digest": digest(record)})
 
 
-def load(folder: Path, device: str = "cpu") -> tuple[SAE, dict[str, Any]]:
-    """The SAE in evaluation mode, and its provenance.
+def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, dict[str, Any]]:
+    """The SAE in evaluation mode, each rank with its own latents, and its provenance.
 
     Raises: SourceError when the folder holds no SAE, DamageError when the bytes do not match.
     """
@@ -58,9 +71,9 @@ def load(folder: Path, device: str = "cpu") -> tuple[SAE, dict[str, Any]]:
     file = folder / "sae.safetensors"
     if not file.is_file() or sha256(file) != record["sha256"]:
         raise DamageError(f"{file} does not match its checksum: train the cell again")
-    sae = SAEConfig.parse(record["sae"]).build(int(record["d_in"]))
+    sae = SAEConfig.parse(record["sae"]).build(int(record["d_in"]), ranks=ranks)
     try:
-        tensors = load_file(file)
+        tensors = read_shard(file, sae.per_latent(), sae.d_sae, ranks)
         if sae.config.tied and "W_dec" in tensors:
             tensors["W_enc"] = tensors["W_dec"]
         sae.load_state_dict(tensors)

@@ -122,7 +122,7 @@ class SAE(nn.Module):
     def __init__(self, config: SAEConfig, dims: Dims) -> None:
         super().__init__()
         self.config, self.d_in, self.d_sae = config, dims.d_in, dims.d_sae
-        self.ranks, self.own = dims.ranks, dims.own
+        self.ranks = dims.ranks
         self.W_enc = nn.Parameter(torch.zeros(dims.own, dims.d_in))
         self.b_enc = nn.Parameter(torch.zeros(dims.own), requires_grad=config.encoder_bias)
         self.W_dec = nn.Parameter(torch.zeros(dims.own, dims.d_in))
@@ -164,6 +164,11 @@ class SAE(nn.Module):
 
     def observer_parts(self) -> list[Observer]:
         return [cast(Observer, part) for part in self.observers.values()]
+
+    @property
+    def own(self) -> int:
+        """How many of the latents this rank has."""
+        return len(self.b_enc)
 
     def per_latent(self) -> set[str]:
         """Names in the state dict of the tensors that have one entry, or row, per latent."""

@@ -128,6 +128,14 @@ class Cell:
             raise CellFailure(self.name, self.steps_done, reason)
         return rows
 
+    def _own(self, rows: Batch) -> Batch:
+        """This rank's part of the rows."""
+        ranks = self.sae.ranks
+        if len(rows.x) < ranks.data:
+            reason = f"a batch of {len(rows.x)} rows has none for some of {ranks.data} ranks"
+            raise CellFailure(self.name, self.steps_done, f"{reason}: enlarge it")
+        return rows.part(ranks.rows(len(rows.x)))
+
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; returns the record that was logged. Gradients live no longer.
 
@@ -148,7 +156,7 @@ class Cell:
     def _step(self, batch: Batch) -> dict[str, float]:
         step, sae = self.steps_done, self.sae
         rows = self._counted(batch)
-        own = rows.part(self.sae.ranks.rows(len(rows.x))).to(self.device)
+        own = self._own(rows).to(self.device)
         p = sae(own.x, step, self.config.steps, own.starts, len(rows.x))
         terms = {name: term.loss(p) for name, term in sae.loss_terms().items()}
         losses = torch.stack(list(terms.values()))

@@ -14,7 +14,7 @@ import saelab
 ROOT = Path(saelab.__file__).parent
 #: From the bottom up. The public surface (`saelab/__init__`) only names modules and loads none.
 LAYERS = [
-    {"errors", "seeding", "stats", "config", "files", "progress", "allocator", "rundir", "ranks"},
+    {"errors", "seeding", "stats", "config", "files", "progress", "allocator", "rundir", "ranks", "shards"},
     {"data"},
     {"assets"},
     {"kernels"},

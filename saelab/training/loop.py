@@ -20,6 +20,7 @@ from saelab.ranks import ALONE, Ranks
 from saelab.sae import SAEConfig
 from saelab.training.optim import Optimiser, TrainConfig
 from saelab.training.snapshots import Snapshots
+from saelab.training.state import State, module_state, restore_module
 
 #: Batches of a cell's turn: at most so many, and so many bytes. Our choice: few enough to stay in a
 #: CPU's cache beside one cell, enough that fetching the next cell's weights does not show.
@@ -40,6 +41,20 @@ class Log:
                 self.columns[name] = np.full(self.steps, np.nan, dtype=np.float32)
             self.columns[name][self.length] = value
         self.length += 1
+
+    def state(self) -> State:
+        names = list(self.columns)
+        rows = [torch.from_numpy(self.columns[name][: self.length]) for name in names]
+        tensors = dict(zip(map(str, range(len(rows))), rows, strict=True))
+        return State(tensors, {"names": names, "length": self.length})
+
+    def restore(self, state: State) -> None:
+        self.length = state.value("length")
+        self.columns = {}
+        for i, name in enumerate(state.value("names")):
+            column = np.full(self.steps, np.nan, dtype=np.float32)
+            column[: self.length] = state.tensor(str(i)).numpy()
+            self.columns[name] = column
 
     @property
     def loss(self) -> np.ndarray:
@@ -105,6 +120,46 @@ class Cell:
     @property
     def done(self) -> bool:
         return self.steps_done >= self.config.steps
+
+    def state(self) -> State:
+        """Everything that later steps and the cell's results depend on, between two steps.
+
+        Its tensors are the cell's own, not copies: they change with the next step.
+        """
+        state = State({}, {"steps_done": self.steps_done, "tokens": self.tokens})
+        state.add("sae", module_state(self.sae))
+        state.add("log", self.log.state())
+        self._add_own(state)
+        return state
+
+    def restore(self, state: State) -> None:
+        """Brings a fresh cell of the same configuration, sample and seed to a state.
+
+        It then goes on, bitwise, like the cell that the state is of. The cell is of no use where
+        that fails.
+
+        Raises: DamageError when the state is not one of such a cell.
+        """
+        self.steps_done, self.tokens = state.value("steps_done"), state.value("tokens")
+        restore_module(self.sae, state.part("sae"))
+        self.log.restore(state.part("log"))
+        self._restore_own(state)
+
+    def _add_own(self, state: State) -> None:
+        """Adds to a state what an SAE made of parts has."""
+        state.tensors["fired_at"] = self.fired_at
+        state.tensors |= {f"began/{name}": start for name, start in self._began.items()}
+        state.add("optimiser", self.optimiser.state())
+        if self.snapshots is not None:
+            state.add("snapshots", self.snapshots.state())
+
+    def _restore_own(self, state: State) -> None:
+        state.into("fired_at", self.fired_at)
+        for name, start in self._began.items():
+            state.into(f"began/{name}", start)
+        self.optimiser.restore(state.part("optimiser"))
+        if self.snapshots is not None:
+            self.snapshots.restore(state.part("snapshots"))
 
     def rows(self, batch: Batch) -> Batch:
         """The batch's rows that the cell trains on, on its device.

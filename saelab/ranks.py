@@ -178,23 +178,23 @@ class Ranks:
         elif self.rank < self.latents:
             dist.send(x.contiguous(), dst=0)
 
-    def on_first(self, work: Callable[[], T]) -> T | None:
-        """Does the work on the first rank while the others wait; None on these.
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Does the work on the first rank while the others wait; its result, small data, on all.
 
         Raises: on every rank the SaelabError that it raises on the first.
         """
         if self.alone:
             return work()
-        result, failure = None, [None]
+        found: list[Any] = [None, None]
         if self.first:
             try:
-                result = work()
+                found[0] = work()
             except SaelabError as error:
-                failure = [error]
-        dist.broadcast_object_list(failure, src=0, device=self.device)
-        if failure[0] is not None:
-            raise failure[0]
-        return result
+                found[1] = error
+        dist.broadcast_object_list(found, src=0, device=self.device)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
 
     # ---- inside ------------------------------------------------------------------------------
 

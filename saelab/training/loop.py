@@ -145,6 +145,18 @@ class Cell:
         self.log.restore(state.part("log"))
         self._restore_own(state)
 
+    def per_latent(self) -> set[str]:
+        """Names of the tensors of `state` that have one entry, or row, per latent."""
+        own = self.sae.per_latent()
+        parameters = self.sae.named_parameters(remove_duplicate=False)
+        split = {id(parameter) for name, parameter in parameters if name in own}
+        names = {"fired_at", *(f"sae/own/{name}" for name in own)}
+        names |= {f"began/{name}" for name, p in self._learned.items() if id(p) in split}
+        for i, parameter in enumerate(self.optimiser.moments()):
+            if id(parameter) in split:
+                names |= {f"optimiser/{i}/exp_avg", f"optimiser/{i}/exp_avg_sq"}
+        return names
+
     def _add_own(self, state: State) -> None:
         """Adds to a state what an SAE made of parts has."""
         state.tensors["fired_at"] = self.fired_at

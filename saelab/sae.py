@@ -65,6 +65,7 @@ from saelab.parts.reconstruction import ReconstructionConfig
 from saelab.parts.relu import ReLUConfig
 from saelab.ranks import ALONE, Ranks
 from saelab.seeding import torch_stream
+from saelab.shards import Shards
 
 #: How far a bfloat16 selection may be off, relative to |u| |w| + |b|: 2^-9 for the rounding of each
 #: factor and of the result, and a little for the products of these.
@@ -170,13 +171,13 @@ class SAE(nn.Module):
         """How many of the latents this rank has."""
         return len(self.b_enc)
 
-    def per_latent(self) -> set[str]:
-        """Names in the state dict of the tensors that have one entry, or row, per latent."""
+    def shards(self) -> Shards:
+        """How the tensors of the state dict lie on the ranks."""
         names = {"W_enc", "b_enc", "W_dec"}
         for place, module in self.named_modules():
             if isinstance(module, Part):
                 names |= {f"{place}.{name}" for name in module.per_latent}
-        return names
+        return Shards(frozenset(names), self.d_sae, self.ranks)
 
     # ---- initialisation ----------------------------------------------------------------------
 

@@ -7,16 +7,20 @@ alone. No rank holds a whole tensor [d_sae, d_in].
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from saelab.files import write_atomically
-from saelab.ranks import Ranks
+from saelab.ranks import ALONE, Ranks
 
 #: What safetensors calls the kinds of numbers, in its order within a file.
 KINDS = {
@@ -33,67 +37,80 @@ KINDS = {
 }
 
 
-def write_shards(
-    path: Path, tensors: Mapping[str, Tensor], split: Collection[str], d_sae: int, ranks: Ranks
-) -> None:
-    """Writes one file; every rank calls it with its tensors, under the same names.
+@dataclass(frozen=True)
+class Shards:
+    """How some tensors lie on the ranks.
 
     Args:
-        split: names of the tensors that have one entry, or row, per latent.
+        split: names of those that have one entry, or row, per latent.
         d_sae: number of latents of all ranks together.
+        ranks: each with its own latents.
     """
-    order = list(KINDS)
-    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
-    parts = (
-        part
-        for name in names
-        for part in _parts(tensors[name].detach(), name in split, d_sae, ranks)
-    )
-    if not ranks.first:
-        assert not list(parts)  # sends; only the first rank is given any
-        return
-    shapes = {name: _whole(tensors[name], name in split, d_sae) for name in names}
 
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            file.write(_header({name: tensors[name] for name in names}, shapes))
-            for part in parts:
-                flat = part.cpu().contiguous().reshape(-1)
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
+    split: frozenset[str] = frozenset()
+    d_sae: int = 0
+    ranks: Ranks = ALONE
 
-    write_atomically(path, write)
+    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> str:
+        """Writes one file; every rank calls it with its tensors, under the same names.
+
+        Returns: on the first rank the file's sha256, '' on the others.
+        Raises: KeyError for a dtype that has no name.
+        """
+        places = {dtype: place for place, dtype in enumerate(KINDS)}
+        names = sorted(tensors, key=lambda name: (places[tensors[name].dtype], name))
+        parts = (part for name in names for part in self._parts(name, tensors[name].detach()))
+        if not self.ranks.first:
+            assert not list(parts)  # they are sent: only the first rank is given any
+            return ""
+        content = hashlib.sha256()
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                for piece in itertools.chain([self._header(names, tensors)], map(_bytes, parts)):
+                    content.update(piece)
+                    file.write(piece)
+
+        write_atomically(path, write)
+        return content.hexdigest()
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        """This rank's part of a file's tensors, on the CPU."""
+        with safe_open(path, "pt") as file:
+            return {name: self._read(file, name) for name in file.keys()}  # noqa: SIM118
+
+    def _read(self, file: Any, name: str) -> Tensor:
+        if name in self.split and self.ranks.latents > 1:
+            return file.get_slice(name)[self.ranks.own(self.d_sae)]
+        return file.get_tensor(name)
+
+    def _parts(self, name: str, tensor: Tensor) -> Iterator[Tensor]:
+        """On the first rank the parts of the whole tensor, in order; the others send theirs."""
+        if name in self.split and self.ranks.latents > 1:
+            own = [self.ranks.own(self.d_sae, part) for part in range(self.ranks.latents)]
+            shapes = [torch.Size([o.stop - o.start, *tensor.shape[1:]]) for o in own]
+            yield from self.ranks.send_to_first(tensor, shapes)
+        elif self.ranks.first:
+            yield tensor
+
+    def _header(self, names: list[str], tensors: Mapping[str, Tensor]) -> bytes:
+        header, end = {}, 0
+        for name in names:
+            tensor, shape = tensors[name], list(tensors[name].shape)
+            if name in self.split:
+                shape[0] = self.d_sae
+            begin, end = end, end + torch.Size(shape).numel() * tensor.element_size()
+            kind = KINDS[tensor.dtype]
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
 
 
-def read_shard(path: Path, split: Collection[str], d_sae: int, ranks: Ranks) -> dict[str, Tensor]:
-    """This rank's part of a file's tensors, on the CPU."""
-    found = {}
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            own = name in split and ranks.latents > 1
-            found[name] = file.get_slice(name)[ranks.own(d_sae)] if own else file.get_tensor(name)
-    return found
+#: Tensors of one process.
+WHOLE = Shards()
 
 
-def _whole(tensor: Tensor, split: bool, d_sae: int) -> list[int]:
-    return [d_sae, *tensor.shape[1:]] if split else list(tensor.shape)
-
-
-def _parts(tensor: Tensor, split: bool, d_sae: int, ranks: Ranks) -> Iterator[Tensor]:
-    """On the first rank the parts of the whole tensor, in order; the others send theirs."""
-    if split and ranks.latents > 1:
-        own = [ranks.own(d_sae, part) for part in range(ranks.latents)]
-        shapes = [torch.Size([o.stop - o.start, *tensor.shape[1:]]) for o in own]
-        yield from ranks.send_to_first(tensor, shapes)
-    elif ranks.first:
-        yield tensor
-
-
-def _header(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> bytes:
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + torch.Size(shapes[name]).numel() * tensor.element_size()
-        kind = KINDS[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": shapes[name], "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -46,6 +46,7 @@ from saelab.study.cells import (
     cell_key,
     curve,
     evaluation_cost,
+    resume_folder,
 )
 from saelab.study.check import RunCheck, check, check_limit
 from saelab.study.estimate import training_seconds
@@ -79,6 +80,7 @@ from saelab.study.registry import register
 from saelab.study.seeds import compare, partners, rows_of_seeds
 from saelab.study.summary import table
 from saelab.study.verdict import Comparison
+from saelab.training.resume import drop_damaged, remove_checkpoints
 
 #: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.
 LONGEST = 7000.0
@@ -365,6 +367,10 @@ def _train(
     jobs = _jobs(task, open_specs, keys, data, cache)
     beside = [control for control in beside if not _done(cache, control["key"], data)]
     trained = [control for control in beside if "control" not in control]
+    unfinished = [keys[spec] for spec in open_specs] + [control["key"] for control in trained]
+    for key in [*keys.values(), *(control["key"] for control in trained)]:
+        tidy = drop_damaged if key in unfinished else remove_checkpoints
+        tidy(resume_folder(cache, key, prepared.train, data.foreign))
     for some in (trained, [control for control in beside if "control" in control]):
         if some:
             jobs.append(Job(some, some[0]["seed"], data, cache, task.experiment, task.name))

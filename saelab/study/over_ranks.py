@@ -1,36 +1,41 @@
 """One SAE on the processes that torchrun has started: what each of them does.
 
-    prepare (the first rank; then all read) -> train -> save -> core metrics -> files
+    prepare (the first rank; then all read) -> train, with checkpoints -> save -> core metrics
 
-    <out_dir>/sae.safetensors, sae.json     as one process writes them
-              curves.parquet                every logged value over training, thinned
-              metrics.json                  rows of the core evaluation; written last
+    <cache>/resume/<key>/          checkpoints; the same command goes on, on any number of ranks
 
-Seed, data and settings are those of `saelab train` in one process, which trains the same SAE but for
-rounding.
+    <out_dir>/sae.safetensors, sae.json    as one process writes them
+              curves.parquet               every logged value over training, thinned
+              metrics.json                 rows of the core evaluation; written last
+
+Seed, data and settings are those of `saelab train` in one process, which trains the same SAE but
+for rounding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from saelab import checkpoint
 from saelab.data import models
-from saelab.data.stream import batches
+from saelab.data.stream import Batch, Position, batches
 from saelab.errors import SettingError
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
-from saelab.files import write_json
+from saelab.files import digest, write_json
 from saelab.progress import progress
 from saelab.ranks import Ranks, check_split, joined, processes
-from saelab.rundir import cache_folder
+from saelab.rundir import cache_folder, package_digest
 from saelab.seeding import study_seeds
 from saelab.study.cells import initial_sample, write_curves
 from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
 from saelab.study.prepare import Prepared, prepare
-from saelab.training.loop import Cell, train
+from saelab.training.loop import Cell
+from saelab.training.resume import remove_checkpoints, restored, train_kept
 
 
 def wanted(base: BaseConfig) -> bool:
@@ -54,12 +59,15 @@ def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) ->
     split = check_split(base.parallel.data, base.parallel.latents), base.parallel.latents
     seed = study_seeds(study, "explore", 1)[0]
     with joined(*split, base.model.device) as ranks:
-        prepared = _prepared(base, cache_folder(root), ranks)
-        cell = _trained(base, prepared, seed, ranks)
+        cache = cache_folder(root)
+        prepared = _prepared(base, cache, ranks)
+        kept = cache / "resume" / _key(base, prepared, seed)
+        cell = _trained(base, prepared, seed, ranks, kept)
         origin = {"arm": BASELINE, "seed": seed, "level": 0.0}
         checkpoint.save(cell.sae, out_dir, prepared.provenance | origin)
         rows = [row.of_cell(BASELINE, seed, 0.0) for row in _evaluated(base, prepared, cell)]
         ranks.on_first(lambda: _write(out_dir, cell, rows))
+        ranks.on_first(lambda: remove_checkpoints(kept))
     return rows
 
 
@@ -83,15 +91,31 @@ def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> Prepared:
     return prepare(base, cache, device)
 
 
-def _trained(base: BaseConfig, prepared: Prepared, seed: int, ranks: Ranks) -> Cell:
+def _key(base: BaseConfig, prepared: Prepared, seed: int) -> str:
+    """Of the checkpoints: what their numbers depend on, the split not among it."""
+    settings = [part.model_dump(mode="json") for part in (base.sae, base.train)]
+    place = [base.layout, prepared.train.digest, package_digest(), "over ranks"]
+    return digest([*settings, seed, *place])
+
+
+def _trained(base: BaseConfig, prepared: Prepared, seed: int, ranks: Ranks, folder: Path) -> Cell:
+    """The cell, trained from its last checkpoint on."""
     sample = initial_sample(prepared.train).to(ranks.device)
-    cell = Cell(f"seed {seed}", base.sae, base.train, sample, seed, ranks=ranks)
-    stream = batches(prepared.train, seed, base.train.batch_size, base.layout)
-    with progress("training", base.train.steps, "steps") as bar:
-        failures = train([cell], stream, lambda n, _: bar.advance(n if ranks.first else 0))
+    size = base.train.batch_size
+
+    def build() -> Cell:
+        return Cell(f"seed {seed}", base.sae, base.train, sample, seed, ranks=ranks)
+
+    def stream(start: Position) -> Iterator[tuple[Batch, Position]]:
+        return batches(prepared.train, seed, size, base.layout, start)
+
+    kept = restored(build, folder)
+    with progress("training", base.train.steps, "steps") if ranks.first else nullcontext() as bar:
+        advance = bar.advance if bar else (lambda steps: None)
+        failures = train_kept([kept], stream, lambda steps, _: advance(steps))
     for failure in failures.values():
         raise failure
-    return cell
+    return kept.cell
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from saelab.data.stream import Batch
 from saelab.errors import CellFailure
 from saelab.ranks import ALONE, Ranks
 from saelab.sae import SAEConfig
+from saelab.shards import Shards
+from saelab.signals import whole
 from saelab.training.optim import Optimiser, TrainConfig
 from saelab.training.snapshots import Snapshots
 from saelab.training.state import State, module_state, restore_module
@@ -82,6 +85,7 @@ class Cell:
     """
 
     snapshots: Snapshots | None = None
+    ranks = ALONE
 
     def __init__(
         self,
@@ -94,6 +98,7 @@ class Cell:
         ranks: Ranks = ALONE,
     ) -> None:
         self.name, self.config, self.device = name, train_config, sample.device
+        self.ranks = ranks
         sae = sae_config.build(sample.shape[1], train_config.steps, seed, ranks)
         self.sae = sae.to(sample.device)
         self.sae.initialise(sample, seed)
@@ -145,9 +150,9 @@ class Cell:
         self.log.restore(state.part("log"))
         self._restore_own(state)
 
-    def per_latent(self) -> set[str]:
-        """Names of the tensors of `state` that have one entry, or row, per latent."""
-        own = self.sae.per_latent()
+    def shards(self) -> Shards:
+        """How the tensors of `state` lie on the ranks."""
+        own = self.sae.shards().split
         parameters = self.sae.named_parameters(remove_duplicate=False)
         split = {id(parameter) for name, parameter in parameters if name in own}
         names = {"fired_at", *(f"sae/own/{name}" for name in own)}
@@ -155,7 +160,7 @@ class Cell:
         for i, parameter in enumerate(self.optimiser.moments()):
             if id(parameter) in split:
                 names |= {f"optimiser/{i}/exp_avg", f"optimiser/{i}/exp_avg_sq"}
-        return names
+        return Shards(frozenset(names), self.sae.d_sae, self.ranks)
 
     def _add_own(self, state: State) -> None:
         """Adds to a state what an SAE made of parts has."""
@@ -187,17 +192,11 @@ class Cell:
         if not len(rows.x):
             reason = f"no row of the batch has a position in {self.config.positions}: widen them"
             raise CellFailure(self.name, self.steps_done, reason)
-        data = getattr(self.sae, "ranks", ALONE).data
-        if len(rows.x) < data:
-            reason = (
-                f"a batch has {len(rows.x)} rows for {data} ranks: use fewer, or larger batches"
-            )
-            raise CellFailure(self.name, self.steps_done, reason)
         return rows
 
     def _own(self, rows: Batch) -> Batch:
         """This rank's part of the rows."""
-        ranks = self.sae.ranks
+        ranks = self.ranks
         if len(rows.x) < ranks.data:
             reason = f"a batch of {len(rows.x)} rows has none for some of {ranks.data} ranks"
             raise CellFailure(self.name, self.steps_done, f"{reason}: enlarge it")
@@ -270,33 +269,41 @@ class Cell:
 
 def train(
     cells: Sequence[Cell],
-    stream: Iterable[tuple[Batch, object]],
+    stream: Iterable[tuple[Batch, Any]],
     on_step: Callable[[int, list[Cell]], None] | None = None,
+    on_round: Callable[[Any, list[Cell]], None] | None = None,
 ) -> dict[str, CellFailure]:
     """Trains all cells on the one stream until each has done its steps.
 
     The cells take turns, a few batches each, so that a cell's weights and moments stay in the
     cache meanwhile. A cell that fails stops alone; the others go on as if it had never been there.
+    A signal (saelab/signals.py) waits for the end of a round.
 
     Args:
         cells: cells of one seed.
         stream: yields (batch, position); must be long enough.
         on_step: called after every round and at the end with the steps done since the last call
             and the cells that took part; it must not change anything.
+        on_round: called after every round with the stream's position, from which the cells that
+            took part and did not fail go on; it must not change anything.
 
     Returns: failures by cell name.
     """
     failures: dict[str, CellFailure] = {}
     living = [cell for cell in cells if not cell.done]
-    for turn in _turns(batch for batch, _ in stream) if living else ():
-        before = max(cell.steps_done for cell in living)
-        for cell in living:
-            failure = _take(cell, turn)
-            if failure is not None:
-                failures[cell.name] = failure
-        if on_step:
-            on_step(max(cell.steps_done for cell in living) - before, living)
-        living = [cell for cell in living if not cell.done and cell.name not in failures]
+    for turn, position in _turns(stream) if living else ():
+        with whole():
+            before = max(cell.steps_done for cell in living)
+            for cell in living:
+                failure = _take(cell, turn)
+                if failure is not None:
+                    failures[cell.name] = failure
+            if on_step:
+                on_step(max(cell.steps_done for cell in living) - before, living)
+            living = [cell for cell in living if cell.name not in failures]
+            if on_round:
+                on_round(position, living)
+        living = [cell for cell in living if not cell.done]
         if not living:
             break
     for cell in cells:
@@ -315,15 +322,16 @@ def _take(cell: Cell, turn: Sequence[Batch]) -> CellFailure | None:
     return None
 
 
-def _turns(stream: Iterable[Batch]) -> Iterator[list[Batch]]:
-    """Groups of consecutive batches, TURN_BYTES large at most but for a single batch."""
+def _turns(stream: Iterable[tuple[Batch, Any]]) -> Iterator[tuple[list[Batch], Any]]:
+    """Groups of consecutive batches, TURN_BYTES large at most but for a single batch, and the
+    position after each."""
     turn: list[Batch] = []
-    size = 0
-    for batch in stream:
+    size, position = 0, None
+    for batch, position in stream:
         size += batch.x.numel() * batch.x.element_size()
         turn.append(batch)
         if size + size // len(turn) > TURN_BYTES or len(turn) == LONGEST_TURN:
-            yield turn
+            yield turn, position
             turn, size = [], 0
     if turn:
-        yield turn
+        yield turn, position

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def _received(pipe: Any) -> tuple[bool, Any]:
     if not pipe.poll(LONGEST):
         return False, f"nothing came in {LONGEST} s"
     try:
-        return pipe.recv()
+        return pickle.loads(pipe.recv_bytes())
     except EOFError:
         return False, "the process ended without a word"
 
@@ -60,9 +61,10 @@ def _work(pipe: Any, split: tuple[int, ...], work: Callable[..., Any], arguments
     torch.set_num_threads(1)
     try:
         with joined(data, latents, "cpu") as ranks:
-            pipe.send((True, work(ranks, *arguments)))
+            found = True, work(ranks, *arguments)
     except BaseException:
-        pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
+        found = False, f"rank {rank}: {traceback.format_exc()}"
+    pipe.send_bytes(pickle.dumps(found))  # tensors by value: the sender ends
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:

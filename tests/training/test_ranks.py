@@ -34,16 +34,16 @@ from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
 from saelab.training.resume import restored, write_checkpoint
 
-D_IN, D_SAE, SIZE, STEPS, SEED = 16, 66, 50, 100, 3
+D_IN, D_SAE, SIZE, STEPS, SEED = 16, 130, 50, 100, 3
 #: What studies.md promises of the loss over 100 steps, relative, in float32.
 PROMISE = 1e-5
 
-RESAMPLING = {"kind": "resampling", "every": 0.1, "patience": 400}
+RESAMPLING = {"kind": "resampling", "every": 0.1, "patience": 60}
 CASES: dict[str, dict[str, Any]] = {
     "relu": {"initial_l0": 6, "observers": [RESAMPLING]},
     "topk": {
         "activation": {"kind": "topk", "k": 6},
-        "losses": ["reconstruction", {"kind": "auxk", "dead_after": 400}],
+        "losses": ["reconstruction", {"kind": "auxk", "dead_after": 60}],
         "controllers": [],
         "constraints": ["unit_norm"],
     },
@@ -58,9 +58,10 @@ CASES: dict[str, dict[str, Any]] = {
         "constraints": ["unit_norm"],
     },
     "scaled": {
+        "initial_l0": 6,
         "scaling": {"kind": "variance", "tying": "per_feature"},
         "losses": ["reconstruction", "l1", "scalar_prior"],
-        "observers": [{"kind": "lifetimes", "base_steps": 4, "base_share": 0.0}],
+        "observers": [{"kind": "lifetimes", "base_steps": 1, "base_share": 0.0}],
     },
     "tied": {"tied": True, "scaling": "centring", "initial_l0": 6},
     "annealed": {

@@ -96,7 +96,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """
     data = read_json(path)
     if not isinstance(data, dict) or data.pop("digest", None) != digest(data):
-        raise DamageError(f"{path} was changed after it was written: delete it and run again")
+        raise DamageError(f"{path} was changed after it was written: make it again")
     return data
 
 

@@ -13,10 +13,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from saelab.files import write_atomically
@@ -35,6 +35,7 @@ KINDS = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {name: dtype for dtype, name in KINDS.items()}
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,28 @@ class Shards:
 
     def read(self, path: Path) -> dict[str, Tensor]:
         """This rank's part of a file's tensors, on the CPU."""
-        with safe_open(path, "pt") as file:
-            return {name: self._read(file, name) for name in file.keys()}  # noqa: SIM118
+        if self.ranks.latents == 1:
+            return load_file(path)
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            return {
+                name: self._read(file, 8 + size, name in self.split, entry)
+                for name, entry in header.items()
+            }
 
-    def _read(self, file: Any, name: str) -> Tensor:
-        if name in self.split and self.ranks.latents > 1:
-            return file.get_slice(name)[self.ranks.own(self.d_sae)]
-        return file.get_tensor(name)
+    def _read(self, file: BinaryIO, start: int, split: bool, entry: dict[str, Any]) -> Tensor:
+        """A tensor, or this rank's rows of it; its bytes alone are read."""
+        shape, (begin, end) = entry["shape"], entry["data_offsets"]
+        if split:
+            own, row = self.ranks.own(self.d_sae), (end - begin) // self.d_sae
+            shape = [own.stop - own.start, *shape[1:]]
+            begin, end = begin + own.start * row, begin + own.stop * row
+        file.seek(start + begin)
+        content = bytearray(file.read(end - begin))
+        if not content:
+            return torch.empty(shape, dtype=DTYPES[entry["dtype"]])
+        return torch.frombuffer(content, dtype=DTYPES[entry["dtype"]]).view(shape)
 
     def _parts(self, name: str, tensor: Tensor) -> Iterator[Tensor]:
         """On the first rank the parts of the whole tensor, in order; the others send theirs."""

@@ -188,7 +188,7 @@ def life(ranks: Ranks, case: str, folder: Path) -> dict[str, Any]:
     """An SAE is made, trained, checkpointed, saved, loaded and evaluated."""
     data = source(WIDE, 10)
     with Largest() as largest:
-        one = cell(ranks, config(case, d_sae=LATENTS), data, 12)
+        one = cell(ranks, config(case, d_sae=LATENTS, initial_l0=6), data, 12)
         train([one], batches(data, SEED, SIZE))
         write_checkpoint(folder, one.state(), 12, Position(), 0.0, one.shards())
         checkpoint.save(one.sae, folder, {"seed": SEED})

@@ -71,7 +71,8 @@ def _told() -> Iterator[None]:
             with exhausted.named():
                 yield
         except SaelabError as error:
-            typer.echo(str(error), err=True)
+            if _talks():
+                typer.echo(str(error), err=True)
             raise typer.Exit(error.exit_code) from None
 
 
@@ -291,23 +292,51 @@ def train(
     """Train and evaluate the SAE that a config file describes.
 
     On CUDA it trains beside the harvest (harvest.overlap; not run on a GPU yet).
+
+    On several processes, each with some of the rows or of the latents:
+
+    torchrun --nproc-per-node 4 -m saelab train CONFIG --out_dir DIR --set parallel.latents=4
     """
     with _told():
         from saelab.api import settings
+        from saelab.study import over_ranks
         from saelab.study.engine import Launch, launch
         from saelab.study.plan import BASELINE, Arm, PlanConfig, Run
 
+        base = settings(config, _changes(set_))
+        if over_ranks.wanted(base):
+            _train_over_ranks(base, out_dir, config.stem, seeds)
+            return
         launch(
             Launch(
                 name=out_dir.name,
                 run=Run(config.stem, [Arm(BASELINE, comment=f"as {config.name} says")]),
                 plan=PlanConfig.parse({"study": config.stem, "seeds": seeds, "target_l0": None}),
-                base=settings(config, _changes(set_)),
+                base=base,
                 out_dir=out_dir,
                 root=Path(),
                 limit=float("inf"),
             )
         )
+
+
+def _train_over_ranks(base: Any, out_dir: Path, study: str, seeds: int) -> None:
+    from saelab.errors import SettingError
+    from saelab.study.measure import table
+    from saelab.study.over_ranks import train_over_ranks
+
+    if seeds != 1:
+        raise SettingError("--seeds", seeds, "several processes train one SAE: leave it out")
+    rows = train_over_ranks(base, out_dir, Path(), study)
+    if _talks():
+        typer.echo("\n".join(table([row.as_dict() for row in rows])))
+
+
+def _talks() -> bool:
+    """Whether this process prints: of several that torchrun has started, one on each machine."""
+    import os
+
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @app.command()

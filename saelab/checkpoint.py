@@ -1,7 +1,8 @@
 """A trained SAE on disk: `sae.safetensors` (all tensors, running state included) and `sae.json`.
 
 The JSON holds format, d_in, configuration, provenance, the checksum of the tensors and a digest of
-itself; it is written last, so a folder with it is complete.
+itself; it is written last, so a folder with it is complete. How many ranks wrote it does not show,
+and any number of them reads it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
+from torch import Tensor
 
 from saelab.errors import DamageError, SourceError
-from saelab.files import read_json, read_sealed, sha256, write_atomically, write_sealed
+from saelab.files import read_json, read_sealed, sha256, write_sealed
+from saelab.ranks import ALONE, Ranks
 from saelab.sae import SAE, SAEConfig
 from saelab.schema import Loose, check
-from saelab.weights import read_weights, shapes
+from saelab.weights import shapes
 
 FORMAT = 1
 REMEDY = "train the cell again, or take the folder from where it was copied"
@@ -32,25 +34,23 @@ class _Record(Loose):
 
 def save(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
     """Writes the SAE; `provenance` is plain JSON data (model, hook_name, context, seed ...)."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()
-    }
+    tensors: dict[str, Tensor] = dict(sae.state_dict())
     if sae.config.tied:  # one matrix, stored once
         del tensors["W_enc"]
     file = folder / "sae.safetensors"
-    write_atomically(file, lambda temporary: save_file(tensors, temporary))
+    checksum = sae.shards().write(file, tensors)
     record = {
         "format": FORMAT,
         "d_in": sae.d_in,
         "sae": sae.config.model_dump(mode="json"),
         "provenance": provenance,
-        "sha256": sha256(file),
+        "sha256": checksum,
     }
-    write_sealed(folder / "sae.json", record)
+    sae.ranks.on_first(lambda: write_sealed(folder / "sae.json", record))
 
 
-def load(folder: Path, device: str = "cpu") -> tuple[SAE, dict[str, Any]]:
-    """The SAE in evaluation mode, and its provenance.
+def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, dict[str, Any]]:
+    """The SAE in evaluation mode, each rank with its own latents, and its provenance.
 
     Raises: SourceError when the folder holds no SAE, DamageError when the bytes do not match.
     """
@@ -68,8 +68,8 @@ def load(folder: Path, device: str = "cpu") -> tuple[SAE, dict[str, Any]]:
         raise DamageError(f"{file} does not match its checksum: {REMEDY}")
     config = SAEConfig.parse(record["sae"], where=str(folder / "sae.json"))
     _check_shapes(config, record["d_in"], file)
-    sae = config.build(record["d_in"])
-    tensors = read_weights(file, DamageError, REMEDY)
+    sae = config.build(record["d_in"], ranks=ranks)
+    tensors = sae.shards().read(file)
     if config.tied:
         tensors["W_enc"] = tensors["W_dec"]
     sae.load_state_dict(tensors)

@@ -72,6 +72,7 @@ from saelab.study.plan import (
     BaseConfig,
     CellSpec,
     Found,
+    ParallelConfig,
     PlanConfig,
     Run,
     arm_settings,
@@ -212,6 +213,9 @@ def checked(task: Launch) -> RunCheck:
     """
     specs = cells(task.plan, task.base, preview(task.run), task.purpose)
     base = task.base.patched(dict(task.run.changes))
+    if base.parallel != ParallelConfig():
+        remedy = "splits one SAE of `saelab train`: cells of a run have a process each"
+        raise SettingError("parallel", base.parallel.model_dump(), remedy)
     _check_primary(task.plan.primary, base)
     open_tracker(base.tracker, task.out_dir, {})
     return check(task, specs, _workers(task, base.model.device))

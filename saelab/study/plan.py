@@ -76,6 +76,19 @@ class EvalConfig(Frozen):
     probing: ProbingConfig = ProbingConfig()
 
 
+class ParallelConfig(Frozen):
+    """One SAE on several processes that torchrun has started (docs/parallel.md).
+
+    Args:
+        data: into how many parts the rows of each batch are split; None: as many as there are
+            processes for each part of the latents.
+        latents: into how many parts the latents are split.
+    """
+
+    data: PositiveInt | None = None
+    latents: PositiveInt = 1
+
+
 class BaseConfig(Frozen):
     """Everything a cell is made from, before an arm changes it.
 
@@ -100,6 +113,7 @@ class BaseConfig(Frozen):
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig()
     tracker: str = "none"
+    parallel: ParallelConfig = ParallelConfig()
 
 
 class PlanConfig(Frozen):

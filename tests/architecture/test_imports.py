@@ -16,6 +16,8 @@ ROOT = Path(saelab.__file__).parent
 LAYERS = [
     {"errors", "seeding", "stats", "config", "files", "progress", "allocator", "rundir", "signals"}
     | {"shown", "schema", "tables", "runfiles", "lock", "weights", "exhausted"},
+    {"ranks"},
+    {"shards"},
     {"data"},
     {"assets"},
     {"kernels"},

@@ -8,6 +8,7 @@ Raises `SaelabError` subclasses with one sentence when the disk is full or the f
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import json
 import os
@@ -19,8 +20,8 @@ from typing import Any
 
 from saelab.errors import DamageError, SourceError
 
-#: For tests: '<file>:<n>' appends the path of every write to the file and kills the process group
-#: between the bytes and the rename of the n-th; n = 0 never does.
+#: For tests: '<file>:<pattern>:<n>' appends the path of every write that matches to the file, and
+#: kills the process group between the bytes and the rename of the n-th; n = 0 never does.
 FAILPOINT = "SAELAB_FAILPOINT"
 
 
@@ -38,15 +39,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             if FAILPOINT in os.environ:
-                _failpoint(path, *os.environ[FAILPOINT].rsplit(":", 1))
+                _failpoint(path, *os.environ[FAILPOINT].rsplit(":", 2))
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _failpoint(path: Path, trace: str, n: str) -> None:
+def _failpoint(path: Path, trace: str, pattern: str, n: str) -> None:
+    name = str(path.absolute())
+    if not fnmatch.fnmatch(name, pattern):
+        return
     with Path(trace).open("ab") as file:  # appended in one write: processes take turns
-        file.write(f"{path}\n".encode())
+        file.write(f"{name}\n".encode())
         file.flush()
         before = Path(trace).read_bytes()[: file.tell()]
     if before.count(b"\n") == int(n):

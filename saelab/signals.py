@@ -91,11 +91,11 @@ def _listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in WORDS}
+    found = {number: signal.getsignal(number) for number in WORDS}
+    before = {n: handler for n, handler in found.items() if handler not in (signal.SIG_IGN, None)}
     try:
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, handle)
+        for number in before:
+            signal.signal(number, handle)
         yield
     finally:
         for number, handler in before.items():

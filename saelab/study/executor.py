@@ -190,9 +190,10 @@ def _run(function: Callable[..., None], job: Any) -> None:
     try:
         _busy = True
         function(job, advance, _state)
-        _busy = False
     except signals.Interrupted as stop:
         os._exit(stop.exit_code)
+    finally:
+        _busy = False
 
 
 def worker_count(device: str) -> int:

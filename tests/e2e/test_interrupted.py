@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from projects import Project, environment, group_is_gone, stop, wait_for
 
+from saelab.progress.watch import Watched
+
 #: Enough cells that a launch is still training when the first one is finished.
 MANY = 'Arm("{0}", {{"train.lr": {1}e-3}})'
 ARMS = ('Arm("baseline")', *(MANY.format(f"a{i}", i) for i in range(1, 4)))
@@ -41,10 +43,13 @@ def test_a_killed_launch_leaves_no_process_and_the_same_command_finishes_it(
         stop(process)
     done = len(project.finished_cells())
     assert 0 < done < len(uninterrupted.finished_cells())
-    assert not (project.folder / "run_1").exists()
+    assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
+    killed = Watched(project.folder / "run_1")
+    assert killed.look() == "died"
     ended = project.call()
     assert ended.code == 0, ended.err
     assert "(0 in the cache)" not in ended.err
+    assert killed.look() == "complete" and 0 < killed.state.cached <= done
     assert project.info() == uninterrupted.info()
     assert project.weights() == uninterrupted.weights()
 
@@ -97,7 +102,7 @@ def test_a_signal_while_cells_are_trained(
     assert last == f"{word}: the same command goes on where it stopped"
     logs = (project.folder / ".saelab" / "logs").glob("worker-*.log")
     assert not [log for log in logs if "Traceback" in log.read_text()]
-    assert not (project.folder / "run_1").exists()
+    assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
     assert any(checkpoints.glob("*/*.json")) and not list(project.folder.rglob("*.tmp"))
     ended = project.call()
     assert ended.code == 0, ended.err

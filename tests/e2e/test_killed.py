@@ -80,7 +80,7 @@ def content(project: Project) -> dict[str, bytes]:
     that they are there: what lays them out rounds differently from process to process."""
     run = project.folder / "run_1"
     found = {str(file.relative_to(run)): file for file in run.rglob("*") if file.is_file()}
-    for name in ("manifest.json", "summary.md"):
+    for name in ("manifest.json", "summary.md", "metrics.jsonl"):
         found.pop(name)
     pictures = {file.name: b"" for file in project.folder.glob("run_1_*.*")}
     return {name: file.read_bytes() for name, file in found.items()} | pictures

@@ -54,7 +54,7 @@ benchmarks/.peers/.ready: benchmarks/peers.txt constraints.txt
 
 bench: setup peers
 	for name in train_step launch harvest probing synthetic_parity evaluations memory scaling penalty \
-			telling trace; do \
+			telling trace soak; do \
 		$(BIN)/python benchmarks/$$name.py $(BENCH) || exit 1; \
 	done
 

@@ -8,6 +8,7 @@ Raises `SaelabError` subclasses with one sentence when the disk is full or the f
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import json
 import math
@@ -22,8 +23,8 @@ from saelab.errors import DamageError, SourceError
 
 #: Bytes of a JSON file at most; parsed it takes up to twenty times as much. Ours have a few MB.
 MOST_JSON = 32 * 2**20
-#: For tests: '<file>:<n>' appends the path of every write to the file and kills the process group
-#: between the bytes and the rename of the n-th; n = 0 never does.
+#: For tests: '<file>:<pattern>:<n>' appends the path of every write that matches to the file, and
+#: kills the process group between the bytes and the rename of the n-th; n = 0 never does.
 FAILPOINT = "SAELAB_FAILPOINT"
 
 
@@ -41,15 +42,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             if FAILPOINT in os.environ:
-                _failpoint(path, *os.environ[FAILPOINT].rsplit(":", 1))
+                _failpoint(path, *os.environ[FAILPOINT].rsplit(":", 2))
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _failpoint(path: Path, trace: str, n: str) -> None:
+def _failpoint(path: Path, trace: str, pattern: str, n: str) -> None:
+    name = str(path.absolute())
+    if not fnmatch.fnmatch(name, pattern):
+        return
     with Path(trace).open("ab") as file:  # appended in one write: processes take turns
-        file.write(f"{path}\n".encode())
+        file.write(f"{name}\n".encode())
         file.flush()
         before = Path(trace).read_bytes()[: file.tell()]
     if before.count(b"\n") == int(n):
@@ -77,9 +81,14 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def json_text(data: Any) -> str:
+    """What `write_json` writes; a NaN or infinity is an error, since a missing number is null."""
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON; a NaN or infinity is an error here, since a missing number must be null."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    """Writes JSON as `json_text` gives it."""
+    write_text(path, json_text(data))
 
 
 def digest(data: Any) -> str:

@@ -10,6 +10,7 @@ hand; `sealed` tells, and `saelab verdict` says so.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 from pydantic import Field
 
 from saelab.errors import DamageError, SourceError
-from saelab.files import read_json, read_sealed, sha256, write_sealed
+from saelab.files import json_text, read_json, read_sealed, sha256, write_sealed, write_text
 from saelab.schema import Loose, Name, Number, Whole, check
 from saelab.tables import Kind, read_rows
 
@@ -140,10 +141,14 @@ class RunFiles:
         return read_rows(path, columns, only, REMEDY) if path.is_file() else []
 
 
-def seal_run(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest of a run whose other files are all there."""
+def seal_run(folder: Path, manifest: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Writes the manifest of a run whose other files are all there, then final_info.json, with
+    which the run is complete."""
     cells = sorted(p for name in OF_CELLS for p in (folder / "cells").glob(f"*/*/{name}"))
     names = [*SEALED, *(file.relative_to(folder).as_posix() for file in cells)]
-    there = [name for name in names if (folder / name).is_file()]
-    sums = {SUMS: {name: sha256(folder / name) for name in there}}
-    write_sealed(folder / MANIFEST, json.loads(json.dumps(manifest)) | sums)
+    there = [name for name in names if name != INFO and (folder / name).is_file()]
+    sums = {name: sha256(folder / name) for name in there}
+    text = json_text(info)
+    sums[INFO] = hashlib.sha256(text.encode()).hexdigest()
+    write_sealed(folder / MANIFEST, json.loads(json.dumps(manifest)) | {SUMS: sums})
+    write_text(folder / INFO, text)

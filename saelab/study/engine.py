@@ -6,8 +6,8 @@ Where `harvest.overlap` says so, this process harvests the training activations 
 train on those that are there; a worker waits for a shard that is not (docs/decisions/0009).
 
 A cell that is in the cache is not trained again. The run folder is filled at the end and
-`final_info.json` and `manifest.json` are its last files, so an interrupted launch leaves no folder
-that looks complete, and the same command goes on where it stopped.
+`final_info.json` is its last file, so an interrupted launch leaves no folder that looks complete,
+and the same command goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The run folder: every file of a finished launch, `final_info.json` and `manifest.json` last."""
+"""The run folder: every file of a finished launch, `final_info.json` last: it makes it complete."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Record:
         """Fills the run folder; each file whole or not at all."""
         out = self.task.out_dir
         if self.task.force:  # nothing of the replaced run may stay beside the new one
-            for name in ("manifest.json", "final_info.json"):
+            for name in ("final_info.json", "manifest.json"):
                 (out / name).unlink(missing_ok=True)
             shutil.rmtree(out / "cells", ignore_errors=True)
         self._write_metrics(out / "metrics.parquet")
@@ -95,8 +95,7 @@ class Record:
         )
         write_text(out / "summary.md", text)
         write_json(out / "gate.json", self._gates())
-        write_json(out / "final_info.json", self.info)
-        seal_run(out, self._manifest(seconds))
+        seal_run(out, self._manifest(seconds), self.info)
 
     def _write_metrics(self, path: Path) -> None:
         provenance = self.prepared.provenance | {"saelab": saelab.__version__}

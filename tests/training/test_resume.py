@@ -138,6 +138,21 @@ def test_a_second_interrupt_does_not_wait() -> None:
     assert ended.value.code == 130 and reached
 
 
+def test_a_late_second_signal_is_not_the_first_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where something has swallowed the first one, the process can still be ended."""
+    monkeypatch.setattr(signals, "SOON", 0.0)
+    swallowed = False
+    with pytest.raises(SystemExit) as ended, told():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted:
+            swallowed = True
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 143 and swallowed
+
+
 def test_at_once_writes_nothing(
     activations: MemorySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

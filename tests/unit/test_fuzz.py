@@ -220,7 +220,7 @@ def make_run(folder: Path) -> None:
     }
     for seed in range(2):
         (run / "cells" / "other" / f"seed{seed}-l0_32").mkdir(parents=True)
-    seal_run(run, manifest)
+    seal_run(run, manifest, read_json(run / "final_info.json"))
 
 
 def unseal(folder: Path) -> None:

@@ -381,7 +381,10 @@ def probing_entries(run: Run) -> Figure | str:
         for control in run.controls:
             if values := _accuracies(run, control, ENTRY_K, f"entry={entry}"):
                 look = lines.setdefault(control, style[control])
-                axes.axhline(mean(values), color=look.color, linestyle=look.dashes, linewidth=2)
+                axes.axhline(
+                    mean(values), label=look.name, color=look.color, linestyle=look.dashes,
+                    linewidth=2,
+                )  # fmt: skip
         axes.set_title("\n".join(wrap(entry.replace("_", " "), 1.35)))
         axes.locator_params(axis="y", nbins=4)
     for row in mosaic:
@@ -437,8 +440,8 @@ def density(run: Run) -> Figure | str:
         shares = np.array([100 * bins[arm].get(round(edge, 2), 0.0) for edge in grid])
         look = style[arm]
         right.stairs(
-            shares, np.append(grid, grid[-1] + BIN), baseline=None, color=look.color,
-            linestyle=look.dashes, linewidth=look.width, zorder=look.zorder,
+            shares, np.append(grid, grid[-1] + BIN), baseline=None, label=look.name,
+            color=look.color, linestyle=look.dashes, linewidth=look.width, zorder=look.zorder,
         )  # fmt: skip
         marked = (np.arange(len(grid)) % 4 == i % 4) & (shares > 0.03 * shares.max())
         where = grid[marked] + BIN * (i + 0.5) / len(bins)
@@ -507,11 +510,12 @@ def verdict(run: Run) -> Figure | str:
         if middle is not None:
             axes.plot(middle, y, **look.marks(markersize=9))
         if low is not None and high is not None:
-            axes.hlines(y, low, high, color=look.color, linewidth=2.2, zorder=3)
+            axes.hlines(y, low, high, label=arm, color=look.color, linewidth=2.2, zorder=3)
             axes.plot(
-                [low, high], [y, y], linestyle="", marker="|", markersize=10, color=look.color
-            )
-        axes.text(1.02, y, words[-1], transform=axes.get_yaxis_transform(), va="center",
+                [low, high], [y, y], linestyle="", marker="|", markersize=10, label=arm,
+                color=look.color,
+            )  # fmt: skip
+        axes.text(1.02, y, words[-1], label=arm, transform=axes.get_yaxis_transform(), va="center",
                   fontweight="bold" if words[-1] in ("helps", "hurts") else "normal")  # fmt: skip
     axes.axvline(0, color="black", linewidth=1.2, zorder=2)
     handles = _interest_band(axes, run)

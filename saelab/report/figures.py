@@ -7,6 +7,7 @@
     density          how often latents fire
     scalars          learned scalars over training
     verdict          paired difference from the baseline
+    placement        arms and controls between a frozen random decoder and the baseline
     ...              what is measured of the ideas: figures_a.py, figures_b.py
 
 Bands and bars go from the lowest to the highest seed, except in the verdict (95% t interval). The
@@ -38,6 +39,7 @@ from saelab.report.canvas import (
 from saelab.report.figures_a import A_PICTURES
 from saelab.report.figures_b import B_PICTURES
 from saelab.report.load import Curve, Run, load
+from saelab.report.placement import placement
 from saelab.report.shared import (
     NAMES,
     against_l0,
@@ -567,6 +569,7 @@ PICTURES: dict[str, Picture] = {
     "density": density,
     "scalars": scalars,
     "verdict": verdict,
+    "placement": placement,
     **A_PICTURES,
     **B_PICTURES,
 }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from saelab.report.canvas import Page, looks, shown, wrap
 from saelab.report.load import Run
-from saelab.report.shared import at, legend, mean, of_seeds
+from saelab.report.shared import at, mean, of_seeds
 from saelab.study.controls import FROZEN, PLANTED, PREFIX
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ def placement(run: Run) -> Figure | str:
         axes.grid(axis="y", visible=False)
         axes.set(title=SCALES[metric][0])
     best = found[next(iter(found))]
-    said = [
-        f"{shown(arm)} {100 * mean(best[arm]):.1f}%" for arm in run.arms[1:] if arm in best
-    ]
+    said = [f"{shown(arm)} {100 * mean(best[arm]):.1f}%" for arm in run.arms[1:] if arm in best]
     return page.finish(
         f"{run.title} – placed between a frozen random decoder and the baseline",
         [
@@ -84,7 +82,7 @@ def placement(run: Run) -> Figure | str:
             if said
             else "",
         ],
-        legend(run, rows),
+        [],
     )
 
 

@@ -102,7 +102,9 @@ def by_arm(axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: b
             if dots and len(values) > 1:
                 spread = x + 0.24 * np.linspace(-1, 1, len(values))
                 axes.plot(spread, values, ".", markersize=5, label=arm, color=color, alpha=0.5)
-            axes.vlines(x, min(values), max(values), label=arm, color=color, linewidth=1.6, zorder=3)
+            axes.vlines(
+                x, min(values), max(values), label=arm, color=color, linewidth=1.6, zorder=3
+            )
             axes.plot(x, mean(values), **style[arm].marks(markersize=8))
     axes.set_xlim(-0.7, len(run.arms) - 0.3)
     axes.set_xticks([])
@@ -122,9 +124,7 @@ def points_with_range(
     low = [min(values) for values in points.values()]
     high = [max(values) for values in points.values()]
     axes.plot(x, means, **(look.line() if joined else look.marks()))
-    axes.vlines(
-        x, low, high, label=look.name, color=look.color, linewidth=1.4, zorder=look.zorder
-    )
+    axes.vlines(x, low, high, label=look.name, color=look.color, linewidth=1.4, zorder=look.zorder)
 
 
 # ---------------------------------------------------------------- over training

@@ -8,7 +8,7 @@ finished figure. Every artist that belongs to an arm carries the arm's name as i
     line      "line"   x, y, joined, marker, size, width, dashed, every, opacity
     range     "bars"   x, y, x2, y2: a straight piece each
     band      "band"   x, low, high
-    level     "level"  at, axis: a line across the panel
+    level     "level"  at, axis, faint: a line across the panel
     zone      "zone"   low, high, axis: a shaded stripe across the panel
     text      "text"   x, y, of: which of both are shares of the panel; dx, dy in points
 """
@@ -16,7 +16,7 @@ finished figure. Every artist that belongs to an arm carries the arm's name as i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 MOST_POINTS = 100
 #: Significant digits of a coordinate.
 DIGITS = 4
+#: A line whose colour is lighter than this only parts a panel.
+FAINT = 0.8
 
 Mark = dict[str, Any]
 
@@ -142,14 +144,17 @@ def _of(artist: Artist, arms: dict[str, int], mark: Mark) -> Mark:
 
 
 def _line(line: Line2D, axes: Axes, arrays: Arrays) -> Iterator[Mark]:
+    from matplotlib.colors import to_rgb
+
     x, y = (np.asarray(line.get_data(orig=False)[i], dtype=np.float64) for i in (0, 1))
     x_is_data, y_is_data = line.get_transform().contains_branch_seperately(axes.transData)
     joined = line.get_linestyle() not in ("None", "none", " ", "")
-    look = {"width": _short(line.get_linewidth()), "dashed": line.is_dashed() if joined else False}
+    look: Mark = {"width": _short(line.get_linewidth()), "dashed": joined and line.is_dashed()}
     if not (x_is_data and y_is_data):
         if len(x):
             at, axis = (y[0], "y") if y_is_data else (x[0], "x")
-            yield {"kind": "level", "at": _short(at), "axis": axis} | look
+            faint = min(to_rgb(cast(Any, line.get_color()))) > FAINT
+            yield {"kind": "level", "at": _short(at), "axis": axis, "faint": faint} | look
         return
     kept = _kept(len(x)) if joined else np.arange(len(x))
     mark: Mark = {"kind": "line", "x": arrays.add(x[kept]), "y": arrays.add(y[kept])}

@@ -90,7 +90,7 @@ for (const box of document.querySelectorAll(".legend")) {
   const run = box.dataset.run;
   hidden[run] = new Set();
   runs[run].arms.forEach((look, index) => {
-    const button = make("button", { type: "button", "aria-pressed": "true", "data-arm": index }, sample(look), look.shown);
+    const button = make("button", { type: "button", "aria-pressed": "true", "data-arm": index, class: look.control ? "control" : null }, sample(look), look.shown);
     button.addEventListener("click", () => toggle(run, [index]));
     box.append(button);
   });
@@ -168,13 +168,14 @@ function lines(text, most) {
   return found;
 }
 const CHARACTER = 6.5; // px that a letter of a tick takes
+const LONG_Y = 26; // letters in a line along the y axis
 
 // ---------------------------------------------------------------- panels
 
 let counter = 0;
 class Panel {
-  constructor(figure, scene, run, box) {
-    Object.assign(this, { figure, scene, run, box });
+  constructor(figure, scene, run, box, siblings) {
+    Object.assign(this, { figure, scene, run, box, siblings });
     this.home = { x: scene.x.limits, y: scene.y.limits };
     this.view = { ...this.home };
     this.id = `panel${counter++}`;
@@ -200,15 +201,29 @@ class Panel {
   size() {
     const width = Math.max(200, this.box.clientWidth || 300);
     const { x, y, marks } = this.scene;
-    const rows = y.ticks && y.ticks.length > 3 && y.ticks.some(([, text]) => /[a-z]{2}/i.test(text)) ? y.ticks.length : 0;
+    const names = this.names(), rows = names ? names.length : 0;
     const whole = this.scene.rows[1] - this.scene.rows[0];
     const height = rows ? 30 * rows + 60 : Math.min(340, Math.max(190, 0.62 * width)) * whole;
-    const named = ticks(y, this.view.y, 5).map(([, text]) => Math.max(0, ...lines(text, 20).map((line) => line.length)));
-    const left = Math.min(0.42 * width, 12 + CHARACTER * Math.max(2, ...named)) + (y.label ? 18 : 0);
+    const named = this.ticksOfY().map(([, text]) => Math.max(0, ...lines(text, 20).map((line) => line.length)));
+    const left = Math.min(0.42 * width, 12 + CHARACTER * Math.max(2, ...named)) + 14 * (y.label ? lines(y.label, LONG_Y).length : 0);
     const beside = marks.filter((mark) => mark.kind === "text" && mark.of[0] && mark.x > 1).map((mark) => mark.text.length);
     const right = 12 + CHARACTER * Math.max(0, ...beside);
     const below = Math.max(1, ...(x.ticks || []).map(([, text]) => text.split("\n").length));
-    return { width, height, left, right, top: 8, bottom: (x.label ? 36 : 14) + 13 * below };
+    const most = Math.floor((width - left) / CHARACTER);
+    return { width, height, left, right, most, top: 8, bottom: 10 + 14 * (x.label ? lines(x.label, most).length : 0) + 13 * below };
+  }
+  // Names along the y axis; those of a panel beside it where this has the same rows without names.
+  names() {
+    const named = (ticks) => ticks && ticks.length > 3 && ticks.some(([, text]) => /[a-z]{2}/i.test(text));
+    const { ticks } = this.scene.y;
+    if (named(ticks) || !ticks || ticks.length < 4) return named(ticks) ? ticks : null;
+    const other = this.siblings.find((panel) => named(panel.y.ticks) && panel.y.ticks.length === ticks.length);
+    return other ? other.y.ticks : null;
+  }
+  ticksOfY() {
+    const stacked = this.box.parentElement && this.box.clientWidth > 0.9 * this.box.parentElement.clientWidth;
+    const names = stacked ? this.names() : null;
+    return ticks(names ? { ...this.scene.y, ticks: names } : this.scene.y, this.view.y, 5);
   }
   draw() {
     const s = this.size();
@@ -246,16 +261,16 @@ class Panel {
       last = x + half;
       parts.forEach((part, i) => svg.append(make("text", { x: Math.min(x, s.width - half), y: base + 17 + 13 * i, "text-anchor": "middle" }, part)));
     }
-    for (const [value, text] of ticks(scene.y, view.y, 5)) {
+    for (const [value, text] of this.ticksOfY()) {
       const y = this.y.to(value), parts = lines(text, 20);
       if (!fixed.y) svg.append(make("line", { class: "grid", x1: s.left, x2: end, y1: y, y2: y }));
       parts.forEach((part, i) => svg.append(make("text", { class: fixed.y ? "label" : null, x: s.left - 7, y: y + 4 + 13 * (i - (parts.length - 1) / 2), "text-anchor": "end" }, part)));
     }
     svg.append(make("path", { class: "axis", d: `M${s.left} ${s.top}V${base}H${end}` }));
-    const most = Math.floor((end - s.left + 40) / CHARACTER);
-    if (scene.x.label) svg.append(make("text", { class: "label", x: (s.left + end) / 2, y: s.height - 6, "text-anchor": "middle" }, cut(scene.x.label, most)));
-    if (scene.y.label) svg.append(make("text", { class: "label", x: 0, y: 0, "text-anchor": "middle", transform: `translate(11 ${(s.top + base) / 2}) rotate(-90)` }, cut(scene.y.label, Math.floor((base - s.top + 30) / CHARACTER))));
+    if (scene.x.label) this.words(lines(scene.x.label, s.most), (i, n) => ({ x: (s.left + end) / 2, y: s.height - 5 - 14 * (n - 1 - i) }));
+    if (scene.y.label) this.words(lines(scene.y.label, LONG_Y), (i) => ({ transform: `translate(${11 + 14 * i} ${(s.top + base) / 2}) rotate(-90)` }));
   }
+  words(parts, at) { parts.forEach((part, i) => this.svg.append(make("text", { class: "label", "text-anchor": "middle", ...at(i, parts.length) }, part))); }
   reach(mark, x = "x", y = "y") {
     const xs = arrays[mark[x]], ys = arrays[mark[y]];
     return xs.map((value, i) => value === null || ys[i] === null ? null : [this.x.to(value), this.y.to(ys[i])]);
@@ -287,7 +302,7 @@ class Panel {
   level(group, mark, look, s) {
     const along = mark.axis === "x", at = (along ? this.x : this.y).to(mark.at);
     group.append(make("line", { x1: along ? at : s.left, x2: along ? at : s.width - s.right, y1: along ? s.top : at, y2: along ? s.height - s.bottom : at,
-      stroke: look ? color(look) : mark.dashed ? "var(--muted)" : "var(--ink)", "stroke-width": mark.width, "stroke-dasharray": mark.dashed ? dashes(look, mark.width) || "4 3" : null }));
+      stroke: look ? color(look) : mark.faint ? "var(--grid)" : mark.dashed ? "var(--muted)" : "var(--ink)", "stroke-width": mark.width, "stroke-dasharray": mark.dashed ? dashes(look, mark.width) || "4 3" : null }));
   }
   zone(group, mark, look, s) {
     const along = mark.axis === "x", scale = along ? this.x : this.y;
@@ -304,7 +319,7 @@ class Panel {
     const anchor = { left: "start", center: "middle", right: "end" }[mark.anchor];
     const shift = { top: 11, center: 4, bottom: -2, baseline: 0 }[mark.base] ?? 0;
     const parts = this.scene.bare ? lines(mark.text, Math.floor((s.width - 30) / CHARACTER)) : [mark.text];
-    parts.forEach((part, i) => group.append(make("text", { x, y: y + shift + 15 * (i - (parts.length - 1) / 2), "text-anchor": anchor, "font-weight": mark.bold ? 700 : null, style: look ? `fill:${color(look)}` : null }, part)));
+    parts.forEach((part, i) => group.append(make("text", { x, y: y + shift + 15 * (i - (parts.length - 1) / 2), "text-anchor": anchor, "font-weight": mark.bold ? 700 : null, class: ofX && mark.x > 1 ? "label" : null, style: look && !(ofX && mark.x > 1) ? `fill:${color(look)}` : null }, part)));
   }
 
   // ---- hover, keyboard, zoom
@@ -418,7 +433,6 @@ class Panel {
     this.point(this.at, true);
   }
 }
-function cut(text, most) { return text.length <= most ? text : `${text.slice(0, Math.max(1, most - 1))}…`; }
 
 // ---------------------------------------------------------------- figures, drawn when they come near
 
@@ -434,7 +448,7 @@ function draw(figure) {
     grid.append(box);
     return box;
   });
-  drawn.set(figure, scene.panels.map((panel, i) => new Panel(figure, panel, run, boxes[i])));
+  drawn.set(figure, scene.panels.map((panel, i) => new Panel(figure, panel, run, boxes[i], scene.panels)));
 }
 const near = new IntersectionObserver((entries) => { for (const entry of entries) if (entry.isIntersecting) { near.unobserve(entry.target); draw(entry.target); } }, { rootMargin: "600px" });
 for (const figure of document.querySelectorAll("figure.figure")) near.observe(figure);

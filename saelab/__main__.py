@@ -60,14 +60,17 @@ EXPERIMENT = Path("experiment.py")
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Bad input ends with one sentence and exit code 2, a failed study with 1."""
+    """Bad input ends with one sentence and exit code 2, a failed study with 1, SIGINT with 130 and
+    SIGTERM with 143."""
     from saelab.errors import SaelabError
+    from saelab.signals import told
 
-    try:
-        yield
-    except SaelabError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(error.exit_code) from None
+    with told():
+        try:
+            yield
+        except SaelabError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(error.exit_code) from None
 
 
 @app.command()
@@ -267,6 +270,23 @@ def template(
             run_one(load_experiment(file).RUNS, file, folder / BASELINE_RUN)
         elif run_0 is None:
             typer.echo(f"{folder} has no run_0 yet: python experiment.py --out_dir=run_0 makes it")
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="Of a run that goes on or has ended, 'run_3'.")],
+    json_: Json = False,
+) -> None:
+    """Follow a run: stage, cells, tokens/s, losses, time left. With --json its state now."""
+    with _told():
+        from saelab.progress.watch import Watched
+        from saelab.progress.watch import watch as follow
+
+        if not json_:
+            follow(folder)
+            return
+        watched = Watched(folder)
+        _print_json(watched.as_dict(watched.look()))
 
 
 @app.command()
@@ -581,12 +601,8 @@ def _changes(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point; an interrupt ends with 130 and one sentence."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("interrupted: the same command goes on with the finished cells", err=True)
-        sys.exit(130)
+    """Entry point."""
+    app()
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ from saelab.report.shared import (
     thin_lines,
     values_of,
 )
+from saelab.signals import told
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -83,6 +84,7 @@ Picture = Callable[[Run], "Figure | str"]
 # ---------------------------------------------------------------- the front door
 
 
+@told()
 def draw(labels: Mapping[str, str]) -> None:
     """Draws all runs of the current directory; this is the whole of plot.py.
 

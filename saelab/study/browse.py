@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saelab import formats
 from saelab.data.models import LanguageModel
@@ -88,17 +90,17 @@ class HeldOut:
 
     def ids(self, context: int) -> list[int]:
         """The token ids of one context; [] where they are not known."""
-        for i in range(self.source.n_shards):
-            shard = self.source.shard(i)
-            if context < len(shard.x):
-                return [] if shard.ids is None else shard.ids[context].tolist()
-            context -= len(shard.x)
-        raise IndexError(context)
+        return self._ids[context].tolist() if len(self._ids) else []
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        """Of all contexts; empty where they are not known."""
+        shards = (self.source.shard(i) for i in range(self.source.n_shards))
+        return torch.cat([torch.zeros(0) if s.ids is None else s.ids for s in shards])
 
     @property
     def why_no_text(self) -> str:
-        shard = self.source.shard(0)
-        return FOREIGN_REASON if shard.ids is None or self.model is None else ""
+        return "" if len(self._ids) and self.model is not None else FOREIGN_REASON
 
     def token(self, token: int) -> str:
         """A token as text, with its leading space."""

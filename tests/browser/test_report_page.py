@@ -86,9 +86,10 @@ def marks(found: Any, arm: int) -> int:
 
 
 def ticks(found: Any) -> list[str]:
-    return found.locator("svg").first.locator("text:not(.label)").all_inner_texts() or found.locator(
-        "svg"
-    ).first.locator("text:not(.label)").all_text_contents()
+    return (
+        found.locator("svg").first.locator("text:not(.label)").all_inner_texts()
+        or found.locator("svg").first.locator("text:not(.label)").all_text_contents()
+    )
 
 
 def test_every_figure_draws_without_a_word_on_the_console(opened: Any) -> None:

@@ -5,6 +5,7 @@ Names and texts hold markup on purpose: on the page it must stay text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -62,11 +63,11 @@ def write_study(
     for i, folder in enumerate(folders):
         last = i == runs - 1 and runs > 1
         _complete(folder, PlanConfig.parse(PLAN | changes), last)
-        number = i + 1
-        ledger = root / ".saelab" / "attempts.jsonl"
-        append_line(ledger, f'{{"start": {number}, "run": "run_{i}", "started": "2026-01-0{number}"}}')
-        end = f'"outcome": "complete", "reason": "{"" if i else "made again"}", "seconds": 12.5'
-        append_line(ledger, f'{{"end": {number}, {end}}}')
+        ledger, number = root / ".saelab" / "attempts.jsonl", i + 1
+        start = {"start": number, "run": f"run_{i}", "started": f"2026-01-0{number}"}
+        end = {"end": number, "outcome": "complete", "seconds": 12.5}
+        append_line(ledger, json.dumps(start))
+        append_line(ledger, json.dumps(end | {"reason": "" if i else "made again"}))
     return folders
 
 

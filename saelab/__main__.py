@@ -186,6 +186,48 @@ def verdict(
             typer.echo("\n\n".join(map(text, found)))
 
 
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Complete runs; all run_* here without a name.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    features: Annotated[
+        list[str] | None,
+        typer.Option(help="An arm for the feature browser. May be repeated; its first seed."),
+    ] = None,
+    cells: Annotated[
+        int, typer.Option(min=0, help="Cells of each run there: baseline, then primary arms.")
+    ] = 2,
+    latents: Annotated[int, typer.Option(min=1, help="Latents of each cell there.")] = 200,
+    json_: Json = False,
+    experiment: Experiment = None,
+) -> None:
+    """Write report.html: verdicts, figures, gate, controls, plan and latents on one page.
+
+    saelab report run_1 run_3 --out x.html
+
+    One file that needs no network. Nothing is trained; the held-out activations for the latents
+    are harvested again where the cache has them not.
+    """
+    with _told():
+        from saelab.report.page import Study, ledger, write
+        from saelab.rundir import cache_folder
+        from saelab.study.browse import browse, chosen_cells
+        from saelab.study.review import finished
+
+        _own_parts(experiment)
+        runs = folders or finished(Path())
+        chosen = chosen_cells(runs, features or (), cells)
+        why_not = "none was asked for" if not (cells or features) else "the runs keep no cells"
+        found = list(browse(chosen, latents, 8, cache_folder(Path())))
+        held = write(Study(runs, found, "" if found else why_not, ledger(runs)), out)
+        if json_:
+            _print_json(held)
+        else:
+            typer.echo(f"{out}: {len(runs)} runs, {held['bytes'] / 1e6:.1f} MB")
+
+
 def _simulate(simulations: int, json_: bool) -> None:
     from dataclasses import asdict
 

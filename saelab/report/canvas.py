@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -60,8 +61,9 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Look:
-    """How an arm or control is drawn, in every picture."""
+    """How an arm or control is drawn, in every picture; every artist is labelled with its name."""
 
+    name: str
     color: str
     marker: str
     dashes: Any
@@ -72,6 +74,7 @@ class Look:
     def marks(self, **changes: Any) -> dict[str, Any]:
         """Arguments of `plot` for markers alone."""
         return {
+            "label": self.name,
             "color": self.color,
             "marker": self.marker,
             "markerfacecolor": self.color if self.filled else "white",
@@ -108,9 +111,10 @@ GREY_MARKERS = ("x", "+", "1", "2", "3", "4", "|")
 
 def looks(run: Run) -> dict[str, Look]:
     """The look of every arm and control. The baseline is the widest line and lies underneath."""
-    found = {run.baseline: Look("black", "o", "-", 2.4, zorder=2.5)}
+    found = {run.baseline: Look(run.baseline, "black", "o", "-", 2.4, zorder=2.5)}
     for i, arm in enumerate(run.arms[1:]):
         found[arm] = Look(
+            arm,
             COLORS[i % len(COLORS)],
             MARKERS[i % len(MARKERS)],
             DASHES[i % len(DASHES)],
@@ -119,7 +123,7 @@ def looks(run: Run) -> dict[str, Look]:
         )
     for i, control in enumerate(run.controls):
         found[control] = Look(
-            GREYS[i % len(GREYS)], GREY_MARKERS[i % len(GREY_MARKERS)],
+            control, GREYS[i % len(GREYS)], GREY_MARKERS[i % len(GREY_MARKERS)],
             GREY_DASHES[i % len(GREY_DASHES)], 1.6, zorder=2,
         )  # fmt: skip
     return found
@@ -136,7 +140,26 @@ def shown(name: str) -> str:
 def handle(name: str, look: Look, line: bool = True) -> Artist:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], label=shown(name), **(look.line() if line else look.marks()))
+    named = {"label": shown(name)}
+    return Line2D([], [], **(look.line(**named) if line else look.marks(**named)))
+
+
+@dataclass(frozen=True)
+class Words:
+    """What stands around the panels of a picture: `Page.finish` has the meaning of each."""
+
+    title: str
+    text: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+#: The words of every finished figure, kept for whoever shows it otherwise than `save`.
+_words: WeakKeyDictionary[Figure, Words] = WeakKeyDictionary()
+
+
+def words_of(figure: Figure) -> Words:
+    """What `Page.finish` was given for this figure."""
+    return _words[figure]
 
 
 class Page:
@@ -168,6 +191,7 @@ class Page:
             handles: of the legend.
             notes: what is missing and why.
         """
+        _words[self.figure] = Words(title, tuple(part for part in text if part), tuple(notes))
         titles = wrap(title, WIDTH - 2 * MARGIN, TITLE, bold=True)
         above = [line for part in text for line in wrap(part, WIDTH - 2 * MARGIN)]
         below = [line for part in notes for line in wrap(part, WIDTH - 2 * MARGIN)]

@@ -102,6 +102,16 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
     return Prepared(train, held_out, probing, reason, provenance, steps, absent)
 
 
+def held_out(base: BaseConfig, cache: Path) -> tuple[Source, LanguageModel | None]:
+    """The held-out activations alone, and the model that they come from where there is one."""
+    if base.activations is not None:
+        return _foreign(base).held_out, None
+    model = models.load(base.model)
+    model.check_context(base.context)
+    source, _ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
+    return source, model
+
+
 def _foreign(base: BaseConfig) -> Prepared:
     """Activations made elsewhere, of which a part is held out."""
     source = ForeignSource.open(Path(str(base.activations)))

@@ -120,7 +120,7 @@ def review_all(folders: Sequence[Path]) -> list[Review]:
     """
     found = [review(folder) for folder in folders]
     for first, second in pairwise(found):
-        if texts := _differences(first, second):
+        if texts := differences_of(first, second):
             raise MismatchError(
                 f"{first.run} and {second.run} are not compared, since they differ in "
                 f"{'; '.join(texts)}: judge them one at a time"
@@ -210,7 +210,7 @@ def _notes(gates: Mapping[str, CellGate]) -> list[CellNote]:
     return sorted(found, key=lambda note: ORDER.index(note.outcome))
 
 
-def _differences(first: Review, second: Review) -> list[str]:
+def differences_of(first: Review, second: Review) -> list[str]:
     """What keeps two runs from being shown together."""
     found = [f"the plan ({text})" for text in changes(first.plan, second.plan)]
     if first.definition != second.definition:
@@ -257,15 +257,20 @@ def _table(found: Review) -> str:
     return aligned(lines)
 
 
-def _cell_lines(cells: Sequence[CellNote]) -> list[str]:
-    """One line for each check and arm, with how many cells it is about."""
+def grouped(cells: Sequence[CellNote]) -> list[tuple[str, str, bool, list[CellNote]]]:
+    """Notes by arm, check and whether it was expected."""
     groups: dict[tuple[str, str, bool], list[CellNote]] = {}
     for note in cells:
         arm = note.cell.rsplit("/seed ", 1)[0]
         groups.setdefault((arm, note.check, note.expected), []).append(note)
+    return [(*key, some) for key, some in groups.items()]
+
+
+def _cell_lines(cells: Sequence[CellNote]) -> list[str]:
+    """One line for each check and arm, with how many cells it is about."""
     return [
         f"- {arm}, {check}{' (expected)' * expected}, {len(some)} cells: {some[0].sentence}"
-        for (arm, check, expected), some in groups.items()
+        for arm, check, expected, some in grouped(cells)
     ]
 
 

@@ -41,7 +41,9 @@ def table(
     lines = [heads]
     for arm, group in info.items():
         seeds = max((len(v) for v in group["final_info_dict"].values()), default=0)
-        cells = [_cell(group["final_info_dict"].get(metric, [])) for metric in COLUMNS]
+        cells = [
+            mean_and_half_width(group["final_info_dict"].get(metric, [])) for metric in COLUMNS
+        ]
         lines.append([arm, str(seeds), *cells, words.get(arm, "")])
     for name, values in control_values(rows).items():
         cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in COLUMNS]
@@ -74,7 +76,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
-def _cell(values: Sequence[float | None]) -> str:
+def mean_and_half_width(values: Sequence[float | None]) -> str:
+    """'0.1848 ±0.0004' with the 95% t interval of two or more numbers; '-' without any."""
     numbers = [value for value in values if value is not None]
     if not numbers:
         return "-"

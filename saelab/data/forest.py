@@ -148,7 +148,8 @@ class ForestTruth:
     @property
     def directions(self) -> Tensor:
         """Unit rows D_i, float32 [features, d]."""
-        return _directions(self.config, self.seed)
+        c = self.config
+        return _directions(c.features, c.d, c.apart_steps, c.apart_lr, self.seed)
 
     @cached_property
     def offset(self) -> Tensor:
@@ -298,10 +299,10 @@ class _Firings:
 
 
 @lru_cache(maxsize=2)
-def _directions(config: ForestConfig, seed: int) -> Tensor:
+def _directions(features: int, d: int, steps: int, lr: float, seed: int) -> Tensor:
     """Kept: pushing 16k directions apart takes minutes."""
-    draw = torch.randn(config.features, config.d, generator=torch_stream(seed, "forest directions"))
-    return apart(normalize(draw, dim=1), config.apart_steps, config.apart_lr)
+    draw = torch.randn(features, d, generator=torch_stream(seed, "forest directions"))
+    return apart(normalize(draw, dim=1), steps, lr)
 
 
 def apart(rows: Tensor, steps: int, lr: float) -> Tensor:

@@ -6,6 +6,7 @@
 .saelab/logs/                  what workers wrote to stderr
 run_i/                         final_info.json, manifest.json, metrics.parquet, curves.parquet,
                                summary.md, cells/<arm>/seed<s>-l0_<level>/
+run_i/metrics.jsonl            written while the launch is going on; alone, it is no complete run
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 from pathlib import Path
 
 #: Parts of the package whose change never alters a number.
-NO_NUMBERS = ("report", "formats", "__main__.py", "progress.py")
+NO_NUMBERS = ("report", "formats", "__main__.py", "progress")
 
 
 def cache_folder(root: Path) -> Path:

@@ -35,8 +35,8 @@ def _read(path: Path, error: type[SaelabError], remedy: str, take: Any) -> dict[
     try:
         with safe_open(path, framework="pt") as file:
             for name in (names := list(file.keys())):
-                if 0 in file.get_slice(name).get_shape():
-                    raise error(f"{path}: {name} holds no value: {remedy}")
+                if 0 in (shape := file.get_slice(name).get_shape()):
+                    raise error(f"{path}: {name} of shape {shape} holds no value: {remedy}")
             return {name: take(file, name) for name in names}
     except FileNotFoundError:
         raise error(f"{path} does not exist: {remedy}") from None

@@ -158,7 +158,8 @@ def _launch(task: Launch) -> list[Comparison]:
     about = {"run": task.name, "title": task.run.title, "study": task.plan.study}
     with told(task.out_dir, about, base.tracker):
         record, of_controls = _launched(task, before, cache, deviations, start)
-    print(visible(table(record.info, record.comparisons, task.plan, of_controls), kept="\n"))
+    shown = table(record.info, record.comparisons, task.plan, of_controls)
+    print(visible(shown, kept="\n"))
     taken = clock(time.monotonic() - start)
     print(f"\n{task.out_dir}: {len(record.folders)} cells in {taken}")
     return list(record.comparisons)

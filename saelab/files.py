@@ -60,6 +60,24 @@ def _failpoint(path: Path, trace: str, pattern: str, n: str) -> None:
         os.kill(0, signal.SIGKILL)  # 0: the process group
 
 
+def sweep(folder: Path) -> None:
+    """Removes the temporary files that killed processes left in a folder."""
+    for rest in folder.glob(".*.tmp"):
+        process = rest.name.split(".")[-2]
+        if not (process.isdigit() and _alive(int(process))):
+            rest.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns the system's write errors into one sentence with the remedy."""

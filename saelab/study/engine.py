@@ -419,10 +419,11 @@ def _train(
     open_specs = [spec for spec in keys if not _done(cache, keys[spec], data)]
     jobs = _jobs(task, open_specs, keys, data, cache)
     tell_cells(len(open_specs), len(keys) - len(open_specs))
+    trainable = [*keys.values(), *(c["key"] for c in beside if "control" not in c)]
     beside = [control for control in beside if not _done(cache, control["key"], data)]
     trained = [control for control in beside if "control" not in control]
     unfinished = [keys[spec] for spec in open_specs] + [control["key"] for control in trained]
-    for key in [*keys.values(), *(control["key"] for control in trained)]:
+    for key in trainable:
         tidy = drop_damaged if key in unfinished else remove_checkpoints
         tidy(resume_folder(cache, key, prepared.train, data.foreign))
     for some in (trained, [control for control in beside if "control" in control]):

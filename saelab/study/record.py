@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import saelab
-from saelab.files import write_atomically, write_json, write_text, writing
+from saelab.files import sweep, write_atomically, write_json, write_text, writing
 from saelab.kernels import kernels_name
 from saelab.rundir import package_digest, place
 from saelab.runfiles import seal_run
@@ -80,6 +80,7 @@ class Record:
             for name in ("final_info.json", "manifest.json"):
                 (out / name).unlink(missing_ok=True)
             shutil.rmtree(out / "cells", ignore_errors=True)
+        sweep(out)
         self._write_metrics(out / "metrics.parquet")
         self._write_curves(out / "curves.parquet")
         self._place_checkpoints(out / "cells")

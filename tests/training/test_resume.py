@@ -186,6 +186,9 @@ def test_the_last_two_are_kept_and_gone_in_the_end(
     names = sorted(file.name for file in member.folder.iterdir())  # type: ignore[union-attr]
     last = [f"{step:08d}" for step in (STEPS - 3, STEPS)]
     assert names == sorted(f"{s}.{end}" for s in last for end in ("json", "safetensors"))
+    left = tmp_path / "a" / ".00000012.json.999999999.tmp"  # of a process that is gone
+    left.write_text("")
+    (tmp_path / "a" / "00000012.safetensors").write_text("")  # killed before its JSON
     remove_checkpoints(tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

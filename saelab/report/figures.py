@@ -16,8 +16,11 @@ titles carry the numbers that matter. What is missing is said in the picture, wi
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -77,6 +80,8 @@ FRONTIER = {
     "fvu": ("Reconstruction (lower is better)", "FVU"),
     RECOVERED: ("Language-model loss (higher is better)", "loss recovered"),
 }
+#: Runs from which on further processes are worth their start. Our choice.
+MANY = 4
 WORDS = ("helps", "hurts", "no evidence", "cannot tell", "refused")
 
 #: What a picture is: the figure, or the reason why there is none; '' where nobody would expect one.
@@ -102,15 +107,39 @@ def draw(labels: Mapping[str, str]) -> None:
     except SaelabError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    for folder in folders:
-        try:
-            for line, drawn in draw_run(load(folder, labels[folder.name]), Path()):
-                print(visible(line), file=sys.stdout if drawn else sys.stderr, flush=True)
-        except SaelabError as error:
+    for lines, error, exit_code in _drawn_all([(f, labels[f.name]) for f in folders]):
+        for line, drawn in lines:
+            print(visible(line), file=sys.stdout if drawn else sys.stderr, flush=True)
+        if exit_code:
             print(error, file=sys.stderr)
-            code = error.exit_code
+            code = exit_code
     if code:
         raise SystemExit(code)
+
+
+#: The lines of one run as `draw_run` gives them; what ended it, and the exit code for that.
+Drawn = tuple[list[tuple[str, bool]], str, int]
+
+
+def _drawn_all(work: Sequence[tuple[Path, str]]) -> Iterator[Drawn]:
+    """Every run (folder and title) in its order; many of them on all cores, a run on one."""
+    processes = min(len(work), os.cpu_count() or 1)
+    if len(work) < MANY or processes < 2:
+        yield from map(_drawn, work)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        yield from pool.map(_drawn, work)
+
+
+def _drawn(run: tuple[Path, str]) -> Drawn:
+    folder, title = run
+    lines: list[tuple[str, bool]] = []
+    try:
+        for line in draw_run(load(folder, title), Path()):
+            lines.append(line)
+    except SaelabError as error:
+        return lines, str(error), error.exit_code
+    return lines, "", 0
 
 
 def find_runs(where: Path, labels: Mapping[str, str]) -> list[Path]:

@@ -12,14 +12,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from saelab.report.canvas import Page, looks, shown, wrap
-from saelab.report.load import Run
+from saelab.report.load import CONTROL, Run
 from saelab.report.shared import at, mean, of_seeds
-from saelab.study.controls import FROZEN, PLANTED, PREFIX
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+#: Names of `study/controls`, which would load torch.
+FROZEN, PLANTED = f"{CONTROL}frozen decoder", f"{CONTROL}planted effect"
 #: Metric -> title and, where the model's own channels have another name for it, that name.
 SCALES = {
     "fvu": ("FVU", ""),
@@ -35,7 +36,7 @@ def places(run: Run, metric: str) -> dict[str, list[float]]:
     numbers = dict(run.numbers(metric))
     if other := SCALES[metric][1]:
         numbers |= run.numbers(other)
-    frozen, baseline = numbers.get(f"{PREFIX}{FROZEN}"), numbers.get(run.baseline)
+    frozen, baseline = numbers.get(FROZEN), numbers.get(run.baseline)
     if not frozen or not baseline or mean(frozen) == mean(baseline):
         return {}
     zero, one = mean(frozen), mean(baseline)
@@ -47,15 +48,14 @@ def places(run: Run, metric: str) -> dict[str, list[float]]:
 
 
 def placement(run: Run) -> Figure | str:
-    """A row for each arm and control, a panel for each metric."""
+    """A row for each arm and control, a panel for each metric; of runs with a frozen decoder."""
     found = {metric: of for metric in SCALES if (of := places(run, metric))}
     if not found:
-        return "no control with a frozen random decoder was measured"
-    skipped = f"{PREFIX}{PLANTED}"
+        return ""
     rows = [
         name
         for name in (*run.arms, *run.controls)
-        if name != skipped and any(name in of for of in found.values())
+        if name != PLANTED and any(name in of for of in found.values())
     ]
     page = Page([list(found)], 0.34 * len(rows) + 0.9)
     for i, (metric, of) in enumerate(found.items()):

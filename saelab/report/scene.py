@@ -74,7 +74,7 @@ def scene(figure: Figure, arms: Sequence[str], arrays: Arrays) -> dict[str, Any]
     spec = figure.axes[0].get_subplotspec()
     assert spec is not None
     grid = spec.get_gridspec()
-    widths = grid.get_width_ratios() or [1] * grid.ncols
+    widths = cast(Any, grid.get_width_ratios()) or [1] * grid.ncols
     return {
         "title": words.title,
         "text": list(words.text),
@@ -105,7 +105,7 @@ def _axis(axis: Axis, limits: tuple[float, float], scale: str) -> dict[str, Any]
 
     locator, ticks = axis.get_major_locator(), None
     if isinstance(locator, FixedLocator):
-        places = [float(place) for place in np.asarray(locator.locs, dtype=np.float64)]
+        places = [float(place) for place in np.asarray(cast(Any, locator).locs, dtype=np.float64)]
         labels = axis.get_major_formatter().format_ticks(places)
         ticks = [[_short(place), label] for place, label in zip(places, labels, strict=True)]
     return {

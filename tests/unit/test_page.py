@@ -16,12 +16,13 @@ from run_folders import ARMS, write_run
 from studies import HOSTILE, made_up_cells, write_study
 
 from saelab.errors import SettingError
-from saelab.report import answers, canvas, figures, page
+from saelab.report import answers, canvas, figures, page, placement
 from saelab.report.browser import packed
 from saelab.report.load import load
 from saelab.report.page import Study, as_block, ledger, render
 from saelab.report.placement import places
 from saelab.report.scene import Arrays, scene
+from saelab.study import controls
 from saelab.study.plan import PlanConfig
 from saelab.study.verdict import Comparison
 
@@ -164,6 +165,11 @@ def test_long_curves_are_thinned_and_keep_their_ends(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- placement, words, browser
 
 
+def test_the_scale_knows_the_controls_by_their_names() -> None:
+    assert f"{controls.PREFIX}{controls.FROZEN}" == placement.FROZEN
+    assert f"{controls.PREFIX}{controls.PLANTED}" == placement.PLANTED
+
+
 def test_places_run_from_the_frozen_decoder_to_the_baseline(tmp_path: Path) -> None:
     run = load(write_run(tmp_path / "run_1"))
     values = dict(run.values)
@@ -228,3 +234,20 @@ def test_the_browsers_pieces_hold_every_token_that_is_shown() -> None:
                 assert [text["strings"][i] for i in ids] == words
                 assert firing[:2] == [peak, 100]
                 assert example.values[peak] == max(example.values)
+
+
+def test_many_runs_are_drawn_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"run_{i}" for i in range(figures.MANY)]
+    for name in names:
+        write_run(tmp_path / name, ARMS[:2], seeds=2, curves=False, metrics=False)
+    (tmp_path / names[1] / "final_info.json").write_text("{", encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        figures.draw(dict.fromkeys(names, "title"))
+    said = capsys.readouterr()
+    drawn = [line for line in said.out.splitlines() if line.endswith("_verdict.png")]
+    assert drawn == [f"{name}_verdict.png" for name in names if name != names[1]]
+    assert all((tmp_path / line).is_file() for line in drawn)
+    assert f"{names[1]}/final_info.json is damaged" in said.err and ended.value.code == 1

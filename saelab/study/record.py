@@ -16,6 +16,7 @@ import saelab
 from saelab.files import sweep, write_atomically, write_json, write_text, writing
 from saelab.kernels import kernels_name
 from saelab.rundir import package_digest, place
+from saelab.runfiles import seal_run
 from saelab.study.final_info import ArmResult, CellGate, Planted
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.prepare import Prepared
@@ -95,8 +96,7 @@ class Record:
         )
         write_text(out / "summary.md", text)
         write_json(out / "gate.json", self._gates())
-        write_json(out / "manifest.json", self._manifest(seconds))
-        write_json(out / "final_info.json", self.info)
+        seal_run(out, self._manifest(seconds), self.info)
 
     def _write_metrics(self, path: Path) -> None:
         provenance = self.prepared.provenance | {"saelab": saelab.__version__}
@@ -145,6 +145,9 @@ class Record:
     def _place_checkpoints(self, out: Path) -> None:
         for spec, folder in self.folders.items():
             target = out / spec.arm / f"seed{spec.seed}-l0_{spec.level:g}"
+            for place_ in (target, target.parent):
+                if place_.is_symlink():  # it would lead out of the run
+                    place_.unlink()
             for name in ("sae.safetensors", "sae.json", "module.safetensors", "latents.parquet"):
                 source = folder / name
                 if source.is_file():

@@ -393,5 +393,5 @@ def test_a_foreign_folder_without_readable_files_is_refused(tmp_path: Path) -> N
     with pytest.raises(SourceError, match="holds no .safetensors file"):
         ForeignSource.open(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
-    with pytest.raises(SourceError, match=r"a.safetensors is no readable safetensors"):
+    with pytest.raises(SourceError, match=r"a.safetensors can't be read"):
         ForeignSource.open(tmp_path)

@@ -78,7 +78,13 @@ def _told() -> Iterator[None]:
 
 @app.command()
 def run(
-    name: Annotated[str, typer.Argument(help="A run of the table in experiment.py, 'run_1'.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Runs of the table in experiment.py, 'run_1'. The cells of several are trained "
+            "together, each once."
+        ),
+    ],
     force: Annotated[bool, typer.Option(help="Replace a complete run.")] = False,
     executor: Annotated[
         str,
@@ -90,19 +96,23 @@ def run(
     json_: Json = False,
     experiment: Table = EXPERIMENT,
 ) -> None:
-    """Train, evaluate and judge all arms of one run (as `python experiment.py --out_dir=NAME`)."""
+    """Train, evaluate and judge all arms of a run (as `python experiment.py --out_dir=NAME`)."""
     with _told():
         from contextlib import redirect_stdout
 
         from saelab.study.cells import load_experiment
-        from saelab.study.front import run_one
+        from saelab.study.front import run_one, train_all
         from saelab.study.review import review
 
-        file = experiment.resolve()
+        file, folders = experiment.resolve(), [Path(name) for name in names]
+        runs = load_experiment(file).RUNS
         with redirect_stdout(sys.stderr if json_ else sys.stdout):
-            run_one(load_experiment(file).RUNS, file, Path(name), force, executor=executor)
+            train_all(runs, file, folders, force, executor)
+            for folder in folders:
+                run_one(runs, file, folder, force, executor=executor)
         if json_:
-            _print_json(review(Path(name)).as_dict())
+            found = [review(folder).as_dict() for folder in folders]
+            _print_json(found[0] if len(found) == 1 else found)
 
 
 @plan.command("check")

@@ -12,12 +12,13 @@ and the same command goes on where it stopped.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,47 @@ class Launch:
         return self.experiment is not None and self.purpose != "tune"
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A launch whose data is there.
+
+    Args:
+        task: the launch.
+        prepared, data: what its cells are trained and measured on, here and for workers.
+        content: what their numbers depend on besides their settings.
+        beside: cells of controls.
+        cache: where finished cells lie.
+    """
+
+    task: Launch
+    prepared: Prepared
+    data: Data
+    content: dict[str, Any]
+    beside: list[dict[str, Any]]
+    cache: Path
+
+    @classmethod
+    def of(cls, task: Launch, before: RunCheck, overlap: bool = False) -> Ready:
+        """Harvests what is missing; with `overlap` all but the activations to train on."""
+        base, cache = before.base, cache_folder(task.root)
+        prepared = prepare(base, cache, base.model.device, overlap)
+        data = _data(base, prepared, task)
+        content = _data_content(base, prepared, data)
+        beside = _controls(before.specs, content, prepared)
+        return cls(task, prepared, data, content, beside, cache)
+
+    def keys(self) -> dict[CellSpec, Key]:
+        """Of every cell of the task's run."""
+        task = self.task
+        specs = cells(task.plan, task.base, task.run, task.purpose)
+        measured = {there: self.content | {"at_target": there} for there in (False, True)}
+        return {spec: cell_key(spec, measured[_at_target(spec, task.plan)]) for spec in specs}
+
+    def place(self, key: Key) -> Path:
+        """Of a finished cell; waits for the training activations to be complete."""
+        return cell_folder(self.cache, key, self.prepared.train.digest)
+
+
 def launch(task: Launch) -> list[Comparison]:
     """Runs one launch and writes its folder; prints the table of results.
 
@@ -145,10 +187,7 @@ def launch(task: Launch) -> list[Comparison]:
 
 def _launch(task: Launch) -> list[Comparison]:
     start = time.monotonic()
-    if (task.out_dir / "final_info.json").exists() and not task.force:
-        raise SettingError(
-            "out_dir", str(task.out_dir), "is a complete run: name another, or delete it first"
-        )
+    check_open(task)
     before = checked(task)
     base = before.base
     cache = cache_folder(task.root)
@@ -175,25 +214,22 @@ def _launched(
 
     Raises: as `launch`.
     """
-    base, specs = before.base, before.specs
+    base = before.base
     overlap = (task.executor or chosen()) == LOCAL and base.harvest.overlaps(base.model.device)
-    prepared = prepare(base, cache, base.model.device, overlap)
-    data = _data(base, prepared, task)
-    content = _data_content(base, prepared, data)
-    beside = _controls(specs, content, prepared)
+    ready = Ready.of(task, before, overlap)
     if later_arms(task.run):
-        early = replace(task, run=first_wave(task.run))
-        later = [spec for spec in specs if spec.arm in {arm.name for arm in later_arms(task.run)}]
-        ended = _trained(early, content, beside, data, cache, prepared, later)
-        task = replace(task, run=resolved(task.run, lambda found: _value(found, early.plan, ended)))
-        if overlap:  # the harvest is complete by now
-            prepared = prepare(base, cache, base.model.device)
-            data = _data(base, prepared, task)
-    folders = _trained(task, content, beside, data, cache, prepared)
+        early = replace(ready, task=replace(task, run=first_wave(task.run)))
+        waiting = {arm.name for arm in later_arms(task.run)}
+        ended = _trained(early, [spec for spec in before.specs if spec.arm in waiting])
+        run = resolved(task.run, lambda found: _value(found, task.plan, ended))
+        task = replace(task, run=run)
+        # where they overlapped, the harvest is complete by now
+        ready = replace(Ready.of(task, before) if overlap else ready, task=task)
+    folders = _trained(ready)
     tell({"stage": "verdict", "done": 0, "total": 1})
-    train = prepared.train.digest
-    places = [cell_folder(cache, control["key"], train) for control in beside]
-    places += _planted(task, folders, content, prepared, cache)
+    prepared = ready.prepared
+    places = [ready.place(control["key"]) for control in ready.beside]
+    places += _planted(ready, folders)
     of_controls = _control_rows(places)
     arms, rows, gates = _collect(
         task, folders, random_band(of_controls, base.evaluation.probing.test_size), cache
@@ -208,6 +244,14 @@ def _launched(
     record.write(time.monotonic() - start)
     _check_baseline(task, arms)
     return record, of_controls
+
+
+def check_open(task: Launch) -> None:
+    """Raises: SettingError when the run is complete, unless it is to be replaced."""
+    if (task.out_dir / "final_info.json").exists() and not task.force:
+        raise SettingError(
+            "out_dir", str(task.out_dir), "is a complete run: name another, or delete it first"
+        )
 
 
 def checked(task: Launch) -> RunCheck:
@@ -358,26 +402,16 @@ def _controls(
     return found
 
 
-def _planted(
-    task: Launch,
-    folders: Mapping[CellSpec, Path],
-    content: dict[str, Any],
-    prepared: Prepared,
-    cache: Path,
-) -> list[Path]:
+def _planted(ready: Ready, folders: Mapping[CellSpec, Path]) -> list[Path]:
     """Where the planted effect of each trained baseline cell at the target lies, made here."""
-    places = []
-    core = CoreData(prepared.held_out, None, device=task.base.model.device)
+    places, plan = [], ready.task.plan
+    core = CoreData(ready.prepared.held_out, None, device=ready.data.device)
     for spec, folder in folders.items():
-        wanted = spec.arm == BASELINE and _at_target(spec, task.plan)
-        if (
-            not wanted
-            or not (folder / "sae.json").is_file()
-            or len(places) >= task.plan.seeds_other
-        ):
+        wanted = spec.arm == BASELINE and _at_target(spec, plan)
+        if not wanted or not (folder / "sae.json").is_file() or len(places) >= plan.seeds_other:
             continue
-        key = replace(cell_key(spec, content), control=f"{controls.PREFIX}{controls.PLANTED}")
-        place = cell_folder(cache, key, prepared.train.digest)
+        key = cell_key(spec, ready.content)
+        place = ready.place(replace(key, control=f"{controls.PREFIX}{controls.PLANTED}"))
         if not is_finished(place):
             with one_thread():
                 made = controls.planted(folder, core, spec.seed, spec.level)
@@ -386,71 +420,117 @@ def _planted(
     return places
 
 
-def _trained(
-    task: Launch,
-    content: dict[str, Any],
-    beside: Sequence[dict[str, Any]],
-    data: Data,
-    cache: Path,
-    prepared: Prepared,
-    later: Sequence[CellSpec] = (),
-) -> dict[CellSpec, Path]:
+def train_together(tasks: Sequence[Launch]) -> None:
+    """Trains the cells of several runs as one list, in which none stands twice; their launches then
+    find them in the cache. Arms of a second wave are left to their launch.
+
+    Raises: as a launch.
+    """
+    waves: list[_Wave] = []
+    for task in tasks:
+        early = replace(task, run=first_wave(task.run))
+        ready = Ready.of(early, checked(early))
+        waves.append(_wave(ready, taken={place for wave in waves for place in wave.places}))
+    first = replace(tasks[0], name=", ".join(task.name for task in tasks))
+    device, logs = waves[0].ready.data.device, waves[0].ready.cache / "logs"
+    _run(first, waves, _workers(first, device), logs)
+
+
+def _trained(ready: Ready, later: Sequence[CellSpec] = ()) -> dict[CellSpec, Path]:
     """Where each cell of the task's run lies, all of them trained and evaluated.
 
     Args:
-        beside: cells of controls.
         later: cells of a second wave, which count towards the launch's time.
     """
-    specs = cells(task.plan, task.base, task.run, task.purpose)
-    measured = {there: content | {"at_target": there} for there in (False, True)}
-    keys = {spec: cell_key(spec, measured[_at_target(spec, task.plan)]) for spec in specs}
-    _train(task, keys, beside, data, cache, prepared, later)
-    train = prepared.train.digest
-    return {spec: cell_folder(cache, key, train) for spec, key in keys.items()}
+    wave = _wave(ready)
+    task, device = ready.task, ready.data.device
+    tell_cells(len(wave.specs), wave.cached)
+    if wave.jobs:
+        workers = _workers(task, device)
+        at_once = max(1, min(workers, len(wave.jobs)))
+        width = ready.prepared.held_out.d
+        whole = training_seconds([*wave.specs, *later], width, at_once)
+        check_limit(task.name, whole, task.limit)
+        _run(task, [wave], workers, ready.cache / "logs")
+    return {spec: ready.place(key) for spec, key in ready.keys().items()}
 
 
-def _train(
-    task: Launch,
-    keys: Mapping[CellSpec, Key],
-    beside: Sequence[dict[str, Any]],
-    data: Data,
-    cache: Path,
-    prepared: Prepared,
-    later: Sequence[CellSpec],
-) -> None:
-    """Trains and evaluates what is not in the cache."""
-    open_specs = [spec for spec in keys if not _done(cache, keys[spec], data)]
-    jobs = _jobs(task, open_specs, keys, data, cache)
-    tell_cells(len(open_specs), len(keys) - len(open_specs))
-    trainable = [*keys.values(), *(c["key"] for c in beside if "control" not in c)]
-    beside = [control for control in beside if not _done(cache, control["key"], data)]
+@dataclass(frozen=True)
+class _Wave:
+    """What of a launch is to be done now.
+
+    Args:
+        ready: the launch.
+        specs: cells that are not in the cache.
+        cached: how many are.
+        jobs: of those cells and of the controls.
+        tokens: that they count for.
+    """
+
+    ready: Ready
+    specs: list[CellSpec]
+    cached: int
+    jobs: list[Job]
+    tokens: float
+
+    @property
+    def places(self) -> set[Path]:
+        """Where its cells and controls will lie."""
+        return {self.ready.place(cell["key"]) for job in self.jobs for cell in job.cells}
+
+
+def _wave(ready: Ready, taken: Collection[Path] = ()) -> _Wave:
+    """What is not in the cache, nor taken by another run's wave."""
+    task, data, keys = ready.task, ready.data, ready.keys()
+
+    def is_open(key: Key) -> bool:
+        if taken and ready.place(key) in taken:
+            return False
+        return not _done(ready.cache, key, data)
+
+    specs = [spec for spec, key in keys.items() if is_open(key)]
+    jobs = _jobs(task, specs, keys, data, ready.cache)
+    beside = [control for control in ready.beside if is_open(control["key"])]
     trained = [control for control in beside if "control" not in control]
-    unfinished = [keys[spec] for spec in open_specs] + [control["key"] for control in trained]
-    for key in trainable:
-        tidy = drop_damaged if key in unfinished else remove_checkpoints
-        tidy(resume_folder(cache, key, prepared.train, data.foreign))
+    _tidy(ready, [*(keys[spec] for spec in specs), *(control["key"] for control in trained)])
     for some in (trained, [control for control in beside if "control" in control]):
         if some:
-            jobs.append(Job(some, some[0]["seed"], data, cache, task.experiment, task.name))
+            seed = some[0]["seed"]
+            jobs.append(Job(some, seed, data, ready.cache, task.experiment, task.name))
+    own = [spec.train for spec in specs]
+    own += [TrainConfig.parse(control["train"]) for control in trained]
+    tokens = sum(config.tokens + evaluation_cost(config) for config in own)
+    return _Wave(ready, specs, len(keys) - len(specs), jobs, tokens)
+
+
+def _tidy(ready: Ready, unfinished: Collection[Key]) -> None:
+    """Removes checkpoints of finished cells, and those of the others that are damaged."""
+    trained = [control["key"] for control in ready.beside if "control" not in control]
+    for key in [*ready.keys().values(), *trained]:
+        tidy = drop_damaged if key in unfinished else remove_checkpoints
+        tidy(resume_folder(ready.cache, key, ready.prepared.train, ready.data.foreign))
+
+
+def _run(task: Launch, waves: Sequence[_Wave], workers: int, logs: Path) -> None:
+    """Trains and evaluates what the waves hold."""
+    jobs = [job for wave in waves for job in wave.jobs]
     if not jobs:
         return
-    own = [s.train for s in open_specs]
-    own += [TrainConfig.parse(control["train"]) for control in trained]
-    total = sum(config.tokens + evaluation_cost(config) for config in own) or 1.0
-    workers = _workers(task, data.device)
-    width, at_once = prepared.held_out.d, max(1, min(workers, len(jobs)))
-    whole = training_seconds([*open_specs, *later], width, at_once)
-    check_limit(task.name, whole, task.limit)
-    expected = training_seconds(open_specs, width, at_once)
+    at_once = max(1, min(workers, len(jobs)))
+    seconds = [training_seconds(w.specs, w.ready.prepared.held_out.d, at_once) for w in waves]
     print(
-        f"{task.name}: {len(open_specs)} cells to train ({len(keys) - len(open_specs)} in the "
-        f"cache), {workers} workers, about {clock(expected)}",
+        f"{task.name}: {sum(len(wave.specs) for wave in waves)} cells to train "
+        f"({sum(wave.cached for wave in waves)} in the cache), {workers} workers, "
+        f"about {clock(sum(seconds))}",
         file=sys.stderr,
     )
-    bar = progress(f"{task.name}: train and evaluate", total, "tokens")
-    with closing(prepared.steps) as steps:
-        run_jobs = executor(task.executor)
-        run_jobs(_work, jobs, workers, cache / "logs", bar, steps, data.device)
+    tokens = sum(wave.tokens for wave in waves) or 1.0
+    bar = progress(f"{task.name}: train and evaluate", tokens, "tokens")
+    with ExitStack() as harvests:
+        steps = [harvests.enter_context(closing(wave.ready.prepared.steps)) for wave in waves]
+        beside = itertools.chain.from_iterable(steps)
+        device = waves[0].ready.data.device
+        executor(task.executor)(_work, jobs, workers, logs, bar, beside, device)
 
 
 def _jobs(

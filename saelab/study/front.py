@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,31 @@ def run_one(
     task = task_of(runs, experiment, out_dir, force, plan_file)
     with attempt(plan_file.parent, out_dir.name):
         launch(replace(task, executor=executor))
+
+
+def train_all(
+    runs: Mapping[str, Run],
+    experiment: Path,
+    folders: Sequence[Path],
+    force: bool = False,
+    executor: str = "",
+) -> None:
+    """Trains the cells of several runs together, each once; `run_one` then judges each of them.
+
+    A confirming run is left out: its arm is known when the others are complete.
+
+    Raises: SettingError before anything is trained when a run is complete and not forced.
+    """
+    from saelab.study.engine import check_open, train_together
+
+    plan_file, tasks = experiment.parent / "plan.toml", []
+    for folder in folders:
+        if not isinstance(find_run(runs, folder.name), Confirmation):
+            task = task_of(runs, experiment, folder, force, plan_file)
+            check_open(task)
+            tasks.append(replace(task, executor=executor))
+    if len(tasks) > 1:
+        train_together(tasks)
 
 
 def tune_one(runs: Mapping[str, Run], experiment: Path, name: str) -> dict[str, Any]:

@@ -162,6 +162,14 @@ def test_long_curves_are_thinned_and_keep_their_ends(tmp_path: Path) -> None:
     assert all(a <= b * 1.001 and b <= c * 1.001 for a, b, c in zip(low, middle, high, strict=True))  # type: ignore[operator]
 
 
+def test_steps_stay_steps() -> None:
+    page_ = canvas.Page([["a"]], 2.0)
+    page_.panels["a"].step([0, 1, 2], [5, 3, 4], where="post", label="A", markevery=(1, 2))
+    arrays = Arrays()
+    (mark,) = scene(page_.finish("t", [], []), ["A"], arrays)["panels"][0]["marks"]
+    assert arrays.kept[mark["x"]] == [0, 1, 1, 2, 2] and arrays.kept[mark["y"]] == [5, 5, 3, 3, 4]
+
+
 # ---------------------------------------------------------------- placement, words, browser
 
 

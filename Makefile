@@ -60,7 +60,8 @@ benchmarks/.peers/.ready: benchmarks/peers.txt constraints.txt
 	touch $@
 
 bench: setup peers
-	for name in train_step launch harvest probing memory scaling penalty telling trace; do \
+	for name in train_step launch harvest probing synthetic_parity evaluations memory scaling penalty \
+			telling trace soak; do \
 		$(BIN)/python benchmarks/$$name.py $(BENCH) || exit 1; \
 	done
 

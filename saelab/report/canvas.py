@@ -19,6 +19,7 @@ import numpy as np
 
 from saelab.files import write_atomically
 from saelab.report.load import CONTROL, Run
+from saelab.shown import visible
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -131,7 +132,8 @@ def looks(run: Run) -> dict[str, Look]:
 def shown(name: str) -> str:
     """An arm or control as the legend names it."""
     if name.startswith(CONTROL):
-        return f"control: {name.removeprefix(CONTROL).strip()}"
+        return f"control: {visible(name.removeprefix(CONTROL).strip())}"
+    name = visible(f" {name}" if name.startswith("_") else name)  # legends leave out "_..."
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
@@ -233,7 +235,7 @@ def text_width(text: str, size: float = TEXT, bold: bool = False) -> float:
 def wrap(text: str, inches: float, size: float = TEXT, bold: bool = False) -> list[str]:
     """Breaks a text at its spaces into lines that are not wider; a longer word stands alone."""
     lines: list[str] = []
-    for word in text.split(" "):
+    for word in visible(text).split(" "):
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and text_width(longer, size, bold) <= inches:
             lines[-1] = longer

@@ -60,6 +60,7 @@ from saelab.report.shared import (
     thin_lines,
     values_of,
 )
+from saelab.shown import visible
 from saelab.signals import told
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def draw(labels: Mapping[str, str]) -> None:
         raise SystemExit(error.exit_code) from None
     for lines, error, exit_code in _drawn_all([(f, labels[f.name]) for f in folders]):
         for line, drawn in lines:
-            print(line, file=sys.stdout if drawn else sys.stderr, flush=True)
+            print(visible(line), file=sys.stdout if drawn else sys.stderr, flush=True)
         if exit_code:
             print(error, file=sys.stderr)
             code = exit_code

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 import pytest
 from run_folders import ARMS, write_run
-from studies import HOSTILE, made_up_cells, write_study
+from studies import HOSTILE, HOSTILE_ARM, made_up_cells, write_study
 
 from saelab.errors import SettingError
 from saelab.report import answers, canvas, figures, page, placement
@@ -41,10 +41,12 @@ def block(text: str, name: str) -> dict:
 
 def test_no_text_becomes_markup(rendered: tuple[str, dict]) -> None:
     text, _ = rendered
-    assert HOSTILE not in text
-    assert html.escape(HOSTILE, quote=False).replace("'", "&#39;") in text
+    assert HOSTILE not in text and HOSTILE_ARM not in text
+    assert html.escape(HOSTILE_ARM, quote=False).replace("'", "&#39;") in text
     assert len(re.findall("<script", text)) == 3  # two blocks of data and the page's own
-    assert HOSTILE in [arm["name"] for arm in block(text, "pictures-data")["runs"]["run_0"]["arms"]]
+    assert HOSTILE_ARM in [
+        arm["name"] for arm in block(text, "pictures-data")["runs"]["run_0"]["arms"]
+    ]
     assert HOSTILE in block(text, "latents-data")["texts"][0]["strings"]
 
 

@@ -156,6 +156,9 @@ def _line(line: Line2D, axes: Axes, arrays: Arrays) -> Iterator[Mark]:
             faint = min(to_rgb(cast(Any, line.get_color()))) > FAINT
             yield {"kind": "level", "at": _short(at), "axis": axis, "faint": faint} | look
         return
+    points = len(x)
+    if joined and line.get_drawstyle() == "steps-post":
+        x, y = np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
     kept = _kept(len(x)) if joined else np.arange(len(x))
     mark: Mark = {"kind": "line", "x": arrays.add(x[kept]), "y": arrays.add(y[kept])}
     if joined:
@@ -164,7 +167,7 @@ def _line(line: Line2D, axes: Axes, arrays: Arrays) -> Iterator[Mark]:
     if marker not in ("None", "none", " ", "", None):
         mark |= {"marker": marker, "size": _short(line.get_markersize())}
         if isinstance(every := line.get_markevery(), tuple):
-            share = len(kept) / max(1, len(x))
+            share = len(kept) / max(1, points)
             mark["every"] = [int(every[0] * share), max(1, round(every[1] * share))]
     if len(x):
         yield mark

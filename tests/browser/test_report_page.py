@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import HOSTILE, made_up_cells, write_study
+from studies import HOSTILE, HOSTILE_ARM, made_up_cells, write_study
 
 from saelab.report.page import LIMIT, Study, ledger, write
 
@@ -243,7 +243,7 @@ def test_markup_in_names_and_texts_stays_text(opened: Any) -> None:
     assert any(HOSTILE in text for text in texts)
     assert opened.locator("#latent script").count() == 0
     assert opened.title() == "made-up – saelab report"
-    assert HOSTILE in opened.locator('.legend[data-run="run_0"]').text_content()
+    assert HOSTILE_ARM in opened.locator('.legend[data-run="run_0"]').text_content()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -20,6 +20,8 @@ from saelab.study.plan import PlanConfig
 from saelab.study.registry import plan_hash
 
 HOSTILE = "<script>document.title='taken'</script>"
+#: An arm's name is a folder's too, and has no slash.
+HOSTILE_ARM = "<img src=x onerror=document.title='taken'>"
 PLAN = {"study": "made-up", "seeds": 8, "seeds_other": 3, "levels": [16, 64], "target_l0": 32}
 PROVENANCE = {
     "model_digest": "0123456789abcdef",
@@ -48,7 +50,7 @@ FACTS = {
 
 
 def write_study(
-    root: Path, runs: int = 2, arms: Sequence[str] = (*ARMS, HOSTILE), **changes: Any
+    root: Path, runs: int = 2, arms: Sequence[str] = (*ARMS, HOSTILE_ARM), **changes: Any
 ) -> list[Path]:
     """Run folders as a launch of this version leaves them, and the ledger beside them.
 
@@ -122,7 +124,7 @@ def made_up_cells(n: int = 40, cells: int = 2) -> list[Browsed]:
     text = cast(HeldOut, MadeUpText())
     return [
         Browsed(
-            "run_0", ("baseline", HOSTILE)[cell % 2], cell, 32.0, 1536, 32_632,
+            "run_0", ("baseline", HOSTILE_ARM)[cell % 2], cell, 32.0, 1536, 32_632,
             [_latent(i, n, alive=cell == 0) for i in range(n)], 977,
             "" if cell == 0 else "the model has no language-model head", "",
             "" if cell == 0 else "this SAE has no part that follows lifetimes", text,

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 import pytest
 from run_folders import ARMS, write_run
-from studies import HOSTILE, made_up_cells, write_study
+from studies import HOSTILE, HOSTILE_ARM, made_up_cells, write_study
 
 from saelab.errors import SettingError
 from saelab.report import answers, canvas, figures, page, placement
@@ -41,10 +41,12 @@ def block(text: str, name: str) -> dict:
 
 def test_no_text_becomes_markup(rendered: tuple[str, dict]) -> None:
     text, _ = rendered
-    assert HOSTILE not in text
-    assert html.escape(HOSTILE, quote=False).replace("'", "&#39;") in text
+    assert HOSTILE not in text and HOSTILE_ARM not in text
+    assert html.escape(HOSTILE_ARM, quote=False).replace("'", "&#39;") in text
     assert len(re.findall("<script", text)) == 3  # two blocks of data and the page's own
-    assert HOSTILE in [arm["name"] for arm in block(text, "pictures-data")["runs"]["run_0"]["arms"]]
+    assert HOSTILE_ARM in [
+        arm["name"] for arm in block(text, "pictures-data")["runs"]["run_0"]["arms"]
+    ]
     assert HOSTILE in block(text, "latents-data")["texts"][0]["strings"]
 
 
@@ -160,6 +162,14 @@ def test_long_curves_are_thinned_and_keep_their_ends(tmp_path: Path) -> None:
     assert band["x"] == line["x"]
     low, middle, high = (arrays.kept[i] for i in (band["low"], line["y"], band["high"]))
     assert all(a <= b * 1.001 and b <= c * 1.001 for a, b, c in zip(low, middle, high, strict=True))  # type: ignore[operator]
+
+
+def test_steps_stay_steps() -> None:
+    page_ = canvas.Page([["a"]], 2.0)
+    page_.panels["a"].step([0, 1, 2], [5, 3, 4], where="post", label="A", markevery=(1, 2))
+    arrays = Arrays()
+    (mark,) = scene(page_.finish("t", [], []), ["A"], arrays)["panels"][0]["marks"]
+    assert arrays.kept[mark["x"]] == [0, 1, 1, 2, 2] and arrays.kept[mark["y"]] == [5, 5, 3, 3, 4]
 
 
 # ---------------------------------------------------------------- placement, words, browser

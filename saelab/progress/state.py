@@ -124,9 +124,9 @@ class State:
         elif line.get("ended"):
             self.stages.pop(stage, None)
         else:
-            amounts = (float(line[name]) for name in ("done", "total"))
+            done, total = float(line["done"]), float(line["total"])
             seconds = float(line.get("seconds") or 0.0)
-            self.stages[stage] = Stage(stage, *amounts, str(line.get("unit", "")), seconds)
+            self.stages[stage] = Stage(stage, done, total, str(line.get("unit", "")), seconds)
 
     def _cell(self, line: Mapping[str, Any]) -> None:
         names = CellState.__dataclass_fields__

@@ -62,7 +62,7 @@ class Wandb(Tracker):
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         super().__init__(folder, about)
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] # an extra
 
         self._wandb, self._run, self._cells = wandb, None, set()
 
@@ -90,7 +90,7 @@ class Trackio(Tracker):
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         super().__init__(folder, about)
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports] # an extra
 
         self._trackio, self._runs = trackio, {}
 

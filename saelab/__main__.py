@@ -62,12 +62,14 @@ EXPERIMENT = Path("experiment.py")
 def _told() -> Iterator[None]:
     """Bad input ends with one sentence and exit code 2, a failed study with 1, SIGINT with 130 and
     SIGTERM with 143."""
+    from saelab import exhausted
     from saelab.errors import SaelabError
     from saelab.signals import told
 
     with told():
         try:
-            yield
+            with exhausted.named():
+                yield
         except SaelabError as error:
             if _talks():
                 typer.echo(str(error), err=True)
@@ -121,7 +123,7 @@ def plan_check(
             except SourceError as error:  # a confirmation whose earlier runs are not there yet
                 if names or not isinstance(runs[name], Confirmation):
                     raise
-                typer.echo(f"{name}: {error}", err=True)
+                _say(f"{name}: {error}", err=True)
         if json_:
             _print_json([one.as_dict() for one in found])
         else:
@@ -154,7 +156,7 @@ def tune(
         else:
             for arm, known in found.items():
                 if isinstance(known, dict):
-                    typer.echo(f"{arm}: train.lr = {known['train.lr']:g} of {known['trials']}")
+                    _say(f"{arm}: train.lr = {known['train.lr']:g} of {known['trials']}")
 
 
 @app.command()
@@ -182,6 +184,48 @@ def verdict(
             _print_json([one.as_dict() for one in found])
         else:
             typer.echo("\n\n".join(map(text, found)))
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Complete runs; all run_* here without a name.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    features: Annotated[
+        list[str] | None,
+        typer.Option(help="An arm for the feature browser. May be repeated; its first seed."),
+    ] = None,
+    cells: Annotated[
+        int, typer.Option(min=0, help="Cells of each run there: baseline, then primary arms.")
+    ] = 2,
+    latents: Annotated[int, typer.Option(min=1, help="Latents of each cell there.")] = 200,
+    json_: Json = False,
+    experiment: Experiment = None,
+) -> None:
+    """Write report.html: verdicts, figures, gate, controls, plan and latents on one page.
+
+    saelab report run_1 run_3 --out x.html
+
+    One file that needs no network. Nothing is trained; the held-out activations for the latents
+    are harvested again where the cache has them not.
+    """
+    with _told():
+        from saelab.report.page import Study, ledger, write
+        from saelab.rundir import cache_folder
+        from saelab.study.browse import browse, chosen_cells
+        from saelab.study.review import finished
+
+        _own_parts(experiment)
+        runs = folders or finished(Path())
+        chosen = chosen_cells(runs, features or (), cells)
+        why_not = "none was asked for" if not (cells or features) else "the runs keep no cells"
+        found = list(browse(chosen, latents, 8, cache_folder(Path())))
+        held = write(Study(runs, found, "" if found else why_not, ledger(runs)), out)
+        if json_:
+            _print_json(held)
+        else:
+            typer.echo(f"{out}: {len(runs)} runs, {held['bytes'] / 1e6:.1f} MB")
 
 
 def _simulate(simulations: int, json_: bool) -> None:
@@ -260,7 +304,14 @@ def attempts(json_: Json = False) -> None:
             _print_json(as_dicts(found))
         else:
             for one in found:
-                typer.echo(one.line())
+                _say(one.line())
+
+
+def _say(text: str, err: bool = False) -> None:
+    """Prints what may hold names and texts of others."""
+    from saelab.shown import visible
+
+    typer.echo(visible(text, kept="\n"), err=err)
 
 
 def _print_json(data: Any) -> None:
@@ -343,10 +394,29 @@ def difference(
 
         found = of_arms(folder, arm, other, metric)
         if found.low is None or found.high is None or found.mean_diff is None:
-            print(f"{arm} - {other}, {metric}: {found.reason}")
+            _say(f"{arm} - {other}, {metric}: {found.reason}")
             return
         span = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.n} pairs"
-        print(f"{arm} - {other}, {metric}: {found.mean_diff:+.4f}  ({span})")
+        _say(f"{arm} - {other}, {metric}: {found.mean_diff:+.4f}  ({span})")
+
+
+@app.command()
+def probing(
+    folder: Annotated[Path, typer.Argument(help="A complete run, 'run_1'.")],
+    table: Annotated[
+        Path | None, typer.Option(help="JSON file for what is printed, with every seed's value.")
+    ] = None,
+) -> None:
+    """Print a run's sparse probing by entry: arms, controls, the model's own channels."""
+    with _told():
+        from saelab.files import write_json
+        from saelab.study.entries import by_entry, shown
+
+        found = by_entry(folder)
+        if table is not None:
+            write_json(table, found)
+        for line in shown(found):
+            typer.echo(line)
 
 
 @app.command("eval")
@@ -368,7 +438,8 @@ def evaluate(
     evals: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: core, probing, model_channels, sensitivity, consistency, truth."
+            help="Comma-separated: core, probing, model_channels, truth, absorption, positions, "
+            "sensitivity, consistency."
         ),
     ] = "core,probing",
     definition: Annotated[
@@ -443,7 +514,7 @@ def evaluate(
         if out is not None:
             (write_json if out.suffix == ".json" else write_rows)(out, rows)
         for line in [plain.dumps(rows, indent=1)] if json else table(rows):
-            typer.echo(line)
+            _say(line)
 
 
 @app.command("export")
@@ -474,7 +545,7 @@ def export_(
 
         _own_parts(experiment)
         for folder in export(path, out, format, source, arm or (), seed or (), without_trace):
-            typer.echo(str(folder))
+            _say(str(folder))
 
 
 @app.command()
@@ -503,7 +574,7 @@ def saebench(
         elif out is not None:
             raise SettingError("--out", str(out), f"{path} is a result file already: leave it out")
         for line in shown(path, result_at(beside, arm, seed) if beside else None):
-            typer.echo(line)
+            _say(line)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 .saelab/activations/<key>/     harvested activations            (SAELAB_CACHE names another cache)
 .saelab/probing/<key>/         activations of the probing texts
 .saelab/cells/<key>/           finished cells, by content hash
+.saelab/resume/<key>/          checkpoints of cells in training, gone when the cell is finished
 .saelab/logs/                  what workers wrote to stderr
 run_i/                         final_info.json, manifest.json, metrics.parquet, curves.parquet,
                                summary.md, cells/<arm>/seed<s>-l0_<level>/

@@ -115,12 +115,18 @@ class SAEConfig(Frozen):
         """
         return SAE(self, Dims(d_in, self.d_sae, steps, seed, ranks))
 
+    def shapes(self, d_in: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor of such an SAE; none of them is made."""
+        with torch.device("meta"):
+            sae = SAE(self, Dims(d_in, self.d_sae), checked=False)
+        return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+
 
 @final
 class SAE(nn.Module):
     scale: Tensor
 
-    def __init__(self, config: SAEConfig, dims: Dims) -> None:
+    def __init__(self, config: SAEConfig, dims: Dims, checked: bool = True) -> None:
         super().__init__()
         self.config, self.d_in, self.d_sae = config, dims.d_in, dims.d_sae
         self.ranks = dims.ranks
@@ -141,6 +147,8 @@ class SAE(nn.Module):
         self._z_wanted = any(part.uses_preactivations for part in self.parts())
         for part in self.parts():
             part.ranks = dims.ranks
+            if not checked:
+                continue
             _check_shardable(part, dims.ranks)
             part.check(self)
 

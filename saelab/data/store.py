@@ -2,6 +2,7 @@
 
     <folder>/shard-00000.safetensors   x [contexts, positions, d], mask, ids
     <folder>/header.json               identity, counts and the sha256 of each shard; written last
+                                       and sealed (`files.write_sealed`)
 
 A folder without header.json is not complete; `partial.json` then says which shards are there, a
 writer of the same identity goes on after them, and a reader may follow the writer. The digest of a
@@ -14,6 +15,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,13 +24,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
 from safetensors.torch import save, save_file
 from torch import Tensor
 
 from saelab.config import digest
 from saelab.errors import DamageError, MismatchError, SourceError
-from saelab.files import read_json, sha256, write_atomically, write_json
+from saelab.files import read_json, read_sealed, sha256, write_atomically, write_sealed
+from saelab.schema import Loose, Name, check
+from saelab.weights import read_weights
 
 #: Version of the folder's layout.
 FORMAT = 1
@@ -169,12 +173,7 @@ class FolderSource:
                 "an unfinished harvest: run it again" if unfinished else "no harvested activations"
             )
             raise SourceError(f"{path} holds {why}" + ("" if unfinished else ": harvest first"))
-        stored = read_json(path / "header.json")
-        if stored.get("format") != FORMAT:
-            raise SourceError(
-                f"{path} has format {stored.get('format')!r}, this version reads {FORMAT}: "
-                "harvest it again"
-            )
+        stored = _read_state(path / "header.json")
         source = cls(path, stored["header"], stored["shards"])
         check_identity(source.header, expected or {}, str(path))
         for record in source._records:
@@ -183,7 +182,7 @@ class FolderSource:
 
     @property
     def d(self) -> int:
-        return int(self.header["d"])
+        return _width(self.header, self.path)
 
     @property
     def n_shards(self) -> int:
@@ -200,12 +199,8 @@ class FolderSource:
     def shard(self, i: int) -> Shard:
         """Raises: DamageError when the file can't be read."""
         file = self.path / self._records[i]["file"]
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                parts = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-            return Shard(parts["x"], parts["mask"], parts.get("ids"))
-        except (OSError, SafetensorError, KeyError) as error:
-            raise DamageError(f"{file} can't be read ({error}): harvest it again") from error
+        parts = read_weights(file, DamageError, "harvest it again")
+        return _checked_shard(parts, self._records[i], self.d, file)
 
     def verify(self) -> None:
         """Compares every shard with its checksum.
@@ -216,12 +211,65 @@ class FolderSource:
             _check_bytes(self.path, record)
 
 
+class _Header(Loose):
+    d: int = Field(default=1, ge=1)
+    n_tokens: int = Field(default=0, ge=0)
+
+
+class _Record(Loose):
+    file: Name
+    sha256: str
+    bytes: int
+    contexts: int
+    n_tokens: int
+
+
+class _State(Loose):
+    header: _Header
+    shards: list[_Record]
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    """header.json or partial.json.
+
+    Raises: DamageError when it is not what was written, SourceError when it is of another version.
+    """
+    remedy = f"delete {file.parent} and harvest again"
+    stored = read_json(file)
+    if isinstance(stored, dict) and stored.get("format") != FORMAT:
+        raise SourceError(
+            f"{file.parent} has format {stored.get('format')!r}, this version reads {FORMAT}: "
+            "harvest it again"
+        )
+    return check(read_sealed(file, remedy), _State, file, remedy)
+
+
+def _width(header: Mapping[str, Any], path: Path) -> int:
+    if "d" not in header:
+        raise DamageError(f"{path} does not say its width d: delete it and harvest again")
+    return int(header["d"])
+
+
 def _check_size(path: Path, record: Mapping[str, Any]) -> None:
     file = path / record["file"]
     size = file.stat().st_size if file.is_file() else None
     if size != record["bytes"]:
         state = "is missing" if size is None else f"has {size} bytes, not {record['bytes']}"
         raise DamageError(f"{file} {state}: delete {path} and harvest again")
+
+
+def _checked_shard(
+    parts: Mapping[str, Tensor], record: Mapping[str, Any], d: int, file: Path
+) -> Shard:
+    """Raises: DamageError when the tensors are not those of a shard with such a record."""
+    x, mask, ids = (parts.get(name) for name in ("x", "mask", "ids"))
+    fits = x is not None and mask is not None and x.dim() == 3 and x.shape[2] == d
+    fits = fits and x.is_floating_point() and mask.dtype == torch.bool  # type: ignore[union-attr]
+    fits = fits and mask.shape == x.shape[:2]  # type: ignore[union-attr]
+    fits = fits and (ids is None or ids.shape == mask.shape)  # type: ignore[union-attr]
+    if not fits or x is None or mask is None or int(mask.sum()) != record["n_tokens"]:
+        raise DamageError(f"{file} is no shard of this harvest: harvest it again")
+    return Shard(x, mask, ids)
 
 
 def _check_bytes(path: Path, record: Mapping[str, Any]) -> None:
@@ -235,9 +283,9 @@ def reopen(path: Path) -> None:
     """Makes a complete folder an unfinished one: a writer goes on after its last intact shard."""
     header = path / "header.json"
     try:
-        read_json(header)
+        _read_state(header)
         header.replace(path / "partial.json")
-    except DamageError:
+    except (DamageError, SourceError):
         header.unlink()
 
 
@@ -265,7 +313,7 @@ class GrowingSource:
 
     @property
     def d(self) -> int:
-        return int(self.header["d"])
+        return _width(self.header, self.path)
 
     @property
     def n_shards(self) -> int:
@@ -307,7 +355,7 @@ class GrowingSource:
     def _state(self) -> dict[str, Any] | None:
         for name in ("header.json", "partial.json"):
             with suppress(SourceError):  # not there yet, or not any more
-                return read_json(self.path / name)
+                return _read_state(self.path / name)
         return None
 
 
@@ -331,11 +379,19 @@ class FolderWriter:
         self._records: list[dict[str, Any]] = []
         for name in ("header.json", "partial.json"):
             if (self.path / name).is_file():
-                stored = read_json(self.path / name)
+                stored = self._stored(name)
                 if stored.get("shards"):  # what was only announced binds nobody
                     check_identity(stored.get("header", {}), self.header, str(self.path))
                     self._records = self._intact(stored["shards"])
                 break
+
+    def _stored(self, name: str) -> dict[str, Any]:
+        """What an earlier writer left; nothing where that is damaged, and its shards made again."""
+        try:
+            return _read_state(self.path / name)
+        except DamageError as error:
+            print(f"{error} (done now)", file=sys.stderr)
+            return {}
 
     @property
     def done(self) -> int:
@@ -355,7 +411,7 @@ class FolderWriter:
 
     def announce(self) -> None:
         """Writes the record of what is there: from now on a `GrowingSource` may follow."""
-        write_json(self.path / "partial.json", self._state())
+        write_sealed(self.path / "partial.json", self._state())
 
     def add(self, shard: Shard) -> None:
         """Writes the next shard, then the record of it."""
@@ -375,7 +431,7 @@ class FolderWriter:
 
     def finish(self) -> FolderSource:
         """Writes header.json and opens the folder."""
-        write_json(self.path / "header.json", self._state())
+        write_sealed(self.path / "header.json", self._state())
         (self.path / "partial.json").unlink(missing_ok=True)
         return FolderSource.open(self.path)
 
@@ -476,14 +532,10 @@ class ForeignSource:
 
 
 def _only_tensor(file: Path) -> Tensor:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-            if len(names) != 1:
-                raise SourceError(f"{file} holds {len(names)} tensors: leave only the activations")
-            return tensors.get_tensor(names[0])
-    except SafetensorError as error:
-        raise SourceError(f"{file} is no readable safetensors file ({error})") from None
+    tensors = read_weights(file, SourceError, "save the activations again")
+    if len(tensors) != 1:
+        raise SourceError(f"{file} holds {len(tensors)} tensors: leave only the activations")
+    return next(iter(tensors.values()))
 
 
 def _checked_shape(file: Path, x: Tensor) -> tuple[int, int, int]:

@@ -6,8 +6,8 @@ Where `harvest.overlap` says so, this process harvests the training activations 
 train on those that are there; a worker waits for a shard that is not (docs/decisions/0009).
 
 A cell that is in the cache is not trained again. The run folder is filled at the end and
-`final_info.json` and `manifest.json` are its last files, so an interrupted launch leaves no folder
-that looks complete, and the same command goes on where it stopped.
+`final_info.json` is its last file, so an interrupted launch leaves no folder that looks complete,
+and the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 
+from saelab import exhausted
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.evals import probing_rows
 from saelab.evals.core import CoreData
-from saelab.files import WriteError, read_json
+from saelab.files import WriteError, read_sealed
+from saelab.lock import held
 from saelab.progress import clock, progress
 from saelab.progress.run import tell, tell_cells, told
 from saelab.progress.state import DONE, EVALUATE
@@ -35,6 +37,7 @@ from saelab.progress.trackers import open_tracker
 from saelab.rundir import cache_folder
 from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
+from saelab.shown import visible
 from saelab.study import cells as celljob
 from saelab.study import controls, reports
 from saelab.study.cells import (
@@ -63,6 +66,7 @@ from saelab.study.final_info import (
     judge_run,
 )
 from saelab.study.finished import finish, is_finished
+from saelab.study.memory import fitting, refuse
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
@@ -128,26 +132,34 @@ class Launch:
 def launch(task: Launch) -> list[Comparison]:
     """Runs one launch and writes its folder; prints the table of results.
 
-    Raises: UsageError for bad input, StudyFailure when the baseline has no valid cell.
+    Raises: UsageError for bad input, StudyFailure when the baseline has no valid cell, BusyError
+        while another launch has the same folder.
     """
+    _check_folder(task.out_dir)
+    with exhausted.named(), held(task.out_dir, f"is making {task.name}"):
+        return _launch(task)
+
+
+def _launch(task: Launch) -> list[Comparison]:
     start = time.monotonic()
     if (task.out_dir / "final_info.json").exists() and not task.force:
         raise SettingError(
             "out_dir", str(task.out_dir), "is a complete run: name another, or delete it first"
         )
-    _check_folder(task.out_dir)
     before = checked(task)
     base = before.base
     cache = cache_folder(task.root)
     for line in [before.needs.line(), *before.warnings]:
-        print(f"{task.name}: {line}", file=sys.stderr)
+        print(f"{task.name}: {visible(line)}", file=sys.stderr)
+    task = _within_memory(task, before)
     if base.activations is None and not any(cache.glob("activations/*/*/header.json")):
         before.check_limit()
     deviations = register(task.root, task.plan) if task.judged else ()
     about = {"run": task.name, "title": task.run.title, "study": task.plan.study}
     with told(task.out_dir, about, base.tracker):
         record, of_controls = _launched(task, before, cache, deviations, start)
-    print(table(record.info, record.comparisons, task.plan, of_controls))
+    shown = table(record.info, record.comparisons, task.plan, of_controls)
+    print(visible(shown, kept="\n"))
     taken = clock(time.monotonic() - start)
     print(f"\n{task.out_dir}: {len(record.folders)} cells in {taken}")
     return list(record.comparisons)
@@ -219,7 +231,7 @@ def _value(found: Found, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> 
     if found.path:
         points = curve(folders[own[-1]] / "curves.parquet", found.name)
     else:
-        last = [read_json(folders[spec] / "cell.json")["last"].get(found.name) for spec in own]
+        last = [read_sealed(folders[spec] / "cell.json")["last"].get(found.name) for spec in own]
         points = [value for value in last if value is not None]
     if not points:
         raise SettingError("Found.name", found.name, f"{found.arm} logs no such value: mend it")
@@ -228,6 +240,21 @@ def _value(found: Found, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> 
 
 def _at_target(spec: CellSpec, plan: PlanConfig) -> bool:
     return spec.level == (plan.target_l0 or 0)
+
+
+def _within_memory(task: Launch, before: RunCheck) -> Launch:
+    """The launch with as many workers as the memory here holds; the bits are those of any number.
+
+    Raises: SettingError when it holds not even one.
+    """
+    workers = fitting(before.base, before.specs, before.workers, GROUP)
+    if workers is None:
+        refuse(before.base, before.specs, GROUP)
+    elif workers < before.workers:
+        told = f"{workers or 'no'} worker{'s' * (workers > 1)} instead of {before.workers}"
+        print(f"{task.name}: {told}, which fits the memory here", file=sys.stderr)
+        return replace(task, workers=workers)
+    return task
 
 
 def _workers(task: Launch, device: str) -> int:
@@ -239,6 +266,10 @@ def _check_folder(folder: Path) -> None:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise SettingError("out_dir", str(folder), f"{there} is no folder: name another")
+    for inside in (folder, folder / "cells"):
+        if inside.is_symlink():
+            remedy = f"{inside} is a link, and so leads elsewhere: name another"
+            raise SettingError("out_dir", str(folder), remedy)
     if not os.access(there, os.W_OK | os.X_OK):
         raise WriteError(f"{folder} can't be written in {there}: choose another folder")
 
@@ -388,10 +419,11 @@ def _train(
     open_specs = [spec for spec in keys if not _done(cache, keys[spec], data)]
     jobs = _jobs(task, open_specs, keys, data, cache)
     tell_cells(len(open_specs), len(keys) - len(open_specs))
+    trainable = [*keys.values(), *(c["key"] for c in beside if "control" not in c)]
     beside = [control for control in beside if not _done(cache, control["key"], data)]
     trained = [control for control in beside if "control" not in control]
     unfinished = [keys[spec] for spec in open_specs] + [control["key"] for control in trained]
-    for key in [*keys.values(), *(control["key"] for control in trained)]:
+    for key in trainable:
         tidy = drop_damaged if key in unfinished else remove_checkpoints
         tidy(resume_folder(cache, key, prepared.train, data.foreign))
     for some in (trained, [control for control in beside if "control" in control]):
@@ -489,7 +521,7 @@ def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
 
 
 def _done(cache: Path, key: Key, data: Data) -> bool:
-    """Whether a cell is in the cache; none is before the activations are complete."""
+    """Whether a cell is in the cache, undamaged; none is before the activations are complete."""
     if data.train_digest is None:
         return False
     return is_finished(cell_folder(cache, key, data.train_digest))
@@ -516,7 +548,7 @@ def _collect(
     other_seeds = _other_seeds(folders, task.plan)
     gates: dict[str, CellGate] = {}
     for spec, folder in folders.items():
-        cell = read_json(folder / "cell.json")
+        cell = read_sealed(folder / "cell.json")
         if spec in other_seeds:
             others = [folders[other] for other in other_seeds[spec]]
             cell["rows"] += _against(cache, folder, others)
@@ -558,4 +590,4 @@ def _against(cache: Path, folder: Path, others: Sequence[Path]) -> list[dict[str
 
 
 def _control_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    return [row for folder in folders for row in read_json(folder / "cell.json")["rows"]]
+    return [row for folder in folders for row in read_sealed(folder / "cell.json")["rows"]]

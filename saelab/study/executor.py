@@ -223,9 +223,10 @@ def _run(function: Callable[..., None], job: Any) -> None:
         _busy = True
         function(job, words, _state)
         words.send()
-        _busy = False
     except signals.Interrupted as stop:
         os._exit(stop.exit_code)
+    finally:
+        _busy = False
 
 
 class _Words:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saelab import exhausted
 from saelab.errors import SaelabError, SettingError, nearest
 from saelab.files import read_json
 from saelab.signals import told
@@ -33,7 +34,8 @@ def main(runs: Mapping[str, Run], experiment: str) -> None:
     with told():
         try:
             out_dir = parse_out_dir(sys.argv[1:], list(runs))
-            run_one(runs, Path(experiment).resolve(), out_dir)
+            with exhausted.named():
+                run_one(runs, Path(experiment).resolve(), out_dir)
         except SaelabError as error:
             print(error, file=sys.stderr)
             sys.exit(error.exit_code)

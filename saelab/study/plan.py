@@ -23,6 +23,7 @@ from saelab.data.stream import Layout
 from saelab.data.texts import TextConfig
 from saelab.errors import SettingError, nearest
 from saelab.sae import SAEConfig
+from saelab.schema import is_name
 from saelab.seeding import study_seeds
 from saelab.study.gate import gate
 from saelab.training.optim import TrainConfig
@@ -433,5 +434,6 @@ def _check_arms(run: Run) -> None:
         if arms[name].against not in names or arms[name].against == name != BASELINE:
             remedy = f"is no other arm of the run{nearest(arms[name].against, names)}: name one"
             raise SettingError(f"{name}: against", arms[name].against, remedy)
-        if not name or "/" in name or name.startswith((".", "control:")):
-            raise SettingError("arm", name, "may not be empty, hold '/' or start with '.'")
+        if not is_name(name) or name.startswith((".", "control:")):
+            remedy = "names a folder: may not be empty, hold '/' or control signs or start with '.'"
+            raise SettingError("arm", name, remedy)

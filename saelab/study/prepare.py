@@ -24,7 +24,8 @@ from saelab.data.store import FolderSource, ForeignSource, GrowingSource, Shard,
 from saelab.data.tasks import Entry, embedded_entries, entries_from_table
 from saelab.data.texts import TextConfig, documents, manifest, tokenize
 from saelab.errors import DamageError, SettingError, SourceError
-from saelab.evals.probing import harvest_probing, identity
+from saelab.evals.probing import ProbingData, harvest_probing, identity
+from saelab.lock import held
 from saelab.study.plan import BaseConfig, ProbingConfig
 
 #: Stored precision of probing activations; the model's own channels are probed from the same.
@@ -99,6 +100,16 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
     reason = "" if probing else "no probing entries are set (evaluation.probing)"
     reason = why_missing(absent) or reason
     return Prepared(train, held_out, probing, reason, provenance, steps, absent)
+
+
+def held_out(base: BaseConfig, cache: Path) -> tuple[Source, LanguageModel | None]:
+    """The held-out activations alone, and the model that they come from where there is one."""
+    if base.activations is not None:
+        return _foreign(base).held_out, None
+    model = models.load(base.model)
+    model.check_context(base.context)
+    source, _ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
+    return source, model
 
 
 def _foreign(base: BaseConfig) -> Prepared:
@@ -198,7 +209,7 @@ def _activations(
             found = FolderSource.open(done, {"asked_tokens": tokens, "hook_name": base.hook_name})
             found.verify()
             return found, no_steps()
-        except DamageError as error:
+        except (DamageError, SourceError) as error:
             print(f"{error} (done now)", file=sys.stderr)
             reopen(done)
     found = tokenize(text, model.tokenizer, base.context, tokens)
@@ -247,9 +258,10 @@ def _probing(
     dtype = torch.float32 if as_saebench else PROBING_DTYPE
     asked = identity(model, base.hook_name, entries, context, dtype, as_saebench)
     folder = cache / "probing" / digest(asked)
-    if not (folder / "probing.json").is_file():
-        made = harvest_probing(model, base.hook_name, entries, context, dtype, as_saebench)
-        made.save(folder)
+    if not ProbingData.is_saved(folder):
+        with held(folder, "is harvesting its probing activations"):
+            made = harvest_probing(model, base.hook_name, entries, context, dtype, as_saebench)
+            made.save(folder)
     return folder, absent
 
 

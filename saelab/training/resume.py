@@ -24,7 +24,7 @@ from typing import Any
 
 from saelab.data.stream import Batch, Position
 from saelab.errors import CellFailure, DamageError, SaelabError, SettingError
-from saelab.files import read_sealed, sha256, write_sealed
+from saelab.files import read_sealed, sha256, sweep, write_sealed
 from saelab.shards import WHOLE, Shards
 from saelab.signals import Interrupted, whole
 from saelab.training.loop import Cell, train
@@ -116,8 +116,9 @@ def drop_damaged(folder: Path) -> None:
 
 def remove_checkpoints(folder: Path) -> None:
     """Removes a cell's folder; what another process may have in it stays."""
-    for file in _files(folder):
-        _remove(file)
+    for file in folder.glob("[0-9]*"):
+        file.unlink(missing_ok=True)
+    sweep(folder)
     with suppress(OSError):
         folder.rmdir()
 

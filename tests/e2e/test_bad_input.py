@@ -376,7 +376,7 @@ def test_bad_activations_are_told_with_the_file(tmp_path: Path) -> None:
     folder.mkdir()
     told(project.call(), "acts", ".safetensors")
     (folder / "a.safetensors").write_bytes(b"no tensors")
-    told(project.call(), "a.safetensors", "readable")
+    told(project.call(), "a.safetensors", "can't be read")
     x = torch.randn(64, 8)
     x[3, 4] = float("nan")
     save_file({"x": x}, folder / "a.safetensors")

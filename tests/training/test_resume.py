@@ -138,6 +138,21 @@ def test_a_second_interrupt_does_not_wait() -> None:
     assert ended.value.code == 130 and reached
 
 
+def test_a_late_second_signal_is_not_the_first_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where something has swallowed the first one, the process can still be ended."""
+    monkeypatch.setattr(signals, "SOON", 0.0)
+    swallowed = False
+    with pytest.raises(SystemExit) as ended, told():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted:
+            swallowed = True
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 143 and swallowed
+
+
 def test_at_once_writes_nothing(
     activations: MemorySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +186,9 @@ def test_the_last_two_are_kept_and_gone_in_the_end(
     names = sorted(file.name for file in member.folder.iterdir())  # type: ignore[union-attr]
     last = [f"{step:08d}" for step in (STEPS - 3, STEPS)]
     assert names == sorted(f"{s}.{end}" for s in last for end in ("json", "safetensors"))
+    left = tmp_path / "a" / ".00000012.json.999999999.tmp"  # of a process that is gone
+    left.write_text("")
+    (tmp_path / "a" / "00000012.safetensors").write_text("")  # killed before its JSON
     remove_checkpoints(tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

@@ -2,10 +2,12 @@
 # make test    set-up, the tests
 # make test-triton  set-up, Triton (Linux, 200 MB), the checks of the GPU's kernels without a GPU
 # make test-browser set-up, Playwright and Chromium, the checks of report.html in a browser
+# make test-clusters  set-up, Ray and submitit, the checks of executors for many machines
 # make test-peers   set-up, the peers' environment, the checks against the peers themselves
 # make peers   the environment of the packages that benchmarks/ compares with
 # make bench   set-up, every benchmark in full (about half an hour); BENCH=--quick for a smoke run
-.PHONY: setup demo test test-slow test-triton test-browser test-peers check peers bench clean
+.PHONY: setup demo test test-slow test-triton test-browser test-clusters test-peers check clusters \
+	peers bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -44,6 +46,12 @@ test-browser: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,browser]'
 	command -v chromium >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium)
 	$(BIN)/python -m pytest tests/browser
+
+clusters: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray,slurm]'
+
+test-clusters: clusters
+	$(BIN)/python -m pytest tests/e2e/test_clusters.py
 
 test-peers: setup peers
 	SAELAB_PEERS=benchmarks/.peers/bin/python $(BIN)/python -m pytest -m peers

@@ -80,6 +80,13 @@ def _told() -> Iterator[None]:
 def run(
     name: Annotated[str, typer.Argument(help="A run of the table in experiment.py, 'run_1'.")],
     force: Annotated[bool, typer.Option(help="Replace a complete run.")] = False,
+    executor: Annotated[
+        str,
+        typer.Option(
+            help="Where cells are trained: local, ray (RAY_ADDRESS) or slurm (SAELAB_SLURM); by "
+            "default what SAELAB_EXECUTOR names, else local."
+        ),
+    ] = "",
     json_: Json = False,
     experiment: Table = EXPERIMENT,
 ) -> None:
@@ -93,7 +100,7 @@ def run(
 
         file = experiment.resolve()
         with redirect_stdout(sys.stderr if json_ else sys.stdout):
-            run_one(load_experiment(file).RUNS, file, Path(name), force)
+            run_one(load_experiment(file).RUNS, file, Path(name), force, executor=executor)
         if json_:
             _print_json(review(Path(name)).as_dict())
 

@@ -55,7 +55,7 @@ from saelab.parts.similarity import LEARNED, Similarity
 from saelab.rundir import package_digest
 from saelab.sae import SAE, SAEConfig
 from saelab.study.convergence import FEWEST, convergence
-from saelab.study.executor import Advance
+from saelab.study.executors import Advance
 from saelab.study.finished import finish
 from saelab.study.gate import REACH
 from saelab.study.latents import FILE, write_latents

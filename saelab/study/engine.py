@@ -56,7 +56,8 @@ from saelab.study.cells import (
 )
 from saelab.study.check import RunCheck, check, check_limit
 from saelab.study.estimate import training_seconds
-from saelab.study.executor import one_thread, run_jobs, worker_count
+from saelab.study.executors import LOCAL, chosen, executor
+from saelab.study.executors.local import one_thread, worker_count
 from saelab.study.final_info import (
     CORE,
     ArmResult,
@@ -109,6 +110,7 @@ class Launch:
         force: replace a complete run.
         limit: seconds that the launch may be expected to take.
         workers: processes; 0 works in this one, None takes one per core.
+        executor: where the cells are trained, see `executors`; '' for what SAELAB_EXECUTOR names.
     """
 
     name: str
@@ -122,6 +124,7 @@ class Launch:
     force: bool = False
     limit: float = LONGEST
     workers: int | None = None
+    executor: str = ""
 
     @property
     def judged(self) -> bool:
@@ -173,7 +176,7 @@ def _launched(
     Raises: as `launch`.
     """
     base, specs = before.base, before.specs
-    overlap = base.harvest.overlaps(base.model.device)
+    overlap = (task.executor or chosen()) == LOCAL and base.harvest.overlaps(base.model.device)
     prepared = prepare(base, cache, base.model.device, overlap)
     data = _data(base, prepared, task)
     content = _data_content(base, prepared, data)
@@ -446,7 +449,8 @@ def _train(
     )
     bar = progress(f"{task.name}: train and evaluate", total, "tokens")
     with closing(prepared.steps) as steps:
-        run_jobs(_work, jobs, workers, cache / "logs", bar, steps)
+        run_jobs = executor(task.executor)
+        run_jobs(_work, jobs, workers, cache / "logs", bar, steps, data.device)
 
 
 def _jobs(

@@ -66,6 +66,7 @@ def run_one(
     out_dir: Path,
     force: bool = False,
     plan_file: Path | None = None,
+    executor: str = "",
 ) -> None:
     """One launch of the run that the last part of `out_dir` names."""
     from saelab.study.engine import launch
@@ -73,7 +74,7 @@ def run_one(
     plan_file = plan_file or experiment.parent / "plan.toml"
     task = task_of(runs, experiment, out_dir, force, plan_file)
     with attempt(plan_file.parent, out_dir.name):
-        launch(task)
+        launch(replace(task, executor=executor))
 
 
 def tune_one(runs: Mapping[str, Run], experiment: Path, name: str) -> dict[str, Any]:

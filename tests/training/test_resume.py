@@ -21,6 +21,7 @@ from saelab.data.stream import Position, batches
 from saelab.errors import DamageError, SettingError
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
+from saelab.shards import WHOLE
 from saelab.signals import Interrupted, told, whole
 from saelab.training import loop, resume
 from saelab.training.loop import Cell
@@ -34,9 +35,7 @@ from saelab.training.resume import (
     restored,
     train_kept,
     write_checkpoint,
-    write_tensors,
 )
-from saelab.training.state import State
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +203,7 @@ def test_tensors_are_what_the_library_reads(tmp_path: Path) -> None:
         "same": x,
         "double": x.double(),
     }
-    checksum = write_tensors(tmp_path / "x.safetensors", State(tensors))
+    checksum = WHOLE.write(tmp_path / "x.safetensors", tensors)
     assert checksum == resume.sha256(tmp_path / "x.safetensors")
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()

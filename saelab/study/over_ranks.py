@@ -81,8 +81,9 @@ def _check_parts(base: BaseConfig) -> None:
 
 
 def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> Prepared:
-    """Harvested by the first rank, opened by all."""
+    """Harvested by the first rank, opened by all; without what probing would need."""
     device = str(ranks.device)
+    base = base.patched({"evaluation.probing.entries": "none", "evaluation.probing.tables": ()})
 
     def harvest() -> None:
         prepare(base, cache, device)

@@ -116,7 +116,8 @@ class Cell:
         """Of each learned scalar (the mean over its entries): the distance from where it began, as
         a share of the sum of its learning rates, which is Adam's reach."""
         distance = {
-            n: float((p.detach() - self._began[n]).abs().mean()) for n, p in self._learned.items()
+            n: float(self.ranks.mean_over_latents((p.detach() - self._began[n]).abs()))
+            for n, p in self._learned.items()
         }
         return {
             n: distance[n] / max(self.optimiser.travel(p), 1e-30) for n, p in self._learned.items()

@@ -141,12 +141,16 @@ class Optimiser:
 
     def _over_ranks(self, squares: dict[str, float]) -> dict[str, float]:
         """Squared norms of whole gradients from those of this rank's rows; b_dec is on all."""
+        if self.ranks.latents == 1:
+            return squares
         own = [name for name in squares if name != "b_dec"]
         whole = self.ranks.total_over_latents(*(squares[name] for name in own))
         return squares | dict(zip(own, whole, strict=True))
 
     def gather(self) -> None:
         """Adds up the gradients of the ranks with other rows."""
+        if self.ranks.data == 1:
+            return
         parameters = [p for group in self.groups for p in group.parameters]
         self.ranks.add_gradients([p.grad for p in parameters if p.grad is not None])
 

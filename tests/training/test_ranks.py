@@ -159,14 +159,14 @@ class TestAgreement:
 
 
 class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation returns."""
+    """Bytes of the largest tensor that any operation returns; one on the meta device has none."""
 
     bytes_ = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not leaf.is_meta:
                 self.bytes_ = max(self.bytes_, leaf.numel() * leaf.element_size())
         return out
 

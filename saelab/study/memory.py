@@ -139,7 +139,7 @@ def room_here() -> int:
     named = os.environ.get(BUDGET, "").strip()
     if not named:
         return min([_free(), *_of_groups(), *_of_process()])
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT]?)B?", named, re.IGNORECASE | re.ASCII)
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([KMGT]?)B?", named, re.IGNORECASE | re.ASCII)
     if not found:
         raise SettingError(BUDGET, named, "is no amount of memory: write it as in 8GB")
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))

@@ -187,13 +187,15 @@ def test_a_control_group_that_is_too_small_is_told(tmp_path: Path) -> None:
 def test_memory_that_runs_out_all_the_same_is_one_sentence(tmp_path: Path) -> None:
     """The address space ends in the middle of the launch, whose statement is overruled."""
     code = (
-        "import resource, saelab.study.engine, sys\n"
+        "import numpy, resource, saelab.study.engine, scipy.stats, sklearn.metrics, sys\n"
+        # a BLAS that finds no memory when it is loaded or first used ends the process by itself
+        "scipy.linalg.inv(numpy.eye(64) @ numpy.eye(64))\n"
         "from saelab.study.cells import load_experiment\n"
         "from saelab.study.front import main\n"
         "from pathlib import Path\n"
         "runs = load_experiment(Path('experiment.py').resolve()).RUNS\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + 30_000_000,) * 2)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 250_000_000,) * 2)\n"
         "main(runs, 'experiment.py')\n"
     )
     project = project_in(tmp_path / "project")
@@ -203,6 +205,7 @@ def test_memory_that_runs_out_all_the_same_is_one_sentence(tmp_path: Path) -> No
         env=environment(SAELAB_WORKERS="0", SAELAB_MEMORY="64GB"),
         capture_output=True,
         text=True,
+        timeout=120,
     )
     told(Ended(done.returncode, done.stdout, done.stderr), "memory is used up", "goes on")
 

@@ -1,5 +1,6 @@
 """Files are written whole or not at all: bytes go to a temporary name, then one rename.
 
+An object at a URL (saelab/remote.py) is made as a temporary file and put in its place as a whole.
 Raises `SaelabError` subclasses with one sentence when the disk is full or the folder is read-only.
 """
 
@@ -9,20 +10,29 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from saelab.errors import DamageError, SourceError
+from saelab.remote import Place, Remote
 
 
 class WriteError(SourceError):
     """The disk is full or the folder can't be written: exit code 2."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Place, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)` and renames the result to `path`; the old file stays on failure."""
+    if isinstance(path, Remote):
+        with tempfile.TemporaryDirectory(prefix="saelab-") as folder:
+            whole = Path(folder) / path.name
+            with writing(whole):
+                write(whole)
+            path.put(whole)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
@@ -51,11 +61,11 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Place, data: Any) -> None:
     """Writes JSON; a NaN or infinity is an error here, since a missing number must be null."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
@@ -70,7 +80,7 @@ def append_line(path: Path, text: str) -> None:
             os.fsync(file.fileno())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """Raises: DamageError when the file is no JSON, SourceError when it is missing."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +90,9 @@ def read_json(path: Path) -> Any:
         raise DamageError(f"{path} is damaged ({error}): delete it and run again") from None
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Place) -> str:
     """Hex digest of a file's bytes."""
+    if isinstance(path, Remote):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

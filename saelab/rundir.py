@@ -3,9 +3,15 @@
 .saelab/activations/<key>/     harvested activations            (SAELAB_CACHE names another cache)
 .saelab/probing/<key>/         activations of the probing texts
 .saelab/cells/<key>/           finished cells, by content hash
+.saelab/pairs/                 comparisons of finished cells
 .saelab/logs/                  what workers wrote to stderr
 run_i/                         final_info.json, manifest.json, metrics.parquet, curves.parquet,
                                summary.md, cells/<arm>/seed<s>-l0_<level>/
+
+Where SAELAB_CACHE is a URL (s3://bucket/prefix), activations lie there alone and are read from
+there; probing activations and finished cells are copied to it when they are made, and from it when
+another machine has made them. Everything else stays in .saelab. A copied folder's last object,
+`files.json`, says what is in it, with the checksum of each file.
 """
 
 from __future__ import annotations
@@ -14,16 +20,94 @@ import functools
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from saelab.errors import DamageError
+from saelab.files import read_json, sha256, write_atomically, write_json
+from saelab.remote import Place, Remote, place_of
+
 #: Parts of the package whose change never alters a number.
-NO_NUMBERS = ("report", "formats", "__main__.py", "progress.py")
+NO_NUMBERS = ("report", "formats", "__main__.py", "progress.py", "remote.py")
+#: The last object of a folder that was copied to a URL.
+CONTENT = "files.json"
 
 
 def cache_folder(root: Path) -> Path:
-    """The cache of the study in `root`."""
+    """The cache of the study in `root`, on this machine."""
+    named = _named_cache()
+    return named if isinstance(named, Path) else root / ".saelab"
+
+
+def remote_cache() -> Remote | None:
+    """The cache that machines share, where SAELAB_CACHE is a URL."""
+    named = _named_cache()
+    return named if isinstance(named, Remote) else None
+
+
+def _named_cache() -> Place | None:
     named = os.environ.get("SAELAB_CACHE")
-    return Path(named) if named else root / ".saelab"
+    return place_of(named) if named else None
+
+
+def activations_folder(cache: Path) -> Place:
+    """Where harvested activations lie: at the URL of the shared cache, or in the cache."""
+    return (remote_cache() or cache) / "activations"
+
+
+def has_activations(cache: Path) -> bool:
+    """Whether any harvest is complete."""
+    if (shared := remote_cache()) is not None:
+        return shared.has("activations/*/*/header.json")
+    return any(cache.glob("activations/*/*/header.json"))
+
+
+def share(cache: Path, folder: Path) -> None:
+    """Copies a finished folder of the cache to the shared one, if there is one."""
+    there = _shared(cache, folder)
+    if there is None or (there / CONTENT).is_file():
+        return
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    for file in files:
+        (there / file.name).put(file)
+    write_json(there / CONTENT, {file.name: sha256(file) for file in files})
+
+
+def fetch(cache: Path, folder: Path, last: str) -> bool:
+    """Whether a folder of the cache is finished; copies it from the shared cache if it is there.
+
+    Args:
+        last: the file without which the folder is not finished; it is put there last.
+
+    Raises: DamageError naming the object that is not what was written.
+    """
+    if (folder / last).is_file():
+        return True
+    there = _shared(cache, folder)
+    if there is None or not (there / CONTENT).is_file():
+        return False
+    content = read_json(there / CONTENT)
+    for name in sorted(content, key=lambda name: name == last):
+        write_atomically(folder / name, _copy(there / name, content[name]))
+    return True
+
+
+def _copy(source: Remote, checksum: str) -> Callable[[Path], object]:
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(source.read_bytes())
+        if sha256(temporary) != checksum:
+            folder = str(source).removesuffix(f"/{source.name}")
+            raise DamageError(
+                f"{source} does not match its checksum: delete {folder} and run again"
+            )
+
+    return write
+
+
+def _shared(cache: Path, folder: Path) -> Remote | None:
+    """The place of a folder of the cache in the shared one."""
+    shared = remote_cache()
+    return None if shared is None else shared / folder.relative_to(cache).as_posix()
 
 
 @functools.cache

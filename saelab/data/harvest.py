@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import NonNegativeInt
 
 from saelab.config import Frozen
 from saelab.data.models import LanguageModel
@@ -31,6 +31,7 @@ from saelab.data.store import (
 from saelab.data.texts import Tokens
 from saelab.errors import SettingError, SourceError
 from saelab.progress import Progress, progress
+from saelab.remote import Place
 
 #: Bytes for a position's mask (bool) and id (int32).
 _MASK_AND_ID = 5
@@ -50,12 +51,15 @@ class HarvestConfig(Frozen):
         overlap: whether a launch trains on the first shards while the rest is made, with the same
             bits: true, false or 'auto', which is true on CUDA alone (this has not been run on a
             GPU). On a CPU passes and training would only share the cores.
+        read_ahead: bytes of shards that a process may hold before it asks for them, where the
+            activations lie at a URL; no number depends on it.
     """
 
     batch: int = 32
     shard_tokens: int = 65536
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     overlap: Literal["auto", True, False] = "auto"
+    read_ahead: NonNegativeInt = 512 * 2**20
 
     def overlaps(self, device: str) -> bool:
         """Whether a launch on the device trains beside its harvest."""
@@ -80,7 +84,7 @@ def harvest(
     tokens: Tokens,
     hook_names: Sequence[str],
     config: HarvestConfig | None = None,
-    folder: Path | None = None,
+    folder: Place | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Source]:
     """The activations of all hook points, made in one pass or found complete in the folder.
@@ -100,10 +104,12 @@ def harvest(
     headers = _headers(model, tokens, hook_names, config, identity or {})
     if folder is None:
         return _in_memory(model, tokens, headers, config)
-    places = _places(headers, Path(folder))
+    places = _places(headers, folder)
     for _ in _in_folder(model, tokens, headers, config, places):
         pass
-    return {hook: FolderSource.open(place) for hook, place in places.items()}
+    return {
+        hook: FolderSource.open(place, ahead=config.read_ahead) for hook, place in places.items()
+    }
 
 
 def harvest_steps(
@@ -111,7 +117,7 @@ def harvest_steps(
     tokens: Tokens,
     hook_name: str,
     config: HarvestConfig,
-    folder: Path,
+    folder: Place,
     identity: Mapping[str, Any],
 ) -> tuple[GrowingSource, Generator[None, None, None]]:
     """`harvest` of one hook point into a folder, begun but left to the caller to go on with.
@@ -121,10 +127,10 @@ def harvest_steps(
     Raises: what `harvest` raises: here for settings and identity, in the steps for activations.
     """
     headers = _headers(model, tokens, [hook_name], config, identity)
-    places = _places(headers, Path(folder))
+    places = _places(headers, folder)
     steps = _in_folder(model, tokens, headers, config, places)
     next(steps, None)
-    return GrowingSource(places[hook_name]), steps
+    return GrowingSource(places[hook_name], ahead=config.read_ahead), steps
 
 
 def _headers(
@@ -147,7 +153,7 @@ def _headers(
     }
 
 
-def _places(hooks: Iterable[str], folder: Path) -> dict[str, Path]:
+def _places(hooks: Iterable[str], folder: Place) -> dict[str, Place]:
     """Hook -> its subfolder."""
     return {hook: folder / hook.replace("/", "_") for hook in hooks}
 
@@ -214,7 +220,7 @@ def _in_folder(
     tokens: Tokens,
     headers: dict[str, dict[str, Any]],
     config: HarvestConfig,
-    places: dict[str, Path],
+    places: Mapping[str, Place],
 ) -> Generator[None, None, None]:
     """Fills the folders that are not complete, in steps.
 

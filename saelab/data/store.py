@@ -6,6 +6,10 @@
 A folder without header.json is not complete; `partial.json` then says which shards are there, a
 writer of the same identity goes on after them, and a reader may follow the writer. The digest of a
 source is a hash of its identity and of its shards' bytes, the same in memory and on disk.
+
+The folder may be a URL (saelab/remote.py). Shards on a disk are mapped, and their bytes compared
+with the checksums by `verify`; those of a URL are read ahead within a bound and compared at every
+read.
 """
 
 from __future__ import annotations
@@ -23,12 +27,14 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from saelab.config import digest
+from saelab.data.ahead import ReadAhead
 from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.files import read_json, sha256, write_atomically, write_json
+from saelab.remote import Place, Remote
 
 #: Version of the folder's layout.
 FORMAT = 1
@@ -36,8 +42,12 @@ FORMAT = 1
 FOREIGN_REASON = "activations were made elsewhere"
 #: Rows of a foreign file checked for non-finite values at a time; bounds the memory.
 ROWS_AT_ONCE = 65536
-#: Seconds between two looks at a growing harvest. Our choice: little beside a shard's time.
-POLL = 0.1
+#: Seconds between two looks at a growing harvest, in a folder and at a URL, where each look is a
+#: request. Our choice: little beside a shard's time.
+POLL, REMOTE_POLL = 0.1, 2.0
+#: Reads of an object that does not match its checksum, before it counts as damaged: what was
+#: spoilt on its way is whole the second time.
+READS = 2
 
 
 @dataclass(frozen=True)
@@ -147,22 +157,35 @@ def _source_digest(header: Mapping[str, Any], hashes: list[str]) -> str:
 
 
 class FolderSource:
-    """Shards on disk, opened by `FolderSource.open`; tensors are mapped, not read at once."""
+    """Shards in a folder, opened by `FolderSource.open`; those on a disk are mapped, not read.
 
-    def __init__(self, path: Path, header: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    Args:
+        path: the folder.
+        header: the identity.
+        shards: a record of each.
+        ahead: bytes of shards that may be read before they are asked for, where it is a URL.
+    """
+
+    def __init__(
+        self, path: Place, header: dict[str, Any], shards: list[dict[str, Any]], ahead: int = 0
+    ) -> None:
         self.path, self.header, self._records = path, header, shards
+        self._ahead = ReadAhead(self._whole, [record["bytes"] for record in shards], ahead)
+        self._last: tuple[int, Shard] | None = None
 
     @classmethod
-    def open(cls, path: Path, expected: Mapping[str, Any] | None = None) -> FolderSource:
+    def open(
+        cls, path: Place, expected: Mapping[str, Any] | None = None, ahead: int = 0
+    ) -> FolderSource:
         """Opens a complete folder; the sizes of its files are checked, their bytes by `verify`.
 
         Args:
             expected: fields that the header must have, as `check_identity` takes them.
+            ahead: as for the class.
 
         Raises: SourceError when there is no complete harvest, DamageError for a missing or
             truncated shard, MismatchError when the header differs from `expected`.
         """
-        path = Path(path)
         if not (path / "header.json").is_file():
             unfinished = (path / "partial.json").is_file()
             why = (
@@ -175,10 +198,11 @@ class FolderSource:
                 f"{path} has format {stored.get('format')!r}, this version reads {FORMAT}: "
                 "harvest it again"
             )
-        source = cls(path, stored["header"], stored["shards"])
+        source = cls(path, stored["header"], stored["shards"], ahead)
         check_identity(source.header, expected or {}, str(path))
+        sizes = _sizes(path)
         for record in source._records:
-            _check_size(path, record)
+            _check_size(path, record, sizes)
         return source
 
     @property
@@ -198,47 +222,81 @@ class FolderSource:
         return _source_digest(self.header, [record["sha256"] for record in self._records])
 
     def shard(self, i: int) -> Shard:
-        """Raises: DamageError when the file can't be read."""
-        file = self.path / self._records[i]["file"]
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                parts = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-            return Shard(parts["x"], parts["mask"], parts.get("ids"))
-        except (OSError, SafetensorError, KeyError) as error:
-            raise DamageError(f"{file} can't be read ({error}): harvest it again") from error
+        """Raises: DamageError when the file can't be read, or what a URL gives is not what was
+        written."""
+        if isinstance(self.path, Path):
+            return _mapped(self.path / self._records[i]["file"])
+        if self._last is None or self._last[0] != i:
+            self._last = None  # so that two are not held at once
+            self._last = i, _shard_of(load(self._ahead.get(i)))
+        return self._last[1]
+
+    def _whole(self, i: int) -> bytes:
+        """The bytes of a shard, as they were written."""
+        record = self._records[i]
+        file = self.path / record["file"]
+        for _ in range(READS):
+            try:
+                data = file.read_bytes()
+            except FileNotFoundError:
+                raise DamageError(f"{file} is missing: run the harvest again") from None
+            if hashlib.sha256(data).hexdigest() == record["sha256"]:
+                return data
+        raise DamageError(f"{file} does not match its checksum: delete it and harvest again")
+
+    @property
+    def checks_reads(self) -> bool:
+        """Whether every read is compared with its checksum, so that `verify` would read twice."""
+        return isinstance(self.path, Remote)
 
     def verify(self) -> None:
         """Compares every shard with its checksum.
 
         Raises: DamageError naming the first file that differs.
         """
+        sizes = _sizes(self.path)
         for record in self._records:
+            _check_size(self.path, record, sizes)
             _check_bytes(self.path, record)
 
 
-def _check_size(path: Path, record: Mapping[str, Any]) -> None:
-    file = path / record["file"]
-    size = file.stat().st_size if file.is_file() else None
+def _mapped(file: Path) -> Shard:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return _shard_of({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DamageError(f"{file} can't be read ({error}): harvest it again") from error
+
+
+def _shard_of(parts: Mapping[str, Tensor]) -> Shard:
+    return Shard(parts["x"], parts["mask"], parts.get("ids"))
+
+
+def _sizes(path: Place) -> dict[str, int]:
+    """Name -> bytes of the files of a folder."""
+    if isinstance(path, Remote):
+        return path.sizes()
+    return {file.name: file.stat().st_size for file in path.glob("*") if file.is_file()}
+
+
+def _check_size(path: Place, record: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    size = sizes.get(record["file"])
     if size != record["bytes"]:
         state = "is missing" if size is None else f"has {size} bytes, not {record['bytes']}"
-        raise DamageError(f"{file} {state}: delete {path} and harvest again")
+        raise DamageError(f"{path / record['file']} {state}: delete {path} and harvest again")
 
 
-def _check_bytes(path: Path, record: Mapping[str, Any]) -> None:
-    _check_size(path, record)
+def _check_bytes(path: Place, record: Mapping[str, Any]) -> None:
     if sha256(path / record["file"]) != record["sha256"]:
         file = path / record["file"]
         raise DamageError(f"{file} does not match its checksum: delete {path} and harvest again")
 
 
-def reopen(path: Path) -> None:
+def reopen(path: Place) -> None:
     """Makes a complete folder an unfinished one: a writer goes on after its last intact shard."""
-    header = path / "header.json"
-    try:
-        read_json(header)
-        header.replace(path / "partial.json")
-    except DamageError:
-        header.unlink()
+    with suppress(DamageError):
+        write_json(path / "partial.json", read_json(path / "header.json"))
+    (path / "header.json").unlink()
 
 
 class GrowingSource:
@@ -252,12 +310,16 @@ class GrowingSource:
         path: the folder of one hook point of a harvest.
         alive: whether the writer may still write; by default, whether the process that started this
             one lives. Where no process can be waited for, nothing is waited for.
+        ahead: as for `FolderSource`; of what is written.
 
     Raises: SourceError, by all but the constructor, when something is missing and the writer ended.
     """
 
-    def __init__(self, path: Path, alive: Callable[[], bool] | None = None) -> None:
-        self.path, self._alive = Path(path), alive or _parent_lives
+    def __init__(
+        self, path: Place, alive: Callable[[], bool] | None = None, ahead: int = 0
+    ) -> None:
+        self.path, self._alive, self._bound = path, alive or _parent_lives, ahead
+        self._written: FolderSource | None = None
 
     @property
     def header(self) -> dict[str, Any]:
@@ -281,8 +343,10 @@ class GrowingSource:
 
     def shard(self, i: int) -> Shard:
         """Raises: DamageError when the file can't be read."""
-        state = self._wait(lambda state: len(state["shards"]) > i)
-        return FolderSource(self.path, state["header"], state["shards"]).shard(i)
+        if self._written is None or i >= self._written.n_shards:
+            state = self._wait(lambda state: len(state["shards"]) > i)
+            self._written = FolderSource(self.path, state["header"], state["shards"], self._bound)
+        return self._written.shard(i)
 
     @functools.cached_property
     def _announced(self) -> dict[str, Any]:
@@ -302,7 +366,7 @@ class GrowingSource:
                 return state
             if not alive:
                 raise SourceError(f"{self.path} holds an unfinished harvest: run it again")
-            time.sleep(POLL)
+            time.sleep(POLL if isinstance(self.path, Path) else REMOTE_POLL)
 
     def _state(self) -> dict[str, Any] | None:
         for name in ("header.json", "partial.json"):
@@ -326,8 +390,8 @@ class FolderWriter:
     Raises: MismatchError when the folder holds activations of another identity.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self.path, self.header = Path(path), _as_json(header)
+    def __init__(self, path: Place, header: Mapping[str, Any]) -> None:
+        self.path, self.header = path, _as_json(header)
         self._records: list[dict[str, Any]] = []
         for name in ("header.json", "partial.json"):
             if (self.path / name).is_file():
@@ -343,11 +407,15 @@ class FolderWriter:
         return len(self._records)
 
     def _intact(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The records up to the first file that does not match."""
+        """The records up to the first file that does not match; of a URL the sizes tell, since
+        every read compares the bytes."""
         kept: list[dict[str, Any]] = []
+        sizes = _sizes(self.path)
         for record in records:
             try:
-                _check_bytes(self.path, record)
+                _check_size(self.path, record, sizes)
+                if isinstance(self.path, Path):
+                    _check_bytes(self.path, record)
             except DamageError:
                 break
             kept.append(record)
@@ -360,12 +428,16 @@ class FolderWriter:
     def add(self, shard: Shard) -> None:
         """Writes the next shard, then the record of it."""
         name = f"shard-{self.done:05d}.safetensors"
-        file = self.path / name
-        write_atomically(file, lambda temporary: save_file(shard.tensors(), temporary))
+        written: dict[str, Any] = {}
+
+        def write(temporary: Path) -> None:
+            save_file(shard.tensors(), temporary)
+            written.update(sha256=sha256(temporary), bytes=temporary.stat().st_size)
+
+        write_atomically(self.path / name, write)
         record = {
             "file": name,
-            "sha256": sha256(file),
-            "bytes": file.stat().st_size,
+            **written,
             "contexts": int(shard.mask.shape[0]),
             "n_tokens": shard.n_tokens,
             "dtype": str(shard.x.dtype).removeprefix("torch."),
@@ -414,8 +486,12 @@ class ForeignSource:
     position. Every position counts.
     """
 
-    def __init__(self, path: Path, files: list[Path], shapes: list[tuple[int, int, int]]) -> None:
-        self.path, self._files, self._shapes = path, files, shapes
+    def __init__(
+        self, path: Place, files: dict[str, int], shapes: list[tuple[int, int, int]], ahead: int = 0
+    ) -> None:
+        self.path, self._shapes = path, shapes
+        self._files = [path / name for name in files]
+        self._ahead = ReadAhead(lambda i: self._files[i].read_bytes(), list(files.values()), ahead)
         positions = {shape[1] for shape in shapes}
         self.header: dict[str, Any] = {
             "model": None,
@@ -430,24 +506,27 @@ class ForeignSource:
         }
 
     @classmethod
-    def open(cls, path: Path) -> ForeignSource:
+    def open(cls, path: Place, ahead: int = 0) -> ForeignSource:
         """Opens the folder and checks every value.
+
+        Args:
+            ahead: bytes of files that may be read before they are asked for, where it is a URL.
 
         Raises: SourceError naming the file with a wrong shape, type or a value that is not finite.
         """
-        path = Path(path)
-        files = sorted(path.glob("*.safetensors"))
+        sizes = _sizes(path)
+        files = {name: sizes[name] for name in sorted(sizes) if name.endswith(".safetensors")}
         if not files:
             raise SourceError(f"{path} holds no .safetensors file: name a folder with activations")
         shapes = []
-        for file in files:
+        for file in (path / name for name in files):
             shapes.append(_checked_shape(file, _only_tensor(file)))
             if shapes[-1][2] != shapes[0][2]:
                 raise SourceError(
-                    f"{file} has d = {shapes[-1][2]}, but {files[0].name} has {shapes[0][2]}: "
-                    "put activations of one width into a folder"
+                    f"{file} has d = {shapes[-1][2]}, but {next(iter(files))} has "
+                    f"{shapes[0][2]}: put activations of one width into a folder"
                 )
-        return cls(path, files, shapes)
+        return cls(path, files, shapes, ahead)
 
     @property
     def d(self) -> int:
@@ -471,22 +550,33 @@ class ForeignSource:
 
     def shard(self, i: int) -> Shard:
         shape = self._shapes[i]
-        x = _only_tensor(self._files[i]).view(shape)
+        file = self._files[i]
+        data = None if isinstance(file, Path) else self._ahead.get(i)
+        x = _only_tensor(file, data).view(shape)
         return Shard(x, torch.ones(shape[:2], dtype=torch.bool))
 
 
-def _only_tensor(file: Path) -> Tensor:
+def _only_tensor(file: Place, data: bytes | None = None) -> Tensor:
+    """The tensor of a file, or of the bytes of one that were read already."""
     try:
+        if isinstance(file, Remote):
+            found = load(file.read_bytes() if data is None else data)
+            _check_count(file, len(found))
+            return next(iter(found.values()))
         with safe_open(file, framework="pt") as tensors:
             names = list(tensors.keys())
-            if len(names) != 1:
-                raise SourceError(f"{file} holds {len(names)} tensors: leave only the activations")
+            _check_count(file, len(names))
             return tensors.get_tensor(names[0])
     except SafetensorError as error:
         raise SourceError(f"{file} is no readable safetensors file ({error})") from None
 
 
-def _checked_shape(file: Path, x: Tensor) -> tuple[int, int, int]:
+def _check_count(file: Place, tensors: int) -> None:
+    if tensors != 1:
+        raise SourceError(f"{file} holds {tensors} tensors: leave only the activations")
+
+
+def _checked_shape(file: Place, x: Tensor) -> tuple[int, int, int]:
     """The shape as [contexts, positions, d]."""
     if not x.is_floating_point() or x.dim() not in (2, 3) or x.numel() == 0:
         kind = str(x.dtype).removeprefix("torch.")

@@ -52,7 +52,8 @@ from saelab.files import write_atomically, write_json
 from saelab.kernels import kernels_name
 from saelab.parts.base import Dims
 from saelab.parts.similarity import LEARNED, Similarity
-from saelab.rundir import package_digest
+from saelab.remote import Place
+from saelab.rundir import package_digest, share
 from saelab.sae import SAE, SAEConfig
 from saelab.study.convergence import FEWEST, convergence
 from saelab.study.gate import REACH
@@ -84,12 +85,13 @@ SAMPLE_ROWS = 65_536
 class Data:
     """What every job of a launch shares; plain data, so that it can be sent to a worker.
 
-    `train_digest` is None while the activations to train on are still being harvested.
+    `train_digest` is None while the activations to train on are still being harvested; `read_ahead`
+    is in bytes, see `HarvestConfig`.
     """
 
-    train: Path
+    train: Place
     train_digest: str | None
-    held_out: Path
+    held_out: Place
     foreign: bool
     probing: Path | None
     why_no_probing: str
@@ -103,6 +105,7 @@ class Data:
     missing_entries: dict[str, str]
     device: str
     provenance: dict[str, Any]
+    read_ahead: int
 
 
 @dataclass(frozen=True)
@@ -250,11 +253,11 @@ class Worker:
     def __init__(self, data: Data) -> None:
         self.data = data
         growing = data.train_digest is None
-        self.train = open_source(data.train, data.foreign, "train", growing)
+        self.train = open_source(data.train, data.foreign, "train", growing, data.read_ahead)
         self.sample = initial_sample(self.train).to(data.device)
         self.input_facts = input_facts(self.train)
         model = models.load(data.model) if data.model else None
-        held_out = open_source(data.held_out, data.foreign, "held_out")
+        held_out = open_source(data.held_out, data.foreign, "held_out", ahead=data.read_ahead)
         self.evaluation = EvalData(
             CoreData(held_out, model, data.loss_contexts, data.device),
             ProbingData.load(data.probing) if data.probing else None,
@@ -288,6 +291,7 @@ class Worker:
             if plain["probe"] and not failure:
                 self._write_latents(folder, cell)
             self._write(folder, cell, plain, rows, facts, seconds)
+            share(job.cache, folder)
             for other in plain["others"]:
                 compare(job.cache, folder, self.folder(job.cache, other))
             advance(evaluation_cost(config))

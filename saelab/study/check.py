@@ -26,6 +26,7 @@ from saelab.errors import SettingError
 from saelab.files import read_json
 from saelab.parts import TABLE
 from saelab.progress import clock
+from saelab.remote import place_of
 from saelab.study.cells import GROUP
 from saelab.study.estimate import harvest_seconds, training_seconds
 from saelab.study.memory import Needs, needs
@@ -117,7 +118,7 @@ class RunCheck:
         """Expected time of the launch with nothing in the cache; timed when it is first asked."""
         base = self.base
         if base.activations is not None:
-            width, harvest = ForeignSource.open(Path(base.activations)).d, 0.0
+            width, harvest = ForeignSource.open(place_of(base.activations)).d, 0.0
         else:
             size = models.size(base.model)
             tokens = base.train.tokens + base.evaluation.tokens

@@ -29,7 +29,7 @@ from saelab.evals import probing_rows
 from saelab.evals.core import CoreData
 from saelab.files import WriteError, read_json, write_json
 from saelab.progress import clock, progress
-from saelab.rundir import cache_folder
+from saelab.rundir import cache_folder, fetch, has_activations, share
 from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.study import cells as celljob
@@ -133,7 +133,7 @@ def launch(task: Launch) -> list[Comparison]:
     cache = cache_folder(task.root)
     for line in [before.needs.line(), *before.warnings]:
         print(f"{task.name}: {line}", file=sys.stderr)
-    if base.activations is None and not any(cache.glob("activations/*/*/header.json")):
+    if base.activations is None and not has_activations(cache):
         before.check_limit()
     deviations = register(task.root, task.plan) if task.judged else ()
     overlap = base.harvest.overlaps(base.model.device)
@@ -259,6 +259,7 @@ def _data(base: BaseConfig, prepared: Prepared, task: Launch) -> Data:
         missing_entries=prepared.missing_entries,
         device=base.model.device,
         provenance=prepared.provenance,
+        read_ahead=base.harvest.read_ahead,
     )
 
 
@@ -448,14 +449,16 @@ def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
         rows = worker.evaluate(kind.make(setting), probe=kind.probed)
     arm = f"{controls.PREFIX}{name}"
     own = [row.of_cell(arm, -1, control["level"]).as_dict() for row in rows]
-    write_json(worker.folder(cache, control["key"]) / "cell.json", {"rows": own})
+    folder = worker.folder(cache, control["key"])
+    write_json(folder / "cell.json", {"rows": own})
+    share(cache, folder)
 
 
 def _done(cache: Path, key: Key, data: Data) -> bool:
     """Whether a cell is in the cache; none is before the activations are complete."""
     if data.train_digest is None:
         return False
-    return (cell_folder(cache, key, data.train_digest) / "cell.json").is_file()
+    return fetch(cache, cell_folder(cache, key, data.train_digest), "cell.json")
 
 
 # ---- collecting ------------------------------------------------------------------------------

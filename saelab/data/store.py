@@ -232,17 +232,7 @@ class FolderSource:
         return self._last[1]
 
     def _whole(self, i: int) -> bytes:
-        """The bytes of a shard, as they were written."""
-        record = self._records[i]
-        file = self.path / record["file"]
-        for _ in range(READS):
-            try:
-                data = file.read_bytes()
-            except FileNotFoundError:
-                raise DamageError(f"{file} is missing: run the harvest again") from None
-            if hashlib.sha256(data).hexdigest() == record["sha256"]:
-                return data
-        raise DamageError(f"{file} does not match its checksum: delete it and harvest again")
+        return read_checked(self.path, self._records[i])
 
     @property
     def checks_reads(self) -> bool:
@@ -258,6 +248,34 @@ class FolderSource:
         for record in self._records:
             _check_size(self.path, record, sizes)
             _check_bytes(self.path, record)
+
+
+def read_checked(path: Place, record: Mapping[str, Any]) -> bytes:
+    """The bytes of a file of the folder, as they were written.
+
+    Raises: DamageError naming the file that is missing or differs from its checksum.
+    """
+    file = path / record["file"]
+    for _ in range(READS):
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            raise DamageError(f"{file} is missing: run again") from None
+        if hashlib.sha256(data).hexdigest() == record["sha256"]:
+            return data
+    raise DamageError(f"{file} does not match its checksum: delete it and run again")
+
+
+def write_tensors(file: Place, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Writes a safetensors file; returns its record, `sha256` and `bytes`."""
+    record: dict[str, Any] = {}
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary)
+        record.update(sha256=sha256(temporary), bytes=temporary.stat().st_size)
+
+    write_atomically(file, write)
+    return record
 
 
 def _mapped(file: Path) -> Shard:
@@ -428,16 +446,9 @@ class FolderWriter:
     def add(self, shard: Shard) -> None:
         """Writes the next shard, then the record of it."""
         name = f"shard-{self.done:05d}.safetensors"
-        written: dict[str, Any] = {}
-
-        def write(temporary: Path) -> None:
-            save_file(shard.tensors(), temporary)
-            written.update(sha256=sha256(temporary), bytes=temporary.stat().st_size)
-
-        write_atomically(self.path / name, write)
         record = {
             "file": name,
-            **written,
+            **write_tensors(self.path / name, shard.tensors()),
             "contexts": int(shard.mask.shape[0]),
             "n_tokens": shard.n_tokens,
             "dtype": str(shard.x.dtype).removeprefix("torch."),

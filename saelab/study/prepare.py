@@ -205,7 +205,7 @@ def _activations(
         except DamageError as error:
             print(f"{error} (done now)", file=sys.stderr)
             reopen(done)
-    found = tokenize(text, model.tokenizer, base.context, tokens)
+    found = tokenize(text, model.tokenizer, base.context, tokens, kept=folder / "tokens")
     extras = {"asked_tokens": tokens, "corpus": asked["corpus"]}
     if in_steps:
         return harvest_steps(model, found, base.hook_name, base.harvest, folder, extras)

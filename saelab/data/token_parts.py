@@ -1,0 +1,73 @@
+"""Windows of tokens from a streamed data set, kept with the place up to which it was read.
+
+    <folder>/part-00000.safetensors   ids int32 [n], lengths int32 [windows]
+    <folder>/stream.json              the parts with their checksums, and where the stream stands
+
+A part holds the windows of whole groups of documents, and `stream.json` is written after it: with
+the cursor that `datasets` gives behind the last document of the part, and the ids that filled no
+window yet. Who reads again gets the windows of the parts and then those of the documents after
+them: the same ones, in the same order, as if the stream had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load
+
+from saelab.data.store import check_identity, read_checked, write_tensors
+from saelab.errors import SourceError
+from saelab.files import read_json, write_json
+from saelab.remote import Place
+
+#: Tokens a part. Our choice: 16 MB, and the most that an interruption loses.
+PART_TOKENS = 2**22
+
+
+class TokenParts:
+    """The parts in a folder, and where the stream stands behind them.
+
+    Args:
+        folder: of the parts; may hold some.
+        identity: of the windows, as plain data.
+
+    Raises: MismatchError when the folder holds windows of another identity.
+    """
+
+    def __init__(self, folder: Place, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, identity
+        self.cursor: dict[str, Any] | None = None
+        self.rest = np.empty(0, dtype=np.int32)
+        self._records: list[dict[str, Any]] = []
+        with suppress(SourceError):  # nothing is there yet
+            stored = read_json(folder / "stream.json")
+            check_identity(stored["identity"], identity, str(folder))
+            self.cursor, self._records = stored["cursor"], stored["parts"]
+            self.rest = np.array(stored["rest"], dtype=np.int32)
+
+    def windows(self) -> Iterator[np.ndarray]:
+        """Those of all parts, int32.
+
+        Raises: DamageError naming the part that is not what was written.
+        """
+        for record in self._records:
+            part = load(read_checked(self.folder, record))
+            cuts = part["lengths"].cumsum(0)[:-1].numpy()
+            yield from np.split(part["ids"].numpy(), cuts)
+
+    def add(self, windows: Sequence[np.ndarray], cursor: dict[str, Any], rest: np.ndarray) -> None:
+        """Writes a part, then the place of the stream behind it."""
+        if not windows:
+            return
+        name = f"part-{len(self._records):05d}.safetensors"
+        lengths = torch.tensor([len(window) for window in windows], dtype=torch.int32)
+        ids = torch.from_numpy(np.concatenate(windows))
+        written = write_tensors(self.folder / name, {"ids": ids, "lengths": lengths})
+        self._records.append({"file": name, **written})
+        self.cursor, self.rest = cursor, rest
+        state = {"cursor": cursor, "rest": rest.tolist(), "parts": self._records}
+        write_json(self.folder / "stream.json", {"identity": self.identity, **state})

@@ -6,10 +6,10 @@
     memory    16 P / R + CODES 4 N F / R + language model + sample
 
 W: weights of the model's blocks, of which L of B are run; c: context; a: width of the attention;
-N: rows a step; R: devices that a dictionary's latents are shared out over. Of a parameter Adam reads
-and writes 28 bytes, its gradient 4, the copy for the GEMM 4; a pre-activation is written and read;
-of an active latent four rows are read (decode, gradient of its value, both weights). That is the
-step of sparse codes (docs/decisions/0001): a code that is not sparse costs five times the GEMM.
+N: rows a step; R: devices that share a dictionary's latents. Of a parameter Adam reads and writes
+28 bytes, its gradient 4, the copy for the GEMM 4; a pre-activation is written and read; of an
+active latent four rows are read (decode, gradient of its value, both weights). That is the step of
+sparse codes (docs/decisions/0001): a code that is not sparse costs five times the GEMM.
 
 The formulas count; the rates are read from a table (saelab/assets/rates.toml), where they say
 whether they were measured, or are measured here. `study/trials.py` checks both against runs here.

@@ -7,7 +7,6 @@ the best of a few short ones; the runs that are compared have other sizes than t
 
 from __future__ import annotations
 
-import itertools
 import math
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from saelab.data import models
-from saelab.data.harvest import bytes_needed, harvest, harvest_bytes
+from saelab.data.harvest import bytes_needed, harvest
 from saelab.data.store import MemorySource, Shard
 from saelab.data.stream import batches
 from saelab.data.texts import tokenize
@@ -40,7 +39,7 @@ from saelab.study.cost import (
     state_bytes,
     step_seconds,
 )
-from saelab.study.memory import process
+from saelab.study.memory import harvest_bytes, process
 from saelab.study.plan import BaseConfig
 from saelab.training.loop import Cell, train
 
@@ -49,8 +48,8 @@ TIMES = 5
 #: GEMM [rows, channels] x [channels, latents] and floats of a vector that rates are measured by;
 #: tokens of the forward pass. Our choice: a second or two in all.
 GEMM, FLOATS, TOKENS = (512, 512, 4096), 2**24, 2048
-#: Steps of a trial, and of those that come before the clock starts.
-STEPS, WARM = 24, 4
+#: Steps of a trial.
+STEPS = 28
 #: Tokens that the trials harvest, widths that they train, as multiples of the settings' width.
 HARVESTS, FACTORS = (8_192, 32_768), (1, 4)
 #: The tiny SAE whose step is all overhead: rows, channels, latents.
@@ -219,24 +218,28 @@ def _training_trial(settings: dict[str, Any], d: int, width: int) -> dict[str, f
     base = BaseConfig.parse(settings)
     n = base.train.batch_size
     seconds = _step_seconds(base, n, d, width, STEPS)
-    # the rows in memory, a copy of them in order, and the sample
-    data = 4 * d * (2 * n * (STEPS + WARM) + SAMPLE_ROWS) - 4 * SAMPLE_ROWS * d
+    data = 4 * d * (2 * n * STEPS - SAMPLE_ROWS)  # the rows and the stream's copy; no sample
     return {"seconds": seconds, "data": data, "memory": _memory()}
 
 
 def _step_seconds(base: BaseConfig, n: int, d: int, width: int, steps: int) -> float:
     """Processor seconds of a training step at the L0 of the settings, on made rows."""
-    rows = torch.randn(n * (steps + WARM), 1, d, generator=torch_stream(0, "trial rows"))
+    rows = torch.randn(n * steps, 1, d, generator=torch_stream(0, "trial rows"))
     source = MemorySource([Shard(rows, torch.ones(rows.shape[:2], dtype=torch.bool))], {})
     changes: dict[str, Any] = {"d_sae": width, "initial_l0": min(active_latents(base), width / 4)}
     if getattr(base.sae.activation, "k", None) is not None:
         changes["initial_l0"] = None
-    settings = base.train.patched({"batch_size": n, "tokens": n * (steps + WARM)})
+    settings = base.train.patched({"batch_size": n, "tokens": n * steps})
     cell = Cell("trial", base.sae.patched(changes), settings, rows[:, 0], seed=0)
-    times = [time.process_time()]
-    train([cell], batches(source, 0, n), lambda done, living: times.append(time.process_time()))
-    taken = [after - before for before, after in itertools.pairwise(times)]
-    return statistics.median(taken[WARM:]) if len(taken) > WARM else sum(taken) / (steps + WARM)
+    start, turns = time.process_time(), []
+
+    def count(done: int, living: list[Cell]) -> None:
+        nonlocal start
+        turns.append((time.process_time() - start) / done)
+        start = time.process_time()
+
+    train([cell], batches(source, 0, n), count)
+    return statistics.median(turns[1:] or turns)  # the first one warms up
 
 
 def _memory() -> float:

@@ -25,9 +25,10 @@ import torch
 
 from saelab.data import models
 from saelab.data.harvest import bytes_needed, harvest
+from saelab.data.models import Size
 from saelab.data.store import MemorySource, Shard
 from saelab.data.stream import batches
-from saelab.data.texts import tokenize
+from saelab.data.texts import Tokens
 from saelab.kernels.table import selection_dtype
 from saelab.seeding import torch_stream
 from saelab.study.cells import SAMPLE_ROWS
@@ -135,11 +136,16 @@ def _model_flops(base: BaseConfig) -> float:
     model = models.load(base.model)
     size = size_of(base.model)
     hook = f"blocks.{size.blocks - 1}.hook_resid_post"
-    stream = torch_stream(0, "trial ids")
-    ids = torch.randint(size.vocabulary, (TOKENS // base.context, base.context), generator=stream)
-    parts = ids.split(base.harvest.batch)
+    parts = _ids(base, size, TOKENS).split(base.harvest.batch)
     seconds = _best(lambda: [model.activations(part, None, [hook]) for part in parts])
-    return ids.numel() * harvest_flops(size, base.patched({"hook_name": hook})) / seconds
+    positions = sum(part.numel() for part in parts)
+    return positions * harvest_flops(size, base.patched({"hook_name": hook})) / seconds
+
+
+def _ids(base: BaseConfig, size: Size, tokens: int) -> torch.Tensor:
+    """Made-up token ids, int64 [contexts, context]: what a pass costs does not depend on them."""
+    shape = (-(-tokens // base.context), base.context)
+    return torch.randint(size.vocabulary, shape, generator=torch_stream(0, "trial ids"))
 
 
 def _disk() -> float:
@@ -175,7 +181,7 @@ def trials(base: BaseConfig, rates: Rates) -> list[Compared]:
             + size.weights
             + harvest_bytes(size, base.context, tokens, base.harvest, "cpu")
         )
-        disk = bytes_needed(tokens, base.context, size.d_model, base.harvest.dtype)
+        disk = bytes_needed(made["tokens"], base.context, size.d_model, base.harvest.dtype)
         found += [
             Compared(f"{what}, time", "s", seconds, made["seconds"]),
             Compared(f"{what}, memory", "MB", memory / 1e6, made["memory"] / 1e6),
@@ -198,7 +204,10 @@ def _harvest_trial(settings: dict[str, Any], tokens: int) -> dict[str, float]:
     torch.set_num_threads(1)
     base = BaseConfig.parse(settings)
     model = models.load(base.model)
-    texts = tokenize(base.eval_text, model.tokenizer, base.context, tokens)
+    ids = _ids(base, size_of(base.model), tokens)
+    mask = torch.ones_like(ids).bool()
+    mask[:, 0] = False  # where BOS would be
+    texts = Tokens(ids, mask)
     model.activations(texts.ids[:2], None, [base.hook_name])
     with tempfile.TemporaryDirectory(prefix="saelab-trial-") as folder:
         start = time.process_time()
@@ -207,7 +216,8 @@ def _harvest_trial(settings: dict[str, Any], tokens: int) -> dict[str, float]:
         written = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     return {
         "seconds": seconds,
-        "positions": texts.ids.numel(),
+        "positions": ids.numel(),
+        "tokens": texts.n_tokens,
         "bytes": written,
         "memory": _memory(),
     }

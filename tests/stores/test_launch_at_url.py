@@ -68,11 +68,13 @@ def launched(root: Path, base: BaseConfig) -> dict[str, str]:
 
 
 def spoil(flaky: type[FlakyFileSystem], ending: str) -> None:
-    """Changes the last byte of an object."""
-    name = next(name for name in flaky.store if name.endswith(ending))
-    data = bytearray(flaky.store[name].getvalue())
-    data[-1] ^= 1
-    flaky.store[name] = type(flaky.store[name])(None, name, bytes(data))
+    """Changes the last byte of the objects whose names end so."""
+    found = [name for name in flaky.store if name.endswith(ending)]
+    assert found
+    for name in found:
+        data = bytearray(flaky.store[name].getvalue())
+        data[-1] ^= 1
+        flaky.store[name] = type(flaky.store[name])(None, name, bytes(data))
 
 
 @pytest.mark.parametrize("ahead", [0, 2**20])

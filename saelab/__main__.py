@@ -60,14 +60,17 @@ EXPERIMENT = Path("experiment.py")
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Bad input ends with one sentence and exit code 2, a failed study with 1."""
+    """Bad input ends with one sentence and exit code 2, a failed study with 1, SIGINT with 130 and
+    SIGTERM with 143."""
     from saelab.errors import SaelabError
+    from saelab.signals import told
 
-    try:
-        yield
-    except SaelabError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(error.exit_code) from None
+    with told():
+        try:
+            yield
+        except SaelabError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(error.exit_code) from None
 
 
 @app.command()
@@ -605,12 +608,8 @@ def _changes(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point; an interrupt ends with 130 and one sentence."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("interrupted: the same command goes on with the finished cells", err=True)
-        sys.exit(130)
+    """Entry point."""
+    app()
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from saelab.config import digest
 from saelab.errors import DamageError, SourceError
-from saelab.files import read_json, sha256, write_atomically, write_json
+from saelab.files import read_json, read_sealed, sha256, write_atomically, write_sealed
 from saelab.sae import SAE, SAEConfig
 
 FORMAT = 1
@@ -37,7 +36,7 @@ def save(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
         "provenance": provenance,
         "sha256": sha256(file),
     }
-    write_json(folder / "sae.json", record | {"digest": digest(record)})
+    write_sealed(folder / "sae.json", record)
 
 
 def load(folder: Path, device: str = "cpu") -> tuple[SAE, dict[str, Any]]:
@@ -48,13 +47,10 @@ def load(folder: Path, device: str = "cpu") -> tuple[SAE, dict[str, Any]]:
     folder = Path(folder)
     if not (folder / "sae.json").is_file():
         raise SourceError(f"{folder} holds no sae.json: name the folder of a saved SAE")
-    record = read_json(folder / "sae.json")
-    if record.get("format") != FORMAT:
-        raise SourceError(
-            f"{folder} has format {record.get('format')!r}, this version reads {FORMAT}"
-        )
-    if record.pop("digest", None) != digest(record):
-        raise DamageError(f"{folder / 'sae.json'} was changed after it was written: train again")
+    found = read_json(folder / "sae.json").get("format")
+    if found != FORMAT:
+        raise SourceError(f"{folder} has format {found!r}, this version reads {FORMAT}")
+    record = read_sealed(folder / "sae.json")
     file = folder / "sae.safetensors"
     if not file.is_file() or sha256(file) != record["sha256"]:
         raise DamageError(f"{file} does not match its checksum: train the cell again")

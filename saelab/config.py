@@ -6,8 +6,6 @@ builds from it; derived values are properties; `patched` changes the named field
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tomllib
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -15,6 +13,7 @@ from typing import Any, Self, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from saelab.errors import SettingError, SourceError, nearest
+from saelab.files import digest
 
 
 class Frozen(BaseModel):
@@ -73,12 +72,6 @@ def _child(node: Any, key: str, name: str, value: Any) -> Any:
     if key not in node:
         raise SettingError(name, value, f"no such setting{nearest(key, node)}")
     return node[key]
-
-
-def digest(data: Any) -> str:
-    """A 16-character content hash of JSON-like data; the order of keys does not matter."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Files are written whole or not at all: bytes go to a temporary name, then one rename.
 
 An object at a URL (saelab/remote.py) is made as a temporary file and put in its place as a whole.
+A sealed JSON file holds a digest of itself, so that a change of it shows.
+
 Raises `SaelabError` subclasses with one sentence when the disk is full or the folder is read-only.
 """
 
@@ -10,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +21,10 @@ from typing import Any
 
 from saelab.errors import DamageError, SourceError
 from saelab.remote import Place, Remote
+
+#: For tests: '<file>:<n>' appends the path of every write to the file and kills the process group
+#: between the bytes and the rename of the n-th; n = 0 never does.
+FAILPOINT = "SAELAB_FAILPOINT"
 
 
 class WriteError(SourceError):
@@ -40,9 +47,20 @@ def write_atomically(path: Place, write: Callable[[Path], object]) -> None:
             write(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
+            if FAILPOINT in os.environ:
+                _failpoint(path, *os.environ[FAILPOINT].rsplit(":", 1))
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _failpoint(path: Path, trace: str, n: str) -> None:
+    with Path(trace).open("ab") as file:  # appended in one write: processes take turns
+        file.write(f"{path}\n".encode())
+        file.flush()
+        before = Path(trace).read_bytes()[: file.tell()]
+    if before.count(b"\n") == int(n):
+        os.kill(0, signal.SIGKILL)  # 0: the process group
 
 
 @contextmanager
@@ -68,6 +86,28 @@ def write_text(path: Place, text: str) -> None:
 def write_json(path: Place, data: Any) -> None:
     """Writes JSON; a NaN or infinity is an error here, since a missing number must be null."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def digest(data: Any) -> str:
+    """A 16-character content hash of JSON-like data; the order of keys does not matter."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_sealed(path: Path, data: dict[str, Any]) -> None:
+    """Writes JSON with a digest of itself."""
+    write_json(path, data | {"digest": digest(data)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` was given.
+
+    Raises: DamageError when the file was changed afterwards, SourceError when it is missing.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict) or data.pop("digest", None) != digest(data):
+        raise DamageError(f"{path} was changed after it was written: make it again")
+    return data
 
 
 def append_line(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,19 +77,24 @@ def share(cache: Path, folder: Path) -> None:
 def fetch(cache: Path, folder: Path, last: str) -> bool:
     """Whether a folder of the cache is finished; copies it from the shared cache if it is there.
 
+    An object that is not what was written is named on stderr, and the folder is not finished then.
+
     Args:
         last: the file without which the folder is not finished; it is put there last.
-
-    Raises: DamageError naming the object that is not what was written.
     """
     if (folder / last).is_file():
         return True
     there = _shared(cache, folder)
     if there is None or not (there / CONTENT).is_file():
         return False
-    content = read_json(there / CONTENT)
-    for name in sorted(content, key=lambda name: name == last):
-        write_atomically(folder / name, _copy(there / name, content[name]))
+    try:
+        content = read_json(there / CONTENT)
+        for name in sorted(content, key=lambda name: name == last):
+            write_atomically(folder / name, _copy(there / name, content[name]))
+    except (DamageError, FileNotFoundError) as error:
+        print(f"{error} (what was there is made again now)", file=sys.stderr)
+        (there / CONTENT).unlink(missing_ok=True)
+        return False
     return True
 
 
@@ -96,10 +102,7 @@ def _copy(source: Remote, checksum: str) -> Callable[[Path], object]:
     def write(temporary: Path) -> None:
         temporary.write_bytes(source.read_bytes())
         if sha256(temporary) != checksum:
-            folder = str(source).removesuffix(f"/{source.name}")
-            raise DamageError(
-                f"{source} does not match its checksum: delete {folder} and run again"
-            )
+            raise DamageError(f"{source} does not match its checksum")
 
     return write
 

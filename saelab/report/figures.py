@@ -55,6 +55,7 @@ from saelab.report.shared import (
     thin_lines,
     values_of,
 )
+from saelab.signals import told
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -81,6 +82,7 @@ Picture = Callable[[Run], "Figure | str"]
 # ---------------------------------------------------------------- the front door
 
 
+@told()
 def draw(labels: Mapping[str, str]) -> None:
     """Draws all runs of the current directory; this is the whole of plot.py.
 

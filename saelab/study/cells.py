@@ -6,8 +6,10 @@ A finished cell is a folder of the cache under its content hash:
     curves.parquet               every logged value over training, thinned
     snapshots.safetensors        decoders kept over training (of a cell at the plan's L0)
     latents.parquet              what is known of each latent (likewise)
-    cell.json                    rows, facts for the gate, failure if any; written last
+    cell.json                    rows, facts for the gate, failure if any, and the checksums of all
+                                 other files; written last (finished.py)
 
+While a cell is trained its checkpoints lie in resume/<key>/ of the cache (training/resume.py).
 A finished cell at the plan's L0 is then compared with those of its arm's other seeds (seeds.py).
 """
 
@@ -20,7 +22,6 @@ import inspect
 import itertools
 import math
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ from saelab.evals.decoder import decoder_rows
 from saelab.evals.matching import chance, largest_cosines
 from saelab.evals.probing import ProbingData
 from saelab.evals.survival import survival_rows
-from saelab.files import write_atomically, write_json
+from saelab.files import write_atomically
 from saelab.kernels import kernels_name
 from saelab.parts.base import Dims
 from saelab.parts.similarity import LEARNED, Similarity
@@ -56,15 +57,17 @@ from saelab.remote import Place
 from saelab.rundir import package_digest, share
 from saelab.sae import SAE, SAEConfig
 from saelab.study.convergence import FEWEST, convergence
+from saelab.study.finished import finish
 from saelab.study.gate import REACH
 from saelab.study.latents import FILE, write_latents
 from saelab.study.plan import CellSpec
 from saelab.study.prepare import open_source
 from saelab.study.seeds import compare
 from saelab.study.stability import LARGE, spikes, stability
-from saelab.training.loop import Cell, Log, train
+from saelab.training.loop import Cell, Log
 from saelab.training.module_cell import ModuleCell
 from saelab.training.optim import TrainConfig
+from saelab.training.resume import Kept, remove_checkpoints, restored, train_kept
 
 #: Cells of one seed that share a pass over the stream in one job.
 GROUP = 3
@@ -209,6 +212,12 @@ def cell_folder(cache: Path, key: Key, train: str) -> Path:
     return cache / "cells" / key.hash(train)
 
 
+def resume_folder(cache: Path, key: Key, train: Source, foreign: bool) -> Path:
+    """Where a cell's checkpoints lie while it is trained; known before its training activations are
+    complete, by all that decides them."""
+    return cache / "resume" / key.hash(train.digest if foreign else digest(train.header))
+
+
 def as_job_cell(spec: CellSpec, key: Key) -> dict[str, Any]:
     """A cell as plain data for a worker."""
     return {
@@ -270,16 +279,15 @@ class Worker:
 
     def run(self, job: Job, advance: Callable[[float], None]) -> None:
         """Trains and evaluates the job's cells; `advance` counts token-steps."""
-        cells = [self._build(job, cell) for cell in job.cells]
-        config = cells[0].config
-        stream = batches(self.train, job.seed, config.batch_size, self.data.layout)
-        start = time.monotonic()
-        failures = train(
-            cells, stream, lambda steps, living: advance(steps * len(living) * config.batch_size)
+        members = [self._restored(job, plain) for plain in job.cells]
+        config = members[0].cell.config
+        failures = train_kept(
+            members,
+            lambda start: batches(self.train, job.seed, config.batch_size, self.data.layout, start),
+            lambda steps, living: advance(steps * len(living) * config.batch_size),
         )
-        seconds = (time.monotonic() - start) / len(cells)
-        for cell, plain in zip(cells, job.cells, strict=True):
-            failure = failures.get(cell.name)
+        for member, plain in zip(members, job.cells, strict=True):
+            cell, failure = member.cell, failures.get(member.cell.name)
             largest = largest_cosines(cell.sae.W_dec) if isinstance(cell.sae, SAE) else None
             rows = stability(cell.log, failure.step if failure else None)
             if not failure:
@@ -290,11 +298,19 @@ class Worker:
             folder = self.folder(job.cache, plain["key"])
             if plain["probe"] and not failure:
                 self._write_latents(folder, cell)
-            self._write(folder, cell, plain, rows, facts, seconds)
+            self._write(folder, cell, plain, rows, facts, member.seconds)
             share(job.cache, folder)
+            remove_checkpoints(self._resume_folder(job, plain))
             for other in plain["others"]:
                 compare(job.cache, folder, self.folder(job.cache, other))
             advance(evaluation_cost(config))
+
+    def _restored(self, job: Job, plain: dict[str, Any]) -> Kept:
+        """A cell where it stopped, or at its start."""
+        return restored(lambda: self._build(job, plain), self._resume_folder(job, plain))
+
+    def _resume_folder(self, job: Job, plain: dict[str, Any]) -> Path:
+        return resume_folder(job.cache, plain["key"], self.train, self.data.foreign)
 
     def folder(self, cache: Path, key: Key) -> Path:
         """Where a finished cell lies; waits for the training activations to be complete."""
@@ -394,16 +410,14 @@ class Worker:
         own = [row.of_cell(plain["arm"], plain["seed"], plain["level"]).as_dict() for row in rows]
         write_curves(folder / "curves.parquet", cell)
         last = {name: _finite(values[cell.log.length - 1]) for name, values in _logged(cell.log)}
-        write_json(
-            folder / "cell.json",
-            {
-                "settings": {name: plain[name] for name in ("sae", "train", "level", "seed")},
-                "rows": own,
-                "facts": {name: _finite(value) for name, value in facts.items()},
-                "last": last,
-                "seconds": round(seconds, 3),
-            },
-        )
+        record = {
+            "settings": {name: plain[name] for name in ("sae", "train", "level", "seed")},
+            "rows": own,
+            "facts": {name: _finite(value) for name, value in facts.items()},
+            "last": last,
+            "seconds": round(seconds, 3),
+        }
+        finish(folder, record)
 
 
 def evaluation_cost(config: TrainConfig) -> float:

@@ -27,7 +27,7 @@ import torch
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.evals import probing_rows
 from saelab.evals.core import CoreData
-from saelab.files import WriteError, read_json, write_json
+from saelab.files import WriteError, read_json
 from saelab.progress import clock, progress
 from saelab.rundir import cache_folder, fetch, has_activations, share
 from saelab.sae import SAEConfig
@@ -46,6 +46,7 @@ from saelab.study.cells import (
     cell_key,
     curve,
     evaluation_cost,
+    resume_folder,
 )
 from saelab.study.check import RunCheck, check, check_limit
 from saelab.study.estimate import training_seconds
@@ -58,6 +59,7 @@ from saelab.study.final_info import (
     judge_planted,
     judge_run,
 )
+from saelab.study.finished import finish, is_finished
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
@@ -78,6 +80,7 @@ from saelab.study.registry import register
 from saelab.study.seeds import compare, partners, rows_of_seeds
 from saelab.study.summary import table
 from saelab.study.verdict import Comparison
+from saelab.training.resume import drop_damaged, remove_checkpoints
 
 #: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.
 LONGEST = 7000.0
@@ -317,10 +320,10 @@ def _planted(
             continue
         key = replace(cell_key(spec, content), control=f"{controls.PREFIX}{controls.PLANTED}")
         place = cell_folder(cache, key, prepared.train.digest)
-        if not (place / "cell.json").is_file():
+        if not is_finished(place):
             with one_thread():
                 made = controls.planted(folder, core, spec.seed, spec.level)
-            write_json(place / "cell.json", made)
+            finish(place, made)
         places.append(place)
     return places
 
@@ -362,6 +365,10 @@ def _train(
     jobs = _jobs(task, open_specs, keys, data, cache)
     beside = [control for control in beside if not _done(cache, control["key"], data)]
     trained = [control for control in beside if "control" not in control]
+    unfinished = [keys[spec] for spec in open_specs] + [control["key"] for control in trained]
+    for key in [*keys.values(), *(control["key"] for control in trained)]:
+        tidy = drop_damaged if key in unfinished else remove_checkpoints
+        tidy(resume_folder(cache, key, prepared.train, data.foreign))
     for some in (trained, [control for control in beside if "control" in control]):
         if some:
             jobs.append(Job(some, some[0]["seed"], data, cache, task.experiment, task.name))
@@ -450,7 +457,7 @@ def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
     arm = f"{controls.PREFIX}{name}"
     own = [row.of_cell(arm, -1, control["level"]).as_dict() for row in rows]
     folder = worker.folder(cache, control["key"])
-    write_json(folder / "cell.json", {"rows": own})
+    finish(folder, {"rows": own})
     share(cache, folder)
 
 
@@ -458,7 +465,8 @@ def _done(cache: Path, key: Key, data: Data) -> bool:
     """Whether a cell is in the cache; none is before the activations are complete."""
     if data.train_digest is None:
         return False
-    return fetch(cache, cell_folder(cache, key, data.train_digest), "cell.json")
+    folder = cell_folder(cache, key, data.train_digest)
+    return fetch(cache, folder, "cell.json") and is_finished(folder)
 
 
 # ---- collecting ------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Runs jobs in local worker processes, each with one thread, and reports their progress.
 
-Workers die with their parent and write their stderr to a log file. One thread per worker on a CPU:
+Workers end with their parent and write their stderr to a log file. A signal to end reaches them as
+SIGTERM from their parent, whoever else got it: what they do is cut short at its next safe place,
+with a checkpoint where they train (training/resume.py). One thread per worker on a CPU:
 the bits of a result then do not depend on how many workers there are.
 """
 
@@ -19,14 +21,19 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from saelab import signals
 from saelab.errors import SettingError, StudyFailure
 from saelab.progress import Progress
 
 #: Seconds between two looks at the workers' progress.
 POLL = 0.25
+#: Seconds that workers have for the end of their round and a checkpoint before they are killed. Our
+#: choice: what schedulers give.
+GRACE = 30.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _counter: Any = None
+_busy = False
 _state: dict[str, Any] = {}
 
 
@@ -65,7 +72,8 @@ def run_jobs(
     )
     futures: list[Future[None]] = []
     try:
-        futures = [pool.submit(_run, function, job) for job in jobs]
+        with _keyboard_blocked():  # workers inherit that
+            futures = [pool.submit(_run, function, job) for job in jobs]
         for _ in beside:
             _raise_failures(futures)
         with bar as shown:
@@ -79,7 +87,18 @@ def run_jobs(
     finally:
         for future in futures:
             future.cancel()
-        _stop(pool)
+        _stop(pool, unfinished=not all(future.done() for future in futures))
+
+
+@contextmanager
+def _keyboard_blocked() -> Iterator[None]:
+    """Holds SIGINT back, also from processes started within: a terminal sends it to all of them,
+    and the parent decides."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(futures: Sequence[Future[None]], counter: Any, bar: Progress) -> None:
@@ -120,20 +139,27 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _stop(pool: ProcessPoolExecutor) -> None:
+def _stop(pool: ProcessPoolExecutor, unfinished: bool) -> None:
+    """Ends the workers; none is left behind."""
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
-    deadline = time.monotonic() + 5
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.terminate()
+    try:
+        if unfinished:
+            for process in processes:
+                process.terminate()
+        deadline = time.monotonic() + GRACE
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:  # also when a second interrupt ends the waiting
+        for process in processes:
+            if process.is_alive():
+                process.kill()
 
 
 def _initialise(counter: Any, logs: Path, parent: int) -> None:
     global _counter
     _counter = counter
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, _terminated)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
@@ -149,12 +175,24 @@ def _initialise(counter: Any, logs: Path, parent: int) -> None:
     torch.set_num_threads(1)
 
 
+def _terminated(number: int, frame: Any) -> None:
+    if not _busy:
+        os._exit(128 + number)
+    signals.handle(number, frame)
+
+
 def _run(function: Callable[..., None], job: Any) -> None:
     def advance(amount: float) -> None:
         with _counter.get_lock():
             _counter.value += amount
 
-    function(job, advance, _state)
+    global _busy
+    try:
+        _busy = True
+        function(job, advance, _state)
+        _busy = False
+    except signals.Interrupted as stop:
+        os._exit(stop.exit_code)
 
 
 def worker_count(device: str) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from saelab.errors import SaelabError, SettingError, nearest
 from saelab.files import read_json
+from saelab.signals import told
 from saelab.study.plan import BASELINE, Confirmation, Run, find_run, read_base, read_plan
 from saelab.study.registry import attempt
 
@@ -26,22 +27,20 @@ USAGE = "usage: python experiment.py --out_dir=run_1     (no other argument)"
 def main(runs: Mapping[str, Run], experiment: str) -> None:
     """Runs one entry of the run table and ends the process with its exit code.
 
-    0: every cell finished or was declared invalid; 1: the baseline has no valid cell; 2: bad input.
-    The last line of stderr says what, where and the remedy.
+    0: every cell finished or was declared invalid; 1: the baseline has no valid cell; 2: bad input;
+    130 and 143: SIGINT and SIGTERM. The last line of stderr says what, where and the remedy.
     """
-    try:
-        out_dir = parse_out_dir(sys.argv[1:], list(runs))
-        run_one(runs, Path(experiment).resolve(), out_dir)
-    except SaelabError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on with the finished cells", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:  # the driver shows the end of stderr, so the last line must say it
-        traceback.print_exc()
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+    with told():
+        try:
+            out_dir = parse_out_dir(sys.argv[1:], list(runs))
+            run_one(runs, Path(experiment).resolve(), out_dir)
+        except SaelabError as error:
+            print(error, file=sys.stderr)
+            sys.exit(error.exit_code)
+        except Exception as error:  # a driver shows the end of stderr, so the last line must say it
+            traceback.print_exc()
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            sys.exit(1)
 
 
 def parse_out_dir(arguments: list[str], runs: list[str]) -> Path:

@@ -14,6 +14,7 @@ belongs to no pair.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +23,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from saelab.config import digest
+from saelab.errors import DamageError
 from saelab.evals.agreement import OF_SEEDS, no_agreement, seed_rows, sums_by_frequency
 from saelab.evals.base import Row
 from saelab.evals.matching import Agreement, agree
-from saelab.files import read_json, write_json
+from saelab.files import read_sealed, write_sealed
 from saelab.study.latents import FILE, read_density
 
 T = TypeVar("T")
@@ -47,13 +49,13 @@ def partners(members: Sequence[T]) -> dict[T, list[T]]:
 def compare(cache: Path, one: Path, other: Path) -> None:
     """Compares two cells, by their folders, unless that is done or one of them is not there."""
     file = _file(cache, one, other)
-    if file.is_file() or not (_comparable(one) and _comparable(other)):
+    if _known(file) or not (_comparable(one) and _comparable(other)):
         return
     first, second = sorted((one, other), key=lambda folder: folder.name)
     found = agree(_decoder(first), _decoder(second))
     sides = {first: found, second: found.turned()}
     sums = {cell.name: _sums(side, read_density(cell / FILE)) for cell, side in sides.items()}
-    write_json(file, sums)
+    write_sealed(file, sums)
 
 
 def rows_of_seeds(cache: Path, own: Path, others: Sequence[Path]) -> list[Row]:
@@ -69,10 +71,19 @@ def rows_of_seeds(cache: Path, own: Path, others: Sequence[Path]) -> list[Row]:
         reason = "the cell failed, or is no SAE made of parts"
         return no_agreement(reason, OF_SEEDS)
     files = [_file(cache, own, other) for other in others]
-    pairs = [read_json(file)[own.name] for file in files if file.is_file()]
+    pairs = [read_sealed(file)[own.name] for file in files if file.is_file()]
     if not pairs:
         return no_agreement("no other seed of the arm has a trained SAE", OF_SEEDS)
     return seed_rows(pairs)
+
+
+def _known(file: Path) -> bool:
+    """Whether a pair was compared; what is damaged is named on stderr."""
+    try:
+        return file.is_file() and bool(read_sealed(file))
+    except DamageError as error:
+        print(f"{error} (done now)", file=sys.stderr)
+        return False
 
 
 def _file(cache: Path, one: Path, other: Path) -> Path:

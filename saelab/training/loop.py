@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 from saelab.data.stream import Batch
 from saelab.errors import CellFailure
 from saelab.sae import SAEConfig
+from saelab.signals import whole
 from saelab.training.optim import Optimiser, TrainConfig
 from saelab.training.snapshots import Snapshots
+from saelab.training.state import State, module_state, restore_module
 
 #: Batches of a cell's turn: at most so many, and so many bytes. Our choice: few enough to stay in a
 #: CPU's cache beside one cell, enough that fetching the next cell's weights does not show.
@@ -39,6 +42,20 @@ class Log:
                 self.columns[name] = np.full(self.steps, np.nan, dtype=np.float32)
             self.columns[name][self.length] = value
         self.length += 1
+
+    def state(self) -> State:
+        names = list(self.columns)
+        rows = [torch.from_numpy(self.columns[name][: self.length]) for name in names]
+        tensors = dict(zip(map(str, range(len(rows))), rows, strict=True))
+        return State(tensors, {"names": names, "length": self.length})
+
+    def restore(self, state: State) -> None:
+        self.length = state.value("length")
+        self.columns = {}
+        for i, name in enumerate(state.value("names")):
+            column = np.full(self.steps, np.nan, dtype=np.float32)
+            column[: self.length] = state.tensor(str(i)).numpy()
+            self.columns[name] = column
 
     @property
     def loss(self) -> np.ndarray:
@@ -101,6 +118,46 @@ class Cell:
     @property
     def done(self) -> bool:
         return self.steps_done >= self.config.steps
+
+    def state(self) -> State:
+        """Everything that later steps and the cell's results depend on, between two steps.
+
+        Its tensors are the cell's own, not copies: they change with the next step.
+        """
+        state = State({}, {"steps_done": self.steps_done, "tokens": self.tokens})
+        state.add("sae", module_state(self.sae))
+        state.add("log", self.log.state())
+        self._add_own(state)
+        return state
+
+    def restore(self, state: State) -> None:
+        """Brings a fresh cell of the same configuration, sample and seed to a state.
+
+        It then goes on, bitwise, like the cell that the state is of. The cell is of no use where
+        that fails.
+
+        Raises: DamageError when the state is not one of such a cell.
+        """
+        self.steps_done, self.tokens = state.value("steps_done"), state.value("tokens")
+        restore_module(self.sae, state.part("sae"))
+        self.log.restore(state.part("log"))
+        self._restore_own(state)
+
+    def _add_own(self, state: State) -> None:
+        """Adds to a state what an SAE made of parts has."""
+        state.tensors["fired_at"] = self.fired_at
+        state.tensors |= {f"began/{name}": start for name, start in self._began.items()}
+        state.add("optimiser", self.optimiser.state())
+        if self.snapshots is not None:
+            state.add("snapshots", self.snapshots.state())
+
+    def _restore_own(self, state: State) -> None:
+        state.into("fired_at", self.fired_at)
+        for name, start in self._began.items():
+            state.into(f"began/{name}", start)
+        self.optimiser.restore(state.part("optimiser"))
+        if self.snapshots is not None:
+            self.snapshots.restore(state.part("snapshots"))
 
     def rows(self, batch: Batch) -> Batch:
         """The batch's rows that the cell trains on, on its device.
@@ -178,33 +235,41 @@ class Cell:
 
 def train(
     cells: Sequence[Cell],
-    stream: Iterable[tuple[Batch, object]],
+    stream: Iterable[tuple[Batch, Any]],
     on_step: Callable[[int, list[Cell]], None] | None = None,
+    on_round: Callable[[Any, list[Cell]], None] | None = None,
 ) -> dict[str, CellFailure]:
     """Trains all cells on the one stream until each has done its steps.
 
     The cells take turns, a few batches each, so that a cell's weights and moments stay in the
     cache meanwhile. A cell that fails stops alone; the others go on as if it had never been there.
+    A signal (saelab/signals.py) waits for the end of a round.
 
     Args:
         cells: cells of one seed.
         stream: yields (batch, position); must be long enough.
         on_step: called after every round and at the end with the steps done since the last call
             and the cells that took part; it must not change anything.
+        on_round: called after every round with the stream's position, from which the cells that
+            took part and did not fail go on; it must not change anything.
 
     Returns: failures by cell name.
     """
     failures: dict[str, CellFailure] = {}
     living = [cell for cell in cells if not cell.done]
-    for turn in _turns(batch for batch, _ in stream) if living else ():
-        before = max(cell.steps_done for cell in living)
-        for cell in living:
-            failure = _take(cell, turn)
-            if failure is not None:
-                failures[cell.name] = failure
-        if on_step:
-            on_step(max(cell.steps_done for cell in living) - before, living)
-        living = [cell for cell in living if not cell.done and cell.name not in failures]
+    for turn, position in _turns(stream) if living else ():
+        with whole():
+            before = max(cell.steps_done for cell in living)
+            for cell in living:
+                failure = _take(cell, turn)
+                if failure is not None:
+                    failures[cell.name] = failure
+            if on_step:
+                on_step(max(cell.steps_done for cell in living) - before, living)
+            living = [cell for cell in living if cell.name not in failures]
+            if on_round:
+                on_round(position, living)
+        living = [cell for cell in living if not cell.done]
         if not living:
             break
     for cell in cells:
@@ -223,15 +288,16 @@ def _take(cell: Cell, turn: Sequence[Batch]) -> CellFailure | None:
     return None
 
 
-def _turns(stream: Iterable[Batch]) -> Iterator[list[Batch]]:
-    """Groups of consecutive batches, TURN_BYTES large at most but for a single batch."""
+def _turns(stream: Iterable[tuple[Batch, Any]]) -> Iterator[tuple[list[Batch], Any]]:
+    """Groups of consecutive batches, TURN_BYTES large at most but for a single batch, and the
+    position after each."""
     turn: list[Batch] = []
-    size = 0
-    for batch in stream:
+    size, position = 0, None
+    for batch, position in stream:
         size += batch.x.numel() * batch.x.element_size()
         turn.append(batch)
         if size + size // len(turn) > TURN_BYTES or len(turn) == LONGEST_TURN:
-            yield turn
+            yield turn, position
             turn, size = [], 0
     if turn:
-        yield turn
+        yield turn, position

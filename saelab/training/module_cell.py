@@ -4,7 +4,9 @@ The module is made by a callable (d_in, d_sae, seed) and has
 
     encode(x [n, d_in]) -> code [n, d_sae],  decode(f) -> x_hat [n, d_in],  loss(x) -> scalar
 
-in raw activation space. Everything else (batches, schedule, log, evaluation) is the study's.
+in raw activation space. Everything else (batches, schedule, log, evaluation) is the study's. What
+it keeps from step to step in buffers, or as attributes that are numbers, tensors or a
+torch.Generator, is part of its checkpoint; it must keep nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from saelab.data.stream import Batch
 from saelab.errors import CellFailure, SettingError
 from saelab.training.loop import Cell, Log
 from saelab.training.optim import TrainConfig
+from saelab.training.state import State
 
 
 class ModuleCell(Cell):
@@ -55,6 +58,18 @@ class ModuleCell(Cell):
 
     def moved(self) -> dict[str, float]:
         return {}
+
+    def _add_own(self, state: State) -> None:
+        for i, moments in self.adam.state_dict()["state"].items():
+            state.add(f"adam/{i}", State(moments))
+
+    def _restore_own(self, state: State) -> None:
+        kept: dict[int, dict[str, Tensor]] = {}
+        for name, moment in state.part("adam").tensors.items():
+            i, _, which = name.partition("/")
+            kept.setdefault(int(i), {})[which] = moment
+        groups = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict({"state": kept, "param_groups": groups})
 
     def _drop_gradients(self) -> None:
         self.adam.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from saelab.config import Frozen
 from saelab.sae import SAE
+from saelab.training.state import State, as_number, as_plain
 
 WEIGHTS = "weights"
 #: Added to the root of the second moment; Adam's usual value.
@@ -156,6 +157,21 @@ class Optimiser:
                 group.parameters, group.first, group.second, group.steps, strict=True
             )
         }
+
+    def state(self) -> State:
+        """Moments and travels of all groups; the tensors are the optimiser's own."""
+        state = State({}, {"travel": [as_plain(group.travel) for group in self.groups]})
+        for i, moments in enumerate(self.moments().values()):
+            state.add(str(i), State(moments))
+        return state
+
+    def restore(self, state: State) -> None:
+        """Raises: DamageError when the state is one of other parameters."""
+        for group, travel in zip(self.groups, state.value("travel"), strict=True):
+            group.travel = as_number(travel)
+        for i, moments in enumerate(self.moments().values()):
+            for name, moment in moments.items():
+                state.into(f"{i}/{name}", moment)
 
     def travel(self, parameter: nn.Parameter) -> float:
         """The sum of the learning rates that the parameter was trained with so far."""

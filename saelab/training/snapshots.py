@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 
 from saelab.files import write_atomically
 from saelab.sae import SAE
+from saelab.training.state import State
 
 #: Share of the run after which the first snapshot is taken. Our choice: 10 snapshots are then 0.22
 #: decades apart, and some come before the end of a usual warm-up.
@@ -62,6 +63,19 @@ class Snapshots:
         threshold = sae.activation.initial_floor()
         if threshold is not None:
             self.thresholds.append(threshold.detach().cpu().float().expand(sae.d_sae).clone())
+
+    def _kept(self) -> dict[str, list[Tensor]]:
+        return {"decoder": self.decoders, "b_enc": self.biases, "threshold": self.thresholds}
+
+    def state(self) -> State:
+        tensors = {f"{n}/{i}": t for n, kept in self._kept().items() for i, t in enumerate(kept)}
+        return State(tensors, {"tokens": self.tokens})
+
+    def restore(self, state: State) -> None:
+        self.tokens = list(state.value("tokens"))
+        for name, kept in self._kept().items():
+            own = state.part(name).tensors
+            kept[:] = [own[str(i)] for i in range(len(own))]
 
     def save(self, path: Path) -> None:
         """Tensors decoder float16 [points, d_sae, d_in], b_enc and, where there is one, threshold,

@@ -14,7 +14,7 @@ import saelab
 ROOT = Path(saelab.__file__).parent
 #: From the bottom up. The public surface (`saelab/__init__`) only names modules and loads none.
 LAYERS = [
-    {"errors", "seeding", "stats", "config", "files", "progress", "allocator", "rundir"},
+    {"errors", "seeding", "stats", "config", "files", "progress", "allocator", "rundir", "signals"},
     {"data"},
     {"assets"},
     {"kernels"},
@@ -166,7 +166,7 @@ def test_importing_the_package_is_light() -> None:
 
 @pytest.mark.parametrize(
     ("module", "allowed"),
-    [("errors seeding files progress allocator rundir", set()), ("config", {"pydantic"})],
+    [("errors seeding files progress allocator rundir signals", set()), ("config", {"pydantic"})],
 )
 def test_foundations_load_no_torch(module: str, allowed: set[str]) -> None:
     statement = "import " + ", ".join(f"saelab.{name}" for name in module.split())

@@ -23,6 +23,7 @@ from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
+from saelab.training.state import State
 
 D_IN, D_SAE, ROWS, STEPS = 16, 512, 48, 40
 #: Where each seam's part stands in an SAE.
@@ -92,9 +93,26 @@ def batch(x: Tensor) -> Batch:
     return Batch(x, torch.arange(len(x)))
 
 
-def cell(config: SAEConfig, seed: int, steps: int = STEPS) -> Cell:
+def cell(config: SAEConfig, seed: int, steps: int = STEPS, snapshots: int = 0) -> Cell:
     training = TrainConfig(tokens=steps * ROWS, batch_size=ROWS, lr=3e-3)
-    return Cell("cell", config, training, data(seed, 256), seed)
+    return Cell("cell", config, training, data(seed, 256), seed, snapshots)
+
+
+#: Observers that reset latents, and how their logs call that.
+RESETS = {"resampling": "resampled", "lifetimes": "lifetime.resamplings"}
+
+
+def eager(kind: str) -> dict[str, Any]:
+    """An observer so impatient that it resets latents in a short run; the given one if it can."""
+    if kind == "lifetimes":
+        return {"kind": kind, "base_steps": 3, "base_share": 0}
+    return {"kind": "resampling", "every": 0.1, "patience": 3 * ROWS}
+
+
+def copied(state: State) -> State:
+    """As it comes back from a file."""
+    tensors = {name: tensor.detach().clone() for name, tensor in state.tensors.items()}
+    return State(tensors, json.loads(json.dumps(state.plain, allow_nan=False)))
 
 
 def trained(config: SAEConfig, seed: int, steps: int = 3) -> Cell:
@@ -239,6 +257,28 @@ class TestLife:
         assert one.sae.scalars() == fresh.scalars()
         codes = [sae.eval().encode(x) for sae in (one.sae, fresh)]
         assert torch.equal(*codes)
+
+    def test_a_run_goes_on_from_its_state(
+        self, seam: str, kind: str, global_random_seed: int
+    ) -> None:
+        """Cut anywhere, resets and snapshots included, every bit is that of the whole run."""
+        observer = eager(kind)
+        config = composed(seam, kind, observers=[observer])
+        whole, cut = (cell(config, global_random_seed, snapshots=4) for _ in range(2))
+        for one in (whole, cut):
+            with torch.no_grad():
+                one.sae.b_enc[::7] = -100  # these are dead
+        for i in range(STEPS):
+            if i in (1, STEPS // 2, STEPS - 3):
+                state = copied(cut.state())
+                cut = cell(config, global_random_seed, snapshots=4)
+                cut.restore(state)
+            x = data(global_random_seed + i + 1)
+            assert whole.step(batch(x)) == cut.step(batch(x))
+        states = whole.state(), cut.state()
+        assert same(states[0].tensors, states[1].tensors) and states[0].plain == states[1].plain
+        assert whole.moved() == cut.moved()
+        assert whole.log.last(RESETS[observer["kind"]]) > 0
 
     def test_every_parameter_of_the_part_is_trained(
         self, seam: str, kind: str, global_random_seed: int

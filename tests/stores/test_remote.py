@@ -263,7 +263,10 @@ def test_memory_of_reading_ahead_is_bounded(tmp_path: Path, ahead: int) -> None:
 
 
 def test_finished_folders_go_to_the_shared_cache_and_come_back(
-    flaky: type[FlakyFileSystem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flaky: type[FlakyFileSystem],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("SAELAB_CACHE", "flaky://bucket/cache")
     one, other = rundir.cache_folder(tmp_path / "one"), rundir.cache_folder(tmp_path / "other")
@@ -280,11 +283,12 @@ def test_finished_folders_go_to_the_shared_cache_and_come_back(
     key = next(name for name in flaky.store if name.endswith("sae.safetensors"))
     flaky.store[key] = type(flaky.store[key])(None, key, bytes(99))
     third = tmp_path / "third" / "cells" / "key"
-    with pytest.raises(
-        DamageError, match="flaky://bucket/cache/cells/key/sae.safetensors does not"
-    ):
-        rundir.fetch(tmp_path / "third", third, "cell.json")
-    assert not (third / "cell.json").exists()
+    assert not rundir.fetch(tmp_path / "third", third, "cell.json")
+    named = "flaky://bucket/cache/cells/key/sae.safetensors does not match its checksum"
+    assert named in capsys.readouterr().err and not (third / "cell.json").exists()
+    rundir.share(one, folder)  # made again, it takes the damaged one's place
+    assert rundir.fetch(tmp_path / "third", third, "cell.json")
+    assert sha256(third / "sae.safetensors") == sha256(folder / "sae.safetensors")
 
 
 def test_without_a_url_nothing_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,7 @@ class TestBitwise:
         size = batch.x.numel() * batch.x.element_size()
         for bound, longest in ((0, 1), (size, 1), (3 * size, 3), (100 * size, 16)):
             monkeypatch.setattr(loop, "TURN_BYTES", bound)
-            lengths = [len(turn) for turn in loop._turns([batch] * 18)]
+            lengths = [len(turn) for turn, _ in loop._turns([(batch, None)] * 18)]
             assert sum(lengths) == 18 and max(lengths) == lengths[0] == longest
 
     def test_evaluating_between_steps_changes_nothing(self, activations: MemorySource) -> None:

@@ -1,0 +1,327 @@
+"""Checkpoints of cells in training: what was interrupted goes on where it stopped, bit for bit.
+
+    <folder>/00000120.safetensors   tensors of the cell's state after 120 steps
+             00000120.json          its numbers, the stream's position, the tensors' checksum;
+                                    sealed, written last
+
+Every cell has a folder of its own, named after all that its bits depend on, so that cells may be
+grouped otherwise when they go on. When a checkpoint is written depends on the clock; what is in it,
+and so what comes of it, does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saelab.data.stream import Batch, Position
+from saelab.errors import CellFailure, DamageError, SaelabError, SettingError
+from saelab.files import read_sealed, sha256, write_atomically, write_sealed
+from saelab.signals import Interrupted, whole
+from saelab.training.loop import Cell, train
+from saelab.training.state import State
+
+FORMAT = 1
+START = Position()
+#: Checkpoints of a cell that are kept: the last one, and one for the case that it is damaged.
+KEPT = 2
+#: Seconds from one checkpoint to the next, whatever they cost; 0 writes one after every round.
+SECONDS = "SAELAB_CHECKPOINT_SECONDS"
+#: The largest share of the time that checkpoints may take, and how long the first one is thought
+#: to take, in seconds for a file and for a byte. Our choice: a slow disk.
+SHARE, FILE_COST, BYTE_COST = 0.02, 0.02, 1 / 100e6
+#: Time from one checkpoint to the next: a share of the time so far, between bounds in seconds. Our
+#: choice: an interruption costs at most a tenth of the work, and never more than a minute of it.
+APART, LEAST, MOST = 0.1, 1.0, 60.0
+
+#: What safetensors calls the kinds of numbers.
+KINDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+def write_checkpoint(
+    folder: Path, state: State, step: int, position: Position, seconds: float = 0.0
+) -> None:
+    """Writes one checkpoint and removes all but the last `KEPT`.
+
+    Args:
+        state: of a cell between two steps.
+        step: steps done.
+        position: of the stream, after the last batch that the cell took.
+        seconds: spent on training the cell so far.
+    """
+    file = folder / f"{step:08d}.safetensors"
+    checksum: list[str] = []
+    write_atomically(file, lambda temporary: checksum.append(write_tensors(temporary, state)))
+    record = {
+        "format": FORMAT,
+        "sha256": checksum[0],
+        "position": asdict(position),
+        "seconds": seconds,
+        "plain": state.plain,
+    }
+    write_sealed(file.with_suffix(".json"), record)
+    for old in _files(folder)[KEPT:]:
+        _remove(old)
+
+
+def read_checkpoint(file: Path) -> tuple[State, Position, float]:
+    """State, position and seconds as `write_checkpoint` had them.
+
+    Args:
+        file: a checkpoint's JSON.
+
+    Raises: DamageError when a byte of either file is not what was written.
+    """
+    record = checked(file)
+    state = State(load_file(file.with_suffix(".safetensors")), record["plain"])
+    return state, Position(**record["position"]), record["seconds"]
+
+
+def checked(file: Path) -> dict[str, Any]:
+    """A checkpoint's JSON, after both files were compared with their checksums.
+
+    Raises: DamageError when one of them is not what was written.
+    """
+    record, tensors = read_sealed(file), file.with_suffix(".safetensors")
+    if record.get("format") != FORMAT:
+        raise DamageError(f"{file} has another format")
+    if not tensors.is_file() or sha256(tensors) != record["sha256"]:
+        raise DamageError(f"{tensors} does not match its checksum")
+    return record
+
+
+def drop_damaged(folder: Path) -> None:
+    """Removes the checkpoints of a cell that are damaged, and says so on stderr."""
+    for file in _files(folder):
+        with _dropping(file):
+            checked(file)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Removes a cell's folder; what another process may have in it stays."""
+    for file in _files(folder):
+        _remove(file)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def write_tensors(path: Path, state: State) -> str:
+    """Writes a state's tensors as one safetensors file without holding a copy of them.
+
+    Returns: the sha256 of the file.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in state.tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        kind, shape = KINDS[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    content = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text, *map(_bytes, state.tensors.values())):
+            content.update(part)
+            file.write(part)
+    return content.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _files(folder: Path) -> list[Path]:
+    """The checkpoints' JSON files, the last one first."""
+    return sorted(folder.glob("[0-9]*.json"), reverse=True)
+
+
+def _remove(file: Path) -> None:
+    for part in (file, file.with_suffix(".safetensors")):  # the JSON first: it makes it complete
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _dropping(file: Path) -> Iterator[None]:
+    """A checkpoint that turns out to be damaged within the block is named and removed."""
+    try:
+        yield
+    except SaelabError as error:
+        _remove(file)
+        others = _files(file.parent)
+        instead = "the checkpoint before it is used" if others else "the cell starts afresh"
+        print(f"{error}: {instead}", file=sys.stderr, flush=True)
+
+
+# ---- training --------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Kept:
+    """A cell and where it stands.
+
+    Args:
+        cell: which.
+        folder: of its checkpoints; None for a module of a user's own whose state no file can hold.
+        position: of the stream, from which it goes on.
+        seconds: spent on training it.
+    """
+
+    cell: Cell
+    folder: Path | None
+    position: Position = START
+    seconds: float = 0.0
+
+    def write(self, position: Position, seconds: float) -> None:
+        """Writes a checkpoint after `seconds` more."""
+        if self.folder is None:
+            return
+        state, step = self.cell.state(), self.cell.steps_done
+        try:
+            write_checkpoint(self.folder, state, step, position, self.seconds + seconds)
+        except (TypeError, ValueError, KeyError) as error:  # of JSON, and of `KINDS`
+            name, self.folder = self.cell.name, None
+            print(f"{name} has no checkpoints, its state can't be kept: {error}", file=sys.stderr)
+
+
+def restored(build: Callable[[], Cell], folder: Path) -> Kept:
+    """The cell as its last checkpoint that is intact has it, a fresh one where there is none."""
+    cell = build()
+    for file in _files(folder):
+        with _dropping(file):
+            state, position, seconds = read_checkpoint(file)
+            cell.restore(state)
+            return Kept(cell, folder, position, seconds)
+        cell = build()
+    return Kept(cell, folder)
+
+
+def train_kept(
+    members: Sequence[Kept],
+    stream: Callable[[Position], Iterable[tuple[Batch, Position]]],
+    on_step: Callable[[int, list[Cell]], None],
+) -> dict[str, CellFailure]:
+    """`train` with checkpoints; cells whose streams stand at the same position go on together.
+
+    An `Interrupted` leaves a checkpoint behind before it goes on its way.
+
+    Args:
+        members: of one seed.
+        stream: that goes on from a position.
+        on_step: as for `train`; called first with the steps done before.
+    """
+    failures: dict[str, CellFailure] = {}
+    groups: dict[Position, list[Kept]] = {}
+    for member in members:
+        groups.setdefault(member.position, []).append(member)
+        if member.cell.steps_done:
+            on_step(member.cell.steps_done, [member.cell])
+    for position, group in groups.items():
+        failures |= _train_group(group, stream(position), on_step)
+    return failures
+
+
+def _train_group(
+    group: Sequence[Kept],
+    stream: Iterable[tuple[Batch, Position]],
+    on_step: Callable[[int, list[Cell]], None],
+) -> dict[str, CellFailure]:
+    pace, start = Pace(), time.monotonic()
+    last: tuple[Position, list[Kept]] | None = None
+
+    def write(position: Position, living: Sequence[Kept]) -> None:
+        with pace.spending():
+            for member in living:
+                member.write(position, (time.monotonic() - start) / len(group))
+
+    def look(position: Position, living: list[Cell]) -> None:
+        nonlocal last
+        last = position, [member for member in group if member.cell in living]
+        if pace.due(last[1]):
+            write(*last)
+            last = None
+
+    try:
+        failures = train([member.cell for member in group], stream, on_step, look)
+    except Interrupted as stop:
+        if last is not None and not stop.at_once:
+            with whole():
+                write(*last)
+        raise
+    for member in group:
+        member.seconds += (time.monotonic() - start) / len(group)
+    return failures
+
+
+class Pace:
+    """When checkpoints are due: they take at most `SHARE` of the time."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.every = clock, _seconds()
+        self.start = self.last = clock()
+        self.spent, self.cost = 0.0, math.nan
+
+    def due(self, members: Sequence[Kept]) -> bool:
+        """Whether to write checkpoints of these cells now."""
+        now = self.clock()
+        if self.every is not None:
+            return now - self.last >= self.every
+        so_far = now - self.start
+        if now - self.last < min(max(LEAST, APART * so_far), MOST):
+            return False
+        if math.isnan(self.cost):
+            self.cost = sum(_first_cost(member.cell.state()) for member in members)
+        return self.spent + self.cost <= SHARE * so_far
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Within it checkpoints are written."""
+        before = self.clock()
+        yield
+        self.last = self.clock()
+        self.cost = self.last - before
+        self.spent += self.cost
+
+
+def _first_cost(state: State) -> float:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
+    return 2 * FILE_COST + BYTE_COST * size
+
+
+def _seconds() -> float | None:
+    """Raises: SettingError when the variable is no number of seconds."""
+    named = os.environ.get(SECONDS, "")
+    try:
+        seconds = float(named) if named else None
+    except ValueError:
+        seconds = math.nan
+    if seconds is not None and not seconds >= 0:
+        raise SettingError(SECONDS, named, "use a number of seconds, 0 for after every round")
+    return seconds

@@ -9,9 +9,10 @@ run_i/                         final_info.json, manifest.json, metrics.parquet, 
                                summary.md, cells/<arm>/seed<s>-l0_<level>/
 
 Where SAELAB_CACHE is a URL (s3://bucket/prefix), activations lie there alone and are read from
-there; probing activations and finished cells are copied to it when they are made, and from it when
-another machine has made them. Everything else stays in .saelab. A copied folder's last object,
-`files.json`, says what is in it, with the checksum of each file.
+there; probing activations, finished cells and the checkpoints of those in training are copied to it
+when they are made, and from it when another machine has made them. Everything else stays in
+.saelab. The last object of a finished folder, `files.json`, says what is in it, with the checksum of
+each file.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def has_activations(cache: Path) -> bool:
 
 def share(cache: Path, folder: Path) -> None:
     """Copies a finished folder of the cache to the shared one, if there is one."""
-    there = _shared(cache, folder)
+    there = shared_twin(cache, folder)
     if there is None or (there / CONTENT).is_file():
         return
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
@@ -84,7 +85,7 @@ def fetch(cache: Path, folder: Path, last: str) -> bool:
     """
     if (folder / last).is_file():
         return True
-    there = _shared(cache, folder)
+    there = shared_twin(cache, folder)
     if there is None or not (there / CONTENT).is_file():
         return False
     try:
@@ -107,8 +108,8 @@ def _copy(source: Remote, checksum: str) -> Callable[[Path], object]:
     return write
 
 
-def _shared(cache: Path, folder: Path) -> Remote | None:
-    """The place of a folder of the cache in the shared one."""
+def shared_twin(cache: Path, folder: Path) -> Remote | None:
+    """The place of a folder of the cache in the shared one, if there is one."""
     shared = remote_cache()
     return None if shared is None else shared / folder.relative_to(cache).as_posix()
 

@@ -54,7 +54,7 @@ from saelab.kernels import kernels_name
 from saelab.parts.base import Dims
 from saelab.parts.similarity import LEARNED, Similarity
 from saelab.remote import Place
-from saelab.rundir import package_digest, share
+from saelab.rundir import package_digest, share, shared_twin
 from saelab.sae import SAE, SAEConfig
 from saelab.study.convergence import FEWEST, convergence
 from saelab.study.finished import finish
@@ -300,14 +300,16 @@ class Worker:
                 self._write_latents(folder, cell)
             self._write(folder, cell, plain, rows, facts, member.seconds)
             share(job.cache, folder)
-            remove_checkpoints(self._resume_folder(job, plain))
+            kept = self._resume_folder(job, plain)
+            remove_checkpoints(kept, shared_twin(job.cache, kept))
             for other in plain["others"]:
                 compare(job.cache, folder, self.folder(job.cache, other))
             advance(evaluation_cost(config))
 
     def _restored(self, job: Job, plain: dict[str, Any]) -> Kept:
         """A cell where it stopped, or at its start."""
-        return restored(lambda: self._build(job, plain), self._resume_folder(job, plain))
+        folder = self._resume_folder(job, plain)
+        return restored(lambda: self._build(job, plain), folder, shared_twin(job.cache, folder))
 
     def _resume_folder(self, job: Job, plain: dict[str, Any]) -> Path:
         return resume_folder(job.cache, plain["key"], self.train, self.data.foreign)

@@ -6,11 +6,13 @@
 
 Every cell has a folder of its own, named after all that its bits depend on, so that cells may be
 grouped otherwise when they go on. When a checkpoint is written depends on the clock; what is in it,
-and so what comes of it, does not.
+and so what comes of it, does not. The folder may have a twin at a URL, where each checkpoint is
+copied as it is written, and from where a machine that has none takes them.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -30,6 +32,7 @@ from torch import Tensor
 from saelab.data.stream import Batch, Position
 from saelab.errors import CellFailure, DamageError, SaelabError, SettingError
 from saelab.files import read_sealed, sha256, write_atomically, write_sealed
+from saelab.remote import Remote
 from saelab.signals import Interrupted, whole
 from saelab.training.loop import Cell, train
 from saelab.training.state import State
@@ -124,10 +127,32 @@ def drop_damaged(folder: Path) -> None:
             checked(file)
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Removes a cell's folder; what another process may have in it stays."""
+def push(folder: Path, twin: Remote) -> None:
+    """Copies the last checkpoint to a URL, its JSON last, and removes there what is gone here."""
+    there, last = twin.sizes(), _files(folder)[0]
+    for file in (last.with_suffix(".safetensors"), last):
+        (twin / file.name).put(file)
+    for name in sorted(there.keys() - {file.name for file in folder.iterdir()}):
+        (twin / name).unlink(missing_ok=True)
+
+
+def pull(folder: Path, twin: Remote) -> None:
+    """Copies the checkpoints at a URL to a folder that has none; they are checked when they are
+    read."""
+    if not _files(folder):
+        for name in sorted(twin.sizes(), reverse=True):  # tensors before their JSON
+            with suppress(FileNotFoundError):  # another machine has removed it
+                data = (twin / name).read_bytes()
+                write_atomically(folder / name, functools.partial(Path.write_bytes, data=data))
+
+
+def remove_checkpoints(folder: Path, twin: Remote | None = None) -> None:
+    """Removes a cell's folder, and what is at the URL; what another process may have in the folder
+    stays."""
     for file in _files(folder):
         _remove(file)
+    for name in sorted(twin.sizes()) if twin is not None else ():
+        (twin / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
 
@@ -192,12 +217,14 @@ class Kept:
         folder: of its checkpoints; None for a module of a user's own whose state no file can hold.
         position: of the stream, from which it goes on.
         seconds: spent on training it.
+        twin: of the folder, at a URL.
     """
 
     cell: Cell
     folder: Path | None
     position: Position = START
     seconds: float = 0.0
+    twin: Remote | None = None
 
     def write(self, position: Position, seconds: float) -> None:
         """Writes a checkpoint after `seconds` more."""
@@ -206,21 +233,25 @@ class Kept:
         state, step = self.cell.state(), self.cell.steps_done
         try:
             write_checkpoint(self.folder, state, step, position, self.seconds + seconds)
+            if self.twin is not None:
+                push(self.folder, self.twin)
         except (TypeError, ValueError, KeyError) as error:  # of JSON, and of `KINDS`
             name, self.folder = self.cell.name, None
             print(f"{name} has no checkpoints, its state can't be kept: {error}", file=sys.stderr)
 
 
-def restored(build: Callable[[], Cell], folder: Path) -> Kept:
+def restored(build: Callable[[], Cell], folder: Path, twin: Remote | None = None) -> Kept:
     """The cell as its last checkpoint that is intact has it, a fresh one where there is none."""
+    if twin is not None:
+        pull(folder, twin)
     cell = build()
     for file in _files(folder):
         with _dropping(file):
             state, position, seconds = read_checkpoint(file)
             cell.restore(state)
-            return Kept(cell, folder, position, seconds)
+            return Kept(cell, folder, position, seconds, twin)
         cell = build()
-    return Kept(cell, folder)
+    return Kept(cell, folder, twin=twin)
 
 
 def train_kept(

@@ -11,8 +11,8 @@ run_i/                         final_info.json, manifest.json, metrics.parquet, 
 Where SAELAB_CACHE is a URL (s3://bucket/prefix), activations lie there alone and are read from
 there; probing activations, finished cells and the checkpoints of those in training are copied to it
 when they are made, and from it when another machine has made them. Everything else stays in
-.saelab. The last object of a finished folder, `files.json`, says what is in it, with the checksum of
-each file.
+.saelab. The last object of a finished folder, `files.json`, says what is in it, with the checksum
+of each file.
 """
 
 from __future__ import annotations

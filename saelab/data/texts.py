@@ -408,7 +408,8 @@ def tokenize(
     cut = _windows if config.joined else _own_windows
     cut = functools.partial(cut, width=context - 1)
     if config.kind == "dataset" and kept is not None:
-        parts = TokenParts(kept, manifest(config) | {"context": context, "joined": config.joined})
+        cut_as = {"column": config.column, "joined": config.joined, "context": context}
+        parts = TokenParts(kept, manifest(config) | cut_as)
         with closing(_continued(config, parts, tokenizer, ids.end, cut)) as rows:
             return _take(rows, ids, context, tokens, _title(config))
     rows = _all_windows(documents(config), tokenizer, ids.end, cut)

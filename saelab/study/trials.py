@@ -259,9 +259,15 @@ def _memory() -> float:
 
 
 def _alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The work's result, from a new process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    """The work's result, from a new process on one thread."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _begin) as pool:
         return pool.submit(work, *arguments).result()
+
+
+def _begin() -> None:
+    os.environ["SAELAB_PROGRESS"] = "off"
+    torch.set_num_threads(1)
 
 
 def trial_lines(found: Sequence[Compared]) -> list[str]:

@@ -58,7 +58,7 @@ benchmarks/.peers/.ready: benchmarks/peers.txt constraints.txt
 	touch $@
 
 bench: setup peers
-	for name in train_step launch harvest probing memory scaling penalty trace; do \
+	for name in train_step launch harvest probing memory scaling penalty telling trace; do \
 		$(BIN)/python benchmarks/$$name.py $(BENCH) || exit 1; \
 	done
 

@@ -297,6 +297,23 @@ def template(
 
 
 @app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="Of a run that goes on or has ended, 'run_3'.")],
+    json_: Json = False,
+) -> None:
+    """Follow a run: stage, cells, tokens/s, losses, time left. With --json its state now."""
+    with _told():
+        from saelab.progress.watch import Watched
+        from saelab.progress.watch import watch as follow
+
+        if not json_:
+            follow(folder)
+            return
+        watched = Watched(folder)
+        _print_json(watched.as_dict(watched.look()))
+
+
+@app.command()
 def attempts(json_: Json = False) -> None:
     """List every attempt at a run of the study in this folder."""
     with _told():

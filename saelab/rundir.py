@@ -7,6 +7,7 @@
 .saelab/logs/                  what workers wrote to stderr
 run_i/                         final_info.json, manifest.json, metrics.parquet, curves.parquet,
                                summary.md, cells/<arm>/seed<s>-l0_<level>/
+run_i/metrics.jsonl            written while the launch is going on; alone, it is no complete run
 
 Where SAELAB_CACHE is a URL (s3://bucket/prefix), activations lie there alone and are read from
 there; probing activations, finished cells and the checkpoints of those in training are copied to it
@@ -30,7 +31,7 @@ from saelab.files import read_json, sha256, write_atomically, write_json
 from saelab.remote import Place, Remote, place_of
 
 #: Parts of the package whose change never alters a number.
-NO_NUMBERS = ("report", "formats", "__main__.py", "progress.py", "remote.py")
+NO_NUMBERS = ("report", "formats", "__main__.py", "progress", "remote.py")
 #: The last object of a folder that was copied to a URL.
 CONTENT = "files.json"
 

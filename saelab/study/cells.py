@@ -22,7 +22,6 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -57,11 +56,13 @@ from saelab.remote import Place
 from saelab.rundir import package_digest, share, shared_twin
 from saelab.sae import SAE, SAEConfig
 from saelab.study.convergence import FEWEST, convergence
+from saelab.study.executor import Advance
 from saelab.study.finished import finish
 from saelab.study.gate import REACH
 from saelab.study.latents import FILE, write_latents
 from saelab.study.plan import CellSpec
 from saelab.study.prepare import open_source
+from saelab.study.reports import Reports
 from saelab.study.seeds import compare
 from saelab.study.stability import LARGE, spikes, stability
 from saelab.training.loop import Cell, Log
@@ -277,17 +278,19 @@ class Worker:
             data.missing_entries,
         )
 
-    def run(self, job: Job, advance: Callable[[float], None]) -> None:
-        """Trains and evaluates the job's cells; `advance` counts token-steps."""
+    def run(self, job: Job, advance: Advance) -> None:
+        """Trains and evaluates the job's cells; `advance` takes token-steps and lines."""
         members = [self._restored(job, plain) for plain in job.cells]
         config = members[0].cell.config
+        reports = Reports([member.cell for member in members], job.cells, advance)
         failures = train_kept(
             members,
             lambda start: batches(self.train, job.seed, config.batch_size, self.data.layout, start),
-            lambda steps, living: advance(steps * len(living) * config.batch_size),
+            reports.steps,
         )
         for member, plain in zip(members, job.cells, strict=True):
             cell, failure = member.cell, failures.get(member.cell.name)
+            reports.evaluating(cell)
             largest = largest_cosines(cell.sae.W_dec) if isinstance(cell.sae, SAE) else None
             rows = stability(cell.log, failure.step if failure else None)
             if not failure:
@@ -305,6 +308,7 @@ class Worker:
             for other in plain["others"]:
                 compare(job.cache, folder, self.folder(job.cache, other))
             advance(evaluation_cost(config))
+            reports.done(cell, rows, failure)
 
     def _restored(self, job: Job, plain: dict[str, Any]) -> Kept:
         """A cell where it stopped, or at its start."""

@@ -29,11 +29,14 @@ from saelab.evals import probing_rows
 from saelab.evals.core import CoreData
 from saelab.files import WriteError, read_json
 from saelab.progress import clock, progress
+from saelab.progress.run import tell, tell_cells, told
+from saelab.progress.state import DONE, EVALUATE
+from saelab.progress.trackers import open_tracker
 from saelab.rundir import cache_folder, fetch, has_activations, share
 from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.study import cells as celljob
-from saelab.study import controls
+from saelab.study import controls, reports
 from saelab.study.cells import (
     GROUP,
     PROBED,
@@ -80,6 +83,7 @@ from saelab.study.registry import register
 from saelab.study.seeds import compare, partners, rows_of_seeds
 from saelab.study.summary import table
 from saelab.study.verdict import Comparison
+from saelab.training.optim import TrainConfig
 from saelab.training.resume import drop_damaged, remove_checkpoints
 
 #: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.
@@ -132,13 +136,30 @@ def launch(task: Launch) -> list[Comparison]:
         )
     _check_folder(task.out_dir)
     before = checked(task)
-    base, specs = before.base, before.specs
+    base = before.base
     cache = cache_folder(task.root)
     for line in [before.needs.line(), *before.warnings]:
         print(f"{task.name}: {line}", file=sys.stderr)
     if base.activations is None and not has_activations(cache):
         before.check_limit()
     deviations = register(task.root, task.plan) if task.judged else ()
+    about = {"run": task.name, "title": task.run.title, "study": task.plan.study}
+    with told(task.out_dir, about, base.tracker):
+        record, of_controls = _launched(task, before, cache, deviations, start)
+    print(table(record.info, record.comparisons, task.plan, of_controls))
+    taken = clock(time.monotonic() - start)
+    print(f"\n{task.out_dir}: {len(record.folders)} cells in {taken}")
+    return list(record.comparisons)
+
+
+def _launched(
+    task: Launch, before: RunCheck, cache: Path, deviations: tuple[str, ...], start: float
+) -> tuple[Record, list[dict[str, Any]]]:
+    """The launch after its checks: what it left in its folder, and the rows of its controls.
+
+    Raises: as `launch`.
+    """
+    base, specs = before.base, before.specs
     overlap = base.harvest.overlaps(base.model.device)
     prepared = prepare(base, cache, base.model.device, overlap)
     data = _data(base, prepared, task)
@@ -153,6 +174,7 @@ def launch(task: Launch) -> list[Comparison]:
             prepared = prepare(base, cache, base.model.device)
             data = _data(base, prepared, task)
     folders = _trained(task, content, beside, data, cache, prepared)
+    tell({"stage": "verdict", "done": 0, "total": 1})
     train = prepared.train.digest
     places = [cell_folder(cache, control["key"], train) for control in beside]
     places += _planted(task, folders, content, prepared, cache)
@@ -169,9 +191,7 @@ def launch(task: Launch) -> list[Comparison]:
     )
     record.write(time.monotonic() - start)
     _check_baseline(task, arms)
-    print(table(info, comparisons, task.plan, of_controls))
-    print(f"\n{task.out_dir}: {len(folders)} cells in {clock(time.monotonic() - start)}")
-    return comparisons
+    return record, of_controls
 
 
 def checked(task: Launch) -> RunCheck:
@@ -182,6 +202,7 @@ def checked(task: Launch) -> RunCheck:
     specs = cells(task.plan, task.base, preview(task.run), task.purpose)
     base = task.base.patched(dict(task.run.changes))
     _check_primary(task.plan.primary, base)
+    open_tracker(base.tracker, task.out_dir, {})
     return check(task, specs, _workers(task, base.model.device))
 
 
@@ -363,6 +384,7 @@ def _train(
     """Trains and evaluates what is not in the cache."""
     open_specs = [spec for spec in keys if not _done(cache, keys[spec], data)]
     jobs = _jobs(task, open_specs, keys, data, cache)
+    tell_cells(len(open_specs), len(keys) - len(open_specs))
     beside = [control for control in beside if not _done(cache, control["key"], data)]
     trained = [control for control in beside if "control" not in control]
     unfinished = [keys[spec] for spec in open_specs] + [control["key"] for control in trained]
@@ -374,7 +396,9 @@ def _train(
             jobs.append(Job(some, some[0]["seed"], data, cache, task.experiment, task.name))
     if not jobs:
         return
-    total = sum(s.train.tokens + evaluation_cost(s.train) for s in open_specs) or 1.0
+    own = [s.train for s in open_specs]
+    own += [TrainConfig.parse(control["train"]) for control in trained]
+    total = sum(config.tokens + evaluation_cost(config) for config in own) or 1.0
     workers = _workers(task, data.device)
     width, at_once = prepared.held_out.d, max(1, min(workers, len(jobs)))
     whole = training_seconds([*open_specs, *later], width, at_once)
@@ -441,7 +465,9 @@ def _work(job: Job, advance: Any, state: dict[str, Any]) -> None:
     worker: Worker = state["worker"]
     if "control" in job.cells[0]:
         for control in job.cells:
+            advance(0.0, reports.line(control, EVALUATE))
             _control(worker, control, job.cache)
+            advance(0.0, reports.line(control, DONE))
     else:
         worker.run(job, advance)
 

@@ -9,36 +9,46 @@ the bits of a result then do not depend on how many workers there are.
 from __future__ import annotations
 
 import ctypes
+import functools
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from saelab import signals
 from saelab.errors import SettingError, StudyFailure
 from saelab.progress import Progress
+from saelab.progress.run import tell
 
-#: Seconds between two looks at the workers' progress.
+#: Seconds between two looks at the workers, and between two words of a worker about its tokens.
 POLL = 0.25
+#: Seconds that the last words of the workers may take to arrive.
+PATIENCE = 5.0
 #: Seconds that workers have for the end of their round and a checkpoint before they are killed. Our
 #: choice: what schedulers give.
 GRACE = 30.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-_counter: Any = None
+#: What a job says how far it is with: an amount of work done since it last did, and a line for
+#: metrics.jsonl or none.
+Advance = Callable[..., None]
+
+_channel: Any = None
 _busy = False
 _state: dict[str, Any] = {}
 
 
 def run_jobs(
-    function: Callable[[Any, Callable[[float], None], dict[str, Any]], None],
+    function: Callable[[Any, Advance, dict[str, Any]], None],
     jobs: Sequence[Any],
     workers: int,
     logs: Path,
@@ -52,7 +62,7 @@ def run_jobs(
         jobs: picklable, the longest first.
         workers: 0 runs the jobs one after the other in this process, with the same bits.
         logs: folder for the workers' stderr.
-        bar: opened after `beside`; advanced by the amounts that the jobs pass to `advance`.
+        bar: advanced by the amounts that the jobs pass to `advance`; their lines are told.
         beside: work for this process meanwhile, in steps; without workers it comes first.
 
     Raises: what a job or a step raises; StudyFailure when a worker dies.
@@ -63,22 +73,21 @@ def run_jobs(
         with bar as shown:
             _inline(function, jobs, shown)
         return
-    start = time.monotonic()
     logs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("d", 0.0)
+    heard, said = context.Pipe(duplex=False)
+    channel = (said, context.Lock())
     pool = ProcessPoolExecutor(
-        min(workers, max(1, len(jobs))), context, _initialise, (counter, logs, os.getpid())
+        min(workers, max(1, len(jobs))), context, _initialise, (channel, logs, os.getpid())
     )
     futures: list[Future[None]] = []
     try:
-        with _keyboard_blocked():  # workers inherit that
-            futures = [pool.submit(_run, function, job) for job in jobs]
-        for _ in beside:
-            _raise_failures(futures)
-        with bar as shown:
-            shown.start = start
-            _wait(futures, counter, shown)
+        with bar as shown, _listening(heard, shown):
+            with _keyboard_blocked():  # workers inherit that
+                futures = [pool.submit(_run, function, job) for job in jobs]
+            for _ in beside:
+                _raise_failures(futures)
+            _wait(futures)
     except BrokenProcessPool:
         raise StudyFailure(
             f"a worker process died (out of memory?): see {logs}; free memory or lower the number "
@@ -101,12 +110,38 @@ def _keyboard_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _wait(futures: Sequence[Future[None]], counter: Any, bar: Progress) -> None:
+def _wait(futures: Sequence[Future[None]]) -> None:
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=POLL, return_when=FIRST_EXCEPTION)
-        bar.advance(counter.value - bar.done)
         _raise_failures(done)
+
+
+@contextmanager
+def _listening(heard: Connection, bar: Progress) -> Iterator[None]:
+    """A thread takes what the workers say, this process being busy with a harvest; when the block
+    ends, after what they said before."""
+    over = threading.Event()
+
+    def listen() -> None:
+        while heard.poll(0 if over.is_set() else POLL) or not over.is_set():
+            if heard.poll(0):
+                _take(bar, *heard.recv())
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(PATIENCE)
+
+
+def _take(bar: Progress, amount: float, line: Mapping[str, Any] | None = None) -> None:
+    """What a job said, in the process of the launch."""
+    bar.advance(amount)
+    if line is not None:
+        tell(line)
 
 
 def _raise_failures(futures: Iterable[Future[None]]) -> None:
@@ -116,14 +151,14 @@ def _raise_failures(futures: Iterable[Future[None]]) -> None:
 
 
 def _inline(
-    function: Callable[[Any, Callable[[float], None], dict[str, Any]], None],
+    function: Callable[[Any, Advance, dict[str, Any]], None],
     jobs: Sequence[Any],
     bar: Progress,
 ) -> None:
     state: dict[str, Any] = {}
     with one_thread():
         for job in jobs:
-            function(job, bar.advance, state)
+            function(job, functools.partial(_take, bar), state)
 
 
 @contextmanager
@@ -156,9 +191,9 @@ def _stop(pool: ProcessPoolExecutor, unfinished: bool) -> None:
                 process.kill()
 
 
-def _initialise(counter: Any, logs: Path, parent: int) -> None:
-    global _counter
-    _counter = counter
+def _initialise(channel: Any, logs: Path, parent: int) -> None:
+    global _channel
+    _channel = channel
     signal.signal(signal.SIGTERM, _terminated)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -182,17 +217,35 @@ def _terminated(number: int, frame: Any) -> None:
 
 
 def _run(function: Callable[..., None], job: Any) -> None:
-    def advance(amount: float) -> None:
-        with _counter.get_lock():
-            _counter.value += amount
-
     global _busy
+    words = _Words(*_channel)
     try:
         _busy = True
-        function(job, advance, _state)
+        function(job, words, _state)
+        words.send()
         _busy = False
     except signals.Interrupted as stop:
         os._exit(stop.exit_code)
+
+
+class _Words:
+    """`advance` in a worker: lines go at once, amounts together with the next of them or after a
+    while. A message is shorter than a pipe's buffer of 4096 bytes, so it arrives whole or not at
+    all, also from a worker that is killed."""
+
+    def __init__(self, connection: Connection, lock: Any) -> None:
+        self._connection, self._lock = connection, lock
+        self._amount, self._sent = 0.0, time.monotonic()
+
+    def __call__(self, amount: float, line: Mapping[str, Any] | None = None) -> None:
+        self._amount += amount
+        if line is not None or time.monotonic() - self._sent >= POLL:
+            self.send(line)
+
+    def send(self, line: Mapping[str, Any] | None = None) -> None:
+        amount, self._amount, self._sent = self._amount, 0.0, time.monotonic()
+        with self._lock:
+            self._connection.send((amount, line))
 
 
 def worker_count(device: str) -> int:

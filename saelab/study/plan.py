@@ -83,6 +83,8 @@ class BaseConfig(Frozen):
         context: tokens per context, BOS included.
         activations: folder of activations made elsewhere; model and texts are then not used.
         layout: 'rows' (shuffled vectors) or 'contexts' (whole contexts in order).
+        tracker: where losses are shown beside metrics.jsonl: 'none', 'tensorboard', 'wandb' or
+            'trackio' (extra `tracking`), all offline. No cell depends on it.
     """
 
     model: ModelConfig = ModelConfig()
@@ -96,6 +98,7 @@ class BaseConfig(Frozen):
     sae: SAEConfig = SAEConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig()
+    tracker: str = "none"
 
 
 class PlanConfig(Frozen):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from projects import Project, environment, group_is_gone, stop, wait_for
 
+from saelab.progress.watch import Watched
+
 #: Enough cells that a launch is still training when the first one is finished.
 MANY = 'Arm("{0}", {{"train.lr": {1}e-3}})'
 ARMS = ('Arm("baseline")', *(MANY.format(f"a{i}", i) for i in range(1, 4)))
@@ -41,10 +43,13 @@ def test_a_killed_launch_leaves_no_process_and_the_same_command_finishes_it(
         stop(process)
     done = len(project.finished_cells())
     assert 0 < done < len(uninterrupted.finished_cells())
-    assert not (project.folder / "run_1").exists()
+    assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
+    killed = Watched(project.folder / "run_1")
+    assert killed.look() == "died"
     ended = project.call()
     assert ended.code == 0, ended.err
     assert "(0 in the cache)" not in ended.err
+    assert killed.look() == "complete" and 0 < killed.state.cached <= done
     assert project.info() == uninterrupted.info()
     assert project.weights() == uninterrupted.weights()
 
@@ -92,7 +97,7 @@ def test_an_interrupt_from_the_keyboard_ends_with_130_and_one_sentence(tmp_path:
     text = (project.folder / "stderr").read_text()
     assert "Traceback" not in text
     assert text.rstrip().splitlines()[-1].startswith("interrupted: the same command goes on")
-    assert not (project.folder / "run_1").exists()
+    assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
 
 
 def test_temporary_files_of_a_killed_writer_do_not_disturb(

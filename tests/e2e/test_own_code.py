@@ -245,13 +245,13 @@ def test_a_level_that_diverges_leaves_the_other_levels_of_its_arm(tmp_path: Path
     assert levels == {16}
 
 
-def test_an_error_in_own_code_ends_with_its_name_and_no_run_folder(tmp_path: Path) -> None:
+def test_an_error_in_own_code_ends_with_its_name_and_no_complete_run(tmp_path: Path) -> None:
     project = Project.make(tmp_path / "p", (BASELINE, SQUARE), LOSS, plan=TWO)
     project.replace("experiment.py", "STRENGTH * values", "STRENGHT * values")
     ended = project.call()
     assert ended.code == 1
     assert ended.last.startswith("NameError") and "STRENGHT" in ended.last
-    assert not (project.folder / "run_1").exists()
+    assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
 
 
 def test_an_expected_failure_is_shown_and_not_punished(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 #: Seconds between two plain lines when stderr is no terminal. Our choice: a log stays short.
@@ -80,23 +80,43 @@ class LiveProgress(Progress):
         self._bar.stop()
 
 
+class Silent(Progress):
+    """Counts and shows nothing."""
+
+    def _show(self) -> None: ...
+
+
+def display() -> str:
+    """How progress is shown here: 'off', 'live' on a terminal, or 'plain'."""
+    if os.environ.get("SAELAB_PROGRESS") == "off":
+        return "off"
+    return "live" if sys.stderr.isatty() else "plain"
+
+
+#: What makes a bar: title, total, unit -> bar.
+Maker = Callable[[str, float, str], Progress]
+_makers: list[Maker] = []
+
+
+@contextmanager
+def bars_made_by(maker: Maker) -> Iterator[None]:
+    """Every bar that is opened inside the block is one of the maker's."""
+    _makers.append(maker)
+    try:
+        yield
+    finally:
+        _makers.remove(maker)
+
+
 @contextmanager
 def progress(title: str, total: float, unit: str = "") -> Iterator[Progress]:
     """Opens a progress display for `total` units of work and closes it in any case."""
-    if os.environ.get("SAELAB_PROGRESS") == "off":
-        bar = _Silent(title, total, unit)
-    elif sys.stderr.isatty():
-        bar = LiveProgress(title, total, unit)
-    else:
-        bar = Progress(title, total, unit)
+    alone: dict[str, Maker] = {"off": Silent, "live": LiveProgress, "plain": Progress}
+    bar = (_makers[-1] if _makers else alone[display()])(title, total, unit)
     try:
         yield bar
     finally:
         bar.close()
-
-
-class _Silent(Progress):
-    def _show(self) -> None: ...
 
 
 def clock(seconds: float) -> str:

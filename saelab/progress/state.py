@@ -1,0 +1,180 @@
+"""Where a run is, from the lines of its metrics.jsonl alone.
+
+Whoever has the lines has the same state: the launch itself, and `saelab watch` in another process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+#: Stages of a cell; the lines of all other stages are of the launch.
+TRAIN, EVALUATE, DONE = "train", "evaluate", "done"
+LAUNCH, CELLS, END = "launch", "cells", "end"
+#: Arms that are not the study's begin with it.
+CONTROL = "control:"
+
+
+@dataclass
+class Stage:
+    """A stage of the launch: `done` of `total` units after `seconds`."""
+
+    name: str
+    done: float
+    total: float
+    unit: str
+    seconds: float
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self.done / self.total) if self.total > 0 else 0.0
+
+    @property
+    def left(self) -> float | None:
+        """Seconds, None while nothing is done."""
+        rest = max(0.0, self.total - self.done)
+        return rest * self.seconds / self.done if self.done > 0 else None
+
+
+@dataclass
+class CellState:
+    """A cell: where it is, and what was last measured of it.
+
+    Args:
+        arm, seed, level: which it is.
+        stage: 'train', 'evaluate' or 'done'.
+        step, steps: done and in all.
+        tokens: trained on.
+        rate: tokens a second since the line before; None when it is not training.
+        seconds: since its job began.
+        values: by name; None for a number that is not finite.
+        failure: why it stopped, '' when it did not.
+    """
+
+    arm: str
+    seed: int
+    level: float
+    stage: str = TRAIN
+    step: int = 0
+    steps: int = 0
+    tokens: int = 0
+    rate: float | None = None
+    seconds: float = 0.0
+    values: dict[str, float | None] = field(default_factory=dict)
+    failure: str = ""
+
+    @property
+    def control(self) -> bool:
+        return self.arm.startswith(CONTROL)
+
+
+@dataclass
+class State:
+    """Of the run's last launch.
+
+    Args:
+        run, title: its name and what the run table says of it.
+        pid, host, started: its process; `started` tells it from a later one of the same number.
+        began, now: time of its first and of its last line, in seconds since 1970.
+        outcome: how it ended, see `run.py`; '' while it has not said so.
+        open, cached: cells to train and cells that were there already.
+        stages, cells: what is going on now.
+        finished: cells, in the order in which they ended.
+    """
+
+    run: str = ""
+    title: str = ""
+    pid: int = 0
+    host: str = ""
+    started: str = ""
+    began: float = 0.0
+    now: float = 0.0
+    outcome: str = ""
+    reason: str = ""
+    open: int = 0
+    cached: int = 0
+    stages: dict[str, Stage] = field(default_factory=dict)
+    cells: dict[tuple[str, int, float], CellState] = field(default_factory=dict)
+    finished: list[CellState] = field(default_factory=list)
+    _before: int = 0
+
+    def fold(self, line: Mapping[str, Any]) -> None:
+        """Takes one line in; one that it can't read changes nothing."""
+        try:
+            self._fold(line)
+            self.now = float(line["time"])
+        except (KeyError, TypeError, ValueError):
+            return
+
+    def _fold(self, line: Mapping[str, Any]) -> None:
+        stage = line["stage"]
+        if stage == LAUNCH:
+            self.__init__(began=float(line["time"]))
+            for name in ("run", "title", "pid", "host", "started"):
+                setattr(self, name, line.get(name, getattr(self, name)))
+        elif stage == CELLS:
+            self.open, self.cached = int(line["open"]), int(line["cached"])
+            self._before = len(self._own())
+        elif stage == END:
+            self.outcome, self.reason = str(line["outcome"]), str(line.get("reason") or "")
+            self.stages, self.cells = {}, {}
+        elif "arm" in line:
+            self._cell(line)
+        elif line.get("ended"):
+            self.stages.pop(stage, None)
+        else:
+            amounts = (float(line[name]) for name in ("done", "total"))
+            seconds = float(line.get("seconds") or 0.0)
+            self.stages[stage] = Stage(stage, *amounts, str(line.get("unit", "")), seconds)
+
+    def _cell(self, line: Mapping[str, Any]) -> None:
+        names = CellState.__dataclass_fields__
+        cell = CellState(**{name: line[name] for name in names if line.get(name) is not None})
+        key = (cell.arm, cell.seed, cell.level)
+        if cell.stage == DONE:
+            self.cells.pop(key, None)
+            self.finished.append(cell)
+        else:
+            self.cells[key] = cell
+
+    def _own(self) -> list[CellState]:
+        return [cell for cell in self.finished if not cell.control]
+
+    @property
+    def total(self) -> int:
+        """Cells of the run, controls not counted."""
+        return self.open + self.cached
+
+    @property
+    def done(self) -> int:
+        """Of those the finished ones, with the ones that were there already."""
+        return self.cached + len(self._own()) - self._before
+
+    @property
+    def failed(self) -> int:
+        return sum(bool(cell.failure) for cell in self._own())
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second that are trained on now, over all cells."""
+        return sum(cell.rate or 0.0 for cell in self.cells.values())
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the stages that are going on are over; None where nothing says."""
+        known = [stage.left for stage in self.stages.values() if stage.left is not None]
+        return max(known, default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for programs."""
+        return {
+            **{name: getattr(self, name) for name in ("run", "title", "outcome", "reason")},
+            "seconds": round(self.now - self.began, 3),
+            "seconds_left": self.left,
+            "tokens_per_second": self.rate,
+            "cells": {name: getattr(self, name) for name in ("total", "done", "failed", "cached")},
+            "stages": [asdict(stage) for stage in self.stages.values()],
+            "running": [asdict(cell) for cell in self.cells.values()],
+            "finished": [asdict(cell) for cell in self.finished],
+        }

@@ -1,0 +1,105 @@
+"""Where a run is, as a table for the terminal: at most a dozen rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from saelab.progress.bar import clock
+from saelab.progress.state import TRAIN, CellState, State
+
+#: Rows of each kind, and redraws a second. Our choice.
+STAGES, RUNNING, FINISHED, REDRAWS = 2, 5, 2, 2
+#: What is shown of a cell: value -> heading.
+VALUES = {
+    "loss": "loss",
+    "reconstruction": "reconstr.",
+    "fvu": "FVU",
+    "l0": "L0",
+    "dead": "dead",
+}
+
+
+def view(state: State, now: float | None = None) -> RenderableType:
+    """The table.
+
+    Args:
+        now: seconds since 1970; the state's own time by default.
+    """
+    return Group(_head(state, now or state.now), _stages(state), *_cells(state))
+
+
+def _head(state: State, now: float) -> Text:
+    told = [f"{state.run}: {clock(max(0.0, now - state.began))}"]
+    if state.total:
+        failed = f", {state.failed} failed" if state.failed else ""
+        cached = f" ({state.cached} from the cache)" if state.cached else ""
+        told.append(f"{state.done}/{state.total} cells{cached}{failed}")
+    if state.rate:
+        told.append(f"{state.rate:,.0f} tokens/s")
+    if state.outcome:
+        told.append(f"{state.outcome}{f': {state.reason}' if state.reason else ''}")
+    return Text("  ".join(told), style="bold", no_wrap=True, overflow="ellipsis")
+
+
+def _stages(state: State) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for stage in list(state.stages.values())[-STAGES:]:
+        left = "?" if stage.left is None else clock(stage.left)
+        bar = ProgressBar(total=1.0, completed=stage.share, width=24)
+        amount = f"{stage.done:,.0f}/{stage.total:,.0f} {stage.unit}"
+        table.add_row(stage.name, bar, f"{stage.share:4.0%}", amount, f"{left} left")
+    return table
+
+
+def _cells(state: State) -> Iterator[Table | Text]:
+    shown = list(state.cells.values())[:RUNNING]
+    last = state.finished[-FINISHED:]
+    if not shown and not last:
+        return
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
+    for heading in ("arm", "seed", "at L0", "stage"):
+        table.add_column(heading, no_wrap=True)
+    for heading in VALUES.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cell in shown:
+        table.add_row(*_cell(cell))
+    for cell in last:
+        table.add_row(*_cell(cell), style="red" if cell.failure else "dim")
+    yield table
+    more = len(state.cells) - len(shown)
+    if more:
+        yield Text(f"and {more} more cells at work", style="dim")
+
+
+def _cell(cell: CellState) -> list[str]:
+    share = f" {cell.step / cell.steps:.0%}" if cell.stage == TRAIN and cell.steps else ""
+    stage = "failed" if cell.failure else f"{cell.stage}{share}"
+    numbers = [cell.values.get(name) for name in VALUES]
+    known = ["" if number is None else f"{number:.4g}" for number in numbers]
+    return [cell.arm, str(cell.seed), f"{cell.level:g}", stage, *known]
+
+
+@contextmanager
+def live(render: Callable[[], RenderableType]) -> Iterator[None]:
+    """Redraws on stderr's terminal until the block ends; what was drawn last stays.
+
+    Lines that are printed meanwhile appear above it.
+
+    Args:
+        render: called by another thread.
+    """
+    with Live(
+        get_renderable=render,
+        console=Console(stderr=True),
+        refresh_per_second=REDRAWS,
+        redirect_stdout=sys.stdout.isatty(),
+    ):
+        yield

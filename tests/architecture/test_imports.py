@@ -177,7 +177,10 @@ def test_importing_the_package_is_light() -> None:
 
 @pytest.mark.parametrize(
     ("module", "allowed"),
-    [("errors seeding files progress allocator remote rundir signals", set()), ("config", {"pydantic"})],
+    [
+        ("errors seeding files progress allocator remote rundir signals", set()),
+        ("config", {"pydantic"}),
+    ],
 )
 def test_foundations_load_no_torch(module: str, allowed: set[str]) -> None:
     statement = "import " + ", ".join(f"saelab.{name}" for name in module.split())

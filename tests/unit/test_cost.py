@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from saelab.data.harvest import bytes_needed
 from saelab.data.models import ModelConfig, size
 from saelab.errors import SettingError
 from saelab.study import cost as costs
@@ -22,7 +23,7 @@ from saelab.study.cost import (
     text,
 )
 from saelab.study.plan import BaseConfig, read_base
-from saelab.study.trials import Compared, trial_lines
+from saelab.study.trials import Compared, _harvest_trial, _step_seconds, trial_lines
 
 GEMMA = read_base(Path(__file__).parents[2] / "configs" / "gemma-2-2b.toml").patched(
     {"train.tokens": 500_000_000}
@@ -112,3 +113,18 @@ def test_trials_name_the_worst_of_their_figures() -> None:
     found = [Compared("a", "s", 1.0, 1.1), Compared("b", "s", 1.0, 2.0)]
     assert found[1].error == -0.5
     assert trial_lines(found)[-1] == "worst: b, a factor of 2.00"
+
+
+def test_a_trial_writes_what_is_predicted_for_the_disk() -> None:
+    base = BaseConfig(context=32)
+    made = _harvest_trial(base.model_dump(mode="json"), 1000)
+    assert made["positions"] == 32 * 32 and made["tokens"] == 32 * 31
+    predicted = bytes_needed(int(made["tokens"]), 32, size(base.model).d_model, "float32")
+    assert made["bytes"] == pytest.approx(predicted, rel=0.01)
+    assert made["seconds"] > 0 and made["memory"] > predicted
+
+
+def test_the_step_of_a_trial_is_that_of_the_settings() -> None:
+    topk = {"d_sae": 64, "activation": {"kind": "topk", "k": 8}, "controllers": []}
+    for sae in (topk | {"losses": ["reconstruction"]}, {"d_sae": 64}):
+        assert _step_seconds(BaseConfig.parse({"sae": sae}), 16, 8, 64, 6) > 0

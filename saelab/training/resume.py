@@ -151,8 +151,9 @@ def remove_checkpoints(folder: Path, twin: Remote | None = None) -> None:
     stays."""
     for file in _files(folder):
         _remove(file)
-    for name in sorted(twin.sizes()) if twin is not None else ():
-        (twin / name).unlink(missing_ok=True)
+    if twin is not None:
+        for name in sorted(twin.sizes()):
+            (twin / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
 

@@ -2,10 +2,13 @@
 # make test    set-up, the tests
 # make test-triton  set-up, Triton (Linux, 200 MB), the checks of the GPU's kernels without a GPU
 # make test-store   set-up, a local S3 server (40 MB), the checks of caches at a URL against it
+# make test-browser set-up, Playwright and Chromium, the checks of report.html in a browser
+# make test-clusters  set-up, Ray and submitit, the checks of executors for many machines
 # make test-peers   set-up, the peers' environment, the checks against the peers themselves
 # make peers   the environment of the packages that benchmarks/ compares with
 # make bench   set-up, every benchmark in full (about half an hour); BENCH=--quick for a smoke run
-.PHONY: setup demo test test-slow test-triton test-store test-peers check peers bench clean
+.PHONY: setup demo test test-slow test-triton test-store test-browser test-clusters test-peers check \
+	clusters peers bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -43,6 +46,18 @@ test-store: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[store-tests]'
 	$(BIN)/python -m pytest tests/stores
 
+# Debian's Chromium where none is there: Playwright's own is not on any registry of packages.
+test-browser: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,browser]'
+	command -v chromium >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium)
+	$(BIN)/python -m pytest tests/browser
+
+clusters: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray,slurm]'
+
+test-clusters: clusters
+	$(BIN)/python -m pytest tests/e2e/test_clusters.py
+
 test-peers: setup peers
 	SAELAB_PEERS=benchmarks/.peers/bin/python $(BIN)/python -m pytest -m peers
 
@@ -58,7 +73,8 @@ benchmarks/.peers/.ready: benchmarks/peers.txt constraints.txt
 	touch $@
 
 bench: setup peers
-	for name in train_step launch harvest probing memory scaling penalty telling trace; do \
+	for name in train_step launch harvest probing synthetic_parity evaluations memory scaling penalty \
+			telling trace soak; do \
 		$(BIN)/python benchmarks/$$name.py $(BENCH) || exit 1; \
 	done
 

@@ -2,8 +2,8 @@
 
 From all run_* folders here that hold a final_info.json and are named in `labels`, pictures go to
 <run>_<picture>.png and .svg: loss, frontier, probing, probing_entries, density, scalars, verdict,
-and where a run has the data spread, thresholds, positions, sensitivity, regulariser, speed,
-temperature, stability, balance, similarity, latents, survival, consistency and max_cosine.
+placement, and where a run has the data spread, thresholds, positions, sensitivity, regulariser,
+speed, temperature, stability, balance, similarity, latents, survival, consistency and max_cosine.
 """
 
 from saelab.report.figures import draw

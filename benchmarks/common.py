@@ -431,7 +431,7 @@ class Peers:
         assert self.process.stdin
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=300)
         self.log.close()
 
     def _last_words(self) -> str:

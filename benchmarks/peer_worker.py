@@ -510,6 +510,78 @@ def _standard_sae(weights: str, model: str, hook: str, layer: int) -> Any:
     return sae
 
 
+# ---------------------------------------------------------------- synthetic
+
+
+def synthetic_draw(settings: dict[str, Any], rows: int, out: str) -> None:
+    """Rows of SAELens' own synthetic model, with what they were made from, as safetensors."""
+    from sae_lens.synthetic import (
+        FoldedNormalMagnitudeConfig,
+        HierarchyConfig,
+        LinearMagnitudeConfig,
+        LowRankCorrelationConfig,
+        OrthogonalizationConfig,
+        SyntheticModel,
+        SyntheticModelConfig,
+        ZipfianFiringProbabilityConfig,
+    )
+    from safetensors.torch import save_file
+
+    s = settings
+    firing = ZipfianFiringProbabilityConfig(s["exponent"], s["highest"], s["lowest"])
+    model = SyntheticModel(SyntheticModelConfig(
+        num_features=s["features"], hidden_dim=s["d"], firing_probability=firing,
+        hierarchy=HierarchyConfig(
+            total_root_nodes=s["roots"], branching_factor=s["children"], max_depth=s["depth"],
+            mutually_exclusive_portion=1.0, compensate_probabilities=True,
+            scale_children_by_parent=True,
+        ),
+        orthogonalization=OrthogonalizationConfig(s["apart_steps"], s["apart_lr"]),
+        correlation=LowRankCorrelationConfig(s["rank"], s["strength"]),
+        mean_firing_magnitudes=LinearMagnitudeConfig(s["first"], s["last"]),
+        std_firing_magnitudes=FoldedNormalMagnitudeConfig(s["sd_mean"], s["sd_sd"]),
+        bias=s["bias"], seed=42,
+    ))  # fmt: skip
+    torch.manual_seed(7)
+    parts = [model.sample_with_features(min(4096, rows - i)) for i in range(0, rows, 4096)]
+    generator, correlation = model.activation_generator, model.correlation_matrix
+    assert correlation is not None
+    tensors = {
+        "x": torch.cat([x for x, _ in parts]),
+        "codes": torch.cat([codes for _, codes in parts]),
+        "directions": model.feature_dict.feature_vectors.detach(),
+        "bias": model.feature_dict.bias.detach(),
+        "loadings": correlation.correlation_factor,
+        "deviations": generator.std_firing_magnitudes,
+        "probabilities": firing.generate(s["features"]),
+        "own_probabilities": generator.firing_probabilities,
+    }
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, out)
+
+
+def synthetic_scores(drawn: str, weights: str) -> dict[str, float]:
+    """SAELens' scores of a ReLU SAE on drawn rows, whose codes its generator replays."""
+    from sae_lens.synthetic import FeatureDictionary, eval_sae_on_synthetic_data
+
+    given = load_file(drawn)
+    codes = given["codes"]
+    features = FeatureDictionary(codes.shape[1], given["x"].shape[1], initializer=None)
+    features.feature_vectors.data, features.bias.data = given["directions"], given["bias"]
+
+    class Replay:
+        at = 0
+
+        def sample(self, n: int) -> torch.Tensor:
+            self.at += n
+            return codes[self.at - n : self.at]
+
+    sae = _standard_sae(weights, "synthetic", "synthetic", 0)
+    generator: Any = Replay()
+    found = eval_sae_on_synthetic_data(sae, features, generator, len(codes), 4096).to_dict()
+    own = found.pop("classification")
+    return found | {f"classification.{name}": value for name, value in own.items()}
+
+
 def check_schema(file: str) -> str:
     """The name of SAEBench's own schema, once the file has passed it."""
     from pydantic import TypeAdapter
@@ -540,6 +612,8 @@ CALLS = {
         probing_pool,
         probing_probes,
         saebench_run,
+        synthetic_draw,
+        synthetic_scores,
         check_schema,
     )
 }

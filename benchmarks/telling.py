@@ -28,7 +28,7 @@ from saelab.data.stream import Batch
 from saelab.progress import progress
 from saelab.progress.run import RunProgress, told
 from saelab.progress.view import REDRAWS
-from saelab.study.executor import _take, _Words
+from saelab.study.executors.local import _Words, take
 from saelab.study.reports import POINTS, Reports
 from saelab.training.loop import LONGEST_TURN, Cell
 
@@ -93,10 +93,10 @@ def in_launch(folder: Path, messages: list[tuple[float, Any]]) -> tuple[float, f
         told(folder / "run_0", {"run": "run_0"}) as launch,
         progress("train and evaluate", POINTS * SHAPE.rows, "tokens") as bar,
     ):
-        taken = seconds(lambda: [_take(bar, *message) for message in messages])
+        taken = seconds(lambda: [take(bar, *message) for message in messages])
         last = [line for _, line in messages if line is not None][-1]
         for seed in range(CELLS):
-            _take(bar, 0.0, last | {"seed": seed})
+            take(bar, 0.0, last | {"seed": seed})
         drawn = min(seconds(lambda: draw(launch)) for _ in range(20))
     return taken, drawn
 

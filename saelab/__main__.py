@@ -62,14 +62,17 @@ EXPERIMENT = Path("experiment.py")
 def _told() -> Iterator[None]:
     """Bad input ends with one sentence and exit code 2, a failed study with 1, SIGINT with 130 and
     SIGTERM with 143."""
+    from saelab import exhausted
     from saelab.errors import SaelabError
     from saelab.signals import told
 
     with told():
         try:
-            yield
+            with exhausted.named():
+                yield
         except SaelabError as error:
-            typer.echo(str(error), err=True)
+            if _talks():
+                typer.echo(str(error), err=True)
             raise typer.Exit(error.exit_code) from None
 
 
@@ -77,6 +80,13 @@ def _told() -> Iterator[None]:
 def run(
     name: Annotated[str, typer.Argument(help="A run of the table in experiment.py, 'run_1'.")],
     force: Annotated[bool, typer.Option(help="Replace a complete run.")] = False,
+    executor: Annotated[
+        str,
+        typer.Option(
+            help="Where cells are trained: local, ray (RAY_ADDRESS) or slurm (SAELAB_SLURM); by "
+            "default what SAELAB_EXECUTOR names, else local."
+        ),
+    ] = "",
     json_: Json = False,
     experiment: Table = EXPERIMENT,
 ) -> None:
@@ -90,7 +100,7 @@ def run(
 
         file = experiment.resolve()
         with redirect_stdout(sys.stderr if json_ else sys.stdout):
-            run_one(load_experiment(file).RUNS, file, Path(name), force)
+            run_one(load_experiment(file).RUNS, file, Path(name), force, executor=executor)
         if json_:
             _print_json(review(Path(name)).as_dict())
 
@@ -120,7 +130,7 @@ def plan_check(
             except SourceError as error:  # a confirmation whose earlier runs are not there yet
                 if names or not isinstance(runs[name], Confirmation):
                     raise
-                typer.echo(f"{name}: {error}", err=True)
+                _say(f"{name}: {error}", err=True)
         if json_:
             _print_json([one.as_dict() for one in found])
         else:
@@ -219,7 +229,7 @@ def tune(
         else:
             for arm, known in found.items():
                 if isinstance(known, dict):
-                    typer.echo(f"{arm}: train.lr = {known['train.lr']:g} of {known['trials']}")
+                    _say(f"{arm}: train.lr = {known['train.lr']:g} of {known['trials']}")
 
 
 @app.command()
@@ -247,6 +257,48 @@ def verdict(
             _print_json([one.as_dict() for one in found])
         else:
             typer.echo("\n\n".join(map(text, found)))
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Complete runs; all run_* here without a name.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    features: Annotated[
+        list[str] | None,
+        typer.Option(help="An arm for the feature browser. May be repeated; its first seed."),
+    ] = None,
+    cells: Annotated[
+        int, typer.Option(min=0, help="Cells of each run there: baseline, then primary arms.")
+    ] = 2,
+    latents: Annotated[int, typer.Option(min=1, help="Latents of each cell there.")] = 200,
+    json_: Json = False,
+    experiment: Experiment = None,
+) -> None:
+    """Write report.html: verdicts, figures, gate, controls, plan and latents on one page.
+
+    saelab report run_1 run_3 --out x.html
+
+    One file that needs no network. Nothing is trained; the held-out activations for the latents
+    are harvested again where the cache has them not.
+    """
+    with _told():
+        from saelab.report.page import Study, ledger, write
+        from saelab.rundir import cache_folder
+        from saelab.study.browse import browse, chosen_cells
+        from saelab.study.review import finished
+
+        _own_parts(experiment)
+        runs = folders or finished(Path())
+        chosen = chosen_cells(runs, features or (), cells)
+        why_not = "none was asked for" if not (cells or features) else "the runs keep no cells"
+        found = list(browse(chosen, latents, 8, cache_folder(Path())))
+        held = write(Study(runs, found, "" if found else why_not, ledger(runs)), out)
+        if json_:
+            _print_json(held)
+        else:
+            typer.echo(f"{out}: {len(runs)} runs, {held['bytes'] / 1e6:.1f} MB")
 
 
 def _simulate(simulations: int, json_: bool) -> None:
@@ -325,7 +377,14 @@ def attempts(json_: Json = False) -> None:
             _print_json(as_dicts(found))
         else:
             for one in found:
-                typer.echo(one.line())
+                _say(one.line())
+
+
+def _say(text: str, err: bool = False) -> None:
+    """Prints what may hold names and texts of others."""
+    from saelab.shown import visible
+
+    typer.echo(visible(text, kept="\n"), err=err)
 
 
 def _print_json(data: Any) -> None:
@@ -348,23 +407,51 @@ def train(
     """Train and evaluate the SAE that a config file describes.
 
     On CUDA it trains beside the harvest (harvest.overlap; not run on a GPU yet).
+
+    On several processes, each with some of the rows or of the latents:
+
+    torchrun --nproc-per-node 4 -m saelab train CONFIG --out_dir DIR --set parallel.latents=4
     """
     with _told():
         from saelab.api import settings
+        from saelab.study import over_ranks
         from saelab.study.engine import Launch, launch
         from saelab.study.plan import BASELINE, Arm, PlanConfig, Run
 
+        base = settings(config, _changes(set_))
+        if over_ranks.wanted(base):
+            _train_over_ranks(base, out_dir, config.stem, seeds)
+            return
         launch(
             Launch(
                 name=out_dir.name,
                 run=Run(config.stem, [Arm(BASELINE, comment=f"as {config.name} says")]),
                 plan=PlanConfig.parse({"study": config.stem, "seeds": seeds, "target_l0": None}),
-                base=settings(config, _changes(set_)),
+                base=base,
                 out_dir=out_dir,
                 root=Path(),
                 limit=float("inf"),
             )
         )
+
+
+def _train_over_ranks(base: Any, out_dir: Path, study: str, seeds: int) -> None:
+    from saelab.errors import SettingError
+    from saelab.study.measure import table
+    from saelab.study.over_ranks import train_over_ranks
+
+    if seeds != 1:
+        raise SettingError("--seeds", seeds, "several processes train one SAE: leave it out")
+    rows = train_over_ranks(base, out_dir, Path(), study)
+    if _talks():
+        typer.echo("\n".join(table([row.as_dict() for row in rows])))
+
+
+def _talks() -> bool:
+    """Whether this process prints: of several that torchrun has started, one on each machine."""
+    import os
+
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @app.command()
@@ -380,10 +467,29 @@ def difference(
 
         found = of_arms(folder, arm, other, metric)
         if found.low is None or found.high is None or found.mean_diff is None:
-            print(f"{arm} - {other}, {metric}: {found.reason}")
+            _say(f"{arm} - {other}, {metric}: {found.reason}")
             return
         span = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.n} pairs"
-        print(f"{arm} - {other}, {metric}: {found.mean_diff:+.4f}  ({span})")
+        _say(f"{arm} - {other}, {metric}: {found.mean_diff:+.4f}  ({span})")
+
+
+@app.command()
+def probing(
+    folder: Annotated[Path, typer.Argument(help="A complete run, 'run_1'.")],
+    table: Annotated[
+        Path | None, typer.Option(help="JSON file for what is printed, with every seed's value.")
+    ] = None,
+) -> None:
+    """Print a run's sparse probing by entry: arms, controls, the model's own channels."""
+    with _told():
+        from saelab.files import write_json
+        from saelab.study.entries import by_entry, shown
+
+        found = by_entry(folder)
+        if table is not None:
+            write_json(table, found)
+        for line in shown(found):
+            typer.echo(line)
 
 
 @app.command("eval")
@@ -405,7 +511,8 @@ def evaluate(
     evals: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: core, probing, model_channels, sensitivity, consistency, truth."
+            help="Comma-separated: core, probing, model_channels, truth, absorption, positions, "
+            "sensitivity, consistency."
         ),
     ] = "core,probing",
     definition: Annotated[
@@ -480,7 +587,7 @@ def evaluate(
         if out is not None:
             (write_json if out.suffix == ".json" else write_rows)(out, rows)
         for line in [plain.dumps(rows, indent=1)] if json else table(rows):
-            typer.echo(line)
+            _say(line)
 
 
 @app.command("export")
@@ -511,7 +618,7 @@ def export_(
 
         _own_parts(experiment)
         for folder in export(path, out, format, source, arm or (), seed or (), without_trace):
-            typer.echo(str(folder))
+            _say(str(folder))
 
 
 @app.command()
@@ -540,7 +647,7 @@ def saebench(
         elif out is not None:
             raise SettingError("--out", str(out), f"{path} is a result file already: leave it out")
         for line in shown(path, result_at(beside, arm, seed) if beside else None):
-            typer.echo(line)
+            _say(line)
 
 
 @app.command()

@@ -107,7 +107,8 @@ def evaluate(
 
     Args:
         subject: an SAE, or any object with d_in, d_sae, encode and decode in raw activation space.
-        evals: of 'core', 'probing', 'model_channels' (probing of the model itself) and 'truth'.
+        evals: names of `saelab.evals.EVALUATIONS`: 'core', 'probing', 'model_channels' (probing of
+            the model itself), 'truth', 'absorption', 'positions', 'sensitivity', 'consistency'.
         seed: of the probing examples.
         definition: of sparse probing, 2 or 1 (SAEBench's); None for that of `base`.
 

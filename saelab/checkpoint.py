@@ -1,7 +1,8 @@
 """A trained SAE on disk: `sae.safetensors` (all tensors, running state included) and `sae.json`.
 
 The JSON holds format, d_in, configuration, provenance, the checksum of the tensors and a digest of
-itself; it is written last, so a folder with it is complete.
+itself; it is written last, so a folder with it is complete. How many ranks wrote it does not show,
+and any number of them reads it.
 """
 
 from __future__ import annotations
@@ -10,57 +11,86 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import Field
+from torch import Tensor
 
 from saelab.errors import DamageError, SourceError
-from saelab.files import read_json, read_sealed, sha256, write_atomically, write_sealed
+from saelab.files import read_json, read_sealed, sha256, write_sealed
+from saelab.ranks import ALONE, Ranks
 from saelab.sae import SAE, SAEConfig
+from saelab.schema import Loose, check
+from saelab.weights import shapes
 
 FORMAT = 1
+REMEDY = "train the cell again, or take the folder from where it was copied"
+
+
+class _Record(Loose):
+    d_in: int = Field(ge=1)
+    sae: dict[str, Any]
+    provenance: dict[str, Any]
+    sha256: str
 
 
 def save(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
     """Writes the SAE; `provenance` is plain JSON data (model, hook_name, context, seed ...)."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()
-    }
+    tensors: dict[str, Tensor] = dict(sae.state_dict())
     if sae.config.tied:  # one matrix, stored once
         del tensors["W_enc"]
     file = folder / "sae.safetensors"
-    write_atomically(file, lambda temporary: save_file(tensors, temporary))
+    checksum = sae.shards().write(file, tensors)
     record = {
         "format": FORMAT,
         "d_in": sae.d_in,
         "sae": sae.config.model_dump(mode="json"),
         "provenance": provenance,
-        "sha256": sha256(file),
+        "sha256": checksum,
     }
-    write_sealed(folder / "sae.json", record)
+    sae.ranks.on_first(lambda: write_sealed(folder / "sae.json", record))
 
 
-def load(folder: Path, device: str = "cpu") -> tuple[SAE, dict[str, Any]]:
-    """The SAE in evaluation mode, and its provenance.
+def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, dict[str, Any]]:
+    """The SAE in evaluation mode, each rank with its own latents, and its provenance.
 
     Raises: SourceError when the folder holds no SAE, DamageError when the bytes do not match.
     """
     folder = Path(folder)
     if not (folder / "sae.json").is_file():
         raise SourceError(f"{folder} holds no sae.json: name the folder of a saved SAE")
-    found = read_json(folder / "sae.json").get("format")
-    if found != FORMAT:
-        raise SourceError(f"{folder} has format {found!r}, this version reads {FORMAT}")
-    record = read_sealed(folder / "sae.json")
+    record = read_json(folder / "sae.json")
+    found = record.get("format") if isinstance(record, dict) else None
+    if isinstance(record, dict) and found != FORMAT:
+        told = f"{folder} has format {found!r}, this version reads {FORMAT}"
+        raise SourceError(f"{told}: {REMEDY}")
+    record = check(read_sealed(folder / "sae.json", REMEDY), _Record, folder / "sae.json", REMEDY)
     file = folder / "sae.safetensors"
     if not file.is_file() or sha256(file) != record["sha256"]:
-        raise DamageError(f"{file} does not match its checksum: train the cell again")
-    sae = SAEConfig.parse(record["sae"]).build(int(record["d_in"]))
-    try:
-        tensors = load_file(file)
-        if sae.config.tied and "W_dec" in tensors:
-            tensors["W_enc"] = tensors["W_dec"]
-        sae.load_state_dict(tensors)
-    except (SafetensorError, RuntimeError) as error:
-        raise DamageError(f"{file} does not fit its configuration ({error})") from None
+        raise DamageError(f"{file} does not match its checksum: {REMEDY}")
+    config = SAEConfig.parse(record["sae"], where=str(folder / "sae.json"))
+    _check_shapes(config, record["d_in"], file)
+    sae = config.build(record["d_in"], ranks=ranks)
+    tensors = sae.shards().read(file)
+    if config.tied:
+        tensors["W_enc"] = tensors["W_dec"]
+    sae.load_state_dict(tensors)
     sae.eval()
     return sae.to(torch.device(device)), record["provenance"]
+
+
+def _check_shapes(config: SAEConfig, d_in: int, file: Path) -> None:
+    """Holds the file's tensors to the configuration before any of it takes memory.
+
+    Raises: DamageError when they do not fit.
+    """
+    try:
+        wanted = config.shapes(d_in)
+    except (RuntimeError, ArithmeticError, ValueError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DamageError(f"{file} fits no SAE of such sizes ({reason}): {REMEDY}") from None
+    found = shapes(file, DamageError, REMEDY)
+    if config.tied:
+        del wanted["W_enc"]
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            told = f"{name} is {found.get(name)}, not {wanted.get(name)}"
+            raise DamageError(f"{file} does not fit its configuration ({told}): {REMEDY}")

@@ -16,11 +16,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from saelab.shown import visible
+
 
 class SaelabError(Exception):
     """Base of the tree; `exit_code` is what the command line ends with."""
 
     exit_code = 1
+
+    def __str__(self) -> str:  # one line, whatever names and reasons it was made of
+        return visible(super().__str__())
 
     def __reduce__(self) -> tuple[object, ...]:  # whole on its way from a worker process
         return Exception.__new__, (type(self), *self.args), self.__dict__

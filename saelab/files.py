@@ -9,8 +9,10 @@ Raises `SaelabError` subclasses with one sentence when the disk is full or the f
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import json
+import math
 import os
 import signal
 import tempfile
@@ -22,8 +24,10 @@ from typing import Any
 from saelab.errors import DamageError, SourceError
 from saelab.remote import Place, Remote
 
-#: For tests: '<file>:<n>' appends the path of every write to the file and kills the process group
-#: between the bytes and the rename of the n-th; n = 0 never does.
+#: Bytes of a JSON file at most; parsed it takes up to twenty times as much. Ours have a few MB.
+MOST_JSON = 32 * 2**20
+#: For tests: '<file>:<pattern>:<n>' appends the path of every write that matches to the file, and
+#: kills the process group between the bytes and the rename of the n-th; n = 0 never does.
 FAILPOINT = "SAELAB_FAILPOINT"
 
 
@@ -48,19 +52,40 @@ def write_atomically(path: Place, write: Callable[[Path], object]) -> None:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             if FAILPOINT in os.environ:
-                _failpoint(path, *os.environ[FAILPOINT].rsplit(":", 1))
+                _failpoint(path, *os.environ[FAILPOINT].rsplit(":", 2))
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _failpoint(path: Path, trace: str, n: str) -> None:
+def _failpoint(path: Path, trace: str, pattern: str, n: str) -> None:
+    name = str(path.absolute())
+    if not fnmatch.fnmatch(name, pattern):
+        return
     with Path(trace).open("ab") as file:  # appended in one write: processes take turns
-        file.write(f"{path}\n".encode())
+        file.write(f"{name}\n".encode())
         file.flush()
         before = Path(trace).read_bytes()[: file.tell()]
     if before.count(b"\n") == int(n):
         os.kill(0, signal.SIGKILL)  # 0: the process group
+
+
+def sweep(folder: Path) -> None:
+    """Removes the temporary files that killed processes left in a folder."""
+    for rest in folder.glob(".*.tmp"):
+        process = rest.name.split(".")[-2]
+        if not (process.isdigit() and _alive(int(process))):
+            rest.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 @contextmanager
@@ -70,7 +95,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         code, why = (error.errno, error.strerror) if isinstance(error, OSError) else (None, "")
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        full = ("No space left", "File too large")  # the second: the limit of ulimit -f
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(s in str(error) for s in full):
             raise WriteError(
                 f"{path} can't be written, the disk is full: free some space"
             ) from error
@@ -83,9 +109,14 @@ def write_text(path: Place, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def json_text(data: Any) -> str:
+    """What `write_json` writes; a NaN or infinity is an error, since a missing number is null."""
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
 def write_json(path: Place, data: Any) -> None:
-    """Writes JSON; a NaN or infinity is an error here, since a missing number must be null."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    """Writes JSON as `json_text` gives it."""
+    write_text(path, json_text(data))
 
 
 def digest(data: Any) -> str:
@@ -94,19 +125,26 @@ def digest(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_sealed(path: Path, data: dict[str, Any]) -> None:
+def write_sealed(path: Place, data: dict[str, Any]) -> None:
     """Writes JSON with a digest of itself."""
     write_json(path, data | {"digest": digest(data)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Place, remedy: str = "make it again") -> dict[str, Any]:
     """What `write_sealed` was given.
+
+    The digest finds damage and edits by hand. It is no signature: whoever wants to deceive can make
+    one.
 
     Raises: DamageError when the file was changed afterwards, SourceError when it is missing.
     """
-    data = read_json(path)
+    return unsealed(read_json(path), path, remedy)
+
+
+def unsealed(data: Any, path: Place, remedy: str = "make it again") -> dict[str, Any]:
+    """`read_sealed` of a file that was parsed already."""
     if not isinstance(data, dict) or data.pop("digest", None) != digest(data):
-        raise DamageError(f"{path} was changed after it was written: make it again")
+        raise DamageError(f"{path} was changed after it was written: {remedy}")
     return data
 
 
@@ -121,13 +159,47 @@ def append_line(path: Path, text: str) -> None:
 
 
 def read_json(path: Place) -> Any:
-    """Raises: DamageError when the file is no JSON, SourceError when it is missing."""
+    """Raises: DamageError when the file is no JSON, SourceError when it can't be opened."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path)
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise SourceError(f"{path} can't be read ({error.strerror}): name another") from None
+    except ValueError as error:
         raise DamageError(f"{path} is damaged ({error}): delete it and run again") from None
+
+
+def parse_json(path: Place) -> Any:
+    """The content of a JSON file, by the standard: no NaN, no number beyond a float's range.
+
+    Raises: OSError when it can't be opened; ValueError for anything else that is wrong with it.
+    """
+    content = _beginning(path, MOST_JSON + 1)
+    if len(content) > MOST_JSON:
+        raise ValueError(f"it is over {MOST_JSON // 2**20} MB")
+    try:
+        return json.loads(content.decode(), parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _beginning(path: Place, size: int) -> bytes:
+    """The first bytes of a file; all of them of a URL, where one request is one object."""
+    if isinstance(path, Remote):
+        return path.read_bytes()
+    with path.open("rb") as file:
+        return file.read(size)
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is beyond the range of numbers")
+    return value
 
 
 def sha256(path: Place) -> str:

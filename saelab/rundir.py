@@ -4,6 +4,7 @@
 .saelab/probing/<key>/         activations of the probing texts
 .saelab/cells/<key>/           finished cells, by content hash
 .saelab/pairs/                 comparisons of finished cells
+.saelab/resume/<key>/          checkpoints of cells in training, gone when the cell is finished
 .saelab/logs/                  what workers wrote to stderr
 run_i/                         final_info.json, manifest.json, metrics.parquet, curves.parquet,
                                summary.md, cells/<arm>/seed<s>-l0_<level>/
@@ -27,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from saelab.errors import DamageError
-from saelab.files import read_json, sha256, write_atomically, write_json
+from saelab.files import read_sealed, sha256, write_atomically, write_sealed
 from saelab.remote import Place, Remote, place_of
 
 #: Parts of the package whose change never alters a number.
@@ -70,10 +71,10 @@ def share(cache: Path, folder: Path) -> None:
     there = shared_twin(cache, folder)
     if there is None or (there / CONTENT).is_file():
         return
-    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    files = [file for file in sorted(folder.glob("[!.]*")) if file.is_file()]
     for file in files:
         (there / file.name).put(file)
-    write_json(there / CONTENT, {file.name: sha256(file) for file in files})
+    write_sealed(there / CONTENT, {"sha256": {file.name: sha256(file) for file in files}})
 
 
 def fetch(cache: Path, folder: Path, last: str) -> bool:
@@ -90,7 +91,7 @@ def fetch(cache: Path, folder: Path, last: str) -> bool:
     if there is None or not (there / CONTENT).is_file():
         return False
     try:
-        content = read_json(there / CONTENT)
+        content = _content(there / CONTENT)
         for name in sorted(content, key=lambda name: name == last):
             write_atomically(folder / name, _copy(there / name, content[name]))
     except (DamageError, FileNotFoundError) as error:
@@ -98,6 +99,13 @@ def fetch(cache: Path, folder: Path, last: str) -> bool:
         (there / CONTENT).unlink(missing_ok=True)
         return False
     return True
+
+
+def _content(file: Remote) -> dict[str, str]:
+    """Name -> checksum of what `share` put beside the file."""
+    from saelab.schema import Name, check  # which load pydantic
+
+    return check(read_sealed(file).get("sha256"), dict[Name, str], file)
 
 
 def _copy(source: Remote, checksum: str) -> Callable[[Path], object]:

@@ -6,6 +6,10 @@
 
 Both weight matrices are kept latent-major, [d_sae, d_in]: row i belongs to latent i, so that sparse
 gradients gather and scatter whole rows. `encode` and `decode` work in raw activation space.
+
+On several ranks (`saelab.ranks`) each holds the rows of its own latents, and all call every method
+together. The code of a training pass is of the rank's latents; `encode`, `codes` and `decode` give
+and take the code of all latents on every rank.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from saelab.kernels import (
     decode_with_norms,
     encode_all,
     encode_at,
+    gathered,
+    of_latents,
     preactivations,
     selection_dtype,
     support_above,
@@ -57,11 +63,15 @@ from saelab.parts.l0_target import L0TargetConfig
 from saelab.parts.l1 import L1Config
 from saelab.parts.reconstruction import ReconstructionConfig
 from saelab.parts.relu import ReLUConfig
+from saelab.ranks import ALONE, Ranks
 from saelab.seeding import torch_stream
+from saelab.shards import Shards
 
 #: How far a bfloat16 selection may be off, relative to |u| |w| + |b|: 2^-9 for the rounding of each
 #: factor and of the result, and a little for the products of these.
 ROUNDING = 3.05 * 2**-9
+#: Decoder rows drawn at once: a multiple of 16, so that all draws together are one stream's.
+DRAWN = 64
 #: Rows of the sample that the initial bias is found on.
 BIAS_ROWS = 2048
 #: Rows encoded at once where no gradient is needed: their code stays in a core's cache.
@@ -98,21 +108,31 @@ class SAEConfig(Frozen):
     initial_l0: PositiveFloat | None = None
     precision: Precision = "auto"
 
-    def build(self, d_in: int, steps: int = 1, seed: int = 0) -> SAE:
-        """An uninitialised SAE; call `initialise` before training."""
-        return SAE(self, Dims(d_in, self.d_sae, steps, seed))
+    def build(self, d_in: int, steps: int = 1, seed: int = 0, ranks: Ranks = ALONE) -> SAE:
+        """An uninitialised SAE; call `initialise` before training.
+
+        Raises: SettingError on several ranks for a part that is not `shardable`.
+        """
+        return SAE(self, Dims(d_in, self.d_sae, steps, seed, ranks))
+
+    def shapes(self, d_in: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor of such an SAE; none of them is made."""
+        with torch.device("meta"):
+            sae = SAE(self, Dims(d_in, self.d_sae), checked=False)
+        return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
 
 
 @final
 class SAE(nn.Module):
     scale: Tensor
 
-    def __init__(self, config: SAEConfig, dims: Dims) -> None:
+    def __init__(self, config: SAEConfig, dims: Dims, checked: bool = True) -> None:
         super().__init__()
         self.config, self.d_in, self.d_sae = config, dims.d_in, dims.d_sae
-        self.W_enc = nn.Parameter(torch.zeros(dims.d_sae, dims.d_in))
-        self.b_enc = nn.Parameter(torch.zeros(dims.d_sae), requires_grad=config.encoder_bias)
-        self.W_dec = nn.Parameter(torch.zeros(dims.d_sae, dims.d_in))
+        self.ranks = dims.ranks
+        self.W_enc = nn.Parameter(torch.zeros(dims.own, dims.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(dims.own), requires_grad=config.encoder_bias)
+        self.W_dec = nn.Parameter(torch.zeros(dims.own, dims.d_in))
         if config.tied:
             self.W_enc = self.W_dec
         self.b_dec = nn.Parameter(torch.zeros(dims.d_in))
@@ -126,6 +146,10 @@ class SAE(nn.Module):
         self._norms_wanted = any(t.uses_decoder_norms for t in self.loss_terms().values())
         self._z_wanted = any(part.uses_preactivations for part in self.parts())
         for part in self.parts():
+            part.ranks = dims.ranks
+            if not checked:
+                continue
+            _check_shardable(part, dims.ranks)
             part.check(self)
 
     # ---- composition -------------------------------------------------------------------------
@@ -150,6 +174,19 @@ class SAE(nn.Module):
     def observer_parts(self) -> list[Observer]:
         return [cast(Observer, part) for part in self.observers.values()]
 
+    @property
+    def own(self) -> int:
+        """How many of the latents this rank has."""
+        return len(self.b_enc)
+
+    def shards(self) -> Shards:
+        """How the tensors of the state dict lie on the ranks."""
+        names = {"W_enc", "b_enc", "W_dec"}
+        for place, module in self.named_modules():
+            if isinstance(module, Part):
+                names |= {f"{place}.{name}" for name in module.per_latent}
+        return Shards(frozenset(names), self.d_sae, self.ranks)
+
     # ---- initialisation ----------------------------------------------------------------------
 
     @torch.no_grad()
@@ -166,8 +203,11 @@ class SAE(nn.Module):
         if not power > 0:
             raise SettingError("activations", power, "are constant: check model, hook and text")
         self.scale.fill_(math.sqrt(power / self.d_in))
-        draw = torch.randn(self.d_sae, self.d_in, generator=torch_stream(seed, "init"))
-        self.W_dec.copy_(normalize(draw, dim=1).to(device))
+        own = self.ranks.own(self.d_sae)
+        for first, drawn in _normal_rows(self.d_sae, self.d_in, torch_stream(seed, "init")):
+            here = drawn[max(0, own.start - first) : max(0, own.stop - first)]
+            place = max(0, first - own.start)
+            self.W_dec[place : place + len(here)] = normalize(here, dim=1).to(device)
         self.W_enc.copy_(self.W_dec)
         self.b_enc.zero_()
         self.b_dec.copy_(mean / self.scale)
@@ -196,8 +236,8 @@ class SAE(nn.Module):
         if floor is None or self.activation.couples_batch:
             return 0.0
         above = (z - floor.to(z.device)).flatten()
-        rank = min(max(1, round(l0 * len(z))), above.numel())
-        return -float(above.kthvalue(above.numel() - rank + 1).values)
+        active = min(max(1, round(l0 * len(z))), len(z) * self.d_sae)
+        return -float(self.ranks.kth_largest(above, active))
 
     def check_alive(self) -> None:
         """Raises: SettingError when a weight matrix is all zero: no gradient could ever flow."""
@@ -208,7 +248,12 @@ class SAE(nn.Module):
     # ---- training pass -----------------------------------------------------------------------
 
     def forward(
-        self, x: Tensor, step: int = 0, steps: int = 1, starts: Tensor | None = None
+        self,
+        x: Tensor,
+        step: int = 0,
+        steps: int = 1,
+        starts: Tensor | None = None,
+        batch_rows: int | None = None,
     ) -> Pass:
         """One pass in raw activation space.
 
@@ -217,6 +262,7 @@ class SAE(nn.Module):
             step, steps: where the run is, for schedules.
             starts: int64 [m + 1], where segments of rows that follow each other begin, and N; None
                 for shuffled rows.
+            batch_rows: rows of the whole batch, where x is this rank's part of it.
         """
         x = x / self.scale
         u = self._encoder_input(x)
@@ -226,8 +272,11 @@ class SAE(nn.Module):
         else:
             decode = decode_with_norms if self._norms_wanted else _decode_alone
             product, norms = decode(code.values, self.W_dec, code.support)
-        recon = product + self.b_dec
-        return Pass(x, x, u, code, recon, self, step, steps, self.settings(step), starts, norms, z)
+        recon = self.ranks.over_latents(product) + self.b_dec
+        now = self.settings(step)
+        return Pass(
+            x, x, u, code, recon, self, step, steps, now, starts, norms, z, batch_rows=batch_rows
+        )
 
     def _code(self, u: Tensor, starts: Tensor | None) -> tuple[Code, Tensor | None]:
         """The code with its gradients, and all pre-activations where a part reads them."""
@@ -246,7 +295,11 @@ class SAE(nn.Module):
     def _support(self, z: Tensor, starts: Tensor | None) -> Support | None:
         """Where the code may be non-zero; None asks for the dense path."""
         context = (starts,) if self.activation.needs_contexts else ()
-        return self.activation.support(z, *context)
+        support = self.activation.support(z, *context)
+        if self.ranks.alone or not self.activation.couples_batch:
+            return support
+        (dense,) = self.ranks.total(support is None)  # ranks that talk must take one path
+        return None if dense else support
 
     def _dense(self, z: Tensor, starts: Tensor | None) -> Tensor:
         context = (starts,) if self.activation.needs_contexts else ()
@@ -259,7 +312,7 @@ class SAE(nn.Module):
         """Without a scaling it is without gradient: `encode_at` gives b_dec's at less cost."""
         if self.scaling is None:
             return (x - self._centre()).detach()
-        return self.scaling.apply(x - self._centre())
+        return self.ranks.spread(self.scaling.apply(x - self._centre()))
 
     def encode_at(self, u: Tensor, support: Support, z: Tensor | None = None) -> Tensor:
         """Pre-activations [nnz] at the support with all their gradients.
@@ -273,7 +326,9 @@ class SAE(nn.Module):
 
     def _centre_of_gradient(self) -> Tensor | None:
         """b_dec where the encoder input is without gradient, see `encode_at`."""
-        return self.b_dec if self.config.centre and self.scaling is None else None
+        if not self.config.centre or self.scaling is not None:
+            return None
+        return self.ranks.spread(self.b_dec)
 
     # ---- inference, raw activation space -----------------------------------------------------
 
@@ -292,6 +347,8 @@ class SAE(nn.Module):
         Raises: SettingError when it needs them and has none.
         """
         self._check_eval()
+        if self.ranks.latents > 1:
+            return torch.cat([code.dense() for _, code in self.codes(x, starts)])
         return self._dense(linear(self.encoder_input(x), self.W_enc, self.b_enc), starts)
 
     @torch.no_grad()
@@ -329,7 +386,9 @@ class SAE(nn.Module):
                 longest = torch.linalg.vector_norm(u, dim=1).max()
                 off = ROUNDING * (norms * longest + self.b_enc.abs() + floor.abs())
                 support = support_above(z, floor - off)
-            yield rows, self._code_at(u, support, own)
+            code = self._code_at(u, support, own)
+            shared = self.ranks.latents > 1
+            yield rows, gathered(code, self.d_sae, self.ranks) if shared else code
 
     def _blocks(self, n: int, starts: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
         """Rows that are encoded at once, and where segments begin in them."""
@@ -355,7 +414,11 @@ class SAE(nn.Module):
         """`decode` of what `codes` gave."""
         if code.support is None:
             return self.decode(code.values)
-        return (decode_at(code.values, self.W_dec, code.support) + self.b_dec) * self.scale
+        if self.ranks.latents > 1:
+            code = of_latents(code, self.ranks.own(self.d_sae))
+            assert code.support is not None
+        product = self.ranks.over_latents(decode_at(code.values, self.W_dec, code.support))
+        return (product + self.b_dec) * self.scale
 
     @torch.no_grad()
     def pooled(self, rows: Tensor, cuts: Tensor, starts: Tensor | None = None) -> Tensor:
@@ -382,7 +445,8 @@ class SAE(nn.Module):
     @torch.no_grad()
     def decode(self, f: Tensor) -> Tensor:
         """Code [n, d_sae] -> reconstruction in raw activation space [n, d_in]."""
-        return (f @ self.W_dec + self.b_dec) * self.scale
+        product = self.ranks.over_latents(f[:, self.ranks.own(self.d_sae)] @ self.W_dec)
+        return (product + self.b_dec) * self.scale
 
     def _check_eval(self) -> None:
         if self.training:
@@ -439,6 +503,24 @@ class SAE(nn.Module):
     def scalars(self) -> dict[str, float]:
         """All named values of the parts, for the log."""
         return {name: value for part in self.parts() for name, value in part.scalars().items()}
+
+
+def _check_shardable(part: Part, ranks: Ranks) -> None:
+    if not ranks.alone and not part.shardable:
+        remedy = "works on one rank only: leave it out, or start one process"
+        raise SettingError("part", type(part).__name__, remedy)
+
+
+def _normal_rows(rows: int, width: int, stream: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+    """Standard normal rows [m, width] with the number of the first, in order, a bounded number at
+    once: bit by bit those of one draw of [rows, width], which torch makes in blocks of 16 numbers
+    and whose last 16 it makes anew where they fill no block."""
+    first = 0
+    while first < rows:
+        left = rows - first
+        count = DRAWN if left >= 2 * DRAWN else left
+        yield first, torch.randn(count, width, generator=stream)
+        first += count
 
 
 def _through(w: Tensor, gain: Tensor) -> Tensor:

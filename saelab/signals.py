@@ -5,7 +5,8 @@
             step()
 
 Files are written whole or not at all, so most places are safe. A second SIGINT never waits; a
-second SIGTERM changes nothing. A signal that was ignored when the command started stays ignored.
+second SIGTERM soon after the first, as a process group gets it, changes nothing. A signal that was
+ignored when the command started stays ignored.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+#: Seconds after which a further SIGTERM is no longer the first one once more. Our choice.
+SOON = 5.0
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -42,22 +46,26 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Asked:
-    """What signals have asked for: the first one's number, whether it was raised, `whole` depth."""
+    """What signals have asked for: the first one's number and time, whether it was raised, and how
+    deep in `whole` blocks the process is."""
 
     number: int | None = None
+    at = 0.0
     raised = False
     depth = 0
 
 
 def handle(number: int, frame: Any) -> None:
     """The handler."""
-    again, _Asked.number = _Asked.number is not None, _Asked.number or number
-    if again and number == signal.SIGINT:
+    if _Asked.number is None:
+        _Asked.number, _Asked.at = number, time.monotonic()
+        wanted, at_once = not _Asked.depth, False
+    else:
+        late = time.monotonic() - _Asked.at > SOON and not _Asked.depth
+        wanted, at_once = number == signal.SIGINT or late, True
+    if wanted:
         _Asked.raised = True
-        raise Interrupted(_Asked.number, at_once=True)
-    if not again and not _Asked.depth:
-        _Asked.raised = True
-        raise Interrupted(number)
+        raise Interrupted(_Asked.number, at_once)
 
 
 @contextmanager
@@ -91,11 +99,11 @@ def _listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in WORDS}
+    found = {number: signal.getsignal(number) for number in WORDS}
+    before = {n: handler for n, handler in found.items() if handler not in (signal.SIG_IGN, None)}
     try:
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, handle)
+        for number in before:
+            signal.signal(number, handle)
         yield
     finally:
         for number, handler in before.items():

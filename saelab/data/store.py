@@ -2,6 +2,7 @@
 
     <folder>/shard-00000.safetensors   x [contexts, positions, d], mask, ids
     <folder>/header.json               identity, counts and the sha256 of each shard; written last
+                                       and sealed (`files.write_sealed`)
 
 A folder without header.json is not complete; `partial.json` then says which shards are there, a
 writer of the same identity goes on after them, and a reader may follow the writer. The digest of a
@@ -18,6 +19,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,15 +28,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save, save_file
+from pydantic import Field
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from saelab.config import digest
 from saelab.data.ahead import ReadAhead
 from saelab.errors import DamageError, MismatchError, SourceError
-from saelab.files import read_json, sha256, write_atomically, write_json
+from saelab.files import read_json, sha256, unsealed, write_atomically, write_sealed
 from saelab.remote import Place, Remote
+from saelab.schema import Loose, Name, check
+from saelab.weights import parse_weights, read_weights
 
 #: Version of the folder's layout.
 FORMAT = 1
@@ -192,12 +196,7 @@ class FolderSource:
                 "an unfinished harvest: run it again" if unfinished else "no harvested activations"
             )
             raise SourceError(f"{path} holds {why}" + ("" if unfinished else ": harvest first"))
-        stored = read_json(path / "header.json")
-        if stored.get("format") != FORMAT:
-            raise SourceError(
-                f"{path} has format {stored.get('format')!r}, this version reads {FORMAT}: "
-                "harvest it again"
-            )
+        stored = _read_state(path, "header.json")
         source = cls(path, stored["header"], stored["shards"], ahead)
         check_identity(source.header, expected or {}, str(path))
         sizes = _sizes(path)
@@ -207,7 +206,7 @@ class FolderSource:
 
     @property
     def d(self) -> int:
-        return int(self.header["d"])
+        return _width(self.header, self.path)
 
     @property
     def n_shards(self) -> int:
@@ -224,11 +223,14 @@ class FolderSource:
     def shard(self, i: int) -> Shard:
         """Raises: DamageError when the file can't be read, or what a URL gives is not what was
         written."""
-        if isinstance(self.path, Path):
-            return _mapped(self.path / self._records[i]["file"])
+        file = self.path / self._records[i]["file"]
+        if isinstance(file, Path):
+            parts = read_weights(file, DamageError, "harvest it again")
+            return _checked_shard(parts, self._records[i], self.d, file)
         if self._last is None or self._last[0] != i:
             self._last = None  # so that two are not held at once
-            self._last = i, _shard_of(load(self._ahead.get(i)))
+            parts = parse_weights(self._ahead.get(i), file, DamageError, "harvest it again")
+            self._last = i, _checked_shard(parts, self._records[i], self.d, file)
         return self._last[1]
 
     def _whole(self, i: int) -> bytes:
@@ -248,6 +250,45 @@ class FolderSource:
         for record in self._records:
             _check_size(self.path, record, sizes)
             _check_bytes(self.path, record)
+
+
+class _Header(Loose):
+    d: int = Field(default=1, ge=1)
+    n_tokens: int = Field(default=0, ge=0)
+
+
+class _Record(Loose):
+    file: Name
+    sha256: str
+    bytes: int
+    contexts: int
+    n_tokens: int
+
+
+class _State(Loose):
+    header: _Header
+    shards: list[_Record]
+
+
+def _read_state(path: Place, name: str) -> dict[str, Any]:
+    """header.json or partial.json of a folder.
+
+    Raises: DamageError when it is not what was written, SourceError when it is of another version.
+    """
+    file, remedy = path / name, f"delete {path} and harvest again"
+    stored = read_json(file)
+    if isinstance(stored, dict) and stored.get("format") != FORMAT:
+        raise SourceError(
+            f"{path} has format {stored.get('format')!r}, this version reads {FORMAT}: "
+            "harvest it again"
+        )
+    return check(unsealed(stored, file, remedy), _State, file, remedy)
+
+
+def _width(header: Mapping[str, Any], path: Place) -> int:
+    if "d" not in header:
+        raise DamageError(f"{path} does not say its width d: delete it and harvest again")
+    return int(header["d"])
 
 
 def read_checked(path: Place, record: Mapping[str, Any]) -> bytes:
@@ -278,23 +319,12 @@ def write_tensors(file: Place, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return record
 
 
-def _mapped(file: Path) -> Shard:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return _shard_of({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError) as error:
-        raise DamageError(f"{file} can't be read ({error}): harvest it again") from error
-
-
-def _shard_of(parts: Mapping[str, Tensor]) -> Shard:
-    return Shard(parts["x"], parts["mask"], parts.get("ids"))
-
-
 def _sizes(path: Place) -> dict[str, int]:
-    """Name -> bytes of the files of a folder."""
+    """Name -> bytes of the files of a folder that hold tensors."""
     if isinstance(path, Remote):
-        return path.sizes()
-    return {file.name: file.stat().st_size for file in path.glob("*") if file.is_file()}
+        sizes = path.sizes()
+        return {name: sizes[name] for name in sizes if name.endswith(".safetensors")}
+    return {file.name: file.stat().st_size for file in path.glob("*.safetensors") if file.is_file()}
 
 
 def _check_size(path: Place, record: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
@@ -302,6 +332,20 @@ def _check_size(path: Place, record: Mapping[str, Any], sizes: Mapping[str, int]
     if size != record["bytes"]:
         state = "is missing" if size is None else f"has {size} bytes, not {record['bytes']}"
         raise DamageError(f"{path / record['file']} {state}: delete {path} and harvest again")
+
+
+def _checked_shard(
+    parts: Mapping[str, Tensor], record: Mapping[str, Any], d: int, file: Place
+) -> Shard:
+    """Raises: DamageError when the tensors are not those of a shard with such a record."""
+    x, mask, ids = (parts.get(name) for name in ("x", "mask", "ids"))
+    fits = x is not None and mask is not None and x.dim() == 3 and x.shape[2] == d
+    fits = fits and x.is_floating_point() and mask.dtype == torch.bool  # type: ignore[union-attr]
+    fits = fits and mask.shape == x.shape[:2]  # type: ignore[union-attr]
+    fits = fits and (ids is None or ids.shape == mask.shape)  # type: ignore[union-attr]
+    if not fits or x is None or mask is None or int(mask.sum()) != record["n_tokens"]:
+        raise DamageError(f"{file} is no shard of this harvest: harvest it again")
+    return Shard(x, mask, ids)
 
 
 def _check_bytes(path: Place, record: Mapping[str, Any]) -> None:
@@ -312,8 +356,11 @@ def _check_bytes(path: Place, record: Mapping[str, Any]) -> None:
 
 def reopen(path: Place) -> None:
     """Makes a complete folder an unfinished one: a writer goes on after its last intact shard."""
-    with suppress(DamageError):
-        write_json(path / "partial.json", read_json(path / "header.json"))
+    state: dict[str, Any] | None = None
+    with suppress(DamageError, SourceError):  # or of another version
+        state = _read_state(path, "header.json")
+    if state is not None:
+        write_sealed(path / "partial.json", state)
     (path / "header.json").unlink()
 
 
@@ -345,7 +392,7 @@ class GrowingSource:
 
     @property
     def d(self) -> int:
-        return int(self.header["d"])
+        return _width(self.header, self.path)
 
     @property
     def n_shards(self) -> int:
@@ -389,7 +436,7 @@ class GrowingSource:
     def _state(self) -> dict[str, Any] | None:
         for name in ("header.json", "partial.json"):
             with suppress(SourceError):  # not there yet, or not any more
-                return read_json(self.path / name)
+                return _read_state(self.path, name)
         return None
 
 
@@ -413,11 +460,19 @@ class FolderWriter:
         self._records: list[dict[str, Any]] = []
         for name in ("header.json", "partial.json"):
             if (self.path / name).is_file():
-                stored = read_json(self.path / name)
+                stored = self._stored(name)
                 if stored.get("shards"):  # what was only announced binds nobody
                     check_identity(stored.get("header", {}), self.header, str(self.path))
                     self._records = self._intact(stored["shards"])
                 break
+
+    def _stored(self, name: str) -> dict[str, Any]:
+        """What an earlier writer left; nothing where that is damaged, and its shards made again."""
+        try:
+            return _read_state(self.path, name)
+        except DamageError as error:
+            print(f"{error} (done now)", file=sys.stderr)
+            return {}
 
     @property
     def done(self) -> int:
@@ -441,7 +496,7 @@ class FolderWriter:
 
     def announce(self) -> None:
         """Writes the record of what is there: from now on a `GrowingSource` may follow."""
-        write_json(self.path / "partial.json", self._state())
+        write_sealed(self.path / "partial.json", self._state())
 
     def add(self, shard: Shard) -> None:
         """Writes the next shard, then the record of it."""
@@ -458,7 +513,7 @@ class FolderWriter:
 
     def finish(self) -> FolderSource:
         """Writes header.json and opens the folder."""
-        write_json(self.path / "header.json", self._state())
+        write_sealed(self.path / "header.json", self._state())
         (self.path / "partial.json").unlink(missing_ok=True)
         return FolderSource.open(self.path)
 
@@ -525,8 +580,7 @@ class ForeignSource:
 
         Raises: SourceError naming the file with a wrong shape, type or a value that is not finite.
         """
-        sizes = _sizes(path)
-        files = {name: sizes[name] for name in sorted(sizes) if name.endswith(".safetensors")}
+        files = dict(sorted(_sizes(path).items()))
         if not files:
             raise SourceError(f"{path} holds no .safetensors file: name a folder with activations")
         shapes = []
@@ -569,22 +623,16 @@ class ForeignSource:
 
 def _only_tensor(file: Place, data: bytes | None = None) -> Tensor:
     """The tensor of a file, or of the bytes of one that were read already."""
-    try:
-        if isinstance(file, Remote):
-            found = load(file.read_bytes() if data is None else data)
-            _check_count(file, len(found))
-            return next(iter(found.values()))
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-            _check_count(file, len(names))
-            return tensors.get_tensor(names[0])
-    except SafetensorError as error:
-        raise SourceError(f"{file} is no readable safetensors file ({error})") from None
-
-
-def _check_count(file: Place, tensors: int) -> None:
-    if tensors != 1:
-        raise SourceError(f"{file} holds {tensors} tensors: leave only the activations")
+    remedy = "save the activations again"
+    if isinstance(file, Remote):
+        tensors = parse_weights(
+            file.read_bytes() if data is None else data, file, SourceError, remedy
+        )
+    else:
+        tensors = read_weights(file, SourceError, remedy)
+    if len(tensors) != 1:
+        raise SourceError(f"{file} holds {len(tensors)} tensors: leave only the activations")
+    return next(iter(tensors.values()))
 
 
 def _checked_shape(file: Place, x: Tensor) -> tuple[int, int, int]:

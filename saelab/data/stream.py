@@ -70,6 +70,12 @@ class Batch:
         """Only the rows whose token position lies in [low, high)."""
         return self._kept((self.positions >= low) & (self.positions < high))
 
+    def part(self, some: slice) -> Batch:
+        """Only the given rows; a part of a context is none, so segments go."""
+        if some == slice(0, len(self.x)):
+            return self
+        return Batch(self.x[some], self.positions[some])
+
     def _kept(self, keep: Tensor) -> Batch:
         """The vectors of a bool mask, as rows."""
         segments = None if self.segments is None else self.segments[keep]

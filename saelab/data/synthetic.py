@@ -25,6 +25,8 @@ Every draw comes from a named stream of the data's seed that no SAE uses: an SAE
 starts with no knowledge of D. Dictionary, codes and noise have streams of their own, the codes and
 the noise one for each shard.
 
+Larger ones, with deeper trees, are made by `forest`.
+
 Sources: toy models of superposition, Elhage et al. 2022; the copula, Nelsen 2006, chapter 2.
 """
 
@@ -42,7 +44,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
-from saelab.config import Frozen
+from saelab.config import Frozen, digest
+from saelab.data.forest import ForestConfig, ForestTruth
 from saelab.data.store import FolderWriter, MemorySource, Shard, Source
 from saelab.errors import SettingError
 from saelab.seeding import torch_stream
@@ -183,8 +186,18 @@ class Truth:
         return normalize(torch.randn(shape, generator=self._stream("loadings")), dim=1)
 
     @property
+    def offset(self) -> Tensor:
+        """What is added to every row, float32 [d]: nothing."""
+        return torch.zeros(self.config.d)
+
+    @property
+    def shard_contexts(self) -> int:
+        """Contexts of each shard but the last."""
+        return max(1, SHARD_ROWS // self.config.positions)
+
+    @property
     def n_shards(self) -> int:
-        return math.ceil(self.contexts / self._shard_contexts)
+        return math.ceil(self.contexts / self.shard_contexts)
 
     def codes(self) -> Tensor:
         """All true codes, float32 [contexts, positions, features]; `chunks` needs less memory."""
@@ -193,7 +206,7 @@ class Truth:
     def chunks(self, shard: int) -> Iterator[Tensor]:
         """The true codes of a shard in order, each float32 [some contexts, positions, features]."""
         stream = self._stream("codes", self.part, shard)
-        left = min(self._shard_contexts, self.contexts - shard * self._shard_contexts)
+        left = min(self.shard_contexts, self.contexts - shard * self.shard_contexts)
         most = max(1, ENTRIES // (self.config.positions * self.config.features))
         while left:
             count = min(left, most)
@@ -213,28 +226,7 @@ class Truth:
         x = torch.cat(parts)
         return Shard(x, torch.ones(x.shape[:2], dtype=torch.bool))
 
-    @property
-    def header(self) -> dict[str, Any]:
-        """The identity of the source, from which `truth_of` makes the truth again."""
-        c = self.config
-        fields = {"seed": self.seed, "part": self.part, "contexts": self.contexts}
-        return {
-            "model": None,
-            "model_digest": None,
-            "hook_name": None,
-            "reason": REASON,
-            "synthetic": {"config": c.model_dump(mode="json"), **fields},
-            "context": c.positions,
-            "d": c.d,
-            "dtype": "float32",
-            "n_tokens": self.contexts * c.positions,
-        }
-
     # ---- drawing -----------------------------------------------------------------------------
-
-    @property
-    def _shard_contexts(self) -> int:
-        return max(1, SHARD_ROWS // self.config.positions)
 
     def _stream(self, name: str, *keys: int | str) -> Generator:
         return torch_stream(self.seed, f"synthetic {name}", *keys)
@@ -312,12 +304,88 @@ def _rest(fires: Tensor, wait: Tensor, config: SyntheticConfig) -> Tensor:
     return fires
 
 
+#: Either process, and the truth behind either: config, seed, part, contexts, directions, offset,
+#: magnitudes, codes, chunks, shard and n_shards.
+Process = SyntheticConfig | ForestConfig
+KnownTruth = Truth | ForestTruth
+
+
+def parse_process(data: Any) -> Process:
+    """Settings of either process from plain data; of a forest with kind = 'forest'.
+
+    Raises: SettingError for an unknown kind or setting.
+    """
+    if isinstance(data, (SyntheticConfig, ForestConfig)):
+        return data
+    kind = data.get("kind", "") if isinstance(data, dict) else ""
+    if kind not in ("", "forest"):
+        raise SettingError("data.kind", kind, "known: 'forest', or none at all")
+    return (ForestConfig if kind else SyntheticConfig).parse(data, where="data")
+
+
+def truth_behind(config: Process, seed: int, part: str, contexts: int) -> KnownTruth:
+    """The truth of some contexts; see `Truth`."""
+    made = ForestTruth if isinstance(config, ForestConfig) else Truth
+    return made(config, seed, part, contexts)  # type: ignore[arg-type]
+
+
+def header_of(truth: KnownTruth) -> dict[str, Any]:
+    """The identity of the source, from which `truth_of` makes the truth again."""
+    c = truth.config
+    fields = {"seed": truth.seed, "part": truth.part, "contexts": truth.contexts}
+    return {
+        "model": None,
+        "model_digest": None,
+        "hook_name": None,
+        "reason": REASON,
+        "synthetic": {"config": c.model_dump(mode="json"), **fields},
+        "context": c.positions,
+        "d": c.d,
+        "dtype": "float32",
+        "n_tokens": truth.contexts * c.positions,
+    }
+
+
+class MadeSource:
+    """Activations that are made whenever a shard is asked for; only the last one is kept."""
+
+    def __init__(self, truth: KnownTruth) -> None:
+        self.truth, self.header = truth, header_of(truth)
+        self._last: tuple[int, Shard] | None = None
+
+    @property
+    def d(self) -> int:
+        return self.truth.config.d
+
+    @property
+    def n_shards(self) -> int:
+        return self.truth.n_shards
+
+    @property
+    def shard_counts(self) -> list[int]:
+        each = self.truth.shard_contexts
+        counts = [min(each, self.truth.contexts - i * each) for i in range(self.n_shards)]
+        return [count * self.truth.config.positions for count in counts]
+
+    @property
+    def digest(self) -> str:
+        """Of what the activations are made from; not that of the same ones in memory."""
+        return digest(["made", self.header])
+
+    def shard(self, i: int) -> Shard:
+        if self._last is None or self._last[0] != i:
+            self._last = None  # before the next one is made, so that there are never two
+            self._last = i, self.truth.shard(i)
+        return self._last[1]
+
+
 def generate(
-    config: SyntheticConfig,
+    config: Process,
     seed: int,
     contexts: int,
     part: str = "train",
     folder: Path | None = None,
+    keep: bool = True,
 ) -> Source:
     """Synthetic activations as a source; `truth_of` gives what they were made from.
 
@@ -327,24 +395,27 @@ def generate(
         part: 'train', 'held_out', ...
         folder: written to and read from there, one shard in memory at a time; a complete one of the
             same identity is opened as it is. None keeps all in memory: 4 d bytes per row.
+        keep: False makes each shard again whenever it is asked for, for data that fit nowhere.
 
     Raises: SettingError for less than one context; MismatchError when the folder holds others.
     """
     if contexts < 1:
         raise SettingError("contexts", contexts, "at least one is needed")
-    truth = Truth(config, seed, part, contexts)
+    truth = truth_behind(config, seed, part, contexts)
+    if not keep:
+        return MadeSource(truth)
     if folder is None:
-        return MemorySource([truth.shard(i) for i in range(truth.n_shards)], truth.header)
-    writer = FolderWriter(folder, truth.header)
+        return MemorySource([truth.shard(i) for i in range(truth.n_shards)], header_of(truth))
+    writer = FolderWriter(folder, header_of(truth))
     for i in range(writer.done, truth.n_shards):
         writer.add(truth.shard(i))
     return writer.finish()
 
 
-def truth_of(source: Source) -> Truth | None:
+def truth_of(source: Source) -> KnownTruth | None:
     """The truth behind a source that `generate` made; None for any other."""
     made = source.header.get("synthetic")
     if made is None:
         return None
-    config = SyntheticConfig.parse(made["config"], where="synthetic")
-    return Truth(config, made["seed"], made["part"], made["contexts"])
+    config = parse_process(made["config"])
+    return truth_behind(config, made["seed"], made["part"], made["contexts"])

@@ -26,6 +26,7 @@ from saelab import config
 from saelab.data.stdlib import Module, modules, path_hash
 from saelab.errors import SettingError, SourceError
 from saelab.seeding import numpy_stream
+from saelab.tables import stream_rows
 
 #: An entry ships only with this many texts in every class. Our choice: with 150 texts of a class
 #: the standard error of a test accuracy is below 3%.
@@ -433,6 +434,10 @@ def _texts_by_label(
     groups: dict[str, dict[str, None]] = defaultdict(dict)
     for row in read_side(folder, side, (text_column, label_column)):
         text, label = row[text_column], row[label_column]
+        if text is not None and not isinstance(text, str):
+            kind = type(text).__name__
+            told = f"column {text_column!r} of {folder} holds {kind}"
+            raise SourceError(f"{told}, no text: name another")
         if text is not None and label is not None and text.strip():
             groups[str(label)][text] = None
     return dict(groups)
@@ -454,22 +459,32 @@ def read_side(folder: Path, side: str, columns: Sequence[str]) -> Iterator[dict[
 
     Raises: SourceError for a missing or broken file, or a missing column; at the first row.
     """
-    import pyarrow
-    import pyarrow.json
-    import pyarrow.parquet
-
-    readers = {".parquet": pyarrow.parquet.read_table, ".jsonl": pyarrow.json.read_json}
     paths = [path for kind in KINDS if (path := _file_of(folder, side, kind))]
     if not paths:
         raise SourceError(f"{folder} has no {side}.parquet or {side}.jsonl: name such a folder")
     path = paths[0]
+
+    def choose(names: Sequence[str]) -> list[str]:
+        for column in columns:
+            if column not in names:
+                known = ", ".join(names)
+                raise SourceError(f"{path} has no column {column!r}: choose one of {known}")
+        return list(dict.fromkeys(columns))
+
+    if path.suffix == ".parquet":
+        yield from stream_rows(path, choose, SourceError, "mend it")
+    else:
+        yield from _json_rows(path, choose)
+
+
+def _json_rows(path: Path, choose: Callable[[Sequence[str]], list[str]]) -> Iterator[dict]:
+    import pyarrow as pa
+    import pyarrow.json
+
     try:
-        table = readers[path.suffix](path)
-    except pyarrow.ArrowInvalid as error:
+        table = pyarrow.json.read_json(path)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise SourceError(f"{path} can't be read ({error}): mend it") from None
-    for column in columns:
-        if column not in table.column_names:
-            known = ", ".join(table.column_names)
-            raise SourceError(f"{path} has no column {column!r}: choose one of {known}")
-    for batch in table.select(list(columns)).to_batches(max_chunksize=1024):
+    for batch in table.select(choose(table.column_names)).to_batches(max_chunksize=1024):
         yield from batch.to_pylist()

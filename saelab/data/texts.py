@@ -35,6 +35,7 @@ from saelab.errors import SettingError, SourceError, UnreachableError, nearest
 from saelab.files import sha256
 from saelab.remote import Place
 from saelab.seeding import numpy_stream
+from saelab.tables import stream_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,8 @@ class TextConfig(Frozen):
         split: stdlib: train, held_out or all. dataset: its split. files: where rows have a `split`
             column, the rows with that value; where a folder has files named after the split
             ('train.parquet', 'train-00000.jsonl'), those files; 'all' takes everything.
-        column: the column with the text; plain text files have none and ignore it.
+        column: the column with the text, or several names, of which each row gives the first that
+            it has; plain text files have none and ignore it.
         joined: documents follow each other in full contexts, which may hold several. False: each
             document is cut by itself and its last context padded, so that no position sees another
             document; short documents then take more disk, but little more computing.
@@ -68,8 +70,12 @@ class TextConfig(Frozen):
     path: str | None = None
     name: str | None = None
     split: str = "train"
-    column: str = "text"
+    column: str | tuple[str, ...] = "text"
     joined: bool = True
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,) if isinstance(self.column, str) else self.column
 
 
 @dataclass(frozen=True)
@@ -120,9 +126,15 @@ def manifest(config: TextConfig) -> dict[str, Any]:
     if config.kind == "stdlib":
         return {**stdlib.manifest(), "split": config.split}
     if config.kind == "files":
-        hashes = {file.name: sha256(file) for file in _local_files(config)}
-        return {"corpus": Path(_path(config)).name, "split": config.split, "files": hashes}
+        root = Path(_path(config)).expanduser()
+        hashes = {_inside(root, file): sha256(file) for file in _local_files(config)}
+        return {"corpus": root.name, "split": config.split, "files": hashes}
     return {"corpus": config.path, "name": config.name, "split": config.split}
+
+
+def _inside(root: Path, file: Path) -> str:
+    """A file's place in its folder: two folders may have a file of one name."""
+    return file.name if file == root else file.relative_to(root).as_posix()
 
 
 def _not_empty(found: Iterator[str], config: TextConfig) -> Iterator[str]:
@@ -176,14 +188,14 @@ def _files(config: TextConfig) -> Iterator[str]:
         if file.suffix in PLAIN_SUFFIXES:
             yield _read_text(file)
             continue
-        for row in _rows(file, (config.column, "split")):
+        for row in _rows(file, (*config.columns, "split")):
             if split is None or row.get("split", split) == split:
-                yield _text_of(row, config.column, str(file))
+                yield _text_of(row, config.columns, str(file))
 
 
 def _split_to_keep(files: list[Path], config: TextConfig) -> str | None:
     """The value that rows must have in their `split` column; None when every row is wanted."""
-    if config.split == "all" or config.column == "split":
+    if config.split == "all" or "split" in config.columns:
         return None
     there: set[str] = set()
     for file in files:
@@ -204,7 +216,7 @@ def _split_to_keep(files: list[Path], config: TextConfig) -> str | None:
 def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """The rows of a .parquet or .jsonl file; of a plain file none.
 
-    Parquet reads the wanted columns only, and all of them when a wanted one besides `split` is not
+    Parquet reads the wanted columns only, and all of them when no wanted one besides `split` is
     there, so that the error can name them.
     """
     if file.suffix == ".jsonl":
@@ -213,26 +225,19 @@ def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                 if line.strip():
                     yield _json_row(line, f"{file}:{number}")
     elif file.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        try:
-            with pq.ParquetFile(file) as table:
-                names = table.schema_arrow.names
-                there = [name for name in columns if name in names]
-                if not there and set(columns) != {"split"}:
-                    there = names
-                if there:
-                    for batch in table.iter_batches(batch_size=256, columns=there):
-                        yield from batch.to_pylist()
-        except pa.ArrowInvalid as error:
-            raise SourceError(f"{file} is no readable parquet file ({error}): mend it") from None
+        def choose(names: Sequence[str]) -> list[str]:
+            there = [name for name in columns if name in names]
+            every = set(there) <= {"split"} and set(columns) != {"split"}
+            return list(names) if every else there
+
+        yield from stream_rows(file, choose, SourceError, "name a readable parquet file")
 
 
 def _json_row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{where} is no JSON ({error}): write one object a line") from None
     if not isinstance(row, dict):
         raise SourceError(f"{where} is no JSON object: write one object a line")
@@ -246,10 +251,12 @@ def _read_text(file: Path) -> str:
         raise SourceError(f"{file} is no UTF-8 text ({error.reason}): convert it") from None
 
 
-def _text_of(row: dict[str, Any], column: str, where: str) -> str:
-    if column not in row:
+def _text_of(row: dict[str, Any], columns: Sequence[str], where: str) -> str:
+    column = next((name for name in columns if name in row), None)
+    if column is None:
+        wanted = " or ".join(f"{name!r}{nearest(name, row)}" for name in columns)
         raise SourceError(
-            f"{where} has no column {column!r}{nearest(column, row)}: its columns are "
+            f"{where} has no column {wanted}: its columns are "
             f"{', '.join(row)}; set text.column to one of them"
         )
     if row[column] is None:
@@ -261,13 +268,13 @@ def _text_of(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def _dataset(config: TextConfig) -> Iterator[str]:
-    yield from _texts_of(open_dataset(config, (config.column,)), config)
+    yield from _texts_of(open_dataset(config, ()), config)
 
 
 def _texts_of(found: Any, config: TextConfig) -> Iterator[str]:
     """The documents of an opened data set."""
     for row in _dataset_rows(found, config):
-        yield _text_of(row, config.column, f"data set {config.path}")
+        yield _text_of(row, config.columns, f"data set {config.path}")
 
 
 def dataset_rows(config: TextConfig, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -299,7 +306,7 @@ def open_dataset(config: TextConfig, columns: Sequence[str]) -> Any:
         )
     for column in columns:
         if there is not None and column not in there:
-            _text_of(dict.fromkeys(there), column, f"data set {path}")
+            _text_of(dict.fromkeys(there), (column,), f"data set {path}")
     return found
 
 
@@ -408,7 +415,7 @@ def tokenize(
     cut = _windows if config.joined else _own_windows
     cut = functools.partial(cut, width=context - 1)
     if config.kind == "dataset" and kept is not None:
-        cut_as = {"column": config.column, "joined": config.joined, "context": context}
+        cut_as = {"columns": config.columns, "joined": config.joined, "context": context}
         parts = TokenParts(kept, manifest(config) | cut_as)
         with closing(_continued(config, parts, tokenizer, ids.end, cut)) as rows:
             return _take(rows, ids, context, tokens, _title(config))
@@ -482,7 +489,7 @@ def _continued(
     """All windows of a streamed data set: those that are kept, then those of the documents after
     them, which are kept as well."""
     yield from parts.windows()
-    found = open_dataset(config, (config.column,))
+    found = open_dataset(config, ())
     texts = _texts_of(found, config)
     if parts.cursor is None:
         texts = _not_empty(texts, config)

@@ -13,9 +13,11 @@ from saelab.data.synthetic import truth_of
 from saelab.errors import SettingError, nearest
 from saelab.evals import probing as _probing
 from saelab.evals import saebench_probing as _saebench
+from saelab.evals.absorption import evaluate_absorption
 from saelab.evals.base import Row, Subject, missing
 from saelab.evals.consistency import evaluate_consistency
 from saelab.evals.core import CoreData, evaluate_core
+from saelab.evals.positions import evaluate_positions
 from saelab.evals.probing import ProbingData, evaluate_probing
 from saelab.evals.saebench_probing import evaluate_as_saebench
 from saelab.evals.sensitivity import evaluate_sensitivity
@@ -70,11 +72,18 @@ def _evaluate_truth(subject: Subject, data: EvalData) -> list[Row]:
     return evaluate_truth(subject, data.core.source, truth, data.seed, data.core.device)
 
 
+def _evaluate_absorption(subject: Subject, data: EvalData) -> list[Row]:
+    source = data.core.source
+    return evaluate_absorption(subject, source, truth_of(source), data.seed, data.core.device)
+
+
 EVALUATIONS: dict[str, Callable[[Subject, EvalData], list[Row]]] = {
     "core": lambda subject, data: evaluate_core(subject, data.core),
     "probing": probing_rows,
     "model_channels": lambda _, data: probing_rows(None, data, prefix="llm"),
     "truth": _evaluate_truth,
+    "absorption": _evaluate_absorption,
+    "positions": lambda subject, data: evaluate_positions(subject, data.core),
     "sensitivity": lambda subject, data: evaluate_sensitivity(subject, data.core),
     "consistency": lambda subject, data: evaluate_consistency(subject, data.core),
 }
@@ -89,6 +98,10 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def evaluate(subject: Subject, data: EvalData, names: Sequence[str]) -> list[Row]:
-    """The rows of the named evaluations; raises as `check_names`."""
+    """The rows of the named evaluations, core first, whose passes others use; raises as
+    `check_names`."""
     check_names(names)
-    return [row for name in names for row in EVALUATIONS[name](subject, data)]
+    data.core.kept, data.core.with_kl = None, "positions" in names
+    found = {name: EVALUATIONS[name](subject, data) for name in sorted(names, key="core".__ne__)}
+    data.core.kept = None
+    return [row for name in names for row in found[name]]

@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from saelab.data.models import LanguageModel, Start
+from saelab.data.models import LanguageModel, Start, next_token_losses
 from saelab.data.store import FOREIGN_REASON, Source
 from saelab.data.stream import Batch
 from saelab.evals.base import (
@@ -44,6 +44,9 @@ CONTEXTS = 32
 QUICK = 8
 #: Width of the density histogram's bins in log10, and its lowest edge. Our choice.
 BIN, LOWEST = 0.25, -5.0
+#: Numbers of the model's own predictions that are kept for the KL divergence, which bounds the
+#: contexts it is measured on. Our choice: 67 MB.
+KEPT = 1 << 24
 #: Positions per bucket of the by-position slices.
 BUCKET = 32
 #: Positions [low, high) that an arm may be trained on alone, and those that it has then never seen.
@@ -53,6 +56,20 @@ POSITION_METRICS = ("fvu", "l0", "dead_share")
 
 #: Rows [n, d] and where runs of tokens begin in them [m + 1] -> what takes their place [n, d].
 Replace = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLosses:
+    """Of each next token, on the CPU; entry p is the prediction made at position p.
+
+    Args:
+        ce: cross entropy in nats, float32 [contexts, positions - 1].
+        kl: KL(clean || spliced) in nats of the first contexts, float32 [some, positions - 1]; none
+            where it was not asked for.
+    """
+
+    ce: Tensor
+    kl: Tensor
 
 
 @dataclass
@@ -66,6 +83,9 @@ class CoreData:
         device: of the subjects.
         density: share of the held-out rows in which each latent fires, of the subject that
             `evaluate_core` measured last; float64 [d_sae].
+        with_kl: whether `evaluate_core` keeps the KL divergence along with its losses.
+        kept: the subject that `evaluate_core` measured last and its losses, for the evaluations
+            that follow in one call of `saelab.evals.evaluate`, which forgets them first.
     """
 
     source: Source
@@ -73,6 +93,8 @@ class CoreData:
     loss_contexts: int = 128
     device: str = "cpu"
     density: Tensor | None = field(default=None, init=False)
+    with_kl: bool = field(default=False, init=False)
+    kept: tuple[Subject, TokenLosses] | None = field(default=None, init=False)
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -137,33 +159,75 @@ class CoreData:
             return [None] * len(ids.split(CONTEXTS))
         return [self.model.start(some, None, self.hook_name) for some in ids.split(CONTEXTS)]
 
-    def loss(self, instead: Replace | None) -> float:
-        """Mean next-token loss in nats with `instead` at the hook."""
+    def token_losses(self, instead: Replace | None, with_kl: bool = False) -> TokenLosses:
+        """Next-token losses with `instead` at the hook."""
         assert self.model is not None
-        total, count = 0.0, 0
         ids, mask = self.contexts
+        ce: list[Tensor] = []
+        kl: list[Tensor] = [torch.zeros(0, ids.shape[1] - 1)]
         batches = zip(ids.split(CONTEXTS), mask.split(CONTEXTS), self.starts, strict=True)
-        for some, counted, start in batches:
+        for i, (some, counted, start) in enumerate(batches):
             splice = (self.hook_name, _masked(instead, counted)) if instead else None
-            losses = self.model.losses(some, None, splice, start)
-            targets = counted[:, 1:].to(losses.device)
-            total += float(losses[targets].double().sum())
-            count += int(targets.sum())
-        return total / count
+            logits = self.model.logits(some, None, splice, start)
+            ce.append(next_token_losses(logits, some).cpu())
+            if with_kl:
+                clean = self.clean[i * CONTEXTS : (i + 1) * CONTEXTS]
+                kl += [_divergence(own, now)[None] for own, now in zip(clean, logits, strict=False)]
+        return TokenLosses(torch.cat(ce), torch.cat(kl))
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """The model's own log-probabilities in the first contexts, as many as `KEPT` allows and at
+        least one; float32 [some, positions - 1, vocabulary], on the CPU."""
+        assert self.model is not None
+        ids, _ = self.contexts
+        kept: list[Tensor] = []
+        for some, start in zip(ids.split(CONTEXTS), self.starts, strict=True):
+            for row in self.model.logits(some, None, None, start):
+                if kept and (len(kept) + 1) * kept[0].numel() > KEPT:
+                    return torch.stack(kept)
+                kept.append(row[:-1].float().log_softmax(-1).cpu())
+        return torch.stack(kept)
+
+    def mean_loss(self, tokens: Tensor) -> float:
+        """Mean of losses [contexts, positions - 1] over the targets that count."""
+        targets = self.contexts[1][:, 1:]
+        parts = zip(tokens.split(CONTEXTS), targets.split(CONTEXTS), strict=True)
+        return sum(float(part[here].double().sum()) for part, here in parts) / int(targets.sum())
+
+    @cached_property
+    def reference_tokens(self) -> dict[str, Tensor]:
+        """CE of each token without a splice, with zeros, and with the mean activation."""
+        replaced: dict[str, Replace | None] = {
+            "ce_clean": None,
+            "ce_zero": lambda x, _: torch.zeros_like(x),
+            "ce_mean": lambda x, _: self.mean.to(x.device).expand_as(x),
+        }
+        return {name: self.token_losses(instead).ce for name, instead in replaced.items()}
 
     @cached_property
     def reference_losses(self) -> dict[str, float]:
-        """CE without a splice, with zeros, and with the mean activation."""
-        return {
-            "ce_clean": self.loss(None),
-            "ce_zero": self.loss(lambda x, _: torch.zeros_like(x)),
-            "ce_mean": self.loss(lambda x, _: self.mean.to(x.device).expand_as(x)),
-        }
+        """Their means."""
+        return {name: self.mean_loss(tokens) for name, tokens in self.reference_tokens.items()}
+
+    def spliced(self, subject: Subject, with_kl: bool) -> TokenLosses:
+        """Losses with the subject's reconstruction at the hook."""
+        return self.token_losses(
+            lambda x, starts: torch.cat([x_hat for _, x_hat, _ in _coded(subject, x, starts)]),
+            with_kl,
+        )
 
     @cached_property
     def quick(self) -> CoreData:
         """The same with a loss on `QUICK` contexts, for comparing many variants of one subject."""
         return replace(self, loss_contexts=min(QUICK, self.loss_contexts))
+
+
+def _divergence(clean: Tensor, logits: Tensor) -> Tensor:
+    """KL(clean || spliced) of one context: log-probabilities [positions - 1, vocabulary] and logits
+    [positions, vocabulary] -> float32 [positions - 1]."""
+    after = logits[:-1].float().log_softmax(-1).cpu()
+    return (clean.exp() * (clean - after)).sum(-1)
 
 
 def _masked(instead: Replace, mask: Tensor) -> Callable[[Tensor], Tensor]:
@@ -369,9 +433,9 @@ def _loss_recovered(subject: Subject, data: CoreData) -> Iterator[Row]:
         yield from (missing(name, DEFINITION, data.why_no_loss) for name in names)
         return
     losses = dict(data.reference_losses)
-    losses["ce_spliced"] = data.loss(
-        lambda x, starts: torch.cat([x_hat for _, x_hat, _ in _coded(subject, x, starts)])
-    )
+    tokens = data.spliced(subject, data.with_kl)
+    data.kept = subject, tokens
+    losses["ce_spliced"] = data.mean_loss(tokens.ce)
     yield from (number(name, value, DEFINITION) for name, value in losses.items())
     for name, ablated in (("loss_recovered", "ce_zero"), ("loss_recovered_mean", "ce_mean")):
         gap = losses[ablated] - losses["ce_clean"]

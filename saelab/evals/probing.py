@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from saelab import stats
@@ -50,9 +51,11 @@ from saelab.evals.base import (
     number_or_reason,
 )
 from saelab.evals.logistic import logistic_regression, logistic_regressions
-from saelab.files import read_json, sha256, write_atomically, write_json
+from saelab.files import read_sealed, sha256, write_atomically, write_sealed
 from saelab.progress import progress
+from saelab.schema import Loose, check
 from saelab.seeding import numpy_stream
+from saelab.weights import read_weights
 
 DEFINITION = "sparse_probing/2"
 #: Version of the folder with the model's activations.
@@ -119,7 +122,29 @@ class ProbingData:
         write_atomically(file, lambda temporary: save_file(tensors, temporary))
         entries = [{"name": e.name, "classes": list(e.classes)} for e in self.entries]
         record = {"format": FORMAT, "sha256": sha256(file), "header": self.header}
-        write_json(folder / "probing.json", {**record, "entries": entries})
+        write_sealed(folder / "probing.json", {**record, "entries": entries})
+
+    @staticmethod
+    def _record(folder: Path, remedy: str) -> dict[str, Any]:
+        """Raises: DamageError when one of the files is not what was written."""
+        file = folder / "probing.json"
+        record = check(read_sealed(file, remedy), _Record, file, remedy)
+        tensors = folder / "probing.safetensors"
+        if not tensors.is_file() or sha256(tensors) != record["sha256"]:
+            raise DamageError(f"{tensors} is not what was written: {remedy}")
+        return record
+
+    @classmethod
+    def is_saved(cls, folder: Path) -> bool:
+        """Whether `load` can read a folder; damage is told on stderr."""
+        if not (folder / "probing.json").is_file():
+            return False
+        try:
+            cls._record(folder, "it is made again now")
+        except DamageError as error:
+            print(error, file=sys.stderr)
+            return False
+        return True
 
     @classmethod
     def load(cls, folder: Path, expected: Mapping[str, Any] | None = None) -> ProbingData:
@@ -131,25 +156,40 @@ class ProbingData:
 
         Raises: MismatchError when they do not; DamageError when the file is not what was written.
         """
-        record = read_json(folder / "probing.json")
-        file = folder / "probing.safetensors"
+        remedy, file = f"delete {folder} and run again", folder / "probing.safetensors"
+        record = cls._record(folder, remedy)
         stored = {**record["header"], "format": record["format"]}
         check_identity(stored, {"format": FORMAT, **(expected or {})}, str(folder))
-        if not file.is_file() or sha256(file) != record["sha256"]:
-            raise DamageError(f"{file} is not what was written: delete {folder} and run again")
-        tensors = load_file(file)
+        tensors = read_weights(file, DamageError, remedy)
+        if absent := [name for e in record["entries"] for name in _names(e) if name not in tensors]:
+            raise DamageError(f"{file} lacks {absent[0]!r}: {remedy}")
         entries = tuple(
-            ProbingEntry(
-                entry["name"],
-                tuple(entry["classes"]),
-                *(tensors[f"{entry['name']}.{name}"] for name in _TENSORS),
-            )
-            for entry in record["entries"]
+            ProbingEntry(e["name"], tuple(e["classes"]), *(tensors[name] for name in _names(e)))
+            for e in record["entries"]
         )
         return cls(entries, record["header"])
 
 
 _TENSORS = ("rows", "offsets", "labels", "is_train")
+
+
+def _names(entry: Mapping[str, Any]) -> list[str]:
+    """Of an entry's tensors in the file."""
+    return [f"{entry['name']}.{name}" for name in _TENSORS]
+
+
+class _Entry(Loose):
+    name: str
+    classes: list[str]
+
+
+class _Record(Loose):
+    """What probing.json holds."""
+
+    format: int
+    sha256: str
+    header: dict[str, Any]
+    entries: list[_Entry]
 
 
 def _tensors(entry: ProbingEntry) -> dict[str, Tensor]:

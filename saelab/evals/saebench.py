@@ -20,11 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from saelab.config import digest
 from saelab.errors import SourceError
 from saelab.evals.base import Row, missing, number
 from saelab.evals.saebench_probing import DEFINITION
 from saelab.files import read_json, write_json
+from saelab.schema import Loose, Number, Whole, check
 
 TYPE = "sparse_probing"
 #: Numbers of columns that the schema has fields for.
@@ -234,9 +237,41 @@ def check_result(data: Mapping[str, Any], where: str) -> None:
         needed = {"dataset_name": _TEXT, "llm_test_accuracy": _NUMBER}
         _check(detail, needed, f"{where}: {place}")
         groups.append((detail, (*_LLM, *_SAE), place))
+    _check_further(data, where)
     for group, names, place in groups:
         optional = {name: (*_NUMBER, type(None)) for name in names if name in group}
         _check(group, optional, f"{where}: {place}")
+
+
+class _Gate(Loose):
+    """What the gate asks of the SAE's configuration."""
+
+    d_in: Number | None = None
+    d_sae: Number | None = None
+    training_tokens: Number | None = None
+    hook_name: str | None = None
+    hook_layer: Whole | None = None
+
+
+class _Ours(Loose):
+    definition: str = DEFINITION
+    missing: dict[str, str] = Field(default_factory=dict)
+
+
+def _check_further(data: Mapping[str, Any], where: str) -> None:
+    """What the schema leaves open and is read here all the same."""
+    remedy = "take the file that SAEBench wrote"
+    steps = data.get("training_steps")
+    check(data["sae_cfg_dict"] or {}, _Gate, f"{where}: sae_cfg_dict", remedy, SourceError)
+    check(steps, Number | None, f"{where}: training_steps", remedy, SourceError)
+    names = data["eval_config"]["dataset_names"]
+    check(names, list[str], f"{where}: dataset_names", remedy, SourceError)
+    check(_ours(data), _Ours, f"{where}: {OURS}", remedy, SourceError)
+    further = data.get("eval_result_unstructured")
+    for entry, metrics in further.items() if isinstance(further, Mapping) else ():
+        if entry.endswith("_results"):
+            kind = dict[str, dict[str, Number | None]]
+            check(metrics, kind, f"{where}: {entry}", remedy, SourceError)
 
 
 def _check(data: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:

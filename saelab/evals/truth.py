@@ -3,14 +3,19 @@
 With C_ji = cos(decoder row j, true direction i), and pi an assignment of distinct latents to
 features that is optimal for the whole (Hungarian algorithm):
 
-    mcc          sum_i |C_pi(i)i| / features, pi the best for |C|
-    mcc_signed   sum_i C_pi(i)i / features, pi the best for C
+    mcc          mean over the pairs of |C_pi(i)i|, pi the best for |C|
+    mcc_signed   mean over the pairs of C_pi(i)i, pi the best for C
     firing_f1    mean over i of 2 both_i / (fires_i + fires_pi(i)), pi of mcc; features that fire in
-                 no row of the data are left out, a latent fires where its code is not zero
-    uniqueness   features that are argmax_i |C_ji| of some latent j, over min(latents, features)
+                 no row of the data are left out, one without a latent counts as 0; a latent fires
+                 where its code is not zero
+    uniqueness   features that are near_j = argmax_i |C_ji| of some latent j, over latents
+    latent_precision, latent_recall, latent_f1
+                 mean over latents j of both_j / fires_j, both_j / fires_near_j and their harmonic
+                 mean, as detectors of near_j; 0 where a denominator is
 
-A feature without a latent, when there are fewer latents than features, counts as 0. Beside each
-stands what it is for `chance`, random unit directions of the same shape (mean of `DRAWS`; as a code
+There are min(latents, features) pairs. All but mcc_signed and firing_f1 are SAELens' (its mcc,
+uniqueness, precision, recall and f1_score; benchmarks/synthetic_parity.py). Beside each stands what
+it is for `chance`, random unit directions of the same shape (mean of `DRAWS`; as a code
 for firing_f1 the largest projections, as many per row as the subject has on average), and `oracle`
 rows are for the true directions with the true code: the noise floor of FVU, and the true L0. FVU,
 explained variance, L0 and dead latents of the subject are the rows of `core`.
@@ -30,13 +35,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from saelab.data.store import Source
-from saelab.data.synthetic import Truth
+from saelab.data.synthetic import KnownTruth
 from saelab.errors import MismatchError
 from saelab.evals.base import Row, Subject, missing, needs_contexts, number
 from saelab.evals.matching import DRAWS, matched, random_directions
 
-DEFINITION = "truth/1"
-SCORES = ("mcc", "mcc_signed", "uniqueness", "firing_f1")
+DEFINITION = "truth/2"
+LATENT = ("latent_precision", "latent_recall", "latent_f1")
+SCORES = ("mcc", "mcc_signed", "uniqueness", "firing_f1", *LATENT)
 ORACLE = ("oracle_fvu", "oracle_explained_variance", "oracle_l0")
 METRICS = (
     *SCORES,
@@ -50,7 +56,7 @@ CHUNK = 2048
 
 @torch.no_grad()
 def evaluate_truth(
-    subject: Subject, source: Source, truth: Truth, seed: int = 0, device: str = "cpu"
+    subject: Subject, source: Source, truth: KnownTruth, seed: int = 0, device: str = "cpu"
 ) -> list[Row]:
     """The rows of one subject.
 
@@ -66,17 +72,15 @@ def evaluate_truth(
         raise MismatchError(f"the subject has d_in = {subject.d_in}, the activations have d = {d}")
     true = truth.directions
     own = _Firings(_match(directions(subject, device), true))
-    oracle = _Firings(_match(true, true))
+    oracle = _Firings(_itself(true))
     active = error = power = rows = 0.0
     mean = _mean(source)
-    for x, codes in paired_rows(source, truth):
-        fires = codes != 0
-        context = (_starts(x, truth).to(device),) if needs_contexts(subject) else ()
-        f = subject.encode(x.to(device), *context).cpu() != 0
+    for x, f, codes in coded_rows(subject, source, truth, device):
+        fires, f = codes != 0, f != 0
         own.count(f, fires)
         oracle.count(fires, fires)
         active, rows = active + float(f.sum()), rows + len(x)
-        error += float((x - codes @ true).square().sum(dtype=torch.float64))
+        error += float((x - codes @ true - truth.offset).square().sum(dtype=torch.float64))
         power += float((x - mean).square().sum(dtype=torch.float64))
     k = min(subject.d_sae, max(1, round(active / rows)))
     values = {
@@ -102,7 +106,13 @@ def no_truth() -> list[Row]:
 
 @torch.no_grad()
 def directions(subject: Subject, device: str = "cpu") -> Tensor:
-    """Unit directions that a subject's latents write, float32 [d_sae, d_in]; 0 for one of none.
+    """Unit directions that a subject's latents write, float32 [d_sae, d_in]; 0 for one of none."""
+    return normalize(written(subject, device), dim=1)
+
+
+@torch.no_grad()
+def written(subject: Subject, device: str = "cpu") -> Tensor:
+    """What a subject's latents write at 1, float32 [d_sae, d_in].
 
     For any decoder that is affine, ours or not: row j is decode(e_j) - decode(0).
     """
@@ -113,14 +123,14 @@ def directions(subject: Subject, device: str = "cpu") -> Tensor:
         one = torch.zeros(count, subject.d_sae, device=device)
         one[torch.arange(count), start + torch.arange(count)] = 1
         parts.append(subject.decode(one) - origin)
-    return normalize(torch.cat(parts).float().cpu(), dim=1)
+    return torch.cat(parts).float().cpu()
 
 
 def mcc(found: Tensor, true: Tensor, signed: bool = False) -> float:
-    """Mean correlation coefficient of rows [m, d] with true rows [features, d], over the latter."""
+    """Mean correlation coefficient of rows [m, d] with true rows [features, d], over the pairs."""
     cosine = _cosine(found, true)
     similarity = cosine if signed else cosine.abs()
-    return float(similarity[matched(similarity)].sum()) / len(true)
+    return float(similarity[matched(similarity)].mean())
 
 
 def _cosine(found: Tensor, true: Tensor) -> Tensor:
@@ -129,11 +139,10 @@ def _cosine(found: Tensor, true: Tensor) -> Tensor:
 
 def uniqueness(found: Tensor, true: Tensor) -> float:
     """Distinct rows of `true` that are nearest, up to sign, to some row of `found`; see above."""
-    nearest = _cosine(found, true).abs().argmax(1)
-    return len(nearest.unique()) / min(len(found), len(true))
+    return len(_cosine(found, true).abs().argmax(1).unique()) / len(found)
 
 
-def paired_rows(source: Source, truth: Truth) -> Iterator[tuple[Tensor, Tensor]]:
+def paired_rows(source: Source, truth: KnownTruth) -> Iterator[tuple[Tensor, Tensor]]:
     """Activations [n, d] and true codes [n, features] of rows, some contexts at a time."""
     contexts = max(1, CHUNK // truth.config.positions)
     for i in range(source.n_shards):
@@ -144,7 +153,16 @@ def paired_rows(source: Source, truth: Truth) -> Iterator[tuple[Tensor, Tensor]]
             yield from ((some.flatten(0, 1), true.flatten(0, 1)) for some, true in pair)
 
 
-def _starts(x: Tensor, truth: Truth) -> Tensor:
+def coded_rows(
+    subject: Subject, source: Source, truth: KnownTruth, device: str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """`paired_rows` with the subject's code [n, d_sae] between, all on the CPU."""
+    for x, codes in paired_rows(source, truth):
+        context = (_starts(x, truth).to(device),) if needs_contexts(subject) else ()
+        yield x, subject.encode(x.to(device), *context).cpu(), codes
+
+
+def _starts(x: Tensor, truth: KnownTruth) -> Tensor:
     """Where the contexts of rows begin, and their number; int64 [contexts + 1]."""
     return torch.arange(0, len(x) + 1, truth.config.positions)
 
@@ -156,6 +174,7 @@ class _Match:
     Args:
         found: unit directions [d_sae, d].
         latents, features: the pairs, int64 [min(d_sae, features)].
+        nearest: the feature that each latent is most like, int64 [d_sae].
         n_features: how many there are.
         scores: mcc, mcc_signed and uniqueness.
     """
@@ -163,19 +182,30 @@ class _Match:
     found: Tensor
     latents: Tensor
     features: Tensor
+    nearest: Tensor
     n_features: int
     scores: dict[str, float]
 
 
 def _match(found: Tensor, true: Tensor) -> _Match:
-    similarity = _cosine(found, true).abs()
-    pairs = matched(similarity)
+    cosine = _cosine(found, true)
+    signed = float(cosine[matched(cosine)].mean())
+    similarity = cosine.abs_()
+    pairs, nearest = matched(similarity), similarity.argmax(1)
     scores = {
-        "mcc": float(similarity[pairs].sum()) / len(true),
-        "mcc_signed": mcc(found, true, signed=True),
-        "uniqueness": uniqueness(found, true),
+        "mcc": float(similarity[pairs].mean()),
+        "mcc_signed": signed,
+        "uniqueness": len(nearest.unique()) / len(found),
     }
-    return _Match(found, *pairs, len(true), scores)
+    return _Match(found, *pairs, nearest, len(true), scores)
+
+
+def _itself(true: Tensor) -> _Match:
+    """The true directions as their own latents: no assignment can be better than the identity."""
+    same = torch.arange(len(true))
+    cosine = float(normalize(true.double(), dim=1).square().sum(1).mean())
+    scores = {"mcc": cosine, "mcc_signed": cosine, "uniqueness": 1.0}
+    return _Match(true, same, same, same, len(true), scores)
 
 
 class _Firings:
@@ -184,32 +214,47 @@ class _Firings:
     def __init__(self, match: _Match) -> None:
         self.match = match
         self.both = torch.zeros(len(match.features), dtype=torch.int64)
-        self.latent_fires = torch.zeros(len(match.features), dtype=torch.int64)
+        self.hits = torch.zeros(len(match.found), dtype=torch.int64)
+        self.latent_fires = torch.zeros(len(match.found), dtype=torch.int64)
         self.fires = torch.zeros(match.n_features, dtype=torch.int64)
 
     def count(self, f: Tensor, fires: Tensor) -> None:
         """Adds rows: which latents fire, bool [n, d_sae], and which features, [n, features]."""
-        latent = f[:, self.match.latents]
-        self.both += (latent & fires[:, self.match.features]).sum(0)
-        self.latent_fires += latent.sum(0)
+        match = self.match
+        self.both += (f[:, match.latents] & fires[:, match.features]).sum(0)
+        self.hits += (f & fires[:, match.nearest]).sum(0)
+        self.latent_fires += f.sum(0)
         self.fires += fires.sum(0)
 
     def scores(self) -> dict[str, float]:
-        features = self.match.features
-        total = self.latent_fires + self.fires[features]
-        f1 = torch.zeros(self.match.n_features, dtype=torch.float64)
-        f1[features] = 2 * self.both.double() / total.clamp(min=1)
-        return {**self.match.scores, "firing_f1": float(f1[self.fires > 0].mean())}
+        match, latent_fires = self.match, self.latent_fires
+        f1 = torch.zeros(match.n_features, dtype=torch.float64)
+        f1[match.features] = _share(
+            2 * self.both, latent_fires[match.latents] + self.fires[match.features]
+        )
+        near = self.fires[match.nearest]
+        shares = (
+            _share(self.hits, latent_fires),
+            _share(self.hits, near),
+            _share(2 * self.hits, latent_fires + near),
+        )
+        own = {name: float(share.mean()) for name, share in zip(LATENT, shares, strict=True)}
+        return {**match.scores, "firing_f1": float(f1[self.fires > 0].mean()), **own}
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, 0 where there is no whole; float64."""
+    return part.double() / whole.clamp(min=1)
 
 
 @lru_cache(maxsize=8)
-def _random_matches(truth: Truth, n: int, seed: int) -> list[_Match]:
+def _random_matches(truth: KnownTruth, n: int, seed: int) -> list[_Match]:
     """Kept for the subjects that come after: assignments of large dictionaries take seconds."""
     draws = (random_directions(n, truth.config.d, seed, draw) for draw in range(DRAWS))
     return [_match(found, truth.directions) for found in draws]
 
 
-def _chance(source: Source, truth: Truth, n: int, k: int, seed: int) -> dict[str, float]:
+def _chance(source: Source, truth: KnownTruth, n: int, k: int, seed: int) -> dict[str, float]:
     """The scores of random dictionaries, mean over the draws."""
     firings = [_Firings(match) for match in _random_matches(truth, n, seed)]
     for x, codes in paired_rows(source, truth):

@@ -13,7 +13,7 @@ from typing import Any
 
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.formats import dictionary_learning, own, saelens, sparsify
-from saelab.formats.base import Loaded, Origin, Plain
+from saelab.formats.base import Loaded, Origin, Plain, understood
 from saelab.sae import SAE
 
 __all__ = ["TABLE", "Format", "Loaded", "Origin", "Plain", "find", "load", "saver"]
@@ -93,7 +93,8 @@ def _hint(folder: Path) -> str:
 def load(folder: str | Path, named: str = "") -> Loaded:
     """The SAE in a directory, in evaluation mode; raises as `find`, and as its format."""
     folder = Path(folder)
-    return TABLE[find(folder, named)].load(folder)
+    with understood(folder):
+        return TABLE[find(folder, named)].load(folder)
 
 
 def saver(named: str) -> Save:

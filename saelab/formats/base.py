@@ -13,7 +13,6 @@ because its gate and its magnitude share one encoder: with r > 0 and y = W x
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,14 +20,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from saelab.errors import MismatchError, SettingError, SourceError
+from saelab.errors import MismatchError, SaelabError, SettingError, SourceError
+from saelab.files import parse_json
 from saelab.parts.base import Activation
 from saelab.parts.jumprelu import JumpReLU
 from saelab.sae import SAE, SAEConfig
+from saelab.weights import read_weights
 
 #: Smallest decoder norm that is divided by; SAELens uses the same.
 SMALLEST_NORM = 1e-8
@@ -224,10 +223,12 @@ class Loaded:
 def read_config(path: Path) -> dict[str, Any]:
     """Raises: SourceError when the file is missing or holds no names and values."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path)
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist: name the directory of a saved SAE") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise SourceError(f"{path} can't be read ({error.strerror}): name another") from None
+    except ValueError as error:
         raise SourceError(f"{path} is no valid JSON ({error}): save the SAE again") from None
     if not isinstance(data, dict):
         raise SourceError(f"{path} holds no names and values: save the SAE again")
@@ -238,11 +239,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Raises: SourceError when the file is missing or is no safetensors file."""
     if not path.is_file():
         raise SourceError(f"{path} does not exist: name the directory of a saved SAE")
+    remedy = "pickles and damaged files are not read, so save the SAE again"
+    return read_weights(path, SourceError, remedy)
+
+
+@contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """At the border with strangers: whatever their files make a reader stumble on is one sentence.
+
+    Memory that runs out is told as that.
+    """
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        remedy = "pickles and damaged files are not read, so save the SAE again"
-        raise SourceError(f"{path} is no safetensors file ({error}): {remedy}") from None
+        yield
+    except (SaelabError, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        remedy = "save the SAE again"
+        raise SourceError(f"{folder} holds what no SAE has ({reason}): {remedy}") from error
 
 
 @contextmanager

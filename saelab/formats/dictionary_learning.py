@@ -16,7 +16,6 @@ back before it saves.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -62,12 +61,18 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist: name the folder of a saved SAE") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or ["it is empty"])[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle makes any kind
+        reason = (str(error).splitlines() or ["it is empty"])[0][:200]
         remedy = "only tensors are unpickled, so save the SAE's state dict"
         raise SourceError(f"{path} can't be read ({reason}): {remedy}") from None
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise SourceError(f"{path} is no state dict: save the SAE's state dict")
+    for name, t in found.items():
+        if t.layout != torch.strided or not 0 < t.numel() * t.element_size() <= path.stat().st_size:
+            remedy = "save the SAE's state dict"
+            raise SourceError(f"{path}: {name} is larger than the file, or empty: {remedy}")
     return {str(name): t.float() if t.is_floating_point() else t for name, t in found.items()}
 
 

@@ -14,6 +14,7 @@ from saelab.kernels.functions import (
     row_norms,
     with_gradient,
 )
+from saelab.kernels.over_ranks import gathered, of_latents, topk_over_ranks
 from saelab.kernels.straight_through import gate, jump
 from saelab.kernels.table import (
     Precision,
@@ -33,6 +34,7 @@ __all__ = [
     "encode_all",
     "encode_at",
     "gate",
+    "gathered",
     "has_fast_bfloat16",
     "jump",
     "kernels_for",
@@ -40,11 +42,13 @@ __all__ = [
     "mean_square",
     "moments",
     "most_pairs",
+    "of_latents",
     "preactivations",
     "row_norms",
     "selection_dtype",
     "support_above",
     "support_of_topk",
+    "topk_over_ranks",
     "trace",
     "with_gradient",
 ]

@@ -170,10 +170,15 @@ class Code:
         return so_far[self.support.offsets].diff()
 
     @property
+    def active_pairs(self) -> int:
+        """How many pairs of a row and a latent fire."""
+        return self._counts[1]
+
+    @property
     def l0(self) -> float:
         """Mean number of active latents per row."""
         n_rows = self.values.shape[0] if self.support is None else self.support.n_rows
-        return self._counts[1] / max(1, n_rows)
+        return self.active_pairs / max(1, n_rows)
 
     @cached_property
     def _counts(self) -> tuple[Tensor, int]:

@@ -101,7 +101,7 @@ def parse_part(seam: str, data: Any) -> PartConfig:
     if not isinstance(data, dict) or "kind" not in data:
         raise SettingError(seam, data, f"needs a 'kind', one of: {', '.join(known)}")
     kind = data["kind"]
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         remedy = f"no such {seam}{nearest(str(kind), known)}; known: {', '.join(known)}"
         raise SettingError(f"{seam}.kind", kind, remedy)
     return known[kind].parse(data, where=f"{seam}[{kind}]")

@@ -35,6 +35,8 @@ class AnnealedKConfig(PartConfig):
 
 
 class AnnealedK(Controller):
+    shardable = True
+
     def __init__(self, config: AnnealedKConfig, dims: Dims) -> None:
         super().__init__()
         self.config, self.name = config, config.name

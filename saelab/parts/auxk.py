@@ -14,7 +14,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from saelab.kernels import decode_at, kernels_for, support_of_topk
+from saelab.kernels import Support, decode_at, kernels_for, support_of_topk, topk_over_ranks
 from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
 
 
@@ -32,29 +32,38 @@ class AuxKConfig(PartConfig):
 
 class AuxK(LossTerm):
     uses_preactivations = True
+    shardable = True
+    per_latent = ("silent",)
     silent: Tensor
 
     def __init__(self, config: AuxKConfig, dims: Dims) -> None:
         super().__init__()
         self.coefficient, self.dead_after = config.coefficient, config.dead_after
         self.k = config.k or max(1, dims.d_in // 2)
-        self.register_buffer("silent", torch.zeros(dims.d_sae, dtype=torch.int64))
+        self.register_buffer("silent", torch.zeros(dims.own, dtype=torch.int64))
 
     def loss(self, p: Pass) -> Tensor:
         dead = (self.silent > self.dead_after).nonzero().flatten()
-        if not dead.numel():
+        _, count = self.ranks.before(dead.numel())
+        if not count:
             return p.recon.new_zeros(())
         error = (p.target - p.recon).detach()
-        k = min(self.k, dead.numel())
-        chosen = kernels_for(p.z.device).topk(p.z[:, dead], k)
-        support = support_of_topk(dead[chosen], p.z.shape[1])
+        support = self._chosen(p.z, dead, min(self.k, count))
         values = torch.relu(p.sae.encode_at(p.u, support))
-        left = error - decode_at(values, p.sae.W_dec, support)
-        share = left.square().sum() / error.square().sum().clamp_min(1e-12)
-        return p.setting(self.coefficient) * share
+        left = error - self.ranks.over_latents(decode_at(values, p.sae.W_dec, support))
+        energy = self.ranks.over_rows(error.square().sum())
+        return p.setting(self.coefficient) * (left.square().sum() / energy.clamp_min(1e-12))
+
+    def _chosen(self, z: Tensor, dead: Tensor, k: int) -> Support:
+        """The k largest pre-activations of each row among the dead latents."""
+        if self.ranks.latents == 1:
+            chosen = kernels_for(z.device).topk(z[:, dead], k)
+            return support_of_topk(dead[chosen], z.shape[1])
+        among = topk_over_ranks(z[:, dead], k, self.ranks)
+        return Support(among.offsets, dead[among.latents], z.shape[1])
 
     def update(self, p: Pass) -> None:
-        fired = p.code.firings > 0
+        fired = p.firings > 0
         self.silent.add_(p.n).masked_fill_(fired, 0)
 
     def forget(self, latents: Tensor) -> None:

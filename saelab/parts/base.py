@@ -31,6 +31,7 @@ from torch.nn.functional import normalize, softplus
 from saelab.config import Frozen
 from saelab.errors import SettingError
 from saelab.kernels import Code, Support, row_norms
+from saelab.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from saelab.sae import SAE
@@ -40,13 +41,21 @@ if TYPE_CHECKING:
 class Dims:
     """What a part may need to know when it is built.
 
-    `steps` is how many optimiser steps the run has; `seed` is for the part's own named streams.
+    `steps` is how many optimiser steps the run has; `seed` is for the part's own named streams;
+    `ranks` are the processes that the SAE is trained on.
     """
 
     d_in: int
     d_sae: int
     steps: int = 1
     seed: int = 0
+    ranks: Ranks = ALONE
+
+    @property
+    def own(self) -> int:
+        """How many of the d_sae latents this rank has: the length of what is kept per latent."""
+        own = self.ranks.own(self.d_sae)
+        return own.stop - own.start
 
 
 @dataclass(eq=False)
@@ -66,6 +75,7 @@ class Pass:
             shuffled rows.
         norms: of the decoder's rows, where they came with its product; see `decoder_norms`.
         kept_z: what `z` returns; None unless a part declares `uses_preactivations`.
+        batch_rows: rows of the whole batch, where x is one rank's part of it.
         gradient_norms: of each weight's gradient before clipping, by name; the loop adds them
             after the backward pass, for `update` and observers.
         found: what a part has computed on this pass and needs again in its `update`.
@@ -83,6 +93,7 @@ class Pass:
     starts: Tensor | None
     norms: Tensor | None = None
     kept_z: Tensor | None = None
+    batch_rows: int | None = None
 
     @property
     def z(self) -> Tensor:
@@ -109,7 +120,30 @@ class Pass:
 
     @property
     def n(self) -> int:
-        return self.x.shape[0]
+        """Rows of the batch, over all ranks."""
+        return self.x.shape[0] if self.batch_rows is None else self.batch_rows
+
+    def share(self, value: Tensor) -> Tensor:
+        """What a mean over this rank's rows contributes to the mean over the batch's."""
+        own = self.x.shape[0]
+        return value if own == self.n else value * (own / self.n)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over the batch's rows, without gradient; x [own rows, ...]."""
+        ranks = self.sae.ranks
+        return x.mean(0) if ranks.data == 1 else ranks.over_rows(x.sum(0)) / self.n
+
+    @cached_property
+    def firings(self) -> Tensor:
+        """In how many of the batch's rows each of this rank's latents fires; int64."""
+        return self.sae.ranks.over_rows(self.code.firings)
+
+    @cached_property
+    def l0(self) -> float:
+        """Mean number of active latents per row of the batch."""
+        if self.sae.ranks.alone:
+            return self.code.l0
+        return self.sae.ranks.total(self.code.active_pairs)[0] / self.n
 
     @cached_property
     def energy(self) -> Tensor:
@@ -183,6 +217,13 @@ class Part(nn.Module):
     needs_contexts: ClassVar[bool] = False
     #: Reads `p.z`, which is then kept through the step.
     uses_preactivations: bool = False
+    #: Works where each rank has some of a batch's rows and some of the latents. What is kept of
+    #: single latents then has length `Dims.own`, and sums over rows or latents go over all ranks.
+    shardable: bool = False
+    #: Names of the parameters and buffers with one entry per latent.
+    per_latent: ClassVar[tuple[str, ...]] = ()
+    #: Set by the SAE.
+    ranks: Ranks = ALONE
     lr: float | None = None
 
     def check(self, sae: SAE) -> None:
@@ -341,7 +382,11 @@ class LossTerm(Part):
         check_setting("coefficient", self.coefficient, sae)
 
     def loss(self, p: Pass) -> Tensor:
-        """A scalar with gradient; must not change any state."""
+        """A scalar with gradient; must not change any state.
+
+        On several ranks it is what this rank's rows contribute, over all latents: the sum over
+        ranks with other rows is the batch's loss.
+        """
         raise TypeError(f"{type(self).__name__} has no loss()")
 
 
@@ -393,14 +438,39 @@ def fresh_start(p: Pass, latents: Tensor, encoder_norm: float, draw: torch.Gener
         encoder_norm: of the new encoder rows, relative to the mean norm of all others.
         draw: the part's own stream.
     """
-    error = (p.target - p.recon).square().sum(1).double().cpu()
-    rows = torch.multinomial(error, latents.numel(), replacement=True, generator=draw)
-    directions = normalize(p.x[rows.to(p.x.device)] - p.sae.b_dec.detach(), dim=1)
-    others = torch.ones(p.sae.d_sae, dtype=torch.bool, device=latents.device)
+    ranks = p.sae.ranks
+    first, count = ranks.before(latents.numel())
+    error = _whole(p, (p.target - p.recon).square().sum(1).double()).cpu()
+    rows = torch.multinomial(error, count, replacement=True, generator=draw)
+    rows = rows[first : first + latents.numel()].to(p.x.device)
+    directions = normalize(_rows_of(p, rows) - p.sae.b_dec.detach(), dim=1)
+    others = torch.ones(p.sae.own, dtype=torch.bool, device=latents.device)
     others[latents] = False
     norms = torch.linalg.vector_norm(p.sae.effective_encoder(), dim=1)
-    mean = float(norms[others].mean()) if bool(others.any()) else float(norms.mean())
+    left = ranks.total_over_latents(int(others.sum()))[0]
+    mean = float(ranks.mean_over_latents(norms[others] if left else norms))
     return Reset(latents, directions, encoder_norm * mean)
+
+
+def _whole(p: Pass, values: Tensor) -> Tensor:
+    """A number of each of this rank's rows -> of each of the batch's rows."""
+    if p.sae.ranks.data == 1:
+        return values
+    whole = values.new_zeros(p.n)
+    whole[p.sae.ranks.rows(p.n)] = values
+    return p.sae.ranks.over_rows(whole)
+
+
+def _rows_of(p: Pass, rows: Tensor) -> Tensor:
+    """x of some rows of the batch, int64 [m], whichever rank has them; [m, d_in]. Ranks with the
+    same latents ask for the same rows."""
+    own = p.sae.ranks.rows(p.n)
+    if p.sae.ranks.data == 1:
+        return p.x[rows]
+    here = (rows >= own.start) & (rows < own.stop)
+    found = p.x.new_zeros(len(rows), p.x.shape[1])
+    found[here] = p.x[rows[here] - own.start]
+    return p.sae.ranks.over_rows(found)
 
 
 @torch.no_grad()

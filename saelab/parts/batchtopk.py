@@ -8,6 +8,7 @@ The stored threshold makes a token's code independent of its batch.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,6 +33,7 @@ class BatchTopKConfig(PartConfig):
 
 class BatchTopK(Activation):
     couples_batch: ClassVar[bool] = True
+    shardable = True
     ema: Tensor
     count: Tensor
 
@@ -51,9 +53,12 @@ class BatchTopK(Activation):
         """What a selected value lies above; float32, 0-dim."""
         if not self.training:
             return self.floor()
-        if not z.numel():
+        if not self.ranks.alone:
+            cut = float(self.ranks.kth_largest(z[z > 0].float(), self._most(len(z)), True))
+        elif not z.numel():
             return self.ema.new_zeros(())
-        cut = kernels_for(z.device).kth_largest(z, min(self.k * z.shape[0], z.numel()))
+        else:
+            cut = kernels_for(z.device).kth_largest(z, min(self.k * z.shape[0], z.numel()))
         return torch.nextafter(self.ema.new_tensor(cut), self.ema.new_tensor(-1.0)).clamp_min(0)
 
     def floor(self) -> Tensor:
@@ -69,15 +74,22 @@ class BatchTopK(Activation):
         if not self.training:
             return values * (values > self.threshold)
         keep = values > 0
-        spare = support.nnz - self.k * support.n_rows
+        most = self._most(support.n_rows)
+        spare = self.ranks.total(support.nnz)[0] - most
         if spare > 0:  # a bfloat16 selection has ties at its cut: the exact values decide
-            keep &= values >= torch.kthvalue(values.detach(), spare + 1).values
+            keep &= values >= self.ranks.kth_largest(values.detach(), most, everywhere=True)
         return values * keep
+
+    def _most(self, rows: int) -> int:
+        """Active pairs of the batch, from how many of its rows this rank has."""
+        return self.k * int(self.ranks.total_over_rows(rows)[0])
 
     def update(self, p: Pass) -> None:
         active = p.code.values.detach()[p.code.active]
-        if active.numel():
-            self.ema.mul_(self.momentum).add_(active.min(), alpha=1 - self.momentum)
+        least = active.min() if active.numel() else active.new_tensor(math.inf)
+        least = self.ranks.smallest(least)
+        if bool(least < math.inf):
+            self.ema.mul_(self.momentum).add_(least, alpha=1 - self.momentum)
             self.count += 1
 
     def export(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class CentringConfig(PartConfig):
 
 
 class Centring(Scaling):
+    shardable = True
     mean: Tensor
 
     def __init__(self, config: CentringConfig, dims: Dims) -> None:
@@ -41,7 +42,7 @@ class Centring(Scaling):
         return centred - self.mean
 
     def update(self, p: Pass) -> None:
-        mean = p.x.mean(0)
+        mean = p.mean(p.x)
         if p.sae.config.centre:
             mean = mean - p.sae.b_dec
         self.mean.lerp_(mean, 1 - self.momentum)

@@ -26,6 +26,8 @@ class FrozenConfig(PartConfig):
 
 
 class Frozen(Constraint):
+    shardable = True
+
     def __init__(self, weight: Literal["decoder", "encoder"]) -> None:
         super().__init__()
         self.name = "W_dec" if weight == "decoder" else "W_enc"

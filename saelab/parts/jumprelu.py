@@ -36,10 +36,13 @@ class JumpReLUConfig(PartConfig):
 
 
 class JumpReLU(Activation):
+    shardable = True
+    per_latent = ("log_threshold",)
+
     def __init__(self, config: JumpReLUConfig, dims: Dims) -> None:
         super().__init__()
         self.bandwidth, self.lr = config.bandwidth, config.lr
-        start = torch.full((dims.d_sae,), math.log(config.threshold))
+        start = torch.full((dims.own,), math.log(config.threshold))
         self.log_threshold = nn.Parameter(start)
 
     @property
@@ -75,7 +78,7 @@ class JumpReLU(Activation):
         return {"threshold": (Stored(self.log_threshold, "log"),)}
 
     def scalars(self) -> dict[str, float]:
-        return {"threshold": float(self.log_threshold.detach().mean().exp())}
+        return {"threshold": float(self.ranks.mean_over_latents(self.log_threshold).exp())}
 
     def export(self) -> dict[str, Any]:
         return {"architecture": "jumprelu", "threshold": self.threshold.detach()}

@@ -28,14 +28,16 @@ class L0Config(PartConfig):
 
 
 class L0(LossTerm):
+    shardable = True
+
     def __init__(self, config: L0Config) -> None:
         super().__init__()
         self.coefficient = config.coefficient
 
     def check(self, sae: SAE) -> None:
         super().check(sae)
-        sae.activation.gate(sae.W_enc.new_empty(0, sae.d_sae), None)
+        sae.activation.gate(sae.W_enc.new_empty(0, sae.own), None)
 
     def loss(self, p: Pass) -> Tensor:
         gates = p.sae.activation.gate(p.code.pre, p.code.support)
-        return gates.sum() * (p.setting(self.coefficient) / p.n)
+        return self.ranks.over_latents(gates.sum()) * (p.setting(self.coefficient) / p.n)

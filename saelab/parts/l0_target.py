@@ -51,6 +51,7 @@ class L0TargetConfig(PartConfig):
 
 
 class L0Target(Controller):
+    shardable = True
     state: Tensor
 
     def __init__(self, config: L0TargetConfig, dims: Dims) -> None:
@@ -67,7 +68,7 @@ class L0Target(Controller):
     def update(self, p: Pass) -> None:
         c = self.config
         integral, smooth, first, _ = self.state.tolist()
-        now = math.log(max(p.code.l0, 1e-3))
+        now = math.log(max(p.l0, 1e-3))
         smooth = now if math.isnan(smooth) else c.smoothing * smooth + (1 - c.smoothing) * now
         first = now if math.isnan(first) else first
         share = min(1.0, (p.step + 1) / max(1.0, c.warmup * self.steps))

@@ -28,6 +28,7 @@ class L1Config(PartConfig):
 
 class L1(LossTerm):
     uses_decoder_norms: ClassVar[bool] = True
+    shardable = True
 
     def __init__(self, config: L1Config) -> None:
         super().__init__()
@@ -35,4 +36,4 @@ class L1(LossTerm):
 
     def loss(self, p: Pass) -> Tensor:
         scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.x.shape[1]))
-        return p.code.weighted_sum(p.decoder_norms) * scale
+        return self.ranks.over_latents(p.code.weighted_sum(p.decoder_norms)) * scale

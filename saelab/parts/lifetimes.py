@@ -53,6 +53,8 @@ class LifetimesConfig(PartConfig):
 
 
 class Lifetimes(Observer):
+    shardable = True
+    per_latent = ("birth", "last_fired", "firings", "resamplings", "ended")
     birth: Tensor
     last_fired: Tensor
     firings: Tensor
@@ -67,8 +69,8 @@ class Lifetimes(Observer):
         self.config, self.seed, self.steps = config, dims.seed, dims.steps
         self.base = max(float(config.base_steps), config.base_share * dims.steps)
         for name in ("birth", "last_fired", "firings", "resamplings"):
-            self.register_buffer(name, torch.zeros(dims.d_sae, dtype=torch.int64))
-        self.register_buffer("ended", torch.zeros(dims.d_sae, dtype=torch.bool))
+            self.register_buffer(name, torch.zeros(dims.own, dtype=torch.int64))
+        self.register_buffer("ended", torch.zeros(dims.own, dtype=torch.bool))
         for name in ("deaths", "censored"):
             self.register_buffer(name, torch.zeros(BINS, dtype=torch.int64))
         self.register_buffer("now", torch.zeros((), dtype=torch.int64))
@@ -98,7 +100,7 @@ class Lifetimes(Observer):
 
     def update(self, p: Pass) -> None:
         self.now.fill_(p.step + 1)
-        fired = p.code.firings
+        fired = p.firings
         self.firings += fired
         self.last_fired.masked_fill_(fired > 0, p.step + 1)
         dying = self.silent() & ~self.ended
@@ -109,7 +111,7 @@ class Lifetimes(Observer):
         if not self.config.resample or p.step + 1 > self.config.until * p.steps:
             return None
         dead = (self.ended & self.silent()).nonzero().flatten()
-        if not dead.numel():
+        if not self.ranks.before(dead.numel())[1]:
             return None
         draw = torch_stream(self.seed, "lifetimes", p.step + 1)
         return fresh_start(p, dead, self.config.encoder_norm, draw)
@@ -125,16 +127,16 @@ class Lifetimes(Observer):
         self.ended[latents] = False
 
     def scalars(self) -> dict[str, float]:
-        age = self.now - self.birth
+        age, mean = self.now - self.birth, self.ranks.mean_over_latents
         return {
-            "lifetime.ended": float(self.ended.float().mean()),
-            "lifetime.revived": float((self.ended & ~self.silent()).float().mean()),
-            "lifetime.mean_age": float(age.float().mean()),
-            "lifetime.resamplings": float(self.resamplings.sum()),
+            "lifetime.ended": float(mean(self.ended.float())),
+            "lifetime.revived": float(mean((self.ended & ~self.silent()).float())),
+            "lifetime.mean_age": float(mean(age.float())),
+            "lifetime.resamplings": self.ranks.total_over_latents(int(self.resamplings.sum()))[0],
         }
 
     def _histogram(self, which: Tensor) -> Tensor:
-        """Ages of the latents' lives by bin, int64 [BINS]; `which` bool [d_sae]."""
+        """Ages of the latents' lives by bin, int64 [BINS]; `which` bool [own latents]."""
         age = (self.now - self.birth)[which]
         bins = (age * BINS // max(1, self.steps)).clamp(0, BINS - 1)
-        return torch.bincount(bins, minlength=BINS)
+        return self.ranks.over_latents(torch.bincount(bins, minlength=BINS))

@@ -22,6 +22,8 @@ class RampConfig(PartConfig):
 
 
 class Ramp(Controller):
+    shardable = True
+
     def __init__(self, config: RampConfig, dims: Dims) -> None:
         super().__init__()
         self.config, self.name = config, config.name

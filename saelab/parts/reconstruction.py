@@ -30,6 +30,8 @@ class ReconstructionConfig(PartConfig):
 
 
 class Reconstruction(LossTerm):
+    shardable = True
+
     def __init__(self, space: Literal["raw", "scaled"]) -> None:
         super().__init__()
         self.space = space
@@ -42,8 +44,8 @@ class Reconstruction(LossTerm):
 
     def loss(self, p: Pass) -> Tensor:
         if self.space == "raw":
-            return mean_square(p.recon, p.target)
+            return p.share(mean_square(p.recon, p.target))
         assert p.sae.scaling is not None
         s = p.sae.scaling.metric()
         s = s / s.square().mean().sqrt()
-        return mean_square(p.recon * s, p.target * s)
+        return p.share(mean_square(p.recon * s, p.target * s))

@@ -19,6 +19,8 @@ class ReLUConfig(PartConfig):
 
 
 class ReLU(Activation):
+    shardable = True
+
     def dense(self, z: Tensor) -> Tensor:
         return torch.relu(z)
 

@@ -38,6 +38,8 @@ class ResamplingConfig(PartConfig):
 
 
 class Resampling(Observer):
+    shardable = True
+    per_latent = ("silent",)
     silent: Tensor
     resets: Tensor
 
@@ -45,20 +47,21 @@ class Resampling(Observer):
         super().__init__()
         self.config, self.seed = config, dims.seed
         self.every = max(1, round(config.every * dims.steps))
-        self.register_buffer("silent", torch.zeros(dims.d_sae, dtype=torch.int64))
+        self.register_buffer("silent", torch.zeros(dims.own, dtype=torch.int64))
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
 
     def update(self, p: Pass) -> None:
-        self.silent.add_(p.n).masked_fill_(p.code.firings > 0, 0)
+        self.silent.add_(p.n).masked_fill_(p.firings > 0, 0)
 
     def observe(self, p: Pass) -> Reset | None:
         step = p.step + 1
         if step % self.every or step > self.config.until * p.steps:
             return None
         dead = (self.silent > self.config.patience).nonzero().flatten()
-        if not dead.numel():
+        _, count = self.ranks.before(dead.numel())
+        if not count:
             return None
-        self.resets += dead.numel()
+        self.resets += count
         generator = torch_stream(self.seed, "resampling", step)
         return fresh_start(p, dead, self.config.encoder_norm, generator)
 

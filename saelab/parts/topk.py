@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import SettingError
-from saelab.kernels import Support, kernels_for, support_of_topk
+from saelab.kernels import Support, kernels_for, support_of_topk, topk_over_ranks
 from saelab.parts.base import Activation, Dims, Latents, PartConfig, Pass, check_setting
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class TopKConfig(PartConfig):
 
 class TopK(Activation):
     exact_k: ClassVar[bool] = True
+    shardable = True
 
     def __init__(self, k: int | str, dims: Dims) -> None:
         super().__init__()
@@ -66,6 +67,8 @@ class TopK(Activation):
         return torch.zeros_like(z).scatter(-1, latents, torch.relu(values))
 
     def support(self, z: Tensor) -> Support | None:
+        if self.ranks.latents > 1:
+            return topk_over_ranks(z, self.k, self.ranks)
         return support_of_topk(kernels_for(z.device).topk(z, self.k), z.shape[-1])
 
     def at(self, values: Tensor, support: Support) -> Tensor:

@@ -27,6 +27,8 @@ class UnitNormConfig(PartConfig):
 
 
 class UnitNorm(Constraint):
+    shardable = True
+
     def __init__(self, weight: Literal["decoder", "encoder"]) -> None:
         super().__init__()
         self.name = "W_dec" if weight == "decoder" else "W_enc"

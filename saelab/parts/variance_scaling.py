@@ -78,6 +78,11 @@ class VarianceScaling(Scaling):
         return own | self.temperature.stored()
 
     @property
+    def shardable(self) -> bool:  # type: ignore[override]
+        """A batch's own statistics would be those of one rank's rows."""
+        return self.config.statistics == "running"
+
+    @property
     def foldable(self) -> bool:  # type: ignore[override]
         return self.config.statistics == "running"
 
@@ -101,7 +106,8 @@ class VarianceScaling(Scaling):
 
     def update(self, p: Pass) -> None:
         if self.config.statistics == "running":
-            self.variance.lerp_(_variance(p.x), 1 - self.config.momentum)
+            variance = p.mean((p.x - p.mean(p.x)).square_())
+            self.variance.lerp_(variance, 1 - self.config.momentum)
         self.temperature.move_on(p.step, p.steps)
 
     def fold(self) -> tuple[Tensor, Tensor]:
@@ -141,6 +147,8 @@ class ScalarPriorConfig(PartConfig):
 
 
 class ScalarPrior(LossTerm):
+    shardable = True
+
     def __init__(self, config: ScalarPriorConfig) -> None:
         super().__init__()
         self.config = config
@@ -151,4 +159,4 @@ class ScalarPrior(LossTerm):
             return p.recon.new_zeros(())
         beta = (scaling.beta - c.beta_0).square().mean()
         theta = (scaling.theta - c.theta_0).square().mean()
-        return c.c_beta * beta + c.c_theta * theta
+        return p.share(c.c_beta * beta + c.c_theta * theta)

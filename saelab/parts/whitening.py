@@ -34,6 +34,7 @@ class WhiteningConfig(PartConfig):
 
 
 class Whitening(Scaling):
+    shardable = True
     matrix: Tensor
 
     def __init__(self, config: WhiteningConfig, dims: Dims) -> None:

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from saelab.files import write_atomically
 from saelab.report.load import CONTROL, Run
+from saelab.shown import visible
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -59,8 +61,9 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Look:
-    """How an arm or control is drawn, in every picture."""
+    """How an arm or control is drawn, in every picture; every artist is labelled with its name."""
 
+    name: str
     color: str
     marker: str
     dashes: Any
@@ -71,6 +74,7 @@ class Look:
     def marks(self, **changes: Any) -> dict[str, Any]:
         """Arguments of `plot` for markers alone."""
         return {
+            "label": self.name,
             "color": self.color,
             "marker": self.marker,
             "markerfacecolor": self.color if self.filled else "white",
@@ -107,9 +111,10 @@ GREY_MARKERS = ("x", "+", "1", "2", "3", "4", "|")
 
 def looks(run: Run) -> dict[str, Look]:
     """The look of every arm and control. The baseline is the widest line and lies underneath."""
-    found = {run.baseline: Look("black", "o", "-", 2.4, zorder=2.5)}
+    found = {run.baseline: Look(run.baseline, "black", "o", "-", 2.4, zorder=2.5)}
     for i, arm in enumerate(run.arms[1:]):
         found[arm] = Look(
+            arm,
             COLORS[i % len(COLORS)],
             MARKERS[i % len(MARKERS)],
             DASHES[i % len(DASHES)],
@@ -118,7 +123,7 @@ def looks(run: Run) -> dict[str, Look]:
         )
     for i, control in enumerate(run.controls):
         found[control] = Look(
-            GREYS[i % len(GREYS)], GREY_MARKERS[i % len(GREY_MARKERS)],
+            control, GREYS[i % len(GREYS)], GREY_MARKERS[i % len(GREY_MARKERS)],
             GREY_DASHES[i % len(GREY_DASHES)], 1.6, zorder=2,
         )  # fmt: skip
     return found
@@ -127,14 +132,34 @@ def looks(run: Run) -> dict[str, Look]:
 def shown(name: str) -> str:
     """An arm or control as the legend names it."""
     if name.startswith(CONTROL):
-        return f"control: {name.removeprefix(CONTROL).strip()}"
+        return f"control: {visible(name.removeprefix(CONTROL).strip())}"
+    name = visible(f" {name}" if name.startswith("_") else name)  # legends leave out "_..."
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
 def handle(name: str, look: Look, line: bool = True) -> Artist:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], label=shown(name), **(look.line() if line else look.marks()))
+    named = {"label": shown(name)}
+    return Line2D([], [], **(look.line(**named) if line else look.marks(**named)))
+
+
+@dataclass(frozen=True)
+class Words:
+    """What stands around the panels of a picture: `Page.finish` has the meaning of each."""
+
+    title: str
+    text: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+#: The words of every finished figure, kept for whoever shows it otherwise than `save`.
+_words: WeakKeyDictionary[Figure, Words] = WeakKeyDictionary()
+
+
+def words_of(figure: Figure) -> Words:
+    """What `Page.finish` was given for this figure."""
+    return _words[figure]
 
 
 class Page:
@@ -166,6 +191,7 @@ class Page:
             handles: of the legend.
             notes: what is missing and why.
         """
+        _words[self.figure] = Words(title, tuple(part for part in text if part), tuple(notes))
         titles = wrap(title, WIDTH - 2 * MARGIN, TITLE, bold=True)
         above = [line for part in text for line in wrap(part, WIDTH - 2 * MARGIN)]
         below = [line for part in notes for line in wrap(part, WIDTH - 2 * MARGIN)]
@@ -209,7 +235,7 @@ def text_width(text: str, size: float = TEXT, bold: bool = False) -> float:
 def wrap(text: str, inches: float, size: float = TEXT, bold: bool = False) -> list[str]:
     """Breaks a text at its spaces into lines that are not wider; a longer word stands alone."""
     lines: list[str] = []
-    for word in text.split(" "):
+    for word in visible(text).split(" "):
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and text_width(longer, size, bold) <= inches:
             lines[-1] = longer

@@ -7,6 +7,7 @@
     density          how often latents fire
     scalars          learned scalars over training
     verdict          paired difference from the baseline
+    placement        arms and controls between a frozen random decoder and the baseline
     ...              what is measured of the ideas: figures_a.py, figures_b.py
 
 Bands and bars go from the lowest to the highest seed, except in the verdict (95% t interval). The
@@ -15,8 +16,11 @@ titles carry the numbers that matter. What is missing is said in the picture, wi
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +42,7 @@ from saelab.report.canvas import (
 from saelab.report.figures_a import A_PICTURES
 from saelab.report.figures_b import B_PICTURES
 from saelab.report.load import Curve, Run, load
+from saelab.report.placement import placement
 from saelab.report.shared import (
     NAMES,
     against_l0,
@@ -55,6 +60,7 @@ from saelab.report.shared import (
     thin_lines,
     values_of,
 )
+from saelab.shown import visible
 from saelab.signals import told
 
 if TYPE_CHECKING:
@@ -74,6 +80,8 @@ FRONTIER = {
     "fvu": ("Reconstruction (lower is better)", "FVU"),
     RECOVERED: ("Language-model loss (higher is better)", "loss recovered"),
 }
+#: Runs from which on further processes are worth their start. Our choice.
+MANY = 4
 WORDS = ("helps", "hurts", "no evidence", "cannot tell", "refused")
 
 #: What a picture is: the figure, or the reason why there is none; '' where nobody would expect one.
@@ -99,15 +107,39 @@ def draw(labels: Mapping[str, str]) -> None:
     except SaelabError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    for folder in folders:
-        try:
-            for line, drawn in draw_run(load(folder, labels[folder.name]), Path()):
-                print(line, file=sys.stdout if drawn else sys.stderr, flush=True)
-        except SaelabError as error:
+    for lines, error, exit_code in _drawn_all([(f, labels[f.name]) for f in folders]):
+        for line, drawn in lines:
+            print(visible(line), file=sys.stdout if drawn else sys.stderr, flush=True)
+        if exit_code:
             print(error, file=sys.stderr)
-            code = error.exit_code
+            code = exit_code
     if code:
         raise SystemExit(code)
+
+
+#: The lines of one run as `draw_run` gives them; what ended it, and the exit code for that.
+Drawn = tuple[list[tuple[str, bool]], str, int]
+
+
+def _drawn_all(work: Sequence[tuple[Path, str]]) -> Iterator[Drawn]:
+    """Every run (folder and title) in its order; many of them on all cores, a run on one."""
+    processes = min(len(work), os.cpu_count() or 1)
+    if len(work) < MANY or processes < 2:
+        yield from map(_drawn, work)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        yield from pool.map(_drawn, work)
+
+
+def _drawn(run: tuple[Path, str]) -> Drawn:
+    folder, title = run
+    lines: list[tuple[str, bool]] = []
+    try:
+        for line in draw_run(load(folder, title), Path()):
+            lines.append(line)
+    except SaelabError as error:
+        return lines, str(error), error.exit_code
+    return lines, "", 0
 
 
 def find_runs(where: Path, labels: Mapping[str, str]) -> list[Path]:
@@ -383,7 +415,10 @@ def probing_entries(run: Run) -> Figure | str:
         for control in run.controls:
             if values := _accuracies(run, control, ENTRY_K, f"entry={entry}"):
                 look = lines.setdefault(control, style[control])
-                axes.axhline(mean(values), color=look.color, linestyle=look.dashes, linewidth=2)
+                axes.axhline(
+                    mean(values), label=look.name, color=look.color, linestyle=look.dashes,
+                    linewidth=2,
+                )  # fmt: skip
         axes.set_title("\n".join(wrap(entry.replace("_", " "), 1.35)))
         axes.locator_params(axis="y", nbins=4)
     for row in mosaic:
@@ -439,8 +474,8 @@ def density(run: Run) -> Figure | str:
         shares = np.array([100 * bins[arm].get(round(edge, 2), 0.0) for edge in grid])
         look = style[arm]
         right.stairs(
-            shares, np.append(grid, grid[-1] + BIN), baseline=None, color=look.color,
-            linestyle=look.dashes, linewidth=look.width, zorder=look.zorder,
+            shares, np.append(grid, grid[-1] + BIN), baseline=None, label=look.name,
+            color=look.color, linestyle=look.dashes, linewidth=look.width, zorder=look.zorder,
         )  # fmt: skip
         marked = (np.arange(len(grid)) % 4 == i % 4) & (shares > 0.03 * shares.max())
         where = grid[marked] + BIN * (i + 0.5) / len(bins)
@@ -509,11 +544,12 @@ def verdict(run: Run) -> Figure | str:
         if middle is not None:
             axes.plot(middle, y, **look.marks(markersize=9))
         if low is not None and high is not None:
-            axes.hlines(y, low, high, color=look.color, linewidth=2.2, zorder=3)
+            axes.hlines(y, low, high, label=arm, color=look.color, linewidth=2.2, zorder=3)
             axes.plot(
-                [low, high], [y, y], linestyle="", marker="|", markersize=10, color=look.color
-            )
-        axes.text(1.02, y, words[-1], transform=axes.get_yaxis_transform(), va="center",
+                [low, high], [y, y], linestyle="", marker="|", markersize=10, label=arm,
+                color=look.color,
+            )  # fmt: skip
+        axes.text(1.02, y, words[-1], label=arm, transform=axes.get_yaxis_transform(), va="center",
                   fontweight="bold" if words[-1] in ("helps", "hurts") else "normal")  # fmt: skip
     axes.axvline(0, color="black", linewidth=1.2, zorder=2)
     handles = _interest_band(axes, run)
@@ -565,6 +601,7 @@ PICTURES: dict[str, Picture] = {
     "density": density,
     "scalars": scalars,
     "verdict": verdict,
+    "placement": placement,
     **A_PICTURES,
     **B_PICTURES,
 }

@@ -108,7 +108,7 @@ def thresholds(run: Run) -> Figure | str:
     for arm in arms:
         axes, look = page.panels[arm], looks(run)[arm]
         variance, own = points[arm]
-        axes.plot(variance, own, ".", color=look.color, markersize=4, alpha=0.6)
+        axes.plot(variance, own, ".", label=arm, color=look.color, markersize=4, alpha=0.6)
         ends = np.array([variance.min(), variance.max()])
         lines = zip(
             *(run.numbers(f"consistency.{n}")[arm] for n in ("slope", "intercept")), strict=True

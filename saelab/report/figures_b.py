@@ -298,8 +298,8 @@ def survival(run: Run) -> Figure | str:
             **look.line(markevery=(i * every // len(curves), every)),
         )  # fmt: skip
         axes.fill_between(
-            100 * ages, 100 * low, 100 * high, step="post", color=look.color, alpha=0.14,
-            linewidth=0,
+            100 * ages, 100 * low, 100 * high, step="post", label=arm, color=look.color,
+            alpha=0.14, linewidth=0,
         )  # fmt: skip
         ends[arm] = 100 * float(middle[-1])
     axes.set_ylim(0, 102)
@@ -325,7 +325,7 @@ def _numbers_at_risk(axes: Axes, run: Run, numbers: Mapping[str, Mapping[float, 
         for age in ages[:: -(-len(ages) // AGES)]:
             if age in points:
                 axes.text(100 * age, y, f"{mean(points[age]):.0f}", va="center", ha="center",
-                          fontsize=9.5, color=looks(run)[arm].color)  # fmt: skip
+                          fontsize=9.5, label=arm, color=looks(run)[arm].color)  # fmt: skip
     axes.set_yticks(range(len(numbers)), [shown(arm) for arm in numbers])
     axes.tick_params(axis="y", length=0, labelsize=9.5)
     axes.set_ylim(len(numbers) - 0.4, -0.6)
@@ -443,8 +443,8 @@ def max_cosine(run: Run) -> Figure | str:
         by_bin = {round(low / width): 100 * mean(values) for low, values in points.items()}
         shares = np.array([by_bin.get(round(low / width), 0.0) for low in grid])
         axes.stairs(
-            shares, np.append(grid, grid[-1] + width), baseline=None, color=look.color,
-            linestyle=look.dashes, linewidth=look.width, zorder=look.zorder,
+            shares, np.append(grid, grid[-1] + width), baseline=None, label=arm,
+            color=look.color, linestyle=look.dashes, linewidth=look.width, zorder=look.zorder,
         )  # fmt: skip
         marked = (np.arange(len(grid)) % 3 == i % 3) & (shares > 0.03 * shares.max())
         axes.plot(grid[marked] + width * (i + 0.5) / len(bins), shares[marked], **look.marks())

@@ -5,29 +5,37 @@
     metrics.parquet     every measured number, a missing one with its reason
     curves.parquet      scalars over training
 
-The last three may be absent. Without metrics.parquet the per-seed values of final_info.json stand
+A file that is not as the launch wrote it is refused (runfiles.py). The last three may be absent.
+Without metrics.parquet the per-seed values of final_info.json stand
 in for it, so that a folder with that file alone still gives pictures.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from saelab.errors import DamageError
-from saelab.files import read_json
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from saelab.runfiles import CURVES, METRICS, RunFiles
+from saelab.tables import Kind
 
 #: What the names of control subjects begin with.
 CONTROL = "control:"
+#: Columns that are read.
+OF_METRICS: dict[str, Kind] = {
+    **{"metric": "text", "slice": "text", "arm": "text", "seed": "whole", "level": "number"},
+    **{"value": "number?", "reason": "text?"},
+}
+OF_CURVES: dict[str, Kind] = {
+    **{"name": "text", "arm": "text", "seed": "whole", "level": "number", "tokens": "whole"},
+    "value": "number?",
+}
 #: Group of final_info.json and metric -> value, as one arm has them.
 Info = dict[str, dict[str, Any]]
 
@@ -138,23 +146,13 @@ def load(folder: Path, title: str = "") -> Run:
 
     Raises: DamageError for a file that can't be read, SourceError without final_info.json.
     """
-    info = read_json(folder / "final_info.json")
-    manifest = _read_optional(folder / "manifest.json")
-    if not isinstance(info, dict) or not all(isinstance(group, dict) for group in info.values()):
-        raise DamageError(f"{folder / 'final_info.json'} has no group per arm: run again")
-    values = _read_values(folder / "metrics.parquet")
+    files = RunFiles(folder)
+    info, manifest = files.info(), files.manifest
+    values = _read_values(files)
     if not values:
         values = _values_of(info, float(manifest.get("target_l0") or 0))
     run = Run(folder.name, title or manifest.get("title", folder.name), info, manifest, values)
-    curves = _read_curves(folder / "curves.parquet", run.target_l0)
-    return Run(run.name, run.title, info, manifest, values, curves)
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    data = read_json(path) if path.is_file() else {}
-    if not isinstance(data, dict):
-        raise DamageError(f"{path} holds no names and values: delete it and run again")
-    return data
+    return Run(run.name, run.title, info, manifest, values, _read_curves(files, run.target_l0))
 
 
 def _values_of(info: Info, level: float) -> dict[tuple[str, str], list[Value]]:
@@ -169,21 +167,21 @@ def _values_of(info: Info, level: float) -> dict[tuple[str, str], list[Value]]:
     return dict(values)
 
 
-def _read_values(path: Path) -> dict[tuple[str, str], list[Value]]:
+def _read_values(files: RunFiles) -> dict[tuple[str, str], list[Value]]:
     values: dict[tuple[str, str], list[Value]] = defaultdict(list)
-    names = ("metric", "slice", "arm", "seed", "level", "value", "reason")
-    for metric, slice, arm, seed, level, value, reason in _rows(path, names):
+    for row in files.rows(METRICS, OF_METRICS):
+        metric, slice, arm, seed, level, value, reason = row.values()
         if ",class=" not in slice:
-            number = None if value is None or value != value else value
+            number = None if value is None or not math.isfinite(value) else value
             values[metric, slice].append(Value(arm, seed, level, number, reason or "not finite"))
     return dict(values)
 
 
-def _read_curves(path: Path, target: float | None) -> dict[tuple[str, str], dict[int, Curve]]:
+def _read_curves(files: RunFiles, target: float | None) -> dict[tuple[str, str], dict[int, Curve]]:
     points: dict[tuple[str, str], dict[int, dict[int, float]]] = defaultdict(
         lambda: defaultdict(dict)
     )
-    rows = _rows(path, ("name", "arm", "seed", "level", "tokens", "value"))
+    rows = [tuple(row.values()) for row in files.rows(CURVES, OF_CURVES)]
     target = _target(target, (row[3] for row in rows))
     for name, arm, seed, level, tokens, value in rows:
         if _same(level, target) and value is not None and np.isfinite(value):
@@ -197,24 +195,6 @@ def _read_curves(path: Path, target: float | None) -> dict[tuple[str, str], dict
 def _curve(points: dict[int, float]) -> Curve:
     tokens, values = zip(*sorted(points.items()), strict=True)
     return Curve(np.array(tokens), np.array(values, dtype=np.float64))
-
-
-def _rows(path: Path, names: tuple[str, ...]) -> list[tuple[Any, ...]]:
-    """The named columns of a Parquet file, row by row; no rows without a file.
-
-    Raises: DamageError when the file can't be read or lacks a column.
-    """
-    if not path.is_file():
-        return []
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table: pa.Table = pq.read_table(path, columns=list(names))
-        columns = [table[name].to_pylist() for name in names]
-    except (pa.ArrowException, KeyError, OSError) as error:
-        raise DamageError(f"{path} can't be read ({error}): delete it and run again") from None
-    return list(zip(*columns, strict=True))
 
 
 def _target(named: float | None, levels: Iterable[float]) -> float | None:

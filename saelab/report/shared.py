@@ -101,8 +101,10 @@ def by_arm(axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: b
             color = style[arm].color
             if dots and len(values) > 1:
                 spread = x + 0.24 * np.linspace(-1, 1, len(values))
-                axes.plot(spread, values, ".", markersize=5, color=color, alpha=0.5)
-            axes.vlines(x, min(values), max(values), color=color, linewidth=1.6, zorder=3)
+                axes.plot(spread, values, ".", markersize=5, label=arm, color=color, alpha=0.5)
+            axes.vlines(
+                x, min(values), max(values), label=arm, color=color, linewidth=1.6, zorder=3
+            )
             axes.plot(x, mean(values), **style[arm].marks(markersize=8))
     axes.set_xlim(-0.7, len(run.arms) - 0.3)
     axes.set_xticks([])
@@ -122,7 +124,7 @@ def points_with_range(
     low = [min(values) for values in points.values()]
     high = [max(values) for values in points.values()]
     axes.plot(x, means, **(look.line() if joined else look.marks()))
-    axes.vlines(x, low, high, color=look.color, linewidth=1.4, zorder=look.zorder)
+    axes.vlines(x, low, high, label=look.name, color=look.color, linewidth=1.4, zorder=look.zorder)
 
 
 # ---------------------------------------------------------------- over training
@@ -162,8 +164,9 @@ def plot_band(
     every = max(1, len(tokens) // 6)
     axes.plot(tokens / unit, mean, markevery=(int(turn * every), every), **look.line())
     axes.fill_between(
-        tokens / unit, low, high, color=look.color, alpha=0.14, linewidth=0, zorder=1.5
-    )
+        tokens / unit, low, high, label=look.name, color=look.color, alpha=0.14, linewidth=0,
+        zorder=1.5,
+    )  # fmt: skip
     return float(mean[-1])
 
 
@@ -206,8 +209,8 @@ def thin_lines(axes: Axes, run: Run, name: str) -> None:
     for arm in run.arms:
         for curve in run.curves.get((name, arm), {}).values():
             axes.plot(
-                curve.tokens / unit, curve.values, color=style[arm].color, linewidth=0.7, alpha=0.6,
-                zorder=2,
+                curve.tokens / unit, curve.values, label=arm, color=style[arm].color, linewidth=0.7,
+                alpha=0.6, zorder=2,
             )  # fmt: skip
 
 
@@ -244,7 +247,7 @@ def against_l0(axes: Axes, run: Run, metric: str, arms: Sequence[str] = ()) -> N
         look = style[arm]
         axes.plot(
             [cell.l0 for cell in own], [cell.value for cell in own], linestyle="", marker=".",
-            markersize=5, color=look.color, alpha=0.5, zorder=2,
+            markersize=5, label=arm, color=look.color, alpha=0.5, zorder=2,
         )  # fmt: skip
         levels = sorted({cell.level for cell in own})
         means = [_centre([cell for cell in own if cell.level == level]) for level in levels]

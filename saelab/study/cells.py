@@ -56,7 +56,7 @@ from saelab.remote import Place
 from saelab.rundir import package_digest, share, shared_twin
 from saelab.sae import SAE, SAEConfig
 from saelab.study.convergence import FEWEST, convergence
-from saelab.study.executor import Advance
+from saelab.study.executors import Advance
 from saelab.study.finished import finish
 from saelab.study.gate import REACH
 from saelab.study.latents import FILE, write_latents
@@ -73,7 +73,15 @@ from saelab.training.resume import Kept, remove_checkpoints, restored, train_kep
 #: Cells of one seed that share a pass over the stream in one job.
 GROUP = 3
 #: What is measured of a cell at the plan's L0.
-AT_TARGET = ("core", "probing", "sensitivity", "consistency")
+AT_TARGET = (
+    "core",
+    "probing",
+    "sensitivity",
+    "consistency",
+    "positions",
+    "truth",
+    "absorption",
+)
 #: What the gate compares with the random controls.
 PROBED = "sae_top_5_test_accuracy"
 #: Held-out rows on which a code is asked whether it is constant, and contexts that the activations

@@ -23,10 +23,11 @@ from saelab import stats
 from saelab.data import models
 from saelab.data.store import ForeignSource
 from saelab.errors import SettingError
-from saelab.files import read_json
 from saelab.parts import TABLE
 from saelab.progress import clock
 from saelab.remote import place_of
+from saelab.runfiles import MANIFEST, RunFiles
+from saelab.shown import visible
 from saelab.study.cells import GROUP
 from saelab.study.estimate import harvest_seconds, training_seconds
 from saelab.study.memory import Needs, needs
@@ -317,8 +318,8 @@ def _defaults(part: Mapping[str, Any]) -> dict[str, Any]:
 def measured_spreads(root: Path, plan: PlanConfig) -> dict[tuple[str, str], float]:
     """(run, arm) -> sd of the paired differences of the primary metric, from the runs in `root`."""
     found: dict[tuple[str, str], float] = {}
-    for file in sorted(root.glob("run_*/manifest.json")):
-        manifest = read_json(file)
+    for file in sorted(root.glob(f"run_*/{MANIFEST}")):
+        manifest = RunFiles(file.parent).manifest
         if manifest.get("primary") != plan.primary or manifest.get("study") != plan.study:
             continue
         for c in manifest.get("comparisons", []):
@@ -357,7 +358,7 @@ def text(found: RunCheck) -> str:
     for arm in found.arms:
         lines += _arm_lines(arm, plan)
     lines += [f"  warning: {warning}" for warning in found.warnings]
-    return "\n".join(lines)
+    return visible("\n".join(lines), kept="\n")
 
 
 def _arm_lines(arm: ArmCheck, plan: PlanConfig) -> list[str]:

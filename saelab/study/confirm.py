@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from saelab.errors import SettingError, SourceError
 from saelab.files import read_json, write_json
+from saelab.runfiles import RunFiles
+from saelab.schema import Number, check
 from saelab.study.plan import (
     BASELINE,
     Arm,
@@ -29,9 +33,19 @@ from saelab.study.plan import (
 from saelab.study.registry import plan_hash
 from saelab.study.review import Review, review_all
 
-TUNED = "tuned.json"
+TUNED, COMMAND = "tuned.json", "tune"
 #: Learning rates that are tried, as multiples of the arm's own, and seeds of each trial.
 FACTORS, TRIAL_SEEDS = (0.5, 1.0, 2.0), 2
+#: A learning rate as a name.
+Rate = Annotated[str, Field(pattern=r"^[0-9.]{1,20}(e[-+]?[0-9]{1,2})?$")]
+
+
+class _Tuned(BaseModel):
+    """What is known of an arm: its best rate, and rate -> the metric's mean."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    rate: Annotated[float, Field(alias="train.lr", gt=0, lt=1e3)]
+    trials: Annotated[dict[Rate, Number | None], Field(min_length=len(FACTORS))]
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ def confirmed(
     arm = replace(chosen, name=label, comment=comment, primary=True, twin_of=None)
     needed = [_arm(earlier, replace(best, arm=other)) for other in _needed(chosen)]
     arms = [*run.arms, *(replace(other, primary=False) for other in needed), arm]
-    tuned = _tuned(root).get(name, {})
+    tuned = {arm: known for arm, known in _tuned(root).get(name, {}).items() if _is_arm(known)}
     if {BASELINE, label} <= set(tuned):
         arms += _tuned_arms(arms, arm, tuned)
     changes = dict(earlier.changes) | dict(run.changes)
@@ -117,7 +131,7 @@ def _arm(run: Run, best: Candidate) -> Arm:
 def _check_unchanged(arm: Arm, folder: Path) -> None:
     """Raises: SettingError when the arm was edited after its run; one of a second wave has other
     numbers there."""
-    kept = read_json(folder / "manifest.json")["arms"][arm.name]["changes"]
+    kept = RunFiles(folder).needed("arms")["arms"].get(arm.name, {}).get("changes")
     if not founds(arm.changes) and kept != _plain(arm.changes):
         remedy = f"was changed after {folder.name}: make that run again, or undo the change"
         raise SettingError("arm", arm.name, remedy)
@@ -202,7 +216,19 @@ def keep_best(
 
 def _tuned(root: Path) -> dict[str, Any]:
     file = root / TUNED
-    return read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    remedy = f"delete it, and tune again (saelab {COMMAND})"
+    data = check(read_json(file), dict[str, dict[str, Any]], file, remedy)
+    for name, of_run in data.items():
+        for arm, known in of_run.items():
+            if isinstance(known, dict):
+                check(known, _Tuned, f"{file}: {name}.{arm}", remedy)
+    return data
+
+
+def _is_arm(known: Any) -> bool:
+    return isinstance(known, dict)
 
 
 def _tuned_arms(arms: Sequence[Arm], arm: Arm, tuned: Mapping[str, Any]) -> list[Arm]:

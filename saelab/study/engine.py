@@ -6,8 +6,8 @@ Where `harvest.overlap` says so, this process harvests the training activations 
 train on those that are there; a worker waits for a shard that is not (docs/decisions/0009).
 
 A cell that is in the cache is not trained again. The run folder is filled at the end and
-`final_info.json` and `manifest.json` are its last files, so an interrupted launch leaves no folder
-that looks complete, and the same command goes on where it stopped.
+`final_info.json` is its last file, so an interrupted launch leaves no folder that looks complete,
+and the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 
+from saelab import exhausted
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.evals import probing_rows
 from saelab.evals.core import CoreData
-from saelab.files import WriteError, read_json
+from saelab.files import WriteError, read_sealed
+from saelab.lock import held
 from saelab.progress import clock, progress
 from saelab.progress.run import tell, tell_cells, told
 from saelab.progress.state import DONE, EVALUATE
@@ -35,6 +37,7 @@ from saelab.progress.trackers import open_tracker
 from saelab.rundir import cache_folder, fetch, has_activations, share
 from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
+from saelab.shown import visible
 from saelab.study import cells as celljob
 from saelab.study import controls, reports
 from saelab.study.cells import (
@@ -53,7 +56,8 @@ from saelab.study.cells import (
 )
 from saelab.study.check import RunCheck, check, check_limit
 from saelab.study.estimate import training_seconds
-from saelab.study.executor import one_thread, run_jobs, worker_count
+from saelab.study.executors import LOCAL, chosen, executor
+from saelab.study.executors.local import one_thread, worker_count
 from saelab.study.final_info import (
     CORE,
     ArmResult,
@@ -63,11 +67,13 @@ from saelab.study.final_info import (
     judge_run,
 )
 from saelab.study.finished import finish, is_finished
+from saelab.study.memory import fitting, refuse
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
     CellSpec,
     Found,
+    ParallelConfig,
     PlanConfig,
     Run,
     arm_settings,
@@ -104,6 +110,7 @@ class Launch:
         force: replace a complete run.
         limit: seconds that the launch may be expected to take.
         workers: processes; 0 works in this one, None takes one per core.
+        executor: where the cells are trained, see `executors`; '' for what SAELAB_EXECUTOR names.
     """
 
     name: str
@@ -117,6 +124,7 @@ class Launch:
     force: bool = False
     limit: float = LONGEST
     workers: int | None = None
+    executor: str = ""
 
     @property
     def judged(self) -> bool:
@@ -127,26 +135,34 @@ class Launch:
 def launch(task: Launch) -> list[Comparison]:
     """Runs one launch and writes its folder; prints the table of results.
 
-    Raises: UsageError for bad input, StudyFailure when the baseline has no valid cell.
+    Raises: UsageError for bad input, StudyFailure when the baseline has no valid cell, BusyError
+        while another launch has the same folder.
     """
+    _check_folder(task.out_dir)
+    with exhausted.named(), held(task.out_dir, f"is making {task.name}"):
+        return _launch(task)
+
+
+def _launch(task: Launch) -> list[Comparison]:
     start = time.monotonic()
     if (task.out_dir / "final_info.json").exists() and not task.force:
         raise SettingError(
             "out_dir", str(task.out_dir), "is a complete run: name another, or delete it first"
         )
-    _check_folder(task.out_dir)
     before = checked(task)
     base = before.base
     cache = cache_folder(task.root)
     for line in [before.needs.line(), *before.warnings]:
-        print(f"{task.name}: {line}", file=sys.stderr)
+        print(f"{task.name}: {visible(line)}", file=sys.stderr)
+    task = _within_memory(task, before)
     if base.activations is None and not has_activations(cache):
         before.check_limit()
     deviations = register(task.root, task.plan) if task.judged else ()
     about = {"run": task.name, "title": task.run.title, "study": task.plan.study}
     with told(task.out_dir, about, base.tracker):
         record, of_controls = _launched(task, before, cache, deviations, start)
-    print(table(record.info, record.comparisons, task.plan, of_controls))
+    shown = table(record.info, record.comparisons, task.plan, of_controls)
+    print(visible(shown, kept="\n"))
     taken = clock(time.monotonic() - start)
     print(f"\n{task.out_dir}: {len(record.folders)} cells in {taken}")
     return list(record.comparisons)
@@ -160,7 +176,7 @@ def _launched(
     Raises: as `launch`.
     """
     base, specs = before.base, before.specs
-    overlap = base.harvest.overlaps(base.model.device)
+    overlap = (task.executor or chosen()) == LOCAL and base.harvest.overlaps(base.model.device)
     prepared = prepare(base, cache, base.model.device, overlap)
     data = _data(base, prepared, task)
     content = _data_content(base, prepared, data)
@@ -201,6 +217,9 @@ def checked(task: Launch) -> RunCheck:
     """
     specs = cells(task.plan, task.base, preview(task.run), task.purpose)
     base = task.base.patched(dict(task.run.changes))
+    if base.parallel != ParallelConfig():
+        remedy = "splits one SAE of `saelab train`: cells of a run have a process each"
+        raise SettingError("parallel", base.parallel.model_dump(), remedy)
     _check_primary(task.plan.primary, base)
     open_tracker(base.tracker, task.out_dir, {})
     return check(task, specs, _workers(task, base.model.device))
@@ -215,7 +234,7 @@ def _value(found: Found, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> 
     if found.path:
         points = curve(folders[own[-1]] / "curves.parquet", found.name)
     else:
-        last = [read_json(folders[spec] / "cell.json")["last"].get(found.name) for spec in own]
+        last = [read_sealed(folders[spec] / "cell.json")["last"].get(found.name) for spec in own]
         points = [value for value in last if value is not None]
     if not points:
         raise SettingError("Found.name", found.name, f"{found.arm} logs no such value: mend it")
@@ -224,6 +243,21 @@ def _value(found: Found, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> 
 
 def _at_target(spec: CellSpec, plan: PlanConfig) -> bool:
     return spec.level == (plan.target_l0 or 0)
+
+
+def _within_memory(task: Launch, before: RunCheck) -> Launch:
+    """The launch with as many workers as the memory here holds; the bits are those of any number.
+
+    Raises: SettingError when it holds not even one.
+    """
+    workers = fitting(before.base, before.specs, before.workers, GROUP)
+    if workers is None:
+        refuse(before.base, before.specs, GROUP)
+    elif workers < before.workers:
+        told = f"{workers or 'no'} worker{'s' * (workers > 1)} instead of {before.workers}"
+        print(f"{task.name}: {told}, which fits the memory here", file=sys.stderr)
+        return replace(task, workers=workers)
+    return task
 
 
 def _workers(task: Launch, device: str) -> int:
@@ -235,6 +269,10 @@ def _check_folder(folder: Path) -> None:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise SettingError("out_dir", str(folder), f"{there} is no folder: name another")
+    for inside in (folder, folder / "cells"):
+        if inside.is_symlink():
+            remedy = f"{inside} is a link, and so leads elsewhere: name another"
+            raise SettingError("out_dir", str(folder), remedy)
     if not os.access(there, os.W_OK | os.X_OK):
         raise WriteError(f"{folder} can't be written in {there}: choose another folder")
 
@@ -385,10 +423,11 @@ def _train(
     open_specs = [spec for spec in keys if not _done(cache, keys[spec], data)]
     jobs = _jobs(task, open_specs, keys, data, cache)
     tell_cells(len(open_specs), len(keys) - len(open_specs))
+    trainable = [*keys.values(), *(c["key"] for c in beside if "control" not in c)]
     beside = [control for control in beside if not _done(cache, control["key"], data)]
     trained = [control for control in beside if "control" not in control]
     unfinished = [keys[spec] for spec in open_specs] + [control["key"] for control in trained]
-    for key in [*keys.values(), *(control["key"] for control in trained)]:
+    for key in trainable:
         tidy = drop_damaged if key in unfinished else remove_checkpoints
         tidy(resume_folder(cache, key, prepared.train, data.foreign))
     for some in (trained, [control for control in beside if "control" in control]):
@@ -411,7 +450,8 @@ def _train(
     )
     bar = progress(f"{task.name}: train and evaluate", total, "tokens")
     with closing(prepared.steps) as steps:
-        run_jobs(_work, jobs, workers, cache / "logs", bar, steps)
+        run_jobs = executor(task.executor)
+        run_jobs(_work, jobs, workers, cache / "logs", bar, steps, data.device)
 
 
 def _jobs(
@@ -488,7 +528,7 @@ def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
 
 
 def _done(cache: Path, key: Key, data: Data) -> bool:
-    """Whether a cell is in the cache; none is before the activations are complete."""
+    """Whether a cell is in the cache, undamaged; none is before the activations are complete."""
     if data.train_digest is None:
         return False
     folder = cell_folder(cache, key, data.train_digest)
@@ -516,7 +556,7 @@ def _collect(
     other_seeds = _other_seeds(folders, task.plan)
     gates: dict[str, CellGate] = {}
     for spec, folder in folders.items():
-        cell = read_json(folder / "cell.json")
+        cell = read_sealed(folder / "cell.json")
         if spec in other_seeds:
             others = [folders[other] for other in other_seeds[spec]]
             cell["rows"] += _against(cache, folder, others)
@@ -558,4 +598,4 @@ def _against(cache: Path, folder: Path, others: Sequence[Path]) -> list[dict[str
 
 
 def _control_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    return [row for folder in folders for row in read_json(folder / "cell.json")["rows"]]
+    return [row for folder in folders for row in read_sealed(folder / "cell.json")["rows"]]

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import SettingError, SourceError, nearest
-from saelab.files import read_json
+from saelab.runfiles import MANIFEST, RunFiles
 from saelab.seeding import study_seeds
 from saelab.study.plan import BaseConfig
 
-MANIFEST, CELLS = "manifest.json", "cells"
+CELLS = "cells"
 _CELL = re.compile(r"seed(\d+)-l0_(.+)")
 
 
@@ -57,7 +57,8 @@ class RunFolder:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        return read_json(self.folder / MANIFEST)
+        """Raises: DamageError when it was changed or holds other types."""
+        return RunFiles(self.folder).needed("base", "study", "arms")
 
     @cached_property
     def base(self) -> BaseConfig:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saelab import exhausted
 from saelab.errors import SaelabError, SettingError, nearest
 from saelab.files import read_json
 from saelab.signals import told
@@ -33,7 +34,8 @@ def main(runs: Mapping[str, Run], experiment: str) -> None:
     with told():
         try:
             out_dir = parse_out_dir(sys.argv[1:], list(runs))
-            run_one(runs, Path(experiment).resolve(), out_dir)
+            with exhausted.named():
+                run_one(runs, Path(experiment).resolve(), out_dir)
         except SaelabError as error:
             print(error, file=sys.stderr)
             sys.exit(error.exit_code)
@@ -64,6 +66,7 @@ def run_one(
     out_dir: Path,
     force: bool = False,
     plan_file: Path | None = None,
+    executor: str = "",
 ) -> None:
     """One launch of the run that the last part of `out_dir` names."""
     from saelab.study.engine import launch
@@ -71,7 +74,7 @@ def run_one(
     plan_file = plan_file or experiment.parent / "plan.toml"
     task = task_of(runs, experiment, out_dir, force, plan_file)
     with attempt(plan_file.parent, out_dir.name):
-        launch(task)
+        launch(replace(task, executor=executor))
 
 
 def tune_one(runs: Mapping[str, Run], experiment: Path, name: str) -> dict[str, Any]:

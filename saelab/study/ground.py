@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from saelab import stats
 from saelab.config import Frozen, read_toml
 from saelab.data.store import Source
 from saelab.data.stream import Layout, batches
-from saelab.data.synthetic import SyntheticConfig, generate
+from saelab.data.synthetic import Process, SyntheticConfig, generate, parse_process
 from saelab.errors import CellFailure, SettingError, nearest
 from saelab.evals import EvalData, check_names, evaluate
 from saelab.evals.base import Row
@@ -34,7 +34,7 @@ from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
 
 #: What is measured where nothing else is asked for.
-EVALS = ("core", "truth")
+EVALS = ("core", "truth", "absorption")
 #: What is told of the true dictionary with the true code.
 ORACLE = ("oracle_fvu", "oracle_l0")
 
@@ -172,21 +172,25 @@ class GroundConfig(Frozen):
         data: the activations.
         data_seed: of the dictionary; 'own' gives every seed a dictionary of its own.
         contexts, held_out_contexts: to train on and to evaluate on.
+        keep: training activations in memory; False makes them on the way, each time anew.
         arms: name -> SAE.
         otherwise: arm -> what is changed of `train` for it; batches are those of the others.
         seeds: how many.
         target_l0: where arms are compared.
         levels: L0 that are trained for; they must lie on both sides of the target.
         baseline: the arm that the others are paired with; None leaves the pairing out.
+        evals: what is measured.
         metrics: that are shown.
 
-    Raises: SettingError for a baseline, or an arm trained otherwise, that is no arm.
+    Raises: SettingError for an unknown evaluation, and for a baseline, or an arm trained
+        otherwise, that is no arm.
     """
 
     study: str = "synthetic"
-    data: SyntheticConfig = SyntheticConfig()
+    data: Annotated[Process, BeforeValidator(parse_process)] = SyntheticConfig()
     data_seed: int | Literal["own"] = 0
     contexts: PositiveInt = 8192
+    keep: bool = True
     held_out_contexts: PositiveInt = 256
     layout: Layout = "rows"
     train: TrainConfig = TrainConfig()
@@ -196,9 +200,11 @@ class GroundConfig(Frozen):
     target_l0: PositiveFloat
     levels: tuple[PositiveFloat, ...]
     baseline: str | None = None
+    evals: tuple[str, ...] = EVALS
     metrics: tuple[str, ...] = ("fvu", "mcc", "chance_mcc", "firing_f1", "uniqueness", "dead_share")
 
     def model_post_init(self, _: Any) -> None:
+        check_names(self.evals)
         named = [("otherwise", arm) for arm in self.otherwise]
         named += [("baseline", self.baseline)] if self.baseline is not None else []
         for setting, arm in named:
@@ -224,7 +230,7 @@ def run_ground(config: GroundConfig) -> list[Outcome]:
 
 
 def _on_one_dictionary(config: GroundConfig, data_seed: int, seeds: Sequence[int]) -> list[Outcome]:
-    source = generate(config.data, data_seed, config.contexts)
+    source = generate(config.data, data_seed, config.contexts, keep=config.keep)
     held_out = generate(config.data, data_seed, config.held_out_contexts, "held_out")
     return train_on(
         source,
@@ -234,6 +240,7 @@ def _on_one_dictionary(config: GroundConfig, data_seed: int, seeds: Sequence[int
         config.train,
         config.levels,
         config.layout,
+        config.evals,
         otherwise=config.trainings(),
     )
 

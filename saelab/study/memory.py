@@ -6,6 +6,9 @@
                + one chunk of dense code + snapshots + a matching
                + what is read ahead of activations at a URL)
 
+A launch takes fewer workers where its need is above what this machine, its control group or
+SAELAB_MEMORY leave it, and is refused where not even one fits.
+
 The need is the larger one, or the sum (its process and weights once) where the launch trains beside
 its harvest. Bytes are counted from the settings; only `process` was measured.
 """
@@ -14,8 +17,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -23,6 +31,7 @@ from saelab.data import models
 from saelab.data.harvest import HarvestConfig, bytes_needed
 from saelab.data.models import Size
 from saelab.data.passes import AHEAD, lanes
+from saelab.errors import SettingError
 from saelab.evals import core, probing
 from saelab.evals.matching import matching_bytes
 from saelab.rundir import remote_cache
@@ -30,6 +39,10 @@ from saelab.study.cells import SAMPLE_ROWS
 from saelab.study.plan import BaseConfig, CellSpec
 from saelab.training.snapshots import snapshot_bytes
 
+#: Variable that names how much memory a launch may take.
+BUDGET = "SAELAB_MEMORY"
+#: Bytes where nothing limits them.
+ENDLESS = 2**62
 #: A process with torch, transformers and the tokenizer, in bytes. Measured: 390 to 450 MB.
 PROCESS = 420 * 2**20
 #: What Triton adds where it is installed: transformers imports torch's compiler, which loads it.
@@ -98,6 +111,92 @@ def needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, group: int)
         stored + rows,
         harvested if base.harvest.overlaps(base.model.device) else 0,
     )
+
+
+def fitting(base: BaseConfig, specs: Sequence[CellSpec], workers: int, group: int) -> int | None:
+    """The largest number of workers, up to `workers`, that the memory here holds; None for none."""
+    room = room_here()
+    for n in range(workers, -1, -1):
+        if needs(base, specs, n, group).memory <= room:
+            return n
+    return None
+
+
+def refuse(base: BaseConfig, specs: Sequence[CellSpec], group: int) -> NoReturn:
+    """Raises: SettingError that says what a launch needs at least, and what there is."""
+    least, room = needs(base, specs, 0, group).memory, room_here()
+    remedy = (
+        f"only {room / 1e9:.2f} GB are free here: lower harvest.shard_tokens, harvest.batch or "
+    )
+    remedy += f"sae.d_sae, free memory, or set {BUDGET} (as in 8GB) to what may be used"
+    raise SettingError("memory that is needed", f"{least / 1e9:.2f} GB", remedy)
+
+
+def room_here() -> int:
+    """Bytes that a launch may take: SAELAB_MEMORY where it is set; otherwise what the machine has
+    free, swap included, and what control groups and limits of the process leave.
+
+    Raises: SettingError for a budget that is no size.
+    """
+    named = os.environ.get(BUDGET, "").strip()
+    if not named:
+        return min([_free(), *_of_groups(), *_of_process()])
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT]?)B?", named, re.IGNORECASE | re.ASCII)
+    if not found:
+        raise SettingError(BUDGET, named, "is no amount of memory: write it as in 8GB")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+
+
+def _free() -> int:
+    """Of the machine."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:  # not Linux: nothing is known
+        return ENDLESS
+    found = dict(re.findall(r"^(MemAvailable|SwapFree):\s+(\d+) kB", text, re.MULTILINE))
+    return 1024 * sum(map(int, found.values())) if "MemAvailable" in found else ENDLESS
+
+
+def _of_groups() -> Iterator[int]:
+    """What each memory control group of this process and those above it leave; version 2 or 1."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup/memory")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        place = root / path.strip("/")
+        for folder in (place, *place.parents):
+            with suppress(OSError, ValueError):
+                limit, used = (int((folder / name).read_text()) for name in names)
+                yield max(0, limit - used + _cached(folder))
+            if folder == root:
+                break
+
+
+def _cached(folder: Path) -> int:
+    """Bytes of files in memory that a control group counts and gives back when asked."""
+    text = (folder / "memory.stat").read_text()
+    found = re.search(r"^(?:total_)?inactive_file (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def _of_process() -> Iterator[int]:
+    """What a limit on address space leaves; a worker has the same one for itself."""
+    with suppress(ImportError, OSError, ValueError, IndexError):
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            yield max(0, limit - pages * resource.getpagesize())
 
 
 @functools.cache

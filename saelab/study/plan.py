@@ -23,6 +23,7 @@ from saelab.data.stream import Layout
 from saelab.data.texts import TextConfig
 from saelab.errors import SettingError, nearest
 from saelab.sae import SAEConfig
+from saelab.schema import is_name
 from saelab.seeding import study_seeds
 from saelab.study.gate import gate
 from saelab.training.optim import TrainConfig
@@ -75,6 +76,19 @@ class EvalConfig(Frozen):
     probing: ProbingConfig = ProbingConfig()
 
 
+class ParallelConfig(Frozen):
+    """One SAE on several processes that torchrun has started (docs/parallel.md).
+
+    Args:
+        data: into how many parts the rows of each batch are split; None: as many as there are
+            processes for each part of the latents.
+        latents: into how many parts the latents are split.
+    """
+
+    data: PositiveInt | None = None
+    latents: PositiveInt = 1
+
+
 class BaseConfig(Frozen):
     """Everything a cell is made from, before an arm changes it.
 
@@ -99,6 +113,7 @@ class BaseConfig(Frozen):
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig()
     tracker: str = "none"
+    parallel: ParallelConfig = ParallelConfig()
 
 
 class PlanConfig(Frozen):
@@ -419,5 +434,6 @@ def _check_arms(run: Run) -> None:
         if arms[name].against not in names or arms[name].against == name != BASELINE:
             remedy = f"is no other arm of the run{nearest(arms[name].against, names)}: name one"
             raise SettingError(f"{name}: against", arms[name].against, remedy)
-        if not name or "/" in name or name.startswith((".", "control:")):
-            raise SettingError("arm", name, "may not be empty, hold '/' or start with '.'")
+        if not is_name(name) or name.startswith((".", "control:")):
+            remedy = "names a folder: may not be empty, hold '/' or control signs or start with '.'"
+            raise SettingError("arm", name, remedy)

@@ -24,8 +24,9 @@ from saelab.data.store import FolderSource, ForeignSource, GrowingSource, Shard,
 from saelab.data.tasks import Entry, embedded_entries, entries_from_table
 from saelab.data.texts import TextConfig, documents, manifest, tokenize
 from saelab.errors import DamageError, SettingError, SourceError
-from saelab.evals.probing import harvest_probing, identity
-from saelab.remote import Place, place_of
+from saelab.evals.probing import ProbingData, harvest_probing, identity
+from saelab.lock import held
+from saelab.remote import Place, RemoteError, place_of
 from saelab.rundir import activations_folder, fetch, share
 from saelab.study.plan import BaseConfig, ProbingConfig
 
@@ -101,6 +102,16 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
     reason = "" if probing else "no probing entries are set (evaluation.probing)"
     reason = why_missing(absent) or reason
     return Prepared(train, held_out, probing, reason, provenance, steps, absent)
+
+
+def held_out(base: BaseConfig, cache: Path) -> tuple[Source, LanguageModel | None]:
+    """The held-out activations alone, and the model that they come from where there is one."""
+    if base.activations is not None:
+        return _foreign(base).held_out, None
+    model = models.load(base.model)
+    model.check_context(base.context)
+    source, _ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
+    return source, model
 
 
 def _foreign(base: BaseConfig) -> Prepared:
@@ -202,7 +213,9 @@ def _activations(
             if not found.checks_reads:
                 found.verify()
             return found, no_steps()
-        except DamageError as error:
+        except RemoteError:  # no word about what is there
+            raise
+        except (DamageError, SourceError) as error:
             print(f"{error} (done now)", file=sys.stderr)
             reopen(done)
     found = tokenize(text, model.tokenizer, base.context, tokens, kept=folder / "tokens")
@@ -251,10 +264,11 @@ def _probing(
     dtype = torch.float32 if as_saebench else PROBING_DTYPE
     asked = identity(model, base.hook_name, entries, context, dtype, as_saebench)
     folder = cache / "probing" / digest(asked)
-    if not fetch(cache, folder, "probing.json"):
-        made = harvest_probing(model, base.hook_name, entries, context, dtype, as_saebench)
-        made.save(folder)
-        share(cache, folder)
+    if not (fetch(cache, folder, "probing.json") and ProbingData.is_saved(folder)):
+        with held(folder, "is harvesting its probing activations"):
+            made = harvest_probing(model, base.hook_name, entries, context, dtype, as_saebench)
+            made.save(folder)
+            share(cache, folder)
     return folder, absent
 
 

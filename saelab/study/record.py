@@ -1,4 +1,4 @@
-"""The run folder: every file of a finished launch, `final_info.json` and `manifest.json` last."""
+"""The run folder: every file of a finished launch, `final_info.json` last: it makes it complete."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import saelab
-from saelab.files import write_atomically, write_json, write_text, writing
+from saelab.files import sweep, write_atomically, write_json, write_text, writing
 from saelab.kernels import kernels_name
 from saelab.rundir import package_digest, place
+from saelab.runfiles import seal_run
 from saelab.study.final_info import ArmResult, CellGate, Planted
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.prepare import Prepared
@@ -76,9 +77,10 @@ class Record:
         """Fills the run folder; each file whole or not at all."""
         out = self.task.out_dir
         if self.task.force:  # nothing of the replaced run may stay beside the new one
-            for name in ("manifest.json", "final_info.json"):
+            for name in ("final_info.json", "manifest.json"):
                 (out / name).unlink(missing_ok=True)
             shutil.rmtree(out / "cells", ignore_errors=True)
+        sweep(out)
         self._write_metrics(out / "metrics.parquet")
         self._write_curves(out / "curves.parquet")
         self._place_checkpoints(out / "cells")
@@ -94,8 +96,7 @@ class Record:
         )
         write_text(out / "summary.md", text)
         write_json(out / "gate.json", self._gates())
-        write_json(out / "final_info.json", self.info)
-        write_json(out / "manifest.json", self._manifest(seconds))
+        seal_run(out, self._manifest(seconds), self.info)
 
     def _write_metrics(self, path: Path) -> None:
         provenance = self.prepared.provenance | {"saelab": saelab.__version__}
@@ -144,6 +145,9 @@ class Record:
     def _place_checkpoints(self, out: Path) -> None:
         for spec, folder in self.folders.items():
             target = out / spec.arm / f"seed{spec.seed}-l0_{spec.level:g}"
+            for place_ in (target, target.parent):
+                if place_.is_symlink():  # it would lead out of the run
+                    place_.unlink()
             for name in ("sae.safetensors", "sae.json", "module.safetensors", "latents.parquet"):
                 source = folder / name
                 if source.is_file():

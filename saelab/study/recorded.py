@@ -18,13 +18,19 @@ from saelab.errors import MismatchError, SettingError, SourceError, nearest
 from saelab.evals.base import Row, Subject, check_one_definition
 from saelab.evals.saebench import About, as_result, definition_of, read_result, rows_of
 from saelab.evals.saebench_probing import DEFINITION
-from saelab.files import read_json
+from saelab.runfiles import MANIFEST, METRICS, RunFiles
 from saelab.sae import SAE
 from saelab.seeding import study_seeds
 from saelab.study.gate import GateResult, gate, read_saebench_result
 from saelab.study.plan import BaseConfig
+from saelab.tables import Kind
 
 CHANNELS = "control:model channels"
+#: Columns of metrics.parquet that a `Row` is made of.
+OF_ROWS: dict[str, Kind] = {
+    **{"metric": "text", "value": "number?", "definition": "text", "slice": "text"},
+    **{"reason": "text?", "arm": "text", "seed": "whole", "level": "number"},
+}
 #: Metrics shown for each entry.
 SHOWN = ("llm_test_accuracy", "sae_top_1_test_accuracy", "sae_top_5_test_accuracy")
 SHOWN += ("sae_test_accuracy",)
@@ -99,15 +105,12 @@ def run_result(folder: Path, arm: str = "baseline", seed: int | None = None) -> 
 
     Raises: SourceError when the run is not complete; SettingError for an unknown arm or seed.
     """
-    import pyarrow.parquet as pq
-
-    table = folder / "metrics.parquet"
-    if not table.is_file() or not (folder / "manifest.json").is_file():
+    files = RunFiles(folder)
+    if not (folder / METRICS).is_file() or not (folder / MANIFEST).is_file():
         raise SourceError(f"{folder} holds no metrics.parquet: name the folder of a complete run")
-    manifest = read_json(folder / "manifest.json")
+    manifest = files.needed("target_l0", "base", "arms", "study")
     level = manifest["target_l0"] or 0.0
-    names = list(Row.__dataclass_fields__)
-    rows = [Row(**row) for row in pq.read_table(table, columns=names).to_pylist()]
+    rows = [Row(**row) for row in files.rows(METRICS, OF_ROWS)]
     arms = [name for name in dict.fromkeys(row.arm for row in rows) if name != CHANNELS]
     if arm not in arms:
         raise SettingError("arm", arm, f"no such arm{nearest(arm, arms)}; has {', '.join(arms)}")
@@ -116,7 +119,7 @@ def run_result(folder: Path, arm: str = "baseline", seed: int | None = None) -> 
     if not seeds or (seed is not None and seed not in seeds):
         raise SettingError("seed", seed, f"{arm} has the seeds {', '.join(map(str, seeds))}")
     chosen = seeds[0] if seed is None else seed
-    base = BaseConfig.parse(manifest["base"])
+    base = BaseConfig.parse(manifest["base"], where=str(folder / MANIFEST))
     changes = manifest["arms"].get(arm, {}).get("changes", {})
     base = base.patched(changes)
     sae = {
@@ -218,7 +221,7 @@ def _means(theirs: Sequence[Row], ours: Sequence[Row], differences: bool) -> lis
             both = row.value is not None and mine is not None
             line += [f"{mine - row.value:+.4f}" if both else "-"] if differences else []  # type: ignore[operator]
         cells.append(line)
-    return _table(cells)
+    return aligned(cells)
 
 
 def _entries(rows: Sequence[Row]) -> list[str]:
@@ -229,14 +232,15 @@ def _entries(rows: Sequence[Row]) -> list[str]:
         found = [values.get((where, metric)) for metric in SHOWN]
         name = where.removeprefix("entry=")
         cells.append([name, *(_number(row.value if row else None) for row in found)])
-    return _table(cells)
+    return aligned(cells)
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _table(cells: Sequence[Sequence[str]]) -> list[str]:
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return [
         "  ".join(

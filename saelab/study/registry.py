@@ -16,16 +16,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from saelab.config import digest
 from saelab.errors import DamageError, SaelabError, UsageError
 from saelab.files import append_line, read_json, write_json
+from saelab.schema import Loose, Number, check
 from saelab.study.plan import PlanConfig
 
 FOLDER, PLAN, ATTEMPTS = ".saelab", "plan.json", "attempts.jsonl"
 #: Settings of plan.toml that decide no verdict.
 UNREGISTERED = {"base"}
+
+
+class _Registered(Loose):
+    hash: str
+    plan: dict[str, Any]
+
+
+class _Start(Loose):
+    start: Annotated[int, Field(ge=1, lt=10**9)]
+    run: str
+    started: str
+
+
+class _End(Loose):
+    end: int
+    outcome: str
+    reason: str
+    seconds: Number | None
 
 
 def registered(plan: PlanConfig) -> dict[str, Any]:
@@ -57,7 +78,12 @@ def deviations(root: Path, plan: PlanConfig) -> tuple[str, ...]:
     file = root / FOLDER / PLAN
     if not file.is_file():
         return ()
-    return changes(PlanConfig.parse(read_json(file)["plan"], where=file.name), plan)
+    remedy = "take it from a copy: it says what was registered before the first run"
+    kept = check(read_json(file), _Registered, file, remedy)
+    old = PlanConfig.parse(kept["plan"], where=file.name)
+    if plan_hash(old) != kept["hash"] and digest(kept["plan"]) != kept["hash"]:
+        raise DamageError(f"{file} was changed after it was written: {remedy}")
+    return changes(old, plan)
 
 
 def changes(old: PlanConfig, new: PlanConfig) -> tuple[str, ...]:
@@ -136,16 +162,21 @@ def attempts(root: Path) -> list[Attempt]:
     found: dict[int, Attempt] = {}
     if not file.is_file():
         return []
-    for text in file.read_text(encoding="utf-8").splitlines():
+    for number, text in enumerate(file.read_bytes().splitlines(), start=1):
+        where, remedy = f"{file}:{number}", "mend the line, or take the file from a copy"
         try:
             line = json.loads(text)
-            if "start" in line:
-                found[line["start"]] = Attempt(line["start"], line["run"], line["started"])
-            else:
-                ended = {name: line[name] for name in ("outcome", "reason", "seconds")}
-                found[line["end"]] = replace(found[line["end"]], **ended)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DamageError(f"{file} is damaged at {text!r} ({error}): mend the line") from None
+        except (ValueError, RecursionError) as error:
+            raise DamageError(f"{where} is damaged ({error}): {remedy}") from None
+        if isinstance(line, dict) and "start" in line:
+            check(line, _Start, where, remedy)
+            found[line["start"]] = Attempt(line["start"], line["run"], line["started"])
+            continue
+        check(line, _End, where, remedy)
+        if line["end"] not in found:
+            raise DamageError(f"{where} ends attempt {line['end']}, which never began: {remedy}")
+        ended = {name: line[name] for name in ("outcome", "reason", "seconds")}
+        found[line["end"]] = replace(found[line["end"]], **ended)
     return list(found.values())
 
 

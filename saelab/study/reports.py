@@ -17,7 +17,7 @@ import numpy as np
 from saelab.errors import CellFailure
 from saelab.evals.base import Row
 from saelab.progress.state import DONE, EVALUATE, TRAIN
-from saelab.study.executor import Advance
+from saelab.study.executors import Advance
 from saelab.training.loop import Cell
 
 #: Lines of a cell over its training.

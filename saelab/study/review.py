@@ -19,20 +19,26 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import DamageError, MismatchError, SourceError
-from saelab.files import read_json
+from saelab.runfiles import GATE, INFO, MANIFEST, METRICS, REMEDY, RunFiles
+from saelab.shown import visible
 from saelab.study.final_info import ArmResult, CellGate, judge_run
 from saelab.study.gate import ORDER, Outcome
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import changes, plan_hash
 from saelab.study.summary import aligned
 from saelab.study.verdict import COVERS, Comparison, Difference
+from saelab.tables import Kind
 
 #: What every row says about where it was measured; runs that differ in one are not compared.
 PROVENANCE = (
     *("model_digest", "tokenizer", "hook_name", "context", "mask", "dtype"),
     *("tokens", "text_digest"),
 )
-COLUMNS = ("arm", "seed", "level", "metric", "slice", "value", "definition")
+COLUMNS: dict[str, Kind] = {
+    **{"arm": "text", "seed": "whole", "level": "number", "metric": "text", "slice": "text"},
+    **{"value": "number?", "definition": "text"},
+    **dict.fromkeys(PROVENANCE, "any"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Review:
         cells: what the gate found, worst first.
         definition: of the primary metric.
         provenance: where it was measured.
+        sealed: whether the run's files carry checksums, with which they agree.
     """
 
     run: str
@@ -70,6 +77,7 @@ class Review:
     cells: tuple[CellNote, ...]
     definition: str
     provenance: Mapping[str, Any]
+    sealed: bool = True
 
     @cached_property
     def plan_hash(self) -> str:
@@ -81,6 +89,7 @@ class Review:
             "run": self.run,
             "title": self.title,
             "exploratory": self.exploratory,
+            "sealed": self.sealed,
             "plan_hash": self.plan_hash,
             "deviations": list(self.deviations),
             "primary": self.plan.primary,
@@ -111,7 +120,7 @@ def review_all(folders: Sequence[Path]) -> list[Review]:
     """
     found = [review(folder) for folder in folders]
     for first, second in pairwise(found):
-        if texts := _differences(first, second):
+        if texts := differences_of(first, second):
             raise MismatchError(
                 f"{first.run} and {second.run} are not compared, since they differ in "
                 f"{'; '.join(texts)}: judge them one at a time"
@@ -123,15 +132,18 @@ def review(folder: Path) -> Review:
     """The verdict of one finished run.
 
     Raises: SourceError when the run is not complete or was made by an older version; DamageError
-        for a file that can't be read.
+        for a file that can't be read or was changed.
     """
-    for name in ("final_info.json", "manifest.json", "gate.json", "metrics.parquet"):
+    for name in (INFO, MANIFEST, GATE, METRICS):
         if not (folder / name).is_file():
             remedy = "name the folder of a complete run of this version"
             raise SourceError(f"{folder} holds no {name}: {remedy}")
-    manifest, gates = read_json(folder / "manifest.json"), _gates(folder / "gate.json")
+    files = RunFiles(folder)
+    manifest = files.needed("plan", "arms", "purpose", "baseline", "run", "title")
+    files.info()
+    gates, rows = _gates(files), files.rows(METRICS, COLUMNS, {"slice": ""})
     plan = PlanConfig.parse(manifest["plan"], where=f"{folder.name}/manifest.json")
-    rows = _rows(folder / "metrics.parquet")
+    _check_named(manifest, gates, folder)
     arms = _arms(manifest["arms"], gates, rows, plan.target_l0 or 0.0)
     exploratory = manifest["purpose"] != "confirm"
     comparisons, differences = judge_run(arms, plan, exploratory)
@@ -147,30 +159,25 @@ def review(folder: Path) -> Review:
         tuple(_notes(gates)),
         definition,
         {name: rows[0].get(name) for name in PROVENANCE} if rows else {},
+        files.sealed,
     )
 
 
-def _gates(path: Path) -> dict[str, CellGate]:
+def _gates(files: RunFiles) -> dict[str, CellGate]:
     names = ("arm", "seed", "level", "expected", "facts")
-    try:
-        return {
-            cell: CellGate(**{name: known[name] for name in names})
-            for cell, known in read_json(path).items()
-        }
-    except (KeyError, AttributeError, TypeError) as error:
-        raise DamageError(f"{path} is damaged ({error}): make the run again") from None
+    return {
+        cell: CellGate(**{name: known[name] for name in names})
+        for cell, known in files.gates().items()
+    }
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Every row of metrics.parquet that is over all data."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path, filters=[("slice", "==", "")])
-        return table.select([*COLUMNS, *PROVENANCE]).to_pylist()
-    except (pa.ArrowException, KeyError, OSError) as error:
-        raise DamageError(f"{path} can't be read ({error}): make the run again") from None
+def _check_named(manifest: Mapping[str, Any], gates: Mapping[str, CellGate], folder: Path) -> None:
+    """Raises: DamageError when cells or comparisons are of arms that the run has not."""
+    arms = manifest["arms"]
+    others = [arm.get("against", BASELINE) for arm in arms.values()]
+    for name in (BASELINE, manifest["baseline"], *others, *(cell.arm for cell in gates.values())):
+        if name not in arms:
+            raise DamageError(f"{folder} has no arm {name!r}, but its files name it: {REMEDY}")
 
 
 def _arms(
@@ -203,7 +210,7 @@ def _notes(gates: Mapping[str, CellGate]) -> list[CellNote]:
     return sorted(found, key=lambda note: ORDER.index(note.outcome))
 
 
-def _differences(first: Review, second: Review) -> list[str]:
+def differences_of(first: Review, second: Review) -> list[str]:
     """What keeps two runs from being shown together."""
     found = [f"the plan ({text})" for text in changes(first.plan, second.plan)]
     if first.definition != second.definition:
@@ -227,11 +234,13 @@ def text(found: Review) -> str:
         f"{found.run}: {found.title} ({kind})\n{plan.primary} ({found.definition}, "
         f"{plan.direction} is better), plan {found.plan_hash}"
     )
+    if not found.sealed:
+        heading += "\nits files carry no checksums: an older version made them, or another hand"
     parts = [heading, *(f"deviation from the registered plan: {d}" for d in found.deviations)]
     parts += ["", _table(found), "", *(f"{c.arm}: {c.reason}" for c in found.comparisons)]
     if found.cells:
         parts += ["", "gate:", *_cell_lines(found.cells)]
-    return "\n".join([*parts, "", COVERS])
+    return visible("\n".join([*parts, "", COVERS]), kept="\n")
 
 
 def _table(found: Review) -> str:
@@ -248,15 +257,20 @@ def _table(found: Review) -> str:
     return aligned(lines)
 
 
-def _cell_lines(cells: Sequence[CellNote]) -> list[str]:
-    """One line for each check and arm, with how many cells it is about."""
+def grouped(cells: Sequence[CellNote]) -> list[tuple[str, str, bool, list[CellNote]]]:
+    """Notes by arm, check and whether it was expected."""
     groups: dict[tuple[str, str, bool], list[CellNote]] = {}
     for note in cells:
         arm = note.cell.rsplit("/seed ", 1)[0]
         groups.setdefault((arm, note.check, note.expected), []).append(note)
+    return [(*key, some) for key, some in groups.items()]
+
+
+def _cell_lines(cells: Sequence[CellNote]) -> list[str]:
+    """One line for each check and arm, with how many cells it is about."""
     return [
         f"- {arm}, {check}{' (expected)' * expected}, {len(some)} cells: {some[0].sentence}"
-        for (arm, check, expected), some in groups.items()
+        for arm, check, expected, some in grouped(cells)
     ]
 
 

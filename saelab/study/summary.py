@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from saelab import stats
+from saelab.shown import markdown
 from saelab.study import controls
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import Attempt, plan_hash
@@ -40,7 +41,9 @@ def table(
     lines = [heads]
     for arm, group in info.items():
         seeds = max((len(v) for v in group["final_info_dict"].values()), default=0)
-        cells = [_cell(group["final_info_dict"].get(metric, [])) for metric in COLUMNS]
+        cells = [
+            mean_and_half_width(group["final_info_dict"].get(metric, [])) for metric in COLUMNS
+        ]
         lines.append([arm, str(seeds), *cells, words.get(arm, "")])
     for name, values in control_values(rows).items():
         cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in COLUMNS]
@@ -73,7 +76,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
-def _cell(values: Sequence[float | None]) -> str:
+def mean_and_half_width(values: Sequence[float | None]) -> str:
+    """'0.1848 ±0.0004' with the 95% t interval of two or more numbers; '-' without any."""
     numbers = [value for value in values if value is not None]
     if not numbers:
         return "-"
@@ -104,15 +108,15 @@ def summary_text(
     plan = task.plan
     better = "lower" if plan.direction == "lower" else "higher"
     lines = [
-        f"# {task.name}: {task.run.title}",
+        f"# {markdown(f'{task.name}: {task.run.title}')}",
         "",
         f"**Question.** Does an arm change {plan.primary} ({better} is better) against the "
         f"baseline {f'at L0 {plan.target_l0:g}' if plan.target_l0 else 'at its own L0'}, by at "
         f"least {plan.sesoi:g}?",
         "",
         f"**Plan.** {plan_hash(plan)}, {_as_registered(deviations)}",
-        *(f"- deviation: {text}" for text in deviations),
-        *(f"- left out on purpose: {text}" for text in plan.exclusions),
+        *(f"- deviation: {markdown(text)}" for text in deviations),
+        *(f"- left out on purpose: {markdown(text)}" for text in plan.exclusions),
         "",
         "**Verdict.**" + (" Exploratory." if task.purpose != "confirm" else " Confirmatory."),
         "",
@@ -124,12 +128,11 @@ def summary_text(
         interval = "-" if c.low is None else f"{c.low:+.4f} to {c.high:+.4f}"
         difference = "-" if c.mean_diff is None else f"{c.mean_diff:+.4f}"
         arm = c.arm if c.against == BASELINE else f"{c.arm}, against {c.against}"
-        lines.append(
-            f"| {arm} | {comments.get(c.arm, '')} | {c.word} | {difference} | {interval} | {c.n} |"
-        )
+        told = f"{markdown(arm)} | {markdown(comments.get(c.arm, ''))}"
+        lines.append(f"| {told} | {c.word} | {difference} | {interval} | {c.n} |")
     if comparisons:
         lines += ["", COVERS, "", "**Why.**", ""]
-        lines += [f"- {c.arm}: {c.reason}" for c in comparisons]
+        lines += [f"- {markdown(f'{c.arm}: {c.reason}')}" for c in comparisons]
     else:
         lines[-2:] = [f"There is one arm, {BASELINE}, and nothing to compare it with.", ""]
         lines += [f"- {COLUMNS[name]}: {value}" for name, value in _reached(arms[BASELINE])]
@@ -138,9 +141,9 @@ def summary_text(
         lines += ["", "**Controls.**", "", *of_controls]
     if earlier:
         lines += ["", f"**Earlier attempts at {task.name}.**", ""]
-        lines += [f"- {attempt.line()}" for attempt in earlier]
+        lines += [f"- {markdown(attempt.line())}" for attempt in earlier]
     if missing:
-        lines += ["", "**Missing.**", "", *(f"- {text}" for text in missing)]
+        lines += ["", "**Missing.**", "", *(f"- {markdown(text)}" for text in missing)]
     lines += ["", "**What to try next.**", "", *_next(comparisons)]
     return "\n".join(lines) + "\n"
 
@@ -170,7 +173,10 @@ def _planted_lines(planted: Planted | None) -> list[str]:
         return []
     c = planted.comparison
     seen = "" if c.word == "hurts" else ": an effect of this size is missed"
-    return ["", f"Planted effect: {c.word}{seen} (expected {planted.expected:+.4g}); {c.reason}."]
+    return [
+        "",
+        f"Planted effect: {c.word}{seen} (expected {planted.expected:+.4g}); {markdown(c.reason)}.",
+    ]
 
 
 def _as_registered(deviations: Sequence[str]) -> str:
@@ -186,7 +192,8 @@ def _gate_lines(arms: Mapping[str, ArmResult]) -> list[str]:
                 found.setdefault((finding.check, finding.expected), []).append(finding.sentence)
         for (check, expected), sentences in found.items():
             note = " (expected)" if expected else ""
-            lines.append(f"- {name}, {check}{note}, {len(sentences)} cells: {sentences[0]}")
+            told = f"{name}, {check}{note}, {len(sentences)} cells: {sentences[0]}"
+            lines.append(f"- {markdown(told)}")
     return lines or ["- nothing found"]
 
 
@@ -196,9 +203,9 @@ def _next(comparisons: Sequence[Comparison]) -> list[str]:
     lines = []
     for c in comparisons:
         if c.word == "cannot tell" and c.needed_seeds:
-            lines.append(f"- {c.arm}: about {c.needed_seeds} seeds would tell.")
+            lines.append(f"- {markdown(c.arm)}: about {c.needed_seeds} seeds would tell.")
         elif c.word == "helps":
-            lines.append(f"- {c.arm}: confirm it on seeds used nowhere else.")
+            lines.append(f"- {markdown(c.arm)}: confirm it on seeds used nowhere else.")
         elif c.word == "refused":
-            lines.append(f"- {c.arm}: {c.reason}.")
+            lines.append(f"- {markdown(f'{c.arm}: {c.reason}.')}")
     return lines or [f"- nothing: every arm is told apart from {BASELINE} or shown to be as good."]

@@ -17,6 +17,7 @@ from pathlib import Path
 from saelab import assets
 from saelab.errors import MismatchError, SettingError
 from saelab.files import write_json, write_text
+from saelab.runfiles import RunFiles
 from saelab.study.plan import read_base, read_plan
 from saelab.study.registry import changes, register
 from saelab.study.review import review
@@ -64,6 +65,6 @@ def _check_baseline(run_0: Path) -> None:
     found = review(run_0)
     if texts := changes(read_plan(SOURCE / "plan.toml"), found.plan):
         raise MismatchError(f"{run_0} was made under another plan ({'; '.join(texts)}): leave it")
-    used = json.loads((run_0 / "manifest.json").read_text(encoding="utf-8"))["base"]
+    used = RunFiles(run_0).needed("base")["base"]
     if used != read_base(SOURCE / "embedded.toml").model_dump(mode="json"):
         raise MismatchError(f"{run_0} was made from other base settings: leave it")

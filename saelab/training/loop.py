@@ -17,7 +17,9 @@ from torch import Tensor
 
 from saelab.data.stream import Batch
 from saelab.errors import CellFailure
+from saelab.ranks import ALONE, Ranks
 from saelab.sae import SAEConfig
+from saelab.shards import Shards
 from saelab.signals import whole
 from saelab.training.optim import Optimiser, TrainConfig
 from saelab.training.snapshots import Snapshots
@@ -79,9 +81,11 @@ class Cell:
         sample: raw activations [n, d_in] for initialisation, the same for all cells of a launch.
         seed: of its named streams.
         snapshots: how many decoders are kept over the run.
+        ranks: the processes that it is trained on, all of which do the same with their cell.
     """
 
     snapshots: Snapshots | None = None
+    ranks = ALONE
 
     def __init__(
         self,
@@ -91,13 +95,16 @@ class Cell:
         sample: Tensor,
         seed: int,
         snapshots: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.name, self.config, self.device = name, train_config, sample.device
-        self.sae = sae_config.build(sample.shape[1], train_config.steps, seed).to(sample.device)
+        self.ranks = ranks
+        sae = sae_config.build(sample.shape[1], train_config.steps, seed, ranks)
+        self.sae = sae.to(sample.device)
         self.sae.initialise(sample, seed)
         self.sae.train()
         self.optimiser = Optimiser(self.sae, train_config)
-        self.fired_at = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=sample.device)
+        self.fired_at = torch.zeros(self.sae.own, dtype=torch.int64, device=sample.device)
         self.log = Log(train_config.steps)
         self.snapshots = Snapshots(snapshots, train_config.steps, train_config.batch_size)
         self.steps_done = 0
@@ -143,6 +150,18 @@ class Cell:
         self.log.restore(state.part("log"))
         self._restore_own(state)
 
+    def shards(self) -> Shards:
+        """How the tensors of `state` lie on the ranks."""
+        own = self.sae.shards().split
+        parameters = self.sae.named_parameters(remove_duplicate=False)
+        split = {id(parameter) for name, parameter in parameters if name in own}
+        names = {"fired_at", *(f"sae/own/{name}" for name in own)}
+        names |= {f"began/{name}" for name, p in self._learned.items() if id(p) in split}
+        for i, parameter in enumerate(self.optimiser.moments()):
+            if id(parameter) in split:
+                names |= {f"optimiser/{i}/exp_avg", f"optimiser/{i}/exp_avg_sq"}
+        return Shards(frozenset(names), self.sae.d_sae, self.ranks)
+
     def _add_own(self, state: State) -> None:
         """Adds to a state what an SAE made of parts has."""
         state.tensors["fired_at"] = self.fired_at
@@ -164,13 +183,24 @@ class Cell:
 
         Raises: CellFailure when none has a position that the cell trains on.
         """
+        return self._counted(batch).to(self.device)
+
+    def _counted(self, batch: Batch) -> Batch:
         rows = batch.rows()
         if self.config.positions is not None:
             rows = rows.within(*self.config.positions)
         if not len(rows.x):
             reason = f"no row of the batch has a position in {self.config.positions}: widen them"
             raise CellFailure(self.name, self.steps_done, reason)
-        return rows.to(self.device)
+        return rows
+
+    def _own(self, rows: Batch) -> Batch:
+        """This rank's part of the rows."""
+        ranks = self.ranks
+        if len(rows.x) < ranks.data:
+            reason = f"a batch of {len(rows.x)} rows has none for some of {ranks.data} ranks"
+            raise CellFailure(self.name, self.steps_done, f"{reason}: enlarge it")
+        return rows.part(ranks.rows(len(rows.x)))
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; returns the record that was logged. Gradients live no longer.
@@ -191,23 +221,27 @@ class Cell:
 
     def _step(self, batch: Batch) -> dict[str, float]:
         step, sae = self.steps_done, self.sae
-        rows = self.rows(batch)
-        p = sae(rows.x, step, self.config.steps, rows.starts)
+        rows = self._counted(batch)
+        own = self._own(rows).to(self.device)
+        p = sae(own.x, step, self.config.steps, own.starts, len(rows.x))
         terms = {name: term.loss(p) for name, term in sae.loss_terms().items()}
-        loss = torch.stack(list(terms.values())).sum()
-        loss.backward()
+        losses = torch.stack(list(terms.values()))
+        losses.sum().backward()
+        self.optimiser.gather()
         for constraint in sae.constraint_parts():
             constraint.on_gradients(sae)
         norm = self.optimiser.clip()
-        total = float(loss.detach())
+        losses = sae.ranks.over_rows(losses.detach())
+        total = float(losses.sum())
         if not math.isfinite(total) or not math.isfinite(norm):
             raise CellFailure(self.name, step, f"loss {total}, gradient norm {norm}")
         p.gradient_norms = self.optimiser.norms
         self.optimiser.step(step)
         self._after(p)
-        record = {"loss": total, "grad_norm": norm, "l0": p.code.l0}
-        record |= {f"loss.{name}": float(term.detach()) for name, term in terms.items()}
-        record["dead"] = int((self.fired_at < self.tokens - self.dead_after).sum()) / sae.d_sae
+        record = {"loss": total, "grad_norm": norm, "l0": p.l0}
+        record |= {f"loss.{name}": float(x) for name, x in zip(terms, losses, strict=True)}
+        dead = int((self.fired_at < self.tokens - self.dead_after).sum())
+        record["dead"] = sae.ranks.total_over_latents(dead)[0] / sae.d_sae
         self.log.append(record | sae.scalars())
         self.steps_done += 1
         return record
@@ -223,7 +257,7 @@ class Cell:
         for constraint in sae.constraint_parts():
             constraint.on_parameters(sae)
         self.tokens += p.n
-        self.fired_at.masked_fill_(p.code.firings > 0, self.tokens)
+        self.fired_at.masked_fill_(p.firings > 0, self.tokens)
         for part in sae.parts():
             part.update(p)
         for observer in sae.observer_parts():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from saelab.data.stream import Batch
 from saelab.errors import CellFailure, SettingError
+from saelab.shards import WHOLE, Shards
 from saelab.training.loop import Cell, Log
 from saelab.training.optim import TrainConfig
 from saelab.training.state import State
@@ -55,6 +56,9 @@ class ModuleCell(Cell):
         self.adam = torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True)
         self.log = Log(config.steps)
         self.steps_done = self.tokens = 0
+
+    def shards(self) -> Shards:
+        return WHOLE
 
     def moved(self) -> dict[str, float]:
         return {}

@@ -113,7 +113,7 @@ class Optimiser:
     """Adam (Kingma and Ba 2015) over the weights and, in a group each, every part's parameters."""
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
-        self.config = config
+        self.config, self.ranks = config, sae.ranks
         named = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
         if sae.config.tied:  # one parameter for both
             del named["W_enc"]
@@ -131,13 +131,24 @@ class Optimiser:
         """Clips the weights' gradient; returns its norm before, and inf or NaN as it is."""
         named = zip(self.weights, self.groups[0].parameters, strict=True)
         grads = {name: p.grad for name, p in named if p.grad is not None}
-        squares = {name: _sum_of_squares(grad) for name, grad in grads.items()}
+        squares = self._over_ranks({name: _sum_of_squares(g) for name, g in grads.items()})
         self.norms = {name: math.sqrt(square) for name, square in squares.items()}
         norm = math.sqrt(sum(squares.values()))
         if norm > self.config.grad_clip:
             for grad in grads.values():
                 grad.mul_(self.config.grad_clip / norm)
         return norm
+
+    def _over_ranks(self, squares: dict[str, float]) -> dict[str, float]:
+        """Squared norms of whole gradients from those of this rank's rows; b_dec is on all."""
+        own = [name for name in squares if name != "b_dec"]
+        whole = self.ranks.total_over_latents(*(squares[name] for name in own))
+        return squares | dict(zip(own, whole, strict=True))
+
+    def gather(self) -> None:
+        """Adds up the gradients of the ranks with other rows."""
+        parameters = [p for group in self.groups for p in group.parameters]
+        self.ranks.add_gradients([p.grad for p in parameters if p.grad is not None])
 
     def step(self, step: int) -> None:
         for group in self.groups:
@@ -186,6 +197,6 @@ class Optimiser:
         """Clears the moments of the given latents; all others stay bitwise as they were."""
         cleared = {id(p) for p in (sae.W_enc, sae.b_enc, sae.W_dec, *sae.activation.parameters())}
         for parameter, state in self.moments().items():
-            if id(parameter) in cleared and parameter.dim() and len(parameter) == sae.d_sae:
+            if id(parameter) in cleared and parameter.dim() and len(parameter) == sae.own:
                 state["exp_avg"][latents] = 0
                 state["exp_avg_sq"][latents] = 0

@@ -5,16 +5,15 @@
                                     sealed, written last
 
 Every cell has a folder of its own, named after all that its bits depend on, so that cells may be
-grouped otherwise when they go on. When a checkpoint is written depends on the clock; what is in it,
-and so what comes of it, does not. The folder may have a twin at a URL, where each checkpoint is
-copied as it is written, and from where a machine that has none takes them.
+grouped otherwise when they go on. A cell on several ranks goes on on any number of them; only the
+last bits depend on it. When a checkpoint is written depends on the clock; what is in it, and so
+what comes of it, does not. The folder may have a twin at a URL, where each checkpoint is copied as
+it is written, and from where a machine that has none takes them.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
 import os
 import sys
@@ -25,14 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
 from saelab.data.stream import Batch, Position
 from saelab.errors import CellFailure, DamageError, SaelabError, SettingError
-from saelab.files import read_sealed, sha256, write_atomically, write_sealed
+from saelab.files import read_sealed, sha256, sweep, write_atomically, write_sealed
 from saelab.remote import Remote
+from saelab.shards import WHOLE, Shards
 from saelab.signals import Interrupted, whole
 from saelab.training.loop import Cell, train
 from saelab.training.state import State
@@ -50,26 +46,17 @@ SHARE, FILE_COST, BYTE_COST = 0.02, 0.02, 1 / 100e6
 #: choice: an interruption costs at most a tenth of the work, and never more than a minute of it.
 APART, LEAST, MOST = 0.1, 1.0, 60.0
 
-#: What safetensors calls the kinds of numbers.
-KINDS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
 
 # ---- files -----------------------------------------------------------------------------------
 
 
 def write_checkpoint(
-    folder: Path, state: State, step: int, position: Position, seconds: float = 0.0
+    folder: Path,
+    state: State,
+    step: int,
+    position: Position,
+    seconds: float = 0.0,
+    shards: Shards = WHOLE,
 ) -> None:
     """Writes one checkpoint and removes all but the last `KEPT`.
 
@@ -78,23 +65,26 @@ def write_checkpoint(
         step: steps done.
         position: of the stream, after the last batch that the cell took.
         seconds: spent on training the cell so far.
+        shards: how the state's tensors lie on the cell's ranks, all of which call this.
     """
     file = folder / f"{step:08d}.safetensors"
-    checksum: list[str] = []
-    write_atomically(file, lambda temporary: checksum.append(write_tensors(temporary, state)))
     record = {
         "format": FORMAT,
-        "sha256": checksum[0],
+        "sha256": shards.write(file, state.tensors),
         "position": asdict(position),
         "seconds": seconds,
         "plain": state.plain,
     }
-    write_sealed(file.with_suffix(".json"), record)
-    for old in _files(folder)[KEPT:]:
+    shards.ranks.on_first(lambda: _seal(file.with_suffix(".json"), record))
+
+
+def _seal(file: Path, record: dict[str, Any]) -> None:
+    write_sealed(file, record)
+    for old in _files(file.parent)[KEPT:]:
         _remove(old)
 
 
-def read_checkpoint(file: Path) -> tuple[State, Position, float]:
+def read_checkpoint(file: Path, shards: Shards = WHOLE) -> tuple[State, Position, float]:
     """State, position and seconds as `write_checkpoint` had them.
 
     Args:
@@ -102,8 +92,8 @@ def read_checkpoint(file: Path) -> tuple[State, Position, float]:
 
     Raises: DamageError when a byte of either file is not what was written.
     """
-    record = checked(file)
-    state = State(load_file(file.with_suffix(".safetensors")), record["plain"])
+    record = shards.ranks.on_first(lambda: checked(file))
+    state = State(shards.read(file.with_suffix(".safetensors")), record["plain"])
     return state, Position(**record["position"]), record["seconds"]
 
 
@@ -149,39 +139,14 @@ def pull(folder: Path, twin: Remote) -> None:
 def remove_checkpoints(folder: Path, twin: Remote | None = None) -> None:
     """Removes a cell's folder, and what is at the URL; what another process may have in the folder
     stays."""
-    for file in _files(folder):
-        _remove(file)
+    for file in folder.glob("[0-9]*"):
+        file.unlink(missing_ok=True)
+    sweep(folder)
     if twin is not None:
         for name in sorted(twin.sizes()):
             (twin / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
-
-
-def write_tensors(path: Path, state: State) -> str:
-    """Writes a state's tensors as one safetensors file without holding a copy of them.
-
-    Returns: the sha256 of the file.
-    """
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in state.tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        kind, shape = KINDS[tensor.dtype], list(tensor.shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    content = hashlib.sha256()
-    with path.open("wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text, *map(_bytes, state.tensors.values())):
-            content.update(part)
-            file.write(part)
-    return content.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def _files(folder: Path) -> list[Path]:
@@ -233,9 +198,10 @@ class Kept:
             return
         state, step = self.cell.state(), self.cell.steps_done
         try:
-            write_checkpoint(self.folder, state, step, position, self.seconds + seconds)
+            took, shards = self.seconds + seconds, self.cell.shards()
+            write_checkpoint(self.folder, state, step, position, took, shards)
             if self.twin is not None:
-                push(self.folder, self.twin)
+                shards.ranks.on_first(functools.partial(push, self.folder, self.twin))
         except (TypeError, ValueError, KeyError) as error:  # of JSON, and of `KINDS`
             name, self.folder = self.cell.name, None
             print(f"{name} has no checkpoints, its state can't be kept: {error}", file=sys.stderr)
@@ -243,16 +209,20 @@ class Kept:
 
 def restored(build: Callable[[], Cell], folder: Path, twin: Remote | None = None) -> Kept:
     """The cell as its last checkpoint that is intact has it, a fresh one where there is none."""
-    if twin is not None:
-        pull(folder, twin)
     cell = build()
-    for file in _files(folder):
+    for file in cell.ranks.on_first(lambda: _found(folder, twin)):
         with _dropping(file):
-            state, position, seconds = read_checkpoint(file)
+            state, position, seconds = read_checkpoint(file, cell.shards())
             cell.restore(state)
             return Kept(cell, folder, position, seconds, twin)
         cell = build()
     return Kept(cell, folder, twin=twin)
+
+
+def _found(folder: Path, twin: Remote | None) -> list[Path]:
+    if twin is not None:
+        pull(folder, twin)
+    return _files(folder)
 
 
 def train_kept(
@@ -285,7 +255,7 @@ def _train_group(
     stream: Iterable[tuple[Batch, Position]],
     on_step: Callable[[int, list[Cell]], None],
 ) -> dict[str, CellFailure]:
-    pace, start = Pace(), time.monotonic()
+    pace, start, ranks = Pace(), time.monotonic(), group[0].cell.ranks
     last: tuple[Position, list[Kept]] | None = None
 
     def write(position: Position, living: Sequence[Kept]) -> None:
@@ -295,15 +265,16 @@ def _train_group(
 
     def look(position: Position, living: list[Cell]) -> None:
         nonlocal last
-        last = position, [member for member in group if member.cell in living]
-        if pace.due(last[1]):
+        members = [member for member in group if member.cell in living]
+        last = position, members
+        if ranks.on_first(lambda: pace.due(members)):
             write(*last)
             last = None
 
     try:
         failures = train([member.cell for member in group], stream, on_step, look)
     except Interrupted as stop:
-        if last is not None and not stop.at_once:
+        if last is not None and not stop.at_once and ranks.alone:  # others may be elsewhere
             with whole():
                 write(*last)
         raise

@@ -14,18 +14,10 @@ import saelab
 ROOT = Path(saelab.__file__).parent
 #: From the bottom up. The public surface (`saelab/__init__`) only names modules and loads none.
 LAYERS = [
-    {
-        "errors",
-        "seeding",
-        "stats",
-        "config",
-        "files",
-        "progress",
-        "allocator",
-        "remote",
-        "rundir",
-        "signals",
-    },
+    {"errors", "seeding", "stats", "config", "files", "progress", "allocator", "rundir", "signals"}
+    | {"shown", "schema", "tables", "runfiles", "lock", "weights", "exhausted", "remote"},
+    {"ranks"},
+    {"shards"},
     {"data"},
     {"assets"},
     {"kernels"},

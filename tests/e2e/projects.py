@@ -22,7 +22,12 @@ from saelab.files import read_json, sha256
 
 ROOT = Path(__file__).parents[2]
 #: Variables of the caller that would change what a launch does.
-OWN_VARIABLES = ("SAELAB_CACHE", "SAELAB_WORKERS", "SAELAB_PROGRESS")
+OWN_VARIABLES = (
+    "SAELAB_CACHE",
+    "SAELAB_WORKERS",
+    "SAELAB_PROGRESS",
+    "SAELAB_CHECKPOINT_SECONDS",
+)
 #: Characters of standard-library source that small projects train on and are evaluated on.
 CHARACTERS = {"train": 120_000, "held_out": 40_000}
 
@@ -169,6 +174,24 @@ class Project:
             main(load_experiment(file).RUNS, str(file))
 
         return called(self.folder, started, *(arguments or ("--out_dir=run_1",)))
+
+    def forked(self, function: Callable[[Project], object], **variables: str) -> int:
+        """Calls the function in a copy of this process that leads a process group of its own, so
+        that no import is waited for; it ends with 0 where the function returns, else with the
+        code of its SystemExit. Gives its id."""
+        child = os.fork()
+        if child:
+            return child
+        os.setsid()
+        code = 1
+        try:
+            with patch.dict(os.environ, variables), contextlib.chdir(self.folder):
+                function(self)
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+        finally:
+            os._exit(code)
 
     def again(self) -> Ended:
         """`call` after the run folder was deleted; the cache stays."""

@@ -16,7 +16,7 @@ import torch
 from projects import BASE, BASELINE, RATE, Ended, Project, called, cli, run
 from safetensors.torch import save_file
 
-from saelab.study.executor import worker_count
+from saelab.study.executors.local import worker_count
 
 SMALL_PLAN = (
     "study = 'small'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
@@ -376,7 +376,7 @@ def test_bad_activations_are_told_with_the_file(tmp_path: Path) -> None:
     folder.mkdir()
     told(project.call(), "acts", ".safetensors")
     (folder / "a.safetensors").write_bytes(b"no tensors")
-    told(project.call(), "a.safetensors", "readable")
+    told(project.call(), "a.safetensors", "can't be read")
     x = torch.randn(64, 8)
     x[3, 4] = float("nan")
     save_file({"x": x}, folder / "a.safetensors")

@@ -75,29 +75,90 @@ def test_damaged_activations_are_told_and_harvested_again(
     assert "checksum" not in project.again().err
 
 
-def test_an_interrupt_from_the_keyboard_ends_with_130_and_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_while_cells_are_trained(
+    number: int, code: int, word: str, tmp_path: Path, uninterrupted: Project
+) -> None:
+    """Workers leave checkpoints, nothing else is left, and the same command goes on from them."""
     project = Project.make(tmp_path / "project", ARMS)
+    process = started(project, SAELAB_CHECKPOINT_SECONDS="0")
+    checkpoints = project.folder / ".saelab" / "resume"
+    try:
+        wait_for(lambda: any(checkpoints.glob("*/*.json")), "the first checkpoint")
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does: to all of them
+        else:
+            process.terminate()  # as a scheduler may: to the first alone
+        assert process.wait(60) == code
+        wait_for(lambda: group_is_gone(process.pid), "the workers to end", 20)
+    finally:
+        stop(process)
+    text = (project.folder / "stderr").read_text()
+    assert "Traceback" not in text
+    last = text.rstrip().splitlines()[-1]
+    assert last == f"{word}: the same command goes on where it stopped"
+    logs = (project.folder / ".saelab" / "logs").glob("worker-*.log")
+    assert not [log for log in logs if "Traceback" in log.read_text()]
+    assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
+    assert any(checkpoints.glob("*/*.json")) and not list(project.folder.rglob("*.tmp"))
+    ended = project.call()
+    assert ended.code == 0, ended.err
+    assert not any(checkpoints.glob("*"))
+    assert project.info() == uninterrupted.info()
+    assert project.weights() == uninterrupted.weights()
+
+
+def started(project: Project, **variables: str) -> subprocess.Popen[bytes]:
+    """A launch with one worker whose stderr goes to a file of the project."""
     with (project.folder / "stderr").open("w") as errors:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "experiment.py", "--out_dir=run_1"],
             cwd=project.folder,
-            env=environment(SAELAB_WORKERS="1"),
+            env=environment(SAELAB_WORKERS="1", **variables),
             stdout=subprocess.DEVNULL,
             stderr=errors,
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under nohup
         )
-        try:
-            wait_for(lambda: bool(project.finished_cells()), "the first finished cell")
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-            assert process.wait(30) == 130
-            wait_for(lambda: group_is_gone(process.pid), "the workers to end", 20)
-        finally:
-            stop(process)
-    text = (project.folder / "stderr").read_text()
-    assert "Traceback" not in text
-    assert text.rstrip().splitlines()[-1].startswith("interrupted: the same command goes on")
-    assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_signal_without_workers(tmp_path: Path, uninterrupted: Project) -> None:
+    """In the middle of a harvest, of training, and between two cells."""
+    project = Project.make(tmp_path / "project", ARMS)
+    places = (".saelab/activations/*/*/partial.json", ".saelab/resume/*/*.json")
+    for place in (*places, ".saelab/cells/*/sae.json"):
+        process = project.forked(
+            lambda own: sys.exit(own.call().code), SAELAB_CHECKPOINT_SECONDS="0"
+        )
+        wait_for(lambda found=place: any(project.folder.glob(found)), place)
+        os.kill(process, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 143
+    ended = project.call()
+    assert ended.code == 0, ended.err
+    assert project.info() == uninterrupted.info()
+    assert project.weights() == uninterrupted.weights()
+
+
+def test_a_damaged_cell_is_named_and_made_again(tmp_path: Path, uninterrupted: Project) -> None:
+    project = Project.make(tmp_path / "project", ARMS)
+    shutil.copytree(uninterrupted.folder / ".saelab", project.folder / ".saelab")
+    cells = [file for file in project.finished_cells() if (file.parent / "sae.json").exists()]
+    names = ("sae.safetensors", "cell.json", "curves.parquet")
+    for cell, name in zip(cells, names, strict=False):
+        content = bytearray((cell.parent / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (cell.parent / name).unlink()
+        (cell.parent / name).write_bytes(content)
+    ended = project.call()
+    assert ended.code == 0, ended.err
+    for cell, name in zip(cells, names, strict=False):
+        assert str(Path(cell.parent.name) / name) in ended.err
+    assert ended.err.count("is made again now") == len(names)
+    assert project.info() == uninterrupted.info()
+    assert project.weights() == uninterrupted.weights()
 
 
 def test_temporary_files_of_a_killed_writer_do_not_disturb(

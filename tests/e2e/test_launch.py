@@ -46,6 +46,7 @@ DEFINITIONS = (
     "planted/1",
     *("core/1", "sparse_probing/2"),
     *("sensitivity/1", "consistency/1", "convergence/1"),
+    *("positions/1", "truth/2", "absorption/1"),
     *("agreement/1", "decoder/1", "survival/1", "stability/1"),
 )
 CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")

@@ -137,12 +137,39 @@ def tokenizer_files(folder: Path) -> int:
     return len(fast)
 
 
+def encoder_tokenizer_files(folder: Path) -> int:
+    """A WordPiece tokenizer that cuts and pads by itself, as an encoder's for sentences does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=600, special_tokens=list(special.values()), show_progress=False
+    )
+    tokenizer.train_from_iterator(stdlib.texts("train")[:2], trainer)
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
 def tiny(family: str, folder: Path) -> Path:
     """A random model of two layers in a folder, as the hub would give it."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import (
+        BertConfig,
+        BertModel,
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+    )
 
+    words = encoder_tokenizer_files if family == "bert" else tokenizer_files
     size: dict[str, Any] = {
-        "vocab_size": tokenizer_files(folder),
+        "vocab_size": words(folder),
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -155,6 +182,8 @@ def tiny(family: str, folder: Path) -> Path:
             special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
             heads = {"num_key_value_heads": 1, "head_dim": 16}
             model: Any = Gemma2ForCausalLM(Gemma2Config(**size, **heads, **special))
+        elif family == "bert":
+            model = BertModel(BertConfig(**size, pad_token_id=0))
         else:
             model = GPTNeoXForCausalLM(
                 GPTNeoXConfig(**size, pad_token_id=0, eos_token_id=1, bos_token_id=2)
@@ -177,7 +206,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained_by_config(
-    tmp_path: Path, config: str, model: Path, texts: Path, *further: str
+    tmp_path: Path, config: str, model: Path | str, texts: Path, *further: str
 ) -> tuple[Ended, Path]:
     """`saelab train configs/<config>` with model and texts replaced by --set."""
     places = (
@@ -237,6 +266,72 @@ def test_pythias_config_runs_on_a_tiny_neox_with_further_seeds(tmp_path: Path, t
     ended = cli(tmp_path, "train", "configs/pythia-70m.toml", "--out_dir", "out", *arguments)
     assert "1 cells to train (1 in the cache)" in ended.err
     assert len(read_json(out / "final_info.json")["baseline"]["final_info_dict"]["fvu"]) == 2
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tables with a train and a test side, some with `text` and one with `code`."""
+    folder = tmp_path_factory.mktemp("labelled")
+    of_side = {"train": stdlib.texts("train")[:100], "test": stdlib.texts("held_out")[:100]}
+    tables = {
+        "ag_news": ("text", "label", ("0", "1", "2", "3")),
+        "europarl": ("text", "lang", ("en", "fr", "de", "es", "nl")),
+        "github_code": ("code", "language", ("C", "Python", "HTML", "Java", "PHP")),
+    }
+    for name, (text, label, classes) in tables.items():
+        (folder / name).mkdir()
+        for side, found in of_side.items():
+            long = 900 if name == "github_code" else 300
+            rows = [
+                {text: f"{name} {one[i * long : (i + 1) * long]}", label: classes[i % len(classes)]}
+                for one in found
+                for i in range(10)
+                if len(one) > 10 * long
+            ]
+            pq.write_table(pa.Table.from_pylist(rows), folder / name / f"{side}.parquet")
+    return folder
+
+
+def test_an_encoder_is_read_from_a_package_and_has_no_next_token_loss(
+    tmp_path: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "installed" / "tiny_encoder"
+    tiny("bert", package / "model")
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(package.parent)
+    entries = ("fancyzhx/ag_news", "Helsinki-NLP/europarl", "codeparrot/github-code")
+    places = ("ag_news", "europarl", "github_code")
+    ended, out = trained_by_config(
+        tmp_path,
+        "minilm.toml",
+        "package:tiny_encoder",
+        labelled,
+        "model.dtype=float32",
+        "sae.d_sae=96",
+        "train.batch_size=128",
+        *(
+            f"evaluation.probing.sources.{name}.path={labelled / place}"
+            for name, place in zip(entries, places, strict=True)
+        ),
+    )
+    assert ended.code == 0, ended.err
+    rows = one_cell(out)
+    for metric in ("loss_recovered", "ce_clean", "ce_spliced"):
+        assert rows[metric, ""]["value"] is None
+        assert rows[metric, ""]["reason"] == "the model has no language-model head"
+    assert rows["l0", ""]["value"] <= 32
+    for metric in ("fvu", "sae_top_5_test_accuracy", "sae_test_accuracy"):
+        assert rows[metric, ""]["value"] is not None, rows[metric, ""]["reason"]
+    assert {f"entry={name}" for name in entries} <= {where for _, where in rows}
+    header = read_json(out / "manifest.json")["data"]["train"]
+    assert header["model"] == "package:tiny_encoder"
+    assert header["n_tokens"] > 8 * header["n_contexts"]  # where the tokenizer itself would cut
+    assert set(header["corpus"]["files"]) == {f"{place}/train.parquet" for place in places}
+    channels = pq.read_table(out / "metrics.parquet").to_pylist()
+    assert any(
+        row["arm"] == "control:model channels" and row["metric"] == "llm_test_accuracy"
+        for row in channels
+    )
 
 
 def changes_of(manifest: dict[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from saelab.data.stream import Position, batches
 from saelab.errors import DamageError, SettingError
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
+from saelab.shards import WHOLE
 from saelab.signals import Interrupted, told, whole
 from saelab.training import loop, resume
 from saelab.training.loop import Cell
@@ -34,9 +35,7 @@ from saelab.training.resume import (
     restored,
     train_kept,
     write_checkpoint,
-    write_tensors,
 )
-from saelab.training.state import State
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +137,21 @@ def test_a_second_interrupt_does_not_wait() -> None:
     assert ended.value.code == 130 and reached
 
 
+def test_a_late_second_signal_is_not_the_first_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where something has swallowed the first one, the process can still be ended."""
+    monkeypatch.setattr(signals, "SOON", 0.0)
+    swallowed = False
+    with pytest.raises(SystemExit) as ended, told():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted:
+            swallowed = True
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 143 and swallowed
+
+
 def test_at_once_writes_nothing(
     activations: MemorySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +185,9 @@ def test_the_last_two_are_kept_and_gone_in_the_end(
     names = sorted(file.name for file in member.folder.iterdir())  # type: ignore[union-attr]
     last = [f"{step:08d}" for step in (STEPS - 3, STEPS)]
     assert names == sorted(f"{s}.{end}" for s in last for end in ("json", "safetensors"))
+    left = tmp_path / "a" / ".00000012.json.999999999.tmp"  # of a process that is gone
+    left.write_text("")
+    (tmp_path / "a" / "00000012.safetensors").write_text("")  # killed before its JSON
     remove_checkpoints(tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -186,7 +203,7 @@ def test_tensors_are_what_the_library_reads(tmp_path: Path) -> None:
         "same": x,
         "double": x.double(),
     }
-    checksum = write_tensors(tmp_path / "x.safetensors", State(tensors))
+    checksum = WHOLE.write(tmp_path / "x.safetensors", tensors)
     assert checksum == resume.sha256(tmp_path / "x.safetensors")
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()

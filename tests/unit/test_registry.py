@@ -92,5 +92,5 @@ def test_no_ledger_is_no_attempt_and_a_damaged_one_is_told(tmp_path: Path) -> No
         pass
     with (tmp_path / ".saelab" / "attempts.jsonl").open("a") as file:
         file.write('{"end": 7, "outcome": "complete"}\n')
-    with pytest.raises(DamageError, match=r"attempts.jsonl is damaged"):
+    with pytest.raises(DamageError, match=r"attempts.jsonl:3 is damaged"):
         attempts(tmp_path)

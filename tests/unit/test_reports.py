@@ -18,7 +18,7 @@ from saelab.progress.state import State
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 from saelab.study import reports
-from saelab.study.executor import run_jobs
+from saelab.study.executors.local import run_jobs
 from saelab.study.reports import LOGGED, POINTS, Reports
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
@@ -130,7 +130,7 @@ def job(number: int, advance: Any, state: dict[str, Any]) -> None:
 def test_whatever_workers_say_arrives_in_order(tmp_path, monkeypatch, workers: int) -> None:
     from contextlib import nullcontext
 
-    from saelab.study import executor
+    from saelab.study.executors import local as executor
 
     heard: list[dict[str, Any]] = []
     monkeypatch.setattr(executor, "tell", heard.append)

@@ -10,7 +10,7 @@ import torch
 
 from saelab import checkpoint
 from saelab.evals.base import Row
-from saelab.files import read_json, write_json
+from saelab.files import read_sealed, write_json
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 from saelab.study import seeds
@@ -82,10 +82,23 @@ def test_nothing_is_compared_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     one, other = cell(tmp_path, "a"), cell(tmp_path, "b", seed=1)
     compare(tmp_path, one, other)
     (file,) = (tmp_path / "pairs").iterdir()
-    assert set(read_json(file)) == {"a", "b"}
+    assert set(read_sealed(file)) == {"a", "b"}
     monkeypatch.setattr(seeds, "agree", lambda *_: pytest.fail("compared again"))
     compare(tmp_path, one, other)
     compare(tmp_path, other, one)
+
+
+def test_a_damaged_pair_is_named_and_compared_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = cell(tmp_path, "a"), cell(tmp_path, "b", seed=1)
+    compare(tmp_path, one, other)
+    (file,) = (tmp_path / "pairs").iterdir()
+    wanted = file.read_text()
+    file.write_text(wanted.replace('"a"', '"c"'))
+    compare(tmp_path, one, other)
+    assert file.name in capsys.readouterr().err
+    assert file.read_text() == wanted
 
 
 def test_why_seeds_are_missing(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     config = TextConfig(kind="files", path=str(tmp_path))
     assert list(documents(config)) == ["first", "second", "third", "fourth"]
-    assert set(manifest(config)["files"]) == {"a.md", "b.txt", "c.jsonl"}
+    assert set(manifest(config)["files"]) == {"a.md", "b.txt", "sub/c.jsonl"}
 
 
 def rows_file(path: Path, rows: list[dict[str, object]]) -> str:
@@ -252,6 +252,29 @@ def test_files_named_after_the_split_are_chosen(tmp_path: Path) -> None:
     assert set(documents(config.patched({"split": "all"}))) == {"one", "two", "three"}
 
 
+def test_files_of_one_name_in_several_folders_are_all_in_the_manifest(tmp_path: Path) -> None:
+    for name in ("news", "code"):
+        (tmp_path / name).mkdir()
+        rows_file(tmp_path / name / "train.jsonl", [{"text": name}])
+    config = TextConfig(kind="files", path=str(tmp_path))
+    before = manifest(config)["files"]
+    assert set(before) == {"code/train.jsonl", "news/train.jsonl"}
+    rows_file(tmp_path / "code" / "train.jsonl", [{"text": "other"}])
+    after = manifest(config)["files"]
+    assert [name for name in before if after[name] != before[name]] == ["code/train.jsonl"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_of_several_columns_the_first_that_is_there_counts(tmp_path: Path, suffix: str) -> None:
+    rows_file(tmp_path / f"a{suffix}", [{"text": "one", "code": "never"}])
+    rows_file(tmp_path / f"b{suffix}", [{"code": "two", "split": "train"}])
+    config = TextConfig(kind="files", path=str(tmp_path), column=("text", "code"))
+    assert list(documents(config)) == ["one", "two"]
+    rows_file(tmp_path / f"c{suffix}", [{"body": "three", "split": "train"}])
+    with pytest.raises(SourceError, match="no column 'text' or 'code'.*: its columns are body"):
+        list(documents(config))
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_a_missing_column_names_those_there(tmp_path: Path, suffix: str) -> None:
     path = rows_file(tmp_path / f"x{suffix}", [{"contents": "one", "label": 1}])
@@ -270,7 +293,7 @@ def test_a_missing_column_names_those_there(tmp_path: Path, suffix: str) -> None
         ("x.jsonl", '{"text": ""}\n', "holds no text"),
         ("x.jsonl", '{"text": "a"}\n{broken\n', r"x.jsonl:2 is no JSON"),
         ("x.jsonl", "[1]\n", "is no JSON object"),
-        ("x.parquet", "PAR1 nothing", "no readable parquet"),
+        ("x.parquet", "PAR1 nothing", "name a readable parquet file"),
         ("x.csv", "a,b", "none of .txt, .md, .jsonl, .parquet"),
     ],
 )

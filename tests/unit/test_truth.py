@@ -62,7 +62,7 @@ def made(seed: int, **changes: Any) -> tuple[Source, Truth]:
 def numbers(subject: Any, source: Source, truth: Truth, seed: int = 0) -> dict[str, float]:
     rows = evaluate_truth(subject, source, truth, seed)
     assert [row.metric for row in rows] == list(METRICS)
-    assert {row.definition for row in rows} == {"truth/1"}
+    assert {row.definition for row in rows} == {"truth/2"}
     return {row.metric: row.value for row in rows if row.value is not None}
 
 
@@ -83,14 +83,24 @@ def test_the_numbers_are_those_of_their_definitions(latents: int, global_random_
     fired = (s != 0).any(0).tolist()
     f1 = [value for value, there in zip(f1, fired, strict=True) if there]
     assert found["mcc"] == pytest.approx(
-        float(sum(abs(cosine[p]) for p in pairs)) / FEATURES, abs=1e-6
+        float(sum(abs(cosine[p]) for p in pairs)) / len(pairs), abs=1e-6
     )
     assert found["mcc_signed"] == pytest.approx(
-        float(sum(cosine[p] for p in signed)) / FEATURES, abs=1e-6
+        float(sum(cosine[p] for p in signed)) / len(pairs), abs=1e-6
     )
     assert found["firing_f1"] == pytest.approx(sum(f1) / len(f1))
     distinct = {int(row.abs().argmax()) for row in cosine}
-    assert found["uniqueness"] == pytest.approx(len(distinct) / min(latents, FEATURES))
+    assert found["uniqueness"] == pytest.approx(len(distinct) / latents)
+    each = {"latent_precision": 0.0, "latent_recall": 0.0, "latent_f1": 0.0}
+    for j, row in enumerate(cosine):
+        fires, on = f[:, j] != 0, s[:, int(row.abs().argmax())] != 0
+        hits = int((fires & on).sum())
+        precision, recall = hits / max(1, int(fires.sum())), hits / max(1, int(on.sum()))
+        each["latent_precision"] += precision / latents
+        each["latent_recall"] += recall / latents
+        each["latent_f1"] += 2 * precision * recall / max(1e-30, precision + recall) / latents
+    for name, value in each.items():
+        assert found[name] == pytest.approx(value), name
     error = (x - s @ truth.directions).square().sum()
     fvu = float(error / (x - x.mean(0)).square().sum())
     assert found["oracle_fvu"] == pytest.approx(fvu, rel=1e-4)

@@ -28,6 +28,7 @@ from saelab import signals
 from saelab.errors import SettingError, StudyFailure
 from saelab.progress import Progress
 from saelab.progress.run import tell
+from saelab.study.executors import Work
 
 #: Seconds between two looks at the workers, and between two words of a worker about its tokens.
 POLL = 0.25
@@ -38,32 +39,24 @@ PATIENCE = 5.0
 GRACE = 30.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-#: What a job says how far it is with: an amount of work done since it last did, and a line for
-#: metrics.jsonl or none.
-Advance = Callable[..., None]
-
 _channel: Any = None
 _busy = False
 _state: dict[str, Any] = {}
 
 
 def run_jobs(
-    function: Callable[[Any, Advance, dict[str, Any]], None],
+    function: Work,
     jobs: Sequence[Any],
     workers: int,
     logs: Path,
     bar: AbstractContextManager[Progress],
     beside: Iterable[None] = (),
+    device: str = "cpu",
 ) -> None:
-    """Calls `function(job, advance, state)` for every job in up to `workers` processes.
+    """See `executors.RunJobs`.
 
-    Args:
-        function: importable; `state` is a dictionary that a worker keeps between its jobs.
-        jobs: picklable, the longest first.
-        workers: 0 runs the jobs one after the other in this process, with the same bits.
-        logs: folder for the workers' stderr.
-        bar: advanced by the amounts that the jobs pass to `advance`; their lines are told.
-        beside: work for this process meanwhile, in steps; without workers it comes first.
+    Without workers the jobs run one after the other in this process, after `beside`, with the same
+    bits. What workers print goes into a file each.
 
     Raises: what a job or a step raises; StudyFailure when a worker dies.
     """
@@ -126,7 +119,7 @@ def _listening(heard: Connection, bar: Progress) -> Iterator[None]:
     def listen() -> None:
         while heard.poll(0 if over.is_set() else POLL) or not over.is_set():
             if heard.poll(0):
-                _take(bar, *heard.recv())
+                take(bar, *heard.recv())
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
@@ -137,7 +130,7 @@ def _listening(heard: Connection, bar: Progress) -> Iterator[None]:
         thread.join(PATIENCE)
 
 
-def _take(bar: Progress, amount: float, line: Mapping[str, Any] | None = None) -> None:
+def take(bar: Progress, amount: float, line: Mapping[str, Any] | None = None) -> None:
     """What a job said, in the process of the launch."""
     bar.advance(amount)
     if line is not None:
@@ -151,14 +144,14 @@ def _raise_failures(futures: Iterable[Future[None]]) -> None:
 
 
 def _inline(
-    function: Callable[[Any, Advance, dict[str, Any]], None],
+    function: Work,
     jobs: Sequence[Any],
     bar: Progress,
 ) -> None:
     state: dict[str, Any] = {}
     with one_thread():
         for job in jobs:
-            function(job, functools.partial(_take, bar), state)
+            function(job, functools.partial(take, bar), state)
 
 
 @contextmanager
@@ -223,9 +216,10 @@ def _run(function: Callable[..., None], job: Any) -> None:
         _busy = True
         function(job, words, _state)
         words.send()
-        _busy = False
     except signals.Interrupted as stop:
         os._exit(stop.exit_code)
+    finally:
+        _busy = False
 
 
 class _Words:

@@ -1,0 +1,248 @@
+"""Splitting and absorption, where features have known parents.
+
+W_j is what latent j writes at f_j = 1, v_i the true value of feature i, main(p) = argmax_j cos(W_j,
+D_p) the latent of a parent p. Of the rows where p and at least one of its children c are on,
+
+    absorption.rate           the share in which main(p) is silent and some latent j that fires
+                              stands for both: f_j a_jp >= v_p / 2 and f_j a_jc >= v_c / 2 for a
+                              child c that is on, with W_j ~ a_jp D_p + a_jc D_c by least squares
+    absorption.silent         the share in which main(p) is silent, whoever stands in
+    absorption.silent_alone   the same of the rows where p is on without any child: what main(p)
+                              misses anyway
+    absorption.main_cosine    cos(W_main(p), D_p)
+
+and, with the latents that are best for p by F1 of firing in order, and F_k the F1 of "any of the
+first k fires",
+
+    splitting.latents         the k up to which every latent adds more than `GAIN` to F
+    splitting.share           1 where that is more than one
+
+each the mean over the parents that have such rows. An SAE that writes the parent into its
+children's latents has rate 1; latents of the true features that fire with them, 0. Beside each
+stands the same of random directions with as large a code (`chance_`) and of the truth (`oracle_`).
+A parent that is split over its children's latents is also absorbed by them, since here every child
+is a large share of its parent; the rate asks for a silent main latent, so it tells the two apart
+where there is one.
+
+Sources: feature splitting, Bricken et al. 2023; absorption and the F1 rule for splitting, Chanin et
+al. 2024 ("A is for Absorption"), whose probe of a letter is the true direction here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from saelab.data.store import Source
+from saelab.data.synthetic import KnownTruth
+from saelab.evals.base import Row, Subject, missing, number
+from saelab.evals.matching import DRAWS, random_directions
+from saelab.evals.truth import coded_rows, paired_rows, written
+
+DEFINITION = "absorption/1"
+ABSORPTION = tuple(
+    f"absorption.{name}" for name in ("rate", "silent", "silent_alone", "main_cosine")
+)
+SPLITTING = ("splitting.latents", "splitting.share")
+SCORES = (*ABSORPTION, *SPLITTING)
+METRICS = tuple(f"{whose}{name}" for whose in ("", "chance_", "oracle_") for name in SCORES)
+#: A latent stands for a feature from this share of its value on. Our choice.
+SHARE = 0.5
+#: What a further latent must add to F1 to count as a part of a split feature, and how many are
+#: tried. Chanin et al.; our choice.
+GAIN, TRIED = 0.03, 8
+#: Held-out rows that are looked at, and entries of a gathered table. Our choice: bounds the memory.
+ROWS, ENTRIES = 32_768, 1 << 22
+
+
+@torch.no_grad()
+def evaluate_absorption(
+    subject: Subject, source: Source, truth: KnownTruth | None, seed: int = 0, device: str = "cpu"
+) -> list[Row]:
+    """The rows of one subject.
+
+    Args:
+        source: held-out activations that `truth` is the truth of; None where it is not known.
+        seed: of the random dictionaries.
+        device: of the subject.
+
+    Raises: MismatchError for a subject of another width.
+    """
+    if truth is None:
+        return _none("the true features of these activations are not known")
+    family = _family(truth)
+    if not len(family.children):
+        return _none("the true features of these activations have no children")
+    true = truth.directions
+    own = _Counts(written(subject, device), true, family)
+    oracle = _Counts(true, true, family)
+    seen = active = 0
+    for _, f, codes in coded_rows(subject, source, truth, device):
+        own.count(f, codes)
+        oracle.count(codes, codes)
+        seen, active = seen + len(f), active + int((f != 0).sum())
+        if seen >= ROWS:
+            break
+    if not bool(own.with_child.any()):
+        return _none(f"no parent is on together with a child in {seen} held-out rows")
+    k = min(subject.d_sae, max(1, round(active / seen)))
+    chance = [
+        _random(source, truth, family, subject.d_sae, k, seed, draw).scores()
+        for draw in range(DRAWS)
+    ]
+    mean = {name: sum(scores[name] for scores in chance) / DRAWS for name in SCORES}
+    found = {"": own.scores(), "chance_": mean, "oracle_": oracle.scores()}
+    return [
+        number(f"{whose}{name}", scores[name], DEFINITION)
+        for whose, scores in found.items()
+        for name in SCORES
+    ]
+
+
+def _none(reason: str) -> list[Row]:
+    return [missing(name, DEFINITION, reason) for name in METRICS]
+
+
+@dataclass(frozen=True, eq=False)
+class _Family:
+    """Who is whose child.
+
+    Args:
+        parents: features that have children, int64 [p].
+        children: features that have a parent, int64 [c].
+        of: place in `parents` of each child's parent, int64 [c].
+    """
+
+    parents: Tensor
+    children: Tensor
+    of: Tensor
+
+
+def _family(truth: KnownTruth) -> _Family:
+    parent = truth.config.parent_of
+    children = (parent != torch.arange(len(parent))).nonzero().squeeze(1)
+    parents, place = parent[children].unique(return_inverse=True)
+    return _Family(parents, children, place)
+
+
+class _Counts:
+    """Firings of latents beside those of parents and children.
+
+    Args:
+        weights: what each latent writes at 1, float32 [m, d].
+        true: directions of the features, float32 [features, d].
+    """
+
+    def __init__(self, weights: Tensor, true: Tensor, family: _Family) -> None:
+        self.family = family
+        parents, children = true[family.parents], true[family.children]
+        self.onto_parents, self.onto_children = weights @ parents.T, weights @ children.T
+        self.overlap = (parents[family.of] * children).sum(1)
+        cosine = normalize(weights, dim=1) @ parents.T
+        self.main_cosine, self.main = cosine.max(0)
+        self.with_child, self.silent, self.absorbed, self.alone, self.silent_alone = (
+            torch.zeros(len(family.parents), dtype=torch.int64) for _ in range(5)
+        )
+        self.fires: list[Tensor] = []
+        self.on: list[Tensor] = []
+
+    def count(self, f: Tensor, v: Tensor) -> None:
+        """Adds rows: codes of the latents [n, m] and of the features [n, features]."""
+        family = self.family
+        on, child_on = v[:, family.parents] != 0, v[:, family.children] != 0
+        child_on &= on[:, family.of]
+        any_child = torch.zeros(on.shape, dtype=torch.int32)
+        any_child.index_add_(1, family.of, child_on.int())
+        silent, with_child = f[:, self.main] == 0, any_child > 0
+        alone = on & ~with_child
+        self.with_child += with_child.sum(0)
+        self.silent += (with_child & silent).sum(0)
+        self.alone += alone.sum(0)
+        self.silent_alone += (alone & silent).sum(0)
+        rows, kids = (child_on & silent[:, family.of]).nonzero().T
+        taken = torch.zeros_like(on)
+        stands = self._stands_in(f, v, rows, kids)
+        taken[rows[stands], family.of[kids[stands]]] = True
+        self.absorbed += taken.sum(0)
+        self.fires.append(f != 0)
+        self.on.append(on)
+
+    def _stands_in(self, f: Tensor, v: Tensor, rows: Tensor, kids: Tensor) -> Tensor:
+        """Whether some latent stands for child and parent, of each pair; bool [pairs].
+
+        The main latent is silent in these rows, so that it is none of them.
+        """
+        width = max(1, int((f != 0).sum(1).max()))
+        values, which = f.abs().topk(width, dim=1, sorted=False)
+        values = f.gather(1, which) * (values != 0)
+        found = []
+        step = max(1, ENTRIES // width)
+        for row, kid in zip(rows.split(step), kids.split(step), strict=True):
+            family, latents, code = self.family, which[row], values[row]
+            place = family.of[kid]
+            p = self.onto_parents[latents, place[:, None]]
+            c = self.onto_children[latents, kid[:, None]]
+            r = self.overlap[kid][:, None]
+            of_parent = code * (p - r * c) / (1 - r * r)
+            of_child = code * (c - r * p) / (1 - r * r)
+            enough = of_parent >= SHARE * v[row, family.parents[place]][:, None]
+            enough &= of_child >= SHARE * v[row, family.children[kid]][:, None]
+            found.append(enough.any(1))
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.bool)
+
+    def scores(self) -> dict[str, float]:
+        there = self.with_child > 0
+        rate, silent = self.absorbed / self.with_child, self.silent / self.with_child
+        lonely = there & (self.alone > 0)
+        alone = (self.silent_alone / self.alone)[lonely]
+        parts = self._parts()[there].double()
+        return {
+            "absorption.rate": float(rate[there].double().mean()),
+            "absorption.silent": float(silent[there].double().mean()),
+            "absorption.silent_alone": float(alone.double().mean()),
+            "absorption.main_cosine": float(self.main_cosine[there].double().mean()),
+            "splitting.latents": float(parts.mean()),
+            "splitting.share": float((parts > 1).double().mean()),
+        }
+
+    def _parts(self) -> Tensor:
+        """Over how many latents each parent is split, int64 [parents]."""
+        fires, on = torch.cat(self.fires), torch.cat(self.on)
+        both = fires.float().T @ on.float()  # counts: exact below 2^24 rows
+        count, wanted = fires.sum(0)[:, None], on.sum(0)
+        best = (2 * both / (count + wanted).clamp(min=1)).topk(min(TRIED, len(both)), dim=0).indices
+        parts, going = torch.ones_like(wanted), torch.ones_like(wanted, dtype=torch.bool)
+        union, before = torch.zeros_like(on), torch.zeros(len(wanted))
+        for k, latents in enumerate(best, start=1):
+            union |= fires[:, latents]
+            f1 = 2 * (union & on).sum(0) / (union.sum(0) + wanted).clamp(min=1)
+            going &= f1 > before + GAIN if k > 1 else going
+            parts = torch.where(going, k, parts)
+            before = f1
+        return parts
+
+
+def _random(
+    source: Source,
+    truth: KnownTruth,
+    family: _Family,
+    n: int,
+    k: int,
+    seed: int,
+    draw: int,
+) -> _Counts:
+    """What n random unit directions make of it, with the k largest projections as a code."""
+    found = random_directions(n, truth.config.d, seed, draw)
+    counts = _Counts(found, truth.directions, family)
+    seen = 0
+    for x, codes in paired_rows(source, truth):
+        top = (x @ found.T).topk(k, dim=1, sorted=False)
+        f = torch.zeros(len(x), n).scatter_(1, top.indices, top.values.clamp(min=0))
+        counts.count(f, codes)
+        seen += len(x)
+        if seen >= ROWS:
+            break
+    return counts

@@ -1,0 +1,434 @@
+"""report.html: a study on one page that needs no network.
+
+    verdicts, gate, plan    `study.review`, the rules that the launch applied
+    pictures                `figures.PICTURES`, drawn anew by page.js from `scene.scene`
+    feature browser         `study.browse`, packed by browser.py
+    words and layout        web/page.html (jinja2, everything escaped), page.css, page.js
+
+The page's policy forbids every request and every script but its own, which it knows by hash. Data
+stands in JSON blocks without the signs that could end them. The same runs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import saelab
+from saelab.errors import SettingError
+from saelab.files import write_text
+from saelab.report import answers
+from saelab.report.browser import packed
+from saelab.report.canvas import STYLE, Look, looks, shown
+from saelab.report.figures import PICTURES
+from saelab.report.load import CONTROL, Run, load
+from saelab.report.scene import Arrays, scene
+from saelab.study.browse import Browsed, primary_arms
+from saelab.study.folders import RunFolder
+from saelab.study.plan import PlanConfig
+from saelab.study.registry import Attempt, attempts
+from saelab.study.review import CellNote, Review, differences_of, grouped, review
+from saelab.study.summary import COLUMNS, mean_and_half_width
+from saelab.study.verdict import COVERS
+
+#: Bytes that a page may have. Our choice: what a mail or a slow line still takes.
+LIMIT = 8_000_000
+WEB = Path(__file__).parent / "web"
+#: Pictures that stand open, in this order; the others are chosen from.
+OPEN = ("verdict", "frontier", "probing", "placement")
+TITLES = {
+    "probing_entries": "probing by entry",
+    "loss": "loss",
+    "max_cosine": "nearest decoder rows",
+    "latents": "moving k",
+}
+OUTCOMES = {"invalid": "✕", "failed": "✕", "relabelled": "≈", "warning": "!"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a page is made of.
+
+    Args:
+        runs: folders of complete runs.
+        cells: for the feature browser.
+        why_no_cells: the reason where there are none.
+        attempts: of the study's ledger.
+    """
+
+    runs: Sequence[Path]
+    cells: Sequence[Browsed] = ()
+    why_no_cells: str = ""
+    attempts: Sequence[Attempt] = ()
+
+
+def ledger(folders: Sequence[Path]) -> list[Attempt]:
+    """The attempts of the study that the runs lie in."""
+    return attempts(folders[0].resolve().parent) if folders else []
+
+
+def write(study: Study, out: Path) -> dict[str, Any]:
+    """Writes the page.
+
+    Returns: what it holds, as plain data.
+    Raises: SettingError when it would be larger than `LIMIT`; errors of `review` and `load`.
+    """
+    text, held = render(study)
+    size = len(text.encode())
+    if size > LIMIT:
+        remedy = "take fewer runs, or fewer cells or latents (--cells, --latents)"
+        raise SettingError("size of the page", f"{size / 1e6:.1f} MB", f"over 8 MB: {remedy}")
+    write_text(out, text)
+    return {"page": str(out), "bytes": size} | held
+
+
+def render(study: Study) -> tuple[str, dict[str, Any]]:
+    """The page, and what it holds as plain data."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    arrays, reviews = Arrays(), [review(folder) for folder in study.runs]
+    pictures, runs = {}, []
+    for folder, found in zip(study.runs, reviews, strict=True):
+        run = load(folder)
+        scenes, missing = _scenes(run, arrays)
+        pictures[found.run] = {"arms": _legend(run), "scenes": scenes}
+        runs.append(_run(folder, found, run, scenes, missing))
+    script = (WEB / "page.js").read_text(encoding="utf-8")
+    data = {"arrays": arrays.kept, "runs": pictures}
+    environment = Environment(
+        loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    text = environment.get_template("page.html").render(
+        page=_page(study, reviews, runs),
+        style=Markup((WEB / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        pictures=Markup(as_block(data)),
+        latents=Markup(as_block(packed(study.cells))),
+    )
+    return text, _held(study, reviews, pictures, runs)
+
+
+def as_block(data: Any) -> str:
+    """JSON that may stand inside a script element: no sign in it can end one."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def _held(
+    study: Study, reviews: Sequence[Review], pictures: Mapping[str, Any], runs: Sequence[Any]
+) -> dict[str, Any]:
+    return {
+        "runs": [
+            found.as_dict()
+            | {"pictures": list(pictures[found.run]["scenes"]), "not_drawn": run["not_drawn"]}
+            for found, run in zip(reviews, runs, strict=True)
+        ],
+        "browser": [
+            {"run": c.run, "arm": c.arm, "seed": c.seed, "latents": len(c.latents)}
+            for c in study.cells
+        ],
+        "why_no_browser": study.why_no_cells,
+        "attempts": len(study.attempts),
+    }
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def _scenes(run: Run, arrays: Arrays) -> tuple[dict[str, Any], dict[str, str]]:
+    """Picture -> its scene, and of those that can't be drawn the reason."""
+    import matplotlib
+
+    arms, scenes, missing = [*run.arms, *run.controls], {}, {}
+    for name, picture in PICTURES.items():
+        with matplotlib.rc_context(cast(Any, STYLE)):
+            figure = picture(run)
+            if isinstance(figure, str):
+                missing |= {name: figure} if figure else {}
+            else:
+                scenes[name] = _untitled(scene(figure, arms, arrays), run)
+    return scenes, missing
+
+
+def _untitled(found: dict[str, Any], run: Run) -> dict[str, Any]:
+    """The run's name stands above all of its pictures already."""
+    title = found["title"].removeprefix(f"{run.title} – ")
+    return found | {"title": f"{title[:1].upper()}{title[1:]}"}
+
+
+def _legend(run: Run) -> list[dict[str, Any]]:
+    return [_look(name, look) for name, look in looks(run).items()]
+
+
+def _look(name: str, look: Look) -> dict[str, Any]:
+    dashes = [] if look.dashes == "-" else [float(part) for part in look.dashes[1]]
+    return {
+        "name": name,
+        "shown": shown(name),
+        "control": name.startswith(CONTROL),
+        "color": look.color,
+        "marker": look.marker,
+        "dashes": dashes,
+        "width": look.width,
+        "filled": look.filled,
+    }
+
+
+# ---------------------------------------------------------------- words
+
+
+def _page(study: Study, reviews: Sequence[Review], runs: Sequence[Any]) -> dict[str, Any]:
+    comparisons = [c for found in reviews for c in found.comparisons]
+    studies = dict.fromkeys(found.plan.study for found in reviews)
+    return {
+        "study": ", ".join(studies),
+        "version": saelab.__version__,
+        "covers": COVERS,
+        "words": answers.counted(comparisons),
+        "arms": len(comparisons),
+        "runs": runs,
+        "plans": _plans(reviews),
+        "unlike": _unlike(reviews),
+        "browser": _browser(study),
+        "attempts": [vars(attempt) for attempt in study.attempts],
+    }
+
+
+def _plans(reviews: Sequence[Review]) -> list[dict[str, Any]]:
+    """Each plan once, with the runs that were made under it."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in reviews:
+        plan = one.plan
+        entry = found.setdefault(
+            one.plan_hash,
+            {
+                "hash": one.plan_hash,
+                "runs": [],
+                "question": question(plan),
+                "rows": _plan_rows(plan),
+                "exclusions": list(plan.exclusions),
+                "deviations": {},
+            },
+        )
+        entry["runs"].append(one.run)
+        for text in one.deviations:
+            entry["deviations"].setdefault(text, []).append(one.run)
+    return list(found.values())
+
+
+def question(plan: PlanConfig) -> str:
+    where = f"at L0 {plan.target_l0:g}" if plan.target_l0 else "at its own L0"
+    name = answers.metric_name(plan.primary)
+    return (
+        f"Does an arm change {name} ({plan.direction} is better) against the baseline of the same"
+        f" seeds {where}, by at least {plan.sesoi:g}?"
+    )
+
+
+def _plan_rows(plan: PlanConfig) -> list[tuple[str, str]]:
+    known = plan.model_dump(mode="json", exclude={"exclusions"})
+    return [(name.replace("_", " "), _plain(value)) for name, value in known.items()]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _unlike(reviews: Sequence[Review]) -> list[str]:
+    """Why numbers of some runs may not be compared with those of the first."""
+    found = []
+    for other in reviews[1:]:
+        if texts := differences_of(reviews[0], other):
+            found.append(f"{reviews[0].run} and {other.run} differ in {'; '.join(texts)}")
+    return found
+
+
+def _run(
+    folder: Path, found: Review, run: Run, scenes: Mapping[str, Any], missing: Mapping[str, str]
+) -> dict[str, Any]:
+    manifest = run.manifest
+    comments = {arm: known.get("comment", "") for arm, known in manifest["arms"].items()}
+    bars = answers.bars(found.comparisons, found.plan.sesoi)
+    rows = [
+        answers.row(c, bar, found.plan, comments.get(c.arm, ""))
+        for c, bar in zip(found.comparisons, bars, strict=True)
+    ]
+    primary = primary_arms(RunFolder(folder)) if (folder / "cells").is_dir() else []
+    return {
+        "name": found.run,
+        "title": found.title,
+        "kind": "exploratory" if found.exploratory else "confirmatory",
+        "metric": answers.metric_name(found.plan.primary),
+        "direction": found.plan.direction,
+        "sesoi": f"{found.plan.sesoi:g}",
+        "verdicts": rows,
+        "answers": [row for row in rows if row["arm"] in primary] or rows,
+        "others": [row for row in rows if primary and row["arm"] not in primary],
+        "secondary": [_secondary(d) for d in found.differences],
+        "heads": list(COLUMNS.values()),
+        "numbers": list(_numbers(run, comments)),
+        "controls": list(_controls(run)),
+        "planted": _planted(manifest.get("planted")),
+        "cells": len(manifest["cells"]),
+        "outcomes": _outcomes(found.cells),
+        "gate": [_gate_row(*group) for group in grouped(found.cells)],
+        "open": [_figure(name, scenes[name]) for name in OPEN if name in scenes],
+        "more": [_figure(name, scenes[name]) for name in scenes if name not in OPEN],
+        "not_drawn": dict(missing),
+        "missing": _missing(run),
+        "line": _line(found, manifest),
+        "provenance": list(_provenance(found, manifest)),
+        "definitions": _definitions(folder / "metrics.parquet"),
+    }
+
+
+def _figure(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    label = TITLES.get(name, name)
+    return {"name": name, "label": f"{label[:1].upper()}{label[1:]}", **found}
+
+
+def _secondary(d: Any) -> dict[str, Any]:
+    return {
+        "arm": d.arm,
+        "metric": answers.metric_name(d.metric),
+        "pairs": d.n,
+        "difference": answers.signed(d.mean_diff),
+        "interval": answers.span(d.low, d.high),
+        "reason": d.reason,
+    }
+
+
+def _numbers(run: Run, comments: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """A row for each arm: mean and half width of the 95% interval over seeds."""
+    for arm in run.arms:
+        lists = run.info.get(arm, {}).get("final_info_dict", {})
+        yield {
+            "arm": arm,
+            "comment": comments.get(arm, ""),
+            "seeds": max((len(values) for values in lists.values()), default=0),
+            "values": [mean_and_half_width(lists.get(metric, [])) for metric in COLUMNS],
+        }
+
+
+def _controls(run: Run) -> Iterator[dict[str, Any]]:
+    """A row for each control; the model's channels have their probes under another name."""
+    for name in run.controls:
+        values = []
+        for metric in COLUMNS:
+            own = run.numbers(metric).get(name) or run.numbers(f"llm{metric[3:]}").get(name)
+            values.append(f"{sum(own) / len(own):.4g}" if own else "–")
+        yield {"name": name.removeprefix(CONTROL), "values": values}
+
+
+def _planted(known: Mapping[str, Any] | None) -> str:
+    if not known:
+        return ""
+    c, expected = known["comparison"], known["expected"]
+    seen = "was found" if c["word"] == "hurts" else "was missed"
+    return f"An effect of {answers.signed(expected)} was planted and {seen}: {c['reason']}."
+
+
+def _outcomes(cells: Sequence[CellNote]) -> list[dict[str, Any]]:
+    """How many cells have each outcome, by their worst finding that was not expected."""
+    worst = {}
+    for note in reversed(cells):  # worst last
+        if not note.expected:
+            worst[note.cell] = note.outcome
+    expected = len({note.cell for note in cells} - set(worst))
+    counts = Counter(worst.values())
+    found = [
+        {"outcome": name, "sign": sign, "count": counts[name]}
+        for name, sign in OUTCOMES.items()
+        if counts[name]
+    ]
+    if expected:
+        found.append({"outcome": "expected", "sign": "·", "count": expected})
+    return found
+
+
+def _gate_row(arm: str, check: str, expected: bool, some: Sequence[CellNote]) -> dict[str, Any]:
+    return {
+        "arm": arm,
+        "check": check.replace("_", " "),
+        "outcome": some[0].outcome,
+        "sign": OUTCOMES.get(some[0].outcome, "·"),
+        "expected": expected,
+        "count": len(some),
+        "sentence": some[0].sentence,
+    }
+
+
+def _missing(run: Run) -> list[str]:
+    """What was not measured over all data at the target, and why."""
+    lost: Counter[tuple[str, str, str]] = Counter()
+    for metric, slice in run.values:
+        if not slice:
+            for value in (v for vs in run.at_target(metric).values() for v in vs):
+                if value.value is None:
+                    lost[metric, value.arm, value.reason] += 1
+    arms: dict[tuple[str, str], list[str]] = {}
+    for (metric, arm, reason), count in lost.items():
+        arms.setdefault((metric, reason), []).append(f"{shown(arm)} ({count})")
+    return [f"{metric}: {', '.join(of)}: {reason}" for (metric, reason), of in arms.items()]
+
+
+def _line(found: Review, manifest: Mapping[str, Any]) -> str:
+    """Where the numbers of a run come from, in one line."""
+    p = found.provenance
+    tokens = f"{p['tokens']:,} held-out tokens" if p.get("tokens") else "held-out rows"
+    return (
+        f"{found.definition} · {p.get('hook_name') or 'hook not told'} · {tokens}"
+        f" · text {p.get('text_digest')} · context {p.get('context')} · {p.get('mask')}"
+        f" · {p.get('dtype')} · saelab {manifest['versions'].get('saelab')},"
+        f" package {manifest['versions'].get('package_digest')}"
+    )
+
+
+def _provenance(found: Review, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "plan", found.plan_hash
+    yield "seeds", ", ".join(map(str, manifest.get("seeds", ())))
+    for name, value in found.provenance.items():
+        yield name.replace("_", " "), _plain(value)
+    for part in ("train", "held_out"):
+        known = (manifest.get("data") or {}).get(part) or {}
+        corpus = known.get("corpus") or {}
+        if known:
+            text = corpus.get("corpus", known.get("text_digest", ""))
+            digest = f", sha256 {corpus['sha256'][:16]}" if "sha256" in corpus else ""
+            yield (
+                f"{part} text".replace("_", " "),
+                f"{text}, {known.get('n_tokens')} tokens{digest}",
+            )
+    for name, value in manifest["versions"].items():
+        yield name.replace("_", " "), _plain(value)
+    yield "seconds", _plain(manifest.get("seconds"))
+
+
+def _definitions(path: Path) -> list[tuple[str, str]]:
+    """Definition -> the metrics that are measured by it."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["metric", "definition"])
+    pairs = table.group_by(["metric", "definition"]).aggregate([]).to_pylist()
+    found: dict[str, list[str]] = {}
+    for pair in sorted(pairs, key=lambda pair: (pair["definition"], pair["metric"])):
+        found.setdefault(pair["definition"], []).append(pair["metric"])
+    return [(definition, ", ".join(metrics)) for definition, metrics in found.items()]
+
+
+def _browser(study: Study) -> dict[str, Any]:
+    latents = sum(len(cell.latents) for cell in study.cells)
+    return {"cells": len(study.cells), "latents": latents, "why_not": study.why_no_cells}

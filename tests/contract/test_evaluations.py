@@ -1,0 +1,222 @@
+"""Every entry of EVALUATIONS, on every kind of subject and data: the same bits again, nothing
+changed, rows that are rows. A new entry of the table is picked up unasked."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from saelab.__main__ import app
+from saelab.data.models import LanguageModel, ModelConfig, load
+from saelab.data.store import MemorySource, Shard
+from saelab.data.synthetic import SyntheticConfig, generate
+from saelab.evals import EVALUATIONS, EvalData, evaluate
+from saelab.evals.base import Row, Subject
+from saelab.evals.core import CoreData
+from saelab.evals.matching import random_directions
+from saelab.evals.probing import ProbingData, ProbingEntry
+from saelab.sae import SAEConfig
+from saelab.seeding import torch_stream
+from saelab.study.controls import SUBJECTS, Setting
+
+HOOK = "blocks.1.hook_resid_post"
+D_SAE = 96
+SAE = SAEConfig.parse(
+    {
+        "d_sae": D_SAE,
+        "activation": {"kind": "tied_threshold", "learned": ["theta"]},
+        "constraints": ["unit_norm"],
+        "initial_l0": 8,
+    }
+)
+DOCS = Path(__file__).parents[2] / "docs" / "evaluations.md"
+
+
+class Plain:
+    """Only what a subject must have."""
+
+    def __init__(self, d_in: int) -> None:
+        self.d_in, self.d_sae = d_in, D_SAE
+        self.weights = random_directions(D_SAE, d_in, 11)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return (x @ self.weights.T - 0.5).relu()
+
+    def decode(self, f: Tensor) -> Tensor:
+        return f @ self.weights
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return load(ModelConfig())
+
+
+def on_text(model: LanguageModel) -> EvalData:
+    """Held-out activations of a model, and probing texts whose classes differ in one channel."""
+    draw = torch_stream(0, "test evaluations")
+    ids = torch.randint(3, 400, (6, 24), generator=draw)
+    mask = torch.ones(ids.shape, dtype=torch.bool)
+    mask[:, 0] = False
+    x = model.activations(ids, None, [HOOK])[HOOK].float()
+    held_out = MemorySource([Shard(x, mask, ids.int())], {"hook_name": HOOK})
+    labels = torch.arange(2).repeat_interleave(60)
+    is_train = (torch.arange(60) < 40).repeat(2)
+    rows = torch.randn(120 * 3, model.d_model, generator=draw)
+    rows[torch.arange(360), labels.repeat_interleave(3)] += 3
+    offsets = torch.arange(0, 361, 3)
+    entry = ProbingEntry("planted", ("a", "b"), rows, offsets, labels, is_train)
+    probing = ProbingData((entry,), {"hook_name": HOOK})
+    return EvalData(CoreData(held_out, model), probing, k_values=(1, 5))
+
+
+def on_truth(_: LanguageModel) -> EvalData:
+    """Synthetic activations of a hierarchy."""
+    config = SyntheticConfig.parse(
+        {"d": 16, "features": 32, "l0": 2.5, "correlation": "hierarchical", "positions": 8}
+    )
+    held_out = generate(config, 0, 60, "held_out")
+    return EvalData(CoreData(held_out, None), None, why_no_probing="there are no texts")
+
+
+DATA = {"text": on_text, "truth": on_truth}
+KINDS = ("SAE", "plain", *SUBJECTS)
+
+
+def subject_of(kind: str, data: EvalData) -> Subject:
+    x = data.core.rows[0]
+    if kind == "plain":
+        return Plain(x.shape[1])
+    if kind in SUBJECTS:
+        return SUBJECTS[kind].make(Setting(x, SAE, 8.0, 3))
+    sae = SAE.build(x.shape[1], 1, 3)
+    sae.initialise(x, 3)
+    return sae.eval()
+
+
+def state(thing: Any) -> dict[str, Any]:
+    """Copies of all that a subject or a model holds."""
+    if not isinstance(thing, torch.nn.Module):
+        return {k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(thing).items()}
+    found: dict[str, Any] = {k: v.detach().clone() for k, v in thing.state_dict().items()}
+    found |= {f"{name}.training": module.training for name, module in thing.named_modules()}
+    for name, parameter in thing.named_parameters():
+        grad = parameter.grad
+        found[f"{name}.grad"] = None if grad is None else grad.clone()
+        found[f"{name}.requires_grad"] = parameter.requires_grad
+    return found
+
+
+def globals_of(folder: Path) -> dict[str, Any]:
+    """What a process has once: random states, switches, files of the working folder."""
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": repr(np.random.get_state()),  # noqa: NPY002
+        "python": random.getstate(),
+        "grad": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "files": sorted(folder.rglob("*")),
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        own, other = (
+            x.cpu().numpy().tobytes() if isinstance(x, Tensor) else x for x in (value, after[name])
+        )
+        assert own == other, name  # bytes, since a NaN is not equal to itself
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", DATA)
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_an_evaluation_repeats_and_changes_nothing(
+    name: str, where: str, kind: str, model: LanguageModel, folder: Path
+) -> None:
+    data = DATA[where](model)
+    subject = subject_of(kind, data)
+    shard = data.core.source.shard(0)
+    held_out = {"x": shard.x.clone(), "mask": shard.mask.clone()}
+    things = [thing for thing in (subject, data.core.model and data.core.model.model) if thing]
+    before, everywhere = [state(thing) for thing in things], globals_of(folder)
+    first = evaluate(subject, data, [name])
+    assert_same(everywhere, globals_of(folder))
+    for thing, own in zip(things, before, strict=True):
+        assert_same(own, state(thing))
+    assert_same(held_out, {"x": shard.x, "mask": shard.mask})
+    assert evaluate(subject, data, [name]) == first  # on what it has cached
+    assert evaluate(subject, DATA[where](model), [name]) == first  # and on nothing
+    assert_rows(first)
+
+
+def assert_rows(rows: list[Row]) -> None:
+    assert rows
+    assert max(Counter((row.metric, row.slice) for row in rows).values()) == 1
+    for row in rows:
+        assert re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", row.metric), row
+        assert re.fullmatch(r"[a-z_]+/[1-9][0-9]*", row.definition), row
+        assert (row.value is None) == bool(row.reason), row
+        assert row.value is None or (type(row.value) is float and np.isfinite(row.value)), row
+        assert all("=" in part for part in row.slice.split(",") if row.slice), row
+        assert (row.arm, row.seed, row.level) == ("", -1, 0.0), row
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_a_value_is_there_where_its_data_are(name: str, model: LanguageModel) -> None:
+    """No evaluation is missing everywhere."""
+    found: list[Row] = []
+    for make in DATA.values():
+        data = make(model)
+        found += evaluate(subject_of("SAE", data), data, [name])
+    assert any(row.value is not None for row in found)
+
+
+@pytest.mark.parametrize("where", DATA)
+def test_together_they_are_what_they_are_alone(where: str, model: LanguageModel) -> None:
+    data = DATA[where](model)
+    subject = subject_of("SAE", data)
+    alone = [row for name in EVALUATIONS for row in evaluate(subject, data, [name])]
+    assert evaluate(subject, data, list(EVALUATIONS)) == alone
+    names = Counter((row.metric, row.slice) for row in alone)
+    assert max(names.values()) == 1  # no two evaluations share a name
+
+
+def test_metrics_of_one_name_have_one_definition(model: LanguageModel) -> None:
+    definitions: dict[str, str] = {}
+    for make in DATA.values():
+        data = make(model)
+        for kind in KINDS:
+            for row in evaluate(subject_of(kind, data), data, list(EVALUATIONS)):
+                assert definitions.setdefault(row.metric, row.definition) == row.definition, row
+
+
+def test_every_definition_is_described(model: LanguageModel) -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    for make in DATA.values():
+        data = make(model)
+        rows = evaluate(subject_of("SAE", data), data, list(EVALUATIONS))
+        missing = {row.definition for row in rows if f"`{row.definition}`" not in text}
+        assert not missing
+    assert all(f"`{name}`" in text for name in EVALUATIONS)
+
+
+def test_the_command_names_them_all() -> None:
+    shown = CliRunner().invoke(app, ["eval", "--help"], env={"COLUMNS": "400"}).output
+    assert all(re.search(rf"\b{name}\b", shown) for name in EVALUATIONS)

@@ -1,13 +1,14 @@
 # make demo    set-up, the main job on the embedded default, its pictures
 # make test    set-up, the tests
 # make test-triton  set-up, Triton (Linux, 200 MB), the checks of the GPU's kernels without a GPU
+# make test-store   set-up, a local S3 server (40 MB), the checks of caches at a URL against it
 # make test-browser set-up, Playwright and Chromium, the checks of report.html in a browser
 # make test-clusters  set-up, Ray and submitit, the checks of executors for many machines
 # make test-peers   set-up, the peers' environment, the checks against the peers themselves
 # make peers   the environment of the packages that benchmarks/ compares with
 # make bench   set-up, every benchmark in full (about half an hour); BENCH=--quick for a smoke run
-.PHONY: setup demo test test-slow test-triton test-browser test-clusters test-peers check clusters \
-	peers bench clean
+.PHONY: setup demo test test-slow test-triton test-store test-browser test-clusters test-peers check \
+	clusters peers bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -40,6 +41,10 @@ test-slow: setup
 test-triton: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt triton
 	$(BIN)/python -m pytest tests/numerics/test_gpu_kernels.py
+
+test-store: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[store-tests]'
+	$(BIN)/python -m pytest tests/stores
 
 # Debian's Chromium where none is there: Playwright's own is not on any registry of packages.
 test-browser: setup

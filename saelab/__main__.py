@@ -149,6 +149,72 @@ def plan_check(
             one.check_limit()
 
 
+@plan.command("cost")
+def plan_cost(
+    config: Annotated[Path, typer.Argument(help="Base settings: configs/gemma-2-2b.toml.")],
+    tokens: Annotated[
+        int, typer.Option(help="Harvested once, and trained on by each SAE.")
+    ] = 500_000_000,
+    width: Annotated[
+        list[int] | None, typer.Option(help="Latents. May be repeated; 16k to 1M by default.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Of the table of rates, or 'here': measured on this machine.")
+    ] = "h100",
+    rates: Annotated[Path | None, typer.Option(help="A table of rates of your own, TOML.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Devices for each SAE; as many as needed by default.")
+    ] = None,
+    l0: Annotated[
+        float | None, typer.Option(help="Active latents a row; as the settings say by default.")
+    ] = None,
+    trials: Annotated[
+        bool, typer.Option("--trials", help="Measure this machine, and check small runs on it.")
+    ] = False,
+    json_: Json = False,
+    set_: Set = None,
+) -> None:
+    """Say what a long training costs: GPU hours, memory of each device, disk and network.
+
+    saelab plan cost configs/gemma-2-2b.toml
+
+    saelab plan cost configs/embedded.toml --trials
+    """
+    with _told():
+        from saelab.api import settings
+        from saelab.errors import SettingError
+        from saelab.study import cost
+
+        if tokens < 1:
+            raise SettingError("--tokens", tokens, "use at least 1")
+        base = settings(config, {**_changes(set_), "train.tokens": tokens})
+        if trials:
+            _trials(base, json_)
+            return
+        if device == "here":
+            from saelab.study.trials import rates_here
+
+            known = rates_here(base)
+        else:
+            known = cost.known_rates(device, rates or cost.RATES)
+        found = cost.cost(base, known, width or cost.WIDTHS, ranks, l0)
+        if json_:
+            _print_json(found.as_dict())
+        else:
+            typer.echo(cost.text(found))
+
+
+def _trials(base: Any, json_: bool) -> None:
+    from saelab.study.trials import rates_here, trial_lines, trials
+
+    rates = rates_here(base)
+    found = trials(base, rates)
+    if json_:
+        _print_json({"rates": rates.model_dump(), "trials": [one.as_dict() for one in found]})
+    else:
+        typer.echo("\n".join(trial_lines(found)))
+
+
 @app.command()
 def tune(
     name: Annotated[str, typer.Argument(help="A run of the table, 'run_10'.")] = "run_10",

@@ -1,5 +1,6 @@
 """Files are written whole or not at all: bytes go to a temporary name, then one rename.
 
+An object at a URL (saelab/remote.py) is made as a temporary file and put in its place as a whole.
 A sealed JSON file holds a digest of itself, so that a change of it shows.
 
 Raises `SaelabError` subclasses with one sentence when the disk is full or the folder is read-only.
@@ -14,12 +15,14 @@ import json
 import math
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from saelab.errors import DamageError, SourceError
+from saelab.remote import Place, Remote
 
 #: Bytes of a JSON file at most; parsed it takes up to twenty times as much. Ours have a few MB.
 MOST_JSON = 32 * 2**20
@@ -32,8 +35,15 @@ class WriteError(SourceError):
     """The disk is full or the folder can't be written: exit code 2."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Place, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)` and renames the result to `path`; the old file stays on failure."""
+    if isinstance(path, Remote):
+        with tempfile.TemporaryDirectory(prefix="saelab-") as folder:
+            whole = Path(folder) / path.name
+            with writing(whole):
+                write(whole)
+            path.put(whole)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
@@ -95,7 +105,7 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -104,7 +114,7 @@ def json_text(data: Any) -> str:
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Place, data: Any) -> None:
     """Writes JSON as `json_text` gives it."""
     write_text(path, json_text(data))
 
@@ -115,12 +125,12 @@ def digest(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_sealed(path: Path, data: dict[str, Any]) -> None:
+def write_sealed(path: Place, data: dict[str, Any]) -> None:
     """Writes JSON with a digest of itself."""
     write_json(path, data | {"digest": digest(data)})
 
 
-def read_sealed(path: Path, remedy: str = "make it again") -> dict[str, Any]:
+def read_sealed(path: Place, remedy: str = "make it again") -> dict[str, Any]:
     """What `write_sealed` was given.
 
     The digest finds damage and edits by hand. It is no signature: whoever wants to deceive can make
@@ -128,7 +138,11 @@ def read_sealed(path: Path, remedy: str = "make it again") -> dict[str, Any]:
 
     Raises: DamageError when the file was changed afterwards, SourceError when it is missing.
     """
-    data = read_json(path)
+    return unsealed(read_json(path), path, remedy)
+
+
+def unsealed(data: Any, path: Place, remedy: str = "make it again") -> dict[str, Any]:
+    """`read_sealed` of a file that was parsed already."""
     if not isinstance(data, dict) or data.pop("digest", None) != digest(data):
         raise DamageError(f"{path} was changed after it was written: {remedy}")
     return data
@@ -144,7 +158,7 @@ def append_line(path: Path, text: str) -> None:
             os.fsync(file.fileno())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """Raises: DamageError when the file is no JSON, SourceError when it can't be opened."""
     try:
         return parse_json(path)
@@ -156,19 +170,26 @@ def read_json(path: Path) -> Any:
         raise DamageError(f"{path} is damaged ({error}): delete it and run again") from None
 
 
-def parse_json(path: Path) -> Any:
+def parse_json(path: Place) -> Any:
     """The content of a JSON file, by the standard: no NaN, no number beyond a float's range.
 
     Raises: OSError when it can't be opened; ValueError for anything else that is wrong with it.
     """
-    with path.open("rb") as file:
-        content = file.read(MOST_JSON + 1)
+    content = _beginning(path, MOST_JSON + 1)
     if len(content) > MOST_JSON:
         raise ValueError(f"it is over {MOST_JSON // 2**20} MB")
     try:
         return json.loads(content.decode(), parse_constant=_no_number, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _beginning(path: Place, size: int) -> bytes:
+    """The first bytes of a file; all of them of a URL, where one request is one object."""
+    if isinstance(path, Remote):
+        return path.read_bytes()
+    with path.open("rb") as file:
+        return file.read(size)
 
 
 def _no_number(text: str) -> float:
@@ -181,7 +202,9 @@ def _finite(text: str) -> float:
     return value
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Place) -> str:
     """Hex digest of a file's bytes."""
+    if isinstance(path, Remote):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,11 +3,18 @@
 .saelab/activations/<key>/     harvested activations            (SAELAB_CACHE names another cache)
 .saelab/probing/<key>/         activations of the probing texts
 .saelab/cells/<key>/           finished cells, by content hash
+.saelab/pairs/                 comparisons of finished cells
 .saelab/resume/<key>/          checkpoints of cells in training, gone when the cell is finished
 .saelab/logs/                  what workers wrote to stderr
 run_i/                         final_info.json, manifest.json, metrics.parquet, curves.parquet,
                                summary.md, cells/<arm>/seed<s>-l0_<level>/
 run_i/metrics.jsonl            written while the launch is going on; alone, it is no complete run
+
+Where SAELAB_CACHE is a URL (s3://bucket/prefix), activations lie there alone and are read from
+there; probing activations, finished cells and the checkpoints of those in training are copied to it
+when they are made, and from it when another machine has made them. Everything else stays in
+.saelab. The last object of a finished folder, `files.json`, says what is in it, with the checksum
+of each file.
 """
 
 from __future__ import annotations
@@ -16,16 +23,104 @@ import functools
 import hashlib
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from saelab.errors import DamageError
+from saelab.files import read_sealed, sha256, write_atomically, write_sealed
+from saelab.remote import Place, Remote, place_of
+
 #: Parts of the package whose change never alters a number.
-NO_NUMBERS = ("report", "formats", "__main__.py", "progress")
+NO_NUMBERS = ("report", "formats", "__main__.py", "progress", "remote.py")
+#: The last object of a folder that was copied to a URL.
+CONTENT = "files.json"
 
 
 def cache_folder(root: Path) -> Path:
-    """The cache of the study in `root`."""
+    """The cache of the study in `root`, on this machine."""
+    named = _named_cache()
+    return named if isinstance(named, Path) else root / ".saelab"
+
+
+def remote_cache() -> Remote | None:
+    """The cache that machines share, where SAELAB_CACHE is a URL."""
+    named = _named_cache()
+    return named if isinstance(named, Remote) else None
+
+
+def _named_cache() -> Place | None:
     named = os.environ.get("SAELAB_CACHE")
-    return Path(named) if named else root / ".saelab"
+    return place_of(named) if named else None
+
+
+def activations_folder(cache: Path) -> Place:
+    """Where harvested activations lie: at the URL of the shared cache, or in the cache."""
+    return (remote_cache() or cache) / "activations"
+
+
+def has_activations(cache: Path) -> bool:
+    """Whether any harvest is complete."""
+    if (shared := remote_cache()) is not None:
+        return shared.has("activations/*/*/header.json")
+    return any(cache.glob("activations/*/*/header.json"))
+
+
+def share(cache: Path, folder: Path) -> None:
+    """Copies a finished folder of the cache to the shared one, if there is one."""
+    there = shared_twin(cache, folder)
+    if there is None or (there / CONTENT).is_file():
+        return
+    files = [file for file in sorted(folder.glob("[!.]*")) if file.is_file()]
+    for file in files:
+        (there / file.name).put(file)
+    write_sealed(there / CONTENT, {"sha256": {file.name: sha256(file) for file in files}})
+
+
+def fetch(cache: Path, folder: Path, last: str) -> bool:
+    """Whether a folder of the cache is finished; copies it from the shared cache if it is there.
+
+    An object that is not what was written is named on stderr, and the folder is not finished then.
+
+    Args:
+        last: the file without which the folder is not finished; it is put there last.
+    """
+    if (folder / last).is_file():
+        return True
+    there = shared_twin(cache, folder)
+    if there is None or not (there / CONTENT).is_file():
+        return False
+    try:
+        content = _content(there / CONTENT)
+        for name in sorted(content, key=lambda name: name == last):
+            write_atomically(folder / name, _copy(there / name, content[name]))
+    except (DamageError, FileNotFoundError) as error:
+        print(f"{error} (what was there is made again now)", file=sys.stderr)
+        (there / CONTENT).unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _content(file: Remote) -> dict[str, str]:
+    """Name -> checksum of what `share` put beside the file."""
+    from saelab.schema import Name, check  # which load pydantic
+
+    return check(read_sealed(file).get("sha256"), dict[Name, str], file)
+
+
+def _copy(source: Remote, checksum: str) -> Callable[[Path], object]:
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(source.read_bytes())
+        if sha256(temporary) != checksum:
+            raise DamageError(f"{source} does not match its checksum")
+
+    return write
+
+
+def shared_twin(cache: Path, folder: Path) -> Remote | None:
+    """The place of a folder of the cache in the shared one, if there is one."""
+    shared = remote_cache()
+    return None if shared is None else shared / folder.relative_to(cache).as_posix()
 
 
 @functools.cache

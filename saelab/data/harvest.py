@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import NonNegativeInt
 
 from saelab.config import Frozen
 from saelab.data.models import LanguageModel
@@ -32,6 +33,7 @@ from saelab.data.texts import Tokens
 from saelab.errors import SettingError, SourceError
 from saelab.lock import held
 from saelab.progress import Progress, progress
+from saelab.remote import Place
 
 #: Bytes for a position's mask (bool) and id (int32).
 _MASK_AND_ID = 5
@@ -51,12 +53,15 @@ class HarvestConfig(Frozen):
         overlap: whether a launch trains on the first shards while the rest is made, with the same
             bits: true, false or 'auto', which is true on CUDA alone (this has not been run on a
             GPU). On a CPU passes and training would only share the cores.
+        read_ahead: bytes of shards that a process may hold before it asks for them, where the
+            activations lie at a URL; no number depends on it.
     """
 
     batch: int = 32
     shard_tokens: int = 65536
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     overlap: Literal["auto", True, False] = "auto"
+    read_ahead: NonNegativeInt = 512 * 2**20
 
     def overlaps(self, device: str) -> bool:
         """Whether a launch on the device trains beside its harvest."""
@@ -81,7 +86,7 @@ def harvest(
     tokens: Tokens,
     hook_names: Sequence[str],
     config: HarvestConfig | None = None,
-    folder: Path | None = None,
+    folder: Place | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Source]:
     """The activations of all hook points, made in one pass or found complete in the folder.
@@ -101,10 +106,12 @@ def harvest(
     headers = _headers(model, tokens, hook_names, config, identity or {})
     if folder is None:
         return _in_memory(model, tokens, headers, config)
-    places = _places(headers, Path(folder))
+    places = _places(headers, folder)
     for _ in _in_folder(model, tokens, headers, config, places):
         pass
-    return {hook: FolderSource.open(place) for hook, place in places.items()}
+    return {
+        hook: FolderSource.open(place, ahead=config.read_ahead) for hook, place in places.items()
+    }
 
 
 def harvest_steps(
@@ -112,7 +119,7 @@ def harvest_steps(
     tokens: Tokens,
     hook_name: str,
     config: HarvestConfig,
-    folder: Path,
+    folder: Place,
     identity: Mapping[str, Any],
 ) -> tuple[GrowingSource, Generator[None, None, None]]:
     """`harvest` of one hook point into a folder, begun but left to the caller to go on with.
@@ -122,10 +129,10 @@ def harvest_steps(
     Raises: what `harvest` raises: here for settings and identity, in the steps for activations.
     """
     headers = _headers(model, tokens, [hook_name], config, identity)
-    places = _places(headers, Path(folder))
+    places = _places(headers, folder)
     steps = _in_folder(model, tokens, headers, config, places)
     next(steps, None)
-    return GrowingSource(places[hook_name]), steps
+    return GrowingSource(places[hook_name], ahead=config.read_ahead), steps
 
 
 def _headers(
@@ -148,7 +155,7 @@ def _headers(
     }
 
 
-def _places(hooks: Iterable[str], folder: Path) -> dict[str, Path]:
+def _places(hooks: Iterable[str], folder: Place) -> dict[str, Place]:
     """Hook -> its subfolder."""
     return {hook: folder / hook.replace("/", "_") for hook in hooks}
 
@@ -215,16 +222,17 @@ def _in_folder(
     tokens: Tokens,
     headers: dict[str, dict[str, Any]],
     config: HarvestConfig,
-    places: dict[str, Path],
+    places: Mapping[str, Place],
 ) -> Generator[None, None, None]:
     """Fills the folders that are not complete, in steps.
 
     The first one only announces what will be written; each further one adds a shard. The folders
-    are locked meanwhile; raises BusyError when another process fills one of them.
+    are locked meanwhile, but for those at a URL, which has no locks; raises BusyError when another
+    process fills one of them.
     """
     with ExitStack() as locks:
         for place in places.values():
-            if not (place / "header.json").is_file():
+            if isinstance(place, Path) and not (place / "header.json").is_file():
                 locks.enter_context(held(place, "is harvesting these activations"))
         yield from _in_own_folder(model, tokens, headers, config, places)
 
@@ -234,7 +242,7 @@ def _in_own_folder(
     tokens: Tokens,
     headers: dict[str, dict[str, Any]],
     config: HarvestConfig,
-    places: dict[str, Path],
+    places: Mapping[str, Place],
 ) -> Generator[None, None, None]:
     complete = {hook: p for hook, p in places.items() if (p / "header.json").is_file()}
     for hook, place in complete.items():

@@ -319,6 +319,13 @@ class LanguageModel:
         return inputs
 
 
+def blocks_run(hook_name: str, blocks: int) -> int:
+    """How many of the blocks a pass runs to reach the hook point; all of them for another module,
+    whose place its name does not tell."""
+    match = _BLOCK.fullmatch(hook_name)
+    return min(blocks, int(match[1]) + (match[2] != "hook_resid_pre")) if match else blocks
+
+
 def next_token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     """Of logits [contexts, positions, vocabulary] and their tokens; as `LanguageModel.losses`."""
     target = ids.to(logits.device)[:, 1:]
@@ -467,12 +474,16 @@ class Size:
         weights: bytes of all weights in the dtype it runs in.
         d_model, inner: width of the residual stream and of the widest layer inside a block.
         vocabulary: tokens it knows.
+        blocks: how many.
+        attention: width of all queries of a block together.
     """
 
     weights: int
     d_model: int
     inner: int
     vocabulary: int
+    blocks: int
+    attention: int
 
 
 def size(config: ModelConfig) -> Size:
@@ -486,12 +497,16 @@ def size(config: ModelConfig) -> Size:
             model = kind.from_config(settings)
     text = settings.get_text_config()
     blocks = _blocks(model, int(text.num_hidden_layers))
+    heads = int(getattr(text, "num_attention_heads", 1))
+    head = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     return Size(
         sum(weight.numel() for weight in model.parameters())
         * getattr(torch, config.dtype).itemsize,
         int(text.hidden_size),
         max(max(weight.shape) for weight in blocks[0].parameters()),
         int(text.vocab_size),
+        len(blocks),
+        heads * head,
     )
 
 

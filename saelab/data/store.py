@@ -7,6 +7,10 @@
 A folder without header.json is not complete; `partial.json` then says which shards are there, a
 writer of the same identity goes on after them, and a reader may follow the writer. The digest of a
 source is a hash of its identity and of its shards' bytes, the same in memory and on disk.
+
+The folder may be a URL (saelab/remote.py). Shards on a disk are mapped, and their bytes compared
+with the checksums by `verify`; those of a URL are read ahead within a bound and compared at every
+read.
 """
 
 from __future__ import annotations
@@ -29,10 +33,12 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from saelab.config import digest
+from saelab.data.ahead import ReadAhead
 from saelab.errors import DamageError, MismatchError, SourceError
-from saelab.files import read_json, read_sealed, sha256, write_atomically, write_sealed
+from saelab.files import read_json, sha256, unsealed, write_atomically, write_sealed
+from saelab.remote import Place, Remote
 from saelab.schema import Loose, Name, check
-from saelab.weights import read_weights
+from saelab.weights import parse_weights, read_weights
 
 #: Version of the folder's layout.
 FORMAT = 1
@@ -40,8 +46,12 @@ FORMAT = 1
 FOREIGN_REASON = "activations were made elsewhere"
 #: Rows of a foreign file checked for non-finite values at a time; bounds the memory.
 ROWS_AT_ONCE = 65536
-#: Seconds between two looks at a growing harvest. Our choice: little beside a shard's time.
-POLL = 0.1
+#: Seconds between two looks at a growing harvest, in a folder and at a URL, where each look is a
+#: request. Our choice: little beside a shard's time.
+POLL, REMOTE_POLL = 0.1, 2.0
+#: Reads of an object that does not match its checksum, before it counts as damaged: what was
+#: spoilt on its way is whole the second time.
+READS = 2
 
 
 @dataclass(frozen=True)
@@ -151,33 +161,47 @@ def _source_digest(header: Mapping[str, Any], hashes: list[str]) -> str:
 
 
 class FolderSource:
-    """Shards on disk, opened by `FolderSource.open`; tensors are mapped, not read at once."""
+    """Shards in a folder, opened by `FolderSource.open`; those on a disk are mapped, not read.
 
-    def __init__(self, path: Path, header: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    Args:
+        path: the folder.
+        header: the identity.
+        shards: a record of each.
+        ahead: bytes of shards that may be read before they are asked for, where it is a URL.
+    """
+
+    def __init__(
+        self, path: Place, header: dict[str, Any], shards: list[dict[str, Any]], ahead: int = 0
+    ) -> None:
         self.path, self.header, self._records = path, header, shards
+        self._ahead = ReadAhead(self._whole, [record["bytes"] for record in shards], ahead)
+        self._last: tuple[int, Shard] | None = None
 
     @classmethod
-    def open(cls, path: Path, expected: Mapping[str, Any] | None = None) -> FolderSource:
+    def open(
+        cls, path: Place, expected: Mapping[str, Any] | None = None, ahead: int = 0
+    ) -> FolderSource:
         """Opens a complete folder; the sizes of its files are checked, their bytes by `verify`.
 
         Args:
             expected: fields that the header must have, as `check_identity` takes them.
+            ahead: as for the class.
 
         Raises: SourceError when there is no complete harvest, DamageError for a missing or
             truncated shard, MismatchError when the header differs from `expected`.
         """
-        path = Path(path)
         if not (path / "header.json").is_file():
             unfinished = (path / "partial.json").is_file()
             why = (
                 "an unfinished harvest: run it again" if unfinished else "no harvested activations"
             )
             raise SourceError(f"{path} holds {why}" + ("" if unfinished else ": harvest first"))
-        stored = _read_state(path / "header.json")
-        source = cls(path, stored["header"], stored["shards"])
+        stored = _read_state(path, "header.json")
+        source = cls(path, stored["header"], stored["shards"], ahead)
         check_identity(source.header, expected or {}, str(path))
+        sizes = _sizes(path)
         for record in source._records:
-            _check_size(path, record)
+            _check_size(path, record, sizes)
         return source
 
     @property
@@ -197,17 +221,34 @@ class FolderSource:
         return _source_digest(self.header, [record["sha256"] for record in self._records])
 
     def shard(self, i: int) -> Shard:
-        """Raises: DamageError when the file can't be read."""
+        """Raises: DamageError when the file can't be read, or what a URL gives is not what was
+        written."""
         file = self.path / self._records[i]["file"]
-        parts = read_weights(file, DamageError, "harvest it again")
-        return _checked_shard(parts, self._records[i], self.d, file)
+        if isinstance(file, Path):
+            parts = read_weights(file, DamageError, "harvest it again")
+            return _checked_shard(parts, self._records[i], self.d, file)
+        if self._last is None or self._last[0] != i:
+            self._last = None  # so that two are not held at once
+            parts = parse_weights(self._ahead.get(i), file, DamageError, "harvest it again")
+            self._last = i, _checked_shard(parts, self._records[i], self.d, file)
+        return self._last[1]
+
+    def _whole(self, i: int) -> bytes:
+        return read_checked(self.path, self._records[i])
+
+    @property
+    def checks_reads(self) -> bool:
+        """Whether every read is compared with its checksum, so that `verify` would read twice."""
+        return isinstance(self.path, Remote)
 
     def verify(self) -> None:
         """Compares every shard with its checksum.
 
         Raises: DamageError naming the first file that differs.
         """
+        sizes = _sizes(self.path)
         for record in self._records:
+            _check_size(self.path, record, sizes)
             _check_bytes(self.path, record)
 
 
@@ -229,37 +270,72 @@ class _State(Loose):
     shards: list[_Record]
 
 
-def _read_state(file: Path) -> dict[str, Any]:
-    """header.json or partial.json.
+def _read_state(path: Place, name: str) -> dict[str, Any]:
+    """header.json or partial.json of a folder.
 
     Raises: DamageError when it is not what was written, SourceError when it is of another version.
     """
-    remedy = f"delete {file.parent} and harvest again"
+    file, remedy = path / name, f"delete {path} and harvest again"
     stored = read_json(file)
     if isinstance(stored, dict) and stored.get("format") != FORMAT:
         raise SourceError(
-            f"{file.parent} has format {stored.get('format')!r}, this version reads {FORMAT}: "
+            f"{path} has format {stored.get('format')!r}, this version reads {FORMAT}: "
             "harvest it again"
         )
-    return check(read_sealed(file, remedy), _State, file, remedy)
+    return check(unsealed(stored, file, remedy), _State, file, remedy)
 
 
-def _width(header: Mapping[str, Any], path: Path) -> int:
+def _width(header: Mapping[str, Any], path: Place) -> int:
     if "d" not in header:
         raise DamageError(f"{path} does not say its width d: delete it and harvest again")
     return int(header["d"])
 
 
-def _check_size(path: Path, record: Mapping[str, Any]) -> None:
+def read_checked(path: Place, record: Mapping[str, Any]) -> bytes:
+    """The bytes of a file of the folder, as they were written.
+
+    Raises: DamageError naming the file that is missing or differs from its checksum.
+    """
     file = path / record["file"]
-    size = file.stat().st_size if file.is_file() else None
+    for _ in range(READS):
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            raise DamageError(f"{file} is missing: run again") from None
+        if hashlib.sha256(data).hexdigest() == record["sha256"]:
+            return data
+    raise DamageError(f"{file} does not match its checksum: delete it and run again")
+
+
+def write_tensors(file: Place, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Writes a safetensors file; returns its record, `sha256` and `bytes`."""
+    record: dict[str, Any] = {}
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary)
+        record.update(sha256=sha256(temporary), bytes=temporary.stat().st_size)
+
+    write_atomically(file, write)
+    return record
+
+
+def _sizes(path: Place) -> dict[str, int]:
+    """Name -> bytes of the files of a folder that hold tensors."""
+    if isinstance(path, Remote):
+        sizes = path.sizes()
+        return {name: sizes[name] for name in sizes if name.endswith(".safetensors")}
+    return {file.name: file.stat().st_size for file in path.glob("*.safetensors") if file.is_file()}
+
+
+def _check_size(path: Place, record: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    size = sizes.get(record["file"])
     if size != record["bytes"]:
         state = "is missing" if size is None else f"has {size} bytes, not {record['bytes']}"
-        raise DamageError(f"{file} {state}: delete {path} and harvest again")
+        raise DamageError(f"{path / record['file']} {state}: delete {path} and harvest again")
 
 
 def _checked_shard(
-    parts: Mapping[str, Tensor], record: Mapping[str, Any], d: int, file: Path
+    parts: Mapping[str, Tensor], record: Mapping[str, Any], d: int, file: Place
 ) -> Shard:
     """Raises: DamageError when the tensors are not those of a shard with such a record."""
     x, mask, ids = (parts.get(name) for name in ("x", "mask", "ids"))
@@ -272,21 +348,20 @@ def _checked_shard(
     return Shard(x, mask, ids)
 
 
-def _check_bytes(path: Path, record: Mapping[str, Any]) -> None:
-    _check_size(path, record)
+def _check_bytes(path: Place, record: Mapping[str, Any]) -> None:
     if sha256(path / record["file"]) != record["sha256"]:
         file = path / record["file"]
         raise DamageError(f"{file} does not match its checksum: delete {path} and harvest again")
 
 
-def reopen(path: Path) -> None:
+def reopen(path: Place) -> None:
     """Makes a complete folder an unfinished one: a writer goes on after its last intact shard."""
-    header = path / "header.json"
-    try:
-        _read_state(header)
-        header.replace(path / "partial.json")
-    except (DamageError, SourceError):
-        header.unlink()
+    state: dict[str, Any] | None = None
+    with suppress(DamageError, SourceError):  # or of another version
+        state = _read_state(path, "header.json")
+    if state is not None:
+        write_sealed(path / "partial.json", state)
+    (path / "header.json").unlink()
 
 
 class GrowingSource:
@@ -300,12 +375,16 @@ class GrowingSource:
         path: the folder of one hook point of a harvest.
         alive: whether the writer may still write; by default, whether the process that started this
             one lives. Where no process can be waited for, nothing is waited for.
+        ahead: as for `FolderSource`; of what is written.
 
     Raises: SourceError, by all but the constructor, when something is missing and the writer ended.
     """
 
-    def __init__(self, path: Path, alive: Callable[[], bool] | None = None) -> None:
-        self.path, self._alive = Path(path), alive or _parent_lives
+    def __init__(
+        self, path: Place, alive: Callable[[], bool] | None = None, ahead: int = 0
+    ) -> None:
+        self.path, self._alive, self._bound = path, alive or _parent_lives, ahead
+        self._written: FolderSource | None = None
 
     @property
     def header(self) -> dict[str, Any]:
@@ -329,8 +408,10 @@ class GrowingSource:
 
     def shard(self, i: int) -> Shard:
         """Raises: DamageError when the file can't be read."""
-        state = self._wait(lambda state: len(state["shards"]) > i)
-        return FolderSource(self.path, state["header"], state["shards"]).shard(i)
+        if self._written is None or i >= self._written.n_shards:
+            state = self._wait(lambda state: len(state["shards"]) > i)
+            self._written = FolderSource(self.path, state["header"], state["shards"], self._bound)
+        return self._written.shard(i)
 
     @functools.cached_property
     def _announced(self) -> dict[str, Any]:
@@ -350,12 +431,12 @@ class GrowingSource:
                 return state
             if not alive:
                 raise SourceError(f"{self.path} holds an unfinished harvest: run it again")
-            time.sleep(POLL)
+            time.sleep(POLL if isinstance(self.path, Path) else REMOTE_POLL)
 
     def _state(self) -> dict[str, Any] | None:
         for name in ("header.json", "partial.json"):
             with suppress(SourceError):  # not there yet, or not any more
-                return _read_state(self.path / name)
+                return _read_state(self.path, name)
         return None
 
 
@@ -374,8 +455,8 @@ class FolderWriter:
     Raises: MismatchError when the folder holds activations of another identity.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self.path, self.header = Path(path), _as_json(header)
+    def __init__(self, path: Place, header: Mapping[str, Any]) -> None:
+        self.path, self.header = path, _as_json(header)
         self._records: list[dict[str, Any]] = []
         for name in ("header.json", "partial.json"):
             if (self.path / name).is_file():
@@ -388,7 +469,7 @@ class FolderWriter:
     def _stored(self, name: str) -> dict[str, Any]:
         """What an earlier writer left; nothing where that is damaged, and its shards made again."""
         try:
-            return _read_state(self.path / name)
+            return _read_state(self.path, name)
         except DamageError as error:
             print(f"{error} (done now)", file=sys.stderr)
             return {}
@@ -399,11 +480,15 @@ class FolderWriter:
         return len(self._records)
 
     def _intact(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The records up to the first file that does not match."""
+        """The records up to the first file that does not match; of a URL the sizes tell, since
+        every read compares the bytes."""
         kept: list[dict[str, Any]] = []
+        sizes = _sizes(self.path)
         for record in records:
             try:
-                _check_bytes(self.path, record)
+                _check_size(self.path, record, sizes)
+                if isinstance(self.path, Path):
+                    _check_bytes(self.path, record)
             except DamageError:
                 break
             kept.append(record)
@@ -416,12 +501,9 @@ class FolderWriter:
     def add(self, shard: Shard) -> None:
         """Writes the next shard, then the record of it."""
         name = f"shard-{self.done:05d}.safetensors"
-        file = self.path / name
-        write_atomically(file, lambda temporary: save_file(shard.tensors(), temporary))
         record = {
             "file": name,
-            "sha256": sha256(file),
-            "bytes": file.stat().st_size,
+            **write_tensors(self.path / name, shard.tensors()),
             "contexts": int(shard.mask.shape[0]),
             "n_tokens": shard.n_tokens,
             "dtype": str(shard.x.dtype).removeprefix("torch."),
@@ -470,8 +552,12 @@ class ForeignSource:
     position. Every position counts.
     """
 
-    def __init__(self, path: Path, files: list[Path], shapes: list[tuple[int, int, int]]) -> None:
-        self.path, self._files, self._shapes = path, files, shapes
+    def __init__(
+        self, path: Place, files: dict[str, int], shapes: list[tuple[int, int, int]], ahead: int = 0
+    ) -> None:
+        self.path, self._shapes = path, shapes
+        self._files = [path / name for name in files]
+        self._ahead = ReadAhead(lambda i: self._files[i].read_bytes(), list(files.values()), ahead)
         positions = {shape[1] for shape in shapes}
         self.header: dict[str, Any] = {
             "model": None,
@@ -486,24 +572,26 @@ class ForeignSource:
         }
 
     @classmethod
-    def open(cls, path: Path) -> ForeignSource:
+    def open(cls, path: Place, ahead: int = 0) -> ForeignSource:
         """Opens the folder and checks every value.
+
+        Args:
+            ahead: bytes of files that may be read before they are asked for, where it is a URL.
 
         Raises: SourceError naming the file with a wrong shape, type or a value that is not finite.
         """
-        path = Path(path)
-        files = sorted(path.glob("*.safetensors"))
+        files = dict(sorted(_sizes(path).items()))
         if not files:
             raise SourceError(f"{path} holds no .safetensors file: name a folder with activations")
         shapes = []
-        for file in files:
+        for file in (path / name for name in files):
             shapes.append(_checked_shape(file, _only_tensor(file)))
             if shapes[-1][2] != shapes[0][2]:
                 raise SourceError(
-                    f"{file} has d = {shapes[-1][2]}, but {files[0].name} has {shapes[0][2]}: "
-                    "put activations of one width into a folder"
+                    f"{file} has d = {shapes[-1][2]}, but {next(iter(files))} has "
+                    f"{shapes[0][2]}: put activations of one width into a folder"
                 )
-        return cls(path, files, shapes)
+        return cls(path, files, shapes, ahead)
 
     @property
     def d(self) -> int:
@@ -527,18 +615,27 @@ class ForeignSource:
 
     def shard(self, i: int) -> Shard:
         shape = self._shapes[i]
-        x = _only_tensor(self._files[i]).view(shape)
+        file = self._files[i]
+        data = None if isinstance(file, Path) else self._ahead.get(i)
+        x = _only_tensor(file, data).view(shape)
         return Shard(x, torch.ones(shape[:2], dtype=torch.bool))
 
 
-def _only_tensor(file: Path) -> Tensor:
-    tensors = read_weights(file, SourceError, "save the activations again")
+def _only_tensor(file: Place, data: bytes | None = None) -> Tensor:
+    """The tensor of a file, or of the bytes of one that were read already."""
+    remedy = "save the activations again"
+    if isinstance(file, Remote):
+        tensors = parse_weights(
+            file.read_bytes() if data is None else data, file, SourceError, remedy
+        )
+    else:
+        tensors = read_weights(file, SourceError, remedy)
     if len(tensors) != 1:
         raise SourceError(f"{file} holds {len(tensors)} tensors: leave only the activations")
     return next(iter(tensors.values()))
 
 
-def _checked_shape(file: Path, x: Tensor) -> tuple[int, int, int]:
+def _checked_shape(file: Place, x: Tensor) -> tuple[int, int, int]:
     """The shape as [contexts, positions, d]."""
     if not x.is_floating_point() or x.dim() not in (2, 3) or x.numel() == 0:
         kind = str(x.dtype).removeprefix("torch.")

@@ -8,7 +8,8 @@ With `joined = false` each document is a stream of its own, and its last context
 A position counts unless it holds a special id (BOS, EOS, PAD, UNK ...). Texts that lie on this
 machine (the standard library, local files) are cut as a whole and their contexts put in a random
 order, so that any number of tokens is a fair sample; a streamed data set is taken in its own order.
-Either way asking for fewer tokens gives a prefix.
+Either way asking for fewer tokens gives a prefix. What was read of a streamed data set can be kept
+with its place in the stream (saelab/data/token_parts.py), so that no document is read twice.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,8 +30,10 @@ import torch
 
 from saelab.config import Frozen
 from saelab.data import stdlib
+from saelab.data.token_parts import PART_TOKENS, TokenParts
 from saelab.errors import SettingError, SourceError, UnreachableError, nearest
 from saelab.files import sha256
+from saelab.remote import Place
 from saelab.seeding import numpy_stream
 from saelab.tables import stream_rows
 
@@ -265,12 +268,22 @@ def _text_of(row: dict[str, Any], columns: Sequence[str], where: str) -> str:
 
 
 def _dataset(config: TextConfig) -> Iterator[str]:
-    for row in dataset_rows(config, ()):
+    yield from _texts_of(open_dataset(config, ()), config)
+
+
+def _texts_of(found: Any, config: TextConfig) -> Iterator[str]:
+    """The documents of an opened data set."""
+    for row in _dataset_rows(found, config):
         yield _text_of(row, config.columns, f"data set {config.path}")
 
 
 def dataset_rows(config: TextConfig, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a data set's split, streamed in its own order.
+    """The rows of a data set's split, streamed in its own order; arguments as of `open_dataset`."""
+    return _dataset_rows(open_dataset(config, columns), config)
+
+
+def open_dataset(config: TextConfig, columns: Sequence[str]) -> Any:
+    """A data set's split as an `IterableDataset`, of which nothing is read yet.
 
     Args:
         columns: that it must have.
@@ -294,6 +307,10 @@ def dataset_rows(config: TextConfig, columns: Sequence[str]) -> Iterator[dict[st
     for column in columns:
         if there is not None and column not in there:
             _text_of(dict.fromkeys(there), (column,), f"data set {path}")
+    return found
+
+
+def _dataset_rows(found: Any, config: TextConfig) -> Iterator[dict[str, Any]]:
     rows = iter(found)
     while True:
         try:
@@ -377,6 +394,7 @@ def tokenize(
     context: int,
     tokens: int,
     seed: int = 0,
+    kept: Place | None = None,
 ) -> Tokens:
     """Contexts with at least `tokens` counted positions.
 
@@ -384,17 +402,24 @@ def tokenize(
         context: positions a context, the first one BOS.
         tokens: how many counted positions are wanted.
         seed: of the stream 'text order', in which the contexts of local texts are put.
+        kept: folder for what is read of a streamed data set, which goes on there when interrupted.
 
-    Raises: SourceError when the text has fewer tokens.
+    Raises: SourceError when the text has fewer tokens; MismatchError or DamageError when `kept`
+        holds something else.
     """
     if context < 2:
         raise SettingError("context", context, "a context has BOS and at least one token: use >= 2")
     if tokens < 1:
         raise SettingError("tokens", tokens, "at least one token is needed")
     ids = _Ids.of(tokenizer)
-    rows = _windows(_token_chunks(documents(config), tokenizer, ids.end), context - 1)
-    if not config.joined:
-        rows = _own_windows(documents(config), tokenizer, ids.end, context - 1)
+    cut = _windows if config.joined else _own_windows
+    cut = functools.partial(cut, width=context - 1)
+    if config.kind == "dataset" and kept is not None:
+        cut_as = {"columns": config.columns, "joined": config.joined, "context": context}
+        parts = TokenParts(kept, manifest(config) | cut_as)
+        with closing(_continued(config, parts, tokenizer, ids.end, cut)) as rows:
+            return _take(rows, ids, context, tokens, _title(config))
+    rows = _all_windows(documents(config), tokenizer, ids.end, cut)
     if config.kind != "dataset":
         whole = list(rows)
         order = numpy_stream(seed, "text order").permutation(len(whole))
@@ -427,21 +452,62 @@ def _take(rows: Iterable[np.ndarray], ids: _Ids, context: int, tokens: int, titl
     return Tokens(torch.from_numpy(full), mask, lengths if padded else None)
 
 
-def _token_chunks(
-    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, end: int
-) -> Iterator[np.ndarray]:
-    """The token stream in pieces, int32; each document is followed by `end`."""
-    while group := list(islice(texts, DOCUMENTS_AT_ONCE)):
-        yield np.concatenate(_ended(group, tokenizer, end))
+#: (ids of some documents, each with its end; what is left of those before) -> (windows, rest)
+_Cut = Callable[[Sequence[np.ndarray], np.ndarray], tuple[list[np.ndarray], np.ndarray]]
+
+
+def _windows(
+    documents: Sequence[np.ndarray], rest: np.ndarray, width: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Consecutive windows [width] over the documents, int32, and what is left behind the last."""
+    stream = np.concatenate([rest, *documents])
+    whole = len(stream) // width * width
+    return list(stream[:whole].reshape(-1, width)), stream[whole:]
 
 
 def _own_windows(
-    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, end: int, width: int
+    documents: Sequence[np.ndarray], rest: np.ndarray, width: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Windows of each document by itself, int32 [<= width]; nothing is left."""
+    cut = [piece[i : i + width] for piece in documents for i in range(0, len(piece), width)]
+    return cut, rest
+
+
+def _all_windows(
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, end: int, cut: _Cut
 ) -> Iterator[np.ndarray]:
-    """Windows of each document by itself, int32 [<= width]."""
+    """All windows; what fills none at the end is dropped."""
+    rest = np.empty(0, dtype=np.int32)
     while group := list(islice(texts, DOCUMENTS_AT_ONCE)):
-        for document in _ended(group, tokenizer, end):
-            yield from (document[i : i + width] for i in range(0, len(document), width))
+        windows, rest = cut(_ended(group, tokenizer, end), rest)
+        yield from windows
+
+
+def _continued(
+    config: TextConfig, parts: TokenParts, tokenizer: PreTrainedTokenizerBase, end: int, cut: _Cut
+) -> Generator[np.ndarray, None, None]:
+    """All windows of a streamed data set: those that are kept, then those of the documents after
+    them, which are kept as well."""
+    yield from parts.windows()
+    found = open_dataset(config, ())
+    texts = _texts_of(found, config)
+    if parts.cursor is None:
+        texts = _not_empty(texts, config)
+    else:
+        found.load_state_dict(parts.cursor)
+        texts = (text for text in texts if text.strip())
+    fresh: list[np.ndarray] = []
+    cursor, rest = parts.cursor or {}, parts.rest
+    try:
+        while group := list(islice(texts, DOCUMENTS_AT_ONCE)):
+            windows, rest = cut(_ended(group, tokenizer, end), rest)
+            fresh, cursor = fresh + windows, found.state_dict()
+            yield from windows
+            if sum(map(len, fresh)) >= PART_TOKENS:
+                parts.add(fresh, cursor, rest)
+                fresh = []
+    finally:  # enough was taken, or reading failed: behind the last whole group
+        parts.add(fresh, cursor, rest)
 
 
 def _ended(texts: list[str], tokenizer: PreTrainedTokenizerBase, end: int) -> list[np.ndarray]:
@@ -468,16 +534,6 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any | None:
         return None
     fast = getattr(tokenizer, "backend_tokenizer", None)
     return fast if fast and fast.truncation is None and fast.padding is None else None
-
-
-def _windows(chunks: Iterator[np.ndarray], width: int) -> Iterator[np.ndarray]:
-    """Consecutive windows [width] over the pieces; what is left at the end is dropped."""
-    rest = np.empty(0, dtype=np.int32)
-    for chunk in chunks:
-        rest = np.concatenate([rest, chunk])
-        whole = len(rest) // width * width
-        yield from rest[:whole].reshape(-1, width)
-        rest = rest[whole:]
 
 
 def tokenize_texts(

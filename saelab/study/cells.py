@@ -52,7 +52,8 @@ from saelab.files import write_atomically
 from saelab.kernels import kernels_name
 from saelab.parts.base import Dims
 from saelab.parts.similarity import LEARNED, Similarity
-from saelab.rundir import package_digest
+from saelab.remote import Place
+from saelab.rundir import package_digest, share, shared_twin
 from saelab.sae import SAE, SAEConfig
 from saelab.study.convergence import FEWEST, convergence
 from saelab.study.executors import Advance
@@ -96,12 +97,13 @@ SAMPLE_ROWS = 65_536
 class Data:
     """What every job of a launch shares; plain data, so that it can be sent to a worker.
 
-    `train_digest` is None while the activations to train on are still being harvested.
+    `train_digest` is None while the activations to train on are still being harvested; `read_ahead`
+    is in bytes, see `HarvestConfig`.
     """
 
-    train: Path
+    train: Place
     train_digest: str | None
-    held_out: Path
+    held_out: Place
     foreign: bool
     probing: Path | None
     why_no_probing: str
@@ -115,6 +117,7 @@ class Data:
     missing_entries: dict[str, str]
     device: str
     provenance: dict[str, Any]
+    read_ahead: int
 
 
 @dataclass(frozen=True)
@@ -268,11 +271,11 @@ class Worker:
     def __init__(self, data: Data) -> None:
         self.data = data
         growing = data.train_digest is None
-        self.train = open_source(data.train, data.foreign, "train", growing)
+        self.train = open_source(data.train, data.foreign, "train", growing, data.read_ahead)
         self.sample = initial_sample(self.train).to(data.device)
         self.input_facts = input_facts(self.train)
         model = models.load(data.model) if data.model else None
-        held_out = open_source(data.held_out, data.foreign, "held_out")
+        held_out = open_source(data.held_out, data.foreign, "held_out", ahead=data.read_ahead)
         self.evaluation = EvalData(
             CoreData(held_out, model, data.loss_contexts, data.device),
             ProbingData.load(data.probing) if data.probing else None,
@@ -307,7 +310,9 @@ class Worker:
             if plain["probe"] and not failure:
                 self._write_latents(folder, cell)
             self._write(folder, cell, plain, rows, facts, member.seconds)
-            remove_checkpoints(self._resume_folder(job, plain))
+            share(job.cache, folder)
+            kept = self._resume_folder(job, plain)
+            remove_checkpoints(kept, shared_twin(job.cache, kept))
             for other in plain["others"]:
                 compare(job.cache, folder, self.folder(job.cache, other))
             advance(evaluation_cost(config))
@@ -315,7 +320,8 @@ class Worker:
 
     def _restored(self, job: Job, plain: dict[str, Any]) -> Kept:
         """A cell where it stopped, or at its start."""
-        return restored(lambda: self._build(job, plain), self._resume_folder(job, plain))
+        folder = self._resume_folder(job, plain)
+        return restored(lambda: self._build(job, plain), folder, shared_twin(job.cache, folder))
 
     def _resume_folder(self, job: Job, plain: dict[str, Any]) -> Path:
         return resume_folder(job.cache, plain["key"], self.train, self.data.foreign)

@@ -25,6 +25,7 @@ from saelab.data.store import ForeignSource
 from saelab.errors import SettingError
 from saelab.parts import TABLE
 from saelab.progress import clock
+from saelab.remote import place_of
 from saelab.runfiles import MANIFEST, RunFiles
 from saelab.shown import visible
 from saelab.study.cells import GROUP
@@ -118,7 +119,7 @@ class RunCheck:
         """Expected time of the launch with nothing in the cache; timed when it is first asked."""
         base = self.base
         if base.activations is not None:
-            width, harvest = ForeignSource.open(Path(base.activations)).d, 0.0
+            width, harvest = ForeignSource.open(place_of(base.activations)).d, 0.0
         else:
             size = models.size(base.model)
             tokens = base.train.tokens + base.evaluation.tokens

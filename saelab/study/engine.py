@@ -35,7 +35,7 @@ from saelab.progress import clock, progress
 from saelab.progress.run import tell, tell_cells, told
 from saelab.progress.state import DONE, EVALUATE
 from saelab.progress.trackers import open_tracker
-from saelab.rundir import cache_folder
+from saelab.rundir import cache_folder, fetch, has_activations, share
 from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.shown import visible
@@ -194,7 +194,7 @@ def _launch(task: Launch) -> list[Comparison]:
     for line in [before.needs.line(), *before.warnings]:
         print(f"{task.name}: {visible(line)}", file=sys.stderr)
     task = _within_memory(task, before)
-    if base.activations is None and not any(cache.glob("activations/*/*/header.json")):
+    if base.activations is None and not has_activations(cache):
         before.check_limit()
     deviations = register(task.root, task.plan) if task.judged else ()
     about = {"run": task.name, "title": task.run.title, "study": task.plan.study}
@@ -365,6 +365,7 @@ def _data(base: BaseConfig, prepared: Prepared, task: Launch) -> Data:
         missing_entries=prepared.missing_entries,
         device=base.model.device,
         provenance=prepared.provenance,
+        read_ahead=base.harvest.read_ahead,
     )
 
 
@@ -601,14 +602,17 @@ def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
         rows = worker.evaluate(kind.make(setting), probe=kind.probed)
     arm = f"{controls.PREFIX}{name}"
     own = [row.of_cell(arm, -1, control["level"]).as_dict() for row in rows]
-    finish(worker.folder(cache, control["key"]), {"rows": own})
+    folder = worker.folder(cache, control["key"])
+    finish(folder, {"rows": own})
+    share(cache, folder)
 
 
 def _done(cache: Path, key: Key, data: Data) -> bool:
     """Whether a cell is in the cache, undamaged; none is before the activations are complete."""
     if data.train_digest is None:
         return False
-    return is_finished(cell_folder(cache, key, data.train_digest))
+    folder = cell_folder(cache, key, data.train_digest)
+    return fetch(cache, folder, "cell.json") and is_finished(folder)
 
 
 # ---- collecting ------------------------------------------------------------------------------

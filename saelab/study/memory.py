@@ -3,7 +3,8 @@
     harvest  = process + weights + lanes x one pass's tensors + two shards + tokens
     training = process + workers x (process + weights + probing + a shard and the sample
                + cells of a job x (parameters, two moments) + the largest one's gradient
-               + one chunk of dense code + snapshots + a matching)
+               + one chunk of dense code + snapshots + a matching
+               + what is read ahead of activations at a URL)
 
 A launch takes fewer workers where its need is above what this machine, its control group or
 SAELAB_MEMORY leave it, and is refused where not even one fits.
@@ -33,6 +34,7 @@ from saelab.data.passes import AHEAD, lanes
 from saelab.errors import SettingError
 from saelab.evals import core, probing
 from saelab.evals.matching import matching_bytes
+from saelab.rundir import remote_cache
 from saelab.study.cells import SAMPLE_ROWS
 from saelab.study.plan import BaseConfig, CellSpec
 from saelab.training.snapshots import snapshot_bytes
@@ -100,7 +102,7 @@ def needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, group: int)
     rows = _probing_rows(base) * size.d_model * 2
     sample = SAMPLE_ROWS * size.d_model * 4
     cells = _cells(specs, size.d_model, group, base.evaluation.snapshots)
-    worker = size.weights + rows + 2 * shard + sample + cells
+    worker = size.weights + rows + 2 * shard + sample + cells + _read_ahead(base, size.d_model)
     tokens = (base.train.tokens, base.evaluation.tokens)
     stored = sum(bytes_needed(n, base.context, size.d_model, base.harvest.dtype) for n in tokens)
     return Needs(
@@ -220,6 +222,13 @@ def harvest_bytes(size: Size, context: int, tokens: int, config: HarvestConfig, 
     ahead = min(tokens, config.shard_tokens + AHEAD * n * one_pass)
     shards = 2 if ahead > config.shard_tokens else 1
     return n * live + shards * shard + 9 * tokens
+
+
+def _read_ahead(base: BaseConfig, d: int) -> int:
+    """What a worker holds of activations at a URL, which are not mapped: those read ahead, and of
+    the training and the held-out ones a shard each, with its bytes while it is read."""
+    stored = base.harvest.shard_tokens * d * getattr(torch, base.harvest.dtype).itemsize
+    return 0 if remote_cache() is None else base.harvest.read_ahead + 4 * stored
 
 
 def _probing_rows(base: BaseConfig) -> int:

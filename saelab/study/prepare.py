@@ -26,6 +26,8 @@ from saelab.data.texts import TextConfig, documents, manifest, tokenize
 from saelab.errors import DamageError, SettingError, SourceError
 from saelab.evals.probing import ProbingData, harvest_probing, identity
 from saelab.lock import held
+from saelab.remote import Place, RemoteError, place_of
+from saelab.rundir import activations_folder, fetch, share
 from saelab.study.plan import BaseConfig, ProbingConfig
 
 #: Stored precision of probing activations; the model's own channels are probed from the same.
@@ -114,7 +116,7 @@ def held_out(base: BaseConfig, cache: Path) -> tuple[Source, LanguageModel | Non
 
 def _foreign(base: BaseConfig) -> Prepared:
     """Activations made elsewhere, of which a part is held out."""
-    source = ForeignSource.open(Path(str(base.activations)))
+    source = ForeignSource.open(place_of(str(base.activations)), base.harvest.read_ahead)
     train, held_out = ForeignPart(source, "train"), ForeignPart(source, "held_out")
     provenance = {
         "model": "",
@@ -202,17 +204,21 @@ def _activations(
         "asked_tokens": tokens,
         "dtype": base.harvest.dtype,
     }
-    folder = cache / "activations" / digest(asked)
+    folder = activations_folder(cache) / digest(asked)
     done = folder / base.hook_name.replace("/", "_")
     if (done / "header.json").is_file():
         try:
-            found = FolderSource.open(done, {"asked_tokens": tokens, "hook_name": base.hook_name})
-            found.verify()
+            expected = {"asked_tokens": tokens, "hook_name": base.hook_name}
+            found = FolderSource.open(done, expected, base.harvest.read_ahead)
+            if not found.checks_reads:
+                found.verify()
             return found, no_steps()
+        except RemoteError:  # no word about what is there
+            raise
         except (DamageError, SourceError) as error:
             print(f"{error} (done now)", file=sys.stderr)
             reopen(done)
-    found = tokenize(text, model.tokenizer, base.context, tokens)
+    found = tokenize(text, model.tokenizer, base.context, tokens, kept=folder / "tokens")
     extras = {"asked_tokens": tokens, "corpus": asked["corpus"]}
     if in_steps:
         return harvest_steps(model, found, base.hook_name, base.harvest, folder, extras)
@@ -258,23 +264,32 @@ def _probing(
     dtype = torch.float32 if as_saebench else PROBING_DTYPE
     asked = identity(model, base.hook_name, entries, context, dtype, as_saebench)
     folder = cache / "probing" / digest(asked)
-    if not ProbingData.is_saved(folder):
+    if not (fetch(cache, folder, "probing.json") and ProbingData.is_saved(folder)):
         with held(folder, "is harvesting its probing activations"):
             made = harvest_probing(model, base.hook_name, entries, context, dtype, as_saebench)
             made.save(folder)
+            share(cache, folder)
     return folder, absent
 
 
-def open_source(path: Path, foreign: bool, part: Part, growing: bool = False) -> Source:
-    """The source that `prepare` made or, if it is growing, still makes (in a worker)."""
+def open_source(
+    path: Place, foreign: bool, part: Part, growing: bool = False, ahead: int = 0
+) -> Source:
+    """The source that `prepare` made or, if it is growing, still makes (in a worker).
+
+    Args:
+        ahead: bytes of shards that may be read ahead, where the path is a URL.
+    """
     if growing:
-        return GrowingSource(path)
-    return ForeignPart(ForeignSource.open(path), part) if foreign else FolderSource.open(path)
+        return GrowingSource(path, ahead=ahead)
+    if foreign:
+        return ForeignPart(ForeignSource.open(path, ahead), part)
+    return FolderSource.open(path, ahead=ahead)
 
 
-def source_path(source: Source) -> Path:
+def source_path(source: Source) -> Place:
     """Raises: SourceError when the source is not on disk, so that workers can't read it."""
     path = getattr(source, "path", None)
     if path is None:
         raise SourceError("a launch needs its activations in a folder")
-    return Path(path)
+    return path

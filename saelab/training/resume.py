@@ -6,12 +6,14 @@
 
 Every cell has a folder of its own, named after all that its bits depend on, so that cells may be
 grouped otherwise when they go on. A cell on several ranks goes on on any number of them; only the
-last bits depend on it. When a checkpoint is written depends on the clock; what is in it,
-and so what comes of it, does not.
+last bits depend on it. When a checkpoint is written depends on the clock; what is in it, and so
+what comes of it, does not. The folder may have a twin at a URL, where each checkpoint is copied as
+it is written, and from where a machine that has none takes them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
@@ -24,7 +26,8 @@ from typing import Any
 
 from saelab.data.stream import Batch, Position
 from saelab.errors import CellFailure, DamageError, SaelabError, SettingError
-from saelab.files import read_sealed, sha256, sweep, write_sealed
+from saelab.files import read_sealed, sha256, sweep, write_atomically, write_sealed
+from saelab.remote import Remote
 from saelab.shards import WHOLE, Shards
 from saelab.signals import Interrupted, whole
 from saelab.training.loop import Cell, train
@@ -114,11 +117,34 @@ def drop_damaged(folder: Path) -> None:
             checked(file)
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Removes a cell's folder; what another process may have in it stays."""
+def push(folder: Path, twin: Remote) -> None:
+    """Copies the last checkpoint to a URL, its JSON last, and removes there what is gone here."""
+    there, last = twin.sizes(), _files(folder)[0]
+    for file in (last.with_suffix(".safetensors"), last):
+        (twin / file.name).put(file)
+    for name in sorted(there.keys() - {file.name for file in folder.iterdir()}):
+        (twin / name).unlink(missing_ok=True)
+
+
+def pull(folder: Path, twin: Remote) -> None:
+    """Copies the checkpoints at a URL to a folder that has none; they are checked when they are
+    read."""
+    if not _files(folder):
+        for name in sorted(twin.sizes(), reverse=True):  # tensors before their JSON
+            with suppress(FileNotFoundError):  # another machine has removed it
+                data = (twin / name).read_bytes()
+                write_atomically(folder / name, functools.partial(Path.write_bytes, data=data))
+
+
+def remove_checkpoints(folder: Path, twin: Remote | None = None) -> None:
+    """Removes a cell's folder, and what is at the URL; what another process may have in the folder
+    stays."""
     for file in folder.glob("[0-9]*"):
         file.unlink(missing_ok=True)
     sweep(folder)
+    if twin is not None:
+        for name in sorted(twin.sizes()):
+            (twin / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
 
@@ -157,12 +183,14 @@ class Kept:
         folder: of its checkpoints; None for a module of a user's own whose state no file can hold.
         position: of the stream, from which it goes on.
         seconds: spent on training it.
+        twin: of the folder, at a URL.
     """
 
     cell: Cell
     folder: Path | None
     position: Position = START
     seconds: float = 0.0
+    twin: Remote | None = None
 
     def write(self, position: Position, seconds: float) -> None:
         """Writes a checkpoint after `seconds` more."""
@@ -172,21 +200,29 @@ class Kept:
         try:
             took, shards = self.seconds + seconds, self.cell.shards()
             write_checkpoint(self.folder, state, step, position, took, shards)
+            if self.twin is not None:
+                shards.ranks.on_first(functools.partial(push, self.folder, self.twin))
         except (TypeError, ValueError, KeyError) as error:  # of JSON, and of `KINDS`
             name, self.folder = self.cell.name, None
             print(f"{name} has no checkpoints, its state can't be kept: {error}", file=sys.stderr)
 
 
-def restored(build: Callable[[], Cell], folder: Path) -> Kept:
+def restored(build: Callable[[], Cell], folder: Path, twin: Remote | None = None) -> Kept:
     """The cell as its last checkpoint that is intact has it, a fresh one where there is none."""
     cell = build()
-    for file in cell.ranks.on_first(lambda: _files(folder)):
+    for file in cell.ranks.on_first(lambda: _found(folder, twin)):
         with _dropping(file):
             state, position, seconds = read_checkpoint(file, cell.shards())
             cell.restore(state)
-            return Kept(cell, folder, position, seconds)
+            return Kept(cell, folder, position, seconds, twin)
         cell = build()
-    return Kept(cell, folder)
+    return Kept(cell, folder, twin=twin)
+
+
+def _found(folder: Path, twin: Remote | None) -> list[Path]:
+    if twin is not None:
+        pull(folder, twin)
+    return _files(folder)
 
 
 def train_kept(

@@ -1,0 +1,160 @@
+"""A folder or an object at a URL (s3://, gs:// and whatever else fsspec knows), used like a path.
+
+    Remote("s3://bucket/prefix") / "activations" / "header.json"
+
+An object is written by one put and read by one get, so that a reader sees it whole or not at all. A
+request that fails is repeated with growing pauses, a bounded number of times; that nothing is there
+and that access is refused are answers, not failures. Credentials, regions and endpoints come from
+the environment, as the packages behind fsspec take them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS ...).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from saelab.errors import SourceError
+
+T = TypeVar("T")
+
+#: Times that a request is made at most, and seconds before the second one; each further pause is
+#: twice as long, up to the longest. Our choice: 24 s in all, so that a short outage is sat out.
+TRIES, PAUSE, LONGEST_PAUSE = 8, 0.25, 8.0
+#: What no repetition mends.
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError)
+#: Package behind a protocol, and the extra of this one that installs it.
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+
+
+class RemoteError(SourceError):
+    """A store can't be used, or gave no answer after all tries: exit code 2."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A place at a URL. It has no state of its own and can be sent to another process.
+
+    Raises: RemoteError, by every method that asks the store, when it gives no answer;
+        FileNotFoundError where a path would raise it.
+    """
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> Remote:
+        return Remote(f"{self.url.rstrip('/')}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    def is_file(self) -> bool:
+        """Whether there is an object."""
+        try:
+            return self._ask("looked up", lambda fs, path: fs.info(path))["type"] == "file"
+        except FileNotFoundError:
+            return False
+
+    def read_bytes(self) -> bytes:
+        return self._ask("read", lambda fs, path: fs.cat_file(path))
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def put(self, file: Path) -> None:
+        """Writes the bytes of a local file as one object."""
+        self._ask("written", lambda fs, path: fs.put_file(str(file), path))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            self._ask("deleted", lambda fs, path: fs.rm_file(path))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of each object directly in this folder, by one listing."""
+        with suppress(FileNotFoundError):
+            found = self._ask("listed", lambda fs, path: fs.ls(path, detail=True))
+            files = [entry for entry in found if entry["type"] == "file"]
+            return {entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in files}
+        return {}
+
+    def has(self, pattern: str) -> bool:
+        """Whether an object's place below this folder matches a pattern such as '*/header.json'."""
+        return bool(self._ask("listed", lambda fs, path: fs.glob(f"{path}/{pattern}")))
+
+    def _ask(self, verb: str, request: Callable[[Any, str], T]) -> T:
+        """The answer to a request, which is repeated when it fails."""
+        fs, path = self._opened()
+        for tries in range(1, TRIES + 1):
+            try:
+                return request(fs, path)
+            except PermissionError as error:
+                raise RemoteError(
+                    f"{self} can't be {verb}, access is refused ({_reason(error)}): give the "
+                    "credentials in the environment the right to it"
+                ) from error
+            except FINAL:
+                raise
+            except Exception as error:  # every package has its own kinds
+                if tries == TRIES:
+                    raise RemoteError(
+                        f"{self} can't be {verb}, {TRIES} tries failed ({_reason(error)}): check "
+                        "the network and the credentials in the environment, then run again"
+                    ) from error
+            time.sleep(min(LONGEST_PAUSE, PAUSE * 2 ** (tries - 1)))
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _opened(self) -> tuple[Any, str]:
+        """The store, and the place in it."""
+        protocol, host, *_ = urlsplit(self.url)
+        try:
+            fs = _filesystem(f"{protocol}://{host}", os.getpid())
+        except ImportError as error:
+            extra = EXTRAS.get(protocol)
+            remedy = f"pip install 'saelab[{extra}]'" if extra else "install that package"
+            raise RemoteError(f"{self} can't be opened ({_reason(error)}): {remedy}") from None
+        except ValueError as error:
+            raise RemoteError(
+                f"{self} can't be opened ({_reason(error)}): name a folder or a URL that fsspec "
+                "knows, such as s3://bucket/prefix"
+            ) from None
+        return fs, str(fs._strip_protocol(self.url))
+
+
+#: Where files lie: on this machine or at a URL.
+Place = Path | Remote
+
+
+def place_of(text: str) -> Place:
+    """A folder's name or a URL as a place."""
+    protocol, separator, _ = text.partition("://")
+    if not separator:
+        return Path(text)
+    if protocol == "file":
+        return Path(url2pathname(urlsplit(text).path))
+    return Remote(text.rstrip("/"))
+
+
+@functools.cache
+def _filesystem(root: str, process: int) -> Any:
+    """fsspec's object for a store, one a process; it keeps no listings, as others write there."""
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(root, use_listings_cache=False)[0]
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -201,7 +201,9 @@ class SAE(nn.Module):
         mean = sample.mean(0)
         power = float((sample - mean).square().sum(1).mean())
         if not power > 0:
-            raise SettingError("activations", power, "are constant: check model, hook and text")
+            raise SettingError(
+                "activations", power, "are constant or not finite: check model, hook and text"
+            )
         self.scale.fill_(math.sqrt(power / self.d_in))
         own = self.ranks.own(self.d_sae)
         for first, drawn in _normal_rows(self.d_sae, self.d_in, torch_stream(seed, "init")):

@@ -440,8 +440,12 @@ def evaluation_cost(config: TrainConfig) -> float:
 
 
 def initial_sample(source: Source) -> torch.Tensor:
-    """Raw rows [n, d_in] of the first shard: they initialise every cell of a launch."""
-    return source.shard(0).rows()[0][:SAMPLE_ROWS].float()
+    """Raw rows [n, d_in] of the first shard: they initialise every cell of a launch.
+
+    One that is not finite is left out: the cell that meets it in training stops there.
+    """
+    rows = source.shard(0).rows()[0][:SAMPLE_ROWS].float()
+    return rows[rows.isfinite().all(1)]
 
 
 @torch.no_grad()

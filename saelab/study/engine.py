@@ -338,9 +338,13 @@ def _check_baseline(task: Launch, arms: Mapping[str, ArmResult]) -> None:
     """Raises: StudyFailure when no cell of the baseline is valid and has a number."""
     baseline = arms[BASELINE]
     if all(value is None for value in baseline.metric(task.plan.primary).values()):
-        reasons = "; ".join(sorted({result.summary() for result in baseline.gates.values()}))
+        reasons = sorted({result.summary() for result in baseline.gates.values()})
+        worst = [
+            f"seed {s}: {g.findings[0].sentence}" for s, g in baseline.gates.items() if g.findings
+        ]
+        why = "; ".join([*reasons, *worst[:1]])
         raise StudyFailure(
-            f"{task.name}: the baseline has no valid cell ({reasons}): mend the baseline's settings"
+            f"{task.name}: the baseline has no valid cell ({why}): mend the baseline's settings"
         )
 
 

@@ -7,6 +7,7 @@ task again elsewhere; it goes on from its last checkpoint, and its result has th
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -86,7 +87,7 @@ def _cluster(workers: int) -> Iterator[Any]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would call home
     try:
-        import ray
+        ray: Any = importlib.import_module("ray")
     except ImportError:
         remedy = "Ray is not installed: pip install 'saelab[ray]'"
         raise SettingError("executor", "ray", remedy) from None

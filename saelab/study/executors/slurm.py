@@ -7,6 +7,7 @@ time limit, is put into the queue again and goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import time
@@ -29,9 +30,7 @@ class Requeued(Task):
     """A task that submitit hands in again when it is preempted."""
 
     def checkpoint(self) -> Any:
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
+        return importlib.import_module("submitit.helpers").DelayedSubmission(self)
 
 
 def run_jobs(
@@ -51,7 +50,7 @@ def run_jobs(
     parameters = settings(os.environ.get("SAELAB_SLURM", ""))
     cluster = parameters.pop("cluster", None)
     try:
-        import submitit
+        submitit: Any = importlib.import_module("submitit")
     except ImportError:
         remedy = "submitit is not installed: pip install 'saelab[slurm]'"
         raise SettingError("executor", "slurm", remedy) from None

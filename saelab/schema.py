@@ -42,7 +42,8 @@ def _inside(text: str) -> str:
 
 
 #: One entry of a folder; and a path of such.
-Name, Inside = Annotated[str, AfterValidator(_named)], Annotated[str, AfterValidator(_inside)]
+Name = Annotated[str, AfterValidator(_named)]
+Inside = Annotated[str, AfterValidator(_inside)]
 
 
 class Loose(BaseModel):

@@ -42,7 +42,6 @@ def _inside(text: str) -> str:
 
 
 #: One entry of a folder; and a path of such.
-#: One entry of a folder, and a place below it.
 Name = Annotated[str, AfterValidator(_named)]
 Inside = Annotated[str, AfterValidator(_inside)]
 

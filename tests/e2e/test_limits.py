@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import resource
@@ -20,6 +21,7 @@ import torch
 from projects import BASELINE, RATE, Ended, Project, environment, stop, wait_for
 from safetensors.torch import load_file, save_file
 
+from saelab.exhausted import ExhaustedError, named
 from saelab.files import read_json, sha256, write_sealed
 from saelab.lock import held
 
@@ -184,11 +186,13 @@ def test_a_control_group_that_is_too_small_is_told(tmp_path: Path) -> None:
 
 
 @LINUX
-def test_memory_that_runs_out_all_the_same_is_one_sentence(tmp_path: Path) -> None:
-    """The address space ends in the middle of the launch, whose statement is overruled."""
+def test_memory_that_runs_out_all_the_same_leaves_nothing_half_done(tmp_path: Path) -> None:
+    """The address space ends in the middle of the launch, whose statement is overruled. Where a
+    library ends the process by itself no sentence can be promised, but no run looks complete, and
+    the same command finishes it."""
     code = (
-        "import numpy, resource, saelab.study.engine, scipy.stats, sklearn.metrics, sys\n"
-        # a BLAS that finds no memory when it is loaded or first used ends the process by itself
+        "import numpy, resource, saelab.study.engine, scipy.stats, sklearn.metrics\n"
+        # a BLAS that finds no memory when it is loaded waits for some for ever
         "scipy.linalg.inv(numpy.eye(64) @ numpy.eye(64))\n"
         "from saelab.study.cells import load_experiment\n"
         "from saelab.study.front import main\n"
@@ -207,7 +211,20 @@ def test_memory_that_runs_out_all_the_same_is_one_sentence(tmp_path: Path) -> No
         text=True,
         timeout=120,
     )
-    told(Ended(done.returncode, done.stdout, done.stderr), "memory is used up", "goes on")
+    ended = Ended(done.returncode, done.stdout, done.stderr)
+    assert ended.code != 0 and "Traceback" not in ended.err, ended.err
+    if ended.code == 2:
+        assert "memory is used up" in ended.last and "goes on" in ended.last
+    assert not (project.folder / "run_1" / "final_info.json").exists()
+    assert project.call().code == 0
+
+
+def test_a_failed_allocation_is_one_sentence() -> None:
+    for raised in (MemoryError(), RuntimeError("std::bad_alloc"), OSError(errno.ENOMEM, "")):
+        with pytest.raises(ExhaustedError, match="memory is used up"), named():
+            raise raised
+    with pytest.raises(ZeroDivisionError), named():
+        raise ZeroDivisionError
 
 
 # ---------------------------------------------------------------- file handles

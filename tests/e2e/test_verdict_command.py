@@ -178,7 +178,7 @@ def test_a_later_change_of_the_plan_is_allowed_and_shown(project: Project, tmp_p
     assert ended.code == 0, ended.err
     assert "deviates from the registered one: seeds: 3 -> 2" in ended.err
     assert changed.manifest()["deviations"] == ["seeds: 3 -> 2"]
-    assert "deviation: seeds: 3 -> 2" in (folder / "run_1" / "summary.md").read_text()
+    assert r"deviation: seeds: 3 -\> 2" in (folder / "run_1" / "summary.md").read_text()
     assert "deviation from the registered plan: seeds: 3 -> 2" in cli(folder, "verdict").out
     assert judged(changed)[0]["deviations"] == ["seeds: 3 -> 2"]
 
@@ -212,7 +212,10 @@ def test_plan_check_trains_nothing(tmp_path: Path) -> None:
     assert ended.code == 2 and "did you mean 'run_1'" in ended.last
 
 
-def test_a_launch_that_would_take_too_long_is_refused_before_its_harvest(tmp_path: Path) -> None:
+def test_a_launch_that_would_take_too_long_is_refused_before_its_harvest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAELAB_MEMORY", "999GB")  # so that memory is no reason
     made = Project.make(tmp_path / "p", (BASELINE, RATE), plan=PLAN)
     made.replace("configs/small.toml", "tokens = 16_384", "tokens = 16_384_000_000")
     for ended in (made.call(), cli(made.folder, "plan", "check")):

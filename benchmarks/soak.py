@@ -124,7 +124,7 @@ def soak(folder: Path, steps: int) -> Section:
 
 def shards(folder: Path) -> Counted:
     if not (folder / "header.json").is_file():
-        writer, draw = FolderWriter(folder, {"made": "soak"}), torch_stream(0, "soak")
+        writer, draw = FolderWriter(folder, {"made": "soak", "d": D_IN}), torch_stream(0, "soak")
         for _ in range(SHARDS - writer.done):
             x = torch.randn(SIZE * IN_SHARD // CONTEXT, CONTEXT, D_IN, generator=draw)
             writer.add(Shard(x, torch.ones(x.shape[:2], dtype=torch.bool)))

@@ -130,8 +130,45 @@ class ForestConfig(Frozen):
         return torch.where(below, made_up, p).clamp(max=1)
 
 
+class InShards:
+    """Made contexts in shards of some rows; each kind of features says what its chunks hold."""
+
+    config: Any
+    contexts: int
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of each shard but the last, about."""
+        raise NotImplementedError
+
+    @property
+    def shard_contexts(self) -> int:
+        """Contexts of each shard but the last."""
+        return max(1, self.shard_rows // self.config.positions)
+
+    @property
+    def n_shards(self) -> int:
+        return math.ceil(self.contexts / self.shard_contexts)
+
+    def codes(self) -> Tensor:
+        """All true codes, float32 [contexts, positions, features]; `chunks` needs less memory."""
+        return torch.cat([codes for i in range(self.n_shards) for codes in self.chunks(i)])
+
+    def chunks(self, shard: int) -> Iterator[Tensor]:
+        """The true codes of a shard in order, each float32 [some contexts, positions, features]."""
+        raise NotImplementedError
+
+    def counts(self, shard: int, most: int) -> Iterator[int]:
+        """The contexts of a shard, at most so many at once."""
+        left = min(self.shard_contexts, self.contexts - shard * self.shard_contexts)
+        while left:
+            count = min(left, max(1, most))
+            yield count
+            left -= count
+
+
 @dataclass(frozen=True)
-class ForestTruth:
+class ForestTruth(InShards):
     """The features behind the contexts of one part of the data; a function of its fields alone.
 
     Args:
@@ -177,17 +214,8 @@ class ForestTruth:
         return draw * (math.sqrt(1 - OWN_NOISE) / length).clamp(max=1)
 
     @property
-    def shard_contexts(self) -> int:
-        """Contexts of each shard but the last."""
-        return max(1, SHARD_ROWS // self.config.positions)
-
-    @property
-    def n_shards(self) -> int:
-        return math.ceil(self.contexts / self.shard_contexts)
-
-    def codes(self) -> Tensor:
-        """All true codes, float32 [contexts, positions, features]; `chunks` needs less memory."""
-        return torch.cat([codes for i in range(self.n_shards) for codes in self.chunks(i)])
+    def shard_rows(self) -> int:
+        return SHARD_ROWS
 
     def chunks(self, shard: int) -> Iterator[Tensor]:
         """The true codes of a shard in order, each float32 [some contexts, positions, features]."""
@@ -218,11 +246,8 @@ class ForestTruth:
         """What fires in a shard, some contexts at a time."""
         c = self.config
         stream = self._stream("codes", self.part, shard)
-        left = min(self.shard_contexts, self.contexts - shard * self.shard_contexts)
-        while left:
-            count = min(left, max(1, ROWS // c.positions))
+        for count in self.counts(shard, ROWS // c.positions):
             yield self._firings(count * c.positions, stream)
-            left -= count
 
     def _firings(self, n: int, stream: Generator) -> _Firings:
         """What fires in n rows."""

@@ -45,7 +45,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
 from saelab.config import Frozen, digest
-from saelab.data.forest import ForestConfig, ForestTruth
+from saelab.data.forest import ForestConfig, ForestTruth, InShards
 from saelab.data.store import FolderWriter, MemorySource, Shard, Source
 from saelab.errors import SettingError
 from saelab.seeding import torch_stream
@@ -150,7 +150,7 @@ class SyntheticConfig(Frozen):
 
 
 @dataclass(frozen=True)
-class Truth:
+class Truth(InShards):
     """The features behind the contexts of one part of the data; a function of its fields alone.
 
     Args:
@@ -191,27 +191,15 @@ class Truth:
         return torch.zeros(self.config.d)
 
     @property
-    def shard_contexts(self) -> int:
-        """Contexts of each shard but the last."""
-        return max(1, SHARD_ROWS // self.config.positions)
-
-    @property
-    def n_shards(self) -> int:
-        return math.ceil(self.contexts / self.shard_contexts)
-
-    def codes(self) -> Tensor:
-        """All true codes, float32 [contexts, positions, features]; `chunks` needs less memory."""
-        return torch.cat([codes for i in range(self.n_shards) for codes in self.chunks(i)])
+    def shard_rows(self) -> int:
+        return SHARD_ROWS
 
     def chunks(self, shard: int) -> Iterator[Tensor]:
         """The true codes of a shard in order, each float32 [some contexts, positions, features]."""
         stream = self._stream("codes", self.part, shard)
-        left = min(self.shard_contexts, self.contexts - shard * self.shard_contexts)
-        most = max(1, ENTRIES // (self.config.positions * self.config.features))
-        while left:
-            count = min(left, most)
+        most = ENTRIES // (self.config.positions * self.config.features)
+        for count in self.counts(shard, most):
             yield self._values(self._fires(count, stream), stream)
-            left -= count
 
     def shard(self, i: int) -> Shard:
         """The activations of the same contexts; every position counts."""

@@ -20,6 +20,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ class Ready:
         beside = _controls(before.specs, content, prepared)
         return cls(task, prepared, data, content, beside, cache)
 
+    @cached_property
     def keys(self) -> dict[CellSpec, Key]:
         """Of every cell of the task's run."""
         task = self.task
@@ -457,7 +459,7 @@ def _trained(ready: Ready, later: Sequence[CellSpec] = ()) -> dict[CellSpec, Pat
         whole = training_seconds([*wave.specs, *later], width, at_once)
         check_limit(task.name, whole, task.limit)
         _run(task, [wave], workers, ready.cache / "logs")
-    return {spec: ready.place(key) for spec, key in ready.keys().items()}
+    return {spec: ready.place(key) for spec, key in ready.keys.items()}
 
 
 @dataclass(frozen=True)
@@ -486,7 +488,7 @@ class _Wave:
 
 def _wave(ready: Ready, taken: Collection[Path] = ()) -> _Wave:
     """What is not in the cache, nor taken by another run's wave."""
-    task, data, keys = ready.task, ready.data, ready.keys()
+    task, data, keys = ready.task, ready.data, ready.keys
 
     def is_open(key: Key) -> bool:
         if taken and ready.place(key) in taken:
@@ -511,7 +513,7 @@ def _wave(ready: Ready, taken: Collection[Path] = ()) -> _Wave:
 def _tidy(ready: Ready, unfinished: Collection[Key]) -> None:
     """Removes checkpoints of finished cells, and those of the others that are damaged."""
     trained = [control["key"] for control in ready.beside if "control" not in control]
-    for key in [*ready.keys().values(), *trained]:
+    for key in [*ready.keys.values(), *trained]:
         tidy = drop_damaged if key in unfinished else remove_checkpoints
         tidy(resume_folder(ready.cache, key, ready.prepared.train, ready.data.foreign))
 

@@ -185,11 +185,14 @@ class Project:
         os.setsid()
         code = 1
         try:
+            renew_threads()
             with patch.dict(os.environ, variables), contextlib.chdir(self.folder):
                 function(self)
             code = 0
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1
+        except Exception:  # pytest shows what is written to the file handle
+            os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(code)
 
@@ -292,6 +295,14 @@ def as_if_fresh() -> Iterator[None]:
             TABLE[seam] = before.get(seam, {})
 
 
+def renew_threads() -> None:
+    """After a fork torch replaces its pool of threads at first use, which fails where several
+    threads use it first, as those that read a model's weights do: it is used here."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -299,15 +310,39 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 240) -> 
         time.sleep(0.02)
 
 
+def reached(process: int, there: Callable[[], bool]) -> bool:
+    """Waits; False where the copy of this process, waited for, ended first, with 0."""
+    while not there():
+        pid, status = os.waitpid(process, os.WNOHANG)
+        if pid:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return False
+        time.sleep(0.002)
+    return True
+
+
 def group_is_gone(group: int) -> bool:
+    """Whether no process of the group runs. One that has ended and that the machine's first
+    process has not yet asked about does not run."""
+    if not Path("/proc/self/stat").exists():
+        return not _has_members(group)
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _, its_group = file.read_text().rpartition(") ")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return False
+    return True
+
+
+def _has_members(group: int) -> bool:
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
-        return True
-    return False
+        return False
+    return True
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    if not group_is_gone(process.pid):
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from projects import Project, environment, group_is_gone, stop, wait_for
+from projects import Project, environment, group_is_gone, reached, stop, wait_for
 
 from saelab.progress.watch import Watched
 
@@ -133,7 +133,7 @@ def test_a_signal_without_workers(tmp_path: Path, uninterrupted: Project) -> Non
         process = project.forked(
             lambda own: sys.exit(own.call().code), SAELAB_CHECKPOINT_SECONDS="0"
         )
-        wait_for(lambda found=place: any(project.folder.glob(found)), place)
+        assert reached(process, lambda found=place: any(project.folder.glob(found))), place
         os.kill(process, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 143
     ended = project.call()

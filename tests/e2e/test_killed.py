@@ -11,12 +11,11 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from projects import BASE, BASELINE, PLAN, Project
+from projects import BASE, BASELINE, PLAN, Project, reached
 
 from saelab.files import FAILPOINT
 from saelab.seeding import numpy_stream
@@ -135,7 +134,7 @@ def killed_at_moments(
     while killed < moments:
         process = traced(project, trace)
         after, wait = int(draw.integers(0, writes // 3)), float(draw.uniform(0, 0.1))
-        if _reached(process, lambda n=after: trace.read_bytes().count(b"\n") >= n):
+        if reached(process, lambda n=after: trace.read_bytes().count(b"\n") >= n):
             time.sleep(wait)
             os.killpg(process, signal.SIGKILL)
             code = ended(process)
@@ -149,17 +148,6 @@ def killed_at_moments(
     assert ended(traced(project, trace)) == 0
     assert_same(project, wanted)
     return killed
-
-
-def _reached(process: int, there: Callable[[], bool]) -> bool:
-    """Waits; False where the process, waited for, ended first."""
-    while not there():
-        pid, status = os.waitpid(process, os.WNOHANG)
-        if pid:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return False
-        time.sleep(0.002)
-    return True
 
 
 FEW = ("*/shard-*", "*/resume/*.json", "*/cells/*/cell.json", "*/run_1/final_info.json")

@@ -9,7 +9,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from saelab.errors import SaelabError, UsageError
+from saelab.errors import UsageError
 
 #: How libraries say that an allocation failed, where they raise no MemoryError.
 NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "not enough memory")
@@ -25,9 +25,9 @@ def named() -> Iterator[None]:
     """Raises: ExhaustedError in place of what the system and the libraries raise."""
     try:
         yield
-    except SaelabError:
+    except ExhaustedError:
         raise
-    except Exception as error:
+    except Exception as error:  # also our own, of something that could not be read for that reason
         if sentence := next(filter(None, map(_sentence, _chain(error))), ""):
             raise ExhaustedError(sentence) from error
         raise

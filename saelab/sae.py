@@ -115,6 +115,15 @@ class SAEConfig(Frozen):
         """
         return SAE(self, Dims(d_in, self.d_sae, steps, seed, ranks))
 
+    @property
+    def wanted_l0(self) -> float | None:
+        """The active latents a row that the settings name, None where they name none: the
+        activation's k, what a controller aims at, or what the start has."""
+        named = [getattr(self.activation, "k", None)]
+        named += [getattr(controller, "target", None) for controller in self.controllers]
+        named.append(self.initial_l0)
+        return next((float(value) for value in named if isinstance(value, (int, float))), None)
+
     def shapes(self, d_in: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor of such an SAE; none of them is made."""
         with torch.device("meta"):

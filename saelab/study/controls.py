@@ -61,8 +61,10 @@ class Setting:
 
     @property
     def k(self) -> int:
+        """Directions of a control's own: the target L0, else what the baseline's settings name,
+        else an eighth of the channels."""
         width = self.sample.shape[1]
-        return min(width, max(1, round(self.level or width / 8)))
+        return min(width, max(1, round(self.level or self.sae.wanted_l0 or width / 8)))
 
 
 class Zero:

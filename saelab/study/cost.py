@@ -1,7 +1,8 @@
 """What a long training costs, before it is paid for: hours, memory, disk, network.
 
     harvest   tokens x (2 W L/B + 4 c a L) / model rate          or bytes written / store rate
-    step      2 N d F / (R matrix rate) + bytes / (R memory rate) + 8 N d / link [R > 1] + overhead
+    step      (2 N d F / (R matrix rate) + bytes / (R memory rate)) / efficiency
+              + 8 N d / link [R > 1] + overhead
     bytes     36 P + 8 N F + 16 N L0 d,    P = 2 d F + F + d     [one device: P/R, F/R, L0/R]
     memory    16 P / R + CODES 4 N F / R + language model + sample
 
@@ -64,6 +65,7 @@ class Rates(Frozen):
             GEMMs, a language model and streaming kernels reach.
         capacity: bytes of memory.
         link: bytes/s to the other devices, 0 where there are none.
+        step_efficiency: share of these rates that the work of a training step reaches.
         step_seconds: of a training step besides its work.
         store: bytes/s to and from the place of the activations.
     """
@@ -78,6 +80,7 @@ class Rates(Frozen):
     memory_efficiency: PositiveFloat = 1.0
     capacity: PositiveFloat
     link: NonNegativeFloat = 0.0
+    step_efficiency: PositiveFloat = 1.0
     step_seconds: NonNegativeFloat = 0.0
     store: PositiveFloat
 
@@ -204,7 +207,8 @@ def step_seconds(rates: Rates, n: int, d: int, d_sae: int, l0: float, ranks: int
     """
     moved = PARAMETER_BYTES * parameters(d, d_sae) + CODE_BYTES * n * d_sae
     moved += ACTIVE_BYTES * n * l0 * d
-    seconds = 2 * n * d * d_sae / rates.matrix / ranks + moved / rates.memory / ranks
+    seconds = 2 * n * d * d_sae / rates.matrix + moved / rates.memory
+    seconds /= ranks * rates.step_efficiency
     if ranks > 1:
         seconds += 8 * n * d / rates.link
     return seconds + rates.step_seconds
@@ -225,9 +229,7 @@ def shard_memory(base: BaseConfig, d: int) -> float:
 
 def active_latents(base: BaseConfig) -> float:
     """The L0 that the settings name, or our choice."""
-    named = [getattr(base.sae.activation, "k", None), base.sae.initial_l0]
-    named += [getattr(controller, "target", None) for controller in base.sae.controllers]
-    return next((float(value) for value in named if isinstance(value, (int, float))), float(L0))
+    return base.sae.wanted_l0 or float(L0)
 
 
 def cost(
@@ -321,7 +323,8 @@ def text(found: Cost) -> str:
     lines = [
         f"{rates.title}: rates are {kind} ({rates.source})",
         f"  {rates.model / 1e12:.4g} TFLOP/s in the language model, {rates.matrix / 1e12:.4g} in "
-        f"GEMMs, {rates.memory / 1e9:.4g} GB/s of memory, {rates.store / 1e9:.3g} GB/s of store",
+        f"GEMMs, {rates.memory / 1e9:.4g} GB/s of memory, {rates.store / 1e9:.3g} GB/s of store; "
+        f"a training step reaches {rates.step_efficiency:.0%} of them",
         f"harvest of {found.tokens:,} tokens: {_hours(found.harvest_hours)}"
         f"{', bound by the store' if found.harvest_store_bound else ''} "
         f"({found.harvest_flops / 1e9:.4g} GFLOP a token)",

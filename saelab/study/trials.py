@@ -51,8 +51,9 @@ TIMES = 5
 GEMM, FLOATS, TOKENS = (512, 512, 4096), 2**24, 2048
 #: Steps of a trial.
 STEPS = 28
-#: Tokens that the trials harvest, widths that they train, as multiples of the settings' width.
-HARVESTS, FACTORS = (8_192, 32_768), (1, 4)
+#: Tokens that the trials harvest, widths that they train, as multiples of the settings' width; and
+#: the one whose steps say what share of the rates a step reaches.
+HARVESTS, FACTORS, MEASURED_FACTOR = (8_192, 32_768), (1, 4), 2
 #: The tiny SAE whose step is all overhead: rows, channels, latents.
 TINY = (8, 8, 64)
 #: Bytes written and read back to measure the disk.
@@ -106,8 +107,7 @@ def _measured(settings: dict[str, Any]) -> dict[str, Any]:
     matrix = 2 * n * d * latents / _best(lambda: torch.nn.functional.linear(a, b))
     x, y = torch.ones(FLOATS), torch.ones(FLOATS)
     memory = 3 * 4 * FLOATS / _best(lambda: y.add_(x))
-    tiny = _step_seconds(base, *TINY, STEPS)
-    return {
+    rates = {
         "title": "one thread of this machine's processor",
         "source": "measured by this command",
         "measured": True,
@@ -115,9 +115,19 @@ def _measured(settings: dict[str, Any]) -> dict[str, Any]:
         "peak_memory": memory,
         "model_efficiency": _model_flops(base) / matrix,
         "capacity": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "step_seconds": tiny,
+        "step_seconds": _step_seconds(base, *TINY, STEPS),
         "store": _disk(),
     }
+    return rates | {"step_efficiency": _step_efficiency(base, Rates.parse(rates))}
+
+
+def _step_efficiency(base: BaseConfig, rates: Rates) -> float:
+    """What a step's work should take by the rates, over what it takes."""
+    n, d = base.train.batch_size, size_of(base.model).d_model
+    width = MEASURED_FACTOR * base.sae.d_sae
+    work = step_seconds(rates, n, d, width, active_latents(base)) - rates.step_seconds
+    actual = _step_seconds(base, n, d, width, STEPS) - rates.step_seconds
+    return work / max(actual, 1e-9)
 
 
 def _best(work: Callable[[], object]) -> float:

@@ -21,6 +21,7 @@ import torch
 from projects import BASELINE, RATE, Ended, Project, environment, stop, wait_for
 from safetensors.torch import load_file, save_file
 
+from saelab.errors import SourceError
 from saelab.exhausted import ExhaustedError, named
 from saelab.files import read_json, sha256, write_sealed
 from saelab.lock import held
@@ -223,8 +224,14 @@ def test_a_failed_allocation_is_one_sentence() -> None:
     for raised in (MemoryError(), RuntimeError("std::bad_alloc"), OSError(errno.ENOMEM, "")):
         with pytest.raises(ExhaustedError, match="memory is used up"), named():
             raise raised
-    with pytest.raises(ZeroDivisionError), named():
-        raise ZeroDivisionError
+    with pytest.raises(ExhaustedError, match="memory is used up"), named():
+        try:
+            raise RuntimeError("can't allocate memory")
+        except RuntimeError as error:
+            raise SourceError("a model can't be loaded") from error
+    for other in (ZeroDivisionError(), SourceError("a model can't be loaded")):
+        with pytest.raises(type(other)), named():
+            raise other
 
 
 # ---------------------------------------------------------------- file handles

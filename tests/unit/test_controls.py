@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,24 @@ def test_a_basis_has_the_target_l0_and_is_exact_with_all_of_it(name: str) -> Non
     assert torch.allclose(all_of_it.decode(all_of_it.encode(x)), x, atol=1e-4)
     assert isinstance(few, TopOfBasis)
     assert torch.allclose(few.basis @ few.basis.T, torch.eye(D), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "k"),
+    [
+        ({}, D // 8),
+        ({"initial_l0": 9.0}, 9),
+        ({"controllers": [{"kind": "l0_target", "target": 5}], "initial_l0": 9.0}, 5),
+        ({"activation": {"kind": "topk", "k": K}}, K),
+        ({"activation": {"kind": "topk", "k": 2 * D}}, D),
+    ],
+)
+def test_without_a_target_l0_a_basis_has_what_the_settings_name(
+    changes: dict[str, Any], k: int
+) -> None:
+    config = SAEConfig(d_sae=F, controllers=()).patched(changes)
+    few = subject("PCA", 0.0, config)
+    assert isinstance(few, TopOfBasis) and few.k == k
 
 
 def test_principal_components_beat_channels() -> None:

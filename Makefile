@@ -3,12 +3,13 @@
 # make test-triton  set-up, Triton (Linux, 200 MB), the checks of the GPU's kernels without a GPU
 # make test-store   set-up, a local S3 server (40 MB), the checks of caches at a URL against it
 # make test-browser set-up, Playwright and Chromium, the checks of report.html in a browser
+# make test-tracking  set-up, the trackers' packages (100 MB), the checks of what they are told
 # make test-clusters  set-up, Ray and submitit, the checks of executors for many machines
 # make test-peers   set-up, the peers' environment, the checks against the peers themselves
 # make peers   the environment of the packages that benchmarks/ compares with
 # make bench   set-up, every benchmark in full (about half an hour); BENCH=--quick for a smoke run
-.PHONY: setup demo test test-slow test-triton test-store test-browser test-clusters test-peers check \
-	clusters peers bench clean
+.PHONY: setup demo test test-slow test-triton test-store test-browser test-tracking test-clusters \
+	test-peers check clusters peers bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -53,6 +54,10 @@ test-browser: setup
 		|| (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium) \
 		|| echo "no chromium can be installed here: the browser's tests are skipped"
 	$(BIN)/python -m pytest tests/browser
+
+test-tracking: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tracking]'
+	$(BIN)/python -m pytest tests/unit/test_trackers.py
 
 clusters: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray,slurm]'

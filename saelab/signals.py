@@ -68,6 +68,11 @@ def handle(number: int, frame: Any) -> None:
         raise Interrupted(_Asked.number, at_once)
 
 
+def asked() -> int | None:
+    """The number of the signal that has come, None where none has."""
+    return _Asked.number
+
+
 @contextmanager
 def whole() -> Iterator[None]:
     """A first signal within the block raises `Interrupted` at its end."""

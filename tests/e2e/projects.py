@@ -128,6 +128,11 @@ class Project:
             project.write(f"{split}.txt", "\n".join(stdlib.texts(split))[:size])
         return project
 
+    def copied(self, folder: Path) -> Project:
+        """The same in another folder, with all that it has made."""
+        shutil.copytree(self.folder, folder)
+        return Project(folder)
+
     def table(self, arms: tuple[str, ...], code: str = "", changes: str = "{}") -> None:
         """Writes experiment.py."""
         table = EXPERIMENT.format(arms=", ".join(arms), code=code, changes=changes)

@@ -30,11 +30,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-def copy_of(project: Project, folder: Path) -> Project:
-    shutil.copytree(project.folder, folder)
-    return Project(folder)
-
-
 def flip(file: Path, at: float = 0.5) -> None:
     """One bit of one byte, in the middle or elsewhere."""
     content = bytearray(file.read_bytes())
@@ -76,7 +71,7 @@ def test_a_damaged_run_is_named_by_all_that_read_it(
     tmp_path: Path, finished: Project, harm: str
 ) -> None:
     name, damage = HARMS[harm]
-    project = copy_of(finished, tmp_path / "project")
+    project = finished.copied(tmp_path / "project")
     damage(project.folder / "run_1" / name)
     ends = [
         cli(project.folder, "verdict", "run_1"),
@@ -116,7 +111,7 @@ def test_a_copied_moved_or_partly_copied_run_is_as_good(tmp_path: Path, finished
 
 
 def test_a_run_without_checksums_says_so(tmp_path: Path, finished: Project) -> None:
-    project = copy_of(finished, tmp_path / "project")
+    project = finished.copied(tmp_path / "project")
     file = project.folder / "run_1" / "manifest.json"
     data = json.loads(file.read_text())
     del data["digest"]
@@ -132,7 +127,7 @@ def test_a_run_without_checksums_says_so(tmp_path: Path, finished: Project) -> N
 
 def test_a_damaged_cache_is_told_and_made_again(tmp_path: Path, finished: Project) -> None:
     """One damage of each kind, each in a cell or a pair of its own where there are enough."""
-    project = copy_of(finished, tmp_path / "project")
+    project = finished.copied(tmp_path / "project")
     cache = project.folder / ".saelab"
     cells = sorted(file.parent for file in cache.glob("cells/*/sae.safetensors"))
     harmed = [
@@ -158,7 +153,7 @@ def test_a_damaged_cache_is_told_and_made_again(tmp_path: Path, finished: Projec
 
 
 def test_a_cut_cell_is_trained_again(tmp_path: Path, finished: Project) -> None:
-    project = copy_of(finished, tmp_path / "project")
+    project = finished.copied(tmp_path / "project")
     for i, cell in enumerate(project.finished_cells()):
         content = cell.read_bytes()
         cell.write_bytes(content[: i * len(content) // 8])

@@ -111,6 +111,45 @@ def test_a_signal_while_cells_are_trained(
     assert project.weights() == uninterrupted.weights()
 
 
+#: A launch with one worker, whose job has something to say just after the parent was killed.
+ORPHAN = """
+import os, sys, time
+from contextlib import nullcontext
+from pathlib import Path
+from saelab.progress import Progress
+from saelab.signals import whole
+from saelab.study.executors.local import run_jobs
+
+def work(job, advance, state):
+    parent = os.getppid()
+    with whole():
+        Path("working").touch()
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        time.sleep(0.2)  # its signal is there by now
+        advance(1.0, {"stage": "train"})
+        Path("said").touch()
+
+if __name__ == "__main__":
+    run_jobs(work, [0], 1, Path("logs"), nullcontext(Progress("", 1)))
+"""
+
+
+def test_a_worker_ends_that_has_something_to_say_to_a_parent_which_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    process = subprocess.Popen(
+        [sys.executable, "orphan.py"], cwd=tmp_path, env=environment(), start_new_session=True
+    )
+    try:
+        wait_for((tmp_path / "working").exists, "the worker")
+        process.kill()
+        process.wait()
+        wait_for(lambda: group_is_gone(process.pid), "the worker to end", 20)
+    finally:
+        stop(process)
+    assert (tmp_path / "said").exists()  # the block went on to its end, as for a checkpoint
+
+
 def started(project: Project, **variables: str) -> subprocess.Popen[bytes]:
     """A launch with one worker whose stderr goes to a file of the project."""
     with (project.folder / "stderr").open("w") as errors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -17,27 +18,9 @@ from saelab.study.controls import SUBJECTS
 from saelab.study.final_info import METRICS
 
 #: The embedded text and its probing entries, in small.
-STDLIB = """\
-hook_name = "blocks.2.hook_resid_post"
-context = 32
-
-[sae]
-d_sae = 256
-activation = { kind = "topk", k = 16 }
-losses = [{ kind = "reconstruction" }, { kind = "auxk" }]
-controllers = []
-constraints = [{ kind = "unit_norm" }]
-
-[train]
-tokens = 16_384
-batch_size = 128
-lr = 4e-3
-
-[evaluation]
-tokens = 4_000
-loss_contexts = 8
-probing = { train_size = 60, test_size = 30 }
-"""
+STDLIB = re.sub(r"\[(train|eval)_text\]\n(.+\n)+\n", "", BASE).replace(
+    'probing = { entries = "none" }', "probing = { train_size = 60, test_size = 30 }"
+)
 #: Seeds, and with them cells, of each arm at the target L0 and at the further one.
 SEEDS = {"baseline": (3, 1), "rate": (3, 1), "scaled": (2, 0)}
 PROBED = tuple(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50))

@@ -59,11 +59,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-def copy_of(project: Project, folder: Path) -> Project:
-    shutil.copytree(project.folder, folder)
-    return Project(folder)
-
-
 # ---------------------------------------------------------------- disk
 
 
@@ -273,7 +268,7 @@ def test_a_second_launch_into_the_same_folder_is_told_who_has_it(tmp_path: Path)
 
 
 def test_a_harvest_that_another_process_makes_is_told(tmp_path: Path, finished: Project) -> None:
-    project = copy_of(finished, tmp_path / "project")
+    project = finished.copied(tmp_path / "project")
     header = sorted(project.folder.glob(".saelab/activations/*/*/header.json"))[0]
     header.unlink()
     code = (
@@ -340,7 +335,7 @@ def test_nan_in_harvested_activations_names_step_and_cell(
     tmp_path: Path, finished: Project
 ) -> None:
     """A harvest checks what it stores, so the NaN is put there with a checksum of its own."""
-    project = copy_of(finished, tmp_path / "project")
+    project = finished.copied(tmp_path / "project")
     headers = sorted(project.folder.glob(".saelab/activations/*/*/header.json"))
     header = max(headers, key=lambda file: read_json(file)["header"]["n_tokens"])
     record = read_json(header)

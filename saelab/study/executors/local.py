@@ -216,16 +216,17 @@ def _run(function: Callable[..., None], job: Any) -> None:
         _busy = True
         function(job, words, _state)
         words.send()
-    except signals.Interrupted as stop:
-        os._exit(stop.exit_code)
     finally:
         _busy = False
+        if number := signals.asked():  # whether it was raised, or the job ended before its turn
+            os._exit(128 + number)
 
 
 class _Words:
     """`advance` in a worker: lines go at once, amounts together with the next of them or after a
     while. A message is shorter than a pipe's buffer of 4096 bytes, so it arrives whole or not at
-    all, also from a worker that is killed."""
+    all, also from a worker that is killed. Where nobody listens any more, the worker ends as by a
+    signal, with a checkpoint."""
 
     def __init__(self, connection: Connection, lock: Any) -> None:
         self._connection, self._lock = connection, lock
@@ -238,8 +239,11 @@ class _Words:
 
     def send(self, line: Mapping[str, Any] | None = None) -> None:
         amount, self._amount, self._sent = self._amount, 0.0, time.monotonic()
-        with self._lock:
-            self._connection.send((amount, line))
+        try:
+            with signals.whole(), self._lock:  # the lock is given back before the worker ends
+                self._connection.send((amount, line))
+        except BrokenPipeError:
+            signals.handle(signal.SIGTERM, None)
 
 
 def worker_count(device: str) -> int:

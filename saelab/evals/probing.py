@@ -55,7 +55,7 @@ from saelab.files import read_sealed, sha256, write_atomically, write_sealed
 from saelab.progress import progress
 from saelab.schema import Loose, check
 from saelab.seeding import numpy_stream
-from saelab.weights import read_weights
+from saelab.weights import read_weights, shapes
 
 DEFINITION = "sparse_probing/2"
 #: Version of the folder with the model's activations.
@@ -133,6 +133,18 @@ class ProbingData:
         if not tensors.is_file() or sha256(tensors) != record["sha256"]:
             raise DamageError(f"{tensors} is not what was written: {remedy}")
         return record
+
+    @classmethod
+    def header_of(cls, folder: Path) -> dict[str, Any]:
+        """Of what `save` wrote, without its tensors."""
+        return cls._record(folder, f"delete {folder} and run again")["header"]
+
+    @staticmethod
+    def n_tokens(folder: Path) -> int:
+        """Counted positions of all texts of what `save` wrote."""
+        file, remedy = folder / "probing.safetensors", f"delete {folder} and run again"
+        found = shapes(file, DamageError, remedy).items()
+        return sum(shape[0] for name, shape in found if name.endswith(".rows"))
 
     @classmethod
     def is_saved(cls, folder: Path) -> bool:

@@ -255,7 +255,7 @@ def harvest_probing(
         dtype: of the stored rows.
         unknown: whether special ids besides BOS, EOS and PAD (UNK) count, as in definition 1.
 
-    Raises: SourceError when an activation is not finite in `dtype`.
+    Raises: SourceError when an activation is not finite in `dtype`, or a text has no counted token.
     """
     texts = [_TokenisedTexts(entry, model, context, unknown) for entry in entries]
     rows = _filled(model, hook_name, texts, dtype)
@@ -292,6 +292,13 @@ class _TokenisedTexts:
         self.ids, self.attention, self.mask = tokenize_texts(
             texts, model.tokenizer, context, unknown
         )
+        if not self.mask.any(1).all():
+            i = int(self.mask.any(1).long().argmin())
+            where = f"{'train' if is_train[i] else 'test'} text of {entry.classes[labels[i]]!r}"
+            raise SourceError(
+                f"entry {entry.name}: a {where} has no token that counts ({texts[i][:40]!r}): "
+                "leave it out, or name a model that knows its characters"
+            )
         self.offsets = torch.zeros(len(texts) + 1, dtype=torch.int64)
         self.offsets[1:] = self.mask.sum(1).cumsum(0)
         self.places = self.offsets[:-1, None] + self.mask.cumsum(1) - 1  # row of each position

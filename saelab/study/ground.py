@@ -35,6 +35,9 @@ from saelab.training.optim import TrainConfig
 
 #: What is measured where nothing else is asked for.
 EVALS = ("core", "truth", "absorption")
+#: What is shown of it: each score with its chance level.
+SHOWN = ("fvu", "explained_variance", "mcc", "chance_mcc", "firing_f1", "chance_firing_f1")
+SHOWN += ("uniqueness", "chance_uniqueness", "dead_share")
 #: What is told of the true dictionary with the true code.
 ORACLE = ("oracle_fvu", "oracle_l0")
 
@@ -201,7 +204,7 @@ class GroundConfig(Frozen):
     levels: tuple[PositiveFloat, ...]
     baseline: str | None = None
     evals: tuple[str, ...] = EVALS
-    metrics: tuple[str, ...] = ("fvu", "mcc", "chance_mcc", "firing_f1", "uniqueness", "dead_share")
+    metrics: tuple[str, ...] = SHOWN
 
     def model_post_init(self, _: Any) -> None:
         check_names(self.evals)

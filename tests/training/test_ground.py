@@ -167,6 +167,14 @@ def arm(name: str, d_sae: int) -> str:
     )
 
 
+def test_scores_are_shown_with_their_chance_level() -> None:
+    benchmark = read_ground(SHIPPED / "synth-sae-bench-16k.toml").metrics
+    for shown in (benchmark, read_ground(SHIPPED / "baselines.toml").metrics):
+        assert {"mcc", "uniqueness", "explained_variance"} <= set(shown)
+        scores = {name for name in shown if name in ("mcc", "uniqueness", "firing_f1", "latent_f1")}
+        assert {f"chance_{name}" for name in scores} <= set(shown)
+
+
 def test_from_a_file(tmp_path: Path) -> None:
     config = tmp_path / "tiny.toml"
     config.write_text(f'{TINY}\nmetrics = ["fvu", "mcc", "chance_mcc"]\n{arm("topk", 16)}')

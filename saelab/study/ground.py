@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from saelab import stats
 from saelab.config import Frozen, read_toml
+from saelab.data.models import check_device
 from saelab.data.store import Source
 from saelab.data.stream import Layout, batches
 from saelab.data.synthetic import Process, SyntheticConfig, generate, parse_process
@@ -184,6 +185,7 @@ class GroundConfig(Frozen):
         baseline: the arm that the others are paired with; None leaves the pairing out.
         evals: what is measured.
         metrics: that are shown.
+        device: that SAEs are trained and measured on; activations are made on the CPU.
 
     Raises: SettingError for an unknown evaluation, and for a baseline, or an arm trained
         otherwise, that is no arm.
@@ -205,6 +207,7 @@ class GroundConfig(Frozen):
     baseline: str | None = None
     evals: tuple[str, ...] = EVALS
     metrics: tuple[str, ...] = SHOWN
+    device: str = "cpu"
 
     def model_post_init(self, _: Any) -> None:
         check_names(self.evals)
@@ -225,7 +228,11 @@ def read_ground(path: Path) -> GroundConfig:
 
 
 def run_ground(config: GroundConfig) -> list[Outcome]:
-    """Generates the activations, trains and evaluates all arms."""
+    """Generates the activations, trains and evaluates all arms.
+
+    Raises: SettingError for a device that does not exist here.
+    """
+    check_device(config.device, "device")
     seeds = study_seeds(config.study, "explore", config.seeds)
     if config.data_seed != "own":
         return _on_one_dictionary(config, config.data_seed, seeds)
@@ -244,6 +251,7 @@ def _on_one_dictionary(config: GroundConfig, data_seed: int, seeds: Sequence[int
         config.levels,
         config.layout,
         config.evals,
+        config.device,
         otherwise=config.trainings(),
     )
 

@@ -622,14 +622,14 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_device(name: str) -> None:
+def check_device(name: str, setting: str = "model.device") -> None:
     """Raises: SettingError for a device that does not exist here."""
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise SettingError("model.device", name, "no such device: use 'cpu' or 'cuda'") from None
+        raise SettingError(setting, name, "no such device: use 'cpu' or 'cuda'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingError("model.device", name, "this machine has no CUDA device: use 'cpu'")
+        raise SettingError(setting, name, "this machine has no CUDA device: use 'cpu'")
 
 
 def _unusable(config: ModelConfig, path: str, error: Exception) -> SourceError:

@@ -55,7 +55,7 @@ from saelab.files import read_sealed, sha256, write_atomically, write_sealed
 from saelab.progress import progress
 from saelab.schema import Loose, check
 from saelab.seeding import numpy_stream
-from saelab.weights import read_weights
+from saelab.weights import read_weights, shapes
 
 DEFINITION = "sparse_probing/2"
 #: Version of the folder with the model's activations.
@@ -133,6 +133,18 @@ class ProbingData:
         if not tensors.is_file() or sha256(tensors) != record["sha256"]:
             raise DamageError(f"{tensors} is not what was written: {remedy}")
         return record
+
+    @classmethod
+    def header_of(cls, folder: Path) -> dict[str, Any]:
+        """Of what `save` wrote, without its tensors."""
+        return cls._record(folder, f"delete {folder} and run again")["header"]
+
+    @staticmethod
+    def n_tokens(folder: Path) -> int:
+        """Counted positions of all texts of what `save` wrote."""
+        file, remedy = folder / "probing.safetensors", f"delete {folder} and run again"
+        found = shapes(file, DamageError, remedy).items()
+        return sum(shape[0] for name, shape in found if name.endswith(".rows"))
 
     @classmethod
     def is_saved(cls, folder: Path) -> bool:
@@ -243,7 +255,7 @@ def harvest_probing(
         dtype: of the stored rows.
         unknown: whether special ids besides BOS, EOS and PAD (UNK) count, as in definition 1.
 
-    Raises: SourceError when an activation is not finite in `dtype`.
+    Raises: SourceError when an activation is not finite in `dtype`, or a text has no counted token.
     """
     texts = [_TokenisedTexts(entry, model, context, unknown) for entry in entries]
     rows = _filled(model, hook_name, texts, dtype)
@@ -280,6 +292,13 @@ class _TokenisedTexts:
         self.ids, self.attention, self.mask = tokenize_texts(
             texts, model.tokenizer, context, unknown
         )
+        if not self.mask.any(1).all():
+            i = int(self.mask.any(1).long().argmin())
+            where = f"{'train' if is_train[i] else 'test'} text of {entry.classes[labels[i]]!r}"
+            raise SourceError(
+                f"entry {entry.name}: a {where} has no token that counts ({texts[i][:40]!r}): "
+                "leave it out, or name a model that knows its characters"
+            )
         self.offsets = torch.zeros(len(texts) + 1, dtype=torch.int64)
         self.offsets[1:] = self.mask.sum(1).cumsum(0)
         self.places = self.offsets[:-1, None] + self.mask.cumsum(1) - 1  # row of each position

@@ -20,9 +20,12 @@ A k that is larger than the code is a row with the reason; SAEBench takes fewer 
 
 from __future__ import annotations
 
+import functools
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,13 +161,21 @@ class Side:
         return cls(code.index_select(0, index), some.positive.to(code.device, torch.float32))
 
 
-def _regression(train: Side, test: Side) -> float:
+@functools.cache
+def _logistic_regression() -> Any:
+    """scikit-learn's class; what its import draws from Python's global state is put back."""
+    state = random.getstate()
     from sklearn.linear_model import LogisticRegression
 
+    random.setstate(state)
+    return LogisticRegression
+
+
+def _regression(train: Side, test: Side) -> float:
     z, y, test_z, test_y = (t.cpu().numpy() for t in (train.z, train.y, test.z, test.y))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of convergence: SAEBench takes what it gets
-        probe = LogisticRegression(C=1.0, max_iter=1000).fit(z, y)
+        probe = _logistic_regression()(C=1.0, max_iter=1000).fit(z, y)
     return float((probe.predict(test_z) == test_y).mean())
 
 

@@ -7,7 +7,7 @@ only where it is named.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,13 @@ def load(folder: str | Path, named: str = "") -> Loaded:
     """The SAE in a directory, in evaluation mode; raises as `find`, and as its format."""
     folder = Path(folder)
     with understood(folder):
-        return TABLE[find(folder, named)].load(folder)
+        name = find(folder, named)
+        found = TABLE[name].load(folder)
+    if (
+        TABLE[name].save is None and name != "saelab"
+    ):  # its training is not told as SAELens tells it
+        return replace(found, about={**found.about, "format": name})
+    return found
 
 
 def saver(named: str) -> Save:

@@ -363,11 +363,14 @@ def _origin(metadata: Mapping[str, Any], old: bool) -> Origin:
     return Origin(
         str(metadata.get("model_name") or ""),
         str(metadata.get("hook_name") or ""),
-        tuple(_unlike(metadata, old)),
+        tuple(dict.fromkeys(_unlike(metadata, old))),
     )
 
 
 def _unlike(metadata: Mapping[str, Any], old: bool) -> Iterator[str]:
+    earlier = _entries(_entries(metadata, "saelab"), "saelens")  # of one that was written again
+    if earlier:
+        yield from _unlike(earlier, _one_form(earlier)[2])
     if old and "model_from_pretrained_kwargs" not in metadata:
         # github.com/decoderesearch/SAELens/pull/279: models have come unprocessed only since then
         yield (
@@ -421,6 +424,24 @@ def _config(plain: Plain) -> dict[str, Any]:
     }
 
 
+#: Metadata of an SAE from elsewhere that are written again as they were read.
+APART = ("prepend_bos", "seqpos_slice")
+
+
+def _training(about: Mapping[str, Any]) -> dict[str, Any]:
+    """How the SAE was trained; of one from elsewhere what it says itself, and nothing else."""
+    if "saelens" in about:
+        told = about["saelens"]
+        kwargs = {"model_from_pretrained_kwargs": told.get("model_from_pretrained_kwargs") or {}}
+        return {name: told.get(name) for name in APART} | kwargs
+    if about.get("model") and "format" not in about:
+        return {
+            "prepend_bos": True,
+            "model_from_pretrained_kwargs": {"center_writing_weights": False},
+        }
+    return {"prepend_bos": None, "model_from_pretrained_kwargs": {}}
+
+
 def _metadata(about: Mapping[str, Any]) -> dict[str, Any]:
     hook = str(about.get("hook_name") or "")
     block = hook.removeprefix("blocks.").split(".")[0] if hook.startswith("blocks.") else ""
@@ -430,11 +451,10 @@ def _metadata(about: Mapping[str, Any]) -> dict[str, Any]:
         "sae_lens_training_version": None,
         "model_name": about.get("model") or None,
         "model_class_name": "HookedTransformer",
-        "model_from_pretrained_kwargs": {"center_writing_weights": False},
         "hook_name": hook or None,
         "hook_layer": int(block) if block.isdigit() else None,
         "hook_head_index": None,
-        "prepend_bos": True,
+        **_training(about),
         "context_size": about.get("context"),
         "dataset_path": about.get("dataset") or None,
         "saelab_version": saelab.__version__,

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from saelab import stats
 from saelab.config import Frozen, read_toml
+from saelab.data.models import check_device
 from saelab.data.store import Source
 from saelab.data.stream import Layout, batches
 from saelab.data.synthetic import Process, SyntheticConfig, generate, parse_process
@@ -35,6 +36,9 @@ from saelab.training.optim import TrainConfig
 
 #: What is measured where nothing else is asked for.
 EVALS = ("core", "truth", "absorption")
+#: What is shown of it: each score with its chance level.
+SHOWN = ("fvu", "explained_variance", "mcc", "chance_mcc", "firing_f1", "chance_firing_f1")
+SHOWN += ("uniqueness", "chance_uniqueness", "dead_share")
 #: What is told of the true dictionary with the true code.
 ORACLE = ("oracle_fvu", "oracle_l0")
 
@@ -181,6 +185,7 @@ class GroundConfig(Frozen):
         baseline: the arm that the others are paired with; None leaves the pairing out.
         evals: what is measured.
         metrics: that are shown.
+        device: that SAEs are trained and measured on; activations are made on the CPU.
 
     Raises: SettingError for an unknown evaluation, and for a baseline, or an arm trained
         otherwise, that is no arm.
@@ -201,7 +206,8 @@ class GroundConfig(Frozen):
     levels: tuple[PositiveFloat, ...]
     baseline: str | None = None
     evals: tuple[str, ...] = EVALS
-    metrics: tuple[str, ...] = ("fvu", "mcc", "chance_mcc", "firing_f1", "uniqueness", "dead_share")
+    metrics: tuple[str, ...] = SHOWN
+    device: str = "cpu"
 
     def model_post_init(self, _: Any) -> None:
         check_names(self.evals)
@@ -222,7 +228,11 @@ def read_ground(path: Path) -> GroundConfig:
 
 
 def run_ground(config: GroundConfig) -> list[Outcome]:
-    """Generates the activations, trains and evaluates all arms."""
+    """Generates the activations, trains and evaluates all arms.
+
+    Raises: SettingError for a device that does not exist here.
+    """
+    check_device(config.device, "device")
     seeds = study_seeds(config.study, "explore", config.seeds)
     if config.data_seed != "own":
         return _on_one_dictionary(config, config.data_seed, seeds)
@@ -241,6 +251,7 @@ def _on_one_dictionary(config: GroundConfig, data_seed: int, seeds: Sequence[int
         config.levels,
         config.layout,
         config.evals,
+        config.device,
         otherwise=config.trainings(),
     )
 

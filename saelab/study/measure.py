@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-import saelab
 from saelab import formats
 from saelab.data import models
 from saelab.errors import MismatchError, SettingError
@@ -43,6 +42,7 @@ class Bench:
         prepared = prepare(base, cache, base.model.device, overlap=True)
         prepared.steps.close()
         self.base, self.provenance = base, prepared.provenance
+        self.provenance_of = prepared.provenance_of
         model = models.load(base.model) if base.activations is None else None
         self.data = EvalData(
             CoreData(prepared.held_out, model, base.evaluation.loss_contexts, base.model.device),
@@ -134,7 +134,8 @@ def evaluate_choice(
         subject = subject.to(torch.device(base.model.device))
         for row in bench.rows(subject, evals):
             own = row.of_cell(member.arm, member.seed, member.level).as_dict()
-            yield {**own, **_about(member, found, choice), "mismatch": differences} | _data(bench)
+            about = {**_about(member, found, choice), "mismatch": differences}
+            yield own | about | bench.provenance_of(row.definition)
 
 
 def saebench_file(
@@ -153,11 +154,6 @@ def _about(member: Member, found: Loaded, choice: Choice) -> dict[str, Any]:
     kind = formats.find(member.folder, choice.format)
     mark = choice.without_trace and found.sae.needs_contexts
     return {"subject": str(member.folder), "format": kind, "without_trace": mark}
-
-
-def _data(bench: Bench) -> dict[str, Any]:
-    """Columns that say on what it was measured."""
-    return bench.provenance | {"saelab": saelab.__version__}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+import saelab
 from saelab.config import digest
 from saelab.data import models
 from saelab.data.harvest import harvest, harvest_steps
@@ -24,6 +25,7 @@ from saelab.data.store import FolderSource, ForeignSource, GrowingSource, Shard,
 from saelab.data.tasks import Entry, embedded_entries, entries_from_table
 from saelab.data.texts import TextConfig, documents, manifest, tokenize
 from saelab.errors import DamageError, SettingError, SourceError
+from saelab.evals import PROBING
 from saelab.evals.probing import ProbingData, harvest_probing, identity
 from saelab.lock import held
 from saelab.remote import Place, RemoteError, place_of
@@ -51,7 +53,7 @@ class Prepared:
         probing: folder of the probing activations, or None.
         why_no_probing: the reason when there is none, or when some entries are missing.
         missing_entries: which, with the reason of each.
-        provenance: what every evaluation row carries.
+        provenance: what evaluation rows carry, and `of_probing` what differs in those of probing.
         steps: make what is missing of `train`, a `GrowingSource` then; none where it is complete.
     """
 
@@ -62,6 +64,12 @@ class Prepared:
     provenance: dict[str, Any]
     steps: Generator[None, None, None] = field(default_factory=no_steps)
     missing_entries: dict[str, str] = field(default_factory=dict)
+    of_probing: dict[str, Any] = field(default_factory=dict)
+
+    def provenance_of(self, definition: str) -> dict[str, Any]:
+        """What a row of a definition carries: on what it was measured, and the package."""
+        own = self.of_probing if definition in PROBING.values() else {}
+        return self.provenance | own | {"saelab": saelab.__version__}
 
     @property
     def train_digest(self) -> str | None:
@@ -101,7 +109,8 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
     }
     reason = "" if probing else "no probing entries are set (evaluation.probing)"
     reason = why_missing(absent) or reason
-    return Prepared(train, held_out, probing, reason, provenance, steps, absent)
+    own = _of_probing(probing) if probing else {}
+    return Prepared(train, held_out, probing, reason, provenance, steps, absent, own)
 
 
 def held_out(base: BaseConfig, cache: Path) -> tuple[Source, LanguageModel | None]:
@@ -270,6 +279,18 @@ def _probing(
             made.save(folder)
             share(cache, folder)
     return folder, absent
+
+
+def _of_probing(folder: Path) -> dict[str, Any]:
+    """Where the provenance of probing rows differs: other texts, cut at another length."""
+    header = ProbingData.header_of(folder)
+    mask = {"mask": header["mask"]} if "mask" in header else {}
+    return mask | {
+        "context": header["context"],
+        "tokens": ProbingData.n_tokens(folder),
+        "text": "probing entries",
+        "text_digest": header["entries"],
+    }
 
 
 def open_source(

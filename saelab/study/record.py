@@ -99,8 +99,8 @@ class Record:
         seal_run(out, self._manifest(seconds), self.info)
 
     def _write_metrics(self, path: Path) -> None:
-        provenance = self.prepared.provenance | {"saelab": saelab.__version__}
-        write_rows(path, [row | provenance for row in self.rows])
+        provenance = self.prepared.provenance_of
+        write_rows(path, [row | provenance(row["definition"]) for row in self.rows])
 
     def _write_curves(self, path: Path) -> None:
         import pyarrow as pa

@@ -63,7 +63,7 @@ class Review:
         comparisons, differences: of the primary metric, and of secondary ones without words.
         cells: what the gate found, worst first.
         definition: of the primary metric.
-        provenance: where it was measured.
+        provenance: where the primary metric was measured.
         sealed: whether the run's files carry checksums, with which they agree.
     """
 
@@ -148,6 +148,7 @@ def review(folder: Path) -> Review:
     exploratory = manifest["purpose"] != "confirm"
     comparisons, differences = judge_run(arms, plan, exploratory)
     definition = arms[manifest["baseline"]].definitions.get(plan.primary, "not measured")
+    measured = next((row for row in rows if row["metric"] == plan.primary), {})
     return Review(
         manifest["run"],
         manifest["title"],
@@ -158,7 +159,7 @@ def review(folder: Path) -> Review:
         tuple(differences),
         tuple(_notes(gates)),
         definition,
-        {name: rows[0].get(name) for name in PROVENANCE} if rows else {},
+        {name: measured.get(name) for name in PROVENANCE} if measured else {},
         files.sealed,
     )
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from saelab.__main__ import app
 from saelab.data.models import LanguageModel, ModelConfig, load
 from saelab.data.store import MemorySource, Shard
 from saelab.data.synthetic import SyntheticConfig, generate
-from saelab.evals import EVALUATIONS, EvalData, evaluate
+from saelab.evals import EVALUATIONS, PROBING, EvalData, evaluate
 from saelab.evals.base import Row, Subject
 from saelab.evals.core import CoreData
 from saelab.evals.matching import random_directions
@@ -88,7 +89,15 @@ def on_truth(_: LanguageModel) -> EvalData:
     return EvalData(CoreData(held_out, None), None, why_no_probing="there are no texts")
 
 
+def on_text_as_saebench(model: LanguageModel) -> EvalData:
+    """The same, probed by definition 1."""
+    return replace(on_text(model), definition=1)
+
+
 DATA = {"text": on_text, "truth": on_truth}
+#: Name of an evaluation and what makes its data.
+CASES = [(name, where) for name in EVALUATIONS for where in DATA.values()]
+CASES += [(name, on_text_as_saebench) for name in ("probing", "model_channels")]
 KINDS = ("SAE", "plain", *SUBJECTS)
 
 
@@ -145,12 +154,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", DATA)
-@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize(("name", "where"), CASES)
 def test_an_evaluation_repeats_and_changes_nothing(
-    name: str, where: str, kind: str, model: LanguageModel, folder: Path
+    name: str,
+    where: Callable[[LanguageModel], EvalData],
+    kind: str,
+    model: LanguageModel,
+    folder: Path,
 ) -> None:
-    data = DATA[where](model)
+    data = where(model)
     subject = subject_of(kind, data)
     shard = data.core.source.shard(0)
     held_out = {"x": shard.x.clone(), "mask": shard.mask.clone()}
@@ -162,7 +174,7 @@ def test_an_evaluation_repeats_and_changes_nothing(
         assert_same(own, state(thing))
     assert_same(held_out, {"x": shard.x, "mask": shard.mask})
     assert evaluate(subject, data, [name]) == first  # on what it has cached
-    assert evaluate(subject, DATA[where](model), [name]) == first  # and on nothing
+    assert evaluate(subject, where(model), [name]) == first  # and on nothing
     assert_rows(first)
 
 
@@ -171,7 +183,8 @@ def assert_rows(rows: list[Row]) -> None:
     assert max(Counter((row.metric, row.slice) for row in rows).values()) == 1
     for row in rows:
         assert re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", row.metric), row
-        assert re.fullmatch(r"[a-z_]+/[1-9][0-9]*", row.definition), row
+        versioned = re.fullmatch(r"[a-z_]+/[1-9][0-9]*", row.definition)
+        assert versioned or row.definition == PROBING[1], row
         assert (row.value is None) == bool(row.reason), row
         assert row.value is None or (type(row.value) is float and np.isfinite(row.value)), row
         assert all("=" in part for part in row.slice.split(",") if row.slice), row

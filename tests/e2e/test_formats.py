@@ -83,6 +83,28 @@ def test_a_run_gives_its_own_numbers_again(project: Project) -> None:
     }
 
 
+def test_probing_rows_name_their_own_texts(project: Project) -> None:
+    kept = pq.read_table(project.folder / "run_1" / "metrics.parquet").to_pylist()
+    again = rows_of(cli(project.folder, "eval", "run_1", "--json", "--seed", str(kept[0]["seed"])))
+    names = ("context", "tokens", "text", "text_digest", "mask")
+    for rows in (kept, again):
+        found = {
+            probed: {
+                tuple(row[name] for name in names)
+                for row in rows
+                if row["definition"].startswith("sparse_probing/") == probed
+            }
+            for probed in (True, False)
+        }
+        ((context, tokens, text, digest, _),), ((_, others, _, other, _),) = found.values()
+        assert context == 32 and text == "probing entries"
+        assert tokens != others and digest != other
+    changed = ("--set", "evaluation.probing.context=16", "--seed", str(kept[0]["seed"]))
+    rows = rows_of(cli(project.folder, "eval", "run_1", "--json", *changed))
+    assert {row["context"] for row in rows if row["definition"] == "sparse_probing/2"} == {16}
+    assert {row["context"] for row in rows if row["definition"] == "core/1"} == {32}
+
+
 def test_export_and_eval_again(project: Project, tmp_path: Path) -> None:
     out = tmp_path / "new" / "saelens"
     ended = cli(project.folder, "export", "run_1", "--out", str(out))

@@ -92,6 +92,34 @@ def test_an_sae_from_outside_can_be_written_again(tmp_path: Path, global_random_
     assert wanted.items() <= metadata.items()
 
 
+@pytest.mark.parametrize("name", ["prepend_bos", "seqpos_slice", "revision"])
+def test_what_sets_an_sae_apart_is_written_again(name: str, tmp_path: Path) -> None:
+    kwargs = {"model_from_pretrained_kwargs": {"revision": "step1000"}}
+    apart = {"prepend_bos": {name: False}, "seqpos_slice": {name: [5, None]}, "revision": kwargs}
+    write(
+        tmp_path / "a",
+        config("standard", metadata=apart[name]),
+        WEIGHTS,
+        random_weights(0, *LINEAR),
+    )
+    found = formats.load(tmp_path / "a")
+    formats.saver("saelens")(found.sae, tmp_path / "b", about(found, tmp_path / "a"))
+    assert len(found.origin.unlike) == 1
+    assert formats.load(tmp_path / "b").origin == found.origin
+    metadata = json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]
+    assert apart[name].items() <= metadata.items()
+
+
+@pytest.mark.parametrize("about", [{}, {"model": "gpt2", "format": "sparsify"}])
+def test_nothing_is_claimed_of_a_training_that_is_not_known(
+    about: dict[str, Any], tmp_path: Path
+) -> None:
+    formats.saver("saelens")(trained(), tmp_path, about)
+    metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    assert metadata["prepend_bos"] is None and metadata["model_from_pretrained_kwargs"] == {}
+    assert formats.load(tmp_path).origin.unlike == ()
+
+
 def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     sae = trained()
     with torch.no_grad():
@@ -410,6 +438,9 @@ def test_old_directories_may_be_of_a_processed_model(tmp_path: Path) -> None:
     write(tmp_path / "a", old(), WEIGHTS, random_weights(0, *LINEAR))
     (told,) = formats.load(tmp_path / "a").origin.differences(*place)
     assert "mean taken off" in told
+    found = formats.load(tmp_path / "a")
+    formats.saver("saelens")(found.sae, tmp_path / "again", about(found, tmp_path / "a"))
+    assert formats.load(tmp_path / "again").origin == found.origin
     cfg = old(model_from_pretrained_kwargs={"center_writing_weights": False})
     write(tmp_path / "b", cfg, WEIGHTS, random_weights(0, *LINEAR))
     assert formats.load(tmp_path / "b").origin.differences(*place) == []

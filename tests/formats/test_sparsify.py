@@ -53,6 +53,7 @@ def test_a_checkpoint_is_read(dtype: torch.dtype, tmp_path: Path, global_random_
     found = formats.load(folder)
     assert found.origin.hook_name == "blocks.4.hook_resid_post"
     assert found.origin.model == "EleutherAI/pythia-70m"
+    assert found.about["format"] == "sparsify"
     x = clear(found.sae, rows(global_random_seed))
     f = encoded(x, own)
     same(found.sae.encode(x), f)

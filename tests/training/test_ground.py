@@ -21,7 +21,15 @@ from saelab.evals.base import missing, number
 from saelab.report.synthetic import check_drawable
 from saelab.sae import SAEConfig
 from saelab.study.cells import initial_sample
-from saelab.study.ground import GroundConfig, Outcome, at_target, differences, read_ground, train_on
+from saelab.study.ground import (
+    GroundConfig,
+    Outcome,
+    at_target,
+    differences,
+    read_ground,
+    run_ground,
+    train_on,
+)
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
 
@@ -165,6 +173,24 @@ def arm(name: str, d_sae: int) -> str:
         f"[arms.{name}]\nd_sae = {d_sae}\nactivation = {{ kind = 'topk' }}\n"
         "losses = [{ kind = 'reconstruction' }]\ncontrollers = []\n"
     )
+
+
+def test_scores_are_shown_with_their_chance_level() -> None:
+    benchmark = read_ground(SHIPPED / "synth-sae-bench-16k.toml").metrics
+    for shown in (benchmark, read_ground(SHIPPED / "baselines.toml").metrics):
+        assert {"mcc", "uniqueness", "explained_variance"} <= set(shown)
+        scores = {name for name in shown if name in ("mcc", "uniqueness", "firing_f1", "latent_f1")}
+        assert {f"chance_{name}" for name in scores} <= set(shown)
+
+
+@pytest.mark.parametrize("name", ["cuda", "abacus"])
+def test_a_device_that_is_not_there_is_told_first(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = read_ground(SHIPPED / "synth-sae-bench-16k.toml").patched({"device": name})
+    with pytest.raises(SettingError, match=f"device = '?{name}"):
+        run_ground(config)
 
 
 def test_from_a_file(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from run_folders import ARMS, write_run
 from studies import HOSTILE, HOSTILE_ARM, made_up_cells, write_study
@@ -24,6 +25,7 @@ from saelab.report.placement import places
 from saelab.report.scene import Arrays, scene
 from saelab.study import controls
 from saelab.study.plan import PlanConfig
+from saelab.study.review import differences_of, review
 from saelab.study.verdict import Comparison
 
 
@@ -93,6 +95,15 @@ def test_runs_that_differ_are_said_to(tmp_path: Path) -> None:
     second = write_study(tmp_path / "b", 1, sesoi=0.01)
     text, _ = render(Study([*first, *second]))
     assert "run_0 and run_0 differ in the plan (sesoi: 0.005 -&gt; 0.01)" in text
+
+
+def test_runs_differ_in_what_their_primary_metric_was_measured_on(tmp_path: Path) -> None:
+    first, second = write_study(tmp_path, primary="sae_top_5_test_accuracy", direction="higher")
+    table = pq.read_table(second / "metrics.parquet")
+    contexts = [64 if m.startswith("sae_") else 128 for m in table["metric"].to_pylist()]
+    at = table.column_names.index("context")
+    pq.write_table(table.set_column(at, "context", [contexts]), second / "metrics.parquet")
+    assert "context (128 -> 64)" in differences_of(review(first), review(second))
 
 
 def test_a_page_that_is_too_large_is_refused(

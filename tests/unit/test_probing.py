@@ -330,6 +330,14 @@ def test_rows_come_back_in_the_order_of_the_texts() -> None:
     assert model.computed < 1.15 * (len(made.rows) + len(texts))  # sorted by length: no padding
 
 
+def test_a_text_that_the_tokenizer_does_not_know_is_refused_before_the_pass() -> None:
+    entry = letter_entry()
+    texts = {**entry.test, entry.classes[1]: ("", *entry.test[entry.classes[1]][1:])}
+    told = f"a test text of '{entry.classes[1]}' has no token that counts"
+    with pytest.raises(SourceError, match=told):
+        probing.harvest_probing(letters_model(), "hook", [replace(entry, test=texts)])
+
+
 def test_activations_beyond_float16_are_refused() -> None:
     model = letters_model()
     small = model.activations

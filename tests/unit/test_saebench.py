@@ -46,8 +46,8 @@ from saelab.study.recorded import result_at, shown
 from saelab.study.verdict import compare_secondary
 
 ROOT = Path(__file__).parents[2]
-#: The environment that `make peers` makes, or another one.
-PEERS = Path(os.environ.get("SAELAB_PEERS", ROOT / "benchmarks" / ".peers")) / "bin" / "python"
+#: The python of the environment that `make peers` makes, or another one.
+PEERS = Path(os.environ.get("SAELAB_PEERS", ROOT / "benchmarks" / ".peers" / "bin" / "python"))
 AG_NEWS, EUROPARL = "fancyzhx/ag_news", "Helsinki-NLP/europarl"
 AMAZON = "canrager/amazon_reviews_mcauley_1and5"
 

@@ -19,22 +19,29 @@ of each file.
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from saelab.errors import DamageError
 from saelab.files import read_sealed, sha256, write_atomically, write_sealed
 from saelab.remote import Place, Remote, place_of
 
+if TYPE_CHECKING:
+    from importlib.metadata import PackagePath
+
 #: Parts of the package whose change never alters a number.
 NO_NUMBERS = ("report", "formats", "__main__.py", "progress", "remote.py")
 #: The last object of a folder that was copied to a URL.
 CONTENT = "files.json"
+#: Said of code that no installer has put where it is.
+SOURCE_TREE = "a source tree, not a release"
 
 
 def cache_folder(root: Path) -> Path:
@@ -133,6 +140,35 @@ def package_digest() -> str:
         if relative.parts[0] not in NO_NUMBERS:
             content.update(relative.as_posix().encode() + b"\0" + file.read_bytes())
     return content.hexdigest()[:16]
+
+
+@functools.cache
+def package_state() -> str:
+    """Whether the package's code is what was released, by the checksums that its installer kept."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        released = distribution("saelab")
+    except PackageNotFoundError:
+        return SOURCE_TREE
+    return _package_state(Path(__file__).parent, released.files or ())
+
+
+def _package_state(root: Path, files: Iterable[PackagePath]) -> str:
+    known = {Path(file.locate()).resolve(): file.hash for file in files if file.hash}
+    code = {file.resolve() for file in [*root.rglob("*.py"), *root.rglob("*.cpp")]}
+    if not code & known.keys():
+        return SOURCE_TREE
+    gone = {file for file in known if file.is_relative_to(root.resolve()) and not file.is_file()}
+    off = gone | {file for file in code if _checksum(file) != getattr(known.get(file), "value", "")}
+    names = ", ".join(sorted(file.relative_to(root.resolve()).as_posix() for file in off))
+    return f"differs from the released files: {names}" if off else "as released"
+
+
+def _checksum(file: Path) -> str:
+    """As RECORD holds it (PEP 376)."""
+    digest = hashlib.sha256(file.read_bytes()).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
 def place(source: Path, target: Path) -> None:

@@ -18,6 +18,9 @@ import torch
 from saelab.errors import MismatchError
 from saelab.kernels import Code
 
+#: What the reason of a row begins with whose number came out infinite or undefined.
+NOT_FINITE = "not finite"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,7 +55,7 @@ def number(metric: str, value: float, definition: str, slice: str = "") -> Row:
     """A row for `value`; a value that is not finite becomes a missing one with that reason."""
     value = float(value)
     if value != value or value in (float("inf"), float("-inf")):
-        return Row(metric, None, definition, slice, reason=f"not finite ({value})")
+        return Row(metric, None, definition, slice, reason=f"{NOT_FINITE} ({value})")
     return Row(metric, value, definition, slice)
 
 

@@ -22,6 +22,7 @@ import inspect
 import itertools
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -42,7 +43,7 @@ from saelab.data.stream import Layout, batches
 from saelab.errors import SettingError, SourceError
 from saelab.evals import EvalData, evaluate
 from saelab.evals.agreement import OF_CHANCE, OF_SNAPSHOTS, chance_rows, no_agreement, snapshot_rows
-from saelab.evals.base import Row, Subject, needs_contexts
+from saelab.evals.base import NOT_FINITE, Row, Subject, needs_contexts
 from saelab.evals.core import CoreData
 from saelab.evals.decoder import decoder_rows
 from saelab.evals.matching import chance, largest_cosines
@@ -84,6 +85,8 @@ AT_TARGET = (
 )
 #: What the gate compares with the random controls.
 PROBED = "sae_top_5_test_accuracy"
+#: Metrics that the gate looks at under their own names.
+MEASURED = ("l0", "explained_variance", "loss_recovered", "dead_share")
 #: Held-out rows on which a code is asked whether it is constant, and contexts that the activations
 #: are described by. Our choice.
 CODE_ROWS, INPUT_CONTEXTS = 512, 512
@@ -378,10 +381,9 @@ class Worker:
     ) -> dict[str, Any]:
         values = {row.metric: row.value for row in rows if not row.slice and row.value is not None}
         constant = [row.value for row in rows if row.metric == "probing_constant"]
-        names = ("l0", "explained_variance", "loss_recovered", "dead_share")
         hook = self.data.provenance["hook_name"] or None
         return {
-            **{name: values.get(name) for name in names},
+            **{name: values.get(name) for name in MEASURED},
             "target_l0": plain["level"] or None,
             "d_sae": cell.sae.d_sae,
             "d_in": cell.sae.d_in,
@@ -396,6 +398,7 @@ class Worker:
             "code_std": code_std(cell.sae, self.evaluation.core) if rows else None,
             "centred": float(centred(cell)),
             "probing_accuracy": values.get(PROBED),
+            "not_finite": not_finite(rows),
             **self.input_facts,
             **_weights_facts(cell.sae, largest),
             **_curve_facts(cell.log),
@@ -464,6 +467,13 @@ def centred(cell: Cell) -> bool:
     """Whether the cell's SAE takes a mean off its input; a user's own module is not asked."""
     sae = cell.sae
     return isinstance(sae, SAE) and (sae.config.centre or sae.scaling is not None)
+
+
+def not_finite(rows: Iterable[Row]) -> str | None:
+    """Names of the whole-text metrics that the gate looks at and that came out not finite."""
+    judged = ("fvu", *MEASURED, PROBED)
+    bad = [r.metric for r in rows if not r.slice and r.reason.startswith(NOT_FINITE)]
+    return ", ".join(name for name in judged if name in bad) or None
 
 
 def input_facts(source: Source) -> dict[str, float | None]:

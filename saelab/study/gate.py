@@ -214,6 +214,7 @@ def _hooks(facts: Facts, _: float) -> Hits:
 def _not_finite(facts: Facts, _: float) -> Hits:
     numbers = {k: v for k, v in facts.items() if isinstance(v, (int, float))}
     bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    bad += [str(named)] if (named := facts.get("not_finite")) else []  # missing rows have no value
     if bad and facts.get("nonfinite_step") is None:
         yield "", f"measured numbers are not finite ({', '.join(bad)})"
 

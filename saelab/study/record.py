@@ -15,7 +15,7 @@ import torch
 import saelab
 from saelab.files import sweep, write_atomically, write_json, write_text, writing
 from saelab.kernels import kernels_name
-from saelab.rundir import package_digest, place
+from saelab.rundir import package_digest, package_state, place
 from saelab.runfiles import seal_run
 from saelab.study.final_info import ArmResult, CellGate, Planted
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
@@ -193,6 +193,7 @@ class Record:
             "versions": {
                 "saelab": saelab.__version__,
                 "package_digest": package_digest(),
+                "package": package_state(),
                 "python": platform.python_version(),
                 **{name: version(name) for name in PACKAGES},
                 "threads_per_worker": 1,

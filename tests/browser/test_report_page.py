@@ -189,6 +189,25 @@ def latents(page: Any) -> list[int]:
         "nodes => nodes.map((node) => node.dataset.latent)")]  # fmt: skip
 
 
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_a_link_at_the_top_leads_to_its_section(chromium: Any, file: Path, motion: str) -> None:
+    """Figures are drawn, and grow, only when they come near."""
+    for width in WIDTHS:
+        for section in ("latents", "run_1", "attempts", "answers"):
+            found = Open(chromium, file, width, reduced_motion=motion)
+            link = found.page.locator(f'nav a[href="#{section}"]')
+            link.click()
+            found.page.wait_for_timeout(1500)
+            place = found.page.locator(f"#{section}").bounding_box()
+            end = found.page.evaluate("scrollY + innerHeight >= document.body.scrollHeight - 2")
+            assert 0 <= place["y"] < 200 or end, (width, section, place)
+            here = found.page.locator(".top nav [aria-current]").bounding_box()
+            bar = found.page.locator(".top nav").bounding_box()
+            assert bar["x"] - 1 <= here["x"] < bar["x"] + bar["width"], (width, section)
+            assert found.wrong == []
+            found.context.close()
+
+
 def test_latents_are_searched_filtered_and_sorted(opened: Any) -> None:
     page = opened
     assert len(latents(page)) == 200

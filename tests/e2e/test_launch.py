@@ -178,7 +178,7 @@ def test_the_results_come_last_and_the_manifest_says_what_was_done(launched: Lau
     assert said["plan"]["study"] == "small"
     assert len(said["cells"]) == sum(map(sum, SEEDS.values()))
     assert said["arms"]["rate"]["changes"] == {"train.lr": 2e-3}
-    assert {"saelab", "torch", "python", "package_digest"} <= set(said["versions"])
+    assert {"saelab", "torch", "python", "package_digest", "package"} <= set(said["versions"])
     assert said["data"]["train"]["n_tokens"] >= 16_384
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from saelab.data.store import MemorySource, Shard
 from saelab.data.stream import Batch
 from saelab.errors import CellFailure
+from saelab.evals import EvalData, evaluate
+from saelab.evals.base import Row
 from saelab.evals.core import CoreData, measured
 from saelab.evals.matching import largest_cosines
 from saelab.sae import SAE, SAEConfig
@@ -166,6 +168,21 @@ def test_a_diverging_arm() -> None:
     with pytest.raises(CellFailure) as failure:
         trained(lr=1e30)
     assert "nonfinite_training" in found_by({"nonfinite_step": failure.value.step})
+
+
+def test_a_measurement_that_is_not_finite(healthy: Cell) -> None:
+    """Its rows are missing, as is all in a cell's file that JSON can't hold; the gate is told."""
+    assert cells.not_finite(rows_of(healthy)) is None
+    broken = edited(healthy, W_dec=healthy.sae.W_dec.detach() * 1e38)
+    named = cells.not_finite(rows_of(broken))
+    assert named is not None and "fvu" in named
+    result = gate({"not_finite": named})
+    assert result.outcome == "invalid" and named in result.findings[0].sentence
+    assert gate({"not_finite": named, "nonfinite_step": 3}).outcome == "failed"
+
+
+def rows_of(cell: Cell) -> list[Row]:
+    return evaluate(cell.sae, EvalData(CoreData(source(activations()), None), None), ("core",))
 
 
 def test_a_mean_that_dominates() -> None:

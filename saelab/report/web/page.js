@@ -490,9 +490,11 @@ for (const list of document.querySelectorAll('[role="tablist"]')) {
 // ---------------------------------------------------------------- where the reader is
 
 const links = new Map([...document.querySelectorAll(".top nav a")].map((link) => [link.hash.slice(1), link]));
+const bar = document.querySelector(".top nav");
+const reveal = (link) => { bar.scrollLeft += link.getBoundingClientRect().left - bar.getBoundingClientRect().left - 60; };
 const spy = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) for (const [id, link] of links) {
-    if (id === entry.target.id) { link.setAttribute("aria-current", "true"); link.parentElement.parentElement.parentElement.scrollLeft = link.offsetLeft - 120; }
+    if (id === entry.target.id) { link.setAttribute("aria-current", "true"); reveal(link); }
     else link.removeAttribute("aria-current");
   }
 }, { rootMargin: "-20% 0px -70% 0px" });

@@ -19,7 +19,9 @@ from saelab.files import digest
 class Frozen(BaseModel):
     """Base of all settings: immutable, no extra fields, defaults checked too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
     @classmethod
     def parse(cls, data: dict[str, Any], where: str = "") -> Self:

@@ -149,13 +149,19 @@ def unsealed(data: Any, path: Place, remedy: str = "make it again") -> dict[str,
 
 
 def append_line(path: Path, text: str) -> None:
-    """Adds one line to a file in one write, so that writers beside it don't mix theirs in."""
+    """Adds one line to a file in one write, so that writers beside it don't mix theirs in; the
+    whole line or, where the disk is full, nothing of it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(text.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with path.open("ab", buffering=0) as file:
+            before, left = file.tell(), text.encode() + b"\n"
+            try:
+                while left:  # once, but for a disk that takes a part of it
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise
 
 
 def read_json(path: Place) -> Any:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any, cast, final
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
@@ -67,6 +67,9 @@ from saelab.ranks import ALONE, Ranks
 from saelab.seeding import torch_stream
 from saelab.shards import Shards
 
+#: Latents of an SAE at most: twice as many as any published one has. Our choice; parts are made
+#: before the need of memory is known, so a number that is a slip must not take it all.
+MOST_LATENTS = 2**26
 #: How far a bfloat16 selection may be off, relative to |u| |w| + |b|: 2^-9 for the rounding of each
 #: factor and of the result, and a little for the products of these.
 ROUNDING = 3.05 * 2**-9
@@ -95,7 +98,7 @@ class SAEConfig(Frozen):
         precision: of the GEMM that selects active latents; values are float32 in any case.
     """
 
-    d_sae: PositiveInt = 1536
+    d_sae: int = Field(default=1536, gt=0, le=MOST_LATENTS)
     activation: ActivationField = ReLUConfig()
     scaling: ScalingField | None = None
     losses: tuple[LossField, ...] = (ReconstructionConfig(), L1Config())

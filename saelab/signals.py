@@ -87,6 +87,21 @@ def whole() -> Iterator[None]:
 
 
 @contextmanager
+def kept() -> Iterator[None]:
+    """Puts the handlers back that a library sets within the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    found = {number: signal.getsignal(number) for number in WORDS}
+    try:
+        yield
+    finally:
+        for number, handler in found.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+@contextmanager
 def told() -> Iterator[None]:
     """Ends the process when a signal comes within the block; the sentence is the last of stderr."""
     try:
@@ -110,6 +125,10 @@ def _listening() -> Iterator[None]:
         for number in before:
             signal.signal(number, handle)
         yield
+    except KeyboardInterrupt as error:  # a library's own, in place of the one that it was given
+        if isinstance(error, Interrupted) or _Asked.number is None:
+            raise
+        raise Interrupted(_Asked.number) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

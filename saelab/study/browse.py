@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ from saelab.data.store import FOREIGN_REASON, Source
 from saelab.errors import SettingError
 from saelab.evals import features
 from saelab.evals.features import Example, Lens
-from saelab.files import read_json
-from saelab.study.folders import Member, RunFolder
+from saelab.runfiles import GATE, RunFiles
+from saelab.study.folders import CELLS, Member, RunFolder
 from saelab.study.latents import FILE, LIVES
 from saelab.study.prepare import held_out
 
@@ -182,7 +181,7 @@ def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int)
     seen: Sequence[Lens | None] = [None] * len(latents)
     if not why_no_lens and data.model is not None:
         seen = features.lenses(sae, latents, data.model)
-    lives = _lives(cell.folder / FILE)
+    lives = _lives(run, cell)
     return Browsed(
         run.folder.name,
         cell.arm,
@@ -212,10 +211,11 @@ def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int)
     )
 
 
-def _lives(path: Path) -> dict[str, list[int]]:
+def _lives(run: RunFolder, cell: Member) -> dict[str, list[int]]:
     """What `latents.parquet` holds of lifetimes; {} without any."""
     import pyarrow.parquet as pq
 
+    path = RunFiles(run.folder).file(f"{CELLS}/{cell.place.as_posix()}/{FILE}")
     if not path.is_file():
         return {}
     table = pq.read_table(path)
@@ -223,7 +223,6 @@ def _lives(path: Path) -> dict[str, list[int]]:
 
 
 def _steps(run: RunFolder, cell: Member) -> int | None:
-    gates = run.folder / "gate.json"
-    known: dict[str, Any] = read_json(gates) if gates.is_file() else {}
+    known = RunFiles(run.folder).gates() if (run.folder / GATE).is_file() else {}
     facts = known.get(f"{cell.arm}/seed {cell.seed}/L0 {cell.level:g}", {}).get("facts", {})
     return int(facts["steps"]) if facts.get("steps") else None

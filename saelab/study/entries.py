@@ -14,9 +14,10 @@ from typing import Any
 
 from saelab import stats
 from saelab.errors import SourceError
-from saelab.files import read_json
+from saelab.runfiles import MANIFEST, METRICS, RunFiles
 from saelab.study.controls import PREFIX
 from saelab.study.recorded import CHANNELS, aligned
+from saelab.tables import Kind
 
 #: Metrics over all data, shown before the accuracies.
 CORE = ("fvu", "l0", "loss_recovered")
@@ -26,24 +27,25 @@ ACCURACIES = {
     "top_5_test_accuracy": "k = 5",
     "test_accuracy": "full",
 }
-COLUMNS = ["arm", "seed", "level", "metric", "slice", "value", "reason", "definition"]
+COLUMNS: dict[str, Kind] = {
+    **{"arm": "text", "seed": "whole", "level": "number", "metric": "text", "slice": "text"},
+    **{"value": "number?", "reason": "text?", "definition": "text"},
+}
 
 
 def by_entry(folder: Path) -> dict[str, Any]:
     """What `shown` prints, as plain data with every seed's value and the run's settings.
 
-    Raises: SourceError when the run is not complete.
+    Raises: SourceError when the run is not complete, DamageError when it is not as it was written.
     """
-    import pyarrow.parquet as pq
-
-    table, manifest = folder / "metrics.parquet", folder / "manifest.json"
-    if not table.is_file() or not manifest.is_file():
-        raise SourceError(f"{folder} holds no metrics.parquet: name the folder of a complete run")
-    told = read_json(manifest)
+    files = RunFiles(folder)
+    if not (folder / METRICS).is_file() or not (folder / MANIFEST).is_file():
+        raise SourceError(f"{folder} holds no {METRICS}: name the folder of a complete run")
+    told = files.needed("target_l0", "base", "data")
     level = told["target_l0"] or 0.0
     rows = [
         row
-        for row in pq.read_table(table, columns=COLUMNS).to_pylist()
+        for row in files.rows(METRICS, COLUMNS)
         if row["arm"].startswith(PREFIX) or row["level"] == level
     ]
     return {"base": told["base"], "data": told["data"], "rows": list(_summaries(rows))}

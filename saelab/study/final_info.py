@@ -186,7 +186,8 @@ class Planted:
 def judge_planted(
     rows: Sequence[Mapping[str, Any]], baseline: ArmResult, plan: PlanConfig
 ) -> Planted | None:
-    """Whether the rules see an effect of known size on FVU; None where none was planted.
+    """Whether the rules see an effect of known size on FVU; None where none was planted, or in
+    fewer than two SAEs that have numbers.
 
     Args:
         rows: of controls.
@@ -194,8 +195,9 @@ def judge_planted(
     name = f"{controls.PREFIX}{controls.PLANTED}"
     own = [row for row in rows if row["arm"] == name]
     fvu = {row["seed"]: row["value"] for row in own if row["metric"] == "fvu"}
-    worse = [row["value"] for row in own if row["metric"] == "planted.expected_fvu_change"]
-    if len(fvu) < 2:
+    change = [row["value"] for row in own if row["metric"] == "planted.expected_fvu_change"]
+    worse = [value for value in change if value is not None]
+    if len(fvu) < 2 or not worse:
         return None
     (found,) = judge(
         "fvu",

@@ -13,8 +13,10 @@ from saelab import exhausted
 from saelab.errors import SaelabError, SettingError, nearest
 from saelab.files import read_json
 from saelab.signals import told
-from saelab.study.plan import BASELINE, Confirmation, Run, find_run, read_base, read_plan
-from saelab.study.registry import attempt
+
+with told():  # torch is loaded here, which takes seconds
+    from saelab.study.plan import BASELINE, Confirmation, Run, find_run, read_base, read_plan
+    from saelab.study.registry import attempt
 
 if TYPE_CHECKING:
     from saelab.study.check import RunCheck

@@ -66,6 +66,10 @@ class ProbingConfig(Frozen):
     k_values: tuple[PositiveInt, ...] = (1, 2, 5, 10, 20, 50)
 
 
+#: Seeds at most: each is a cell of every arm, and the list of cells is made first. Our choice.
+MOST_SEEDS = 1000
+
+
 class EvalConfig(Frozen):
     """Core evaluation: tokens for reconstruction, contexts for loss recovered; decoders kept over
     the training of each cell at the plan's L0, evenly spaced in log tokens (0: none)."""
@@ -141,9 +145,9 @@ class PlanConfig(Frozen):
     target_l0: PositiveFloat | None = 32
     levels: tuple[PositiveFloat, ...] = (16, 64)
     tolerance: PositiveFloat = 0.05
-    seeds: PositiveInt = 8
-    seeds_other: PositiveInt = 3
-    seeds_levels: int = Field(default=2, ge=0)
+    seeds: int = Field(default=8, gt=0, le=MOST_SEEDS)
+    seeds_other: int = Field(default=3, gt=0, le=MOST_SEEDS)
+    seeds_levels: int = Field(default=2, ge=0, le=MOST_SEEDS)
     alpha: float = Field(default=0.05, gt=0, lt=1)
     family: PositiveInt | None = None
     exclusions: tuple[str, ...] = ()

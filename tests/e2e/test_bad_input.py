@@ -111,6 +111,18 @@ EDITS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
         (TO_BASE, "[sae]", "[model]\ndevice = 'gpu'\n[sae]"),
         ("model.device = 'gpu'", "use 'cpu' or 'cuda'"),
     ),
+    "more latents than any SAE has": (
+        (TO_BASE, "d_sae = 256", "d_sae = 4_000_000_000"),
+        ("d_sae = 4000000000", "less than or equal to"),
+    ),
+    "a rate that is no number": (
+        (TO_BASE, "lr = 4e-3", "lr = inf"),
+        ("lr = inf", "finite number"),
+    ),
+    "more seeds than cells can be listed": (
+        ("plan.toml", "seeds = 2", "seeds = 1_000_000_000"),
+        ("seeds = 1000000000", "less than or equal to 1000"),
+    ),
     "no such text": (
         (TO_BASE, "train.txt", "trian.txt"),
         ("trian.txt does not exist", "name an existing one"),

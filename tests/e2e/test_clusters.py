@@ -72,18 +72,50 @@ def test_a_worker_that_dies_in_a_cell_is_replaced_and_nothing_changes(
     tmp_path: Path, here: Project
 ) -> None:
     project = Project.make(tmp_path / "project")
-    process = started(project, "ray")
+    process = started(project, "ray", SAELAB_CHECKPOINT_SECONDS="0")
     killed: set[int] = set()
     try:
         for _ in range(2):
-            wait_for(lambda: bool(at_work(project.folder) - killed), "a worker that has a job")
-            victim = min(at_work(project.folder) - killed)
-            os.kill(victim, signal.SIGKILL)
-            killed.add(victim)
+            wait_for(lambda: in_training(project, killed), "a worker with a checkpoint")
+            for victim in at_work(project.folder) - killed:  # the one that has written it too
+                os.kill(victim, signal.SIGKILL)
+                killed.add(victim)
         done = ended(process)
     finally:
         stop(process)
+    assert len(killed) >= 2
     assert done.code == 0, done.err
+    assert same(project, here)
+
+
+def in_training(project: Project, killed: set[int]) -> bool:
+    checkpoints = any(project.folder.glob(".saelab/resume/*/*.json"))
+    return checkpoints and bool(at_work(project.folder) - killed)
+
+
+@pytest.mark.slow
+@needs("ray")
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_a_signal_to_a_launch_with_a_cluster(
+    tmp_path: Path, here: Project, number: int, word: str
+) -> None:
+    project = Project.make(tmp_path / "project")
+    process = started(project, "ray", SAELAB_CHECKPOINT_SECONDS="0")
+    try:
+        wait_for(lambda: in_training(project, set()), "a worker with a checkpoint")
+        process.send_signal(number)
+        done = ended(process)
+    finally:
+        stop(process)
+    assert done.code == 128 + number, done.err
+    assert done.last == f"{word}: the same command goes on where it stopped"
+    assert "Traceback" not in done.err
+    wait_for(lambda: not at_work(project.folder), "the workers to end")
+    assert any(project.folder.glob(".saelab/resume/*/*.json"))
+    again = project.call()
+    assert again.code == 0, again.err
     assert same(project, here)
 
 

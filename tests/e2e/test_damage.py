@@ -80,12 +80,26 @@ def test_a_damaged_run_is_named_by_all_that_read_it(
     ]
     if name != "manifest.json":
         ends.append(cli(project.folder, "difference", "run_1", "rate", "baseline"))
+    if name != "final_info.json":  # of which the table of probing takes nothing
+        ends.append(cli(project.folder, "probing", "run_1"))
     for ended in ends[:1] + ends[2:]:
         assert ended.code == 1 and name in ended.last, ended.err
         assert "again" in ended.last and "Traceback" not in ended.err
     if name != "final_info.json":  # which SAEBench's file is not made of
         assert ends[1].code == 1 and name in ends[1].last
     assert not list(project.folder.glob("run_1_*.png"))
+
+
+@pytest.mark.parametrize("name", ["gate.json", "cells/baseline/*/latents.parquet"])
+def test_a_report_is_made_of_intact_files_alone(
+    tmp_path: Path, finished: Project, name: str
+) -> None:
+    project = copy_of(finished, tmp_path / "project")
+    for file in (project.folder / "run_1").glob(name):
+        (one_digit if file.suffix == ".json" else flip)(file)
+    ended = cli(project.folder, "report", "run_1")
+    assert ended.code == 1 and "was changed after the run wrote it" in ended.last, ended.err
+    assert "Traceback" not in ended.err
 
 
 def _draw() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,29 @@ def test_importing_is_quick_and_loads_no_torch(tmp_path: Path, code: str) -> Non
         fastest = min(fastest, time.perf_counter() - start)
         assert ended.out.strip() == "[]", ended.err
     assert fastest < QUICK
+
+
+LOADING = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from saelab.study.front import main
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_a_signal_while_torch_is_loaded_is_one_sentence(
+    tmp_path: Path, number: int, word: str
+) -> None:
+    ended = run(tmp_path, "-c", LOADING.format(number=int(number)))
+    assert ended.code == 128 + number
+    assert ended.err == f"{word}: the same command goes on where it stopped\n"
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,24 @@ def test_a_late_second_signal_is_not_the_first_once_more(
     assert ended.value.code == 143 and swallowed
 
 
+def test_a_librarys_own_interrupt_keeps_the_number_of_the_signal() -> None:
+    """Ray raises KeyboardInterrupt where a handler raised something while it waited."""
+    with pytest.raises(SystemExit) as ended, told():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+    assert ended.value.code == 143
+
+
+def test_a_librarys_handlers_do_not_stay() -> None:
+    with pytest.raises(SystemExit) as ended, told():
+        with signals.kept():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 143
+
+
 def test_at_once_writes_nothing(
     activations: MemorySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,6 +171,8 @@ def test_the_verdict_sees_the_planted_effect(tmp_path) -> None:
     assert found is not None and found.comparison.word == "hurts"
     assert found.comparison.mean_diff == pytest.approx(found.expected, rel=0.5)
     assert judge_planted([], baseline, PlanConfig(study="test")) is None
+    lost = [row | {"value": None} for row in rows]  # of an SAE whose numbers are not finite
+    assert judge_planted(lost, baseline, PlanConfig(study="test")) is None
 
 
 def test_the_band_of_a_random_dictionary() -> None:

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from saelab import stats
 from saelab.__main__ import app
-from saelab.errors import SourceError
+from saelab.errors import DamageError, SourceError
+from saelab.runfiles import seal_run
 from saelab.study.entries import by_entry
 
 HALF = float(stats.t_interval([0.7, 0.8])[1]) - 0.75
@@ -73,6 +74,20 @@ def test_what_is_printed(run: Path, tmp_path: Path) -> None:
     assert ["baseline", "k", "=", "1", "-", "0.7500", f"±{HALF:.4f}"] in lines
     assert ["control:model", "channels", "k", "=", "1", "-", "0.6250"] in lines
     assert "loss_recovered: no head" in ended.output
+
+
+def test_a_run_that_was_changed_is_told(run: Path) -> None:
+    told = json.loads((run / "manifest.json").read_text())
+    seal_run(run, told, {})
+    assert by_entry(run)["rows"]
+    content = (run / "metrics.parquet").read_bytes()
+    pq.write_table(pq.read_table(run / "metrics.parquet").slice(1), run / "metrics.parquet")
+    with pytest.raises(DamageError, match=r"metrics.parquet was changed"):
+        by_entry(run)
+    (run / "metrics.parquet").write_bytes(content[:-20])
+    (run / "manifest.json").write_text(json.dumps(told))  # as of a stranger: without checksums
+    with pytest.raises(DamageError, match=r"metrics.parquet can't be read"):
+        by_entry(run)
 
 
 def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:

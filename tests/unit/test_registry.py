@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 from pathlib import Path
 
 import pytest
 
 from saelab.errors import DamageError, SettingError, StudyFailure
+from saelab.files import WriteError
 from saelab.study.plan import PlanConfig
 from saelab.study.registry import attempt, attempts, deviations, plan_hash, register
 
@@ -84,6 +86,23 @@ def test_a_killed_attempt_has_no_end_and_the_next_one_its_own_number(tmp_path: P
         ("no end", True),
         ("complete", False),
     ]
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    """The ledger is read by the next launch, which must go on once there is room."""
+    with attempt(tmp_path, "run_1"):
+        pass
+    whole = (tmp_path / ".saelab" / "attempts.jsonl").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, before[1]))
+    try:
+        with pytest.raises(WriteError, match="the disk is full"), attempt(tmp_path, "run_2"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / ".saelab" / "attempts.jsonl").read_bytes() == whole
+    with attempt(tmp_path, "run_2") as number:
+        assert number == 2
 
 
 def test_no_ledger_is_no_attempt_and_a_damaged_one_is_told(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from saelab import signals
 from saelab.errors import SettingError, SourceError, StudyFailure
 from saelab.progress import Progress
 from saelab.study.executors.local import POLL
@@ -95,7 +96,8 @@ def _cluster(workers: int) -> Iterator[Any]:
     address = os.environ.get("RAY_ADDRESS")
     own = {} if address else _own(workers)
     try:
-        ray.init(address=address, **own, **quiet)
+        with signals.kept():
+            ray.init(address=address, **own, **quiet)
     except (ConnectionError, ValueError) as error:
         why = str(error).strip().partition("\n")[0]
         raise SourceError(f"RAY_ADDRESS = {address!r} can't be reached ({why}): mend it") from None

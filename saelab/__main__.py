@@ -240,6 +240,8 @@ def tune(
             for arm, known in found.items():
                 if isinstance(known, dict):
                     _say(f"{arm}: train.lr = {known['train.lr']:g} of {known['trials']}")
+                    for rate, why in known["left_out"].items():
+                        _say(f"  {rate} is left out: {why}")
 
 
 @app.command()

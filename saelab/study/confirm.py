@@ -3,7 +3,8 @@
 An arm is valid when none of its cells is invalid or failed and its comparison was not refused. The
 best one is that whose 95% interval is best at its worse end, so that few seeds are no advantage.
 With `tuned.json` (`saelab tune`) the comparison is repeated with each side at its own best learning
-rate, found on seeds of their own in equally many trials.
+rate, found on seeds of their own in equally many trials. A trial that misses the plan's L0 cannot
+win, since fewer zeros would buy it the better number.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ Rate = Annotated[str, Field(pattern=r"^[0-9.]{1,20}(e[-+]?[0-9]{1,2})?$")]
 
 
 class _Tuned(BaseModel):
-    """What is known of an arm: its best rate, and rate -> the metric's mean."""
+    """What is known of an arm: its best rate, rate -> the metric's mean, and rate -> the reason why
+    it could not win."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     rate: Annotated[float, Field(alias="train.lr", gt=0, lt=1e3)]
     trials: Annotated[dict[Rate, Number | None], Field(min_length=len(FACTORS))]
+    left_out: dict[Rate, str] = {}
 
 
 @dataclass(frozen=True)
@@ -196,22 +199,62 @@ def keep_best(
     Args:
         info: final_info.json of the trials.
 
-    Raises: SettingError when no trial of an arm has a number.
+    Raises: SettingError when no trial of an arm has a number at the plan's L0.
     """  # fmt: skip
-    sign = 1 if plan.direction == "lower" else -1
     found: dict[str, Any] = {"plan_hash": plan_hash(plan), "primary": plan.primary}
     for arm in (arm for arm in run.arms if arm.name in names):
         rate = arm_settings(base, run, arm).train.lr
-        tried = {f: info[trial(arm.name, f)]["means"].get(plan.primary) for f in FACTORS}
-        there = {f: value for f, value in tried.items() if value is not None}
-        if not there:
-            remedy = "no learning rate gives a valid cell: mend the arm"
-            raise SettingError("arm", arm.name, remedy)
-        best = min(there, key=lambda f: (sign * there[f], f != 1))
-        by_rate = {f"{f * rate:g}": value for f, value in tried.items()}
-        found[arm.name] = {"train.lr": best * rate, "trials": by_rate}
+        tried = {factor: info[trial(arm.name, factor)] for factor in FACTORS}
+        found[arm.name] = _best_rate(arm.name, rate, tried, plan)
     write_json(root / TUNED, _tuned(root) | {name: found})
     return found
+
+
+def _best_rate(
+    arm: str, rate: float, tried: Mapping[float, Mapping[str, Any]], plan: PlanConfig
+) -> dict[str, Any]:
+    """What tuned.json holds of an arm.
+
+    Args:
+        rate: the arm's own, that each factor multiplies.
+        tried: factor -> its trial in final_info.json.
+
+    Raises: SettingError when no trial has a number at the plan's L0.
+    """
+    sign = 1 if plan.direction == "lower" else -1
+    values = {f: known["means"].get(plan.primary) for f, known in tried.items()}
+    there = {f: value for f, value in values.items() if value is not None}
+    off = {f: text for f in there if (text := _off_target(tried[f], plan))}
+    left_out = {f"{f * rate:g}": text for f, text in off.items()}
+    if not there:
+        raise SettingError("arm", arm, "no learning rate gives a valid cell: mend the arm")
+    if off.keys() == there.keys():
+        each = "; ".join(f"{one}: {text}" for one, text in left_out.items())
+        remedy = f"no learning rate keeps the plan's L0 ({each}): calibrate the arm"
+        raise SettingError("arm", arm, remedy)
+    best = min(there.keys() - off.keys(), key=lambda f: (sign * there[f], f != 1, f))
+    by_rate = {f"{f * rate:g}": value for f, value in values.items()}
+    return {"train.lr": best * rate, "trials": by_rate, "left_out": left_out}
+
+
+def _off_target(known: Mapping[str, Any], plan: PlanConfig) -> str:
+    """Why an arm of final_info.json is not at the plan's L0; '' where it is, or the plan has none.
+
+    One cell is enough, as it is for the verdict.
+    """
+    target = plan.target_l0
+    if target is None:
+        return ""
+    found = [l0 for l0 in known["final_info_dict"].get("l0", []) if l0 is not None]
+    if not found:
+        return "its L0 was not measured"
+    worst = max(found, key=lambda l0: abs(l0 / target - 1))
+    share = abs(worst / target - 1)
+    if share <= plan.tolerance + 1e-9:
+        return ""
+    return (
+        f"L0 {worst:.4g}, {share:.1%} from the target {target:g} (tolerance {plan.tolerance:.0%})"
+    )
 
 
 def _tuned(root: Path) -> dict[str, Any]:

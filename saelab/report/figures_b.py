@@ -140,13 +140,16 @@ def _of_arms(run: Run, metric: str, slice: str = "") -> dict[str, list[float]]:
 
 
 def balance(run: Run) -> Figure | str:
-    """alpha of every arm over training, between the terms that its ends stand for."""
+    """alpha of every arm over training, between the terms that its ends stand for.
+
+    Without bands: that of a frozen random alpha covers whatever lies between its seeds' numbers.
+    """
     curves = _curves(run, "alpha")
     if not _moves(curves):
         return ""
     page = Page([["alpha"]], 3.8)
     axes = page.panels["alpha"]
-    last = over_training(axes, run, "alpha", curves)
+    last = over_training(axes, run, "alpha", curves, banded=False)
     thin_lines(axes, run, "alpha")
     axes.set_ylim(-0.02, 1.02)
     for low, high in ((-0.02, INSIDE[0]), (INSIDE[1], 1.02)):
@@ -155,8 +158,8 @@ def balance(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – the balance of both similarities over training",
         [
-            f"Line: mean over {of_seeds(counts_of(run, 'alpha'))} at {at(run)}; thin: seeds; band:"
-            " their range. Grey: collapsed.",
+            f"Line: mean over {of_seeds(counts_of(run, 'alpha'))} at {at(run)}; thin: seeds. Grey:"
+            " collapsed.",
             f"At the end: {without_baseline(run, last, '.2f')}.",
         ],
         legend(run, list(curves)),

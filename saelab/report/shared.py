@@ -157,29 +157,36 @@ def band(curves: Mapping[int, Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def plot_band(
-    axes: Axes, look: Look, curves: Mapping[int, Curve], unit: float, turn: float
+    axes: Axes, look: Look, curves: Mapping[int, Curve], unit: float, turn: float, banded: bool
 ) -> float:
-    """Mean line and band of one arm; `turn` in [0, 1) shifts its markers. Returns the last mean."""
+    """Mean line of one arm, and the band of its seeds where it is to have one; `turn` in [0, 1)
+    shifts its markers. Returns the last mean."""
     tokens, mean, low, high = band(curves)
     every = max(1, len(tokens) // 6)
     axes.plot(tokens / unit, mean, markevery=(int(turn * every), every), **look.line())
-    axes.fill_between(
-        tokens / unit, low, high, label=look.name, color=look.color, alpha=0.14, linewidth=0,
-        zorder=1.5,
-    )  # fmt: skip
+    if banded:
+        axes.fill_between(
+            tokens / unit, low, high, label=look.name, color=look.color, alpha=0.14, linewidth=0,
+            zorder=1.5,
+        )  # fmt: skip
     return float(mean[-1])
 
 
 def over_training(
-    axes: Axes, run: Run, name: str, curves: Mapping[str, Mapping[int, Curve]] | None = None
+    axes: Axes,
+    run: Run,
+    name: str,
+    curves: Mapping[str, Mapping[int, Curve]] | None = None,
+    banded: bool = True,
 ) -> dict[str, float]:
-    """Draws one scalar of all arms, or the given curves. Returns the last mean of each arm."""
+    """Draws one scalar of all arms, or the given curves, with bands of their seeds or without.
+    Returns the last mean of each arm."""
     unit, unit_name = token_unit(run, name)
     if curves is None:
         curves = {arm: run.curves[name, arm] for arm in run.arms if (name, arm) in run.curves}
     style, last = looks(run), {}
     for i, (arm, of_arm) in enumerate(curves.items()):
-        last[arm] = plot_band(axes, style[arm], of_arm, unit, (i + 0.5) / len(curves))
+        last[arm] = plot_band(axes, style[arm], of_arm, unit, (i + 0.5) / len(curves), banded)
     axes.set_xlabel(f"training ({unit_name})")
     axes.margins(x=0.02)
     return last

@@ -125,6 +125,7 @@ def test_alpha_is_drawn_for_arms_that_have_one(run: Run) -> None:
     )
     colors = {line.get_color() for line in axes.lines}
     assert colors == {canvas.looks(run)[arm].color for arm in WITH_B}
+    assert not axes.collections  # a band between frozen numbers would cover the curves
 
 
 def test_both_terms_are_drawn_raw_and_over_their_reference(run: Run) -> None:

@@ -35,7 +35,7 @@ from saelab.study.plan import PlanConfig
 from saelab.study.registry import Attempt, attempts
 from saelab.study.review import CellNote, Review, differences_of, grouped, review
 from saelab.study.summary import COLUMNS, mean_and_half_width
-from saelab.study.verdict import COVERS
+from saelab.study.verdict import COVERS, POWER
 
 #: Bytes that a page may have. Our choice: what a mail or a slow line still takes.
 LIMIT = 8_000_000
@@ -48,6 +48,8 @@ TITLES = {
     "max_cosine": "nearest decoder rows",
     "latents": "moving k",
 }
+#: Settings of a plan whose names say too little.
+SPELT = {"sesoi": "smallest effect of interest (sesoi)"}
 OUTCOMES = {"invalid": "✕", "failed": "✕", "relabelled": "≈", "warning": "!"}
 
 
@@ -195,6 +197,7 @@ def _page(study: Study, reviews: Sequence[Review], runs: Sequence[Any]) -> dict[
         "study": ", ".join(studies),
         "version": saelab.__version__,
         "covers": COVERS,
+        "power": round(100 * POWER),
         "words": answers.counted(comparisons),
         "arms": len(comparisons),
         "runs": runs,
@@ -238,7 +241,7 @@ def question(plan: PlanConfig) -> str:
 
 def _plan_rows(plan: PlanConfig) -> list[tuple[str, str]]:
     known = plan.model_dump(mode="json", exclude={"exclusions"})
-    return [(name.replace("_", " "), _plain(value)) for name, value in known.items()]
+    return [(SPELT.get(n, n.replace("_", " ")), _plain(value)) for n, value in known.items()]
 
 
 def _plain(value: Any) -> str:

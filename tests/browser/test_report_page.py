@@ -111,6 +111,24 @@ def test_nothing_is_wider_than_the_screen(opened: Any) -> None:
     assert opened.evaluate("document.body.scrollWidth <= innerWidth")
 
 
+def test_verdicts_scroll_by_keyboard_and_say_what_their_words_mean(opened: Any) -> None:
+    box = opened.get_by_role("region", name="Verdicts of run_0")
+    box.scroll_into_view_if_needed()
+    terms = opened.locator(f"#{box.get_attribute('aria-describedby')}")
+    said = terms.text_content()
+    assert terms.is_visible() and terms.bounding_box()["y"] > box.bounding_box()["y"]
+    for word in ("Smallest effect of interest", "Detectable", "Seeds to tell"):
+        assert word in said, word
+    attached = box.evaluate("node => getComputedStyle(node).backgroundAttachment")
+    assert attached == "local, local, scroll, scroll"  # the shadow stays, its cover scrolls away
+    hidden = box.evaluate("node => node.scrollWidth - node.clientWidth")
+    assert hidden > 100 or opened.viewport_size["width"] > 1000
+    box.focus()
+    opened.keyboard.press("ArrowRight")
+    opened.wait_for_timeout(400)
+    assert (box.evaluate("node => node.scrollLeft") > 0) == (hidden > 0)
+
+
 def test_an_arm_is_hidden_in_all_figures_of_its_run_and_in_no_other(wide: Any) -> None:
     frontier, other = figure(wide, "run_0-frontier"), figure(wide, "run_1-frontier")
     before, elsewhere = marks(frontier, 1), marks(other, 1)

@@ -5,6 +5,7 @@
 
 A plan may be changed later; each change is then shown as a deviation wherever the study is. An
 attempt that was killed has no second line, and a run folder that was deleted keeps its attempts.
+A last line that a loss of power cut short is no line; any other that can't be read is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pydantic import Field
 
 from saelab.config import digest
 from saelab.errors import DamageError, SaelabError, UsageError
-from saelab.files import append_line, read_json, write_json
+from saelab.files import append_line, read_json, untorn, write_json
 from saelab.schema import Loose, Number, check
 from saelab.study.plan import PlanConfig
 
@@ -162,7 +163,7 @@ def attempts(root: Path) -> list[Attempt]:
     found: dict[int, Attempt] = {}
     if not file.is_file():
         return []
-    for number, text in enumerate(file.read_bytes().splitlines(), start=1):
+    for number, text in enumerate(untorn(file.read_bytes()).splitlines(), start=1):
         where, remedy = f"{file}:{number}", "mend the line, or take the file from a copy"
         try:
             line = json.loads(text)

@@ -121,20 +121,13 @@ def _untrained(of: Setting) -> Subject:
     return sae.eval()
 
 
-@dataclass(frozen=True)
-class Control:
-    """How a control subject is made, and whether it is probed besides the core metrics."""
-
-    make: Callable[[Setting], Subject]
-    probed: bool = False
-
-
-#: name -> control that needs no training; the model's channels are probed without being a subject.
-SUBJECTS: dict[str, Control] = {
-    "all zero": Control(_zero),
-    "top channels": Control(_top_channels),
-    "PCA": Control(_pca),
-    "untrained": Control(_untrained, probed=True),
+#: Name -> how a control is made that needs no training; every evaluation takes it. The model's
+#: channels are probed without being a subject.
+SUBJECTS: dict[str, Callable[[Setting], Subject]] = {
+    "all zero": _zero,
+    "top channels": _top_channels,
+    "PCA": _pca,
+    "untrained": _untrained,
 }
 
 

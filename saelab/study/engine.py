@@ -603,9 +603,9 @@ def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
     if name == controls.CHANNELS:
         rows = probing_rows(None, worker.evaluation, prefix="llm")
     else:
-        kind, config = controls.SUBJECTS[name], SAEConfig.parse(control["sae"])
+        config = SAEConfig.parse(control["sae"])
         setting = controls.Setting(worker.sample, config, control["level"], control["seed"])
-        rows = worker.evaluate(kind.make(setting), probe=kind.probed)
+        rows = worker.evaluate(controls.SUBJECTS[name](setting), probe=True)
     arm = f"{controls.PREFIX}{name}"
     own = [row.of_cell(arm, -1, control["level"]).as_dict() for row in rows]
     folder = worker.folder(cache, control["key"])

@@ -106,7 +106,7 @@ def subject_of(kind: str, data: EvalData) -> Subject:
     if kind == "plain":
         return Plain(x.shape[1])
     if kind in SUBJECTS:
-        return SUBJECTS[kind].make(Setting(x, SAE, 8.0, 3))
+        return SUBJECTS[kind](Setting(x, SAE, 8.0, 3))
     sae = SAE.build(x.shape[1], 1, 3)
     sae.initialise(x, 3)
     return sae.eval()

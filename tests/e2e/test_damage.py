@@ -94,7 +94,7 @@ def test_a_damaged_run_is_named_by_all_that_read_it(
 def test_a_report_is_made_of_intact_files_alone(
     tmp_path: Path, finished: Project, name: str
 ) -> None:
-    project = copy_of(finished, tmp_path / "project")
+    project = finished.copied(tmp_path / "project")
     for file in (project.folder / "run_1").glob(name):
         (one_digit if file.suffix == ".json" else flip)(file)
     ended = cli(project.folder, "report", "run_1")

@@ -63,7 +63,7 @@ def trained(config: SAEConfig = TOPK, seed: int = 5) -> Cell:
 
 
 def subject(name: str, level: float = K, config: SAEConfig = TOPK) -> Subject:
-    return SUBJECTS[name].make(Setting(data(), config, level, 7))
+    return SUBJECTS[name](Setting(data(), config, level, 7))
 
 
 def test_all_zero_fires_nowhere_and_is_worse_than_the_mean() -> None:

@@ -180,7 +180,7 @@ def untorn(content: bytes) -> bytes:
     return content
 
 
-def read_json(path: Place) -> Any:
+def read_json(path: Place, remedy: str = "delete it and run again") -> Any:
     """Raises: DamageError when the file is no JSON, SourceError when it can't be opened."""
     try:
         return parse_json(path)
@@ -189,7 +189,7 @@ def read_json(path: Place) -> Any:
     except OSError as error:
         raise SourceError(f"{path} can't be read ({error.strerror}): name another") from None
     except ValueError as error:
-        raise DamageError(f"{path} is damaged ({error}): delete it and run again") from None
+        raise DamageError(f"{path} is damaged ({error}): {remedy}") from None
 
 
 def parse_json(path: Place) -> Any:

@@ -30,6 +30,12 @@ from saelab.study.plan import PlanConfig
 FOLDER, PLAN, ATTEMPTS = ".saelab", "plan.json", "attempts.jsonl"
 #: Settings of plan.toml that decide no verdict.
 UNREGISTERED = {"base"}
+#: What to do about a registered plan that is not as it was written.
+UNREADABLE = (
+    "take it from a copy, it says what was registered before the first run (if you delete it, the "
+    "next launch registers the plan anew, as it is then, and shows no earlier change of it as a "
+    "deviation; finished runs keep their own plan and its hash)"
+)
 
 
 class _Registered(Loose):
@@ -79,11 +85,10 @@ def deviations(root: Path, plan: PlanConfig) -> tuple[str, ...]:
     file = root / FOLDER / PLAN
     if not file.is_file():
         return ()
-    remedy = "take it from a copy: it says what was registered before the first run"
-    kept = check(read_json(file), _Registered, file, remedy)
+    kept = check(read_json(file, UNREADABLE), _Registered, file, UNREADABLE)
     old = PlanConfig.parse(kept["plan"], where=file.name)
     if plan_hash(old) != kept["hash"] and digest(kept["plan"]) != kept["hash"]:
-        raise DamageError(f"{file} was changed after it was written: {remedy}")
+        raise DamageError(f"{file} was changed after it was written: {UNREADABLE}")
     return changes(old, plan)
 
 

@@ -152,3 +152,14 @@ def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path) -> None:
         file.write_bytes(b"".join([first, broken, *rest]))
         with pytest.raises(DamageError, match=r"attempts.jsonl:2 is damaged"):
             attempts(tmp_path)
+
+
+def test_a_plan_cut_short_is_told_with_what_deleting_it_means(tmp_path: Path) -> None:
+    file, longer = tmp_path / ".saelab" / "plan.json", PLAN.patched({"seeds": PLAN.seeds + 1})
+    register(tmp_path, PLAN)
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(DamageError, match=r"take it from a copy.*registers the plan anew"):
+        register(tmp_path, longer)
+    file.unlink()  # and so it is
+    assert register(tmp_path, longer) == () and deviations(tmp_path, PLAN)
+    assert json.loads(file.read_text())["hash"] == plan_hash(longer)

@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,7 +96,7 @@ def render(study: Study) -> tuple[str, dict[str, Any]]:
     arrays, reviews = Arrays(), [review(folder) for folder in study.runs]
     pictures, runs = {}, []
     for folder, found in zip(study.runs, reviews, strict=True):
-        run = load(folder)
+        run = _judged(load(folder), found)
         scenes, missing = _scenes(run, arrays)
         pictures[found.run] = {"arms": _legend(run), "scenes": scenes}
         runs.append(_run(folder, found, run, scenes, missing))
@@ -115,6 +115,16 @@ def render(study: Study) -> tuple[str, dict[str, Any]]:
         latents=Markup(as_block(packed(study.cells))),
     )
     return text, _held(study, reviews, pictures, runs)
+
+
+def _judged(run: Run, found: Review) -> Run:
+    """The run with the verdict of its review, so that table and picture say the same of a run that
+    an older version judged."""
+    info = {arm: dict(known) for arm, known in run.info.items()}
+    for c in found.comparisons:
+        if c.arm in info:
+            info[c.arm]["means"] = info[c.arm].get("means", {}) | c.means()
+    return replace(run, info=info)
 
 
 def as_block(data: Any) -> str:

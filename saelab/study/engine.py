@@ -653,6 +653,8 @@ def _collect(
         gates[spec.name] = CellGate(**own, expected=spec.expected, facts=cell["facts"])
         if _at_target(spec, task.plan):
             arms[spec.arm].add(spec.seed, cell, spec.expected)
+        else:
+            arms[spec.arm].add_level(spec.seed, spec.level, cell, spec.expected)
     return arms, rows, gates
 
 

@@ -11,13 +11,14 @@ all of them; everything else is in metrics.parquet.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from saelab import stats
 from saelab.evals.base import check_one_definition
 from saelab.study import controls
 from saelab.study.gate import GateResult, gate
+from saelab.study.matching import Moves, moved, moves
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.verdict import Comparison, Difference, compare_secondary, judge
 
@@ -48,6 +49,8 @@ METRICS = (
 )
 #: Secondary metrics whose paired difference is shown, without a word.
 SECONDARY = ("loss_recovered", "sae_top_5_test_accuracy")
+#: Least change of a difference by which it is said that values were moved.
+SHOWN = 1e-9
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class CellGate:
 
 @dataclass
 class ArmResult:
-    """All cells of one arm at the target L0, by seed."""
+    """All cells of one arm at the target L0, by seed; of its further levels the values alone."""
 
     name: str
     settings: dict[str, Any]
@@ -76,6 +79,16 @@ class ArmResult:
     gates: dict[int, GateResult] = field(default_factory=dict)
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
     definitions: dict[str, str] = field(default_factory=dict)
+    levels: dict[int, dict[float, dict[str, float]]] = field(default_factory=dict)
+
+    def add_level(
+        self, seed: int, level: float, cell: Mapping[str, Any], expected: Sequence[str]
+    ) -> None:
+        """Keeps the values of a cell at a further level, unless the gate turns it away."""
+        if gate(cell["facts"], expected).outcome not in ("invalid", "failed"):
+            rows = [row for row in cell["rows"] if not row["slice"] and row["value"] is not None]
+            own = {row["metric"]: row["value"] for row in rows}
+            self.levels.setdefault(seed, {})[level] = own
 
     def add(self, seed: int, cell: Mapping[str, Any], expected: Sequence[str]) -> None:
         rows = [row for row in cell["rows"] if not row["slice"] and row["value"] is not None]
@@ -126,13 +139,15 @@ class ArmResult:
 def judge_run(
     arms: Mapping[str, ArmResult], plan: PlanConfig, exploratory: bool
 ) -> tuple[list[Comparison], list[Difference]]:
-    """The verdict on the primary metric, and secondary differences without words."""
+    """The verdict on the primary metric, at the declared L0 (`study/matching.py`), and secondary
+    differences, as measured and without words."""
     others = [arm for arm in arms.values() if arm.name != BASELINE]
     comparisons: list[Comparison] = []
     differences: list[Difference] = []
+    by = moves(arms, plan)
     for name in dict.fromkeys(arm.against for arm in others):
         some = {arm.name: arm for arm in others if arm.against == name}
-        comparisons += _judge(arms[name], some, plan, exploratory, len(others))
+        comparisons += _judge(arms[name], some, plan, exploratory, len(others), by)
         for metric in SECONDARY:
             if metric != plan.primary:
                 differences += _secondary(arms[name], some, metric)
@@ -151,18 +166,25 @@ def _secondary(base: ArmResult, arms: Mapping[str, ArmResult], metric: str) -> l
 
 
 def _judge(
-    base: ArmResult, arms: Mapping[str, ArmResult], plan: PlanConfig, exploratory: bool, family: int
+    base: ArmResult,
+    arms: Mapping[str, ArmResult],
+    plan: PlanConfig,
+    exploratory: bool,
+    family: int,
+    by: Moves,
 ) -> list[Comparison]:
     """The verdict on arms that are compared with one other, in a family of all arms of the run."""
     primary, every = plan.primary, {base.name: base, **arms}
+    measured = {name: arm.metric(primary) for name, arm in arms.items()}
+    reference = base.reference(primary)
     own = base.definitions.get(primary)
     definitions = {name: arm.definitions.get(primary, own) for name, arm in every.items()}
-    return judge(
+    found = judge(
         primary,
         plan.direction,
         plan.sesoi,
-        base.reference(primary),
-        {name: arm.metric(primary) for name, arm in arms.items()},
+        moved(reference, by.get(base.name, {})),
+        {name: moved(values, by.get(name, {})) for name, values in measured.items()},
         {name: _numbers(arm.metric("l0")) for name, arm in every.items()},
         plan.target_l0,
         plan.tolerance,
@@ -173,6 +195,22 @@ def _judge(
         family=max(family, plan.family or 0),
         baseline_name=base.name,
     )
+    return [_as_measured(c, reference, measured[c.arm], plan) for c in found]
+
+
+def _as_measured(
+    c: Comparison,
+    reference: Mapping[int, float | None],
+    values: Mapping[int, float | None],
+    plan: PlanConfig,
+) -> Comparison:
+    """Adds to the reason what the difference was before values were moved to the declared L0."""
+    pairs = [(v, reference.get(seed)) for seed, v in values.items()]
+    both = [own - other for own, other in pairs if own is not None and other is not None]
+    if c.mean_diff is None or not both or abs(sum(both) / len(both) - c.mean_diff) < SHOWN:
+        return c
+    plain = f"{sum(both) / len(both):+.4g} as measured, brought to L0 {plan.target_l0:g}"
+    return replace(c, reason=f"{c.reason}; {plain}")
 
 
 @dataclass(frozen=True)

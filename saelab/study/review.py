@@ -195,10 +195,12 @@ def _arms(
         name: ArmResult(name, {}, known.get("against", BASELINE)) for name, known in names.items()
     }
     for cell in gates.values():
+        own = by_cell.get((cell.arm, cell.seed, cell.level), [])
+        measured = {"rows": own, "last": {}, "facts": cell.facts}
         if cell.level == target:
-            own = by_cell.get((cell.arm, cell.seed, cell.level), [])
-            measured = {"rows": own, "last": {}, "facts": cell.facts}
             arms[cell.arm].add(cell.seed, measured, cell.expected)
+        else:
+            arms[cell.arm].add_level(cell.seed, cell.level, measured, cell.expected)
     return arms
 
 

@@ -7,6 +7,7 @@ builds from it; derived values are properties; `patched` changes the named field
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -14,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.files import digest
+
+#: Said of a text with a character that no file and no module has in its name.
+NUL = "a text can't hold the character NUL: leave it out"
 
 
 class Frozen(BaseModel):
@@ -29,10 +33,17 @@ class Frozen(BaseModel):
 
         Raises: SettingError naming the setting, its value and the remedy.
         """
+        for path, value in _leaves(data):
+            if isinstance(value, str) and "\0" in value:
+                raise SettingError(_name(where, path), value, NUL)
         try:
-            return cls.model_validate(data)
+            made = cls.model_validate(data)
         except ValidationError as error:
             raise _setting_error(cls, error, where) from None
+        for path, value in _leaves(data):  # True and False would pass for 1 and 0
+            if isinstance(value, bool) and type(_at(made, path)) in (int, float):
+                raise SettingError(_name(where, path), value, "should be a number, not a boolean")
+        return made
 
     def patched(self, changes: dict[str, Any]) -> Self:
         """The same settings with dotted names replaced: {"sae.d_sae": 512}.
@@ -76,6 +87,36 @@ def _child(node: Any, key: str, name: str, value: Any) -> Any:
     return node[key]
 
 
+def _leaves(data: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Every name and every value in plain data that is no container, and where it lies."""
+    left: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
+    while left:  # not by recursion: data may be nested as deeply as a file's reader allows
+        path, value = left.pop()
+        if isinstance(value, Mapping):
+            yield from ((path, name) for name in value)
+            left += [((*path, name), each) for name, each in value.items()]
+        elif isinstance(value, (list, tuple)):
+            left += [((*path, i), each) for i, each in enumerate(value)]
+        else:
+            yield path, value
+
+
+def _at(made: Any, path: tuple[str | int, ...]) -> Any:
+    """What settings hold at a place of the data that they were made from."""
+    for key in path:
+        if isinstance(made, BaseModel):
+            made = getattr(made, str(key), None)
+        elif isinstance(made, Mapping):
+            made = made.get(key)
+        else:
+            made = made[key] if isinstance(made, tuple) and isinstance(key, int) else None
+    return made
+
+
+def _name(where: str, path: tuple[str | int, ...]) -> str:
+    return ".".join([*([where] if where else []), *map(str, path)])
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Raises: SourceError when the file is missing or is no TOML."""
     try:
@@ -89,7 +130,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def _setting_error(cls: type[BaseModel], error: ValidationError, where: str) -> SettingError:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
-    name = ".".join([*([where] if where else []), *location])
+    name = _name(where, first["loc"])
     if first["type"] == "extra_forbidden":
         remedy = f"no such setting{nearest(location[-1], _fields(cls, location[:-1]))}"
     elif first["type"] == "union_tag_invalid":

@@ -149,22 +149,38 @@ def unsealed(data: Any, path: Place, remedy: str = "make it again") -> dict[str,
 
 
 def append_line(path: Path, text: str) -> None:
-    """Adds one line to a file in one write, so that writers beside it don't mix theirs in; the
-    whole line or, where the disk is full, nothing of it."""
+    """Adds one line of JSON to a file in one write, so that writers beside it don't mix theirs in;
+    the whole line or, where the disk is full, nothing of it. A torn last line is removed first."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab", buffering=0) as file:
-            before, left = file.tell(), text.encode() + b"\n"
+        with path.open("a+b", buffering=0) as file:
+            file.seek(0)
+            content = file.read()
+            whole = untorn(content)
+            if len(whole) < len(content):
+                file.truncate(len(whole))
+            left = b"\n" * (whole[-1:] not in (b"", b"\n")) + text.encode() + b"\n"
             try:
                 while left:  # once, but for a disk that takes a part of it
                     left = left[file.write(left) :]
                 os.fsync(file.fileno())
             except OSError:
-                file.truncate(before)
+                file.truncate(len(whole))
                 raise
 
 
-def read_json(path: Place) -> Any:
+def untorn(content: bytes) -> bytes:
+    """Lines of JSON without a last one that has neither an end nor a meaning: a loss of power in
+    the middle of `append_line` leaves such."""
+    end = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[end:])
+    except (ValueError, RecursionError):
+        return content[:end]
+    return content
+
+
+def read_json(path: Place, remedy: str = "delete it and run again") -> Any:
     """Raises: DamageError when the file is no JSON, SourceError when it can't be opened."""
     try:
         return parse_json(path)
@@ -173,7 +189,7 @@ def read_json(path: Place) -> Any:
     except OSError as error:
         raise SourceError(f"{path} can't be read ({error.strerror}): name another") from None
     except ValueError as error:
-        raise DamageError(f"{path} is damaged ({error}): delete it and run again") from None
+        raise DamageError(f"{path} is damaged ({error}): {remedy}") from None
 
 
 def parse_json(path: Place) -> Any:

@@ -191,7 +191,7 @@ class GroundConfig(Frozen):
         otherwise, that is no arm.
     """
 
-    study: str = "synthetic"
+    study: str = Field(default="synthetic", min_length=1)
     data: Annotated[Process, BeforeValidator(parse_process)] = SyntheticConfig()
     data_seed: int | Literal["own"] = 0
     contexts: PositiveInt = 8192

@@ -137,7 +137,7 @@ class PlanConfig(Frozen):
         exclusions: in words, what is left out on purpose; shown in every report.
     """
 
-    study: str
+    study: str = Field(min_length=1)
     base: str = "configs/embedded.toml"
     primary: str = "fvu"
     direction: Literal["lower", "higher"] = "lower"

@@ -5,6 +5,7 @@
 
 A plan may be changed later; each change is then shown as a deviation wherever the study is. An
 attempt that was killed has no second line, and a run folder that was deleted keeps its attempts.
+A last line that a loss of power cut short is no line; any other that can't be read is refused.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ from pydantic import Field
 
 from saelab.config import digest
 from saelab.errors import DamageError, SaelabError, UsageError
-from saelab.files import append_line, read_json, write_json
+from saelab.files import append_line, read_json, untorn, write_json
 from saelab.schema import Loose, Number, check
 from saelab.study.plan import PlanConfig
 
 FOLDER, PLAN, ATTEMPTS = ".saelab", "plan.json", "attempts.jsonl"
 #: Settings of plan.toml that decide no verdict.
 UNREGISTERED = {"base"}
+#: What to do about a registered plan that is not as it was written.
+UNREADABLE = (
+    "take it from a copy, it says what was registered before the first run (if you delete it, the "
+    "next launch registers the plan anew, as it is then, and shows no earlier change of it as a "
+    "deviation; finished runs keep their own plan and its hash)"
+)
 
 
 class _Registered(Loose):
@@ -78,11 +85,10 @@ def deviations(root: Path, plan: PlanConfig) -> tuple[str, ...]:
     file = root / FOLDER / PLAN
     if not file.is_file():
         return ()
-    remedy = "take it from a copy: it says what was registered before the first run"
-    kept = check(read_json(file), _Registered, file, remedy)
+    kept = check(read_json(file, UNREADABLE), _Registered, file, UNREADABLE)
     old = PlanConfig.parse(kept["plan"], where=file.name)
     if plan_hash(old) != kept["hash"] and digest(kept["plan"]) != kept["hash"]:
-        raise DamageError(f"{file} was changed after it was written: {remedy}")
+        raise DamageError(f"{file} was changed after it was written: {UNREADABLE}")
     return changes(old, plan)
 
 
@@ -162,7 +168,7 @@ def attempts(root: Path) -> list[Attempt]:
     found: dict[int, Attempt] = {}
     if not file.is_file():
         return []
-    for number, text in enumerate(file.read_bytes().splitlines(), start=1):
+    for number, text in enumerate(untorn(file.read_bytes()).splitlines(), start=1):
         where, remedy = f"{file}:{number}", "mend the line, or take the file from a copy"
         try:
             line = json.loads(text)

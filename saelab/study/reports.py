@@ -3,6 +3,9 @@
     {"stage": "train", "arm": .., "seed": .., "level": .., "step": .., "steps": .., "tokens": ..,
      "rate": .., "seconds": .., "values": {"loss": .., "reconstruction": .., "l0": .., "dead": ..}}
 
+A cell's first line has no values but `from_step`: the steps of the checkpoint from which it goes
+on, 0 without one.
+
 It reads what the cells have logged and changes nothing, so their bits are the same without it.
 """
 
@@ -54,7 +57,7 @@ class Reports:
         #: Cell -> its steps, tokens and time at its last line.
         self._told = {cell.name: (cell.steps_done, cell.tokens, self._start) for cell in cells}
         for cell in cells:
-            self._say(cell, TRAIN)
+            self._say(cell, TRAIN, from_step=cell.steps_done)
 
     def steps(self, steps: int, living: Sequence[Cell]) -> None:
         """After some steps of the living cells, see `training.loop.train`."""

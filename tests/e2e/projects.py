@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 from saelab.data import stdlib
 from saelab.files import read_json, sha256
+from saelab.progress.journal import Tail
 
 ROOT = Path(__file__).parents[2]
 #: Variables of the caller that would change what a launch does.
@@ -217,6 +218,11 @@ class Project:
         cells = self.folder / run / "cells"
         files = sorted(cells.rglob("*.safetensors"))
         return {str(file.relative_to(cells).parent): sha256(file) for file in files}
+
+    def went_on(self, run: str = "run_1") -> list[int]:
+        """The steps of the checkpoints from which cells went on, over all launches of the run."""
+        lines = Tail(self.folder / run / "metrics.jsonl").lines()
+        return [line["from_step"] for line in lines if line.get("from_step")]
 
     def finished_cells(self) -> list[Path]:
         return sorted((self.folder / ".saelab" / "cells").glob("*/cell.json"))

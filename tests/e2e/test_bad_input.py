@@ -119,6 +119,18 @@ EDITS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
         (TO_BASE, "lr = 4e-3", "lr = inf"),
         ("lr = inf", "finite number"),
     ),
+    "a path that none can be": (
+        (TO_BASE, '"train.txt"', '"\\u0000"'),
+        ("small.toml.train_text.path = '\\x00'", "NUL", "leave it out"),
+    ),
+    "a boolean in place of a number": (
+        (TO_BASE, "d_sae = 256", "d_sae = true"),
+        ("small.toml.sae.d_sae = True", "should be a number"),
+    ),
+    "a study without a name": (
+        ("plan.toml", "study = 'small'", "study = ''"),
+        ("plan.toml.study = ''", "at least 1 character"),
+    ),
     "more seeds than cells can be listed": (
         ("plan.toml", "seeds = 2", "seeds = 1_000_000_000"),
         ("seeds = 1000000000", "less than or equal to 1000"),

@@ -104,9 +104,10 @@ def test_a_signal_while_cells_are_trained(
     assert not [log for log in logs if "Traceback" in log.read_text()]
     assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
     assert any(checkpoints.glob("*/*.json")) and not list(project.folder.rglob("*.tmp"))
+    assert not project.went_on()
     ended = project.call()
     assert ended.code == 0, ended.err
-    assert not any(checkpoints.glob("*"))
+    assert project.went_on() and not any(checkpoints.glob("*"))
     assert project.info() == uninterrupted.info()
     assert project.weights() == uninterrupted.weights()
 
@@ -177,6 +178,7 @@ def test_a_signal_without_workers(tmp_path: Path, uninterrupted: Project) -> Non
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 143
     ended = project.call()
     assert ended.code == 0, ended.err
+    assert project.went_on()
     assert project.info() == uninterrupted.info()
     assert project.weights() == uninterrupted.weights()
 

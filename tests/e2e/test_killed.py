@@ -113,7 +113,8 @@ def assert_same(project: Project, wanted: dict[str, bytes]) -> None:
 
 
 def killed_at_files(folder: Path, patterns: list[str], wanted: dict[str, bytes]) -> int:
-    """Kills launch after launch, each at the first file of one more kind; how many were killed."""
+    """Kills launch after launch, each at the first file of one more kind, of which
+    checkpoints are one; how many were killed."""
     project = make(folder)
     killed = 0
     for pattern in patterns:
@@ -121,6 +122,7 @@ def killed_at_files(folder: Path, patterns: list[str], wanted: dict[str, bytes])
         killed += ended(traced(project, folder / "trace", pattern, n)) == -signal.SIGKILL
     assert ended(traced(project, folder / "trace")) == 0
     assert_same(project, wanted)
+    assert project.went_on()
     return killed
 
 

@@ -123,6 +123,16 @@ class TestPatched:
             ({"sae.scaling+": "variance"}, ["no list to append to", "'+'"]),
             ({"sae.activation+": "topk"}, ["no list to append to"]),
             ({"": 1}, ["no such setting"]),
+            ({"train_text.path": "\0"}, ["train_text.path = '\\x00'", "NUL", "leave it out"]),
+            ({"model.path": "a\0b"}, ["model.path = 'a\\x00b'", "NUL"]),
+            ({"hook_name": "blocks.2\0"}, ["hook_name", "NUL"]),
+            ({"train_text.column": ["a", "\0"]}, ["train_text.column.1", "NUL"]),
+            ({"evaluation.probing.sources": {"\0": {}}}, ["evaluation.probing.sources", "NUL"]),
+            ({"sae.activation": "\0"}, ["sae.activation", "NUL"]),
+            ({"sae.d_sae": True}, ["sae.d_sae = True", "number"]),
+            ({"train.lr": True}, ["train.lr = True", "number"]),
+            ({"sae.losses.1.coefficient": False}, ["coefficient = False", "number"]),
+            ({"evaluation.probing.k_values": [True]}, ["k_values.0 = True", "number"]),
         ],
     )
     def test_refused(self, changes: dict[str, Any], parts: list[str]) -> None:
@@ -132,6 +142,19 @@ class TestPatched:
     def test_where_a_file_is_named(self) -> None:
         with pytest.raises(SettingError, match=r"plan\.toml\.sede.*did you mean 'seeds'"):
             PlanConfig.parse({"study": "s", "sede": 3}, where="plan.toml")
+
+    def test_what_is_refused_names_the_file_too(self) -> None:
+        with pytest.raises(SettingError, match=r"plan\.toml\.primary = '\\x00'"):
+            PlanConfig.parse({"study": "s", "primary": "\0"}, where="plan.toml")
+        with pytest.raises(SettingError, match=r"plan\.toml\.seeds = True: should be a number"):
+            PlanConfig.parse({"study": "s", "seeds": True}, where="plan.toml")
+
+    def test_a_study_without_a_name(self) -> None:
+        with pytest.raises(SettingError, match="study = ''.* at least 1 character"):
+            PlanConfig.parse({"study": ""})
+
+    def test_booleans_stay_where_they_are_wanted(self) -> None:
+        assert BaseConfig().patched({"sae.tied": True}).sae.tied is True
 
     def test_missing_setting(self) -> None:
         with pytest.raises(SettingError, match="study"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -113,3 +114,52 @@ def test_no_ledger_is_no_attempt_and_a_damaged_one_is_told(tmp_path: Path) -> No
         file.write('{"end": 7, "outcome": "complete"}\n')
     with pytest.raises(DamageError, match=r"attempts.jsonl:3 is damaged"):
         attempts(tmp_path)
+
+
+@pytest.mark.parametrize("torn", [b'{"end": 2, "outc', b'{"start": 3', b"\0" * 40, b"\xff"])
+def test_a_line_cut_short_by_a_loss_of_power_is_none(tmp_path: Path, torn: bytes) -> None:
+    file = tmp_path / ".saelab" / "attempts.jsonl"
+    for run in ("run_1", "run_2"):
+        with attempt(tmp_path, run):
+            pass
+    whole = file.read_bytes()
+    file.write_bytes(whole[: whole.rindex(b"{")] + torn)
+    assert [a.outcome for a in attempts(tmp_path)] == ["complete", "no end"]
+    with attempt(tmp_path, "run_3") as number:
+        assert number == 3
+    assert [a.outcome for a in attempts(tmp_path)] == ["complete", "no end", "complete"]
+    assert all(map(json.loads, file.read_text().splitlines()))
+
+
+def test_a_whole_last_line_counts_without_its_end(tmp_path: Path) -> None:
+    """As an editor leaves it."""
+    file = tmp_path / ".saelab" / "attempts.jsonl"
+    for run in ("run_1", "run_2"):
+        with attempt(tmp_path, run) as number:
+            pass
+        file.write_bytes(file.read_bytes().removesuffix(b"\n"))
+        assert len(attempts(tmp_path)) == number
+    assert [a.outcome for a in attempts(tmp_path)] == ["complete"] * 2
+
+
+def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / ".saelab" / "attempts.jsonl"
+    for run in ("run_1", "run_2"):
+        with attempt(tmp_path, run):
+            pass
+    first, _, *rest = file.read_bytes().splitlines(keepends=True)
+    for broken in (b'{"end": 1, "outc\n', b"\n"):
+        file.write_bytes(b"".join([first, broken, *rest]))
+        with pytest.raises(DamageError, match=r"attempts.jsonl:2 is damaged"):
+            attempts(tmp_path)
+
+
+def test_a_plan_cut_short_is_told_with_what_deleting_it_means(tmp_path: Path) -> None:
+    file, longer = tmp_path / ".saelab" / "plan.json", PLAN.patched({"seeds": PLAN.seeds + 1})
+    register(tmp_path, PLAN)
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(DamageError, match=r"take it from a copy.*registers the plan anew"):
+        register(tmp_path, longer)
+    file.unlink()  # and so it is
+    assert register(tmp_path, longer) == () and deviations(tmp_path, PLAN)
+    assert json.loads(file.read_text())["hash"] == plan_hash(longer)

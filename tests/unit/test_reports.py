@@ -82,6 +82,17 @@ def test_each_line_holds_the_means_since_the_one_before(told) -> None:
         since = line["step"]
 
 
+def test_the_first_line_says_from_which_step_a_cell_goes_on(told) -> None:
+    fresh = [line["from_step"] for line in told[1] if "from_step" in line]
+    assert fresh == [0, 0] == [line["step"] for line in told[1][:2]]
+    goes_on = cells(activations())
+    goes_on[1].restore(told[0][1].state())
+    lines: list[Any] = []
+    Reports(goes_on, [PLAIN, PLAIN], lambda amount, line=None: lines.append(line))
+    assert [line["from_step"] for line in lines] == [0, STEPS]
+    assert all("values" not in line for line in lines)
+
+
 def test_never_more_than_a_hundred_lines(monkeypatch) -> None:
     """Also when a turn is a single step."""
     source, lines = activations(), []

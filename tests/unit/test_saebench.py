@@ -400,6 +400,7 @@ def test_a_result_needs_the_models_channels_and_one_definition() -> None:
         as_result([*measured(1), *measured(2)], ABOUT)
 
 
+@pytest.mark.peers
 @pytest.mark.skipif(not PEERS.is_file(), reason=f"no peers' environment ({PEERS}): make peers")
 def test_saebench_itself_reads_what_is_written(tmp_path: Path) -> None:
     write_result(tmp_path / "result.json", measured(), ABOUT)

@@ -8,12 +8,13 @@ another question in each of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from saelab import stats
 from saelab.errors import SourceError
+from saelab.evals.base import check_one_definition
 from saelab.runfiles import MANIFEST, METRICS, RunFiles
 from saelab.study.controls import PREFIX
 from saelab.study.recorded import CHANNELS, aligned
@@ -36,7 +37,8 @@ COLUMNS: dict[str, Kind] = {
 def by_entry(folder: Path) -> dict[str, Any]:
     """What `shown` prints, as plain data with every seed's value and the run's settings.
 
-    Raises: SourceError when the run is not complete, DamageError when it is not as it was written.
+    Raises: SourceError when the run is not complete, DamageError when it is not as it was written,
+        MismatchError when a metric was not computed by one definition.
     """
     files = RunFiles(folder)
     if not (folder / METRICS).is_file() or not (folder / MANIFEST).is_file():
@@ -60,6 +62,8 @@ def _summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         entry = where.startswith("entry=") and "," not in where
         if (metric in CORE and not where) or (probed and (entry or not where)):
             groups.setdefault((row["arm"], metric, where), []).append(row)
+    for metric in dict.fromkeys(metric for _, metric, _ in groups):
+        check_one_definition(metric, _definitions(metric, groups.values()))
     for (arm, metric, where), own in groups.items():
         values = [row["value"] for row in own]
         found = {"subject": arm, "metric": metric, "slice": where, "values": values}
@@ -67,6 +71,15 @@ def _summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield (
             found | _mean(values) | {"reason": next((r["reason"] for r in own if r["reason"]), "")}
         )
+
+
+def _definitions(metric: str, groups: Iterable[list[dict[str, Any]]]) -> dict[str, str]:
+    rows = [row for own in groups for row in own if row["metric"] == metric]
+    return {
+        f"{row['arm']}, seed {row['seed']}": row["definition"]
+        for row in rows
+        if row["value"] is not None
+    }
 
 
 def _mean(values: Sequence[float | None]) -> dict[str, float | None]:

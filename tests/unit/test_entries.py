@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from saelab import stats
 from saelab.__main__ import app
-from saelab.errors import DamageError, SourceError
+from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.runfiles import seal_run
 from saelab.study.entries import by_entry
 
@@ -62,6 +62,14 @@ def test_a_mean_with_a_missing_seed_is_missing_with_the_reason(run: Path) -> Non
     found = {(r["metric"], r["slice"]): r for r in by_entry(run)["rows"]}
     assert found["sae_top_5_test_accuracy", ""]["mean"] is None
     assert found["sae_top_5_test_accuracy", ""]["reason"] == "not finite"
+
+
+def test_numbers_of_two_definitions_are_not_put_side_by_side(run: Path) -> None:
+    table = rows()
+    table[-1]["definition"] = "d/2"
+    pq.write_table(pa.Table.from_pylist(table), run / "metrics.parquet")
+    with pytest.raises(MismatchError, match="of control:untrained, seed 3 is .*d/2"):
+        by_entry(run)
 
 
 def test_what_is_printed(run: Path, tmp_path: Path) -> None:

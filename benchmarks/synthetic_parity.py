@@ -154,7 +154,7 @@ def _generators(drawn: Mapping[str, Tensor]) -> Section:
     n = len(drawn["codes"])
     truth = ForestTruth(CONFIG, 0, "train", n)
     for name in ("loadings", "deviations"):  # the process alone is compared
-        truth.__dict__[name] = drawn[name]
+        vars(truth)[name] = drawn[name]
     ours = truth.codes()[:, 0]
     theirs = drawn["codes"]
     z = {

@@ -33,14 +33,15 @@ class Frozen(BaseModel):
 
         Raises: SettingError naming the setting, its value and the remedy.
         """
-        for path, value in _leaves(data):
+        leaves = list(_leaves(data))
+        for path, value in leaves:
             if isinstance(value, str) and "\0" in value:
                 raise SettingError(_name(where, path), value, NUL)
         try:
             made = cls.model_validate(data)
         except ValidationError as error:
             raise _setting_error(cls, error, where) from None
-        for path, value in _leaves(data):  # True and False would pass for 1 and 0
+        for path, value in leaves:  # True and False would pass for 1 and 0
             if isinstance(value, bool) and type(_at(made, path)) in (int, float):
                 raise SettingError(_name(where, path), value, "should be a number, not a boolean")
         return made

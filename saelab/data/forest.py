@@ -28,6 +28,7 @@ benchmarks/synthetic_parity.py.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -130,16 +131,16 @@ class ForestConfig(Frozen):
         return torch.where(below, made_up, p).clamp(max=1)
 
 
-class InShards:
+class InShards(ABC):
     """Made contexts in shards of some rows; each kind of features says what its chunks hold."""
 
     config: Any
     contexts: int
 
     @property
+    @abstractmethod
     def shard_rows(self) -> int:
         """Rows of each shard but the last, about."""
-        raise NotImplementedError
 
     @property
     def shard_contexts(self) -> int:
@@ -154,9 +155,9 @@ class InShards:
         """All true codes, float32 [contexts, positions, features]; `chunks` needs less memory."""
         return torch.cat([codes for i in range(self.n_shards) for codes in self.chunks(i)])
 
+    @abstractmethod
     def chunks(self, shard: int) -> Iterator[Tensor]:
         """The true codes of a shard in order, each float32 [some contexts, positions, features]."""
-        raise NotImplementedError
 
     def counts(self, shard: int, most: int) -> Iterator[int]:
         """The contexts of a shard, at most so many at once."""

@@ -96,9 +96,7 @@ def load(folder: str | Path, named: str = "") -> Loaded:
     with understood(folder):
         name = find(folder, named)
         found = TABLE[name].load(folder)
-    if (
-        TABLE[name].save is None and name != "saelab"
-    ):  # its training is not told as SAELens tells it
+    if TABLE[name].save is None and name != "saelab":  # not told as SAELens tells its training
         return replace(found, about={**found.about, "format": name})
     return found
 

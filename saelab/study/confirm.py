@@ -33,6 +33,7 @@ from saelab.study.plan import (
 )
 from saelab.study.registry import plan_hash
 from saelab.study.review import Review, review_all
+from saelab.study.verdict import off_target
 
 TUNED, COMMAND = "tuned.json", "tune"
 #: Learning rates that are tried, as multiples of the arm's own, and seeds of each trial.
@@ -249,12 +250,8 @@ def _off_target(known: Mapping[str, Any], plan: PlanConfig) -> str:
     if not found:
         return "its L0 was not measured"
     worst = max(found, key=lambda l0: abs(l0 / target - 1))
-    share = abs(worst / target - 1)
-    if share <= plan.tolerance + 1e-9:
-        return ""
-    return (
-        f"L0 {worst:.4g}, {share:.1%} from the target {target:g} (tolerance {plan.tolerance:.0%})"
-    )
+    off = off_target(worst, target, plan.tolerance)
+    return f"L0 {off}" if off else ""
 
 
 def _tuned(root: Path) -> dict[str, Any]:

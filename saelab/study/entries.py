@@ -62,8 +62,8 @@ def _summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         entry = where.startswith("entry=") and "," not in where
         if (metric in CORE and not where) or (probed and (entry or not where)):
             groups.setdefault((row["arm"], metric, where), []).append(row)
-    for metric in dict.fromkeys(metric for _, metric, _ in groups):
-        check_one_definition(metric, _definitions(metric, groups.values()))
+    for metric, named in _definitions(groups.values()).items():
+        check_one_definition(metric, named)
     for (arm, metric, where), own in groups.items():
         values = [row["value"] for row in own]
         found = {"subject": arm, "metric": metric, "slice": where, "values": values}
@@ -73,13 +73,12 @@ def _summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         )
 
 
-def _definitions(metric: str, groups: Iterable[list[dict[str, Any]]]) -> dict[str, str]:
-    rows = [row for own in groups for row in own if row["metric"] == metric]
-    return {
-        f"{row['arm']}, seed {row['seed']}": row["definition"]
-        for row in rows
-        if row["value"] is not None
-    }
+def _definitions(groups: Iterable[list[dict[str, Any]]]) -> dict[str, dict[str, str]]:
+    """Metric -> who has a number of it -> its definition."""
+    found: dict[str, dict[str, str]] = {}
+    for row in (row for own in groups for row in own if row["value"] is not None):
+        found.setdefault(row["metric"], {})[f"{row['arm']}, seed {row['seed']}"] = row["definition"]
+    return found
 
 
 def _mean(values: Sequence[float | None]) -> dict[str, float | None]:

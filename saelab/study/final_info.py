@@ -86,12 +86,11 @@ class ArmResult:
     ) -> None:
         """Keeps the values of a cell at a further level, unless the gate turns it away."""
         if gate(cell["facts"], expected).outcome not in ("invalid", "failed"):
-            rows = [row for row in cell["rows"] if not row["slice"] and row["value"] is not None]
-            own = {row["metric"]: row["value"] for row in rows}
+            own = {row["metric"]: row["value"] for row in _whole(cell)}
             self.levels.setdefault(seed, {})[level] = own
 
     def add(self, seed: int, cell: Mapping[str, Any], expected: Sequence[str]) -> None:
-        rows = [row for row in cell["rows"] if not row["slice"] and row["value"] is not None]
+        rows = _whole(cell)
         values = {row["metric"]: row["value"] for row in rows}
         for row in rows:
             earlier = self.definitions.setdefault(row["metric"], row["definition"])
@@ -134,6 +133,11 @@ class ArmResult:
                 words[label] = words.get(label, 0) + 1
         total = len(self.gates)
         return "; ".join(f"{word} in {n} of {total}" for word, n in words.items()) or "ok"
+
+
+def _whole(cell: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of a cell that have a number over all data."""
+    return [row for row in cell["rows"] if not row["slice"] and row["value"] is not None]
 
 
 def judge_run(

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from saelab.study.plan import BASELINE, PlanConfig
+from saelab.study.verdict import off_target
 
 if TYPE_CHECKING:
     from saelab.study.final_info import ArmResult
@@ -64,7 +65,7 @@ def _of_arm(arm: ArmResult, b: float, target: float, tolerance: float) -> dict[i
     return {
         seed: b * math.log(target / l0)
         for seed, l0 in arm.metric("l0").items()
-        if l0 is not None and abs(l0 / target - 1) <= tolerance and seed not in arm.failed
+        if l0 is not None and not off_target(l0, target, tolerance) and seed not in arm.failed
     }
 
 

@@ -238,6 +238,14 @@ def compare_secondary(
 # ---------------------------------------------------------------------------------------- pairing
 
 
+def off_target(l0: float, target: float, tolerance: float) -> str:
+    """An L0 with its distance from the target; '' within the tolerance, a relative distance."""
+    off = abs(l0 / target - 1)
+    if off <= tolerance + 1e-9:
+        return ""
+    return f"{l0:.4g}, {off:.1%} from the target {target:g} (tolerance {tolerance:.0%})"
+
+
 @dataclass(frozen=True)
 class _L0:
     """Which L0 the cells of one arm and of the baseline have, and which they should have."""
@@ -259,13 +267,12 @@ class _L0:
             return ""
         if l0 is None:
             return f"the {who}'s L0 at seed {seed} is missing: measure it"
-        off = abs(l0 / self.target - 1)
-        if off <= self.tolerance + 1e-9:
+        off = off_target(l0, self.target, self.tolerance)
+        if not off:
             return ""
         return (
-            f"the {who}'s L0 at seed {seed} is {l0:.4g}, {off:.1%} from the target "
-            f"{self.target:g} (tolerance {self.tolerance:.0%}): calibrate it, or interpolate "
-            "over its sparsity levels to the target"
+            f"the {who}'s L0 at seed {seed} is {off}: calibrate it, or interpolate over its "
+            "sparsity levels to the target"
         )
 
 

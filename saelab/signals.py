@@ -88,7 +88,7 @@ def whole() -> Iterator[None]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Puts the handlers back that a library sets within the block."""
+    """Puts the handlers back that are set within the block, in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -119,17 +119,15 @@ def _listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    found = {number: signal.getsignal(number) for number in WORDS}
-    before = {n: handler for n, handler in found.items() if handler not in (signal.SIG_IGN, None)}
     try:
-        for number in before:
-            signal.signal(number, handle)
-        yield
+        with kept():
+            for number in WORDS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    signal.signal(number, handle)
+            yield
     except KeyboardInterrupt as error:  # a library's own, in place of the one that it was given
         if isinstance(error, Interrupted) or _Asked.number is None:
             raise
         raise Interrupted(_Asked.number) from None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         _Asked.number, _Asked.raised = None, False

@@ -20,7 +20,7 @@ from saelab.data.store import FOREIGN_REASON, Source
 from saelab.errors import SettingError
 from saelab.evals import features
 from saelab.evals.features import Example, Lens
-from saelab.runfiles import GATE, RunFiles
+from saelab.runfiles import GATE
 from saelab.study.folders import CELLS, Member, RunFolder
 from saelab.study.latents import FILE, LIVES
 from saelab.study.prepare import held_out
@@ -215,7 +215,7 @@ def _lives(run: RunFolder, cell: Member) -> dict[str, list[int]]:
     """What `latents.parquet` holds of lifetimes; {} without any."""
     import pyarrow.parquet as pq
 
-    path = RunFiles(run.folder).file(f"{CELLS}/{cell.place.as_posix()}/{FILE}")
+    path = run.files.file(f"{CELLS}/{cell.place.as_posix()}/{FILE}")
     if not path.is_file():
         return {}
     table = pq.read_table(path)
@@ -223,6 +223,6 @@ def _lives(run: RunFolder, cell: Member) -> dict[str, list[int]]:
 
 
 def _steps(run: RunFolder, cell: Member) -> int | None:
-    known = RunFiles(run.folder).gates() if (run.folder / GATE).is_file() else {}
+    known = run.files.gates() if (run.folder / GATE).is_file() else {}
     facts = known.get(f"{cell.arm}/seed {cell.seed}/L0 {cell.level:g}", {}).get("facts", {})
     return int(facts["steps"]) if facts.get("steps") else None

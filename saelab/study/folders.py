@@ -56,9 +56,14 @@ class RunFolder:
         return cls(above) if inside else None
 
     @cached_property
+    def files(self) -> RunFiles:
+        """What the run wrote, compared with its checksums when it is read."""
+        return RunFiles(self.folder)
+
+    @cached_property
     def manifest(self) -> dict[str, Any]:
         """Raises: DamageError when it was changed or holds other types."""
-        return RunFiles(self.folder).needed("base", "study", "arms")
+        return self.files.needed("base", "study", "arms")
 
     @cached_property
     def base(self) -> BaseConfig:

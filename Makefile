@@ -41,7 +41,7 @@ test-slow: setup
 
 test-triton: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt triton
-	$(BIN)/python -m pytest tests/numerics/test_gpu_kernels.py
+	$(BIN)/python -m pytest tests/kernels/test_gpu_kernels.py
 
 test-store: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[store-tests]'
@@ -57,7 +57,7 @@ test-browser: setup
 
 test-tracking: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tracking]'
-	$(BIN)/python -m pytest tests/unit/test_trackers.py
+	$(BIN)/python -m pytest tests/progress/test_trackers.py
 
 clusters: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray,slurm]'

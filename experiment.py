@@ -6,7 +6,7 @@ trains every arm of run_1 (and the baseline, on the same batches), judges them, 
 run_1/final_info.json. An arm changes named settings of the base (configs/*.toml) and nothing else.
 """
 
-from saelab.study.front import main
+from saelab.launch.entry import main
 from saelab.study.plan import Arm, Confirmation, Found, Run
 
 # ---- a new part may be written here: subclass PartConfig and LossTerm (saelab.parts.base), then

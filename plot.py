@@ -6,7 +6,7 @@ placement, and where a run has the data spread, thresholds, positions, sensitivi
 speed, temperature, stability, balance, similarity, latents, survival, consistency and max_cosine.
 """
 
-from saelab.report.figures import draw
+from saelab.report.figures.common import draw
 
 # Run folder -> title of its pictures. A run that is not named here is not drawn.
 labels: dict[str, str] = {

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from saelab.errors import SaelabError, SettingError
-from saelab.files import write_json
+from saelab.storage.atomic import write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -15,8 +15,8 @@ import time
 import torch
 from common import Section, Target, parser, run, save, table
 
-from saelab.data.models import ModelConfig, load
-from saelab.data.store import MemorySource, Shard
+from saelab.data.activations.store import MemorySource, Shard
+from saelab.data.language_model import ModelConfig, load
 from saelab.evals import EvalData, evaluate
 from saelab.evals.core import CoreData
 from saelab.sae import SAE, SAEConfig

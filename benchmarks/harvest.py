@@ -35,10 +35,10 @@ from common import ratio as paired
 from safetensors.torch import save_file
 
 from saelab.assets import EMBEDDED_MODEL
-from saelab.data import models
-from saelab.data.harvest import HarvestConfig, harvest
-from saelab.data.models import LanguageModel, ModelConfig
-from saelab.data.texts import TextConfig, Tokens, tokenize
+from saelab.data import language_model
+from saelab.data.activations.harvest import HarvestConfig, harvest
+from saelab.data.language_model import LanguageModel, ModelConfig
+from saelab.data.text.corpus import TextConfig, Tokens, tokenize
 
 #: Contexts in one pass, the default of HarvestConfig.
 BATCH = HarvestConfig().batch
@@ -67,7 +67,7 @@ def _parser() -> Any:
 
 def measure(options: Namespace, peers: Peers | None, folder: Path) -> Section:
     """One table: seconds per pass over all tokens."""
-    model = models.load(ModelConfig(path=options.model))
+    model = language_model.load(ModelConfig(path=options.model))
     contexts = BATCH * (2 if options.quick else 16)
     text = tokenize(TextConfig(), model.tokenizer, CONTEXT, contexts * (CONTEXT - 1))
     tokens = Tokens(text.ids[:contexts], text.mask[:contexts])
@@ -109,7 +109,7 @@ def _share(ours: Contestant, limit: Contestant) -> Target:
 
 def _bare(options: Namespace, tokens: Tokens, layer: int) -> Callable[[int], list[float]]:
     """A plain loop over a second copy of the model that ends after the hooked block."""
-    model = models.load(ModelConfig(path=options.model))
+    model = language_model.load(ModelConfig(path=options.model))
     body: Any = model.model.base_model
     name = next(n for n, module in body.named_modules() if module is model.blocks)
     owner = body.get_submodule(name.rpartition(".")[0])

@@ -41,20 +41,20 @@ from common import (
 )
 
 import saelab
-from saelab.allocator import keep_freed_memory
-from saelab.data import models
-from saelab.data.harvest import harvest
-from saelab.data.store import Source
-from saelab.data.stream import batches
-from saelab.data.texts import tokenize
+from saelab.data import language_model
+from saelab.data.activations.harvest import harvest
+from saelab.data.activations.store import Source
+from saelab.data.activations.stream import batches
+from saelab.data.text.corpus import tokenize
 from saelab.errors import SaelabError
-from saelab.files import read_json, write_text
+from saelab.runtime.allocator import keep_freed_memory
+from saelab.storage.atomic import read_json, write_text
 from saelab.study.plan import BaseConfig
 from saelab.training.loop import Cell
 
 SEEDS = 3
 EXPERIMENT = """\
-from saelab.study.front import main
+from saelab.launch.entry import main
 from saelab.study.plan import Arm, Run
 
 ARMS = {arms!r}
@@ -149,7 +149,7 @@ class Parts:
         write_text(folder / "base.toml", BASE.format(tokens=size.tokens, d_sae=size.d_sae))
         write_text(folder / "experiment.py", EXPERIMENT.format(arms=ARMS))
         self.base = saelab.settings(folder / "base.toml")
-        self.model = models.load(self.base.model)
+        self.model = language_model.load(self.base.model)
         self.source, _ = self._harvest()
         self.in_cells: list[float] = []
 

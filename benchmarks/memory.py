@@ -136,8 +136,8 @@ def _ours(variant: str, precision: str, l0: int, file: Path, threads: int) -> di
 
 def _child(variant: str, precision: str, l0: int, file: str, threads: int) -> dict[str, Any]:
     """In a process of its own: bytes before and at the peak, and the selection's dtype."""
-    from saelab.allocator import keep_freed_memory
     from saelab.kernels import selection_dtype
+    from saelab.runtime.allocator import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()  # as the workers of a launch do

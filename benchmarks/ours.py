@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saelab.data.stream import Batch
+from saelab.data.activations.stream import Batch
 from saelab.evals.probing import ProbingData, pooled
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream

@@ -18,7 +18,7 @@ import torch
 from common import Contestant, added, alternate, parser, run, save
 from ours import Inputs, Shape, cell, make_inputs
 
-from saelab.data.stream import Batch
+from saelab.data.activations.stream import Batch
 from saelab.training.loop import Cell
 
 #: d, N and the overcompleteness of the requirement.

@@ -46,8 +46,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import saelab
-from saelab.data import models
-from saelab.data.tasks import embedded_entries
+from saelab.data import language_model
+from saelab.data.probing.embedded import embedded_entries
 from saelab.evals.base import Row
 from saelab.evals.probing import (
     K_VALUES,
@@ -92,7 +92,7 @@ def _subject_and_data(options: Namespace, folder: Path) -> tuple[SAE, ProbingDat
     base = saelab.settings(HERE.parent / "configs" / "embedded.toml", changes)
     sae = saelab.train(base, seed=0, cache=folder)
     entries = embedded_entries(TRAIN_SIZE, TEST_SIZE)[: options.entries]
-    model = models.load(base.model)
+    model = language_model.load(base.model)
     return sae, harvest_probing(model, base.hook_name, entries, CONTEXT, torch.float32)
 
 

@@ -31,11 +31,11 @@ from torch.nn.functional import linear
 import saelab
 from saelab import sae as model
 from saelab import stats
-from saelab.allocator import keep_freed_memory
+from saelab.launch.prepare import prepare
 from saelab.parts import base as seams
-from saelab.parts import reconstruction
-from saelab.rundir import cache_folder
-from saelab.study.prepare import prepare
+from saelab.parts.losses import reconstruction
+from saelab.runtime.allocator import keep_freed_memory
+from saelab.storage.cache import cache_folder
 
 ROOT = Path(__file__).parent.parent
 VARIANTS: dict[str, dict[str, Any]] = {

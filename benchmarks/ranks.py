@@ -13,8 +13,8 @@ import sys
 import torch
 from common import parser
 
-from saelab.data.stream import Batch
-from saelab.ranks import Ranks, joined, processes
+from saelab.data.activations.stream import Batch
+from saelab.distributed.ranks import Ranks, joined, processes
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell

@@ -51,9 +51,9 @@ from safetensors.torch import save_file
 from scipy import stats as scipy_stats
 
 import saelab
-from saelab.data import models
-from saelab.data.saebench import SourceConfig, saebench_entries
-from saelab.data.tasks import Entry
+from saelab.data import language_model
+from saelab.data.probing.embedded import Entry
+from saelab.data.probing.saebench import SourceConfig, saebench_entries
 from saelab.evals.base import Row
 from saelab.evals.probing import ProbingData, harvest_probing
 from saelab.evals.saebench_probing import evaluate_as_saebench
@@ -153,7 +153,7 @@ def _ours(
     others = {name: SourceConfig(path=str(HERE)) for name in _not_asked()}
     entries, _ = saebench_entries({**others, **sources}, *sizes, definition=1)
     clock.lap("texts")
-    model = models.load(base.model)
+    model = language_model.load(base.model)
     data = harvest_probing(model, base.hook_name, entries, 128, torch.float32, unknown=True)
     clock.lap("activations")
     channels = evaluate_as_saebench(None, data, k_values=K_VALUES, prefix="llm")
@@ -164,7 +164,7 @@ def _ours(
 
 
 def _not_asked() -> list[str]:
-    from saelab.data.saebench import NAMES
+    from saelab.data.probing.saebench import NAMES
 
     return [name for name in NAMES if name not in ENTRIES]
 

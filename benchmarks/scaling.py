@@ -18,9 +18,9 @@ import torch
 from common import Contestant, Section, Target, alternate, parser, quartiles, run, save, table
 from ours import VARIANTS, Shape, make_inputs, sae_config
 
-from saelab.allocator import keep_freed_memory
-from saelab.data.store import MemorySource, Shard
-from saelab.data.stream import batches
+from saelab.data.activations.store import MemorySource, Shard
+from saelab.data.activations.stream import batches
+from saelab.runtime.allocator import keep_freed_memory
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
 

@@ -23,12 +23,12 @@ from common import HERE, Section, Target, parser, run, save, scratch, table
 from rss import resident
 
 from saelab.api import settings
-from saelab.data.store import FolderSource, FolderWriter, MemorySource, Shard
-from saelab.data.stream import Batch, Position, batches
-from saelab.files import read_json, write_json
+from saelab.data.activations.store import FolderSource, FolderWriter, MemorySource, Shard
+from saelab.data.activations.stream import Batch, Position, batches
+from saelab.runtime.signals import Interrupted, told, whole
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
-from saelab.signals import Interrupted, told, whole
+from saelab.storage.atomic import read_json, write_json
 from saelab.training import resume
 from saelab.training.loop import LONGEST_TURN, Cell, train
 from saelab.training.optim import TrainConfig

@@ -27,13 +27,13 @@ from common import Peers, Section, Target, parser, peers_of, run, save, scratch,
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saelab.data.forest import ForestConfig, ForestTruth
-from saelab.data.store import MemorySource, Shard
+from saelab.data.activations.store import MemorySource, Shard
+from saelab.data.synthetic.trees import ForestConfig, ForestTruth
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
-from saelab.evals.truth import evaluate_truth
+from saelab.evals.known_features import evaluate_truth
+from saelab.launch.synthetic import train_on
 from saelab.sae import SAE, SAEConfig
-from saelab.study.ground import train_on
 from saelab.training.optim import TrainConfig
 
 #: SynthSAEBench-16k, made smaller: 8 trees of 21 nodes, and 88 features that stand alone.

@@ -24,12 +24,12 @@ from common import Section, Target, parser, run, save, scratch, table
 from ours import Shape, cell, make_inputs
 from rich.console import Console
 
-from saelab.data.stream import Batch
+from saelab.data.activations.stream import Batch
+from saelab.launch.executors.local import _Words, take
+from saelab.launch.progress_lines import POINTS, Reports
 from saelab.progress import progress
 from saelab.progress.run import RunProgress, told
 from saelab.progress.view import REDRAWS
-from saelab.study.executors.local import _Words, take
-from saelab.study.reports import POINTS, Reports
 from saelab.training.loop import LONGEST_TURN, Cell
 
 SHAPE, L0 = Shape(128, 2048, 512), 32

@@ -16,7 +16,7 @@ from common import Contestant, added, alternate, parser, run, save
 from ours import Inputs, Shape, cell, make_inputs
 from penalty import L0, ROWS, TIMES, WIDTHS, dense, seconds
 
-from saelab.data.stream import Batch
+from saelab.data.activations.stream import Batch
 from saelab.training.loop import Cell
 
 CONTEXT = 128

@@ -30,8 +30,8 @@ from common import (
 )
 from ours import BY_BIAS, VARIANTS, Runner, Shape, cell, gemm, l0_of, make_inputs
 
-from saelab.allocator import keep_freed_memory
 from saelab.errors import SettingError
+from saelab.runtime.allocator import keep_freed_memory
 
 K = 32
 SHAPES = (

@@ -11,10 +11,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from saelab.api import compare, evaluate, load, saebench_result, save, settings, train
-    from saelab.data.synthetic import SyntheticConfig, generate, truth_of
+    from saelab.data.synthetic.chains import SyntheticConfig, generate, truth_of
+    from saelab.launch.synthetic import at_target, train_on
     from saelab.parts import register
     from saelab.sae import SAE, SAEConfig
-    from saelab.study.ground import at_target, train_on
     from saelab.study.plan import Arm, Run
 
 #: Public name -> module that defines it.
@@ -31,11 +31,11 @@ _PLACES = {
     "SAEConfig": "saelab.sae",
     "Arm": "saelab.study.plan",
     "Run": "saelab.study.plan",
-    "SyntheticConfig": "saelab.data.synthetic",
-    "generate": "saelab.data.synthetic",
-    "truth_of": "saelab.data.synthetic",
-    "at_target": "saelab.study.ground",
-    "train_on": "saelab.study.ground",
+    "SyntheticConfig": "saelab.data.synthetic.chains",
+    "generate": "saelab.data.synthetic.chains",
+    "truth_of": "saelab.data.synthetic.chains",
+    "at_target": "saelab.launch.synthetic",
+    "train_on": "saelab.launch.synthetic",
 }
 
 __all__ = [

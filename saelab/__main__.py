@@ -62,13 +62,13 @@ EXPERIMENT = Path("experiment.py")
 def _told() -> Iterator[None]:
     """Bad input ends with one sentence and exit code 2, a failed study with 1, SIGINT with 130 and
     SIGTERM with 143."""
-    from saelab import exhausted
     from saelab.errors import SaelabError
-    from saelab.signals import told
+    from saelab.runtime import exhaustion
+    from saelab.runtime.signals import told
 
     with told():
         try:
-            with exhausted.named():
+            with exhaustion.named():
                 yield
         except SaelabError as error:
             if _talks():
@@ -100,9 +100,9 @@ def run(
     with _told():
         from contextlib import redirect_stdout
 
-        from saelab.study.cells import load_experiment
-        from saelab.study.front import run_one, train_all
-        from saelab.study.review import review
+        from saelab.launch.entry import run_one, train_all
+        from saelab.launch.worker import load_experiment
+        from saelab.verdict.review import review
 
         file, folders = experiment.resolve(), [Path(name) for name in names]
         runs = load_experiment(file).RUNS
@@ -126,9 +126,9 @@ def plan_check(
     """Say what runs will train, change, cost and could see, and refuse what is impossible."""
     with _told():
         from saelab.errors import SourceError
-        from saelab.study.cells import load_experiment
-        from saelab.study.check import text
-        from saelab.study.front import check_one
+        from saelab.launch.entry import check_one
+        from saelab.launch.worker import load_experiment
+        from saelab.preflight.preview import text
         from saelab.study.plan import Confirmation
 
         file = experiment.resolve()
@@ -183,7 +183,7 @@ def plan_cost(
     with _told():
         from saelab.api import settings
         from saelab.errors import SettingError
-        from saelab.study import cost
+        from saelab.preflight import cost
 
         if tokens < 1:
             raise SettingError("--tokens", tokens, "use at least 1")
@@ -192,7 +192,7 @@ def plan_cost(
             _trials(base, json_)
             return
         if device == "here":
-            from saelab.study.trials import rates_here
+            from saelab.preflight.calibration import rates_here
 
             known = rates_here(base)
         else:
@@ -205,7 +205,7 @@ def plan_cost(
 
 
 def _trials(base: Any, json_: bool) -> None:
-    from saelab.study.trials import rates_here, trial_lines, trials
+    from saelab.preflight.calibration import rates_here, trial_lines, trials
 
     rates = rates_here(base)
     found = trials(base, rates)
@@ -228,8 +228,8 @@ def tune(
     with _told():
         from contextlib import redirect_stdout
 
-        from saelab.study.cells import load_experiment
-        from saelab.study.front import tune_one
+        from saelab.launch.entry import tune_one
+        from saelab.launch.worker import load_experiment
 
         file = experiment.resolve()
         with redirect_stdout(sys.stderr if json_ else sys.stdout):
@@ -262,7 +262,7 @@ def verdict(
         if simulate:
             _simulate(simulations, json_)
             return
-        from saelab.study.review import finished, review_all, text
+        from saelab.verdict.review import finished, review_all, text
 
         found = review_all(folders or finished(Path()))
         if json_:
@@ -296,10 +296,10 @@ def report(
     are harvested again where the cache has them not.
     """
     with _told():
+        from saelab.analysis.latents import browse, chosen_cells
         from saelab.report.page import Study, ledger, write
-        from saelab.rundir import cache_folder
-        from saelab.study.browse import browse, chosen_cells
-        from saelab.study.review import finished
+        from saelab.storage.cache import cache_folder
+        from saelab.verdict.review import finished
 
         _own_parts(experiment)
         runs = folders or finished(Path())
@@ -317,7 +317,7 @@ def _simulate(simulations: int, json_: bool) -> None:
     from dataclasses import asdict
 
     from saelab.errors import SettingError, StudyFailure
-    from saelab.study.verdict import HEADING, validation_table
+    from saelab.verdict.judge import HEADING, validation_table
 
     if simulations < 100:
         raise SettingError("simulations", simulations, "at least 100 are needed")
@@ -345,9 +345,9 @@ def template(
     Without an option it copies run_0 of this folder where there is one.
     """
     with _told():
-        from saelab.study.cells import load_experiment
-        from saelab.study.front import run_one
-        from saelab.study.template import BASELINE_RUN, write_template
+        from saelab.launch.entry import run_one
+        from saelab.launch.template import BASELINE_RUN, write_template
+        from saelab.launch.worker import load_experiment
 
         here = Path(BASELINE_RUN)
         if run_0 is None and not train and (here / "final_info.json").is_file():
@@ -394,7 +394,7 @@ def attempts(json_: Json = False) -> None:
 
 def _say(text: str, err: bool = False) -> None:
     """Prints what may hold names and texts of others."""
-    from saelab.shown import visible
+    from saelab.runtime.safe_text import visible
 
     typer.echo(visible(text, kept="\n"), err=err)
 
@@ -426,12 +426,12 @@ def train(
     """
     with _told():
         from saelab.api import settings
-        from saelab.study import over_ranks
-        from saelab.study.engine import Launch, launch
+        from saelab.launch import distributed
+        from saelab.launch.launch import Launch, launch
         from saelab.study.plan import BASELINE, Arm, PlanConfig, Run
 
         base = settings(config, _changes(set_))
-        if over_ranks.wanted(base):
+        if distributed.wanted(base):
             _train_over_ranks(base, out_dir, config.stem, seeds)
             return
         launch(
@@ -448,9 +448,9 @@ def train(
 
 
 def _train_over_ranks(base: Any, out_dir: Path, study: str, seeds: int) -> None:
+    from saelab.analysis.evaluate import table
     from saelab.errors import SettingError
-    from saelab.study.measure import table
-    from saelab.study.over_ranks import train_over_ranks
+    from saelab.launch.distributed import train_over_ranks
 
     if seeds != 1:
         raise SettingError("--seeds", seeds, "several processes train one SAE: leave it out")
@@ -475,7 +475,7 @@ def difference(
 ) -> None:
     """Print the paired difference of two arms of a run, over the seeds that both have."""
     with _told():
-        from saelab.study.difference import difference as of_arms
+        from saelab.analysis.difference import difference as of_arms
 
         found = of_arms(folder, arm, other, metric)
         if found.low is None or found.high is None or found.mean_diff is None:
@@ -494,8 +494,8 @@ def probing(
 ) -> None:
     """Print a run's sparse probing by entry: arms, controls, the model's own channels."""
     with _told():
-        from saelab.files import write_json
-        from saelab.study.entries import by_entry, shown
+        from saelab.analysis.probing_table import by_entry, shown
+        from saelab.storage.atomic import write_json
 
         found = by_entry(folder)
         if table is not None:
@@ -569,12 +569,18 @@ def evaluate(
     with _told():
         import json as plain
 
+        from saelab.analysis.evaluate import (
+            Choice,
+            evaluate_choice,
+            saebench_file,
+            settings_of,
+            table,
+        )
         from saelab.errors import SettingError
-        from saelab.files import write_json
-        from saelab.rundir import cache_folder
-        from saelab.study.measure import Choice, evaluate_choice, saebench_file, settings_of, table
+        from saelab.launch.record import write_rows
+        from saelab.storage.atomic import write_json
+        from saelab.storage.cache import cache_folder
         from saelab.study.plan import BaseConfig, read_base
-        from saelab.study.record import write_rows
 
         if out is not None and out.suffix not in (".json", ".parquet"):
             raise SettingError("--out", str(out), "name a file that ends in .parquet or .json")
@@ -626,7 +632,7 @@ def export_(
     folded is refused, and then nothing is written (docs/formats.md).
     """
     with _told():
-        from saelab.study.export import export
+        from saelab.analysis.export import export
 
         _own_parts(experiment)
         for folder in export(path, out, format, source, arm or (), seed or (), without_trace):
@@ -647,9 +653,9 @@ def saebench(
 ) -> None:
     """Show a SAEBench sparse probing result, what it is, and ours beside it."""
     with _told():
+        from saelab.analysis.saebench import result_at, run_result, shown
         from saelab.errors import SettingError
-        from saelab.files import write_json
-        from saelab.study.recorded import result_at, run_result, shown
+        from saelab.storage.atomic import write_json
 
         if path.is_dir():
             if out is None:
@@ -674,22 +680,22 @@ def synthetic(
 ) -> None:
     """Compare SAEs on synthetic activations, whose true features are known."""
     with _told():
-        from saelab.files import write_json
-        from saelab.report.synthetic import check_drawable, draw_table
-        from saelab.study import ground
+        from saelab.launch import synthetic
+        from saelab.report.figures.synthetic import check_drawable, draw_table
+        from saelab.storage.atomic import write_json
 
-        settings = ground.read_ground(config).patched(_changes(set_))
+        settings = synthetic.read_ground(config).patched(_changes(set_))
         if picture is not None:
             check_drawable(settings.baseline, list(settings.arms))
-        outcomes = ground.run_ground(settings)
-        found = ground.table(settings, outcomes)
+        outcomes = synthetic.run_ground(settings)
+        found = synthetic.table(settings, outcomes)
         if out is not None:
             write_json(out, [row.as_dict() for outcome in outcomes for row in outcome.rows])
         if table is not None:
             write_json(table, found)
         if picture is not None:
             draw_table(found, picture)
-        for line in ground.shown(found):
+        for line in synthetic.shown(found):
             typer.echo(line)
 
 
@@ -710,8 +716,8 @@ def lm_train(
     stopped.
     """
     with _told():
-        from saelab.assets.recipe import Recipe
-        from saelab.assets.recipe import train as make
+        from saelab.data.language_model_recipe import Recipe
+        from saelab.data.language_model_recipe import train as make
 
         for name, loss in make(out, Recipe(tokens=tokens), threads, device).items():
             typer.echo(f"{name:8s} {loss:.4f} nats per held-out token")
@@ -720,7 +726,7 @@ def lm_train(
 def _own_parts(experiment: Path | None) -> None:
     """Registers the parts that an experiment.py defines."""
     if experiment is not None:
-        from saelab.study.cells import load_experiment
+        from saelab.launch.worker import load_experiment
 
         load_experiment(experiment.resolve())
 

@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from saelab import formats
+from saelab.analysis.evaluate import Bench
+from saelab.analysis.saebench import result_of
 from saelab.config import read_toml
-from saelab.data.saebench import Definition
-from saelab.data.stream import batches
+from saelab.data.activations.stream import batches
+from saelab.data.probing.saebench import Definition
 from saelab.errors import CellFailure
 from saelab.evals import check_names
 from saelab.evals.base import Row, Subject
+from saelab.launch.launch import Launch, launch
+from saelab.launch.prepare import prepare
+from saelab.launch.worker import initial_sample
 from saelab.progress import progress
-from saelab.rundir import cache_folder
 from saelab.sae import SAE
-from saelab.study.cells import initial_sample
-from saelab.study.engine import Launch, launch
-from saelab.study.measure import Bench
+from saelab.storage.cache import cache_folder
 from saelab.study.plan import BASELINE, Arm, BaseConfig, PlanConfig, Run
-from saelab.study.prepare import prepare
-from saelab.study.recorded import result_of
-from saelab.study.verdict import Comparison
 from saelab.training import loop
+from saelab.verdict.judge import Comparison
 
 
 class Scores(dict[str, float]):

@@ -14,12 +14,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import DamageError, SourceError
-from saelab.files import read_json, read_sealed, sha256, write_sealed
-from saelab.ranks import ALONE, Ranks
 from saelab.sae import SAE, SAEConfig
-from saelab.schema import Loose, check
-from saelab.weights import shapes
+from saelab.storage.atomic import read_json, read_sealed, sha256, write_sealed
+from saelab.storage.safetensors_file import shapes
+from saelab.storage.validation import Loose, check
 
 FORMAT = 1
 REMEDY = "train the cell again, or take the folder from where it was copied"

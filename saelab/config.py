@@ -14,7 +14,7 @@ from typing import Any, Self, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from saelab.errors import SettingError, SourceError, nearest
-from saelab.files import digest
+from saelab.storage.atomic import digest
 
 #: Said of a text with a character that no file and no module has in its name.
 NUL = "a text can't hold the character NUL: leave it out"

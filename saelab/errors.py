@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from saelab.shown import visible
+from saelab.runtime.safe_text import visible
 
 
 class SaelabError(Exception):

@@ -7,9 +7,9 @@
 Both weight matrices are kept latent-major, [d_sae, d_in]: row i belongs to latent i, so that sparse
 gradients gather and scatter whole rows. `encode` and `decode` work in raw activation space.
 
-On several ranks (`saelab.ranks`) each holds the rows of its own latents, and all call every method
-together. The code of a training pass is of the rank's latents; `encode`, `codes` and `decode` give
-and take the code of all latents on every rank.
+On several ranks (`saelab.distributed.ranks`) each holds the rows of its own latents, and all call
+every method together. The code of a training pass is of the rank's latents; `encode`, `codes` and
+`decode` give and take the code of all latents on every rank.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from saelab.config import Frozen
+from saelab.distributed.ranks import ALONE, Ranks
+from saelab.distributed.sharded_file import Shards
 from saelab.errors import SettingError
 from saelab.kernels import (
     Code,
@@ -47,6 +49,7 @@ from saelab.parts import (
     ObserverField,
     ScalingField,
 )
+from saelab.parts.activations.relu import ReLUConfig
 from saelab.parts.base import (
     Activation,
     Constraint,
@@ -59,13 +62,10 @@ from saelab.parts.base import (
     Reset,
     Scaling,
 )
-from saelab.parts.l0_target import L0TargetConfig
-from saelab.parts.l1 import L1Config
-from saelab.parts.reconstruction import ReconstructionConfig
-from saelab.parts.relu import ReLUConfig
-from saelab.ranks import ALONE, Ranks
+from saelab.parts.controllers.l0_target import L0TargetConfig
+from saelab.parts.losses.l1 import L1Config
+from saelab.parts.losses.reconstruction import ReconstructionConfig
 from saelab.seeding import torch_stream
-from saelab.shards import Shards
 
 #: Latents of an SAE at most: twice as many as any published one has. Our choice; parts are made
 #: before the need of memory is known, so a number that is a slip must not take it all.

@@ -8,20 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from saelab.data.saebench import Definition
-from saelab.data.synthetic import truth_of
+from saelab.data.probing.saebench import Definition
+from saelab.data.synthetic.chains import truth_of
 from saelab.errors import SettingError, nearest
 from saelab.evals import probing as _probing
 from saelab.evals import saebench_probing as _saebench
 from saelab.evals.absorption import evaluate_absorption
 from saelab.evals.base import Row, Subject, missing
-from saelab.evals.consistency import evaluate_consistency
 from saelab.evals.core import CoreData, evaluate_core
-from saelab.evals.positions import evaluate_positions
+from saelab.evals.known_features import evaluate_truth, no_truth
+from saelab.evals.loss_by_position import evaluate_positions
 from saelab.evals.probing import ProbingData, evaluate_probing
 from saelab.evals.saebench_probing import evaluate_as_saebench
 from saelab.evals.sensitivity import evaluate_sensitivity
-from saelab.evals.truth import evaluate_truth, no_truth
+from saelab.evals.threshold_fit import evaluate_consistency
 
 
 @dataclass

@@ -36,11 +36,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saelab.data.store import Source
-from saelab.data.synthetic import KnownTruth
+from saelab.data.activations.store import Source
+from saelab.data.synthetic.chains import KnownTruth
 from saelab.evals.base import Row, Subject, missing, number
-from saelab.evals.matching import DRAWS, random_directions
-from saelab.evals.truth import coded_rows, paired_rows, written
+from saelab.evals.dictionary_matching import DRAWS, random_directions
+from saelab.evals.known_features import coded_rows, paired_rows, written
 
 DEFINITION = "absorption/1"
 ABSORPTION = tuple(

@@ -21,9 +21,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from saelab.data.models import LanguageModel, Start, next_token_losses
-from saelab.data.store import FOREIGN_REASON, Source
-from saelab.data.stream import Batch
+from saelab.data.activations.store import FOREIGN_REASON, Source
+from saelab.data.activations.stream import Batch
+from saelab.data.language_model import LanguageModel, Start, next_token_losses
 from saelab.evals.base import (
     Row,
     SparseSubject,

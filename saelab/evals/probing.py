@@ -35,11 +35,11 @@ from torch import Tensor
 
 from saelab import stats
 from saelab.config import digest
-from saelab.data.models import LanguageModel
-from saelab.data.passes import by_length, side_by_side
-from saelab.data.store import check_identity
-from saelab.data.tasks import Entry, entries_digest
-from saelab.data.texts import tokenize_texts
+from saelab.data.activations.parallel_passes import by_length, side_by_side
+from saelab.data.activations.store import check_identity
+from saelab.data.language_model import LanguageModel
+from saelab.data.probing.embedded import Entry, entries_digest
+from saelab.data.text.corpus import tokenize_texts
 from saelab.errors import DamageError, SettingError, SourceError
 from saelab.evals.base import (
     Row,
@@ -51,11 +51,11 @@ from saelab.evals.base import (
     number_or_reason,
 )
 from saelab.evals.logistic import logistic_regression, logistic_regressions
-from saelab.files import read_sealed, sha256, write_atomically, write_sealed
 from saelab.progress import progress
-from saelab.schema import Loose, check
 from saelab.seeding import numpy_stream
-from saelab.weights import read_weights, shapes
+from saelab.storage.atomic import read_sealed, sha256, write_atomically, write_sealed
+from saelab.storage.safetensors_file import read_weights, shapes
+from saelab.storage.validation import Loose, check
 
 DEFINITION = "sparse_probing/2"
 #: Version of the folder with the model's activations.

@@ -9,7 +9,7 @@ missing, other k, intervals) stands in `eval_result_unstructured` under "saelab"
 was written by SAEBench and holds numbers of definition 1; it does not tell SAEBench's version.
 
 Source of the schema: SAEBench 0.6.0's SparseProbingEvalOutput, to which
-tests/unit/test_saebench.py holds what is written here.
+tests/evals/test_saebench.py holds what is written here.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from saelab.config import digest
 from saelab.errors import SourceError
 from saelab.evals.base import Row, missing, number
 from saelab.evals.saebench_probing import DEFINITION
-from saelab.files import read_json, write_json
-from saelab.schema import Loose, Number, Whole, check
+from saelab.storage.atomic import read_json, write_json
+from saelab.storage.validation import Loose, Number, Whole, check
 
 TYPE = "sparse_probing"
 #: Numbers of columns that the schema has fields for.

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.data.tasks import SAMPLING_SEED
+from saelab.data.probing.embedded import SAMPLING_SEED
 from saelab.errors import SettingError
 from saelab.evals.base import Row, Subject, number_or_reason
 from saelab.evals.probing import (

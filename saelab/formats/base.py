@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from saelab.errors import MismatchError, SaelabError, SettingError, SourceError
-from saelab.files import parse_json
+from saelab.parts.activations.jumprelu import JumpReLU
 from saelab.parts.base import Activation
-from saelab.parts.jumprelu import JumpReLU
 from saelab.sae import SAE, SAEConfig
-from saelab.weights import read_weights
+from saelab.storage.atomic import parse_json
+from saelab.storage.safetensors_file import read_weights
 
 #: Smallest decoder norm that is divided by; SAELens uses the same.
 SMALLEST_NORM = 1e-8

@@ -28,7 +28,6 @@ from torch import Tensor
 
 import saelab
 from saelab.errors import SettingError, nearest
-from saelab.files import write_atomically, write_json
 from saelab.formats.base import (
     MATRICES,
     Loaded,
@@ -40,6 +39,7 @@ from saelab.formats.base import (
     take,
 )
 from saelab.sae import SAE
+from saelab.storage.atomic import write_atomically, write_json
 
 FILES = CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saelab.distributed.ranks import Ranks
 from saelab.kernels.code import Code, Support
 from saelab.kernels.table import kernels_for
-from saelab.ranks import Ranks
 
 
 def topk_over_ranks(z: Tensor, k: int, ranks: Ranks) -> Support:

@@ -11,29 +11,29 @@ from pydantic import BeforeValidator, SerializeAsAny
 from torch import nn
 
 from saelab.errors import SettingError, nearest
-from saelab.parts.annealed_k import AnnealedKConfig
-from saelab.parts.auxk import AuxKConfig
+from saelab.parts.activations.batchtopk import BatchTopKConfig
+from saelab.parts.activations.jumprelu import JumpReLUConfig
+from saelab.parts.activations.relu import ReLUConfig
+from saelab.parts.activations.tied_threshold import TiedThresholdConfig
+from saelab.parts.activations.topk import TopKConfig
 from saelab.parts.base import PartConfig
-from saelab.parts.batchtopk import BatchTopKConfig
-from saelab.parts.centring import CentringConfig
-from saelab.parts.frozen import FrozenConfig
-from saelab.parts.jumprelu import JumpReLUConfig
-from saelab.parts.l0 import L0Config
-from saelab.parts.l0_target import L0TargetConfig
-from saelab.parts.l1 import L1Config
-from saelab.parts.lifetimes import LifetimesConfig
-from saelab.parts.ramp import RampConfig
-from saelab.parts.reconstruction import ReconstructionConfig
-from saelab.parts.relu import ReLUConfig
-from saelab.parts.resampling import ResamplingConfig
-from saelab.parts.rounded_k import RoundedKConfig
-from saelab.parts.similarity import SimilarityConfig
-from saelab.parts.similarity.literal import SimilarityLiteralConfig
-from saelab.parts.tied_threshold import TiedThresholdConfig
-from saelab.parts.topk import TopKConfig
-from saelab.parts.unit_norm import UnitNormConfig
-from saelab.parts.variance_scaling import ScalarPriorConfig, VarianceScalingConfig
-from saelab.parts.whitening import WhiteningConfig
+from saelab.parts.constraints.frozen import FrozenConfig
+from saelab.parts.constraints.unit_norm import UnitNormConfig
+from saelab.parts.controllers.annealed_k import AnnealedKConfig
+from saelab.parts.controllers.l0_target import L0TargetConfig
+from saelab.parts.controllers.ramp import RampConfig
+from saelab.parts.controllers.rounded_k import RoundedKConfig
+from saelab.parts.losses.auxk import AuxKConfig
+from saelab.parts.losses.l0 import L0Config
+from saelab.parts.losses.l1 import L1Config
+from saelab.parts.losses.reconstruction import ReconstructionConfig
+from saelab.parts.losses.similarity import SimilarityConfig
+from saelab.parts.losses.similarity.literal import SimilarityLiteralConfig
+from saelab.parts.observers.lifetimes import LifetimesConfig
+from saelab.parts.observers.resampling import ResamplingConfig
+from saelab.parts.scalings.centring import CentringConfig
+from saelab.parts.scalings.variance_scaling import ScalarPriorConfig, VarianceScalingConfig
+from saelab.parts.scalings.whitening import WhiteningConfig
 
 TABLE: dict[str, dict[str, type[PartConfig]]] = {}
 

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
 from saelab.config import Frozen
+from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import SettingError
 from saelab.kernels import Code, Support, row_norms
-from saelab.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from saelab.sae import SAE

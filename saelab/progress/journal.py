@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from saelab.files import writing
+from saelab.storage.atomic import writing
 
 NAME = "metrics.jsonl"
 

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import UsageError
-from saelab.files import WriteError
 from saelab.progress.bar import Progress, bars_made_by, display
 from saelab.progress.journal import NAME, Journal
 from saelab.progress.state import CELLS, END, LAUNCH, State
 from saelab.progress.trackers import Tracker, open_tracker
+from saelab.storage.atomic import WriteError
 
 #: Seconds between two lines of a stage in the journal. Our choice: a line is 130 bytes, so that two
 #: hours are half a megabyte.

@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import saelab
+from saelab.analysis.latents import Browsed, primary_arms
 from saelab.errors import SettingError
-from saelab.files import write_text
-from saelab.report import answers
-from saelab.report.browser import packed
-from saelab.report.canvas import STYLE, Look, looks, shown
-from saelab.report.figures import PICTURES
-from saelab.report.load import CONTROL, Run, load
-from saelab.report.scene import Arrays, scene
-from saelab.study.browse import Browsed, primary_arms
-from saelab.study.folders import RunFolder
+from saelab.report import verdict_table
+from saelab.report.feature_browser import packed
+from saelab.report.figure_data import Arrays, scene
+from saelab.report.figures.common import PICTURES
+from saelab.report.figures.style import STYLE, Look, looks, shown
+from saelab.report.run_data import CONTROL, Run, load
+from saelab.runs.cells import RunFolder
+from saelab.storage.atomic import write_text
 from saelab.study.plan import PlanConfig
 from saelab.study.registry import Attempt, attempts
-from saelab.study.review import CellNote, Review, differences_of, grouped, review
-from saelab.study.summary import COLUMNS, mean_and_half_width
-from saelab.study.verdict import COVERS, POWER
+from saelab.verdict.judge import COVERS, POWER
+from saelab.verdict.review import CellNote, Review, differences_of, grouped, review
+from saelab.verdict.summary import COLUMNS, mean_and_half_width
 
 #: Bytes that a page may have. Our choice: what a mail or a slow line still takes.
 LIMIT = 8_000_000
@@ -208,7 +208,7 @@ def _page(study: Study, reviews: Sequence[Review], runs: Sequence[Any]) -> dict[
         "version": saelab.__version__,
         "covers": COVERS,
         "power": round(100 * POWER),
-        "words": answers.counted(comparisons),
+        "words": verdict_table.counted(comparisons),
         "arms": len(comparisons),
         "runs": runs,
         "plans": _plans(reviews),
@@ -242,7 +242,7 @@ def _plans(reviews: Sequence[Review]) -> list[dict[str, Any]]:
 
 def question(plan: PlanConfig) -> str:
     where = f"at L0 {plan.target_l0:g}" if plan.target_l0 else "at its own L0"
-    name = answers.metric_name(plan.primary)
+    name = verdict_table.metric_name(plan.primary)
     return (
         f"Does an arm change {name} ({plan.direction} is better) against the baseline of the same"
         f" seeds {where}, by at least {plan.sesoi:g}?"
@@ -274,9 +274,9 @@ def _run(
 ) -> dict[str, Any]:
     manifest = run.manifest
     comments = {arm: known.get("comment", "") for arm, known in manifest["arms"].items()}
-    bars = answers.bars(found.comparisons, found.plan.sesoi)
+    bars = verdict_table.bars(found.comparisons, found.plan.sesoi)
     rows = [
-        answers.row(c, bar, found.plan, comments.get(c.arm, ""))
+        verdict_table.row(c, bar, found.plan, comments.get(c.arm, ""))
         for c, bar in zip(found.comparisons, bars, strict=True)
     ]
     primary = primary_arms(RunFolder(folder)) if (folder / "cells").is_dir() else []
@@ -284,7 +284,7 @@ def _run(
         "name": found.run,
         "title": found.title,
         "kind": "exploratory" if found.exploratory else "confirmatory",
-        "metric": answers.metric_name(found.plan.primary),
+        "metric": verdict_table.metric_name(found.plan.primary),
         "direction": found.plan.direction,
         "sesoi": f"{found.plan.sesoi:g}",
         "verdicts": rows,
@@ -316,10 +316,10 @@ def _figure(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
 def _secondary(d: Any) -> dict[str, Any]:
     return {
         "arm": d.arm,
-        "metric": answers.metric_name(d.metric),
+        "metric": verdict_table.metric_name(d.metric),
         "pairs": d.n,
-        "difference": answers.signed(d.mean_diff),
-        "interval": answers.span(d.low, d.high),
+        "difference": verdict_table.signed(d.mean_diff),
+        "interval": verdict_table.span(d.low, d.high),
         "reason": d.reason,
     }
 
@@ -351,7 +351,7 @@ def _planted(known: Mapping[str, Any] | None) -> str:
         return ""
     c, expected = known["comparison"], known["expected"]
     seen = "was found" if c["word"] == "hurts" else "was missed"
-    return f"An effect of {answers.signed(expected)} was planted and {seen}: {c['reason']}."
+    return f"An effect of {verdict_table.signed(expected)} was planted and {seen}: {c['reason']}."
 
 
 def _outcomes(cells: Sequence[CellNote]) -> list[dict[str, Any]]:

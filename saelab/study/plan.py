@@ -16,17 +16,17 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from saelab.config import Frozen, read_toml
-from saelab.data.harvest import HarvestConfig
-from saelab.data.models import ModelConfig
-from saelab.data.saebench import Definition, SourceConfig
-from saelab.data.stream import Layout
-from saelab.data.texts import TextConfig
+from saelab.data.activations.harvest import HarvestConfig
+from saelab.data.activations.stream import Layout
+from saelab.data.language_model import ModelConfig
+from saelab.data.probing.saebench import Definition, SourceConfig
+from saelab.data.text.corpus import TextConfig
 from saelab.errors import SettingError, nearest
 from saelab.sae import SAEConfig
-from saelab.schema import is_name
 from saelab.seeding import study_seeds
-from saelab.study.gate import gate
+from saelab.storage.validation import is_name
 from saelab.training.optim import TrainConfig
+from saelab.verdict.gate import gate
 
 BASELINE = "baseline"
 #: Stands for what another arm ends with, before it is known: possible for every setting.

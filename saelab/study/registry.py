@@ -23,8 +23,8 @@ from pydantic import Field
 
 from saelab.config import digest
 from saelab.errors import DamageError, SaelabError, UsageError
-from saelab.files import append_line, read_json, untorn, write_json
-from saelab.schema import Loose, Number, check
+from saelab.storage.atomic import append_line, read_json, untorn, write_json
+from saelab.storage.validation import Loose, Number, check
 from saelab.study.plan import PlanConfig
 
 FOLDER, PLAN, ATTEMPTS = ".saelab", "plan.json", "attempts.jsonl"

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.data.stream import Batch
+from saelab.data.activations.stream import Batch
+from saelab.distributed.ranks import ALONE, Ranks
+from saelab.distributed.sharded_file import Shards
 from saelab.errors import CellFailure
-from saelab.ranks import ALONE, Ranks
+from saelab.runtime.signals import whole
 from saelab.sae import SAEConfig
-from saelab.shards import Shards
-from saelab.signals import whole
 from saelab.training.optim import Optimiser, TrainConfig
 from saelab.training.snapshots import Snapshots
 from saelab.training.state import State, module_state, restore_module
@@ -278,7 +278,7 @@ def train(
 
     The cells take turns, a few batches each, so that a cell's weights and moments stay in the
     cache meanwhile. A cell that fails stops alone; the others go on as if it had never been there.
-    A signal (saelab/signals.py) waits for the end of a round.
+    A signal (saelab/runtime/signals.py) waits for the end of a round.
 
     Args:
         cells: cells of one seed.

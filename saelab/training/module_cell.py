@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saelab.data.stream import Batch
+from saelab.data.activations.stream import Batch
+from saelab.distributed.sharded_file import WHOLE, Shards
 from saelab.errors import CellFailure, SettingError
-from saelab.shards import WHOLE, Shards
 from saelab.training.loop import Cell, Log
 from saelab.training.optim import TrainConfig
 from saelab.training.state import State

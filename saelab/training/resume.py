@@ -24,12 +24,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from saelab.data.stream import Batch, Position
+from saelab.data.activations.stream import Batch, Position
+from saelab.distributed.sharded_file import WHOLE, Shards
 from saelab.errors import CellFailure, DamageError, SaelabError, SettingError
-from saelab.files import read_sealed, sha256, sweep, write_atomically, write_sealed
-from saelab.remote import Remote
-from saelab.shards import WHOLE, Shards
-from saelab.signals import Interrupted, whole
+from saelab.runtime.signals import Interrupted, whole
+from saelab.storage.atomic import read_sealed, sha256, sweep, write_atomically, write_sealed
+from saelab.storage.remote import Remote
 from saelab.training.loop import Cell, train
 from saelab.training.state import State
 

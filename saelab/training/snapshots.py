@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saelab.files import write_atomically
 from saelab.sae import SAE
+from saelab.storage.atomic import write_atomically
 from saelab.training.state import State
 
 #: Share of the run after which the first snapshot is taken. Our choice: 10 snapshots are then 0.22

@@ -18,17 +18,17 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from saelab.__main__ import app
-from saelab.data.models import LanguageModel, ModelConfig, load
-from saelab.data.store import MemorySource, Shard
-from saelab.data.synthetic import SyntheticConfig, generate
+from saelab.data.activations.store import MemorySource, Shard
+from saelab.data.language_model import LanguageModel, ModelConfig, load
+from saelab.data.synthetic.chains import SyntheticConfig, generate
 from saelab.evals import EVALUATIONS, PROBING, EvalData, evaluate
 from saelab.evals.base import Row, Subject
 from saelab.evals.core import CoreData
-from saelab.evals.matching import random_directions
+from saelab.evals.dictionary_matching import random_directions
 from saelab.evals.probing import ProbingData, ProbingEntry
+from saelab.launch.controls import SUBJECTS, Setting
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
-from saelab.study.controls import SUBJECTS, Setting
 
 HOOK = "blocks.1.hook_resid_post"
 D_SAE = 96

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.data.stream import Batch
+from saelab.data.activations.stream import Batch
 from saelab.errors import SettingError, UsageError
 from saelab.kernels import preactivations
 from saelab.parts import SEAMS, TABLE, base, parse_part, register

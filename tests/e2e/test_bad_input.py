@@ -16,7 +16,7 @@ import torch
 from projects import BASE, BASELINE, RATE, Ended, Project, called, cli, run
 from safetensors.torch import save_file
 
-from saelab.study.executors.local import worker_count
+from saelab.launch.executors.local import worker_count
 
 SMALL_PLAN = (
     "study = 'small'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"

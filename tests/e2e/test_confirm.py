@@ -10,15 +10,15 @@ import pytest
 from projects import BASE, Project, cli
 
 from saelab.errors import SettingError
-from saelab.files import read_json
+from saelab.launch.confirmation import FACTORS, candidates
 from saelab.seeding import study_seeds
-from saelab.study.confirm import FACTORS, candidates
+from saelab.storage.atomic import read_json
 from saelab.study.plan import Arm, BaseConfig, Found, PlanConfig, Run, cells, founds
-from saelab.study.review import review
+from saelab.verdict.review import review
 
 PLAN = "study = 'small'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
 TABLE = """\
-from saelab.study.front import main
+from saelab.launch.entry import main
 from saelab.study.plan import Arm, Confirmation, Run
 
 BASE = Arm("baseline")

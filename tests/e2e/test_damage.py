@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from projects import BASELINE, RATE, Project, called, cli
 
-from saelab.runfiles import RunFiles
+from saelab.runs.folder import RunFiles
 
 PLAN = "study = 'small'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
 
@@ -103,7 +103,7 @@ def test_a_report_is_made_of_intact_files_alone(
 
 
 def _draw() -> None:
-    from saelab.report.figures import draw
+    from saelab.report.figures.common import draw
 
     draw({"run_1": "A run"})
 

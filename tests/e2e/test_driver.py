@@ -29,9 +29,9 @@ from projects import (
     wait_for,
 )
 
-from saelab.data import stdlib
-from saelab.files import read_json
+from saelab.data.text import stdlib
 from saelab.seeding import study_seeds
+from saelab.storage.atomic import read_json
 
 PLAN = """\
 study = "driven"
@@ -198,7 +198,7 @@ def test_a_loss_term_and_an_arm_by_search_and_replace_get_a_verdict(tmp_path: Pa
     driver = Driver(small(tmp_path / "study"))
     driver.edit(PLACE, f"{LOSS}\n{PLACE}")
     driver.edit(
-        "from saelab.study.front import main\n", f"{IMPORTS}from saelab.study.front import main\n"
+        "from saelab.launch.entry import main\n", f"{IMPORTS}from saelab.launch.entry import main\n"
     )
     harmful = '{"sae.losses+": {"kind": "harmless", "weight": 30.0}}'
     idle = '{"sae.losses+": {"kind": "harmless"}}'
@@ -240,7 +240,7 @@ def test_ten_runs_in_a_row(tmp_path: Path) -> None:
     )
     driver.edit(PLACE, f"{LOSS}\n{PLACE}")
     driver.edit(
-        "from saelab.study.front import main\n", f"{IMPORTS}from saelab.study.front import main\n"
+        "from saelab.launch.entry import main\n", f"{IMPORTS}from saelab.launch.entry import main\n"
     )
     assert driver.start().code == 0
     assert driver.shown[3]["own"]["verdict.fvu"] == "no evidence"

@@ -118,8 +118,8 @@ import os, sys, time
 from contextlib import nullcontext
 from pathlib import Path
 from saelab.progress import Progress
-from saelab.signals import whole
-from saelab.study.executors.local import run_jobs
+from saelab.runtime.signals import whole
+from saelab.launch.executors.local import run_jobs
 
 def work(job, advance, state):
     parent = os.getppid()

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from projects import BASE, BASELINE, PLAN, Project, reached
 
-from saelab.files import FAILPOINT
 from saelab.seeding import numpy_stream
+from saelab.storage.atomic import FAILPOINT
 from saelab.training.resume import SECONDS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of a process are forks")
@@ -54,7 +54,7 @@ def make(folder: Path) -> Project:
 
 def study(project: Project) -> None:
     """What is killed: the launch, then its pictures."""
-    from saelab.report.figures import draw
+    from saelab.report.figures.common import draw
 
     if not (project.folder / "run_1" / "final_info.json").exists():
         ended = project.call()

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from saelab.assets import EMBEDDED_MODEL
-from saelab.data import models, stdlib
+from saelab.data import language_model
+from saelab.data.text import stdlib
 
 SMALLEST_LEAD = 1.0  # nats per token over the bigram model; the card says 1.58
 
@@ -26,16 +27,18 @@ def test_the_stored_model_beats_the_bigram_clearly() -> None:
 
 def test_the_stored_weights_have_the_loss_that_the_card_states() -> None:
     """On a sample of the held-out contexts; tied to the corpus that the card was measured on."""
-    from saelab.assets import recipe
+    from saelab.data import language_model_recipe
 
     facts = recipe_json()
     if stdlib.manifest()["sha256"] != facts["corpus"]["sha256"]:
         pytest.skip("the card was measured on the standard library of another Python")
-    model = models.load(models.ModelConfig())
-    stream = recipe.token_stream(model.tokenizer, stdlib.texts("held_out"))  # type: ignore[arg-type]
-    contexts = recipe.windows(stream, 128, recipe._id(model.tokenizer, recipe.BOS))  # type: ignore[arg-type]
+    model = language_model.load(language_model.ModelConfig())
+    stream = language_model_recipe.token_stream(model.tokenizer, stdlib.texts("held_out"))  # type: ignore[arg-type]
+    contexts = language_model_recipe.windows(
+        stream, 128, language_model_recipe._id(model.tokenizer, language_model_recipe.BOS)
+    )  # type: ignore[arg-type]
     sample = contexts[:: max(1, len(contexts) // 256)]
-    loss = recipe.held_out_loss(model.model, sample)
+    loss = language_model_recipe.held_out_loss(model.model, sample)
     assert loss == pytest.approx(facts["losses_nats_per_token"]["model"], abs=0.1)
 
 
@@ -60,13 +63,15 @@ def test_held_out_modules_depend_on_the_path_alone() -> None:
 
 @pytest.mark.slow
 def test_training_goes_on_exactly_where_it_stopped(tmp_path: Path, monkeypatch) -> None:
-    from saelab.assets import recipe
+    from saelab.data import language_model_recipe
 
-    small = recipe.Recipe(tokens=8 * 4 * 128, batch=4, d_model=32, n_heads=2, n_layers=2)
-    monkeypatch.setattr(recipe.stdlib, "texts", lambda split: _texts(split))
-    recipe.train(tmp_path / "whole", small)
+    small = language_model_recipe.Recipe(
+        tokens=8 * 4 * 128, batch=4, d_model=32, n_heads=2, n_layers=2
+    )
+    monkeypatch.setattr(language_model_recipe.stdlib, "texts", lambda split: _texts(split))
+    language_model_recipe.train(tmp_path / "whole", small)
 
-    take_step, taken = recipe._step, []
+    take_step, taken = language_model_recipe._step, []
 
     def interrupted(*args):
         if len(taken) == 5:
@@ -74,12 +79,12 @@ def test_training_goes_on_exactly_where_it_stopped(tmp_path: Path, monkeypatch) 
         taken.append(None)
         return take_step(*args)
 
-    monkeypatch.setattr(recipe, "_step", interrupted)
+    monkeypatch.setattr(language_model_recipe, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        recipe.train(tmp_path / "halves", small)
+        language_model_recipe.train(tmp_path / "halves", small)
     assert not (tmp_path / "halves" / "model.safetensors").exists()
-    monkeypatch.setattr(recipe, "_step", take_step)
-    recipe.train(tmp_path / "halves", small)
+    monkeypatch.setattr(language_model_recipe, "_step", take_step)
+    language_model_recipe.train(tmp_path / "halves", small)
 
     whole = load_file(tmp_path / "whole" / "model.safetensors")
     halves = load_file(tmp_path / "halves" / "model.safetensors")

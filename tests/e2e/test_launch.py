@@ -13,9 +13,9 @@ from projects import BASE, BASELINE, PLAN, RATE, ROOT, SCALED, Ended, Project, r
 from safetensors.torch import load_file
 
 from saelab import checkpoint
-from saelab.data.store import FolderSource
-from saelab.study.controls import SUBJECTS
-from saelab.study.final_info import METRICS
+from saelab.data.activations.store import FolderSource
+from saelab.launch.controls import SUBJECTS
+from saelab.verdict.final_info import METRICS
 
 #: The embedded text and its probing entries, in small.
 STDLIB = re.sub(r"\[(train|eval)_text\]\n(.+\n)+\n", "", BASE).replace(

@@ -22,9 +22,9 @@ from projects import BASELINE, RATE, Ended, Project, environment, stop, wait_for
 from safetensors.torch import load_file, save_file
 
 from saelab.errors import SourceError
-from saelab.exhausted import ExhaustedError, named
-from saelab.files import read_json, sha256, write_sealed
-from saelab.lock import held
+from saelab.runtime.exhaustion import ExhaustedError, named
+from saelab.storage.atomic import read_json, sha256, write_sealed
+from saelab.storage.lock import held
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux has them")
 TINY = "study = 'tiny'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
@@ -132,8 +132,8 @@ def test_a_launch_beyond_its_budget_is_refused_before_anything_is_made(
 
 @LINUX
 def test_fewer_workers_are_taken_where_memory_is_short(tmp_path: Path, finished: Project) -> None:
-    from saelab.study.cells import GROUP
-    from saelab.study.memory import needs
+    from saelab.launch.worker import GROUP
+    from saelab.preflight.memory import needs
     from saelab.study.plan import Arm, Run, cells, read_base, read_plan
 
     project = project_in(tmp_path / "project")
@@ -187,11 +187,11 @@ def test_memory_that_runs_out_all_the_same_leaves_nothing_half_done(tmp_path: Pa
     library ends the process by itself no sentence can be promised, but no run looks complete, and
     the same command finishes it."""
     code = (
-        "import numpy, resource, saelab.study.engine, scipy.stats, sklearn.metrics\n"
+        "import numpy, resource, saelab.launch.launch, scipy.stats, sklearn.metrics\n"
         # a BLAS that finds no memory when it is loaded waits for some for ever
         "scipy.linalg.inv(numpy.eye(64) @ numpy.eye(64))\n"
-        "from saelab.study.cells import load_experiment\n"
-        "from saelab.study.front import main\n"
+        "from saelab.launch.worker import load_experiment\n"
+        "from saelab.launch.entry import main\n"
         "from pathlib import Path\n"
         "runs = load_experiment(Path('experiment.py').resolve()).RUNS\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
@@ -272,7 +272,7 @@ def test_a_harvest_that_another_process_makes_is_told(tmp_path: Path, finished: 
     header = sorted(project.folder.glob(".saelab/activations/*/*/header.json"))[0]
     header.unlink()
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom saelab.lock import held\n"
+        "import sys, time\nfrom pathlib import Path\nfrom saelab.storage.lock import held\n"
         "with held(Path(sys.argv[1]), 'is harvesting these activations'):\n"
         "    print('held', flush=True)\n    time.sleep(600)\n"
     )

@@ -13,8 +13,8 @@ import torch
 from projects import BASE, CHARACTERS, ROOT, Ended, Project, cli
 from safetensors.torch import save_file
 
-from saelab.data import stdlib
-from saelab.files import read_json
+from saelab.data.text import stdlib
+from saelab.storage.atomic import read_json
 
 FEW = ("--set", "evaluation.probing.train_size=60", "--set", "evaluation.probing.test_size=30")
 
@@ -70,7 +70,7 @@ def test_what_needs_the_model_is_missing_with_the_reason(foreign: Project) -> No
 def test_the_last_shard_is_held_out(foreign: Project) -> None:
     """Numbers are of rows that no cell was trained on: here of the third file alone."""
     from saelab import checkpoint
-    from saelab.data.store import ForeignSource
+    from saelab.data.activations.store import ForeignSource
 
     source = ForeignSource.open(foreign.folder / "acts")
     x, _ = source.shard(2).rows()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from projects import BASE, BASELINE, RATE, Project, group_is_gone, stop, wait_for
 
-from saelab.data.store import FolderSource
+from saelab.data.activations.store import FolderSource
 
 #: Eight shards of training activations.
 SHARDS = "\n[harvest]\nshard_tokens = 2_200\noverlap = {0}\n"
@@ -26,7 +26,7 @@ seeds_other = 1
 TOGETHER = """\
 import os, time
 from pathlib import Path
-from saelab.data.store import FolderWriter, GrowingSource
+from saelab.data.activations.store import FolderWriter, GrowingSource
 from saelab.errors import SourceError
 
 def add(self, shard, add=FolderWriter.add):

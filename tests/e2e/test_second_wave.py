@@ -10,7 +10,7 @@ from projects import BASELINE, Project
 
 from saelab import checkpoint
 from saelab.errors import SettingError
-from saelab.study.cells import curve
+from saelab.launch.worker import curve
 from saelab.study.plan import Arm, Found, Run, first_wave, later_arms, preview, resolved
 
 PLAN = """\
@@ -97,7 +97,7 @@ def test_the_second_wave_counts_towards_the_limit_before_the_first_is_trained(
     def seconds(specs: list, *_: object) -> float:
         return 1000.0 * len(specs)
 
-    with patch("saelab.study.engine.training_seconds", seconds):  # 6 cells, then 3
+    with patch("saelab.launch.launch.training_seconds", seconds):  # 6 cells, then 3
         ended = project.call()
     assert ended.code == 2 and "'2:30:00'" in ended.last and "over the limit" in ended.last
     assert not project.finished_cells()

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from projects import BASELINE, PLAN, RATE, SCALED, Project, cli
 
-from saelab.files import read_json, write_json
-from saelab.study.controls import SUBJECTS
-from saelab.study.review import finished
+from saelab.launch.controls import SUBJECTS
+from saelab.storage.atomic import read_json, write_json
+from saelab.verdict.review import finished
 
 TWIN = 'Arm("twin", {}, twin_of="baseline")'
 #: Its learning rate is so high that it diverges or ends worse than the mean.

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saelab.data.stream import Batch
+from saelab.data.activations.stream import Batch
 from saelab.formats import Plain
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saelab import formats
+from saelab.analysis.export import about, still
 from saelab.errors import SettingError, SourceError, UsageError
 from saelab.formats.saelens import RULES
 from saelab.parts import TABLE
+from saelab.parts.activations.relu import ReLU
 from saelab.parts.base import Activation
-from saelab.parts.relu import ReLU
-from saelab.study.export import about, still
 
 ABOUT = {"model": "m/pythia", "hook_name": "blocks.3.hook_resid_post", "context": 128, "seed": 7}
 WEIGHTS = "sae_weights.safetensors"

@@ -15,8 +15,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
-from saelab import remote
 from saelab.seeding import numpy_stream
+from saelab.storage import remote
 
 #: Share of the requests that fail.
 FAILING = 0.2

@@ -8,11 +8,11 @@ import pytest
 import torch
 from flaky import flaky_store
 
-from saelab.data.store import MemorySource, Shard
-from saelab.data.stream import batches
-from saelab.remote import Remote
+from saelab.data.activations.store import MemorySource, Shard
+from saelab.data.activations.stream import batches
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
+from saelab.storage.remote import Remote
 from saelab.training import loop, resume
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig

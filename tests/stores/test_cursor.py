@@ -10,13 +10,13 @@ import pytest
 import torch
 from flaky import flaky_store
 
-from saelab.data import texts, token_parts
-from saelab.data.models import ModelConfig, load
-from saelab.data.stdlib import texts as library
-from saelab.data.texts import TextConfig, tokenize
+from saelab.data.language_model import ModelConfig, load
+from saelab.data.text import corpus, token_cache
+from saelab.data.text.corpus import TextConfig, tokenize
+from saelab.data.text.stdlib import texts as library
 from saelab.errors import DamageError, MismatchError, UnreachableError
-from saelab.files import read_json
-from saelab.remote import Place, Remote
+from saelab.storage.atomic import read_json
+from saelab.storage.remote import Place, Remote
 
 CONTEXT, TOKENS = 32, 20_000
 
@@ -48,7 +48,7 @@ class Documents:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read, self.last = 0, -1
-        plain = texts.open_dataset
+        plain = corpus.open_dataset
 
         def opened(*args: Any) -> Any:
             found = plain(*args)
@@ -65,7 +65,7 @@ class Documents:
             found.__class__ = counting
             return found
 
-        monkeypatch.setattr(texts, "open_dataset", opened)
+        monkeypatch.setattr(corpus, "open_dataset", opened)
 
 
 @pytest.mark.parametrize("joined", [True, False])
@@ -79,8 +79,8 @@ def test_an_interrupted_stream_goes_on_at_the_very_document(
     remote: bool,
 ) -> None:
     flaky_store(monkeypatch)
-    monkeypatch.setattr(token_parts, "PART_TOKENS", 3000)
-    monkeypatch.setattr(texts, "PART_TOKENS", 3000)
+    monkeypatch.setattr(token_cache, "PART_TOKENS", 3000)
+    monkeypatch.setattr(corpus, "PART_TOKENS", 3000)
     config = stream.patched({"joined": joined})
     kept: Place = Remote("flaky://bucket/tokens") if remote else tmp_path / "tokens"
     wanted = tokenize(config, tokenizer, CONTEXT, TOKENS)
@@ -95,7 +95,7 @@ def test_an_interrupted_stream_goes_on_at_the_very_document(
     assert torch.equal(found.ids, wanted.ids) and torch.equal(found.mask, wanted.mask)
     assert found.digest == wanted.digest
     # what the group at the interruption held is read again, and nothing else
-    assert 0 < documents.read - all_rows <= 2 * texts.DOCUMENTS_AT_ONCE < lost
+    assert 0 < documents.read - all_rows <= 2 * corpus.DOCUMENTS_AT_ONCE < lost
     read = documents.read
     again = tokenize(config, tokenizer, CONTEXT, TOKENS, kept=kept)
     assert again.digest == wanted.digest and documents.read == read  # nothing is read any more

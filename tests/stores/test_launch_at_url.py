@@ -10,14 +10,14 @@ import torch
 from flaky import FlakyFileSystem, flaky_store, s3_server
 
 from saelab import api
-from saelab.data import stdlib
-from saelab.data.store import FolderSource
+from saelab.data.activations.store import FolderSource
+from saelab.data.text import stdlib
 from saelab.errors import DamageError
-from saelab.files import read_json, sha256
-from saelab.remote import Remote
-from saelab.study import prepare as preparing
-from saelab.study.cells import Worker
-from saelab.study.engine import Launch, launch
+from saelab.launch import prepare as preparing
+from saelab.launch.launch import Launch, launch
+from saelab.launch.worker import Worker
+from saelab.storage.atomic import read_json, sha256
+from saelab.storage.remote import Remote
 from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run
 
 SETTINGS: dict[str, Any] = {

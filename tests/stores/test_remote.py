@@ -14,9 +14,8 @@ import pytest
 import torch
 from flaky import FlakyFileSystem, flaky_store
 
-from saelab import remote, rundir
-from saelab.data.ahead import ReadAhead
-from saelab.data.store import (
+from saelab.data.activations.read_ahead import ReadAhead
+from saelab.data.activations.store import (
     FolderSource,
     FolderWriter,
     ForeignSource,
@@ -25,8 +24,9 @@ from saelab.data.store import (
     reopen,
 )
 from saelab.errors import DamageError, MismatchError, SourceError
-from saelab.files import read_json, sha256, write_atomically, write_json
-from saelab.remote import TRIES, Remote, RemoteError, place_of
+from saelab.storage import cache, remote
+from saelab.storage.atomic import read_json, sha256, write_atomically, write_json
+from saelab.storage.remote import TRIES, Remote, RemoteError, place_of
 
 HEADER = {"d": 4, "context": 3, "dtype": "float32", "n_tokens": 12, "hook_name": "h"}
 
@@ -231,8 +231,8 @@ def test_the_next_ones_are_read_meanwhile() -> None:
 MEMORY = """
 import re, sys
 from pathlib import Path
-from saelab.data.store import FolderSource
-from saelab.remote import Remote
+from saelab.data.activations.store import FolderSource
+from saelab.storage.remote import Remote
 def status(name):
     text = Path("/proc/self/status").read_text()
     return int(re.search(name + r":\\s+(\\d+)", text)[1])
@@ -269,36 +269,36 @@ def test_finished_folders_go_to_the_shared_cache_and_come_back(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("SAELAB_CACHE", "flaky://bucket/cache")
-    one, other = rundir.cache_folder(tmp_path / "one"), rundir.cache_folder(tmp_path / "other")
+    one, other = cache.cache_folder(tmp_path / "one"), cache.cache_folder(tmp_path / "other")
     assert one == tmp_path / "one" / ".saelab"
     folder = one / "cells" / "key"
     folder.mkdir(parents=True)
     (folder / "sae.safetensors").write_bytes(bytes(100))
-    assert not rundir.fetch(other, other / "cells" / "key", "cell.json")
+    assert not cache.fetch(other, other / "cells" / "key", "cell.json")
     write_json(folder / "cell.json", {"rows": []})
-    rundir.share(one, folder)
-    assert rundir.fetch(other, other / "cells" / "key", "cell.json")
+    cache.share(one, folder)
+    assert cache.fetch(other, other / "cells" / "key", "cell.json")
     for name in ("sae.safetensors", "cell.json"):
         assert sha256(folder / name) == sha256(other / "cells" / "key" / name)
     key = next(name for name in flaky.store if name.endswith("sae.safetensors"))
     flaky.store[key] = type(flaky.store[key])(None, key, bytes(99))
     third = tmp_path / "third" / "cells" / "key"
-    assert not rundir.fetch(tmp_path / "third", third, "cell.json")
+    assert not cache.fetch(tmp_path / "third", third, "cell.json")
     named = "flaky://bucket/cache/cells/key/sae.safetensors does not match its checksum"
     assert named in capsys.readouterr().err and not (third / "cell.json").exists()
-    rundir.share(one, folder)  # made again, it takes the damaged one's place
-    assert rundir.fetch(tmp_path / "third", third, "cell.json")
+    cache.share(one, folder)  # made again, it takes the damaged one's place
+    assert cache.fetch(tmp_path / "third", third, "cell.json")
     assert sha256(third / "sae.safetensors") == sha256(folder / "sae.safetensors")
 
 
 def test_without_a_url_nothing_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for named in (str(tmp_path / "c"), (tmp_path / "c").as_uri()):
         monkeypatch.setenv("SAELAB_CACHE", named)
-        assert rundir.cache_folder(tmp_path) == tmp_path / "c" and rundir.remote_cache() is None
+        assert cache.cache_folder(tmp_path) == tmp_path / "c" and cache.remote_cache() is None
     folder = tmp_path / "c" / "cells" / "key"
-    assert not rundir.fetch(tmp_path / "c", folder, "cell.json")
+    assert not cache.fetch(tmp_path / "c", folder, "cell.json")
     write_json(folder / "cell.json", {})
-    rundir.share(tmp_path / "c", folder)
-    assert rundir.fetch(tmp_path / "c", folder, "cell.json")
+    cache.share(tmp_path / "c", folder)
+    assert cache.fetch(tmp_path / "c", folder, "cell.json")
     assert [file.name for file in folder.iterdir()] == ["cell.json"]
     assert json.loads((folder / "cell.json").read_text()) == {}

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from saelab.data.store import MemorySource, Shard
-from saelab.data.stream import Batch, batches
+from saelab.data.activations.store import MemorySource, Shard
+from saelab.data.activations.stream import Batch, batches
 from saelab.errors import CellFailure, SettingError
 from saelab.parts.base import Pass
 from saelab.sae import SAE, SAEConfig

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from test_state import D_IN, D_SAE, OBSERVED, SIZE, STEPS, TRAIN, Own, assert_same
 
-from saelab import signals
-from saelab.data.store import MemorySource, Shard
-from saelab.data.stream import Position, batches
+from saelab.data.activations.store import MemorySource, Shard
+from saelab.data.activations.stream import Position, batches
+from saelab.distributed.sharded_file import WHOLE
 from saelab.errors import DamageError, SettingError
+from saelab.runtime import signals
+from saelab.runtime.signals import Interrupted, told, whole
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
-from saelab.shards import WHOLE
-from saelab.signals import Interrupted, told, whole
 from saelab.training import loop, resume
 from saelab.training.loop import Cell
 from saelab.training.module_cell import ModuleCell

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saelab.data.store import MemorySource, Shard
-from saelab.data.stream import batches
+from saelab.data.activations.store import MemorySource, Shard
+from saelab.data.activations.stream import batches
 from saelab.errors import DamageError
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream

@@ -1,0 +1,104 @@
+"""Trained SAEs in the directories of other tools, whole or not at all.
+
+Of a run its cells at the plan's L0 are written, each in a folder of its arm and seed; anything else
+that `formats` reads is written as it is. Everything is written beside the target folder first and
+renamed at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab import formats
+from saelab.errors import SettingError, SourceError
+from saelab.formats import Loaded
+from saelab.parts.activations.tied_threshold import TiedThreshold
+from saelab.runs.cells import RunFolder, members
+from saelab.sae import SAE
+from saelab.storage.atomic import writing
+
+
+def export(
+    path: Path,
+    out: Path,
+    to: str = "saelens",
+    source: str = "",
+    arms: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    without_trace: bool = False,
+) -> list[Path]:
+    """Writes a run's SAEs, or one SAE, in another format.
+
+    Args:
+        path: a run folder, or the directory of one SAE.
+        out: new or empty.
+        to, source: formats; '' finds the source's.
+        arms, seeds: of a run, which; all by default.
+        without_trace: write an adapting threshold with beta = 0, which is another function.
+
+    Returns: the folders that hold an SAE now.
+    Raises: SettingError when a part can't be written, SourceError when `out` is not empty.
+    """
+    save = formats.saver(to)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SourceError(f"{out} is there and not empty: name a new folder")
+    cells = members(path, arms, seeds)
+    places = {cell.place: cell.folder for cell in cells} if cells else {Path(): path}
+    with _whole(out) as fresh:
+        for place, folder in places.items():
+            found = formats.load(folder, source)
+            with _named(folder):
+                sae = still(found.sae) if without_trace else found.sae
+                save(sae, fresh / place, about(found, folder, without_trace))
+    return [out / place for place in places]
+
+
+def about(found: Loaded, folder: Path, without_trace: bool = False) -> dict[str, Any]:
+    """What is known of an SAE: model, hook_name, context and dataset where they are."""
+    run = RunFolder.of(folder)
+    text = run.base.train_text if run and run.base.activations is None else None
+    dataset = str(text.path or text.kind) if text else found.about.get("dataset", "")
+    named = {"model": found.origin.model, "hook_name": found.origin.hook_name, "dataset": dataset}
+    mark = {"without_trace": True} if without_trace and found.sae.needs_contexts else {}
+    return {**found.about, **named, **mark}
+
+
+@torch.no_grad()
+def still(sae: SAE) -> SAE:
+    """The same SAE with beta = 0 where its thresholds follow the context; else itself."""
+    if not (isinstance(sae.activation, TiedThreshold) and sae.needs_contexts):
+        return sae
+    twin = sae.config.patched({"activation.trace": "mean"}).build(sae.d_in)
+    twin.load_state_dict(sae.state_dict())
+    return twin.eval()
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Names the SAE in what can't be written of it."""
+    try:
+        yield
+    except SettingError as error:
+        remedy = error.remedy
+        if error.value == "tied_threshold":
+            remedy += "; --without-trace writes it with beta = 0, which is another function"
+        raise SettingError(f"{folder}: {error.setting}", error.value, remedy) from None
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder to be filled that becomes `out` at the end, and is gone on failure."""
+    fresh = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
+    try:
+        yield fresh
+        with writing(out):
+            fresh.replace(out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)

@@ -1,0 +1,228 @@
+"""Latents of finished cells for a feature browser, from the saved SAEs and the held-out text.
+
+Cells are the baseline's and the primary arms' first seed at the target L0, or what is asked for.
+Nothing is trained; the held-out activations are taken from the cache or made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saelab import formats
+from saelab.data.activations.store import FOREIGN_REASON, Source
+from saelab.data.language_model import LanguageModel
+from saelab.errors import SettingError
+from saelab.evals import latent_examples
+from saelab.evals.latent_examples import Example, Lens
+from saelab.launch.latent_table import FILE, LIVES
+from saelab.launch.prepare import held_out
+from saelab.runs.cells import CELLS, Member, RunFolder
+from saelab.runs.folder import GATE
+
+#: Tokens shown before and after the strongest one. Our choice: two or three lines of code.
+BEFORE, AFTER = 16, 8
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One latent; see `evals/features` for what its numbers mean.
+
+    Args:
+        index, group: which, and why it was picked.
+        largest: its strongest activation on the held-out text.
+        lens: None where the model gives none.
+        neighbours: other latents and their cosines.
+        life: birth and last firing in steps, firings and resamplings, where the SAE kept them.
+    """
+
+    index: int
+    group: str
+    density: float
+    loss_share: float
+    largest: float
+    examples: list[Example]
+    lens: Lens | None
+    neighbours: list[tuple[int, float]]
+    life: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Browsed:
+    """One cell.
+
+    Args:
+        run, arm, seed, level: which.
+        d_sae, tokens: latents in all, and held-out tokens that were looked at.
+        latents: in the order of their groups.
+        steps: of its training; None where the run does not say.
+        why_no_lens, why_no_text, why_no_life: the reason why that is missing; '' where it is there.
+        texts: of the examples.
+    """
+
+    run: str
+    arm: str
+    seed: int
+    level: float
+    d_sae: int
+    tokens: int
+    latents: list[Latent]
+    steps: int | None
+    why_no_lens: str
+    why_no_text: str
+    why_no_life: str
+    texts: HeldOut
+
+
+@dataclass(eq=False)
+class HeldOut:
+    """Held-out activations with their token ids and model."""
+
+    source: Source
+    model: LanguageModel | None
+    key: str
+
+    def ids(self, context: int) -> list[int]:
+        """The token ids of one context; [] where they are not known."""
+        return self._ids[context].tolist() if len(self._ids) else []
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        """Of all contexts; empty where they are not known."""
+        shards = (self.source.shard(i) for i in range(self.source.n_shards))
+        return torch.cat([torch.zeros(0) if s.ids is None else s.ids for s in shards])
+
+    @property
+    def why_no_text(self) -> str:
+        return "" if len(self._ids) and self.model is not None else FOREIGN_REASON
+
+    def token(self, token: int) -> str:
+        """A token as text, with its leading space."""
+        assert self.model is not None
+        tokenizer = self.model.tokenizer
+        piece = str(tokenizer.convert_ids_to_tokens(token))
+        if piece.startswith("▁"):  # sentencepiece; decoding one token alone loses the space
+            return piece.replace("▁", " ")
+        return str(tokenizer.decode([token]))
+
+
+def primary_arms(run: RunFolder) -> list[str]:
+    """The arms that have as many seeds at the target L0 as the baseline: the plan's primary ones.
+
+    Every arm where the plan gives all the same number.
+    """
+    seeds: dict[str, int] = {}
+    for cell in run.chosen():
+        seeds[cell.arm] = seeds.get(cell.arm, 0) + 1
+    baseline = run.manifest["baseline"]
+    return [arm for arm, n in seeds.items() if arm != baseline and n >= seeds.get(baseline, 0)]
+
+
+def chosen_cells(
+    folders: Sequence[Path], arms: Sequence[str], cells: int
+) -> list[tuple[RunFolder, Member]]:
+    """Which cells are browsed: of each run the first seed of these arms, each content once.
+
+    Args:
+        arms: names; () for the baseline, then the primary arms.
+        cells: of a run, at most; named arms are never left out.
+
+    Raises: SettingError for an arm that no run has.
+    """
+    runs = [run for folder in folders if (run := RunFolder.of(folder)) is not None]
+    known = dict.fromkeys(cell.arm for run in runs for cell in run.chosen())
+    for arm in arms:
+        if arm not in known:
+            raise SettingError("--features", arm, f"no run has it; there are {', '.join(known)}")
+    found: dict[str, tuple[RunFolder, Member]] = {}
+    for run in runs:
+        wanted = list(arms) or [run.manifest["baseline"], *primary_arms(run)][:cells]
+        first = {cell.arm: cell for cell in reversed(run.chosen())}
+        for cell in (first[arm] for arm in wanted if arm in first):
+            name = f"{cell.arm}/seed {cell.seed}/L0 {cell.level:g}"
+            found.setdefault(run.manifest["cells"].get(name, str(cell.folder)), (run, cell))
+    return list(found.values())
+
+
+def browse(
+    chosen: Sequence[tuple[RunFolder, Member]], n: int, examples: int, cache: Path
+) -> Iterator[Browsed]:
+    """Looks into each cell.
+
+    Args:
+        n: latents per cell.
+        examples: texts per latent.
+        cache: folder of harvested activations.
+    """
+    data: dict[str, HeldOut] = {}
+    for run, cell in chosen:
+        base = run.base
+        key = repr((base.model, base.hook_name, base.eval_text, base.context, base.activations))
+        key += f"/{base.evaluation.tokens}"
+        if key not in data:
+            data[key] = HeldOut(*held_out(base, cache), key)
+        yield _browsed(run, cell, data[key], n, examples)
+
+
+def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int) -> Browsed:
+    sae = formats.load(cell.folder).sae
+    sae = sae.to(torch.device(run.base.model.device)).eval()
+    found = latent_examples.survey(sae, data.source, examples)
+    picked = latent_examples.pick(found, n, cell.seed)
+    latents = list(picked)
+    shown = latent_examples.examples(sae, data.source, found, latents, BEFORE, AFTER)
+    near = latent_examples.neighbours(sae, latents)
+    why_no_lens = latent_examples.why_no_lens(sae, data.model)
+    seen: Sequence[Lens | None] = [None] * len(latents)
+    if not why_no_lens and data.model is not None:
+        seen = latent_examples.lenses(sae, latents, data.model)
+    lives = _lives(run, cell)
+    return Browsed(
+        run.folder.name,
+        cell.arm,
+        cell.seed,
+        cell.level,
+        sae.d_sae,
+        found.tokens,
+        [
+            Latent(
+                latent,
+                picked[latent],
+                float(found.density[latent]),
+                float(found.loss_share[latent]),
+                float(found.strongest[0, latent]),
+                shown[latent],
+                seen[i],
+                near[i],
+                {name: int(column[latent]) for name, column in lives.items()},
+            )
+            for i, latent in enumerate(latents)
+        ],
+        _steps(run, cell),
+        why_no_lens,
+        data.why_no_text,
+        "" if lives else "this SAE has no part that follows lifetimes",
+        data,
+    )
+
+
+def _lives(run: RunFolder, cell: Member) -> dict[str, list[int]]:
+    """What `latents.parquet` holds of lifetimes; {} without any."""
+    import pyarrow.parquet as pq
+
+    path = run.files.file(f"{CELLS}/{cell.place.as_posix()}/{FILE}")
+    if not path.is_file():
+        return {}
+    table = pq.read_table(path)
+    return {name: table[name].to_pylist() for name in LIVES if name in table.column_names}
+
+
+def _steps(run: RunFolder, cell: Member) -> int | None:
+    known = run.files.gates() if (run.folder / GATE).is_file() else {}
+    facts = known.get(f"{cell.arm}/seed {cell.seed}/L0 {cell.level:g}", {}).get("facts", {})
+    return int(facts["steps"]) if facts.get("steps") else None

@@ -1,0 +1,251 @@
+"""SAEBench results beside ours: a recorded file, a run's rows, and what either of them is.
+
+A recorded file is shown with its own numbers, with what the gate says of its SAE, and beside ours.
+Differences are only taken between numbers of one definition.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import saelab
+from saelab.data.probing.embedded import SAMPLING_SEED
+from saelab.errors import MismatchError, SettingError, SourceError, nearest
+from saelab.evals.base import Row, Subject, check_one_definition
+from saelab.evals.saebench import About, as_result, definition_of, read_result, rows_of
+from saelab.evals.saebench_probing import DEFINITION
+from saelab.runs.folder import MANIFEST, METRICS, RunFiles
+from saelab.sae import SAE
+from saelab.seeding import study_seeds
+from saelab.storage.parquet import Kind
+from saelab.study.plan import BaseConfig
+from saelab.verdict.gate import GateResult, gate, read_saebench_result
+
+CHANNELS = "control:model channels"
+#: Columns of metrics.parquet that a `Row` is made of.
+OF_ROWS: dict[str, Kind] = {
+    **{"metric": "text", "value": "number?", "definition": "text", "slice": "text"},
+    **{"reason": "text?", "arm": "text", "seed": "whole", "level": "number"},
+}
+#: Metrics shown for each entry.
+SHOWN = ("llm_test_accuracy", "sae_top_1_test_accuracy", "sae_top_5_test_accuracy")
+SHOWN += ("sae_test_accuracy",)
+#: Checks of the gate that, together, say that nobody trained the SAE.
+UNTRAINED = {"no_steps", "no_tokens"}
+
+
+def about(base: BaseConfig, sae: Mapping[str, Any], name: str, seed: int) -> About:
+    """What a result file says of a measurement with these settings.
+
+    Args:
+        sae: further entries of the SAE's configuration.
+        name: what the SAE is called.
+        seed: of the examples.
+    """
+    probing = base.evaluation.probing
+    layer = re.search(r"\d+", base.hook_name)
+    own = {
+        "model_name": base.model.path,
+        "hook_name": base.hook_name,
+        "hook_layer": int(layer[0]) if layer else None,
+        "context_size": base.context,
+        "dtype": "float32",
+    }
+    entries = {"train_size": probing.train_size, "test_size": probing.test_size}
+    own_sizes = {
+        name: {side: value for side in entries if (value := getattr(source, side))}
+        for name, source in probing.sources.items()
+        if source.train_size or source.test_size
+    }
+    return About(
+        model_name=base.model.path,
+        dtype=base.model.dtype,
+        sae=own | dict(sae),
+        release="saelab",
+        sae_id=name,
+        train_size=probing.train_size,
+        test_size=probing.test_size,
+        context=min(probing.context, base.context),
+        k_values=probing.k_values,
+        seed=seed,
+        millis=int(time.time() * 1000),
+        version=saelab.__version__,
+        further={"sizes": own_sizes},
+    )
+
+
+def result_of(
+    rows: Sequence[Row], subject: Subject, base: BaseConfig, name: str, seed: int
+) -> dict[str, Any]:
+    """SAEBench's result of a subject, from its rows and those of the model's channels.
+
+    Args:
+        name: what the SAE is called.
+        seed: of the examples; definition 1 has SAEBench's own.
+
+    Raises: SourceError when the rows lack what the schema asks for.
+    """
+    sae: dict[str, Any] = {"d_in": subject.d_in, "d_sae": subject.d_sae}
+    if isinstance(subject, SAE):
+        sae["architecture"] = subject.config.activation.kind
+        sae["saelab"] = subject.config.model_dump(mode="json")
+    of_saebench = DEFINITION in {row.definition for row in rows}
+    return as_result(rows, about(base, sae, name, SAMPLING_SEED if of_saebench else seed))
+
+
+def run_result(folder: Path, arm: str = "baseline", seed: int | None = None) -> dict[str, Any]:
+    """SAEBench's result of one cell of a complete run, from its metrics.parquet.
+
+    Args:
+        arm, seed: of the cell at the plan's L0; None for the arm's first seed.
+
+    Raises: SourceError when the run is not complete; SettingError for an unknown arm or seed.
+    """
+    files = RunFiles(folder)
+    if not (folder / METRICS).is_file() or not (folder / MANIFEST).is_file():
+        raise SourceError(f"{folder} holds no metrics.parquet: name the folder of a complete run")
+    manifest = files.needed("target_l0", "base", "arms", "study")
+    level = manifest["target_l0"] or 0.0
+    rows = [Row(**row) for row in files.rows(METRICS, OF_ROWS)]
+    arms = [name for name in dict.fromkeys(row.arm for row in rows) if name != CHANNELS]
+    if arm not in arms:
+        raise SettingError("arm", arm, f"no such arm{nearest(arm, arms)}; has {', '.join(arms)}")
+    own = [row for row in rows if row.arm == arm and row.level == level]
+    seeds = list(dict.fromkeys(row.seed for row in own))
+    if not seeds or (seed is not None and seed not in seeds):
+        raise SettingError("seed", seed, f"{arm} has the seeds {', '.join(map(str, seeds))}")
+    chosen = seeds[0] if seed is None else seed
+    base = BaseConfig.parse(manifest["base"], where=str(folder / MANIFEST))
+    changes = manifest["arms"].get(arm, {}).get("changes", {})
+    base = base.patched(changes)
+    sae = {
+        "architecture": base.sae.activation.kind,
+        "d_sae": base.sae.d_sae,
+        "training_tokens": base.train.tokens,
+        "saelab": base.sae.model_dump(mode="json"),
+    }
+    own_seed = study_seeds(manifest["study"], "evaluation", 1)[0]
+    examples = SAMPLING_SEED if base.evaluation.probing.definition == 1 else own_seed
+    told = about(base, sae, f"{folder.name}/{arm}/seed {chosen}", examples)
+    channels = [row for row in rows if row.arm == CHANNELS]
+    return as_result([row for row in own if row.seed == chosen] + channels, told)
+
+
+def result_at(path: Path, arm: str = "baseline", seed: int | None = None) -> dict[str, Any]:
+    """A result file, or that of a run's cell."""
+    return run_result(path, arm, seed) if path.is_dir() else read_result(path)
+
+
+def what_it_is(found: GateResult) -> list[str]:
+    """The gate's word on a recorded SAE, and below it what the gate found."""
+    wrong = {finding.check: finding.sentence for finding in found.findings}
+    if found.outcome != "invalid":
+        word = "The gate has nothing against this SAE, as far as the file tells."
+    elif "probing_constant" in wrong and UNTRAINED & set(wrong):
+        word = "An untrained SAE: all its accuracies are exactly .5, the class prior."
+    elif "probing_constant" in wrong:
+        word = "An SAE whose code tells the probes nothing: all its accuracies are exactly .5."
+    else:
+        word = "Not to be compared with anything."
+    return [word, *(f"  {check}: {sentence}" for check, sentence in wrong.items())]
+
+
+def shown(path: Path, beside: Mapping[str, Any] | None = None) -> list[str]:
+    """A recorded file as lines of text: what it is, its means and entries, and ours beside them.
+
+    Args:
+        path: the file.
+        beside: another result, as `result_at` gives it.
+    """
+    result = read_result(path)
+    config = result["eval_config"]
+    tasks = f"{config['probe_train_set_size']} / {config['probe_test_set_size']}"
+    found = gate(read_saebench_result(path))
+    lines = [
+        f"{path.name}: {config['model_name']}, {_hook(result)}, {tasks} texts a task, "
+        f"{config['context_length']} tokens a text, definition {definition_of(result)}",
+        *what_it_is(found),
+    ]
+    theirs = rows_of(result)
+    ours = rows_of(beside) if beside else []
+    why_not = "" if beside is None else _why_not_compared(found, result, beside)
+    lines += ["", *_means(theirs, ours, differences=bool(beside) and not why_not)]
+    if beside is not None:
+        lines += ["", f"No differences: {why_not}." if why_not else _compared(result, beside)]
+    return [*lines, "", *_entries(theirs)]
+
+
+def _hook(result: Mapping[str, Any]) -> str:
+    return str((result.get("sae_cfg_dict") or {}).get("hook_name") or "hook not told")
+
+
+def _why_not_compared(
+    found: GateResult, result: Mapping[str, Any], other: Mapping[str, Any]
+) -> str:
+    """Why no difference of the two is taken; '' when it may be."""
+    definitions = {"the file": definition_of(result), "ours": definition_of(other)}
+    try:
+        check_one_definition("sparse probing", definitions)
+    except MismatchError as error:
+        return str(error)
+    return "the file's SAE is invalid, as said above" if found.outcome == "invalid" else ""
+
+
+def _compared(result: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What a difference is a difference of."""
+    places = [(r["eval_config"]["model_name"], _hook(r)) for r in (result, other)]
+    sets = [set(r["eval_config"]["dataset_names"]) for r in (result, other)]
+    notes = []
+    if places[0] != places[1]:
+        notes.append(" against ".join(f"{model} at {hook}" for model, hook in places))
+    if sets[0] != sets[1]:
+        notes.append(f"over {len(sets[0])} against {len(sets[1])} entries")
+    return "The differences are between " + ("; ".join(notes) or "SAEs in the same place") + "."
+
+
+def _means(theirs: Sequence[Row], ours: Sequence[Row], differences: bool) -> list[str]:
+    other = {row.metric: row for row in ours if not row.slice}
+    head = ["mean over entries", "file", *(["ours"] if ours else [])]
+    cells = [[*head, *(["difference"] if differences else [])]]
+    for row in theirs:
+        if row.slice or (row.value is None and other.get(row.metric, row).value is None):
+            continue
+        line = [row.metric, _number(row.value)]
+        if ours:
+            mine = other[row.metric].value if row.metric in other else None
+            line.append(_number(mine))
+            both = row.value is not None and mine is not None
+            line += [f"{mine - row.value:+.4f}" if both else "-"] if differences else []  # type: ignore[operator]
+        cells.append(line)
+    return aligned(cells)
+
+
+def _entries(rows: Sequence[Row]) -> list[str]:
+    slices = [w for w in dict.fromkeys(row.slice for row in rows) if w and "," not in w]
+    values = {(row.slice, row.metric): row for row in rows}
+    cells = [["entry", *(m.removesuffix("_test_accuracy") for m in SHOWN)]]
+    for where in slices:
+        found = [values.get((where, metric)) for metric in SHOWN]
+        name = where.removeprefix("entry=")
+        cells.append([name, *(_number(row.value if row else None) for row in found)])
+    return aligned(cells)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]

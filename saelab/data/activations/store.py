@@ -1,0 +1,650 @@
+"""Activations as shards of whole contexts, in memory or in a folder of safetensors files.
+
+    <folder>/shard-00000.safetensors   x [contexts, positions, d], mask, ids
+    <folder>/header.json               identity, counts and the sha256 of each shard; written last
+                                       and sealed (`files.write_sealed`)
+
+A folder without header.json is not complete; `partial.json` then says which shards are there, a
+writer of the same identity goes on after them, and a reader may follow the writer. The digest of a
+source is a hash of its identity and of its shards' bytes, the same in memory and on disk.
+
+The folder may be a URL (saelab/storage/remote.py). Shards on a disk are mapped, and their bytes
+compared with the checksums by `verify`; those of a URL are read ahead within a bound and compared
+at every read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from saelab.config import digest
+from saelab.data.activations.read_ahead import ReadAhead
+from saelab.errors import DamageError, MismatchError, SourceError
+from saelab.storage.atomic import read_json, sha256, unsealed, write_atomically, write_sealed
+from saelab.storage.remote import Place, Remote
+from saelab.storage.safetensors_file import parse_weights, read_weights
+from saelab.storage.validation import Loose, Name, check
+
+#: Version of the folder's layout.
+FORMAT = 1
+#: Why loss recovered and probing are missing for activations without their model.
+FOREIGN_REASON = "activations were made elsewhere"
+#: Rows of a foreign file checked for non-finite values at a time; bounds the memory.
+ROWS_AT_ONCE = 65536
+#: Seconds between two looks at a growing harvest, in a folder and at a URL, where each look is a
+#: request. Our choice: little beside a shard's time.
+POLL, REMOTE_POLL = 0.1, 2.0
+#: Reads of an object that does not match its checksum, before it counts as damaged: what was
+#: spoilt on its way is whole the second time.
+READS = 2
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Whole contexts of activations.
+
+    Args:
+        x: [contexts, positions, d] in the stored dtype.
+        mask: bool [contexts, positions]; True where the position counts.
+        ids: int32 [contexts, positions] token ids, or None when they are not known.
+    """
+
+    x: Tensor
+    mask: Tensor
+    ids: Tensor | None = None
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The counted positions in order: float32 [n, d] and their position int64 [n]."""
+        return self.x[self.mask].float(), self.mask.nonzero()[:, 1]
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.mask.sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a shard file holds."""
+        parts = {"x": self.x, "mask": self.mask}
+        if self.ids is not None:
+            parts["ids"] = self.ids
+        return {name: part.contiguous() for name, part in parts.items()}
+
+
+class Source(Protocol):
+    """Activations of one hook point.
+
+    `header` says where they come from (model, model_digest, text_digest, hook_name, context, dtype,
+    d, n_tokens ...); `shard_counts` is the number of counted tokens in each shard.
+    """
+
+    @property
+    def header(self) -> dict[str, Any]: ...
+
+    @property
+    def d(self) -> int: ...
+
+    @property
+    def n_shards(self) -> int: ...
+
+    @property
+    def shard_counts(self) -> list[int]: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def shard(self, i: int) -> Shard: ...
+
+
+class MemorySource:
+    """Shards held in memory.
+
+    Args:
+        shards: at least one; all with the same d.
+        header: the identity; d, dtype, context and n_tokens are filled in from the shards.
+    """
+
+    def __init__(self, shards: Sequence[Shard], header: Mapping[str, Any]) -> None:
+        if not shards:
+            raise SourceError("no activations: a source needs at least one shard")
+        self._shards = list(shards)
+        self.header = {**_facts(self._shards[0]), **header, "n_tokens": sum(self.shard_counts)}
+
+    @property
+    def d(self) -> int:
+        return int(self._shards[0].x.shape[-1])
+
+    @property
+    def n_shards(self) -> int:
+        return len(self._shards)
+
+    @property
+    def shard_counts(self) -> list[int]:
+        return [shard.n_tokens for shard in self._shards]
+
+    @property
+    def digest(self) -> str:
+        return _source_digest(self.header, self._hashes)
+
+    @functools.cached_property
+    def _hashes(self) -> list[str]:
+        return [hashlib.sha256(save(shard.tensors())).hexdigest() for shard in self._shards]
+
+    def shard(self, i: int) -> Shard:
+        return self._shards[i]
+
+
+def _facts(shard: Shard) -> dict[str, Any]:
+    """What the first shard tells about all."""
+    _, positions, d = shard.x.shape
+    return {"context": positions, "d": d, "dtype": str(shard.x.dtype).removeprefix("torch.")}
+
+
+def _source_digest(header: Mapping[str, Any], hashes: list[str]) -> str:
+    return digest([header, hashes])
+
+
+# ---------------------------------------------------------------- folder
+
+
+class FolderSource:
+    """Shards in a folder, opened by `FolderSource.open`; those on a disk are mapped, not read.
+
+    Args:
+        path: the folder.
+        header: the identity.
+        shards: a record of each.
+        ahead: bytes of shards that may be read before they are asked for, where it is a URL.
+    """
+
+    def __init__(
+        self, path: Place, header: dict[str, Any], shards: list[dict[str, Any]], ahead: int = 0
+    ) -> None:
+        self.path, self.header, self._records = path, header, shards
+        self._ahead = ReadAhead(self._whole, [record["bytes"] for record in shards], ahead)
+        self._last: tuple[int, Shard] | None = None
+
+    @classmethod
+    def open(
+        cls, path: Place, expected: Mapping[str, Any] | None = None, ahead: int = 0
+    ) -> FolderSource:
+        """Opens a complete folder; the sizes of its files are checked, their bytes by `verify`.
+
+        Args:
+            expected: fields that the header must have, as `check_identity` takes them.
+            ahead: as for the class.
+
+        Raises: SourceError when there is no complete harvest, DamageError for a missing or
+            truncated shard, MismatchError when the header differs from `expected`.
+        """
+        if not (path / "header.json").is_file():
+            unfinished = (path / "partial.json").is_file()
+            why = (
+                "an unfinished harvest: run it again" if unfinished else "no harvested activations"
+            )
+            raise SourceError(f"{path} holds {why}" + ("" if unfinished else ": harvest first"))
+        stored = _read_state(path, "header.json")
+        source = cls(path, stored["header"], stored["shards"], ahead)
+        check_identity(source.header, expected or {}, str(path))
+        sizes = _sizes(path)
+        for record in source._records:
+            _check_size(path, record, sizes)
+        return source
+
+    @property
+    def d(self) -> int:
+        return _width(self.header, self.path)
+
+    @property
+    def n_shards(self) -> int:
+        return len(self._records)
+
+    @property
+    def shard_counts(self) -> list[int]:
+        return [record["n_tokens"] for record in self._records]
+
+    @property
+    def digest(self) -> str:
+        return _source_digest(self.header, [record["sha256"] for record in self._records])
+
+    def shard(self, i: int) -> Shard:
+        """Raises: DamageError when the file can't be read, or what a URL gives is not what was
+        written."""
+        file = self.path / self._records[i]["file"]
+        if isinstance(file, Path):
+            parts = read_weights(file, DamageError, "harvest it again")
+            return _checked_shard(parts, self._records[i], self.d, file)
+        if self._last is None or self._last[0] != i:
+            self._last = None  # so that two are not held at once
+            parts = parse_weights(self._ahead.get(i), file, DamageError, "harvest it again")
+            self._last = i, _checked_shard(parts, self._records[i], self.d, file)
+        return self._last[1]
+
+    def _whole(self, i: int) -> bytes:
+        return read_checked(self.path, self._records[i])
+
+    @property
+    def checks_reads(self) -> bool:
+        """Whether every read is compared with its checksum, so that `verify` would read twice."""
+        return isinstance(self.path, Remote)
+
+    def verify(self) -> None:
+        """Compares every shard with its checksum.
+
+        Raises: DamageError naming the first file that differs.
+        """
+        sizes = _sizes(self.path)
+        for record in self._records:
+            _check_size(self.path, record, sizes)
+            _check_bytes(self.path, record)
+
+
+class _Header(Loose):
+    d: int = Field(default=1, ge=1)
+    n_tokens: int = Field(default=0, ge=0)
+
+
+class _Record(Loose):
+    file: Name
+    sha256: str
+    bytes: int
+    contexts: int
+    n_tokens: int
+
+
+class _State(Loose):
+    header: _Header
+    shards: list[_Record]
+
+
+def _read_state(path: Place, name: str) -> dict[str, Any]:
+    """header.json or partial.json of a folder.
+
+    Raises: DamageError when it is not what was written, SourceError when it is of another version.
+    """
+    file, remedy = path / name, f"delete {path} and harvest again"
+    stored = read_json(file)
+    if isinstance(stored, dict) and stored.get("format") != FORMAT:
+        raise SourceError(
+            f"{path} has format {stored.get('format')!r}, this version reads {FORMAT}: "
+            "harvest it again"
+        )
+    return check(unsealed(stored, file, remedy), _State, file, remedy)
+
+
+def _width(header: Mapping[str, Any], path: Place) -> int:
+    if "d" not in header:
+        raise DamageError(f"{path} does not say its width d: delete it and harvest again")
+    return int(header["d"])
+
+
+def read_checked(path: Place, record: Mapping[str, Any]) -> bytes:
+    """The bytes of a file of the folder, as they were written.
+
+    Raises: DamageError naming the file that is missing or differs from its checksum.
+    """
+    file = path / record["file"]
+    for _ in range(READS):
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            raise DamageError(f"{file} is missing: run again") from None
+        if hashlib.sha256(data).hexdigest() == record["sha256"]:
+            return data
+    raise DamageError(f"{file} does not match its checksum: delete it and run again")
+
+
+def write_tensors(file: Place, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Writes a safetensors file; returns its record, `sha256` and `bytes`."""
+    record: dict[str, Any] = {}
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary)
+        record.update(sha256=sha256(temporary), bytes=temporary.stat().st_size)
+
+    write_atomically(file, write)
+    return record
+
+
+def _sizes(path: Place) -> dict[str, int]:
+    """Name -> bytes of the files of a folder that hold tensors."""
+    if isinstance(path, Remote):
+        sizes = path.sizes()
+        return {name: sizes[name] for name in sizes if name.endswith(".safetensors")}
+    return {file.name: file.stat().st_size for file in path.glob("*.safetensors") if file.is_file()}
+
+
+def _check_size(path: Place, record: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    size = sizes.get(record["file"])
+    if size != record["bytes"]:
+        state = "is missing" if size is None else f"has {size} bytes, not {record['bytes']}"
+        raise DamageError(f"{path / record['file']} {state}: delete {path} and harvest again")
+
+
+def _checked_shard(
+    parts: Mapping[str, Tensor], record: Mapping[str, Any], d: int, file: Place
+) -> Shard:
+    """Raises: DamageError when the tensors are not those of a shard with such a record."""
+    x, mask, ids = (parts.get(name) for name in ("x", "mask", "ids"))
+    fits = x is not None and mask is not None and x.dim() == 3 and x.shape[2] == d
+    fits = fits and x.is_floating_point() and mask.dtype == torch.bool  # type: ignore[union-attr]
+    fits = fits and mask.shape == x.shape[:2]  # type: ignore[union-attr]
+    fits = fits and (ids is None or ids.shape == mask.shape)  # type: ignore[union-attr]
+    if not fits or x is None or mask is None or int(mask.sum()) != record["n_tokens"]:
+        raise DamageError(f"{file} is no shard of this harvest: harvest it again")
+    return Shard(x, mask, ids)
+
+
+def _check_bytes(path: Place, record: Mapping[str, Any]) -> None:
+    if sha256(path / record["file"]) != record["sha256"]:
+        file = path / record["file"]
+        raise DamageError(f"{file} does not match its checksum: delete {path} and harvest again")
+
+
+def reopen(path: Place) -> None:
+    """Makes a complete folder an unfinished one: a writer goes on after its last intact shard."""
+    state: dict[str, Any] | None = None
+    with suppress(DamageError, SourceError):  # or of another version
+        state = _read_state(path, "header.json")
+    if state is not None:
+        write_sealed(path / "partial.json", state)
+    (path / "header.json").unlink()
+
+
+class GrowingSource:
+    """A harvest that another process still writes: whatever is not there yet is waited for.
+
+    `header`, `d` and `n_shards` are there once the writer has announced itself, shard i once it is
+    written, `shard_counts` and `digest` once the harvest is complete. Its bytes, and so its digest,
+    are those of the complete folder.
+
+    Args:
+        path: the folder of one hook point of a harvest.
+        alive: whether the writer may still write; by default, whether the process that started this
+            one lives. Where no process can be waited for, nothing is waited for.
+        ahead: as for `FolderSource`; of what is written.
+
+    Raises: SourceError, by all but the constructor, when something is missing and the writer ended.
+    """
+
+    def __init__(
+        self, path: Place, alive: Callable[[], bool] | None = None, ahead: int = 0
+    ) -> None:
+        self.path, self._alive, self._bound = path, alive or _parent_lives, ahead
+        self._written: FolderSource | None = None
+
+    @property
+    def header(self) -> dict[str, Any]:
+        return self._announced["header"]
+
+    @property
+    def d(self) -> int:
+        return _width(self.header, self.path)
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.header["n_contexts"] // self.header["shard_contexts"])
+
+    @property
+    def shard_counts(self) -> list[int]:
+        return self._whole.shard_counts
+
+    @property
+    def digest(self) -> str:
+        return self._whole.digest
+
+    def shard(self, i: int) -> Shard:
+        """Raises: DamageError when the file can't be read."""
+        if self._written is None or i >= self._written.n_shards:
+            state = self._wait(lambda state: len(state["shards"]) > i)
+            self._written = FolderSource(self.path, state["header"], state["shards"], self._bound)
+        return self._written.shard(i)
+
+    @functools.cached_property
+    def _announced(self) -> dict[str, Any]:
+        return self._wait(lambda state: True)
+
+    @functools.cached_property
+    def _whole(self) -> FolderSource:
+        self._wait(lambda state: (self.path / "header.json").is_file())
+        return FolderSource.open(self.path)
+
+    def _wait(self, enough: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """What is written, as soon as it is enough."""
+        while True:
+            alive = self._alive()  # before the look, so that a writer's last words count
+            state = self._state()
+            if state is not None and enough(state):
+                return state
+            if not alive:
+                raise SourceError(f"{self.path} holds an unfinished harvest: run it again")
+            time.sleep(POLL if isinstance(self.path, Path) else REMOTE_POLL)
+
+    def _state(self) -> dict[str, Any] | None:
+        for name in ("header.json", "partial.json"):
+            with suppress(SourceError):  # not there yet, or not any more
+                return _read_state(self.path, name)
+        return None
+
+
+def _parent_lives() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is not None and parent.is_alive()
+
+
+class FolderWriter:
+    """Writes shards one after the other; goes on after those of an interrupted writer.
+
+    Args:
+        path: the folder.
+        header: the identity of the source; a partial harvest of another identity is refused.
+
+    Raises: MismatchError when the folder holds activations of another identity.
+    """
+
+    def __init__(self, path: Place, header: Mapping[str, Any]) -> None:
+        self.path, self.header = path, _as_json(header)
+        self._records: list[dict[str, Any]] = []
+        for name in ("header.json", "partial.json"):
+            if (self.path / name).is_file():
+                stored = self._stored(name)
+                if stored.get("shards"):  # what was only announced binds nobody
+                    check_identity(stored.get("header", {}), self.header, str(self.path))
+                    self._records = self._intact(stored["shards"])
+                break
+
+    def _stored(self, name: str) -> dict[str, Any]:
+        """What an earlier writer left; nothing where that is damaged, and its shards made again."""
+        try:
+            return _read_state(self.path, name)
+        except DamageError as error:
+            print(f"{error} (done now)", file=sys.stderr)
+            return {}
+
+    @property
+    def done(self) -> int:
+        """How many shards are written and intact."""
+        return len(self._records)
+
+    def _intact(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The records up to the first file that does not match; of a URL the sizes tell, since
+        every read compares the bytes."""
+        kept: list[dict[str, Any]] = []
+        sizes = _sizes(self.path)
+        for record in records:
+            try:
+                _check_size(self.path, record, sizes)
+                if isinstance(self.path, Path):
+                    _check_bytes(self.path, record)
+            except DamageError:
+                break
+            kept.append(record)
+        return kept
+
+    def announce(self) -> None:
+        """Writes the record of what is there: from now on a `GrowingSource` may follow."""
+        write_sealed(self.path / "partial.json", self._state())
+
+    def add(self, shard: Shard) -> None:
+        """Writes the next shard, then the record of it."""
+        name = f"shard-{self.done:05d}.safetensors"
+        record = {
+            "file": name,
+            **write_tensors(self.path / name, shard.tensors()),
+            "contexts": int(shard.mask.shape[0]),
+            "n_tokens": shard.n_tokens,
+            "dtype": str(shard.x.dtype).removeprefix("torch."),
+        }
+        self._records.append(record)
+        self.announce()
+
+    def finish(self) -> FolderSource:
+        """Writes header.json and opens the folder."""
+        write_sealed(self.path / "header.json", self._state())
+        (self.path / "partial.json").unlink(missing_ok=True)
+        return FolderSource.open(self.path)
+
+    def _state(self) -> dict[str, Any]:
+        return {"format": FORMAT, "header": self.header, "shards": self._records}
+
+
+def check_identity(
+    header: Mapping[str, Any], expected: Mapping[str, Any], where: str = "the activations"
+) -> None:
+    """Compares the fields of `expected` with a header.
+
+    Raises: MismatchError naming the first field that differs and both values.
+    """
+    for field, wanted in _as_json(expected).items():
+        found = header.get(field)
+        if found != wanted:
+            raise MismatchError(
+                f"{where} has {field} = {found!r}, but {wanted!r} is asked for: "
+                "name another folder, or delete this one"
+            )
+
+
+def _as_json(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data as it comes back from a JSON file (tuples become lists)."""
+    return json.loads(json.dumps(dict(data)))
+
+
+# ---------------------------------------------------------------- made elsewhere
+
+
+class ForeignSource:
+    """A folder of safetensors made elsewhere; each file holds one tensor.
+
+    It has shape [n, d] or [contexts, positions, d]. Rows without contexts become contexts of one
+    position. Every position counts.
+    """
+
+    def __init__(
+        self, path: Place, files: dict[str, int], shapes: list[tuple[int, int, int]], ahead: int = 0
+    ) -> None:
+        self.path, self._shapes = path, shapes
+        self._files = [path / name for name in files]
+        self._ahead = ReadAhead(lambda i: self._files[i].read_bytes(), list(files.values()), ahead)
+        positions = {shape[1] for shape in shapes}
+        self.header: dict[str, Any] = {
+            "model": None,
+            "model_digest": None,
+            "hook_name": None,
+            "reason": FOREIGN_REASON,
+            "folder": path.name,
+            "context": max(positions),
+            "d": shapes[0][2],
+            "dtype": str(self.shard(0).x.dtype).removeprefix("torch."),
+            "n_tokens": sum(contexts * length for contexts, length, _ in shapes),
+        }
+
+    @classmethod
+    def open(cls, path: Place, ahead: int = 0) -> ForeignSource:
+        """Opens the folder and checks every value.
+
+        Args:
+            ahead: bytes of files that may be read before they are asked for, where it is a URL.
+
+        Raises: SourceError naming the file with a wrong shape, type or a value that is not finite.
+        """
+        files = dict(sorted(_sizes(path).items()))
+        if not files:
+            raise SourceError(f"{path} holds no .safetensors file: name a folder with activations")
+        shapes = []
+        for file in (path / name for name in files):
+            shapes.append(_checked_shape(file, _only_tensor(file)))
+            if shapes[-1][2] != shapes[0][2]:
+                raise SourceError(
+                    f"{file} has d = {shapes[-1][2]}, but {next(iter(files))} has "
+                    f"{shapes[0][2]}: put activations of one width into a folder"
+                )
+        return cls(path, files, shapes, ahead)
+
+    @property
+    def d(self) -> int:
+        return self._shapes[0][2]
+
+    @property
+    def n_shards(self) -> int:
+        return len(self._files)
+
+    @property
+    def shard_counts(self) -> list[int]:
+        return [contexts * positions for contexts, positions, _ in self._shapes]
+
+    @property
+    def digest(self) -> str:
+        return _source_digest(self.header, self._hashes)
+
+    @functools.cached_property
+    def _hashes(self) -> list[str]:
+        return [sha256(file) for file in self._files]
+
+    def shard(self, i: int) -> Shard:
+        shape = self._shapes[i]
+        file = self._files[i]
+        data = None if isinstance(file, Path) else self._ahead.get(i)
+        x = _only_tensor(file, data).view(shape)
+        return Shard(x, torch.ones(shape[:2], dtype=torch.bool))
+
+
+def _only_tensor(file: Place, data: bytes | None = None) -> Tensor:
+    """The tensor of a file, or of the bytes of one that were read already."""
+    remedy = "save the activations again"
+    if isinstance(file, Remote):
+        tensors = parse_weights(
+            file.read_bytes() if data is None else data, file, SourceError, remedy
+        )
+    else:
+        tensors = read_weights(file, SourceError, remedy)
+    if len(tensors) != 1:
+        raise SourceError(f"{file} holds {len(tensors)} tensors: leave only the activations")
+    return next(iter(tensors.values()))
+
+
+def _checked_shape(file: Place, x: Tensor) -> tuple[int, int, int]:
+    """The shape as [contexts, positions, d]."""
+    if not x.is_floating_point() or x.dim() not in (2, 3) or x.numel() == 0:
+        kind = str(x.dtype).removeprefix("torch.")
+        raise SourceError(
+            f"{file} holds {kind} {list(x.shape)}: activations are floating-point "
+            "[n, d] or [contexts, positions, d]"
+        )
+    for part in x.view(-1, x.shape[-1]).split(ROWS_AT_ONCE):
+        if not bool(torch.isfinite(part).all()):
+            raise SourceError(f"{file} has values that are not finite: take them out")
+    contexts, positions = (x.shape[0], 1) if x.dim() == 2 else (x.shape[0], x.shape[1])
+    return contexts, positions, x.shape[-1]

@@ -1,0 +1,139 @@
+"""The stream of batches: shards in a fixed order, each read in every seed's own permutation.
+
+The permutation of buffer b for seed s comes from the named stream (s, 'data order', b) alone, so
+all arms of a seed see the same batches whatever else runs beside them. A stream yields
+`(batch, position)`; a position says how to go on from the batch after it, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saelab.data.activations.store import Source
+from saelab.errors import SettingError
+from saelab.seeding import torch_stream
+
+Layout = Literal["rows", "contexts"]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stream stands: the buffer (counted over epochs) and the next row or context in it."""
+
+    buffer: int = 0
+    offset: int = 0
+
+
+@dataclass(eq=False)
+class Batch:
+    """One batch of activations.
+
+    Args:
+        x: float32 [N, d] rows, or [contexts, positions, d].
+        positions: token position of each vector in its context; int64, shape of x without d.
+        mask: bool of the same shape, False where a vector does not count; None when all count.
+        segments: of rows that came in contexts: which run of tokens without a gap each belongs to,
+            int64 [N], rising; None for shuffled rows. BOS, padding and the borders of documents do
+            not count, so a run lies within one document.
+    """
+
+    x: Tensor
+    positions: Tensor
+    mask: Tensor | None = None
+    segments: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        return self.positions.numel()
+
+    def rows(self) -> Batch:
+        """Flattened to the counted rows."""
+        if self.x.dim() == 2:
+            return self if self.mask is None else self._kept(self.mask)
+        mask = torch.ones_like(self.positions).bool() if self.mask is None else self.mask
+        begins = mask.clone()
+        begins[:, 1:] &= ~mask[:, :-1]
+        segments = begins.flatten().cumsum(0).view_as(mask) - 1
+        return Batch(self.x, self.positions, None, segments)._kept(mask)
+
+    def to(self, device: torch.device) -> Batch:
+        """With x and segments on the device."""
+        segments = None if self.segments is None else self.segments.to(device)
+        return Batch(self.x.to(device), self.positions, self.mask, segments)
+
+    def within(self, low: int, high: int) -> Batch:
+        """Only the rows whose token position lies in [low, high)."""
+        return self._kept((self.positions >= low) & (self.positions < high))
+
+    def part(self, some: slice) -> Batch:
+        """Only the given rows; a part of a context is none, so segments go."""
+        if some == slice(0, len(self.x)):
+            return self
+        return Batch(self.x[some], self.positions[some])
+
+    def _kept(self, keep: Tensor) -> Batch:
+        """The vectors of a bool mask, as rows."""
+        segments = None if self.segments is None else self.segments[keep]
+        return Batch(self.x[keep], self.positions[keep], None, segments)
+
+    @property
+    def starts(self) -> Tensor | None:
+        """Where each segment of the rows begins, and N; int64 [m + 1]."""
+        return None if self.segments is None else starts_of(self.segments)
+
+
+def starts_of(segments: Tensor) -> Tensor:
+    """Rising numbers of segments [N] -> where each one begins, and N; int64 [m + 1]."""
+    counts = segments.unique_consecutive(return_counts=True)[1]
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def batches(
+    source: Source, seed: int, size: int, layout: Layout = "rows", start: Position = Position()
+) -> Iterator[tuple[Batch, Position]]:
+    """An endless stream of batches that goes on from `start`.
+
+    Args:
+        source: activations; its shards are the buffers.
+        seed: decides the order within each buffer.
+        size: rows per batch; in the 'contexts' layout the number of whole contexts is
+            size / positions. The rest of a buffer that fills no batch is left out.
+
+    Raises: SettingError when every buffer holds less than one batch.
+    """
+    buffer, offset = start.buffer, start.offset
+    too_small = 0
+    while True:
+        x, positions, mask = _buffer(source, buffer % source.n_shards, layout)
+        count = size if layout == "rows" else max(1, size // x.shape[1])
+        too_small = too_small + 1 if len(x) < count else 0
+        if too_small == source.n_shards:
+            remedy = f"a shard holds only {len(x)}: lower the batch size or harvest more tokens"
+            raise SettingError("batch_size", size, remedy)
+        order = torch.randperm(len(x), generator=torch_stream(seed, "data order", buffer))
+        while offset + count <= len(x):
+            index = order[offset : offset + count]
+            offset += count
+            batch = Batch(x[index].float(), positions[index], None if mask is None else mask[index])
+            yield batch, Position(buffer, offset)
+        buffer, offset = buffer + 1, 0
+
+
+def _buffer(source: Source, index: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
+    shard = source.shard(index)
+    if layout == "rows":
+        x, positions = shard.rows()
+        return x, positions, None
+    length = shard.x.shape[1]
+    positions = torch.arange(length).expand(shard.x.shape[:2])
+    return shard.x, positions, shard.mask
+
+
+def steps_in(source: Source, size: int) -> int:
+    """Batches of `size` rows in one pass over the source."""
+    return sum(int(source.shard(i).mask.sum()) // size for i in range(source.n_shards))

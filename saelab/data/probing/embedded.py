@@ -1,0 +1,490 @@
+"""Labelled texts for sparse probing, cut from the standard library's own structure.
+
+Every entry has several classes, probed one against the rest. Only modules that the embedded
+language model never saw are used (`Module.held_out`), and train and test never share a file:
+
+    test  <=>  path_hash(path, "probing") mod 4 == 0
+
+A label says where a text comes from (package, node of the syntax tree, comment or docstring). The
+words that would give it away (`if`, `return`, `#`, quotes, a function's own name where its name is
+the label) lie outside the text. A text found under two classes or on both sides is dropped.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import textwrap
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from saelab import config
+from saelab.data.text.stdlib import Module, modules, path_hash
+from saelab.errors import SettingError, SourceError
+from saelab.seeding import numpy_stream
+from saelab.storage.parquet import stream_rows
+
+#: An entry ships only with this many texts in every class. Our choice: with 150 texts of a class
+#: the standard error of a test accuracy is below 3%.
+MIN_TRAIN, MIN_TEST = 500, 150
+#: Texts are cut here. Our choice: about 40 tokens, because every SAE must encode all of them.
+CHARACTERS = 128
+#: One held-out file in TEST_EVERY is a test file.
+TEST_EVERY = 4
+#: Seed of the draw from all candidates, as SAEBench's.
+SAMPLING_SEED = 42
+
+#: Files of local tables.
+KINDS = (".parquet", ".jsonl")
+
+Labelled = Iterator[tuple[str, str]]  # pairs (class, text)
+Candidates = dict[tuple[str, bool], dict[str, None]]  # (class, is test) -> texts in order
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set of several classes.
+
+    Args:
+        name: what results are filed under.
+        classes: the keys of `train` and `test`, in order.
+        train, test: texts by class; no text is in both.
+        source: one line on where texts and labels come from.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: dict[str, tuple[str, ...]]
+    test: dict[str, tuple[str, ...]]
+    source: str
+
+
+class Source:
+    """One parsed module: its nodes by type, their parents, and the text of any of them.
+
+    Raises: SyntaxError when this interpreter can't parse the module.
+    """
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.lines = module.text.split("\n")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in the library's own strings
+            self.tree = ast.parse(module.text)
+        self.parents: dict[ast.AST, ast.AST] = {}
+        self._by_type: dict[type[ast.AST], list[Any]] = defaultdict(list)
+        self._bytes = [line.encode() for line in self.lines]
+        nodes: deque[ast.AST] = deque([self.tree])
+        while nodes:  # the order of ast.walk, which would look for all children once more
+            node = nodes.popleft()
+            self._by_type[type(node)].append(node)
+            for child in ast.iter_child_nodes(node):
+                self.parents[child] = node
+                nodes.append(child)
+
+    def all(self, *types: type[ast.AST]) -> Iterator[Any]:
+        """All nodes of exactly these types."""
+        for kind in types:
+            yield from self._by_type[kind]
+
+    def text(self, first: Any, last: Any = None) -> str:
+        """The source from node `first` to the end of node `last`, without common indentation."""
+        last = last or first
+        lines = self._bytes[first.lineno - 1 : last.end_lineno]
+        if last.end_lineno == first.lineno:
+            return lines[0][first.col_offset : last.end_col_offset].decode()
+        lines = [b" " * first.col_offset + lines[0][first.col_offset :], *lines[1:]]
+        lines[-1] = lines[-1][: last.end_col_offset]
+        return textwrap.dedent(b"\n".join(lines).decode())
+
+    def owner(self, node: ast.AST) -> ast.AST:
+        """The function, class or module whose body holds `node`."""
+        while True:
+            node = self.parents[node]
+            if isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module)):
+                return node
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+DOCUMENTED = (*FUNCTIONS, ast.ClassDef, ast.Module)
+
+#: Package families by theme; a family that has nothing held out costs nothing.
+THEMES = {
+    "gui": "curses idlelib tkinter turtle turtledemo",
+    "network": "asynchat asyncio asyncore cgi email ftplib http imaplib mailbox mimetypes nntplib "
+    "poplib selectors smtpd smtplib socket socketserver ssl telnetlib urllib webbrowser wsgiref "
+    "xmlrpc",
+    "tooling": "ast bdb cProfile code compileall dis distutils doctest ensurepip importlib inspect "
+    "lib2to3 modulefinder opcode pdb pickletools pkgutil profile pstats py_compile pyclbr runpy "
+    "site symtable tabnanny token tokenize trace traceback venv zipapp zipimport",
+}
+_THEME_OF = {family: theme for theme, names in THEMES.items() for family in names.split()}
+
+
+def cut_theme(source: Source) -> Labelled:
+    """Whole lines of a module by the theme of its package."""
+    theme = _THEME_OF.get(source.module.family)
+    if theme is None:
+        return
+    window: list[str] = []
+    for line in source.lines:
+        window.append(line)
+        if sum(map(len, window)) + len(window) > CHARACTERS:
+            yield theme, textwrap.dedent("\n".join(window))
+            window = []
+
+
+def cut_prose(source: Source) -> Labelled:
+    """First and later paragraphs of docstrings, comments, and messages, each without its marks."""
+    for node in source.all(*DOCUMENTED):
+        if (text := ast.get_docstring(node)) is not None:
+            summary, *details = text.split("\n\n")
+            yield "summary", summary
+            yield from (("detail", textwrap.dedent(detail)) for detail in details)
+    inside: set[int] = set()
+    for node in source.all(ast.Constant):
+        if isinstance(node.value, (str, bytes)):
+            inside.update(range(node.lineno + 1, node.end_lineno + 1))
+            argument = isinstance(source.parents[node], (ast.Call, ast.BinOp))
+            if argument and isinstance(node.value, str) and " " in node.value.strip():
+                yield "message", node.value
+    for node in source.all(ast.JoinedStr):
+        inside.update(range(node.lineno + 1, node.end_lineno + 1))
+    yield from (("comment", text) for text in comment_blocks(source.lines, inside))
+
+
+def comment_blocks(lines: list[str], inside: set[int]) -> Iterator[str]:
+    """Adjoining whole-line comments as one text each, without `#`.
+
+    Args:
+        lines: of the module.
+        inside: numbers (from 1) of the lines that begin inside a string.
+    """
+    block: list[str] = []
+    for number, line in enumerate([*lines, ""], start=1):
+        bare = line.strip()
+        if bare.startswith("#") and number not in inside:
+            block.append(bare.lstrip("#! ").rstrip("#-=* "))
+        elif block:
+            yield "\n".join(block)
+            block = []
+
+
+def cut_expression_role(source: Source) -> Labelled:
+    """Expressions by what they are used for."""
+    for node in source.all(ast.If, ast.While, ast.IfExp):
+        yield "condition", source.text(node.test)
+    for node in source.all(ast.Return):
+        if node.value:
+            yield "returned", source.text(node.value)
+    for node in source.all(ast.Call):
+        yield from (("argument", source.text(argument)) for argument in node.args)
+
+
+def cut_assignment_scope(source: Source) -> Labelled:
+    """Assignments by where they stand."""
+    for node in source.all(ast.Assign, ast.AnnAssign, ast.AugAssign):
+        owner = source.owner(node)
+        if isinstance(owner, FUNCTIONS):
+            yield "constructor" if owner.name == "__init__" else "function", source.text(node)
+        elif isinstance(owner, ast.Module):
+            yield "module", source.text(node)
+
+
+def cut_block(source: Source) -> Labelled:
+    """Bodies of compound statements by the statement."""
+    kinds = {"branch": (ast.If,), "loop": (ast.For, ast.While), "guarded": (ast.Try, ast.With)}
+    for kind, types in kinds.items():
+        for node in source.all(*types):
+            yield kind, source.text(node.body[0], node.body[-1])
+
+
+def _body(function: Any) -> list[ast.stmt]:
+    return function.body[ast.get_docstring(function, clean=False) is not None :]
+
+
+def cut_function_name(source: Source) -> Labelled:
+    """Bodies of functions, without name and docstring, by the kind of name."""
+    for node in source.all(*FUNCTIONS):
+        if body := _body(node):
+            special = node.name.startswith("__") and node.name.endswith("__")
+            kind = "special" if special else "private" if node.name[0] == "_" else "public"
+            yield kind, source.text(body[0], body[-1])
+
+
+def cut_function_part(source: Source) -> Labelled:
+    """The first two and the last two statements of functions with at least four."""
+    for node in source.all(*FUNCTIONS):
+        if len(body := _body(node)) >= 4:
+            yield "opening", source.text(body[0], body[1])
+            yield "closing", source.text(body[-2], body[-1])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One embedded entry: `cut(source)` yields the (class, text) pairs of one module."""
+
+    name: str
+    classes: tuple[str, ...]
+    cut: Callable[[Source], Labelled]
+    shortest: int  # characters
+    source: str
+
+
+#: The embedded entries. A new one is a function and a line here.
+RECIPES = (
+    Recipe(
+        "theme",
+        ("gui", "network", "tooling"),
+        cut_theme,
+        40,
+        "windows of whole lines, by the theme of the package",
+    ),
+    Recipe(
+        "prose",
+        ("summary", "detail", "comment", "message"),
+        cut_prose,
+        20,
+        "prose without its marks: first and later paragraphs of docstrings, comments, messages",
+    ),
+    Recipe(
+        "expression_role",
+        ("condition", "returned", "argument"),
+        cut_expression_role,
+        16,
+        "expressions, by what they are used for",
+    ),
+    Recipe(
+        "assignment_scope",
+        ("module", "constructor", "function"),
+        cut_assignment_scope,
+        12,
+        "assignments, by where they stand",
+    ),
+    Recipe(
+        "block",
+        ("branch", "loop", "guarded"),
+        cut_block,
+        20,
+        "bodies of compound statements (if; for and while; try and with), by the statement",
+    ),
+    Recipe(
+        "function_name",
+        ("public", "private", "special"),
+        cut_function_name,
+        20,
+        "bodies of functions, by the kind of the name, which is left out (f, _f, __f__)",
+    ),
+    Recipe(
+        "function_part",
+        ("opening", "closing"),
+        cut_function_part,
+        20,
+        "the first two and the last two statements of functions with at least four",
+    ),
+)
+
+
+def embedded_entries(train_size: int = 500, test_size: int = 250) -> tuple[Entry, ...]:
+    """The entries that this interpreter's library is large enough for, in a fixed order.
+
+    Args:
+        train_size, test_size: texts per class at most; a class may have fewer (`MIN_TRAIN`,
+            `MIN_TEST`).
+
+    Raises: SettingError when a size is below 1.
+    """
+    for setting, size in (("train_size", train_size), ("test_size", test_size)):
+        if size < 1:
+            raise SettingError(setting, size, "choose a number of texts per class from 1 on")
+    return _entries(train_size, test_size)
+
+
+@functools.cache
+def _entries(train_size: int, test_size: int) -> tuple[Entry, ...]:
+    reasons = left_out()
+    return tuple(
+        _draw(recipe, _candidates()[recipe.name], train_size, test_size)
+        for recipe in RECIPES
+        if recipe.name not in reasons
+    )
+
+
+def left_out() -> dict[str, str]:
+    """Entries that this interpreter's library is too small for, with the reason of each."""
+    reasons: dict[str, str] = {}
+    for recipe in RECIPES:
+        for name in recipe.classes:
+            for test, least in ((False, MIN_TRAIN), (True, MIN_TEST)):
+                found = len(_candidates()[recipe.name][name, test])
+                if found < least:
+                    side = "test" if test else "train"
+                    reasons.setdefault(
+                        recipe.name, f"class {name!r} has {found} {side} texts, {least} are needed"
+                    )
+    return reasons
+
+
+@functools.cache
+def _candidates() -> dict[str, Candidates]:
+    """All texts of every recipe that have one class and one side only."""
+    found = {
+        recipe.name: {(name, test): {} for name in recipe.classes for test in (False, True)}
+        for recipe in RECIPES
+    }
+    for module in modules():
+        if not module.held_out:
+            continue
+        try:
+            source = Source(module)
+        except SyntaxError:
+            continue  # templates and files for another version of the language
+        test = path_hash(module.path, "probing") % TEST_EVERY == 0
+        for recipe in RECIPES:
+            for name, text in recipe.cut(source):
+                text = text.strip()[:CHARACTERS].strip()
+                if len(text) >= recipe.shortest:
+                    found[recipe.name][name, test][text] = None
+    for groups in found.values():
+        drop_shared(groups)
+    return found
+
+
+def drop_shared(groups: dict[Any, dict[str, Any]]) -> None:
+    """Removes every text (key) that is in more than one group from all of them."""
+    count: dict[str, int] = defaultdict(int)
+    for group in groups.values():
+        for text in group:
+            count[text] += 1
+    for key, group in groups.items():
+        groups[key] = {text: value for text, value in group.items() if count[text] == 1}
+
+
+def _draw(recipe: Recipe, groups: Candidates, train_size: int, test_size: int) -> Entry:
+    def side(test: bool, size: int) -> dict[str, tuple[str, ...]]:
+        return {
+            name: sample(list(groups[name, test]), size, SAMPLING_SEED, recipe.name, name, test)
+            for name in recipe.classes
+        }
+
+    train, test = side(False, train_size), side(True, test_size)
+    source = f"held-out modules of the standard library: {recipe.source}"
+    return Entry(recipe.name, recipe.classes, train, test, source)
+
+
+def sample(texts: list[str], size: int, seed: int, *keys: int | str) -> tuple[str, ...]:
+    """At most `size` of the texts, drawn from the stream 'probing' of `seed` and `keys`."""
+    order = numpy_stream(seed, "probing", *keys).permutation(len(texts))
+    return tuple(texts[i] for i in order[:size])
+
+
+def entries_digest(entries: tuple[Entry, ...]) -> str:
+    """A 16-character content hash of names, classes and texts."""
+    return config.digest([asdict(entry) for entry in entries])
+
+
+def entries_from_table(
+    name: str,
+    folder: Path,
+    text_column: str = "text",
+    label_column: str = "label",
+    train_size: int = 2000,
+    test_size: int = 500,
+    seed: int = SAMPLING_SEED,
+) -> Entry:
+    """One entry from a local folder with `train` and `test` as .parquet or .jsonl.
+
+    Args:
+        name: of the entry.
+        folder: that holds the two files.
+        text_column, label_column: columns of both; labels become class names as text.
+        train_size, test_size: texts per class.
+        seed: of the draw.
+
+    Raises: SourceError for a missing file, column or class; SettingError for too few texts.
+    """
+    train = _texts_by_label(folder, "train", text_column, label_column)
+    test = _texts_by_label(folder, "test", text_column, label_column)
+    if set(train) != set(test) or len(train) < 2:
+        raise SourceError(
+            f"{folder}: train has the classes {sorted(train)} and test {sorted(test)} in "
+            f"{label_column!r}: both need the same two or more"
+        )
+    classes = tuple(sorted(train))
+    groups = {(c, False): train[c] for c in classes} | {(c, True): test[c] for c in classes}
+    drop_shared(groups)
+
+    def draw(side: bool, setting: str, size: int) -> dict[str, tuple[str, ...]]:
+        rarest = min(classes, key=lambda c: len(groups[c, side]))
+        if not 1 <= size <= (most := len(groups[rarest, side])):
+            raise SettingError(setting, size, f"choose 1 to {most}, all that {rarest!r} has here")
+        return {c: sample(list(groups[c, side]), size, seed, name, c, side) for c in classes}
+
+    chosen = draw(False, "train_size", train_size), draw(True, "test_size", test_size)
+    return Entry(name, classes, *chosen, source=f"{folder.name}: {text_column} by {label_column}")
+
+
+def _texts_by_label(
+    folder: Path, side: str, text_column: str, label_column: str
+) -> dict[str, dict[str, None]]:
+    groups: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in read_side(folder, side, (text_column, label_column)):
+        text, label = row[text_column], row[label_column]
+        if text is not None and not isinstance(text, str):
+            kind = type(text).__name__
+            told = f"column {text_column!r} of {folder} holds {kind}"
+            raise SourceError(f"{told}, no text: name another")
+        if text is not None and label is not None and text.strip():
+            groups[str(label)][text] = None
+    return dict(groups)
+
+
+def sides_of(folder: Path) -> list[str]:
+    """Which of train and test a folder has; 'train' where it has none, to be missed by name."""
+    there = [s for s in ("train", "test") if any(_file_of(folder, s, kind) for kind in KINDS)]
+    return there or ["train"]
+
+
+def _file_of(folder: Path, side: str, kind: str) -> Path | None:
+    path = folder / f"{side}{kind}"
+    return path if path.is_file() else None
+
+
+def read_side(folder: Path, side: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a folder's `train` or `test`, .parquet or .jsonl, with the columns alone.
+
+    Raises: SourceError for a missing or broken file, or a missing column; at the first row.
+    """
+    paths = [path for kind in KINDS if (path := _file_of(folder, side, kind))]
+    if not paths:
+        raise SourceError(f"{folder} has no {side}.parquet or {side}.jsonl: name such a folder")
+    path = paths[0]
+
+    def choose(names: Sequence[str]) -> list[str]:
+        for column in columns:
+            if column not in names:
+                known = ", ".join(names)
+                raise SourceError(f"{path} has no column {column!r}: choose one of {known}")
+        return list(dict.fromkeys(columns))
+
+    if path.suffix == ".parquet":
+        yield from stream_rows(path, choose, SourceError, "mend it")
+    else:
+        yield from _json_rows(path, choose)
+
+
+def _json_rows(path: Path, choose: Callable[[Sequence[str]], list[str]]) -> Iterator[dict]:
+    import pyarrow as pa
+    import pyarrow.json
+
+    try:
+        table = pyarrow.json.read_json(path)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise SourceError(f"{path} can't be read ({error}): mend it") from None
+    for batch in table.select(choose(table.column_names)).to_batches(max_chunksize=1024):
+        yield from batch.to_pylist()

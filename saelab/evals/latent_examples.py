@@ -1,0 +1,271 @@
+"""What single latents of an SAE stand for, on held-out text.
+
+    density       share of the counted tokens at which the latent fires
+    loss share    share of the variance that is lost when the latent alone is left out:
+                  sum_t (|r_t + f_t d|^2 - |r_t|^2) / sum_t |x_t - mean(x)|^2
+                  with the errors r = x - x_hat, the latent's code f and its decoder row d
+    examples      the contexts in which it fires most strongly, each once, at their strongest token
+    logit lens    what its decoder row, put after the model's last block, adds to each next-token
+                  logit over an empty row: the final norm and the unembedding of d (nostalgebraist
+                  2020), for any hook whose activation lives in the residual stream's basis
+    neighbours    the other latents whose decoder rows have the largest cosines with its own
+
+Everything is in raw activation space and counts the same tokens as the core metrics. Loss shares
+do not add up to the explained variance, since latents that fire together share what they explain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from saelab.data.activations.store import Source
+from saelab.data.activations.stream import Batch
+from saelab.data.language_model import LanguageModel
+from saelab.sae import SAE
+from saelab.seeding import torch_stream
+
+#: Contexts encoded at once. Our choice: bounds the dense maxima to that x d_sae floats.
+CONTEXTS = 16
+#: Why a code can be picked for a browser, in the order in which picks are made.
+GROUPS = ("densest", "rarest", "largest loss share", "random")
+#: Directions pushed through the head at once; bounds the logits to that x vocabulary.
+AT_ONCE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """All latents of an SAE on held-out text.
+
+    Args:
+        tokens: how many were counted.
+        density, loss_share: float64 [d_sae], as in the module's docstring.
+        strongest: the largest activation in each of the best contexts, falling; float32
+            [n, d_sae]; 0 where a latent fires in fewer contexts.
+        contexts, peaks: which context, counted over the source, and which position in it; int64.
+    """
+
+    tokens: int
+    density: Tensor
+    loss_share: Tensor
+    strongest: Tensor
+    contexts: Tensor
+    peaks: Tensor
+
+    @property
+    def d_sae(self) -> int:
+        return len(self.density)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A latent in one context.
+
+    Args:
+        context: counted over the source.
+        start: position of the first token that is shown.
+        peak: position of the strongest.
+        values: the latent's activation at every token shown; 0 at tokens that do not count.
+    """
+
+    context: int
+    start: int
+    peak: int
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Tokens that a decoder row raises and lowers most: ids and what it adds to their logits."""
+
+    raised: tuple[tuple[int, float], ...]
+    lowered: tuple[tuple[int, float], ...]
+
+
+@torch.no_grad()
+def survey(sae: SAE, source: Source, examples: int = 8) -> Survey:
+    """Looks at every latent.
+
+    Args:
+        sae: in evaluation mode.
+        source: held-out activations.
+        examples: contexts that are kept of each latent.
+    """
+    mean, tokens = _mean(source)
+    firings, gain = (torch.zeros(sae.d_sae, dtype=torch.float64) for _ in range(2))
+    power = 0.0
+    best = [torch.zeros(0, sae.d_sae)] + [torch.zeros(0, sae.d_sae, dtype=torch.int64)] * 2
+    rows = (sae.W_dec * sae.scale).cpu()
+    norms = rows.square().sum(1)
+    for block in _blocks(sae, source):
+        f = block.code
+        firings += (f != 0).sum(0).double()
+        error = block.x - f @ rows - (sae.b_dec * sae.scale).cpu()
+        gain += (2 * (f * (error @ rows.T)).sum(0) + f.square().sum(0) * norms).double()
+        power += float((block.x - mean).square().sum(dtype=torch.float64))
+        best = _merged(best, block.strongest(), examples)
+    return Survey(tokens, firings / tokens, gain / power, best[0], best[1], best[2])
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Some contexts: x [n, d_in] and code [n, d_sae] of their counted rows, and where these are."""
+
+    first: int
+    mask: Tensor
+    x: Tensor
+    code: Tensor
+
+    def strongest(self) -> list[Tensor]:
+        """Of each context: largest activation, context and position; [contexts, d_sae] each."""
+        values, peaks, d_sae = [], [], self.code.shape[1]
+        parts = self.code.split(self.mask.sum(1).tolist())
+        for mask, code in zip(self.mask, parts, strict=True):
+            if len(code):
+                value, row = code.max(0)
+            else:
+                value, row = torch.zeros(d_sae), torch.zeros(d_sae, dtype=torch.int64)
+            values.append(value)
+            peaks.append(mask.nonzero()[:, 0][row] if len(code) else row)
+        contexts = self.first + torch.arange(len(parts))
+        return [torch.stack(values), contexts[:, None].expand(-1, d_sae), torch.stack(peaks)]
+
+
+def _blocks(sae: SAE, source: Source) -> Iterator[_Block]:
+    """The source some contexts at a time, in order."""
+    first, device = 0, sae.W_dec.device
+    for i in range(source.n_shards):
+        shard = source.shard(i)
+        for x, mask in zip(shard.x.split(CONTEXTS), shard.mask.split(CONTEXTS), strict=True):
+            positions = torch.arange(mask.shape[1]).expand(mask.shape)
+            batch = Batch(x, positions, mask).rows()
+            if batch.n:
+                rows = batch.x.float()
+                own = (batch.starts,) if sae.needs_contexts else ()
+                codes = [code.dense() for _, code in sae.codes(rows.to(device), *own)]
+                yield _Block(first, mask, rows, torch.cat(codes).cpu())
+            first += len(x)
+
+
+def _merged(best: Sequence[Tensor], new: Sequence[Tensor], n: int) -> list[Tensor]:
+    """The n largest of both along the first axis; of equal ones the earlier."""
+    both = [torch.cat(pair) for pair in zip(best, new, strict=True)]
+    order = both[0].sort(dim=0, descending=True, stable=True).indices[:n]
+    return [part.gather(0, order) for part in both]
+
+
+def _mean(source: Source) -> tuple[Tensor, int]:
+    """The mean counted row, and how many there are."""
+    total, tokens = torch.zeros(source.d, dtype=torch.float64), 0
+    for i in range(source.n_shards):
+        x, _ = source.shard(i).rows()
+        total += x.sum(0, dtype=torch.float64)
+        tokens += len(x)
+    return (total / tokens).float(), tokens
+
+
+def pick(found: Survey, n: int, seed: int) -> dict[int, str]:
+    """About a quarter of n latents for each of `GROUPS`, none twice.
+
+    Args:
+        n: how many; all latents where there are fewer.
+        seed: of the named stream 'evaluation', for the random ones.
+
+    Returns: latent -> group, in the order of the groups. The rarest are those that fire at all.
+    """
+    n = min(n, found.d_sae)
+    fires = found.density > 0
+    draw = torch.rand(found.d_sae, generator=torch_stream(seed, "evaluation", "features"))
+    rare = torch.where(fires, found.density, torch.inf)
+    keys = (-found.density, rare, -found.loss_share, draw.double())
+    picked: dict[int, str] = {}
+    for i, (group, key) in enumerate(zip(GROUPS, keys, strict=True)):
+        wanted = n * (i + 1) // len(GROUPS)
+        for latent in key.argsort(stable=True).tolist():
+            if len(picked) >= wanted:
+                break
+            if latent not in picked and bool(key[latent] < torch.inf):
+                picked[latent] = group
+    return picked
+
+
+@torch.no_grad()
+def examples(
+    sae: SAE, source: Source, found: Survey, latents: Sequence[int], before: int, after: int
+) -> dict[int, list[Example]]:
+    """The strongest contexts of some latents, with the activations around their strongest token.
+
+    Args:
+        before, after: tokens shown on each side of the strongest, where the context has them.
+    """
+    wanted: dict[int, list[tuple[int, int, int]]] = {}
+    for latent in latents:
+        for i, value in enumerate(found.strongest[:, latent].tolist()):
+            if value > 0:
+                context, peak = int(found.contexts[i, latent]), int(found.peaks[i, latent])
+                wanted.setdefault(context, []).append((latent, i, peak))
+    kept: dict[int, dict[int, Example]] = {latent: {} for latent in latents}
+    for block in _blocks(sae, source):
+        where = block.mask.flatten().cumsum(0).view_as(block.mask) - 1
+        for own, mask in enumerate(block.mask):
+            for latent, i, peak in wanted.get(block.first + own, ()):
+                start, stop = max(0, peak - before), min(len(mask), peak + after + 1)
+                values = block.code[where[own, start:stop].clamp_min(0), latent]
+                shown = torch.where(mask[start:stop], values, 0.0).tolist()
+                kept[latent][i] = Example(block.first + own, start, peak, tuple(shown))
+    return {latent: [of[i] for i in sorted(of)] for latent, of in kept.items()}
+
+
+def neighbours(sae: SAE, latents: Sequence[int], n: int = 5) -> list[list[tuple[int, float]]]:
+    """The n other latents with the largest cosines of decoder rows, falling."""
+    rows = normalize(sae.W_dec.detach().cpu().float(), dim=1)
+    own = torch.tensor(list(latents), dtype=torch.int64)
+    cosines = rows[own] @ rows.T
+    cosines[torch.arange(len(own)), own] = -torch.inf
+    largest = cosines.topk(min(n, len(rows) - 1), dim=1)
+    return [
+        list(zip(indices, values, strict=True))
+        for indices, values in zip(largest.indices.tolist(), largest.values.tolist(), strict=True)
+    ]
+
+
+def why_no_lens(sae: SAE, model: LanguageModel | None) -> str:
+    """Why decoder rows have no tokens; '' where they have."""
+    if model is None:
+        return "the activations were made elsewhere, without a model"
+    if not model.has_head:
+        return "the model has no language-model head"
+    if sae.d_in != model.d_model:
+        return f"the hook has {sae.d_in} dimensions, the residual stream {model.d_model}"
+    return ""
+
+
+@torch.no_grad()
+def lenses(sae: SAE, latents: Sequence[int], model: LanguageModel, n: int = 8) -> list[Lens]:
+    """The logit lens of some latents; see `why_no_lens` first.
+
+    A row takes the place of the last block's output, so that exactly the model's own final norm
+    and head act on it; the empty row's logits are taken off.
+    """
+    rows = (sae.W_dec.detach() * sae.scale)[list(latents)]
+    hook = f"blocks.{model.n_layers - 1}.hook_resid_post"
+
+    def added(directions: Tensor) -> Tensor:
+        shown = torch.cat([torch.zeros_like(directions[:1]), directions])[:, None]
+        ids = torch.zeros(len(shown), 1, dtype=torch.int64)
+        logits = model.logits(ids, splice=(hook, lambda x: shown.to(x)))[:, 0].float().cpu()
+        return logits[1:] - logits[:1]
+
+    logits = torch.cat([added(some) for some in rows.split(AT_ONCE)])
+    raised, lowered = logits.topk(n, dim=1), (-logits).topk(n, dim=1)
+    return [
+        Lens(
+            tuple(zip(raised.indices[i].tolist(), raised.values[i].tolist(), strict=True)),
+            tuple(zip(lowered.indices[i].tolist(), (-lowered.values[i]).tolist(), strict=True)),
+        )
+        for i in range(len(logits))
+    ]

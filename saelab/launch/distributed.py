@@ -1,0 +1,135 @@
+"""One SAE on the processes that torchrun has started: what each of them does.
+
+    prepare (the first rank; then all read) -> train, with checkpoints -> save -> core metrics
+
+    <cache>/resume/<key>/          checkpoints; the same command goes on, on any number of ranks
+
+    <out_dir>/sae.safetensors, sae.json    as one process writes them
+              curves.parquet               every logged value over training, thinned
+              metrics.json                 rows of the core evaluation; written last
+
+Seed, data and settings are those of `saelab train` in one process, which trains the same SAE but
+for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from saelab import checkpoint
+from saelab.data import language_model
+from saelab.data.activations.stream import Batch, Position, batches
+from saelab.distributed.ranks import Ranks, check_split, joined, processes
+from saelab.errors import SettingError
+from saelab.evals.base import Row
+from saelab.evals.core import CoreData, evaluate_core
+from saelab.launch.prepare import Prepared, prepare
+from saelab.launch.worker import initial_sample, write_curves
+from saelab.progress import progress
+from saelab.seeding import study_seeds
+from saelab.storage.atomic import digest, write_json
+from saelab.storage.cache import cache_folder, package_digest
+from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
+from saelab.training.loop import Cell
+from saelab.training.resume import remove_checkpoints, restored, train_kept
+
+
+def wanted(base: BaseConfig) -> bool:
+    """Whether the settings, or how the process was started, ask for several ranks."""
+    return processes() > 1 or base.parallel not in (ParallelConfig(), ParallelConfig(data=1))
+
+
+def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) -> list[Row]:
+    """Trains and evaluates one SAE; every process of the job calls it.
+
+    Args:
+        study: its name decides the seed.
+
+    Returns: the rows of the core evaluation, on every rank.
+    Raises: UsageError for bad input, CellFailure when the loss is not finite; on every rank.
+    """
+    if (out_dir / "metrics.json").exists():
+        remedy = "is complete: name another folder, or delete it first"
+        raise SettingError("out_dir", str(out_dir), remedy)
+    _check_parts(base)
+    split = check_split(base.parallel.data, base.parallel.latents), base.parallel.latents
+    seed = study_seeds(study, "explore", 1)[0]
+    with joined(*split, base.model.device) as ranks:
+        cache = cache_folder(root)
+        prepared = _prepared(base, cache, ranks)
+        kept = cache / "resume" / _key(base, prepared, seed)
+        cell = _trained(base, prepared, seed, ranks, kept)
+        origin = {"arm": BASELINE, "seed": seed, "level": 0.0}
+        checkpoint.save(cell.sae, out_dir, prepared.provenance | origin)
+        rows = [row.of_cell(BASELINE, seed, 0.0) for row in _evaluated(base, prepared, cell)]
+        ranks.on_first(lambda: _write(out_dir, cell, rows))
+        ranks.on_first(lambda: remove_checkpoints(kept))
+    return rows
+
+
+def _check_parts(base: BaseConfig) -> None:
+    """Raises: SettingError for a part that does not work on several ranks."""
+    latents = base.parallel.latents
+    if latents > base.sae.d_sae:
+        remedy = f"there are only {base.sae.d_sae} latents: use fewer ranks"
+        raise SettingError("parallel.latents", latents, remedy)
+    base.sae.build(2, ranks=Ranks(base.parallel.data or max(1, processes() // latents), latents))
+
+
+def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> Prepared:
+    """Harvested by the first rank, opened by all; without what probing would need."""
+    device = str(ranks.device)
+    base = base.patched({"evaluation.probing.entries": "none", "evaluation.probing.tables": ()})
+
+    def harvest() -> None:
+        prepare(base, cache, device)
+
+    ranks.on_first(harvest)
+    return prepare(base, cache, device)
+
+
+def _key(base: BaseConfig, prepared: Prepared, seed: int) -> str:
+    """Of the checkpoints: what their numbers depend on, the split not among it."""
+    settings = [part.model_dump(mode="json") for part in (base.sae, base.train)]
+    place = [base.layout, prepared.train.digest, package_digest(), "over ranks"]
+    return digest([*settings, seed, *place])
+
+
+def _trained(base: BaseConfig, prepared: Prepared, seed: int, ranks: Ranks, folder: Path) -> Cell:
+    """The cell, trained from its last checkpoint on."""
+    sample = initial_sample(prepared.train).to(ranks.device)
+    size = base.train.batch_size
+
+    def build() -> Cell:
+        return Cell(f"seed {seed}", base.sae, base.train, sample, seed, ranks=ranks)
+
+    def stream(start: Position) -> Iterator[tuple[Batch, Position]]:
+        return batches(prepared.train, seed, size, base.layout, start)
+
+    kept = restored(build, folder)
+    with progress("training", base.train.steps, "steps") if ranks.first else nullcontext() as bar:
+        advance = bar.advance if bar else (lambda steps: None)
+        failures = train_kept([kept], stream, lambda steps, _: advance(steps))
+    for failure in failures.values():
+        raise failure
+    return kept.cell
+
+
+@torch.no_grad()
+def _evaluated(base: BaseConfig, prepared: Prepared, cell: Cell) -> list[Row]:
+    """Each rank runs the language model; reconstructions are put together from all latents."""
+    device = str(cell.sae.ranks.device)
+    model = None
+    if base.activations is None:
+        model = language_model.load(base.model.patched({"device": device}))
+    core = CoreData(prepared.held_out, model, base.evaluation.loss_contexts, device)
+    return evaluate_core(cell.sae, core)
+
+
+def _write(out_dir: Path, cell: Cell, rows: list[Row]) -> None:
+    write_curves(out_dir / "curves.parquet", cell)
+    write_json(out_dir / "metrics.json", [row.as_dict() for row in rows])

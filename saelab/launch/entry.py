@@ -1,0 +1,172 @@
+"""The front door: `python experiment.py --out_dir=run_3`, and the same from the command line."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saelab.errors import SaelabError, SettingError, nearest
+from saelab.runtime import exhaustion
+from saelab.runtime.signals import told
+from saelab.storage.atomic import read_json
+
+with told():  # torch is loaded here, which takes seconds
+    from saelab.study.plan import BASELINE, Confirmation, Run, find_run, read_base, read_plan
+    from saelab.study.registry import attempt
+
+if TYPE_CHECKING:
+    from saelab.launch.launch import Launch
+    from saelab.preflight.preview import RunCheck
+
+#: The run whose seeds are used nowhere else.
+CONFIRMING = "run_10"
+USAGE = "usage: python experiment.py --out_dir=run_1     (no other argument)"
+
+
+def main(runs: Mapping[str, Run], experiment: str) -> None:
+    """Runs one entry of the run table and ends the process with its exit code.
+
+    0: every cell finished or was declared invalid; 1: the baseline has no valid cell; 2: bad input;
+    130 and 143: SIGINT and SIGTERM. The last line of stderr says what, where and the remedy.
+    """
+    with told():
+        try:
+            out_dir = parse_out_dir(sys.argv[1:], list(runs))
+            with exhaustion.named():
+                run_one(runs, Path(experiment).resolve(), out_dir)
+        except SaelabError as error:
+            print(error, file=sys.stderr)
+            sys.exit(error.exit_code)
+        except Exception as error:  # a driver shows the end of stderr, so the last line must say it
+            traceback.print_exc()
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            sys.exit(1)
+
+
+def parse_out_dir(arguments: list[str], runs: list[str]) -> Path:
+    """The folder that --out_dir names.
+
+    Raises: SettingError for any other argument.
+    """
+    if arguments in (["--help"], ["-h"]):
+        print(f"{USAGE}\nruns: {', '.join(runs)}")
+        sys.exit(0)
+    joined = [a for argument in arguments for a in argument.split("=", 1)]
+    if len(joined) != 2 or joined[0] != "--out_dir" or not joined[1]:
+        hint = nearest(joined[0], ["--out_dir"]) if joined else ""
+        raise SettingError("arguments", " ".join(arguments), f"{USAGE}{hint}")
+    return Path(joined[1])
+
+
+def run_one(
+    runs: Mapping[str, Run],
+    experiment: Path,
+    out_dir: Path,
+    force: bool = False,
+    plan_file: Path | None = None,
+    executor: str = "",
+) -> None:
+    """One launch of the run that the last part of `out_dir` names."""
+    from saelab.launch.launch import launch
+
+    plan_file = plan_file or experiment.parent / "plan.toml"
+    task = task_of(runs, experiment, out_dir, force, plan_file)
+    with attempt(plan_file.parent, out_dir.name):
+        launch(replace(task, executor=executor))
+
+
+def train_all(
+    runs: Mapping[str, Run],
+    experiment: Path,
+    folders: Sequence[Path],
+    force: bool = False,
+    executor: str = "",
+) -> None:
+    """Trains the cells of several runs together, each once; `run_one` then judges each of them.
+
+    A confirming run is left out: its arm is known when the others are complete.
+
+    Raises: SettingError before anything is trained when a run is complete and not forced.
+    """
+    from saelab.launch.launch import check_open, train_together
+
+    plan_file, tasks = experiment.parent / "plan.toml", []
+    for folder in folders:
+        if not isinstance(find_run(runs, folder.name), Confirmation):
+            task = task_of(runs, experiment, folder, force, plan_file)
+            check_open(task)
+            tasks.append(replace(task, executor=executor))
+    if len(tasks) > 1:
+        train_together(tasks)
+
+
+def tune_one(runs: Mapping[str, Run], experiment: Path, name: str) -> dict[str, Any]:
+    """Tries learning rates for the baseline and the primary arms of a run, on seeds of their own.
+
+    Returns: what it wrote into tuned.json, which a `Confirmation` then uses.
+    Raises: as a launch.
+    """
+    from saelab.launch.confirmation import keep_best, trial_plan, trials
+    from saelab.launch.launch import launch
+
+    task = task_of(runs, experiment, Path(name), True, experiment.parent / "plan.toml")
+    arms = [arm for arm in task.run.arms if arm.against == BASELINE]
+    names = [arm.name for arm in arms if arm.name == BASELINE or arm.primary]
+    names = [each for each in names if each != f"{BASELINE} tuned"]
+    folder = task.root / ".saelab" / "tuning" / name
+    trying = replace(
+        task,
+        run=trials(replace(task.run, arms=arms), task.base, names),
+        plan=trial_plan(task.plan),
+        out_dir=folder,
+        purpose="tune",
+    )
+    launch(trying)
+    info = read_json(folder / "final_info.json")
+    return keep_best(task.root, name, task.run, task.base, task.plan, info, names)
+
+
+def check_one(runs: Mapping[str, Run], experiment: Path, name: str) -> RunCheck:
+    """What a run will be, before anything is trained.
+
+    Raises: as the launch would for what is impossible.
+    """
+    from saelab.launch.launch import checked
+
+    plan_file = experiment.parent / "plan.toml"
+    return checked(task_of(runs, experiment, Path(name), True, plan_file))
+
+
+def task_of(
+    runs: Mapping[str, Run],
+    experiment: Path,
+    out_dir: Path,
+    force: bool,
+    plan_file: Path,
+) -> Launch:
+    """What the run table and plan.toml say about one run.
+
+    Raises: SettingError when the table has no such run, SourceError for a missing file.
+    """
+    from saelab.launch.confirmation import confirmed
+    from saelab.launch.launch import Launch
+
+    plan, root = read_plan(plan_file), plan_file.parent
+    base, run = read_base(root / plan.base), find_run(runs, out_dir.name)
+    if isinstance(run, Confirmation):
+        run = confirmed(run, runs, root, base, out_dir.name)
+    return Launch(
+        name=out_dir.name,
+        run=run,
+        plan=plan,
+        base=base,
+        out_dir=out_dir,
+        root=root,
+        experiment=experiment,
+        purpose="confirm" if out_dir.name == CONFIRMING else "explore",
+        force=force,
+    )

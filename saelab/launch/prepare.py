@@ -1,0 +1,323 @@
+"""Data for a launch: one harvest for training, one for evaluation, one for probing, all cached.
+
+The cache key of a harvest is everything that decides its bytes, so a second launch, or another run
+with the same base, finds it complete and starts at once. The training activations come last: where
+a launch overlaps its harvest with training, they alone are still to be made when this is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import saelab
+from saelab.config import digest
+from saelab.data import language_model
+from saelab.data.activations.harvest import harvest, harvest_steps
+from saelab.data.activations.store import (
+    FolderSource,
+    ForeignSource,
+    GrowingSource,
+    Shard,
+    Source,
+    reopen,
+)
+from saelab.data.language_model import LanguageModel
+from saelab.data.probing.embedded import Entry, embedded_entries, entries_from_table
+from saelab.data.probing.saebench import saebench_entries, why_missing
+from saelab.data.text.corpus import TextConfig, documents, manifest, tokenize
+from saelab.errors import DamageError, SettingError, SourceError
+from saelab.evals import PROBING
+from saelab.evals.probing import ProbingData, harvest_probing, identity
+from saelab.storage.cache import activations_folder, fetch, share
+from saelab.storage.lock import held
+from saelab.storage.remote import Place, RemoteError, place_of
+from saelab.study.plan import BaseConfig, ProbingConfig
+
+#: Stored precision of probing activations; the model's own channels are probed from the same.
+#: Definition 1 keeps float32.
+PROBING_DTYPE = torch.float16
+
+Part = Literal["train", "held_out"]
+
+
+def no_steps() -> Generator[None, None, None]:
+    """Of activations that are complete."""
+    yield from ()
+
+
+@dataclass
+class Prepared:
+    """Where the data of a launch lies, and what it is.
+
+    Args:
+        train, held_out: activations to train on and to evaluate on.
+        probing: folder of the probing activations, or None.
+        why_no_probing: the reason when there is none, or when some entries are missing.
+        missing_entries: which, with the reason of each.
+        provenance: what evaluation rows carry, and `of_probing` what differs in those of probing.
+        steps: make what is missing of `train`, a `GrowingSource` then; none where it is complete.
+    """
+
+    train: Source
+    held_out: Source
+    probing: Path | None
+    why_no_probing: str
+    provenance: dict[str, Any]
+    steps: Generator[None, None, None] = field(default_factory=no_steps)
+    missing_entries: dict[str, str] = field(default_factory=dict)
+    of_probing: dict[str, Any] = field(default_factory=dict)
+
+    def provenance_of(self, definition: str) -> dict[str, Any]:
+        """What a row of a definition carries: on what it was measured, and the package."""
+        own = self.of_probing if definition in PROBING.values() else {}
+        return self.provenance | own | {"saelab": saelab.__version__}
+
+    @property
+    def train_digest(self) -> str | None:
+        """Digest of the training activations, None while they were still to be made."""
+        return None if isinstance(self.train, GrowingSource) else self.train.digest
+
+
+def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -> Prepared:
+    """Harvests what is not in the cache yet.
+
+    Args:
+        overlap: leaves the training activations to `Prepared.steps`.
+
+    Raises: SourceError, SettingError or MismatchError when a model, text or hook can't be used.
+    """
+    if base.activations is not None:
+        return _foreign(base)
+    _check_texts(base.train_text, base.eval_text)
+    model = language_model.load(base.model.patched({"device": device}))
+    model.check_context(base.context)
+    held_out, _ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
+    probing, absent = _probing(base, model, cache)
+    train, steps = _activations(
+        base, base.train_text, base.train.tokens, model, cache, in_steps=overlap
+    )
+    provenance = {
+        "model": base.model.path,
+        "model_digest": model.digest,
+        "tokenizer": f"{type(model.tokenizer).__name__} of {len(model.tokenizer)}",
+        "hook_name": base.hook_name,
+        "context": base.context,
+        "mask": "BOS, EOS and PAD left out",
+        "dtype": base.model.dtype,
+        "tokens": held_out.header["n_tokens"],
+        "text": str(base.eval_text.path or base.eval_text.kind),
+        "text_digest": held_out.header["text_digest"],
+    }
+    reason = "" if probing else "no probing entries are set (evaluation.probing)"
+    reason = why_missing(absent) or reason
+    own = _of_probing(probing) if probing else {}
+    return Prepared(train, held_out, probing, reason, provenance, steps, absent, own)
+
+
+def held_out(base: BaseConfig, cache: Path) -> tuple[Source, LanguageModel | None]:
+    """The held-out activations alone, and the model that they come from where there is one."""
+    if base.activations is not None:
+        return _foreign(base).held_out, None
+    model = language_model.load(base.model)
+    model.check_context(base.context)
+    source, _ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
+    return source, model
+
+
+def _foreign(base: BaseConfig) -> Prepared:
+    """Activations made elsewhere, of which a part is held out."""
+    source = ForeignSource.open(place_of(str(base.activations)), base.harvest.read_ahead)
+    train, held_out = ForeignPart(source, "train"), ForeignPart(source, "held_out")
+    provenance = {
+        "model": "",
+        "model_digest": "",
+        "tokenizer": "",
+        "mask": "none",
+        "hook_name": str(source.header.get("hook_name") or ""),
+        "context": base.context,
+        "dtype": str(source.header.get("dtype")),
+        "tokens": held_out.header["n_tokens"],
+        "text": "",
+        "text_digest": source.digest,
+    }
+    return Prepared(train, held_out, None, "activations were made elsewhere", provenance)
+
+
+class ForeignPart:
+    """The training or the held-out part of activations made elsewhere.
+
+    Held out is the last file or, where there is one file only, its last tenth.
+    """
+
+    def __init__(self, source: ForeignSource, part: Part) -> None:
+        self.source, self.path, self.held_out = source, source.path, part == "held_out"
+        self.alone = source.n_shards == 1
+        last = source.n_shards - 1
+        self._shards = [last] if self.held_out else list(range(max(1, last)))
+        self.header = source.header | {"part": part, "n_tokens": sum(self.shard_counts)}
+
+    @property
+    def d(self) -> int:
+        return self.source.d
+
+    @property
+    def n_shards(self) -> int:
+        return len(self._shards)
+
+    @property
+    def shard_counts(self) -> list[int]:
+        if self.alone:
+            return [self.shard(0).n_tokens]
+        return [self.source.shard_counts[i] for i in self._shards]
+
+    @property
+    def digest(self) -> str:
+        return f"{self.source.digest}/{self.header['part']}"
+
+    def shard(self, i: int) -> Shard:
+        shard = self.source.shard(self._shards[i])
+        if not self.alone:
+            return shard
+        cut = len(shard.x) - max(1, len(shard.x) // 10)
+        kept = slice(cut, None) if self.held_out else slice(cut)
+        return Shard(shard.x[kept], shard.mask[kept])
+
+
+def _check_texts(train: TextConfig, held_out: TextConfig) -> None:
+    """Raises: SettingError when the text of the evaluation is the one that is trained on."""
+    same = train == held_out
+    if train.kind == held_out.kind == "files" and train.path and held_out.path:
+        places = {Path(text.path or "").expanduser().resolve() for text in (train, held_out)}
+        same = len(places) == 1 and next(documents(train)) == next(documents(held_out))
+    if same:
+        where = held_out.path or held_out.split
+        raise SettingError("eval_text", where, "is trained on: name another text or split")
+
+
+def _activations(
+    base: BaseConfig,
+    text: TextConfig,
+    tokens: int,
+    model: LanguageModel,
+    cache: Path,
+    in_steps: bool = False,
+) -> tuple[Source, Generator[None, None, None]]:
+    """The activations, and the steps that they still need."""
+    asked: dict[str, Any] = {
+        "model_digest": model.digest,
+        "model_dtype": base.model.dtype,
+        "hook_name": base.hook_name,
+        "corpus": manifest(text),
+        "column": text.column,
+        "joined": text.joined,
+        "context": base.context,
+        "asked_tokens": tokens,
+        "dtype": base.harvest.dtype,
+    }
+    folder = activations_folder(cache) / digest(asked)
+    done = folder / base.hook_name.replace("/", "_")
+    if (done / "header.json").is_file():
+        try:
+            expected = {"asked_tokens": tokens, "hook_name": base.hook_name}
+            found = FolderSource.open(done, expected, base.harvest.read_ahead)
+            if not found.checks_reads:
+                found.verify()
+            return found, no_steps()
+        except RemoteError:  # no word about what is there
+            raise
+        except (DamageError, SourceError) as error:
+            print(f"{error} (done now)", file=sys.stderr)
+            reopen(done)
+    found = tokenize(text, model.tokenizer, base.context, tokens, kept=folder / "tokens")
+    extras = {"asked_tokens": tokens, "corpus": asked["corpus"]}
+    if in_steps:
+        return harvest_steps(model, found, base.hook_name, base.harvest, folder, extras)
+    made = harvest(model, found, [base.hook_name], base.harvest, folder, extras)
+    return made[base.hook_name], no_steps()
+
+
+def probing_entries(config: ProbingConfig) -> tuple[tuple[Entry, ...], dict[str, str]]:
+    """The entries that the settings name, and why those of them are missing that can't be had."""
+    entries: tuple[Entry, ...] = ()
+    absent: dict[str, str] = {}
+    if config.entries == "saebench":
+        entries, absent = saebench_entries(
+            config.sources, config.train_size, config.test_size, config.definition
+        )
+    if config.entries == "embedded":
+        entries += embedded_entries(config.train_size, config.test_size)
+    for table in config.tables:
+        entries += (
+            entries_from_table(
+                table.name,
+                Path(table.path),
+                table.text_column,
+                table.label_column,
+                config.train_size,
+                config.test_size,
+            ),
+        )
+    return entries, absent
+
+
+def _probing(
+    base: BaseConfig, model: LanguageModel, cache: Path
+) -> tuple[Path | None, dict[str, str]]:
+    """The folder of the probing activations, and the entries that are missing from them."""
+    config = base.evaluation.probing
+    entries, absent = probing_entries(config)
+    if absent:
+        print(f"sparse probing {why_missing(absent)}", file=sys.stderr)
+    if not entries:
+        return None, absent
+    context, as_saebench = min(config.context, base.context), config.definition == 1
+    dtype = torch.float32 if as_saebench else PROBING_DTYPE
+    asked = identity(model, base.hook_name, entries, context, dtype, as_saebench)
+    folder = cache / "probing" / digest(asked)
+    if not (fetch(cache, folder, "probing.json") and ProbingData.is_saved(folder)):
+        with held(folder, "is harvesting its probing activations"):
+            made = harvest_probing(model, base.hook_name, entries, context, dtype, as_saebench)
+            made.save(folder)
+            share(cache, folder)
+    return folder, absent
+
+
+def _of_probing(folder: Path) -> dict[str, Any]:
+    """Where the provenance of probing rows differs: other texts, cut at another length."""
+    header = ProbingData.header_of(folder)
+    mask = {"mask": header["mask"]} if "mask" in header else {}
+    return mask | {
+        "context": header["context"],
+        "tokens": ProbingData.n_tokens(folder),
+        "text": "probing entries",
+        "text_digest": header["entries"],
+    }
+
+
+def open_source(
+    path: Place, foreign: bool, part: Part, growing: bool = False, ahead: int = 0
+) -> Source:
+    """The source that `prepare` made or, if it is growing, still makes (in a worker).
+
+    Args:
+        ahead: bytes of shards that may be read ahead, where the path is a URL.
+    """
+    if growing:
+        return GrowingSource(path, ahead=ahead)
+    if foreign:
+        return ForeignPart(ForeignSource.open(path, ahead), part)
+    return FolderSource.open(path, ahead=ahead)
+
+
+def source_path(source: Source) -> Place:
+    """Raises: SourceError when the source is not on disk, so that workers can't read it."""
+    path = getattr(source, "path", None)
+    if path is None:
+        raise SourceError("a launch needs its activations in a folder")
+    return path

@@ -1,0 +1,104 @@
+"""Do several seeds of an arm learn the same dictionary? Each pair is compared once.
+
+Seeds stand in a ring in the order of the study, and each is compared with the `NEXT` ones after it:
+all pairs up to 2 NEXT + 1 seeds, so that each seed then counts as often as any other and the work
+grows with the number of seeds and not with its square. A worker that has finished a cell compares
+it with those partners that are finished too; what is left is done when the launch collects. What a
+pair gives lies in the cache under the hashes of its two cells, `pairs/<hash>.json`:
+
+    {hash of a cell: {metric: {frequency bin: [sum of matched cosines, latents]}}}
+
+the bin being that of this cell's own latent. A cell that failed has no `latents.parquet` and
+belongs to no pair.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import safe_open
+from torch import Tensor
+
+from saelab.config import digest
+from saelab.errors import DamageError
+from saelab.evals.base import Row
+from saelab.evals.dictionary_consistency import OF_SEEDS, no_agreement, seed_rows, sums_by_frequency
+from saelab.evals.dictionary_matching import Agreement, agree
+from saelab.launch.latent_table import FILE, read_density
+from saelab.storage.atomic import read_sealed, write_sealed
+
+T = TypeVar("T")
+
+#: Seeds after it that each seed is compared with. Our choice: all pairs up to 9 seeds.
+NEXT = 4
+
+
+def partners(members: Sequence[T]) -> dict[T, list[T]]:
+    """Those that each member of a ring is compared with, itself and repetitions left out."""
+    n = len(members)
+    reach = [step for step in range(-NEXT, NEXT + 1) if step]
+    return {
+        one: list(dict.fromkeys(o for step in reach if (o := members[(i + step) % n]) != one))
+        for i, one in enumerate(members)
+    }
+
+
+def compare(cache: Path, one: Path, other: Path) -> None:
+    """Compares two cells, by their folders, unless that is done or one of them is not there."""
+    file = _file(cache, one, other)
+    if _known(file) or not (_comparable(one) and _comparable(other)):
+        return
+    first, second = sorted((one, other), key=lambda folder: folder.name)
+    found = agree(_decoder(first), _decoder(second))
+    sides = {first: found, second: found.turned()}
+    sums = {cell.name: _sums(side, read_density(cell / FILE)) for cell, side in sides.items()}
+    write_sealed(file, sums)
+
+
+def rows_of_seeds(cache: Path, own: Path, others: Sequence[Path]) -> list[Row]:
+    """The rows of one cell, whose pairs have been compared.
+
+    Args:
+        own: its folder.
+        others: those of the other seeds that it is compared with.
+    """
+    if not others:
+        return no_agreement("the arm has one seed", OF_SEEDS)
+    if not _comparable(own):
+        reason = "the cell failed, or is no SAE made of parts"
+        return no_agreement(reason, OF_SEEDS)
+    files = [_file(cache, own, other) for other in others]
+    pairs = [read_sealed(file)[own.name] for file in files if file.is_file()]
+    if not pairs:
+        return no_agreement("no other seed of the arm has a trained SAE", OF_SEEDS)
+    return seed_rows(pairs)
+
+
+def _known(file: Path) -> bool:
+    """Whether a pair was compared; what is damaged is named on stderr."""
+    try:
+        return file.is_file() and bool(read_sealed(file))
+    except DamageError as error:
+        print(f"{error} (done now)", file=sys.stderr)
+        return False
+
+
+def _file(cache: Path, one: Path, other: Path) -> Path:
+    return cache / "pairs" / f"{digest(sorted((one.name, other.name)))}.json"
+
+
+def _comparable(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("cell.json", FILE, "sae.safetensors"))
+
+
+def _decoder(folder: Path) -> Tensor:
+    with safe_open(folder / "sae.safetensors", framework="pt") as file:
+        return file.get_tensor("W_dec")
+
+
+def _sums(found: Agreement, density: Tensor) -> dict[str, Any]:
+    values = dict(zip(OF_SEEDS, (found.absolute, found.signed), strict=True))
+    return {name: sums_by_frequency(value, density) for name, value in values.items()}

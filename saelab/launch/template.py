@@ -1,0 +1,70 @@
+"""A folder of its own for a study, complete for an autonomous driver of the AI-Scientist kind.
+
+experiment.py, plot.py           the two files that the driver's model sees and edits
+plan.toml, configs/              what is registered, and the base settings
+prompt.json                      `system` and `task_description`
+seed_ideas.json, ideas.json      A and B; `novel` in the second
+latex/template.tex               sections to fill
+run_0/                           the baseline's results, where there are some
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from saelab import assets
+from saelab.errors import MismatchError, SettingError
+from saelab.runs.folder import RunFiles
+from saelab.storage.atomic import write_json, write_text
+from saelab.study.plan import read_base, read_plan
+from saelab.study.registry import changes, register
+from saelab.verdict.review import review
+
+SOURCE = Path(assets.__file__).parent / "template"
+#: File of the template -> where it goes.
+FILES = {
+    "experiment.py.txt": "experiment.py",
+    "plot.py.txt": "plot.py",
+    "plan.toml": "plan.toml",
+    "embedded.toml": "configs/embedded.toml",
+    "prompt.json": "prompt.json",
+    "ideas.json": "ideas.json",
+    "template.tex": "latex/template.tex",
+}
+BASELINE_RUN = "run_0"
+
+
+def write_template(folder: Path, run_0: Path | None = None) -> None:
+    """Fills a new folder.
+
+    Args:
+        folder: made where it is missing, empty otherwise.
+        run_0: a complete run of the baselines under the same plan, copied.
+
+    Raises: SettingError for a folder that holds something; MismatchError for a run_0 of another
+        plan or base; SourceError for one that is not complete.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingError("folder", str(folder), "is there and not empty: name another")
+    if run_0 is not None:
+        _check_baseline(run_0)
+    for name, place in FILES.items():
+        write_text(folder / place, (SOURCE / name).read_text(encoding="utf-8"))
+    ideas = json.loads((SOURCE / "ideas.json").read_text(encoding="utf-8"))
+    seeds = [{name: value for name, value in idea.items() if name != "novel"} for idea in ideas]
+    write_json(folder / "seed_ideas.json", seeds)
+    if run_0 is not None:
+        shutil.copytree(run_0, folder / BASELINE_RUN)
+        register(folder, read_plan(folder / "plan.toml"))
+
+
+def _check_baseline(run_0: Path) -> None:
+    """Whether a run can stand as the baseline of what will be compared with it."""
+    found = review(run_0)
+    if texts := changes(read_plan(SOURCE / "plan.toml"), found.plan):
+        raise MismatchError(f"{run_0} was made under another plan ({'; '.join(texts)}): leave it")
+    used = RunFiles(run_0).needed("base")["base"]
+    if used != read_base(SOURCE / "embedded.toml").model_dump(mode="json"):
+        raise MismatchError(f"{run_0} was made from other base settings: leave it")

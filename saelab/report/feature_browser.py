@@ -1,0 +1,138 @@
+"""The feature browser's data: latents of some cells, small enough for a page.
+
+Tokens of the held-out text are kept once for all cells, as pieces of contexts that examples refer
+to; a token is a number in the page's own list of strings. Activations are percent of the latent's
+largest, and only those that are not 0:
+
+    example = [context, start, tokens shown, place of the strongest, [place, percent, ...]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from saelab.analysis.latents import Browsed, HeldOut, Latent
+from saelab.evals.latent_examples import GROUPS, Example, Lens
+
+
+class _Texts:
+    """Tokens of one held-out text: the strings there are, and the pieces that are shown."""
+
+    def __init__(self, data: HeldOut) -> None:
+        self.data, self.strings, self._number = data, [], {}
+        self._spans: dict[int, list[tuple[int, int]]] = {}
+
+    strings: list[str]
+    _number: dict[int, int]
+
+    def number(self, token: int) -> int:
+        """The place of a token, by its id in the model's vocabulary, in `strings`."""
+        if token not in self._number:
+            self._number[token] = len(self.strings)
+            self.strings.append(self.data.token(token))
+        return self._number[token]
+
+    def show(self, example: Example) -> None:
+        span = (example.start, example.start + len(example.values))
+        self._spans.setdefault(example.context, []).append(span)
+
+    def pieces(self) -> dict[str, list[Any]]:
+        """Context -> [start, token numbers] of pieces that do not touch."""
+        found: dict[str, list[Any]] = {}
+        for context, spans in sorted(self._spans.items()):
+            ids = self.data.ids(context)
+            if ids:
+                found[str(context)] = [
+                    [start, [self.number(token) for token in ids[start:stop]]]
+                    for start, stop in _joined(spans)
+                ]
+        return found
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans [start, stop) with those that meet made one."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], stop))
+        else:
+            found.append((start, stop))
+    return found
+
+
+def packed(cells: Sequence[Browsed]) -> dict[str, Any]:
+    """Plain data for the page: texts by number, and cells that name theirs."""
+    texts: dict[str, _Texts] = {}
+    found = []
+    for cell in cells:
+        own = texts.setdefault(cell.texts.key, _Texts(cell.texts))
+        found.append(_cell(cell, own, list(texts).index(cell.texts.key)))
+    pieces = [own.pieces() for own in texts.values()]  # before the strings, which they add to
+    return {
+        "groups": list(GROUPS),
+        "texts": [
+            {"strings": own.strings, "pieces": of}
+            for own, of in zip(texts.values(), pieces, strict=True)
+        ],
+        "cells": found,
+    }
+
+
+def _cell(cell: Browsed, texts: _Texts, text: int) -> dict[str, Any]:
+    return {
+        "run": cell.run,
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "level": cell.level,
+        "d_sae": cell.d_sae,
+        "tokens": cell.tokens,
+        "steps": cell.steps,
+        "why_no_lens": cell.why_no_lens,
+        "why_no_text": cell.why_no_text,
+        "why_no_life": cell.why_no_life,
+        "text": text,
+        "latents": [_latent(latent, texts) for latent in cell.latents],
+    }
+
+
+def _latent(latent: Latent, texts: _Texts) -> dict[str, Any]:
+    for example in latent.examples:
+        texts.show(example)
+    found: dict[str, Any] = {
+        "i": latent.index,
+        "group": GROUPS.index(latent.group),
+        "density": _short(latent.density),
+        "loss": _short(latent.loss_share),
+        "max": _short(latent.largest),
+        "examples": [_example(example, latent.largest) for example in latent.examples],
+        "near": [[other, round(cosine, 3)] for other, cosine in latent.neighbours],
+    }
+    if latent.lens is not None:
+        found |= _lens(latent.lens, texts)
+    if latent.life:
+        found["life"] = latent.life
+    return found
+
+
+def _example(example: Example, largest: float) -> list[Any]:
+    shares = [round(100 * value / largest) for value in example.values]
+    firing = [
+        number
+        for place, (value, share) in enumerate(zip(example.values, shares, strict=True))
+        if value
+        for number in (place, max(1, share))
+    ]
+    peak = example.peak - example.start
+    return [example.context, example.start, len(example.values), peak, firing]
+
+
+def _lens(lens: Lens, texts: _Texts) -> dict[str, Any]:
+    return {
+        name: [[texts.number(token), round(value, 2)] for token, value in of]
+        for name, of in (("raised", lens.raised), ("lowered", lens.lowered))
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")

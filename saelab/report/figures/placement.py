@@ -1,0 +1,104 @@
+"""Every idea on a scale from "frozen random" to "baseline".
+
+    place = (m - m_frozen) / (m_baseline - m_frozen)
+
+with m the metric's value, m_frozen that of the baseline trained without its decoder, which stays
+random, and m_baseline the mean over the baseline's seeds. 0 is what no learned decoder gives and 1
+the baseline; beyond 1 is better than the baseline. Other controls stand on the same scale.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from saelab.report.figures.axes import at, mean, of_seeds
+from saelab.report.figures.style import Page, looks, shown, wrap
+from saelab.report.run_data import CONTROL, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Names of `study/controls`, which would load torch.
+FROZEN, PLANTED = f"{CONTROL}frozen decoder", f"{CONTROL}planted effect"
+#: Metric -> title and, where the model's own channels have another name for it, that name.
+SCALES = {
+    "fvu": ("FVU", ""),
+    "loss_recovered": ("Loss recovered", ""),
+    "sae_top_5_test_accuracy": ("Probes, k = 5", "llm_top_5_test_accuracy"),
+}
+#: Places outside of these are written at the border. Our choice: all that is worth telling apart.
+LIMITS = (-0.75, 1.5)
+
+
+def places(run: Run, metric: str) -> dict[str, list[float]]:
+    """Arm or control -> places of its seeds; {} where the ends of the scale are not known."""
+    numbers = dict(run.numbers(metric))
+    if other := SCALES[metric][1]:
+        numbers |= run.numbers(other)
+    frozen, baseline = numbers.get(FROZEN), numbers.get(run.baseline)
+    if not frozen or not baseline or mean(frozen) == mean(baseline):
+        return {}
+    zero, one = mean(frozen), mean(baseline)
+    return {
+        name: [(value - zero) / (one - zero) for value in numbers[name]]
+        for name in (*run.arms, *run.controls)
+        if name in numbers
+    }
+
+
+def placement(run: Run) -> Figure | str:
+    """A row for each arm and control, a panel for each metric; of runs with a frozen decoder."""
+    found = {metric: of for metric in SCALES if (of := places(run, metric))}
+    if not found:
+        return ""
+    rows = [
+        name
+        for name in (*run.arms, *run.controls)
+        if name != PLANTED and any(name in of for of in found.values())
+    ]
+    page = Page([list(found)], 0.34 * len(rows) + 0.9)
+    for i, (metric, of) in enumerate(found.items()):
+        axes = page.panels[metric]
+        for y, name in enumerate(rows):
+            _row(axes, run, y, name, of.get(name, []))
+        axes.axvspan(0, 1, color="#BBBBBB", alpha=0.25, linewidth=0)
+        axes.set_xticks([0, 1], ["frozen\nrandom", "baseline"])
+        axes.set_xlim(*LIMITS)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        names = ["\n".join(wrap(shown(name), 2.2)) for name in rows]
+        axes.set_yticks(range(len(rows)), names if i == 0 else [""] * len(rows))
+        axes.grid(axis="y", visible=False)
+        axes.set(title=SCALES[metric][0])
+    best = found[next(iter(found))]
+    said = [f"{shown(arm)} {100 * mean(best[arm]):.1f}%" for arm in run.arms[1:] if arm in best]
+    return page.finish(
+        f"{run.title} – placed between a frozen random decoder and the baseline",
+        [
+            f"Mean over {of_seeds([len(best[arm]) for arm in run.arms if arm in best] or [1])} at"
+            f" {at(run)}; bars: lowest to highest seed. Right is better; an arrow at the border"
+            " stands for a place outside of it.",
+            f"{SCALES[next(iter(found))][0]}, of the way to the baseline: {', '.join(said)}."
+            if said
+            else "",
+        ],
+        [],
+    )
+
+
+def _row(axes: Axes, run: Run, y: int, name: str, values: list[float]) -> None:
+    if not values:
+        return
+    look, middle = looks(run)[name], mean(values)
+    low, high = LIMITS
+    if low < middle < high:
+        axes.hlines(y, min(values), max(values), label=name, color=look.color, linewidth=1.6)
+        axes.plot(middle, y, **look.marks(markersize=8))
+        return
+    at_border, arrow = (low, "<") if middle <= low else (high, ">")
+    side = "left" if arrow == "<" else "right"
+    axes.plot(at_border, y, **look.marks(marker=arrow, markersize=8))
+    axes.annotate(
+        f"{100 * middle:.0f}%", (at_border, y), (8 if side == "left" else -8, 0), ha=side,
+        va="center", textcoords="offset points", label=name, color=look.color,
+    )  # fmt: skip

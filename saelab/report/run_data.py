@@ -1,0 +1,211 @@
+"""Reads what a launch left in its run folder, for figures and pages.
+
+    final_info.json     means, standard errors and per-seed values of every arm; must be there
+    manifest.json       title, baseline, target L0, arms in their order, smallest effect of interest
+    metrics.parquet     every measured number, a missing one with its reason
+    curves.parquet      scalars over training
+
+A file that is not as the launch wrote it is refused (runfiles.py). The last three may be absent.
+Without metrics.parquet the per-seed values of final_info.json stand
+in for it, so that a folder with that file alone still gives pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saelab.runs.folder import CURVES, METRICS, RunFiles
+from saelab.storage.parquet import Kind
+
+#: What the names of control subjects begin with.
+CONTROL = "control:"
+#: Columns that are read.
+OF_METRICS: dict[str, Kind] = {
+    **{"metric": "text", "slice": "text", "arm": "text", "seed": "whole", "level": "number"},
+    **{"value": "number?", "reason": "text?"},
+}
+OF_CURVES: dict[str, Kind] = {
+    **{"name": "text", "arm": "text", "seed": "whole", "level": "number", "tokens": "whole"},
+    "value": "number?",
+}
+#: Group of final_info.json and metric -> value, as one arm has them.
+Info = dict[str, dict[str, Any]]
+
+
+class Value(NamedTuple):
+    """One number of one cell; `value` is None where `reason` says why it is missing."""
+
+    arm: str
+    seed: int
+    level: float
+    value: float | None
+    reason: str
+
+
+class Curve(NamedTuple):
+    """One scalar of one cell over training: tokens int64 [n] ascending, values float64 [n]."""
+
+    tokens: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Args:
+        name: of the folder, for example 'run_1'.
+        title: for people.
+        info: final_info.json.
+        manifest: manifest.json, {} without one.
+        values: (metric, slice) -> values, those of single classes left out.
+        curves: (scalar, arm) -> seed -> curve, at the target L0.
+    """
+
+    name: str
+    title: str
+    info: Info
+    manifest: dict[str, Any] = field(default_factory=dict)
+    values: Mapping[tuple[str, str], list[Value]] = field(default_factory=dict)
+    curves: Mapping[tuple[str, str], dict[int, Curve]] = field(default_factory=dict)
+
+    @cached_property
+    def baseline(self) -> str:
+        """The arm that the others are compared with; the first one where none is named."""
+        name = self.manifest.get("baseline", "baseline")
+        return name if name in self._known_arms else next(iter(self._known_arms), "")
+
+    @cached_property
+    def arms(self) -> tuple[str, ...]:
+        """The baseline, then the others in the manifest's order; no controls."""
+        others = [arm for arm in self._known_arms if arm != self.baseline]
+        return (self.baseline, *others) if self.baseline else ()
+
+    @cached_property
+    def controls(self) -> tuple[str, ...]:
+        """Control subjects in the order of their first number."""
+        return tuple(arm for arm in self._measured_arms if arm.startswith(CONTROL))
+
+    @cached_property
+    def _known_arms(self) -> dict[str, None]:
+        names = [*self.manifest.get("arms", ()), *self.info, *self._measured_arms]
+        return {name: None for name in names if not name.startswith(CONTROL)}
+
+    @cached_property
+    def _measured_arms(self) -> dict[str, None]:
+        return {value.arm: None for rows in self.values.values() for value in rows}
+
+    @cached_property
+    def target_l0(self) -> float | None:
+        """The L0 at which arms are compared, in latents per token; None where nothing says it."""
+        named = self.manifest.get("target_l0")
+        return _target(named, (v.level for rows in self.values.values() for v in rows))
+
+    def is_target(self, level: float) -> bool:
+        return _same(level, self.target_l0)
+
+    def at_target(self, metric: str, slice: str = "") -> dict[str, list[Value]]:
+        """Values of the metric at the target L0 by arm, missing ones included; and all controls."""
+        found: dict[str, list[Value]] = defaultdict(list)
+        for value in self.values.get((metric, slice), ()):
+            if self.is_target(value.level) or value.arm.startswith(CONTROL):
+                found[value.arm].append(value)
+        return dict(found)
+
+    def numbers(self, metric: str, slice: str = "") -> dict[str, list[float]]:
+        """The numbers there are at the target L0; arms without one are left out."""
+        found = {arm: present(rows) for arm, rows in self.at_target(metric, slice).items()}
+        return {arm: numbers for arm, numbers in found.items() if numbers}
+
+    def reason(self, metric: str, slice: str = "") -> str:
+        """The commonest reason why a value of the metric is missing."""
+        rows = self.values.get((metric, slice), ())
+        reasons = Counter(row.reason for row in rows if row.value is None)
+        return reasons.most_common(1)[0][0] if reasons else "it was not measured"
+
+
+def present(rows: Iterable[Value]) -> list[float]:
+    """The numbers among values."""
+    return [row.value for row in rows if row.value is not None]
+
+
+def load(folder: Path, title: str = "") -> Run:
+    """Reads a run folder.
+
+    Args:
+        folder: with at least a final_info.json.
+        title: in place of the manifest's.
+
+    Raises: DamageError for a file that can't be read, SourceError without final_info.json.
+    """
+    files = RunFiles(folder)
+    info, manifest = files.info(), files.manifest
+    values = _read_values(files)
+    if not values:
+        values = _values_of(info, float(manifest.get("target_l0") or 0))
+    run = Run(folder.name, title or manifest.get("title", folder.name), info, manifest, values)
+    return Run(run.name, run.title, info, manifest, values, _read_curves(files, run.target_l0))
+
+
+def _values_of(info: Info, level: float) -> dict[tuple[str, str], list[Value]]:
+    """The per-seed values of final_info.json; seeds are counted from 0, for lack of their names."""
+    values: dict[tuple[str, str], list[Value]] = defaultdict(list)
+    for arm, group in info.items():
+        for metric, numbers in group.get("final_info_dict", {}).items():
+            for i, number in enumerate(numbers if isinstance(numbers, list) else [numbers]):
+                if number is None or isinstance(number, (int, float)):
+                    reason = "null in final_info.json" if number is None else ""
+                    values[metric, ""].append(Value(arm, i, level, number, reason))
+    return dict(values)
+
+
+def _read_values(files: RunFiles) -> dict[tuple[str, str], list[Value]]:
+    values: dict[tuple[str, str], list[Value]] = defaultdict(list)
+    for row in files.rows(METRICS, OF_METRICS):
+        metric, slice, arm, seed, level, value, reason = row.values()
+        if ",class=" not in slice:
+            number = None if value is None or not math.isfinite(value) else value
+            values[metric, slice].append(Value(arm, seed, level, number, reason or "not finite"))
+    return dict(values)
+
+
+def _read_curves(files: RunFiles, target: float | None) -> dict[tuple[str, str], dict[int, Curve]]:
+    points: dict[tuple[str, str], dict[int, dict[int, float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    rows = [tuple(row.values()) for row in files.rows(CURVES, OF_CURVES)]
+    target = _target(target, (row[3] for row in rows))
+    for name, arm, seed, level, tokens, value in rows:
+        if _same(level, target) and value is not None and np.isfinite(value):
+            points[name, arm][seed][tokens] = value
+    return {
+        key: {seed: _curve(of_cell) for seed, of_cell in sorted(cells.items())}
+        for key, cells in points.items()
+    }
+
+
+def _curve(points: dict[int, float]) -> Curve:
+    tokens, values = zip(*sorted(points.items()), strict=True)
+    return Curve(np.array(tokens), np.array(values, dtype=np.float64))
+
+
+def _target(named: float | None, levels: Iterable[float]) -> float | None:
+    """The named L0, or else the level with the most rows."""
+    if named is not None:
+        return float(named)
+    counts = Counter(level for level in levels if level is not None)
+    return float(counts.most_common(1)[0][0]) if counts else None
+
+
+def _same(level: float | None, target: float | None) -> bool:
+    if level is None or target is None:
+        return level is target
+    return abs(level - target) <= 1e-6 * abs(target)

@@ -1,0 +1,140 @@
+"""Verdicts in words for the page: a sentence for each comparison, and a bar on a shared scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from saelab.report.figures.axes import NAMES
+from saelab.study.plan import BASELINE, PlanConfig
+from saelab.verdict.judge import Comparison
+
+
+class Word(NamedTuple):
+    """How a verdict looks: its sign beside the word, its class in page.css, and what it means."""
+
+    sign: str
+    look: str
+    meaning: str
+
+
+WORDS: dict[str, Word] = {
+    "helps": Word("▲", "helps", "better than the baseline; p, adjusted for the number of arms, is"
+                  " small enough"),
+    "hurts": Word("▼", "hurts", "worse than the baseline, by the same test"),
+    "no evidence": Word("=", "none", "not told apart, and an effect worth having is excluded"),
+    "cannot tell": Word("?", "open", "not told apart, and an effect worth having is not excluded"),
+    "refused": Word("✕", "refused", "no comparison is made; the reason stands beside it"),
+}  # fmt: skip
+
+#: How far beyond the widest interval a bar's scale goes. Our choice.
+ROOM = 1.12
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A difference with its interval, in percent of the width of its box.
+
+    Args:
+        low, middle, high: of the interval; None without a comparison.
+        zone: where effects are smaller than the smallest of interest.
+        zero: of no difference.
+    """
+
+    low: float | None
+    middle: float | None
+    high: float | None
+    zone: tuple[float, float]
+    zero: float = 50.0
+
+
+def metric_name(metric: str) -> str:
+    return NAMES.get(metric, metric.replace("_", " "))
+
+
+def signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.4f}".replace("-", "−")
+
+
+def span(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"{signed(low)} to {signed(high)}"
+
+
+def sentence(c: Comparison, plan: PlanConfig) -> str:
+    """What a comparison found, with effect, interval and pairs."""
+    who = c.arm if c.against == BASELINE else f"{c.arm}, against {c.against},"
+    name = metric_name(c.metric)
+    if c.word == "refused" or c.mean_diff is None:
+        return f"{who} is not compared: {c.reason}."
+    numbers = f"({_interval(c)}, {_pairs(c.n)})"
+    where = "below" if c.mean_diff < 0 else "above"
+    other = "the baseline" if c.against == BASELINE else c.against
+    amount = f"{name} is {abs(c.mean_diff):.4f} {where} that of {other} {numbers}"
+    if c.word in ("helps", "hurts"):
+        small = abs(c.mean_diff) < plan.sesoi
+        less = f", less than the smallest effect of interest, {plan.sesoi:g}" if small else ""
+        return f"{who} {c.word}: {amount}{less}."
+    if c.word == "no evidence":
+        return f"No evidence for {who}: {amount}; an effect of {plan.sesoi:g} is excluded."
+    more = (
+        f"about {c.needed_seeds} seeds would tell"
+        if c.needed_seeds
+        else "more seeds would not tell"
+    )
+    return f"Cannot tell for {who}: {amount}; {more}."
+
+
+def _interval(c: Comparison) -> str:
+    return "without interval" if c.low is None else f"95% interval {span(c.low, c.high)}"
+
+
+def _pairs(n: int) -> str:
+    return f"{n} pair{'s' * (n != 1)}"
+
+
+def bars(comparisons: Sequence[Comparison], sesoi: float) -> list[Bar]:
+    """One for each comparison, all on one scale around 0."""
+    ends = [
+        abs(end) for c in comparisons for end in (c.low, c.high, c.mean_diff) if end is not None
+    ]
+    reach = ROOM * max([*ends, sesoi, 1e-12])
+
+    def place(value: float | None) -> float | None:
+        return None if value is None else round(50 + 50 * value / reach, 2)
+
+    zone = (round(50 - 50 * sesoi / reach, 2), round(50 + 50 * sesoi / reach, 2))
+    return [Bar(place(c.low), place(c.mean_diff), place(c.high), zone) for c in comparisons]
+
+
+def counted(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Each word with its number, meaning and look."""
+    words = [c.word for c in comparisons]
+    return [
+        {"word": word, "count": words.count(word), **about._asdict()}
+        for word, about in WORDS.items()
+    ]
+
+
+def row(c: Comparison, bar: Bar, plan: PlanConfig, comment: str) -> Mapping[str, Any]:
+    """A line of a verdict table."""
+    return {
+        "arm": c.arm,
+        "against": "" if c.against == BASELINE else c.against,
+        "comment": comment,
+        "word": c.word,
+        "sign": WORDS[c.word].sign,
+        "look": WORDS[c.word].look,
+        "bar": bar,
+        "difference": signed(c.mean_diff),
+        "interval": span(c.low, c.high),
+        "pairs": c.n,
+        "p": "–" if c.p_holm is None else f"{c.p_holm:.3g}",
+        "test": c.test or "–",
+        "detectable": "–" if c.detectable is None else f"{c.detectable:.2g}",
+        "needed": c.needed_seeds or "–",
+        "bca": "" if c.bca_low is None else span(c.bca_low, c.bca_high),
+        "reason": c.reason,
+        "sentence": sentence(c, plan),
+        "exploratory": c.exploratory,
+    }

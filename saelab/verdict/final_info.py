@@ -1,0 +1,318 @@
+"""From cells to `final_info.json`: per arm means, standard errors and the values of every seed.
+
+    {arm: {"means": {...}, "stderrs": {...}, "final_info_dict": {metric: [per seed]}}}
+
+at the matched L0. An invalid seed is null everywhere; the standard error is sd (ddof 1) / sqrt(n),
+null for one seed. `means` holds at most 40 entries: verdict, gate and settings, and of the metrics
+those that come first in `METRICS`, the same ones for every arm of a run. The other two groups hold
+all of them; everything else is in metrics.parquet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from saelab import stats
+from saelab.evals.base import check_one_definition
+from saelab.launch import controls
+from saelab.study.plan import BASELINE, PlanConfig
+from saelab.verdict.gate import GateResult, gate
+from saelab.verdict.judge import Comparison, Difference, compare_secondary, judge
+from saelab.verdict.l0_adjustment import Moves, moved, moves
+
+#: Most entries of `means`: an autonomous driver's model sees nothing else.
+MOST_MEANS = 40
+#: Metrics that every launch measures.
+CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")
+#: Logged values whose last entry is reported.
+SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k", "threshold", "sparsity", "penalty_share")
+#: Metrics in the order in which `means` takes them while there is room.
+METRICS = (
+    *("fvu", "l0", "loss_recovered", "dead_share"),
+    *("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy"),
+    *SCALARS,
+    "final_loss",
+    *("position.fvu_early", "position.fvu_late", "convergence.steps", "spikes", "stability.rise"),
+    *("convergence.beta", "sensitivity.beta", "convergence.theta", "sensitivity.theta"),
+    *("convergence.tau", "sensitivity.tau", "consistency.temperature", "consistency.r2"),
+    *("convergence.rho", "sensitivity.rho"),
+    *("consistency.seeds", "consistency.chance", "consistency.half_life"),
+    *("consistency.seeds_signed", "resampling.count", "lifetime.resamplings", "lifetime.median"),
+    *("explained_variance", "cosine"),
+    *(f"sae_top_{k}_test_accuracy" for k in (20, 2, 10, 50)),
+    *("position.l0_early", "position.l0_late"),
+    *("position.dead_share_early", "position.dead_share_late"),
+    *("consistency.chance_signed", "decoder.max_cosine", "lifetime.deaths"),
+    *("stability.detrended", "stability.gradient_cv", "stability.nonfinite"),
+)
+#: Secondary metrics whose paired difference is shown, without a word.
+SECONDARY = ("loss_recovered", "sae_top_5_test_accuracy")
+#: Least change of a difference by which it is said that values were moved.
+SHOWN = 1e-9
+
+
+@dataclass(frozen=True)
+class CellGate:
+    """What the gate sees of one cell; with the rows of the cell, its verdict can be made again."""
+
+    arm: str
+    seed: int
+    level: float
+    expected: tuple[str, ...]
+    facts: dict[str, Any]
+
+    @property
+    def result(self) -> GateResult:
+        return gate(self.facts, self.expected)
+
+
+@dataclass
+class ArmResult:
+    """All cells of one arm at the target L0, by seed; of its further levels the values alone."""
+
+    name: str
+    settings: dict[str, Any]
+    against: str = BASELINE
+    values: dict[int, dict[str, float]] = field(default_factory=dict)
+    gates: dict[int, GateResult] = field(default_factory=dict)
+    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    definitions: dict[str, str] = field(default_factory=dict)
+    levels: dict[int, dict[float, dict[str, float]]] = field(default_factory=dict)
+
+    def add_level(
+        self, seed: int, level: float, cell: Mapping[str, Any], expected: Sequence[str]
+    ) -> None:
+        """Keeps the values of a cell at a further level, unless the gate turns it away."""
+        if gate(cell["facts"], expected).outcome not in ("invalid", "failed"):
+            own = {row["metric"]: row["value"] for row in _whole(cell)}
+            self.levels.setdefault(seed, {})[level] = own
+
+    def add(self, seed: int, cell: Mapping[str, Any], expected: Sequence[str]) -> None:
+        rows = _whole(cell)
+        values = {row["metric"]: row["value"] for row in rows}
+        for row in rows:
+            earlier = self.definitions.setdefault(row["metric"], row["definition"])
+            both = {"an earlier seed": earlier, f"seed {seed}": row["definition"]}
+            check_one_definition(row["metric"], both)
+        last = {k: v for k, v in cell["last"].items() if k in SCALARS and v is not None}
+        loss = cell["last"].get("loss")
+        self.facts[seed] = cell["facts"]
+        self.gates[seed] = gate(cell["facts"], expected)
+        self.values[seed] = values | last | ({} if loss is None else {"final_loss": loss})
+
+    def valid(self, seed: int) -> bool:
+        return self.gates[seed].outcome != "invalid"
+
+    def metric(self, name: str) -> dict[int, float | None]:
+        """Seed -> value; null when invalid or not measured."""
+        return {
+            seed: values.get(name) if self.valid(seed) else None
+            for seed, values in self.values.items()
+        }
+
+    def reference(self, name: str) -> dict[int, float | None]:
+        """The same as a baseline: a cell that failed is nothing to compare with."""
+        return {s: None if s in self.failed else v for s, v in self.metric(name).items()}
+
+    @property
+    def failed(self) -> set[int]:
+        return {seed for seed, result in self.gates.items() if result.outcome == "failed"}
+
+    @property
+    def gate_summary(self) -> str:
+        """The gate's word for the arm: 'ok', or each finding with the number of its seeds."""
+        words: dict[str, int] = {}
+        for result in self.gates.values():
+            labels = [
+                f"{finding.outcome}: {finding.check}" + (" (expected)" * finding.expected)
+                for finding in result.findings
+            ]
+            for label in dict.fromkeys(labels):  # several scalars of a cell count once
+                words[label] = words.get(label, 0) + 1
+        total = len(self.gates)
+        return "; ".join(f"{word} in {n} of {total}" for word, n in words.items()) or "ok"
+
+
+def _whole(cell: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of a cell that have a number over all data."""
+    return [row for row in cell["rows"] if not row["slice"] and row["value"] is not None]
+
+
+def judge_run(
+    arms: Mapping[str, ArmResult], plan: PlanConfig, exploratory: bool
+) -> tuple[list[Comparison], list[Difference]]:
+    """The verdict on the primary metric, at the declared L0 (`study/matching.py`), and secondary
+    differences, as measured and without words."""
+    others = [arm for arm in arms.values() if arm.name != BASELINE]
+    comparisons: list[Comparison] = []
+    differences: list[Difference] = []
+    by = moves(arms, plan)
+    for name in dict.fromkeys(arm.against for arm in others):
+        some = {arm.name: arm for arm in others if arm.against == name}
+        comparisons += _judge(arms[name], some, plan, exploratory, len(others), by)
+        for metric in SECONDARY:
+            if metric != plan.primary:
+                differences += _secondary(arms[name], some, metric)
+    order = list(arms)
+    comparisons.sort(key=lambda c: order.index(c.arm))
+    return comparisons, differences
+
+
+def _secondary(base: ArmResult, arms: Mapping[str, ArmResult], metric: str) -> list[Difference]:
+    """Differences of the arms that were measured as the other was; what differs has none."""
+    own = base.definitions.get(metric)
+    same = {name: arm for name, arm in arms.items() if arm.definitions.get(metric, own) == own}
+    definitions = {name: own for name in (base.name, *same) if own}
+    values = {name: arm.metric(metric) for name, arm in same.items()}
+    return compare_secondary(metric, base.reference(metric), values, definitions=definitions)
+
+
+def _judge(
+    base: ArmResult,
+    arms: Mapping[str, ArmResult],
+    plan: PlanConfig,
+    exploratory: bool,
+    family: int,
+    by: Moves,
+) -> list[Comparison]:
+    """The verdict on arms that are compared with one other, in a family of all arms of the run."""
+    primary, every = plan.primary, {base.name: base, **arms}
+    measured = {name: arm.metric(primary) for name, arm in arms.items()}
+    reference = base.reference(primary)
+    own = base.definitions.get(primary)
+    definitions = {name: arm.definitions.get(primary, own) for name, arm in every.items()}
+    found = judge(
+        primary,
+        plan.direction,
+        plan.sesoi,
+        moved(reference, by.get(base.name, {})),
+        {name: moved(values, by.get(name, {})) for name, values in measured.items()},
+        {name: _numbers(arm.metric("l0")) for name, arm in every.items()},
+        plan.target_l0,
+        plan.tolerance,
+        plan.alpha,
+        exploratory,
+        failed={name: arm.failed for name, arm in arms.items()},
+        definitions={name: str(known) for name, known in definitions.items() if own},
+        family=max(family, plan.family or 0),
+        baseline_name=base.name,
+    )
+    return [_as_measured(c, reference, measured[c.arm], plan) for c in found]
+
+
+def _as_measured(
+    c: Comparison,
+    reference: Mapping[int, float | None],
+    values: Mapping[int, float | None],
+    plan: PlanConfig,
+) -> Comparison:
+    """Adds to the reason what the difference was before values were moved to the declared L0."""
+    pairs = [(v, reference.get(seed)) for seed, v in values.items()]
+    both = [own - other for own, other in pairs if own is not None and other is not None]
+    if c.mean_diff is None or not both or abs(sum(both) / len(both) - c.mean_diff) < SHOWN:
+        return c
+    plain = f"{sum(both) / len(both):+.4g} as measured, brought to L0 {plan.target_l0:g}"
+    return replace(c, reason=f"{c.reason}; {plain}")
+
+
+@dataclass(frozen=True)
+class Planted:
+    """The verdict on the planted effect, and by how much it should worsen FVU."""
+
+    comparison: Comparison
+    expected: float
+
+
+def judge_planted(
+    rows: Sequence[Mapping[str, Any]], baseline: ArmResult, plan: PlanConfig
+) -> Planted | None:
+    """Whether the rules see an effect of known size on FVU; None where none was planted, or in
+    fewer than two SAEs that have numbers.
+
+    Args:
+        rows: of controls.
+    """
+    name = f"{controls.PREFIX}{controls.PLANTED}"
+    own = [row for row in rows if row["arm"] == name]
+    fvu = {row["seed"]: row["value"] for row in own if row["metric"] == "fvu"}
+    change = [row["value"] for row in own if row["metric"] == "planted.expected_fvu_change"]
+    worse = [value for value in change if value is not None]
+    if len(fvu) < 2 or not worse:
+        return None
+    (found,) = judge(
+        "fvu",
+        "lower",
+        plan.sesoi if plan.primary == "fvu" else 0.0,
+        baseline.reference("fvu"),
+        {controls.PLANTED: fvu},
+        {},
+        None,
+        alpha=plan.alpha,
+    )
+    return Planted(found, sum(worse) / len(worse))
+
+
+def _numbers(values: Mapping[int, float | None]) -> dict[int, float]:
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def final_info(
+    arms: Mapping[str, ArmResult],
+    comparisons: Sequence[Comparison],
+    differences: Sequence[Difference],
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of final_info.json."""
+    verdicts: dict[str, dict[str, Any]] = {name: {} for name in arms}
+    for comparison in comparisons:
+        verdicts[comparison.arm] |= comparison.means()
+    for difference in differences:
+        verdicts[difference.arm] |= {
+            f"diff.{difference.metric}": difference.mean_diff,
+            f"diff.{difference.metric}.low": difference.low,
+            f"diff.{difference.metric}.high": difference.high,
+        }
+    others = {name: _others(arm, verdicts[name], provenance) for name, arm in arms.items()}
+    measured = {m for arm in arms.values() for values in arm.values.values() for m in values}
+    metrics = [metric for metric in METRICS if metric in measured]
+    room = MOST_MEANS - max(map(len, others.values()))
+    return {name: _group(arm, metrics, metrics[:room], others[name]) for name, arm in arms.items()}
+
+
+def _others(
+    arm: ArmResult, verdict: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `means` holds besides metrics."""
+    fixed = sorted({name for result in arm.gates.values() for name in result.fixed_scalars})
+    named = {"fixed": ", ".join(fixed)} if fixed else {}
+    return {**verdict, "gate": arm.gate_summary, **named, **_settings(arm, provenance)}
+
+
+def _group(
+    arm: ArmResult, metrics: Sequence[str], shown: Sequence[str], others: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One arm's entry; `shown` are the metrics that `means` has room for."""
+    own = {metric for values in arm.values.values() for metric in values}
+    per_seed = {m: list(arm.metric(m).values()) for m in metrics if m in own}
+    found = {metric: stats.mean_stderr(values) for metric, values in per_seed.items()}
+    return {
+        "means": {m: found[m][0] for m in shown if m in found} | dict(others),
+        "stderrs": {metric: stderr for metric, (_, stderr) in found.items()},
+        "final_info_dict": per_seed,
+    }
+
+
+def _settings(arm: ArmResult, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    facts = next(iter(arm.facts.values()))
+    layer = "".join(c for c in str(provenance.get("hook_name", "")).split("hook")[0] if c.isdigit())
+    sparsity = [c.get("value") for c in arm.settings["sae"]["controllers"] if c["kind"] == "ramp"]
+    return {
+        "training_steps": facts["steps"],
+        "tokens": facts["tokens"],
+        "layer": int(layer) if layer else None,
+        "dict_size": facts["d_sae"],
+        "learning_rate": arm.settings["train"]["lr"],
+        "sparsity_penalty": sparsity[0] if sparsity else "L0 target",
+    }

@@ -1,0 +1,499 @@
+"""The gate: no score counts before its cell is shown to be alive.
+
+All checks stand in one table, `CHECKS`, each with its threshold, outcome, meaning and remedy. They
+look at the facts of one cell, a plain dictionary, and change nothing. The outcomes, worst first:
+
+    invalid      the software's fault: the cell's number is null and its pair is excluded
+    failed       the arm's fault (it died, diverged, lost its sparsity): the pair stays and counts
+                 against the arm, because dropping it would leave the survivors only
+    relabelled   a learned scalar did not move or collapsed: the arm is named fixed, numbers stay
+    warning      shown beside the numbers
+    ok           nothing was found
+
+A check whose facts are absent (missing or None) is silent and named in `GateResult.unchecked`. An
+arm may declare the checks it expects to fire (a penalty of weight 0, a dead control): they are
+shown and do not count.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from saelab.errors import SettingError, SourceError, nearest
+from saelab.storage.atomic import read_json
+
+Facts = Mapping[str, float | str | None]
+Outcome = Literal["invalid", "failed", "relabelled", "warning"]
+Hits = Iterator[tuple[str, str]]
+
+#: Outcomes from worst to mildest.
+ORDER: tuple[Outcome, ...] = ("invalid", "failed", "relabelled", "warning")
+#: Facts of one learned scalar begin with this; the scalar's name follows.
+REACH = "scalar_reach."
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule of the gate.
+
+    Args:
+        name: how findings, plans and reports call it.
+        outcome: what it makes of the cell.
+        threshold: the number it compares with; None for a rule without one.
+        needs: facts that must be there; a name that ends in '.' or '_' is any fact beginning so.
+        explanation: what a finding means.
+        remedy: what to do about it.
+        look: (facts, threshold) -> (subject, what was found) for each finding; the subject is ''
+            for the cell as a whole and a scalar's name otherwise.
+    """
+
+    name: str
+    outcome: Outcome
+    threshold: float | None
+    needs: tuple[str, ...]
+    explanation: str
+    remedy: str
+    look: Callable[[Facts, float], Hits]
+
+    def has_facts(self, facts: Facts) -> bool:
+        return all(
+            any(key.startswith(need) and facts[key] is not None for key in facts)
+            if need.endswith((".", "_"))
+            else facts.get(need) is not None
+            for need in self.needs
+        )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A check that fired: `sentence` says what, value, threshold and remedy."""
+
+    check: str
+    outcome: Outcome
+    sentence: str
+    expected: bool
+    subject: str = ""
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What the gate says about one cell.
+
+    Args:
+        outcome: the worst outcome of the findings that were not expected, or 'ok'.
+        findings: every check that fired, worst first.
+        unchecked: names of the checks whose facts were absent.
+    """
+
+    outcome: Outcome | Literal["ok"]
+    findings: tuple[Finding, ...]
+    unchecked: tuple[str, ...] = ()
+
+    @property
+    def fixed_scalars(self) -> tuple[str, ...]:
+        """Learned scalars that the report must name as fixed."""
+        found = (f for f in self.findings if f.outcome == "relabelled" and not f.expected)
+        return tuple(dict.fromkeys(f.subject for f in found))
+
+    def summary(self) -> str:
+        """The outcome and the names of its checks, as in 'failed: no_firing'."""
+        names = [f.check for f in self.findings if f.outcome == self.outcome and not f.expected]
+        return f"{self.outcome}: {', '.join(dict.fromkeys(names))}" if names else self.outcome
+
+
+def gate(facts: Facts, expected: Collection[str] = ()) -> GateResult:
+    """Looks at the facts of one cell with every check.
+
+    Args:
+        facts: name -> value; None or a missing name means unknown. Flags are 0 or 1, shares lie
+            between 0 and 1, L0 is in latents per token.
+        expected: names of the checks that the arm declares it expects to fire.
+
+    Raises: SettingError for an expected check that does not exist, or for a fact of the wrong type.
+    """
+    names = [check.name for check in CHECKS]
+    for name in expected:
+        if name not in names:
+            raise SettingError("expected", name, f"no such check of the gate{nearest(name, names)}")
+    findings: list[Finding] = []
+    for check in sorted(CHECKS, key=lambda check: ORDER.index(check.outcome)):
+        if check.has_facts(facts):
+            for subject, text in check.look(facts, check.threshold or 0.0):
+                sentence = f"{text}: {check.explanation}; {check.remedy}"
+                known = check.name in expected
+                findings.append(Finding(check.name, check.outcome, sentence, known, subject))
+    counted: list[Outcome] = [f.outcome for f in findings if not f.expected]
+    unchecked = tuple(check.name for check in CHECKS if not check.has_facts(facts))
+    return GateResult(counted[0] if counted else "ok", tuple(findings), unchecked)
+
+
+# ------------------------------------------------------------------------------- reading the facts
+
+
+def _number(facts: Facts, name: str) -> float | None:
+    """The fact as a finite number, or None."""
+    value = facts.get(name)
+    if isinstance(value, str):
+        raise SettingError(name, value, "this fact must be a number or None")
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _flag(facts: Facts, name: str) -> bool:
+    return bool(_number(facts, name))
+
+
+def _above(fact: str, what: str, unit: str = "") -> Callable[[Facts, float], Hits]:
+    """Fires when the fact is larger than the threshold."""
+
+    def look(facts: Facts, threshold: float) -> Hits:
+        value = _number(facts, fact)
+        if value is not None and value > threshold:
+            yield "", f"{what} is {value:.6g}{unit} (limit: at most {threshold:g})"
+
+    return look
+
+
+def _at_most(fact: str, what: str, unit: str = "") -> Callable[[Facts, float], Hits]:
+    """Fires when the fact is not larger than the threshold."""
+
+    def look(facts: Facts, threshold: float) -> Hits:
+        value = _number(facts, fact)
+        if value is not None and value <= threshold:
+            yield "", f"{what} is {value:.6g}{unit} (limit: above {threshold:g})"
+
+    return look
+
+
+def _below(fact: str, what: str) -> Callable[[Facts, float], Hits]:
+    """Fires when the fact is smaller than the threshold."""
+
+    def look(facts: Facts, threshold: float) -> Hits:
+        value = _number(facts, fact)
+        if value is not None and value < threshold:
+            yield "", f"{what} is {value:.6g} (limit: at least {threshold:g})"
+
+    return look
+
+
+def _ratio(fact: str, to: str, what: str, than: str) -> Callable[[Facts, float], Hits]:
+    """Fires when fact / to is larger than the threshold."""
+
+    def look(facts: Facts, threshold: float) -> Hits:
+        value, base = _number(facts, fact), _number(facts, to)
+        if value is not None and base and value > threshold * base:
+            yield "", f"{what} is {value:.6g} (limit: {threshold:g} x {than}, {base:g})"
+
+    return look
+
+
+def _unless(
+    excuse: Callable[[Facts], bool], look: Callable[[Facts, float], Hits]
+) -> Callable[[Facts, float], Hits]:
+    """The same check, silent where another fact excuses it."""
+    return lambda facts, threshold: iter(()) if excuse(facts) else look(facts, threshold)
+
+
+def _weights_zero(facts: Facts, _: float) -> Hits:
+    if _flag(facts, "weights_zero"):
+        yield "", "the encoder's or the decoder's weights are all zero"
+
+
+def _hooks(facts: Facts, _: float) -> Hits:
+    names = ("hook_sae", "hook_activations", "hook_evaluation")
+    hooks = {name: facts[name] for name in names if facts.get(name) is not None}
+    if len(set(hooks.values())) > 1:
+        said = ", ".join(f"{name.removeprefix('hook_')} {hook}" for name, hook in hooks.items())
+        yield "", f"hooks are not the same ({said})"
+
+
+def _not_finite(facts: Facts, _: float) -> Hits:
+    numbers = {k: v for k, v in facts.items() if isinstance(v, (int, float))}
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    bad += [str(named)] if (named := facts.get("not_finite")) else []  # missing rows have no value
+    if bad and facts.get("nonfinite_step") is None:
+        yield "", f"measured numbers are not finite ({', '.join(bad)})"
+
+
+def _nonfinite_step(facts: Facts, _: float) -> Hits:
+    step = _number(facts, "nonfinite_step")
+    if step is not None:
+        yield "", f"the loss or a gradient is not finite at step {step:.0f}"
+
+
+def _diverged(facts: Facts) -> bool:
+    """Whether training stopped by a failure of the arm, which may be at its first step."""
+    return facts.get("nonfinite_step") is not None
+
+
+def _probing_constant(facts: Facts, _: float) -> Hits:
+    if _flag(facts, "probing_constant"):
+        yield "", "every probing task scores exactly its class prior"
+
+
+def _arm_died(facts: Facts) -> bool:
+    """Whether a failure of the arm, which is a finding of its own, explains the probes."""
+    at_zero = ("l0", "code_std", "explained_variance")
+    values = [value for name in at_zero if (value := _number(facts, name)) is not None]
+    return facts.get("nonfinite_step") is not None or any(value <= 0 for value in values)
+
+
+def _control_band(facts: Facts, _: float) -> Hits:
+    value = _number(facts, "probing_accuracy")
+    low, high = _number(facts, "random_control_low"), _number(facts, "random_control_high")
+    if value is not None and low is not None and high is not None and low <= value <= high:
+        band = f"{low:.4g} to {high:.4g}"
+        yield "", f"probing accuracy {value:.4g} lies in the band of the random controls, {band}"
+
+
+def _repeated(facts: Facts, _: float) -> Hits:
+    passes, planned = _number(facts, "data_passes"), _number(facts, "planned_passes")
+    if passes is not None and planned is not None and passes > planned:
+        yield "", f"the data was read {passes:.3g} times (planned: {planned:.3g})"
+
+
+def _inert(facts: Facts, threshold: float) -> Hits:
+    for name in facts:
+        reach = _number(facts, name) if name.startswith(REACH) else None
+        if reach is not None and reach < threshold:
+            scalar = name.removeprefix(REACH)
+            text = f"the learned {scalar} moved {reach:.1%} of its reach (limit: {threshold:.0%})"
+            yield scalar, text
+
+
+def _collapsed(facts: Facts, threshold: float) -> Hits:
+    share = _number(facts, "alpha_outside_share")
+    if share is not None and share > threshold:
+        text = f"alpha lay outside [0.02, 0.98] for {share:.1%} of the steps"
+        yield "alpha", f"{text} (limit: {threshold:.0%})"
+
+
+# ---------------------------------------------------------------------------------------- the table
+
+#: Every rule of the gate. A threshold without a source is our choice, argued in the explanation.
+CHECKS: tuple[Check, ...] = (
+    Check(
+        "weights_zero", "invalid", None, ("weights_zero",),
+        "no gradient can flow, so this SAE was never trained",
+        "start from unit decoder rows and their transpose",
+        _weights_zero,
+    ),
+    Check(
+        "no_steps", "invalid", 0.0, ("steps",),
+        "no training step was taken or recorded",
+        "train the cell and record its steps",
+        _unless(_diverged, _at_most("steps", "the number of training steps")),
+    ),
+    Check(
+        "no_tokens", "invalid", 0.0, ("tokens",),
+        "no token was trained on or recorded",
+        "train the cell and record its tokens",
+        _unless(_diverged, _at_most("tokens", "the number of training tokens")),
+    ),
+    Check(
+        "hook_mismatch", "invalid", None, ("hook_",),
+        "the SAE was trained, fed or scored on activations of another place",
+        "name one hook for training, activations and evaluation",
+        _hooks,
+    ),
+    Check(
+        "probing_constant", "invalid", None, ("probing_constant",),
+        "the probes saw nothing of the model",
+        "check that the SAE was trained and that its code reaches the probes",
+        _unless(_arm_died, _probing_constant),
+    ),
+    Check(
+        "loss_recovered_impossible", "invalid", 1.02, ("loss_recovered",),
+        "no reconstruction beats the activations themselves by more than rounding",
+        "check the hook, the mask and the ablation of that evaluation",
+        _above("loss_recovered", "loss recovered"),
+    ),
+    Check(
+        "not_finite", "invalid", None, (),
+        "training was finite, so the measurement is at fault",
+        "report the evaluation that gave these numbers",
+        _not_finite,
+    ),
+    Check(
+        "nonfinite_training", "failed", None, ("nonfinite_step",),
+        "the arm diverged",
+        "lower its learning rate or the weight of its own loss terms",
+        _nonfinite_step,
+    ),
+    Check(
+        "no_firing", "failed", 0.0, ("l0",),
+        "no latent fires on any token",
+        "lower the penalty or the threshold, or warm it up more slowly",
+        _at_most("l0", "L0", " latents per token"),
+    ),
+    Check(
+        "constant_code", "failed", 0.0, ("code_std",),
+        "the code is the same for every token and carries nothing",
+        "lower the penalty or the threshold, or use another start",
+        _unless(
+            lambda facts: _number(facts, "l0") == 0,
+            _at_most("code_std", "the largest standard deviation of a latent over tokens"),
+        ),
+    ),
+    Check(
+        "worse_than_mean", "failed", 0.0, ("explained_variance",),
+        "the reconstruction is no better than the mean activation",
+        "lower the penalty or the learning rate",
+        _at_most("explained_variance", "explained variance"),
+    ),
+    Check(
+        "loss_not_recovered", "failed", 0.0, ("loss_recovered",),
+        "the reconstruction serves the model no better than ablating the hook",
+        "lower the penalty or the learning rate",
+        _at_most("loss_recovered", "loss recovered"),
+    ),
+    Check(
+        "far_above_target", "failed", 10.0, ("l0", "target_l0"),
+        "the arm did not keep its sparsity",
+        "raise its penalty or threshold and calibrate it again",
+        _ratio("l0", "target_l0", "L0", "the target"),
+    ),
+    Check(
+        "dense_code", "failed", 0.5, ("l0", "d_sae"),
+        "more than half of the latents fire on a token, so the code is not sparse",
+        "raise the penalty or the threshold",
+        _ratio("l0", "d_sae", "L0", "d_sae"),
+    ),
+    Check(
+        "inert_scalar", "relabelled", 0.05, (REACH,),
+        "the arm is reported as fixed, a label only: noise alone reaches 15% in 200 steps and a "
+        "converged scalar shows 2.8% after 20,000",
+        "look at its path, or raise its own learning rate",
+        _inert,
+    ),
+    Check(
+        "collapsed_balance", "relabelled", 0.10, ("alpha_outside_share",),
+        "the balance chose one term for good and the arm is reported as fixed",
+        "use a balance with an equilibrium (minimax, gradnorm), or report the fixed arm",
+        _collapsed,
+    ),
+    Check(
+        "random_band", "warning", None,
+        ("probing_accuracy", "random_control_low", "random_control_high"),
+        "that is a result and no fault, since random dictionaries do as well",
+        "claim nothing about features from this score",
+        _control_band,
+    ),
+    Check(
+        "dead_latents", "warning", 0.5, ("dead_share",),
+        "most of the dictionary is unused",
+        "resample or use AuxK, or lower d_sae",
+        _above("dead_share", "the share of dead latents"),
+    ),
+    Check(
+        "near_duplicates", "warning", 0.05, ("near_duplicate_share",),
+        "latents repeat each other, with a decoder cosine above 0.95",
+        "lower d_sae or penalise similar decoder rows",
+        _above("near_duplicate_share", "the share of latents with a near twin"),
+    ),
+    Check(
+        "penalty_negligible", "warning", 0.01, ("penalty_share",),
+        "the penalty hardly acts, so the arm is nearly the baseline",
+        "raise its weight until the share is 0.05 to 0.3",
+        _below("penalty_share", "the penalty's share of the gradient"),
+    ),
+    Check(
+        "penalty_dominant", "warning", 0.9, ("penalty_share",),
+        "the penalty drowns the reconstruction",
+        "lower its weight until the share is 0.05 to 0.3",
+        _above("penalty_share", "the penalty's share of the gradient"),
+    ),
+    Check(
+        "loss_spikes", "warning", 0.0, ("spikes",),
+        "training was not stable: a spike is above 10 median absolute deviations of the log loss "
+        "for at least 3 steps",
+        "lower the learning rate or clip gradients",
+        _above("spikes", "the number of loss spikes"),
+    ),
+    Check(
+        "repeated_data", "warning", None, ("data_passes", "planned_passes"),
+        "the cell saw the same activations more often than the plan says",
+        "add text, or plan the repetition",
+        _repeated,
+    ),
+    Check(
+        "not_converged", "warning", 0.02, ("last_tenth_improvement",),
+        "the comparison is one of speed rather than of end points",
+        "train on more tokens",
+        _above("last_tenth_improvement", "the share by which the last tenth improved FVU"),
+    ),
+    Check(
+        "bos_variance", "warning", 0.2, ("bos_variance_share",),
+        "the first token's own direction makes up much of what is reconstructed",
+        "mask BOS positions in training and evaluation",
+        _unless(
+            lambda facts: _flag(facts, "bos_masked"),
+            _above("bos_variance_share", "the share of variance at BOS positions"),
+        ),
+    ),
+    Check(
+        "large_mean", "warning", 3.0, ("mean_over_std",),
+        "the mean dominates the activations and latents will be spent on it",
+        "centre the activations",
+        _unless(
+            lambda facts: _flag(facts, "centred"),
+            _above("mean_over_std", "norm(mean) / norm(std) of the activations"),
+        ),
+    ),
+    Check(
+        "wider_than_input", "warning", 1.0, ("l0", "d_in"),
+        "more latents fire than the input has dimensions",
+        "raise the penalty or the threshold",
+        _ratio("l0", "d_in", "L0", "d_in"),
+    ),
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- SAEBench
+
+
+def read_saebench_result(path: Path) -> dict[str, float | str | None]:
+    """The facts that a SAEBench `sparse_probing` result file holds about its SAE.
+
+    Places are told by layer: the SAE's own configuration, the hook that SAEBench read for the
+    evaluation, and the layer that the experiment wrote beside the result. SAEBench writes -100000
+    training tokens where nobody recorded any.
+
+    Raises: SourceError when the file is missing or no such result; DamageError when it is no JSON.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("eval_type_id") != "sparse_probing":
+        raise SourceError(f"{path} is no SAEBench sparse_probing result: name the file it wrote")
+    config: dict[str, Any] = data.get("sae_cfg_dict") or {}
+    scores = (data.get("eval_result_metrics") or {}).get("sae") or {}
+    layer_of_hook = re.search(r"\d+", str(config.get("hook_name") or ""))
+    return {
+        "d_in": config.get("d_in"),
+        "d_sae": config.get("d_sae"),
+        "steps": data.get("training_steps"),
+        "tokens": config.get("training_tokens"),
+        "hook_sae": _layer(config.get("hook_layer")),
+        "hook_activations": _layer(data.get("layer")),
+        "hook_evaluation": _layer(layer_of_hook and layer_of_hook[0]),
+        "probing_accuracy": scores.get("sae_test_accuracy"),
+        "probing_constant": _all_at_chance(data.get("eval_result_details") or []),
+    }
+
+
+def _layer(value: object) -> str | None:
+    return None if value is None else f"layer {value}"
+
+
+def _all_at_chance(details: list[dict[str, Any]], chance: float = 0.5) -> float | None:
+    """1 when every accuracy of the SAE is exactly the class prior, None without any accuracy."""
+    accuracies = [
+        value
+        for entry in details
+        for name, value in entry.items()
+        if name.startswith("sae_") and name.endswith("_accuracy") and value is not None
+    ]
+    return float(all(value == chance for value in accuracies)) if accuracies else None

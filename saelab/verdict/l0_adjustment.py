@@ -1,0 +1,74 @@
+"""The primary metric at exactly the declared L0, before arms are paired.
+
+Cells are calibrated to the target L0 and end near it, within the plan's tolerance. What is left of
+the distance is worth as much as small effects, so each value is moved along a frontier:
+
+    m_s(T) = m_s + b (log T - log L0_s)
+    b = mean over seeds of (m_hi - m_lo) / (log L0_hi - log L0_lo)
+
+T: the target; lo, hi: the seed's cells of further levels that are nearest to T on either side, so
+that nothing is extrapolated. Few seeds have further levels, hence one b for all seeds: of the arm,
+or of the baseline where the arm has none. Its own error is left out, for it enters with the small
+distance alone. Without such cells values stay as they were measured, as do those of cells outside
+the tolerance, whose comparison is refused, and of cells that failed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from saelab.study.plan import BASELINE, PlanConfig
+from saelab.verdict.judge import off_target
+
+if TYPE_CHECKING:
+    from saelab.verdict.final_info import ArmResult
+
+#: arm -> seed -> what is added to the value of the primary metric.
+Moves = dict[str, dict[int, float]]
+
+
+def moves(arms: Mapping[str, ArmResult], plan: PlanConfig) -> Moves:
+    """What brings each cell's primary metric to the target L0; empty where nothing does."""
+    target = plan.target_l0
+    if target is None or plan.primary == "l0":
+        return {}
+    common = slope(arms[BASELINE], plan.primary, target)
+    found: Moves = {}
+    for name, arm in arms.items():
+        own = slope(arm, plan.primary, target)
+        b = common if own is None else own
+        if b is not None:
+            found[name] = _of_arm(arm, b, target, plan.tolerance)
+    return found
+
+
+def slope(arm: ArmResult, metric: str, target: float) -> float | None:
+    """Change of the metric with log L0 around the target; None without cells on both sides."""
+    found = [_of_seed(cells.values(), metric, target) for cells in arm.levels.values()]
+    there = [b for b in found if b is not None]
+    return sum(there) / len(there) if there else None
+
+
+def _of_seed(cells: Iterable[Mapping[str, float]], metric: str, target: float) -> float | None:
+    points = sorted((c["l0"], c[metric]) for c in cells if c.get("l0", 0.0) > 0 and metric in c)
+    below = [point for point in points if point[0] < target]
+    above = [point for point in points if point[0] > target]
+    if not (below and above):
+        return None
+    (low, at_low), (high, at_high) = below[-1], above[0]
+    return (at_high - at_low) / math.log(high / low)
+
+
+def _of_arm(arm: ArmResult, b: float, target: float, tolerance: float) -> dict[int, float]:
+    return {
+        seed: b * math.log(target / l0)
+        for seed, l0 in arm.metric("l0").items()
+        if l0 is not None and not off_target(l0, target, tolerance) and seed not in arm.failed
+    }
+
+
+def moved(values: Mapping[int, float | None], by: Mapping[int, float]) -> dict[int, float | None]:
+    """Values of seeds at the target L0."""
+    return {s: None if v is None else v + by.get(s, 0.0) for s, v in values.items()}

@@ -1,0 +1,293 @@
+"""The verdict of finished runs, made again from the files in their folders; nothing is trained.
+
+    metrics.parquet   every number of every cell, with its definition and where it was measured
+    gate.json         the facts of every cell that the gate looks at
+    manifest.json     plan, arms, purpose
+
+The rules are those that the launch applied (`final_info.judge_run`), so both say the same. Runs are
+shown together only where their plan, their definitions and what was measured on are the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from saelab.errors import DamageError, MismatchError, SourceError
+from saelab.runs.folder import GATE, INFO, MANIFEST, METRICS, REMEDY, RunFiles
+from saelab.runtime.safe_text import visible
+from saelab.storage.parquet import Kind
+from saelab.study.plan import BASELINE, PlanConfig
+from saelab.study.registry import changes, plan_hash
+from saelab.verdict.final_info import ArmResult, CellGate, judge_run
+from saelab.verdict.gate import ORDER, Outcome
+from saelab.verdict.judge import COVERS, Comparison, Difference
+from saelab.verdict.summary import aligned
+
+#: What every row says about where it was measured; runs that differ in one are not compared.
+PROVENANCE = (
+    *("model_digest", "tokenizer", "hook_name", "context", "mask", "dtype"),
+    *("tokens", "text_digest"),
+)
+COLUMNS: dict[str, Kind] = {
+    **{"arm": "text", "seed": "whole", "level": "number", "metric": "text", "slice": "text"},
+    **{"value": "number?", "definition": "text"},
+    **dict.fromkeys(PROVENANCE, "any"),
+}
+
+
+@dataclass(frozen=True)
+class CellNote:
+    """A cell that the gate has something to say about."""
+
+    cell: str
+    outcome: Outcome
+    check: str
+    expected: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Review:
+    """The verdict of one run, from its files.
+
+    Args:
+        run, title: of the run.
+        exploratory: false for the confirmatory run.
+        plan: that the run was made under; `deviations` are those from the registered one then.
+        comparisons, differences: of the primary metric, and of secondary ones without words.
+        cells: what the gate found, worst first.
+        definition: of the primary metric.
+        provenance: where the primary metric was measured.
+        sealed: whether the run's files carry checksums, with which they agree.
+    """
+
+    run: str
+    title: str
+    exploratory: bool
+    plan: PlanConfig
+    deviations: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    differences: tuple[Difference, ...]
+    cells: tuple[CellNote, ...]
+    definition: str
+    provenance: Mapping[str, Any]
+    sealed: bool = True
+
+    @cached_property
+    def plan_hash(self) -> str:
+        return plan_hash(self.plan)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for --json."""
+        return {
+            "run": self.run,
+            "title": self.title,
+            "exploratory": self.exploratory,
+            "sealed": self.sealed,
+            "plan_hash": self.plan_hash,
+            "deviations": list(self.deviations),
+            "primary": self.plan.primary,
+            "direction": self.plan.direction,
+            "definition": self.definition,
+            "covers": COVERS,
+            "comparisons": [asdict(c) for c in self.comparisons],
+            "differences": [asdict(d) for d in self.differences],
+            "cells": [asdict(note) for note in self.cells],
+        }
+
+
+def finished(root: Path) -> list[Path]:
+    """The folders of all complete runs in `root`, by number.
+
+    Raises: SourceError when there is none.
+    """
+    found = [file.parent for file in root.glob("run_*/final_info.json")]
+    if not found:
+        raise SourceError(f"no complete run in {root.resolve()}: name the folder of one")
+    return sorted(found, key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)] or [0])
+
+
+def review_all(folders: Sequence[Path]) -> list[Review]:
+    """The verdicts of runs that may be shown together.
+
+    Raises: MismatchError naming what differs between two runs; errors of `review`.
+    """
+    found = [review(folder) for folder in folders]
+    for first, second in pairwise(found):
+        if texts := differences_of(first, second):
+            raise MismatchError(
+                f"{first.run} and {second.run} are not compared, since they differ in "
+                f"{'; '.join(texts)}: judge them one at a time"
+            )
+    return found
+
+
+def review(folder: Path) -> Review:
+    """The verdict of one finished run.
+
+    Raises: SourceError when the run is not complete or was made by an older version; DamageError
+        for a file that can't be read or was changed.
+    """
+    for name in (INFO, MANIFEST, GATE, METRICS):
+        if not (folder / name).is_file():
+            remedy = "name the folder of a complete run of this version"
+            raise SourceError(f"{folder} holds no {name}: {remedy}")
+    files = RunFiles(folder)
+    manifest = files.needed("plan", "arms", "purpose", "baseline", "run", "title")
+    files.info()
+    gates, rows = _gates(files), files.rows(METRICS, COLUMNS, {"slice": ""})
+    plan = PlanConfig.parse(manifest["plan"], where=f"{folder.name}/manifest.json")
+    _check_named(manifest, gates, folder)
+    arms = _arms(manifest["arms"], gates, rows, plan.target_l0 or 0.0)
+    exploratory = manifest["purpose"] != "confirm"
+    comparisons, differences = judge_run(arms, plan, exploratory)
+    definition = arms[manifest["baseline"]].definitions.get(plan.primary, "not measured")
+    measured = next((row for row in rows if row["metric"] == plan.primary), {})
+    return Review(
+        manifest["run"],
+        manifest["title"],
+        exploratory,
+        plan,
+        tuple(manifest.get("deviations", ())),
+        tuple(comparisons),
+        tuple(differences),
+        tuple(_notes(gates)),
+        definition,
+        {name: measured.get(name) for name in PROVENANCE} if measured else {},
+        files.sealed,
+    )
+
+
+def _gates(files: RunFiles) -> dict[str, CellGate]:
+    names = ("arm", "seed", "level", "expected", "facts")
+    return {
+        cell: CellGate(**{name: known[name] for name in names})
+        for cell, known in files.gates().items()
+    }
+
+
+def _check_named(manifest: Mapping[str, Any], gates: Mapping[str, CellGate], folder: Path) -> None:
+    """Raises: DamageError when cells or comparisons are of arms that the run has not."""
+    arms = manifest["arms"]
+    others = [arm.get("against", BASELINE) for arm in arms.values()]
+    for name in (BASELINE, manifest["baseline"], *others, *(cell.arm for cell in gates.values())):
+        if name not in arms:
+            raise DamageError(f"{folder} has no arm {name!r}, but its files name it: {REMEDY}")
+
+
+def _arms(
+    names: Mapping[str, Mapping[str, Any]],
+    gates: Mapping[str, CellGate],
+    rows: Sequence[Mapping[str, Any]],
+    target: float,
+) -> dict[str, ArmResult]:
+    """Results per arm at the target, as the launch had them."""
+    by_cell: dict[tuple[str, int, float], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_cell.setdefault((row["arm"], row["seed"], row["level"]), []).append(row)
+    arms = {
+        name: ArmResult(name, {}, known.get("against", BASELINE)) for name, known in names.items()
+    }
+    for cell in gates.values():
+        own = by_cell.get((cell.arm, cell.seed, cell.level), [])
+        measured = {"rows": own, "last": {}, "facts": cell.facts}
+        if cell.level == target:
+            arms[cell.arm].add(cell.seed, measured, cell.expected)
+        else:
+            arms[cell.arm].add_level(cell.seed, cell.level, measured, cell.expected)
+    return arms
+
+
+def _notes(gates: Mapping[str, CellGate]) -> list[CellNote]:
+    found = [
+        CellNote(cell, finding.outcome, finding.check, finding.expected, finding.sentence)
+        for cell, known in gates.items()
+        for finding in known.result.findings
+    ]
+    return sorted(found, key=lambda note: ORDER.index(note.outcome))
+
+
+def differences_of(first: Review, second: Review) -> list[str]:
+    """What keeps two runs from being shown together."""
+    found = [f"the plan ({text})" for text in changes(first.plan, second.plan)]
+    if first.definition != second.definition:
+        found.append(f"the definition ({first.definition} -> {second.definition})")
+    found += [
+        f"{name} ({first.provenance.get(name)} -> {second.provenance.get(name)})"
+        for name in PROVENANCE
+        if first.provenance.get(name) != second.provenance.get(name)
+    ]
+    return found
+
+
+# ---- in words --------------------------------------------------------------------------------
+
+
+def text(found: Review) -> str:
+    """What `saelab verdict` prints for one run."""
+    plan = found.plan
+    kind = "exploratory" if found.exploratory else "confirmatory"
+    heading = (
+        f"{found.run}: {found.title} ({kind})\n{plan.primary} ({found.definition}, "
+        f"{plan.direction} is better), plan {found.plan_hash}"
+    )
+    if not found.sealed:
+        heading += "\nits files carry no checksums: an older version made them, or another hand"
+    parts = [heading, *(f"deviation from the registered plan: {d}" for d in found.deviations)]
+    parts += ["", _table(found), "", *(f"{c.arm}: {c.reason}" for c in found.comparisons)]
+    if found.cells:
+        parts += ["", "gate:", *_cell_lines(found.cells)]
+    return visible("\n".join([*parts, "", COVERS]), kept="\n")
+
+
+def _table(found: Review) -> str:
+    heads = ["arm", "metric", "pairs", "difference", "95% interval", "p", "p (Holm)", "detectable"]
+    lines = [[*heads, "seeds to tell", "verdict"]]
+    for c in found.comparisons:
+        numbers = [_signed(c.mean_diff), _span(c), _p(c.p), _p(c.p_holm), _plain(c.detectable)]
+        needed = str(c.needed_seeds or "-")
+        arm = c.arm if c.against == BASELINE else f"{c.arm} - {c.against}"
+        lines.append([arm, c.metric, str(c.n), *numbers, needed, c.word])
+    for d in found.differences:
+        none = ["-", "-", "-", "-"]
+        lines.append([d.arm, d.metric, str(d.n), _signed(d.mean_diff), _span(d), *none, ""])
+    return aligned(lines)
+
+
+def grouped(cells: Sequence[CellNote]) -> list[tuple[str, str, bool, list[CellNote]]]:
+    """Notes by arm, check and whether it was expected."""
+    groups: dict[tuple[str, str, bool], list[CellNote]] = {}
+    for note in cells:
+        arm = note.cell.rsplit("/seed ", 1)[0]
+        groups.setdefault((arm, note.check, note.expected), []).append(note)
+    return [(*key, some) for key, some in groups.items()]
+
+
+def _cell_lines(cells: Sequence[CellNote]) -> list[str]:
+    """One line for each check and arm, with how many cells it is about."""
+    return [
+        f"- {arm}, {check}{' (expected)' * expected}, {len(some)} cells: {some[0].sentence}"
+        for arm, check, expected, some in grouped(cells)
+    ]
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.4f}"
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _span(c: Comparison | Difference) -> str:
+    return "-" if c.low is None or c.high is None else f"{c.low:+.4f} to {c.high:+.4f}"

@@ -1,0 +1,211 @@
+"""What a run says in words: the printed table and summary.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from saelab import stats
+from saelab.launch import controls
+from saelab.runtime.safe_text import markdown
+from saelab.study.plan import BASELINE, PlanConfig
+from saelab.study.registry import Attempt, plan_hash
+from saelab.verdict.judge import COVERS, Comparison
+
+if TYPE_CHECKING:
+    from saelab.launch.launch import Launch
+    from saelab.verdict.final_info import ArmResult, Planted
+
+#: Columns of the printed table: metric -> heading.
+COLUMNS = {
+    "fvu": "FVU",
+    "l0": "L0",
+    "loss_recovered": "loss recovered",
+    "sae_top_1_test_accuracy": "probe k=1",
+    "sae_top_5_test_accuracy": "probe k=5",
+    "sae_test_accuracy": "probe full",
+    "dead_share": "dead",
+}
+
+
+def table(
+    info: Mapping[str, Any],
+    comparisons: Sequence[Comparison],
+    plan: PlanConfig,
+    rows: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Arms x metrics, mean and 95% t interval (half width) over seeds, and the verdict; then the
+    controls among the rows, means alone."""
+    words = {c.arm: c.word for c in comparisons}
+    heads = ["arm", "seeds", *COLUMNS.values(), f"verdict on {plan.primary}"]
+    lines = [heads]
+    for arm, group in info.items():
+        seeds = max((len(v) for v in group["final_info_dict"].values()), default=0)
+        cells = [
+            mean_and_half_width(group["final_info_dict"].get(metric, [])) for metric in COLUMNS
+        ]
+        lines.append([arm, str(seeds), *cells, words.get(arm, "")])
+    for name, values in control_values(rows).items():
+        cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in COLUMNS]
+        lines.append([name, "", *cells, ""])
+    return aligned(lines)
+
+
+def control_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Control -> metric -> its mean over all data; probes of the model's channels as of an SAE."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in controls.names_of(rows):
+        of_metric = found.setdefault(name, {})
+        for row in rows:
+            if row["arm"] == name and not row["slice"] and row["value"] is not None:
+                metric = row["metric"]
+                metric = f"sae{metric[3:]}" if metric.startswith("llm_") else metric
+                of_metric.setdefault(metric, []).append(row["value"])
+    return {
+        name: {metric: sum(values) / len(values) for metric, values in of_metric.items()}
+        for name, of_metric in found.items()
+    }
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table of text whose first line is its heading."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def mean_and_half_width(values: Sequence[float | None]) -> str:
+    """'0.1848 ±0.0004' with the 95% t interval of two or more numbers; '-' without any."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "-"
+    mean = sum(numbers) / len(numbers)
+    if len(numbers) < 2:
+        return f"{mean:.4g}"
+    low, high = (float(bound) for bound in stats.t_interval(numbers))
+    return f"{mean:.4g} ±{(high - low) / 2:.2g}"
+
+
+def summary_text(
+    task: Launch,
+    arms: Mapping[str, ArmResult],
+    comparisons: Sequence[Comparison],
+    missing: Sequence[str],
+    deviations: Sequence[str] = (),
+    earlier: Sequence[Attempt] = (),
+    of_controls: Sequence[str] = (),
+) -> str:
+    """summary.md: question, plan, verdict, cells that do not count, what to try next.
+
+    Args:
+        missing: what could not be measured, and why.
+        deviations: of the plan from the registered one.
+        earlier: attempts at this run before the one that it is from.
+        of_controls: lines about the control subjects.
+    """
+    plan = task.plan
+    better = "lower" if plan.direction == "lower" else "higher"
+    lines = [
+        f"# {markdown(f'{task.name}: {task.run.title}')}",
+        "",
+        f"**Question.** Does an arm change {plan.primary} ({better} is better) against the "
+        f"baseline {f'at L0 {plan.target_l0:g}' if plan.target_l0 else 'at its own L0'}, by at "
+        f"least {plan.sesoi:g}?",
+        "",
+        f"**Plan.** {plan_hash(plan)}, {_as_registered(deviations)}",
+        *(f"- deviation: {markdown(text)}" for text in deviations),
+        *(f"- left out on purpose: {markdown(text)}" for text in plan.exclusions),
+        "",
+        "**Verdict.**" + (" Exploratory." if task.purpose != "confirm" else " Confirmatory."),
+        "",
+        "| arm | what it is | verdict | difference | 95% interval | pairs |",
+        "|---|---|---|---|---|---|",
+    ]
+    comments = {arm.name: arm.comment for arm in task.run.arms}
+    for c in comparisons:
+        interval = "-" if c.low is None else f"{c.low:+.4f} to {c.high:+.4f}"
+        difference = "-" if c.mean_diff is None else f"{c.mean_diff:+.4f}"
+        arm = c.arm if c.against == BASELINE else f"{c.arm}, against {c.against}"
+        told = f"{markdown(arm)} | {markdown(comments.get(c.arm, ''))}"
+        lines.append(f"| {told} | {c.word} | {difference} | {interval} | {c.n} |")
+    if comparisons:
+        lines += ["", COVERS, "", "**Why.**", ""]
+        lines += [f"- {markdown(f'{c.arm}: {c.reason}')}" for c in comparisons]
+    else:
+        lines[-2:] = [f"There is one arm, {BASELINE}, and nothing to compare it with.", ""]
+        lines += [f"- {COLUMNS[name]}: {value}" for name, value in _reached(arms[BASELINE])]
+    lines += ["", "**Gate.**", "", *_gate_lines(arms)]
+    if of_controls:
+        lines += ["", "**Controls.**", "", *of_controls]
+    if earlier:
+        lines += ["", f"**Earlier attempts at {task.name}.**", ""]
+        lines += [f"- {markdown(attempt.line())}" for attempt in earlier]
+    if missing:
+        lines += ["", "**Missing.**", "", *(f"- {markdown(text)}" for text in missing)]
+    lines += ["", "**What to try next.**", "", *_next(comparisons)]
+    return "\n".join(lines) + "\n"
+
+
+def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) -> list[str]:
+    """The control subjects as a Markdown table, and whether the planted effect was seen."""
+    shown = ("fvu", "l0", "loss_recovered", "sae_top_5_test_accuracy")
+    heads = " | ".join(COLUMNS[metric] for metric in shown)
+    lines = [f"| control | {heads} |", "|---" * (len(shown) + 1) + "|"]
+    found = control_values(rows)
+    for name, values in found.items():
+        said = [f"{values[metric]:.4g}" if metric in values else "-" for metric in shown]
+        lines.append(f"| {name.removeprefix(controls.PREFIX)} | {' | '.join(said)} |")
+    return [*lines, *_planted_lines(planted)] if found else []
+
+
+def _reached(arm: ArmResult) -> Iterator[tuple[str, str]]:
+    """Of each metric of the printed table that was measured, its mean over seeds."""
+    for metric in COLUMNS:
+        value = stats.mean_stderr(arm.metric(metric).values())[0]
+        if value is not None:
+            yield metric, f"{value:.4g}"
+
+
+def _planted_lines(planted: Planted | None) -> list[str]:
+    if planted is None:
+        return []
+    c = planted.comparison
+    seen = "" if c.word == "hurts" else ": an effect of this size is missed"
+    return [
+        "",
+        f"Planted effect: {c.word}{seen} (expected {planted.expected:+.4g}); {markdown(c.reason)}.",
+    ]
+
+
+def _as_registered(deviations: Sequence[str]) -> str:
+    return "changed since the first run of the study:" if deviations else "as registered."
+
+
+def _gate_lines(arms: Mapping[str, ArmResult]) -> list[str]:
+    lines = []
+    for name, arm in arms.items():
+        found = {}
+        for result in arm.gates.values():
+            for finding in result.findings:
+                found.setdefault((finding.check, finding.expected), []).append(finding.sentence)
+        for (check, expected), sentences in found.items():
+            note = " (expected)" if expected else ""
+            told = f"{name}, {check}{note}, {len(sentences)} cells: {sentences[0]}"
+            lines.append(f"- {markdown(told)}")
+    return lines or ["- nothing found"]
+
+
+def _next(comparisons: Sequence[Comparison]) -> list[str]:
+    if not comparisons:
+        return ["- add an arm to compare it with (`experiment.py`, or `saelab.compare`)."]
+    lines = []
+    for c in comparisons:
+        if c.word == "cannot tell" and c.needed_seeds:
+            lines.append(f"- {markdown(c.arm)}: about {c.needed_seeds} seeds would tell.")
+        elif c.word == "helps":
+            lines.append(f"- {markdown(c.arm)}: confirm it on seeds used nowhere else.")
+        elif c.word == "refused":
+            lines.append(f"- {markdown(f'{c.arm}: {c.reason}.')}")
+    return lines or [f"- nothing: every arm is told apart from {BASELINE} or shown to be as good."]

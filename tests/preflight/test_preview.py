@@ -1,0 +1,146 @@
+"""`plan check`: what a run changes, costs and could see, before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from saelab import stats
+from saelab.errors import SettingError
+from saelab.launch.launch import Launch, checked
+from saelab.preflight.preview import RunCheck, check_limit, text
+from saelab.storage.atomic import write_json
+from saelab.study.plan import Arm, BaseConfig, Found, PlanConfig, Run
+
+BASE = BaseConfig()
+LEARNED = Arm("learned", {"sae.scaling": {"kind": "variance", "temperature": "learned"}})
+FOUND = Arm("found", {"sae.scaling": {"kind": "variance", "tau": Found("learned", "tau")}})
+RATE = Arm("rate", {"train.lr": 2e-3}, "half the rate", primary=True)
+
+
+def checked_run(root: Path, *arms: Arm, limit: float = 7000.0, **plan: object) -> RunCheck:
+    settings = PlanConfig.parse({"study": "test", **plan})
+    run = Run("A run", [Arm("baseline"), *arms])
+    task = Launch(
+        name="run_1",
+        run=run,
+        plan=settings,
+        base=BASE,
+        out_dir=root / "run_1",
+        root=root,
+        experiment=root / "experiment.py",
+        limit=limit,
+        workers=2,
+    )
+    return checked(task)
+
+
+def changes(found: RunCheck, arm: str) -> dict[str, tuple[object, object]]:
+    (own,) = [a for a in found.arms if a.name == arm]
+    return {change.setting: (change.base, change.arm) for change in own.changes}
+
+
+def test_each_arm_says_exactly_what_it_changes(tmp_path: Path) -> None:
+    losses = Arm("losses", {"sae.losses+": {"kind": "auxk"}, "sae.losses.1.coefficient": 0.3})
+    kind = Arm("kind", {"sae.activation": {"kind": "jumprelu", "threshold": 0.7}})
+    found = checked_run(tmp_path, RATE, losses, kind)
+    assert changes(found, "baseline") == {}
+    assert changes(found, "rate") == {"train.lr": (BASE.train.lr, 2e-3)}
+    added = changes(found, "losses")
+    assert list(added) == ["sae.losses.1.coefficient", "sae.losses.2"]
+    assert added["sae.losses.1.coefficient"] == ("sparsity", 0.3)
+    assert added["sae.losses.2"][0] == "absent" and added["sae.losses.2"][1]["kind"] == "auxk"
+    assert list(changes(found, "kind")) == ["sae.activation"]
+    said = text(found)
+    assert "sae.activation: relu -> jumprelu(threshold=0.7)" in said  # defaults left out
+    assert f"train.lr: {BASE.train.lr} -> 0.002" in said
+
+
+def test_it_counts_cells_tokens_pairs_and_cost(tmp_path: Path) -> None:
+    found = checked_run(tmp_path, RATE, LEARNED)
+    by_name = {arm.name: arm for arm in found.arms}
+    assert [by_name[name].cells for name in ("baseline", "rate", "learned")] == [12, 12, 3]
+    assert (by_name["rate"].pairs, by_name["learned"].pairs) == (8, 3)
+    assert len(found.specs) == 27 and found.tokens == 27 * BASE.train.tokens
+    assert found.seconds > 10 and found.needs.memory > 1e8
+    data = found.as_dict()
+    assert data["cells"] == 27 and data["arms"][1]["changes"][0]["setting"] == "train.lr"
+    assert "27 cells" in text(found) and "GB of memory" in text(found)
+
+
+def test_the_second_wave_is_named_and_what_it_waits_for(tmp_path: Path) -> None:
+    found = checked_run(tmp_path, LEARNED, FOUND)
+    by_name = {arm.name: arm for arm in found.arms}
+    assert by_name["found"].second_wave and not by_name["learned"].second_wave
+    assert "tau=what another arm ends with" in text(found)
+    assert "second wave" in text(found)
+
+
+def test_the_smallest_effect_is_in_spreads_until_a_run_is_finished(tmp_path: Path) -> None:
+    arm = checked_run(tmp_path, RATE).arms[1]
+    assert arm.spread is None and arm.sees == pytest.approx(stats.detectable_factor(8))
+    comparisons = [
+        {"arm": name, "n": n, "detectable": sd * stats.detectable_factor(n)}
+        for name, n, sd in (("rate", 8, 0.002), ("other", 3, 0.004), ("third", 3, 0.008))
+    ]
+    manifest = {"run": "run_1", "primary": "fvu", "study": "test", "plan": {"alpha": 0.05}}
+    write_json(tmp_path / "run_1" / "manifest.json", manifest | {"comparisons": comparisons})
+    rate, learned = checked_run(tmp_path, RATE, LEARNED).arms[1:]
+    assert rate.spread == pytest.approx(0.002) and rate.spread_of == "of rate in run_1"
+    assert rate.sees == pytest.approx(0.002 * stats.detectable_factor(8))
+    assert learned.spread == pytest.approx(0.004) and "median" in learned.spread_of
+    other = checked_run(tmp_path, RATE, study="another").arms[1]
+    assert other.spread is None  # numbers of another study say nothing
+
+
+@pytest.mark.parametrize(
+    ("seeds", "arms", "words"),
+    [
+        (5, 1, "smallest 2/32 = 0.0625)"),
+        (6, 1, ""),
+        (6, 2, "2/64 = 0.03125, 0.0625 with Holm over 2"),
+        (8, 6, ""),
+        (8, 7, "0.0547 with Holm over 7"),
+        (1, 1, "no comparison is possible: add seeds"),
+    ],
+)
+def test_it_warns_where_no_exact_p_is_possible(
+    tmp_path: Path, seeds: int, arms: int, words: str
+) -> None:
+    table = [Arm(f"a{i}", {"train.lr": 1.1e-3 * (i + 1)}, primary=True) for i in range(arms)]
+    warnings = checked_run(tmp_path, *table, seeds=seeds).warnings
+    assert bool(warnings) == bool(words)
+    assert all(words in warning and "a0" in warning for warning in warnings)
+
+
+def test_the_planned_family_counts(tmp_path: Path) -> None:
+    (warning,) = checked_run(tmp_path, RATE, family=7).warnings
+    assert "Holm over 7" in warning
+
+
+def test_exclusions_and_deviations_are_shown(tmp_path: Path) -> None:
+    from saelab.study.registry import register
+
+    register(tmp_path, PlanConfig(study="test", seeds=9))
+    found = checked_run(tmp_path, RATE, exclusions=("the old text",))
+    assert any("seeds: 9 -> 8" in warning for warning in found.warnings)
+    assert any("the old text" in warning for warning in found.warnings)
+
+
+def test_impossible_arms_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="did you mean 'lr'"):
+        checked_run(tmp_path, Arm("x", {"train.lrr": 1.0}))
+    with pytest.raises(SettingError, match="declare twin_of"):
+        checked_run(tmp_path, RATE, Arm("same", {"train.lr": 2e-3}))
+    twin = checked_run(tmp_path, RATE, Arm("same", {"train.lr": 2e-3}, twin_of="rate")).arms[2]
+    assert twin.twin_of == "rate" and "train.lr" in {c.setting for c in twin.changes}
+    with pytest.raises(SettingError, match="exactly its settings"):
+        checked_run(tmp_path, RATE, Arm("no twin", {"train.lr": 3e-3}, twin_of="rate"))
+
+
+def test_a_launch_over_the_limit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="over the limit of 0:02"):
+        checked_run(tmp_path, RATE, limit=2.0).check_limit()
+    checked_run(tmp_path, RATE, limit=float("inf")).check_limit()
+    check_limit("run_1", 6999, 7000)

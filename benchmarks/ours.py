@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from saelab.data.activations.stream import Batch
-from saelab.evals.probing import ProbingData, pooled
+from saelab.data.probing.activations import ProbingData
+from saelab.evals.probing import pooled
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell

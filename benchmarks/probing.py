@@ -47,18 +47,10 @@ from torch import Tensor
 
 import saelab
 from saelab.data import language_model
+from saelab.data.probing.activations import ProbingData, ProbingEntry, harvest_probing
 from saelab.data.probing.embedded import embedded_entries
 from saelab.evals.base import Row
-from saelab.evals.probing import (
-    K_VALUES,
-    ProbingData,
-    ProbingEntry,
-    build_tasks,
-    evaluate_probing,
-    harvest_probing,
-    pooled,
-    probe_rows,
-)
+from saelab.evals.probing import K_VALUES, build_tasks, evaluate_probing, pooled, probe_rows
 from saelab.sae import SAE
 
 CONTEXT = 64

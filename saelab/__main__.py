@@ -101,7 +101,7 @@ def run(
         from contextlib import redirect_stdout
 
         from saelab.launch.entry import run_one, train_all
-        from saelab.launch.worker import load_experiment
+        from saelab.study.experiment_file import load_experiment
         from saelab.verdict.review import review
 
         file, folders = experiment.resolve(), [Path(name) for name in names]
@@ -127,8 +127,8 @@ def plan_check(
     with _told():
         from saelab.errors import SourceError
         from saelab.launch.entry import check_one
-        from saelab.launch.worker import load_experiment
         from saelab.preflight.preview import text
+        from saelab.study.experiment_file import load_experiment
         from saelab.study.plan import Confirmation
 
         file = experiment.resolve()
@@ -229,7 +229,7 @@ def tune(
         from contextlib import redirect_stdout
 
         from saelab.launch.entry import tune_one
-        from saelab.launch.worker import load_experiment
+        from saelab.study.experiment_file import load_experiment
 
         file = experiment.resolve()
         with redirect_stdout(sys.stderr if json_ else sys.stdout):
@@ -317,7 +317,7 @@ def _simulate(simulations: int, json_: bool) -> None:
     from dataclasses import asdict
 
     from saelab.errors import SettingError, StudyFailure
-    from saelab.verdict.judge import HEADING, validation_table
+    from saelab.verdict.simulation import HEADING, validation_table
 
     if simulations < 100:
         raise SettingError("simulations", simulations, "at least 100 are needed")
@@ -347,7 +347,7 @@ def template(
     with _told():
         from saelab.launch.entry import run_one
         from saelab.launch.template import BASELINE_RUN, write_template
-        from saelab.launch.worker import load_experiment
+        from saelab.study.experiment_file import load_experiment
 
         here = Path(BASELINE_RUN)
         if run_0 is None and not train and (here / "final_info.json").is_file():
@@ -427,8 +427,9 @@ def train(
     with _told():
         from saelab.api import settings
         from saelab.launch import distributed
-        from saelab.launch.launch import Launch, launch
+        from saelab.launch.launch import launch
         from saelab.study.plan import BASELINE, Arm, PlanConfig, Run
+        from saelab.study.task import Launch
 
         base = settings(config, _changes(set_))
         if distributed.wanted(base):
@@ -726,7 +727,7 @@ def lm_train(
 def _own_parts(experiment: Path | None) -> None:
     """Registers the parts that an experiment.py defines."""
     if experiment is not None:
-        from saelab.launch.worker import load_experiment
+        from saelab.study.experiment_file import load_experiment
 
         load_experiment(experiment.resolve())
 

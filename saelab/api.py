@@ -23,14 +23,15 @@ from saelab.data.probing.saebench import Definition
 from saelab.errors import CellFailure
 from saelab.evals import check_names
 from saelab.evals.base import Row, Subject
-from saelab.launch.launch import Launch, launch
+from saelab.launch.launch import launch
 from saelab.launch.prepare import prepare
-from saelab.launch.worker import initial_sample
 from saelab.progress import progress
 from saelab.sae import SAE
 from saelab.storage.cache import cache_folder
 from saelab.study.plan import BASELINE, Arm, BaseConfig, PlanConfig, Run
+from saelab.study.task import Launch
 from saelab.training import loop
+from saelab.training.sample import initial_sample
 from saelab.verdict.judge import Comparison
 
 

@@ -18,11 +18,11 @@ from saelab import formats
 from saelab.analysis.export import still
 from saelab.analysis.saebench import result_of
 from saelab.data import language_model
+from saelab.data.probing.activations import ProbingData
 from saelab.errors import MismatchError, SettingError
 from saelab.evals import EvalData, check_names, evaluate
 from saelab.evals.base import Row, Subject
 from saelab.evals.core import CoreData
-from saelab.evals.probing import ProbingData
 from saelab.formats import Loaded
 from saelab.launch.prepare import prepare
 from saelab.runs.cells import Member, RunFolder, members

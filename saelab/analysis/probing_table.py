@@ -16,8 +16,8 @@ from saelab import stats
 from saelab.analysis.saebench import CHANNELS, aligned
 from saelab.errors import SourceError
 from saelab.evals.base import check_one_definition
-from saelab.launch.controls import PREFIX
 from saelab.runs.folder import MANIFEST, METRICS, RunFiles
+from saelab.runs.schema import PREFIX
 from saelab.storage.parquet import Kind
 
 #: Metrics over all data, shown before the accuracies.

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import saelab
 from saelab.data.probing.embedded import SAMPLING_SEED
 from saelab.errors import MismatchError, SettingError, SourceError, nearest
 from saelab.evals.base import Row, Subject, check_one_definition
@@ -21,9 +20,11 @@ from saelab.evals.saebench_probing import DEFINITION
 from saelab.runs.folder import MANIFEST, METRICS, RunFiles
 from saelab.sae import SAE
 from saelab.seeding import study_seeds
+from saelab.storage.atomic import read_json
 from saelab.storage.parquet import Kind
 from saelab.study.plan import BaseConfig
-from saelab.verdict.gate import GateResult, gate, read_saebench_result
+from saelab.verdict.gate import GateResult, gate
+from saelab.version import __version__
 
 CHANNELS = "control:model channels"
 #: Columns of metrics.parquet that a `Row` is made of.
@@ -73,7 +74,7 @@ def about(base: BaseConfig, sae: Mapping[str, Any], name: str, seed: int) -> Abo
         k_values=probing.k_values,
         seed=seed,
         millis=int(time.time() * 1000),
-        version=saelab.__version__,
+        version=__version__,
         further={"sizes": own_sizes},
     )
 
@@ -249,3 +250,46 @@ def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
         )
         for line in cells
     ]
+
+
+def read_saebench_result(path: Path) -> dict[str, float | str | None]:
+    """The facts that a SAEBench `sparse_probing` result file holds about its SAE.
+
+    Places are told by layer: the SAE's own configuration, the hook that SAEBench read for the
+    evaluation, and the layer that the experiment wrote beside the result. SAEBench writes -100000
+    training tokens where nobody recorded any.
+
+    Raises: SourceError when the file is missing or no such result; DamageError when it is no JSON.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("eval_type_id") != "sparse_probing":
+        raise SourceError(f"{path} is no SAEBench sparse_probing result: name the file it wrote")
+    config: dict[str, Any] = data.get("sae_cfg_dict") or {}
+    scores = (data.get("eval_result_metrics") or {}).get("sae") or {}
+    layer_of_hook = re.search(r"\d+", str(config.get("hook_name") or ""))
+    return {
+        "d_in": config.get("d_in"),
+        "d_sae": config.get("d_sae"),
+        "steps": data.get("training_steps"),
+        "tokens": config.get("training_tokens"),
+        "hook_sae": _layer(config.get("hook_layer")),
+        "hook_activations": _layer(data.get("layer")),
+        "hook_evaluation": _layer(layer_of_hook and layer_of_hook[0]),
+        "probing_accuracy": scores.get("sae_test_accuracy"),
+        "probing_constant": _all_at_chance(data.get("eval_result_details") or []),
+    }
+
+
+def _layer(value: object) -> str | None:
+    return None if value is None else f"layer {value}"
+
+
+def _all_at_chance(details: list[dict[str, Any]], chance: float = 0.5) -> float | None:
+    """1 when every accuracy of the SAE is exactly the class prior, None without any accuracy."""
+    accuracies = [
+        value
+        for entry in details
+        for name, value in entry.items()
+        if name.startswith("sae_") and name.endswith("_accuracy") and value is not None
+    ]
+    return float(all(value == chance for value in accuracies)) if accuracies else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from saelab.data.probing.activations import ProbingData
 from saelab.data.probing.saebench import Definition
 from saelab.data.synthetic.chains import truth_of
 from saelab.errors import SettingError, nearest
@@ -18,7 +19,7 @@ from saelab.evals.base import Row, Subject, missing
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.evals.known_features import evaluate_truth, no_truth
 from saelab.evals.loss_by_position import evaluate_positions
-from saelab.evals.probing import ProbingData, evaluate_probing
+from saelab.evals.probing import evaluate_probing
 from saelab.evals.saebench_probing import evaluate_as_saebench
 from saelab.evals.sensitivity import evaluate_sensitivity
 from saelab.evals.threshold_fit import evaluate_consistency

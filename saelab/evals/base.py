@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from saelab.errors import MismatchError
@@ -128,6 +129,20 @@ class SparseSubject(Subject, Protocol):
         Row i of the result, float32 [m, d_sae], is the sum of encode(rows)[cuts[i] : cuts[i + 1]].
         """
         ...
+
+
+class TrainingLog(Protocol):
+    """What an evaluation may read of a training: the named values of every step.
+
+    `columns` holds arrays [steps] of which the first `length` entries are filled; `loss` is the
+    reconstruction loss, float64 [length].
+    """
+
+    columns: dict[str, np.ndarray]
+    length: int
+
+    @property
+    def loss(self) -> np.ndarray: ...
 
 
 def needs_contexts(subject: object) -> bool:

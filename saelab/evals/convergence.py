@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saelab.evals.base import Row, missing, number
-from saelab.training.loop import Log
+from saelab.evals.base import Row, TrainingLog, missing, number
 
 DEFINITION = "convergence/1"
 #: How near is settled: share of a scalar's final value, and of the loss's.
@@ -31,7 +30,7 @@ NAMED = SCALARS[:3]
 FEWEST = 50
 
 
-def convergence(log: Log) -> list[Row]:
+def convergence(log: TrainingLog) -> list[Row]:
     """The rows of one finished cell."""
     rows = [_steps(log)]
     for name in SCALARS:
@@ -73,7 +72,7 @@ def _tenth_before(column: np.ndarray) -> int:
     return max(0, len(column) - 1 - len(column) // 10)
 
 
-def _steps(log: Log) -> Row:
+def _steps(log: TrainingLog) -> Row:
     if len(log.loss) < FEWEST:
         reason = f"a loss of {log.length} steps is too short to be smoothed (least: {FEWEST})"
         return missing("convergence.steps", DEFINITION, reason)

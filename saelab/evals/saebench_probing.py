@@ -30,18 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saelab.data.probing.activations import ProbingData, ProbingEntry
 from saelab.data.probing.embedded import SAMPLING_SEED
 from saelab.errors import SettingError
 from saelab.evals.base import Row, Subject, number_or_reason
-from saelab.evals.probing import (
-    K_VALUES,
-    Examples,
-    ProbingData,
-    ProbingEntry,
-    constant_row,
-    mean_rows,
-    pooled,
-)
+from saelab.evals.probing import K_VALUES, Examples, constant_row, mean_rows, pooled
 from saelab.progress import progress
 
 DEFINITION = "sparse_probing/saebench-0.6.0"

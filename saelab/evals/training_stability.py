@@ -22,9 +22,8 @@ from __future__ import annotations
 import numpy as np
 
 from saelab import stats
-from saelab.evals.base import Row, missing, number
+from saelab.evals.base import Row, TrainingLog, missing, number
 from saelab.evals.convergence import FEWEST, smoothed
-from saelab.training.loop import Log
 
 DEFINITION = "stability/1"
 #: Share of the run before which the loss moves by design (warm-up).
@@ -40,7 +39,7 @@ DEGREE = 3
 OF_LOSS = ("spikes", "stability.rise", "stability.detrended")
 
 
-def stability(log: Log, stopped: int | None = None) -> list[Row]:
+def stability(log: TrainingLog, stopped: int | None = None) -> list[Row]:
     """The rows of one cell.
 
     Args:
@@ -86,7 +85,7 @@ def gradient_cv(norms: np.ndarray) -> float:
     return float(half.std() / half.mean()) if half.any() else 0.0
 
 
-def _of_loss(log: Log) -> list[Row]:
+def _of_loss(log: TrainingLog) -> list[Row]:
     if len(log.loss) < FEWEST:
         reason = f"a loss of {log.length} steps is too short (least: {FEWEST})"
         return [missing(name, DEFINITION, reason) for name in OF_LOSS]
@@ -94,7 +93,7 @@ def _of_loss(log: Log) -> list[Row]:
     return [number(*pair, DEFINITION) for pair in zip(OF_LOSS, values, strict=True)]
 
 
-def _gradient(log: Log) -> Row:
+def _gradient(log: TrainingLog) -> Row:
     norms = log.columns.get("grad_norm", np.zeros(0))[: log.length].astype(np.float64)
     if len(norms) < FEWEST:
         reason = f"{len(norms)} gradient norms are too few (least: {FEWEST})"

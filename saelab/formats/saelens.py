@@ -26,7 +26,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import saelab
 from saelab.errors import SettingError, nearest
 from saelab.formats.base import (
     MATRICES,
@@ -40,6 +39,7 @@ from saelab.formats.base import (
 )
 from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically, write_json
+from saelab.version import __version__
 
 FILES = CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
@@ -457,6 +457,6 @@ def _metadata(about: Mapping[str, Any]) -> dict[str, Any]:
         **_training(about),
         "context_size": about.get("context"),
         "dataset_path": about.get("dataset") or None,
-        "saelab_version": saelab.__version__,
+        "saelab_version": __version__,
         "saelab": {name: value for name, value in about.items() if name not in own},
     }

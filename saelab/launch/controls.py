@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,12 +30,11 @@ from torch.nn.functional import normalize
 from saelab import checkpoint
 from saelab.evals.base import Row, Subject, number
 from saelab.evals.core import DEFINITION, CoreData, measured
+from saelab.runs.schema import FROZEN, PLANTED, PREFIX
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.study.plan import CellSpec
 
-PREFIX = "control:"
-CHANNELS, FROZEN, PLANTED = "model channels", "frozen decoder", "planted effect"
 #: By which the planted effect turns decoder rows, in degrees. Our choice: on the embedded default
 #: FVU then worsens by somewhat more than the smallest effect of interest.
 ANGLE = 7.0
@@ -193,9 +192,3 @@ def planted(folder: Any, data: CoreData, seed: int, level: float) -> dict[str, A
     rows = planted_rows(sae, data, seed)
     name = f"{PREFIX}{PLANTED}"
     return {"rows": [row.of_cell(name, seed, level).as_dict() for row in rows]}
-
-
-def names_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The controls among evaluation rows, in their order."""
-    found = dict.fromkeys(row["arm"] for row in rows)
-    return [name for name in found if name.startswith(PREFIX)]

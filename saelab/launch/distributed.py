@@ -28,14 +28,15 @@ from saelab.errors import SettingError
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.launch.prepare import Prepared, prepare
-from saelab.launch.worker import initial_sample, write_curves
 from saelab.progress import progress
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import digest, write_json
 from saelab.storage.cache import cache_folder, package_digest
 from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
+from saelab.training.curves import write_curves
 from saelab.training.loop import Cell
 from saelab.training.resume import remove_checkpoints, restored, train_kept
+from saelab.training.sample import initial_sample
 
 
 def wanted(base: BaseConfig) -> bool:

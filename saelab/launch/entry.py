@@ -19,8 +19,8 @@ with told():  # torch is loaded here, which takes seconds
     from saelab.study.registry import attempt
 
 if TYPE_CHECKING:
-    from saelab.launch.launch import Launch
     from saelab.preflight.preview import RunCheck
+    from saelab.study.task import Launch
 
 #: The run whose seeds are used nowhere else.
 CONFIRMING = "run_10"
@@ -153,7 +153,7 @@ def task_of(
     Raises: SettingError when the table has no such run, SourceError for a missing file.
     """
     from saelab.launch.confirmation import confirmed
-    from saelab.launch.launch import Launch
+    from saelab.study.task import Launch
 
     plan, root = read_plan(plan_file), plan_file.parent
     base, run = read_base(root / plan.base), find_run(runs, out_dir.name)

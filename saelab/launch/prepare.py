@@ -15,29 +15,24 @@ from typing import Any, Literal
 
 import torch
 
-import saelab
 from saelab.config import digest
 from saelab.data import language_model
+from saelab.data.activations.foreign import ForeignSource
+from saelab.data.activations.growing import GrowingSource
 from saelab.data.activations.harvest import harvest, harvest_steps
-from saelab.data.activations.store import (
-    FolderSource,
-    ForeignSource,
-    GrowingSource,
-    Shard,
-    Source,
-    reopen,
-)
+from saelab.data.activations.store import FolderSource, Shard, Source, reopen
 from saelab.data.language_model import LanguageModel
+from saelab.data.probing.activations import ProbingData, harvest_probing, identity
 from saelab.data.probing.embedded import Entry, embedded_entries, entries_from_table
 from saelab.data.probing.saebench import saebench_entries, why_missing
 from saelab.data.text.corpus import TextConfig, documents, manifest, tokenize
 from saelab.errors import DamageError, SettingError, SourceError
 from saelab.evals import PROBING
-from saelab.evals.probing import ProbingData, harvest_probing, identity
 from saelab.storage.cache import activations_folder, fetch, share
 from saelab.storage.lock import held
 from saelab.storage.remote import Place, RemoteError, place_of
 from saelab.study.plan import BaseConfig, ProbingConfig
+from saelab.version import __version__
 
 #: Stored precision of probing activations; the model's own channels are probed from the same.
 #: Definition 1 keeps float32.
@@ -76,7 +71,7 @@ class Prepared:
     def provenance_of(self, definition: str) -> dict[str, Any]:
         """What a row of a definition carries: on what it was measured, and the package."""
         own = self.of_probing if definition in PROBING.values() else {}
-        return self.provenance | own | {"saelab": saelab.__version__}
+        return self.provenance | own | {"saelab": __version__}
 
     @property
     def train_digest(self) -> str | None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import saelab
 from saelab.kernels import kernels_name
 from saelab.launch.prepare import Prepared
 from saelab.runs.folder import seal_run
@@ -20,12 +19,14 @@ from saelab.storage.atomic import sweep, write_atomically, write_json, write_tex
 from saelab.storage.cache import package_digest, package_state, place
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.registry import Attempt, attempts, plan_hash
-from saelab.verdict.final_info import ArmResult, CellGate, Planted
+from saelab.verdict.arms import ArmResult, CellGate
+from saelab.verdict.final_info import Planted
 from saelab.verdict.judge import Comparison
 from saelab.verdict.summary import control_lines, summary_text
+from saelab.version import __version__
 
 if TYPE_CHECKING:
-    from saelab.launch.launch import Launch
+    from saelab.study.task import Launch
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -191,7 +192,7 @@ class Record:
                 "probing": probing.name if probing else self.prepared.why_no_probing,
             },
             "versions": {
-                "saelab": saelab.__version__,
+                "saelab": __version__,
                 "package_digest": package_digest(),
                 "package": package_state(),
                 "python": platform.python_version(),

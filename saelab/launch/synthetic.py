@@ -26,13 +26,13 @@ from saelab.errors import CellFailure, SettingError, nearest
 from saelab.evals import EvalData, check_names, evaluate
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData
-from saelab.launch.worker import initial_sample
 from saelab.progress import progress
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import study_seeds
 from saelab.study.plan import at_level, check_layout
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
+from saelab.training.sample import initial_sample
 
 #: What is measured where nothing else is asked for.
 EVALS = ("core", "truth", "absorption")

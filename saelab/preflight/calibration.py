@@ -30,7 +30,6 @@ from saelab.data.activations.stream import batches
 from saelab.data.language_model import Size
 from saelab.data.text.corpus import Tokens
 from saelab.kernels.table import selection_dtype
-from saelab.launch.worker import SAMPLE_ROWS
 from saelab.preflight.cost import (
     Rates,
     active_latents,
@@ -43,6 +42,7 @@ from saelab.preflight.memory import harvest_bytes, process
 from saelab.seeding import torch_stream
 from saelab.study.plan import BaseConfig
 from saelab.training.loop import Cell, train
+from saelab.training.sample import SAMPLE_ROWS
 
 #: Times that a rate is measured; the best counts.
 TIMES = 5

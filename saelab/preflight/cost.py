@@ -33,9 +33,9 @@ from saelab.data import language_model
 from saelab.data.activations.harvest import bytes_needed
 from saelab.data.language_model import ModelConfig, Size
 from saelab.errors import SettingError, SourceError, nearest
-from saelab.launch.worker import SAMPLE_ROWS
 from saelab.preflight.memory import CODES, process
 from saelab.study.plan import BaseConfig
+from saelab.training.sample import SAMPLE_ROWS
 from saelab.training.snapshots import snapshot_bytes
 
 RATES = EMBEDDED_MODEL.parent / "rates.toml"

@@ -34,9 +34,9 @@ from saelab.data.language_model import Size
 from saelab.errors import SettingError
 from saelab.evals import core, probing
 from saelab.evals.dictionary_matching import matching_bytes
-from saelab.launch.worker import SAMPLE_ROWS
 from saelab.storage.cache import remote_cache
 from saelab.study.plan import BaseConfig, CellSpec
+from saelab.training.sample import SAMPLE_ROWS
 from saelab.training.snapshots import snapshot_bytes
 
 #: Variable that names how much memory a launch may take.

@@ -21,9 +21,8 @@ import torch
 
 from saelab import stats
 from saelab.data import language_model
-from saelab.data.activations.store import ForeignSource
+from saelab.data.activations.foreign import ForeignSource
 from saelab.errors import SettingError
-from saelab.launch.worker import GROUP
 from saelab.parts import TABLE
 from saelab.preflight.estimate import harvest_seconds, training_seconds
 from saelab.preflight.memory import Needs, needs
@@ -43,9 +42,10 @@ from saelab.study.plan import (
     preview,
 )
 from saelab.study.registry import deviations, plan_hash
+from saelab.study.task import GROUP
 
 if TYPE_CHECKING:
-    from saelab.launch.launch import Launch
+    from saelab.study.task import Launch
 
 ABSENT = "absent"
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import saelab
 from saelab.analysis.latents import Browsed, primary_arms
 from saelab.errors import SettingError
 from saelab.report import verdict_table
@@ -36,6 +35,7 @@ from saelab.study.registry import Attempt, attempts
 from saelab.verdict.judge import COVERS, POWER
 from saelab.verdict.review import CellNote, Review, differences_of, grouped, review
 from saelab.verdict.summary import COLUMNS, mean_and_half_width
+from saelab.version import __version__
 
 #: Bytes that a page may have. Our choice: what a mail or a slow line still takes.
 LIMIT = 8_000_000
@@ -205,7 +205,7 @@ def _page(study: Study, reviews: Sequence[Review], runs: Sequence[Any]) -> dict[
     studies = dict.fromkeys(found.plan.study for found in reviews)
     return {
         "study": ", ".join(studies),
-        "version": saelab.__version__,
+        "version": __version__,
         "covers": COVERS,
         "power": round(100 * POWER),
         "words": verdict_table.counted(comparisons),

@@ -26,7 +26,6 @@ from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.storage.validation import is_name
 from saelab.training.optim import TrainConfig
-from saelab.verdict.gate import gate
 
 BASELINE = "baseline"
 #: Stands for what another arm ends with, before it is known: possible for every setting.
@@ -328,7 +327,7 @@ def arm_settings(base: BaseConfig, run: Run, arm: Arm) -> BaseConfig:
     Raises: SettingError for an unknown name, or for a change that must hold for the whole launch.
     """
     shared = base.patched(dict(run.changes))
-    with _of_arm(arm.name):
+    with naming_arm(arm.name):
         settings = shared.patched(dict(arm.changes))
     for name in type(base).model_fields:
         if name not in ("sae", "train") and getattr(settings, name) != getattr(shared, name):
@@ -354,9 +353,8 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
     digests: dict[str, str] = {}
     for arm in run.arms:
         settings = arm_settings(base, run, arm)
-        with _of_arm(arm.name):
+        with naming_arm(arm.name):
             _check_settings(settings)
-            gate({}, arm.expected)  # shows an unknown check now, not after training
         _check_equal(arm, settings.digest(), digests)
         main = arm.name == BASELINE or arm.primary
         further = [level for level in dict.fromkeys(plan.levels) if level != plan.target_l0]
@@ -373,8 +371,8 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
 
 
 @contextmanager
-def _of_arm(name: str) -> Iterator[None]:
-    """Names the arm in what is wrong with its settings."""
+def naming_arm(name: str) -> Iterator[None]:
+    """Adds the arm's name to the setting that a SettingError is about."""
     try:
         yield
     except SettingError as error:
@@ -418,7 +416,7 @@ def check_layout(arm: str, config: SAEConfig, layout: Layout) -> None:
 
     Raises: SettingError for a part that can't be built or that needs whole contexts.
     """
-    with _of_arm(arm):
+    with naming_arm(arm):
         parts = config.build(2).parts()
     for part in parts:
         if part.needs_contexts and layout == "rows":

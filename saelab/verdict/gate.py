@@ -18,14 +18,11 @@ shown and do not count.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from saelab.errors import SettingError, SourceError, nearest
-from saelab.storage.atomic import read_json
+from saelab.errors import SettingError, nearest
 
 Facts = Mapping[str, float | str | None]
 Outcome = Literal["invalid", "failed", "relabelled", "warning"]
@@ -116,10 +113,7 @@ def gate(facts: Facts, expected: Collection[str] = ()) -> GateResult:
 
     Raises: SettingError for an expected check that does not exist, or for a fact of the wrong type.
     """
-    names = [check.name for check in CHECKS]
-    for name in expected:
-        if name not in names:
-            raise SettingError("expected", name, f"no such check of the gate{nearest(name, names)}")
+    check_expected(expected)
     findings: list[Finding] = []
     for check in sorted(CHECKS, key=lambda check: ORDER.index(check.outcome)):
         if check.has_facts(facts):
@@ -130,6 +124,14 @@ def gate(facts: Facts, expected: Collection[str] = ()) -> GateResult:
     counted: list[Outcome] = [f.outcome for f in findings if not f.expected]
     unchecked = tuple(check.name for check in CHECKS if not check.has_facts(facts))
     return GateResult(counted[0] if counted else "ok", tuple(findings), unchecked)
+
+
+def check_expected(names: Collection[str]) -> None:
+    """Raises: SettingError for a name that is not a check of the gate."""
+    known = [check.name for check in CHECKS]
+    for name in names:
+        if name not in known:
+            raise SettingError("expected", name, f"no such check of the gate{nearest(name, known)}")
 
 
 # ------------------------------------------------------------------------------- reading the facts
@@ -454,46 +456,3 @@ CHECKS: tuple[Check, ...] = (
 
 
 # --------------------------------------------------------------------------------------- SAEBench
-
-
-def read_saebench_result(path: Path) -> dict[str, float | str | None]:
-    """The facts that a SAEBench `sparse_probing` result file holds about its SAE.
-
-    Places are told by layer: the SAE's own configuration, the hook that SAEBench read for the
-    evaluation, and the layer that the experiment wrote beside the result. SAEBench writes -100000
-    training tokens where nobody recorded any.
-
-    Raises: SourceError when the file is missing or no such result; DamageError when it is no JSON.
-    """
-    data = read_json(path)
-    if not isinstance(data, dict) or data.get("eval_type_id") != "sparse_probing":
-        raise SourceError(f"{path} is no SAEBench sparse_probing result: name the file it wrote")
-    config: dict[str, Any] = data.get("sae_cfg_dict") or {}
-    scores = (data.get("eval_result_metrics") or {}).get("sae") or {}
-    layer_of_hook = re.search(r"\d+", str(config.get("hook_name") or ""))
-    return {
-        "d_in": config.get("d_in"),
-        "d_sae": config.get("d_sae"),
-        "steps": data.get("training_steps"),
-        "tokens": config.get("training_tokens"),
-        "hook_sae": _layer(config.get("hook_layer")),
-        "hook_activations": _layer(data.get("layer")),
-        "hook_evaluation": _layer(layer_of_hook and layer_of_hook[0]),
-        "probing_accuracy": scores.get("sae_test_accuracy"),
-        "probing_constant": _all_at_chance(data.get("eval_result_details") or []),
-    }
-
-
-def _layer(value: object) -> str | None:
-    return None if value is None else f"layer {value}"
-
-
-def _all_at_chance(details: list[dict[str, Any]], chance: float = 0.5) -> float | None:
-    """1 when every accuracy of the SAE is exactly the class prior, None without any accuracy."""
-    accuracies = [
-        value
-        for entry in details
-        for name, value in entry.items()
-        if name.startswith("sae_") and name.endswith("_accuracy") and value is not None
-    ]
-    return float(all(value == chance for value in accuracies)) if accuracies else None

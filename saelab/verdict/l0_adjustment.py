@@ -23,7 +23,7 @@ from saelab.study.plan import BASELINE, PlanConfig
 from saelab.verdict.judge import off_target
 
 if TYPE_CHECKING:
-    from saelab.verdict.final_info import ArmResult
+    from saelab.verdict.arms import ArmResult
 
 #: arm -> seed -> what is added to the value of the primary metric.
 Moves = dict[str, dict[int, float]]

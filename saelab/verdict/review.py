@@ -24,7 +24,8 @@ from saelab.runtime.safe_text import visible
 from saelab.storage.parquet import Kind
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import changes, plan_hash
-from saelab.verdict.final_info import ArmResult, CellGate, judge_run
+from saelab.verdict.arms import ArmResult, CellGate
+from saelab.verdict.final_info import judge_run
 from saelab.verdict.gate import ORDER, Outcome
 from saelab.verdict.judge import COVERS, Comparison, Difference
 from saelab.verdict.summary import aligned

@@ -6,15 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from saelab import stats
-from saelab.launch import controls
+from saelab.runs import schema
 from saelab.runtime.safe_text import markdown
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import Attempt, plan_hash
 from saelab.verdict.judge import COVERS, Comparison
 
 if TYPE_CHECKING:
-    from saelab.launch.launch import Launch
-    from saelab.verdict.final_info import ArmResult, Planted
+    from saelab.study.task import Launch
+    from saelab.verdict.arms import ArmResult
+    from saelab.verdict.final_info import Planted
 
 #: Columns of the printed table: metric -> heading.
 COLUMNS = {
@@ -54,7 +55,7 @@ def table(
 def control_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Control -> metric -> its mean over all data; probes of the model's channels as of an SAE."""
     found: dict[str, dict[str, list[float]]] = {}
-    for name in controls.names_of(rows):
+    for name in schema.names_of(rows):
         of_metric = found.setdefault(name, {})
         for row in rows:
             if row["arm"] == name and not row["slice"] and row["value"] is not None:
@@ -156,7 +157,7 @@ def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) ->
     found = control_values(rows)
     for name, values in found.items():
         said = [f"{values[metric]:.4g}" if metric in values else "-" for metric in shown]
-        lines.append(f"| {name.removeprefix(controls.PREFIX)} | {' | '.join(said)} |")
+        lines.append(f"| {name.removeprefix(schema.PREFIX)} | {' | '.join(said)} |")
     return [*lines, *_planted_lines(planted)] if found else []
 
 

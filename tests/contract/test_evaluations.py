@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 from saelab.__main__ import app
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.language_model import LanguageModel, ModelConfig, load
+from saelab.data.probing.activations import ProbingData, ProbingEntry
 from saelab.data.synthetic.chains import SyntheticConfig, generate
 from saelab.evals import EVALUATIONS, PROBING, EvalData, evaluate
 from saelab.evals.base import Row, Subject
 from saelab.evals.core import CoreData
 from saelab.evals.dictionary_matching import random_directions
-from saelab.evals.probing import ProbingData, ProbingEntry
 from saelab.launch.controls import SUBJECTS, Setting
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream

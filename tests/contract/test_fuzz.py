@@ -28,21 +28,16 @@ from saelab import checkpoint, formats
 from saelab.analysis.difference import difference
 from saelab.analysis.saebench import run_result, shown
 from saelab.config import digest, read_toml
-from saelab.data.activations.store import (
-    FolderSource,
-    FolderWriter,
-    ForeignSource,
-    GrowingSource,
-    Shard,
-)
+from saelab.data.activations.foreign import ForeignSource
+from saelab.data.activations.growing import GrowingSource
+from saelab.data.activations.store import FolderSource, FolderWriter, Shard
+from saelab.data.probing.activations import ProbingData, ProbingEntry
 from saelab.data.probing.embedded import entries_from_table
 from saelab.data.text.corpus import TextConfig, documents
-from saelab.evals.probing import ProbingData, ProbingEntry
 from saelab.launch.cell_store import finish, is_finished
 from saelab.launch.confirmation import _tuned
 from saelab.launch.latent_table import read_density
 from saelab.launch.seed_pairs import rows_of_seeds
-from saelab.launch.worker import curve
 from saelab.report.run_data import load
 from saelab.runs.cells import RunFolder, members
 from saelab.runs.folder import seal_run
@@ -50,6 +45,7 @@ from saelab.sae import SAEConfig
 from saelab.storage.atomic import read_json, write_json, write_sealed
 from saelab.study.plan import BaseConfig, PlanConfig
 from saelab.study.registry import attempts, deviations, register
+from saelab.training.curves import curve
 from saelab.verdict.review import review, text
 
 #: Cases of one file in the fast tests, and in the slow ones.

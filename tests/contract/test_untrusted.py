@@ -23,7 +23,7 @@ from saelab.analysis.export import export
 from saelab.assets import EMBEDDED_MODEL
 from saelab.config import digest
 from saelab.data import language_model
-from saelab.data.activations.store import ForeignSource
+from saelab.data.activations.foreign import ForeignSource
 from saelab.data.language_model import ModelConfig
 from saelab.errors import DamageError, SaelabError, SettingError, SourceError
 from saelab.report.figures.common import draw_run

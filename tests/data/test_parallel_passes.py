@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from saelab.data.activations.harvest import HarvestConfig, harvest
 from saelab.data.activations.parallel_passes import by_length, lanes, side_by_side
 from saelab.data.language_model import LanguageModel, ModelConfig, load
+from saelab.data.probing.activations import harvest_probing
 from saelab.data.probing.embedded import Entry
 from saelab.data.text.corpus import Tokens
 from saelab.errors import SourceError
-from saelab.evals.probing import harvest_probing
 from saelab.seeding import torch_stream
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out"]
@@ -67,7 +67,7 @@ def test_a_harvest_has_the_same_bits_for_any_number_of_threads(
 def test_probing_rows_have_the_same_bits_for_any_number_of_threads(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch, three_threads: None
 ) -> None:
-    monkeypatch.setattr("saelab.evals.probing.TOKENS", 64)
+    monkeypatch.setattr("saelab.data.probing.activations.TOKENS", 64)
     texts = {c: tuple(f"{c} = {c * n}({n})" for n in range(1, 30)) for c in ("a", "b")}
     entries = [Entry(name, ("a", "b"), texts, texts, "made for a test") for name in ("p", "q")]
     side = harvest_probing(model, HOOKS[1], entries, context=16)

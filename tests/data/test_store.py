@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from saelab.data.activations.foreign import ForeignSource
+from saelab.data.activations.growing import GrowingSource
 from saelab.data.activations.store import (
     FOREIGN_REASON,
     FolderSource,
     FolderWriter,
-    ForeignSource,
-    GrowingSource,
     MemorySource,
     Shard,
     check_identity,
@@ -312,7 +312,7 @@ def test_a_process_without_a_parent_of_its_own_kind_waits_for_nothing(tmp_path: 
 ORPHAN = """
 import multiprocessing, os, sys
 from pathlib import Path
-from saelab.data.activations.store import GrowingSource
+from saelab.data.activations.growing import GrowingSource
 source = GrowingSource(Path(sys.argv[1]))
 multiprocessing.get_context("spawn").Process(target=source.shard, args=(0,)).start()
 os._exit(0)

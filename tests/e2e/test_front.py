@@ -93,7 +93,7 @@ def test_all_public_names_are_there() -> None:
 
 def test_the_root_table_can_be_run_as_it_is() -> None:
     """Every arm of every shipped run is possible; nothing is trained here."""
-    from saelab.launch.worker import load_experiment
+    from saelab.study.experiment_file import load_experiment
     from saelab.study.plan import cells, preview, read_base, read_plan
 
     plan, runs = read_plan(ROOT / "plan.toml"), load_experiment(ROOT / "experiment.py").RUNS

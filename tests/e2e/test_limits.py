@@ -132,9 +132,9 @@ def test_a_launch_beyond_its_budget_is_refused_before_anything_is_made(
 
 @LINUX
 def test_fewer_workers_are_taken_where_memory_is_short(tmp_path: Path, finished: Project) -> None:
-    from saelab.launch.worker import GROUP
     from saelab.preflight.memory import needs
     from saelab.study.plan import Arm, Run, cells, read_base, read_plan
+    from saelab.study.task import GROUP
 
     project = project_in(tmp_path / "project")
     root = project.folder

@@ -70,7 +70,7 @@ def test_what_needs_the_model_is_missing_with_the_reason(foreign: Project) -> No
 def test_the_last_shard_is_held_out(foreign: Project) -> None:
     """Numbers are of rows that no cell was trained on: here of the third file alone."""
     from saelab import checkpoint
-    from saelab.data.activations.store import ForeignSource
+    from saelab.data.activations.foreign import ForeignSource
 
     source = ForeignSource.open(foreign.folder / "acts")
     x, _ = source.shard(2).rows()

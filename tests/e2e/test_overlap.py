@@ -26,7 +26,8 @@ seeds_other = 1
 TOGETHER = """\
 import os, time
 from pathlib import Path
-from saelab.data.activations.store import FolderWriter, GrowingSource
+from saelab.data.activations.store import FolderWriter
+from saelab.data.activations.growing import GrowingSource
 from saelab.errors import SourceError
 
 def add(self, shard, add=FolderWriter.add):

@@ -10,8 +10,8 @@ from projects import BASELINE, Project
 
 from saelab import checkpoint
 from saelab.errors import SettingError
-from saelab.launch.worker import curve
 from saelab.study.plan import Arm, Found, Run, first_wave, later_arms, preview, resolved
+from saelab.training.curves import curve
 
 PLAN = """\
 study = "small"

@@ -15,17 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saelab.data.language_model import ModelConfig, load
+from saelab.data.probing.activations import ProbingData, ProbingEntry, harvest_probing
 from saelab.data.probing.embedded import Entry, embedded_entries
 from saelab.errors import DamageError, MismatchError, SettingError, SourceError
-from saelab.evals import probing
 from saelab.evals.base import Row
-from saelab.evals.probing import (
-    ProbingData,
-    ProbingEntry,
-    build_tasks,
-    evaluate_probing,
-    pooled,
-)
+from saelab.evals.probing import build_tasks, evaluate_probing, pooled
 from saelab.seeding import torch_stream
 
 CLASSES = ("a", "b", "c")
@@ -318,7 +312,7 @@ def letter_entry(n: int = 200) -> Entry:
 
 def test_rows_come_back_in_the_order_of_the_texts() -> None:
     entry, model = letter_entry(), letters_model()
-    data = probing.harvest_probing(model, "hook", [entry], context=20)
+    data = harvest_probing(model, "hook", [entry], context=20)
     (made,) = data.entries
     assert made.rows.dtype == torch.float16
     texts = [t for side in (entry.train, entry.test) for c in "xy" for t in side[c]]
@@ -335,7 +329,7 @@ def test_a_text_that_the_tokenizer_does_not_know_is_refused_before_the_pass() ->
     texts = {**entry.test, entry.classes[1]: ("", *entry.test[entry.classes[1]][1:])}
     told = f"a test text of '{entry.classes[1]}' has no token that counts"
     with pytest.raises(SourceError, match=told):
-        probing.harvest_probing(letters_model(), "hook", [replace(entry, test=texts)])
+        harvest_probing(letters_model(), "hook", [replace(entry, test=texts)])
 
 
 def test_activations_beyond_float16_are_refused() -> None:
@@ -343,13 +337,13 @@ def test_activations_beyond_float16_are_refused() -> None:
     small = model.activations
     model.activations = lambda *args: {k: 1e6 * v for k, v in small(*args).items()}
     with pytest.raises(SourceError, match="store float32"):
-        probing.harvest_probing(model, "hook", [letter_entry(3)])
-    data = probing.harvest_probing(model, "hook", [letter_entry(3)], dtype=torch.float32)
+        harvest_probing(model, "hook", [letter_entry(3)])
+    data = harvest_probing(model, "hook", [letter_entry(3)], dtype=torch.float32)
     assert data.entries[0].rows.isfinite().all()
 
 
 def test_saved_data_come_back_and_damage_is_seen(tmp_path: Path) -> None:
-    data = probing.harvest_probing(letters_model(), "hook", [letter_entry(30)], context=20)
+    data = harvest_probing(letters_model(), "hook", [letter_entry(30)], context=20)
     data.save(tmp_path)
     again = ProbingData.load(tmp_path, {"hook_name": "hook", "context": 20})
     assert again.digest == data.digest and again.header == data.header
@@ -376,7 +370,7 @@ def test_the_digest_follows_every_tensor() -> None:
 def test_the_embedded_model_tells_conditions_from_other_expressions() -> None:
     entry = next(e for e in embedded_entries(100, 50) if e.name == "expression_role")
     model = load(ModelConfig())
-    data = probing.harvest_probing(
+    data = harvest_probing(
         model, "blocks.2.hook_resid_post", [entry], context=32, dtype=torch.float32
     )
     (made,) = data.entries
@@ -385,7 +379,7 @@ def test_the_embedded_model_tells_conditions_from_other_expressions() -> None:
         train={c: entry.train[c][:2] for c in entry.classes},
         test={c: () for c in entry.classes},
     )
-    few = probing.harvest_probing(
+    few = harvest_probing(
         model, "blocks.2.hook_resid_post", [alone], context=32, dtype=torch.float32
     ).entries[0]
     n = int(few.offsets[2])

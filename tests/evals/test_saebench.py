@@ -24,13 +24,14 @@ from saelab.analysis.difference import difference
 from saelab.analysis.saebench import result_at, shown
 from saelab.config import read_toml
 from saelab.data.probing import saebench as entries
+from saelab.data.probing.activations import ProbingData, ProbingEntry
 from saelab.data.probing.saebench import NAMES, RECIPES, SourceConfig, load_entry, saebench_entries
 from saelab.errors import MismatchError, SettingError, SourceError
 from saelab.evals import EvalData, probing_rows
 from saelab.evals.base import Row, check_one_definition
 from saelab.evals.core import CoreData
 from saelab.evals.probing import DEFINITION as OURS
-from saelab.evals.probing import ProbingData, ProbingEntry, evaluate_probing
+from saelab.evals.probing import evaluate_probing
 from saelab.evals.saebench import (
     About,
     as_result,

@@ -173,7 +173,7 @@ class Project:
     def call(self, *arguments: str) -> Ended:
         """The same in this process, without workers."""
         from saelab.launch.entry import main
-        from saelab.launch.worker import load_experiment
+        from saelab.study.experiment_file import load_experiment
 
         def started() -> None:
             file = self.folder / "experiment.py"

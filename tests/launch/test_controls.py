@@ -23,7 +23,8 @@ from saelab.seeding import torch_stream
 from saelab.study.plan import CellSpec, PlanConfig
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
-from saelab.verdict.final_info import ArmResult, judge_planted
+from saelab.verdict.arms import ArmResult
+from saelab.verdict.final_info import judge_planted
 
 D, F, K = 24, 96, 6
 TOPK = SAEConfig.parse(

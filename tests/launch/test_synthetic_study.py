@@ -27,11 +27,11 @@ from saelab.launch.synthetic import (
     run_ground,
     train_on,
 )
-from saelab.launch.worker import initial_sample
 from saelab.report.figures.synthetic import check_drawable
 from saelab.sae import SAEConfig
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
+from saelab.training.sample import initial_sample
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "synthetic"
 DATA = {"d": 8, "features": 16, "l0": 2.0, "positions": 16}

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saelab.data.activations.stream import Batch
-from saelab.launch.worker import _balance_facts
+from saelab.launch.cell_facts import _balance_facts
 from saelab.parts.losses.similarity import LEARNED, Similarity
 from saelab.parts.losses.similarity.literal import SimilarityLiteral
 from saelab.sae import SAEConfig

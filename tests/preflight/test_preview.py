@@ -8,10 +8,11 @@ import pytest
 
 from saelab import stats
 from saelab.errors import SettingError
-from saelab.launch.launch import Launch, checked
+from saelab.launch.launch import checked
 from saelab.preflight.preview import RunCheck, check_limit, text
 from saelab.storage.atomic import write_json
 from saelab.study.plan import Arm, BaseConfig, Found, PlanConfig, Run
+from saelab.study.task import Launch
 
 BASE = BaseConfig()
 LEARNED = Arm("learned", {"sae.scaling": {"kind": "variance", "temperature": "learned"}})

@@ -17,7 +17,6 @@ from run_folders import ARMS, write_run
 from studies import HOSTILE, HOSTILE_ARM, made_up_cells, write_study
 
 from saelab.errors import SettingError
-from saelab.launch import controls
 from saelab.report import page, verdict_table
 from saelab.report.feature_browser import packed
 from saelab.report.figure_data import Arrays, scene
@@ -25,6 +24,7 @@ from saelab.report.figures import common, placement, style
 from saelab.report.figures.placement import places
 from saelab.report.page import Study, as_block, ledger, render
 from saelab.report.run_data import load
+from saelab.runs import schema
 from saelab.study.plan import PlanConfig
 from saelab.verdict.judge import Comparison
 from saelab.verdict.review import differences_of, review
@@ -188,8 +188,8 @@ def test_steps_stay_steps() -> None:
 
 
 def test_the_scale_knows_the_controls_by_their_names() -> None:
-    assert f"{controls.PREFIX}{controls.FROZEN}" == placement.FROZEN
-    assert f"{controls.PREFIX}{controls.PLANTED}" == placement.PLANTED
+    assert f"{schema.PREFIX}{schema.FROZEN}" == placement.FROZEN
+    assert f"{schema.PREFIX}{schema.PLANTED}" == placement.PLANTED
 
 
 def test_places_run_from_the_frozen_decoder_to_the_baseline(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from saelab.data.activations.store import FolderSource
 from saelab.data.text import stdlib
 from saelab.errors import DamageError
 from saelab.launch import prepare as preparing
-from saelab.launch.launch import Launch, launch
+from saelab.launch.launch import launch
 from saelab.launch.worker import Worker
 from saelab.storage.atomic import read_json, sha256
 from saelab.storage.remote import Remote
 from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run
+from saelab.study.task import Launch
 
 SETTINGS: dict[str, Any] = {
     "context": 32,

@@ -14,15 +14,10 @@ import pytest
 import torch
 from flaky import FlakyFileSystem, flaky_store
 
+from saelab.data.activations.foreign import ForeignSource
+from saelab.data.activations.growing import GrowingSource
 from saelab.data.activations.read_ahead import ReadAhead
-from saelab.data.activations.store import (
-    FolderSource,
-    FolderWriter,
-    ForeignSource,
-    GrowingSource,
-    Shard,
-    reopen,
-)
+from saelab.data.activations.store import FolderSource, FolderWriter, Shard, reopen
 from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.storage import cache, remote
 from saelab.storage.atomic import read_json, sha256, write_atomically, write_json

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from saelab.analysis.saebench import read_saebench_result
 from saelab.errors import SettingError, SourceError
-from saelab.verdict.gate import CHECKS, ORDER, Facts, GateResult, gate, read_saebench_result
+from saelab.verdict.gate import CHECKS, ORDER, Facts, GateResult, gate
 
 DATA = Path(os.environ.get("SAELAB_REAL_DATA") or Path(__file__).parents[2] / "../shared/data")
 RECORDED = DATA / "baseline_gemma2_2b_layer19.json"

@@ -16,7 +16,7 @@ from saelab.evals import EvalData, evaluate
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, measured
 from saelab.evals.dictionary_matching import largest_cosines
-from saelab.launch import worker
+from saelab.launch import cell_facts
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell, Log
@@ -72,11 +72,11 @@ def facts(cell: Cell, held_out: MemorySource | None = None) -> dict[str, Any]:
         "d_in": float(D),
         "steps": cell.steps_done,
         "tokens": cell.tokens,
-        "code_std": worker.code_std(cell.sae, data),
-        "centred": float(worker.centred(cell)),
-        **worker.input_facts(data.source),
-        **worker._weights_facts(cell.sae, largest_cosines(cell.sae.W_dec)),
-        **worker._curve_facts(cell.log),
+        "code_std": cell_facts.code_std(cell.sae, data),
+        "centred": float(cell_facts.centred(cell)),
+        **cell_facts.input_facts(data.source),
+        **cell_facts._weights_facts(cell.sae, largest_cosines(cell.sae.W_dec)),
+        **cell_facts._curve_facts(cell.log),
     }
 
 
@@ -154,7 +154,7 @@ def test_a_loss_with_a_spike_and_one_that_goes_on_falling() -> None:
         log = Log(len(loss))
         for value in loss:
             log.append({"loss": float(value)})
-        return found_by(worker._curve_facts(log))
+        return found_by(cell_facts._curve_facts(log))
 
     noise = 1 + 0.01 * np.random.default_rng(0).standard_normal(2000)
     assert facts_of(noise) == set()
@@ -172,9 +172,9 @@ def test_a_diverging_arm() -> None:
 
 def test_a_measurement_that_is_not_finite(healthy: Cell) -> None:
     """Its rows are missing, as is all in a cell's file that JSON can't hold; the gate is told."""
-    assert worker.not_finite(rows_of(healthy)) is None
+    assert cell_facts.not_finite(rows_of(healthy)) is None
     broken = edited(healthy, W_dec=healthy.sae.W_dec.detach() * 1e38)
-    named = worker.not_finite(rows_of(broken))
+    named = cell_facts.not_finite(rows_of(broken))
     assert named is not None and "fvu" in named
     result = gate({"not_finite": named})
     assert result.outcome == "invalid" and named in result.findings[0].sentence
@@ -187,7 +187,7 @@ def rows_of(cell: Cell) -> list[Row]:
 
 def test_a_mean_that_dominates() -> None:
     x = activations() + 50
-    assert worker.input_facts(source(x))["mean_over_std"] > 3  # type: ignore[operator]
+    assert cell_facts.input_facts(source(x))["mean_over_std"] > 3  # type: ignore[operator]
     uncentred = CONFIG.patched({"centre": False})
     cell = Cell("cell", uncentred, TRAIN, x.flatten(0, 1), 3)
     assert "large_mean" in found_by(facts(cell_of(cell), source(x)))
@@ -199,7 +199,7 @@ def test_a_first_position_that_holds_the_variance(healthy: Cell) -> None:
     x = activations()
     x[:, 0] += 30
     assert "bos_variance" in found_by(facts(healthy, source(x)))
-    masked = worker.input_facts(source(x, first_counts=False))
+    masked = cell_facts.input_facts(source(x, first_counts=False))
     assert masked["bos_masked"] == 1 and masked["bos_variance_share"] == 0
     assert "bos_variance" not in found_by(masked)
 
@@ -209,4 +209,4 @@ def test_the_code_of_an_sae_that_follows_contexts_is_asked_too() -> None:
     sae = CONFIG.patched({"activation": config}).build(D)
     assert isinstance(sae, SAE) and sae.needs_contexts
     sae.initialise(activations().flatten(0, 1), 0)
-    assert worker.code_std(sae.eval(), CoreData(source(activations()), None)) > 0
+    assert cell_facts.code_std(sae.eval(), CoreData(source(activations()), None)) > 0

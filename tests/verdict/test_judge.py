@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from saelab import stats
 from saelab.errors import SettingError
 from saelab.seeding import numpy_stream
+from saelab.verdict import simulation
 from saelab.verdict.judge import Comparison, compare_secondary, judge
 
 SEEDS = range(100, 108)
@@ -286,7 +287,7 @@ def test_secondary_metrics_have_an_interval_and_no_word() -> None:
 
 
 def test_promises_hold_under_simulation() -> None:
-    rows = judge.validation_table(simulations=2000, seed=0)
+    rows = simulation.validation_table(simulations=2000, seed=0)
     broken = [row.line() for row in rows if row.kept is False]
     assert not broken, "\n".join(broken)
     promised = {(row.promise.split(":")[0], row.run.kind) for row in rows if row.kept}
@@ -298,17 +299,17 @@ def test_promises_hold_under_simulation() -> None:
 
 
 def test_a_broken_promise_is_seen() -> None:
-    run = judge.simulate("normal", 8, effect=0.5, simulations=500)
-    assert judge._kept(run.any_told, run, (0.0, 0.05)) is False
+    run = simulation.simulate("normal", 8, effect=0.5, simulations=500)
+    assert simulation._kept(run.any_told, run, (0.0, 0.05)) is False
     # sign flips assume that arm and baseline can be exchanged; without that they are too eager
-    assert judge.simulate("asymmetric", 8, 5).any_told > 0.07
+    assert simulation.simulate("asymmetric", 8, 5).any_told > 0.07
 
 
 @pytest.mark.parametrize("kind", ["normal", "discrete"])
 def test_simulation_applies_the_rules_of_judge(kind: judge.Kind) -> None:
-    simulated = judge.simulate(kind, 6, arms=3, effect=0.8, sesoi=0.9, simulations=60, seed=5)
+    simulated = simulation.simulate(kind, 6, arms=3, effect=0.8, sesoi=0.9, simulations=60, seed=5)
     stream = numpy_stream(5, "simulation", kind, 6, 3)
-    d = judge._simulated_differences(stream, kind, (60, 3, 6)) + 0.8
+    d = simulation._simulated_differences(stream, kind, (60, 3, 6)) + 0.8
     base = {seed: 0.0 for seed in range(6)}
     counts: dict[str, int] = dict.fromkeys(("helps", "hurts", "no evidence", "cannot tell"), 0)
     for family in d:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saelab.study.plan import PlanConfig
-from saelab.verdict.final_info import ArmResult, judge_run
+from saelab.verdict.arms import ArmResult
+from saelab.verdict.final_info import judge_run
 from saelab.verdict.l0_adjustment import moved, moves, slope
 
 PLAN = PlanConfig(study="matching", target_l0=32, seeds=4, family=1)

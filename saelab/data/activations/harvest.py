@@ -19,15 +19,9 @@ import torch
 from pydantic import NonNegativeInt
 
 from saelab.config import Frozen
+from saelab.data.activations.growing import GrowingSource
 from saelab.data.activations.parallel_passes import by_length, side_by_side
-from saelab.data.activations.store import (
-    FolderSource,
-    FolderWriter,
-    GrowingSource,
-    MemorySource,
-    Shard,
-    Source,
-)
+from saelab.data.activations.store import FolderSource, FolderWriter, MemorySource, Shard, Source
 from saelab.data.language_model import LanguageModel
 from saelab.data.text.corpus import Tokens
 from saelab.errors import SettingError, SourceError

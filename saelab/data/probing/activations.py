@@ -1,0 +1,290 @@
+"""Activations of the labelled probing texts: harvested once, stored, read by every evaluation."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saelab.config import digest
+from saelab.data.activations.parallel_passes import by_length, side_by_side
+from saelab.data.activations.store import check_identity
+from saelab.data.language_model import LanguageModel
+from saelab.data.probing.embedded import Entry, entries_digest
+from saelab.data.text.corpus import tokenize_texts
+from saelab.errors import DamageError, SourceError
+from saelab.progress import progress
+from saelab.storage.atomic import read_sealed, sha256, write_atomically, write_sealed
+from saelab.storage.safetensors_file import read_weights, shapes
+from saelab.storage.validation import Loose, check
+
+#: Version of the folder with the model's activations.
+FORMAT = 1
+#: Positions in one pass of the language model, padding included.
+TOKENS = 2048
+_TENSORS = ("rows", "offsets", "labels", "is_train")
+
+
+@dataclass(frozen=True)
+class ProbingEntry:
+    """The language model's activations on the texts of one entry.
+
+    Args:
+        name, classes: as in `Entry`.
+        rows: [tokens, d], the counted positions of all texts, one text after the other.
+        offsets: int64 [texts + 1]; text i has the rows offsets[i] to offsets[i + 1].
+        labels: int64 [texts], index into `classes`.
+        is_train: bool [texts].
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    rows: Tensor
+    offsets: Tensor
+    labels: Tensor
+    is_train: Tensor
+
+
+@dataclass(frozen=True)
+class ProbingData:
+    """All entries, and a header that says what they were made from."""
+
+    entries: tuple[ProbingEntry, ...]
+    header: dict[str, Any]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A 16-character content hash of header and tensors."""
+        return digest([self.header, [_content(entry) for entry in self.entries]])
+
+    def save(self, folder: Path) -> None:
+        """Writes probing.safetensors, then probing.json with its checksum."""
+        tensors = {
+            f"{entry.name}.{name}": tensor.contiguous()
+            for entry in self.entries
+            for name, tensor in _tensors(entry).items()
+        }
+        file = folder / "probing.safetensors"
+        write_atomically(file, lambda temporary: save_file(tensors, temporary))
+        entries = [{"name": e.name, "classes": list(e.classes)} for e in self.entries]
+        record = {"format": FORMAT, "sha256": sha256(file), "header": self.header}
+        write_sealed(folder / "probing.json", {**record, "entries": entries})
+
+    @staticmethod
+    def _record(folder: Path, remedy: str) -> dict[str, Any]:
+        """Raises: DamageError when one of the files is not what was written."""
+        file = folder / "probing.json"
+        record = check(read_sealed(file, remedy), _Record, file, remedy)
+        tensors = folder / "probing.safetensors"
+        if not tensors.is_file() or sha256(tensors) != record["sha256"]:
+            raise DamageError(f"{tensors} is not what was written: {remedy}")
+        return record
+
+    @classmethod
+    def header_of(cls, folder: Path) -> dict[str, Any]:
+        """Of what `save` wrote, without its tensors."""
+        return cls._record(folder, f"delete {folder} and run again")["header"]
+
+    @staticmethod
+    def n_tokens(folder: Path) -> int:
+        """Counted positions of all texts of what `save` wrote."""
+        file, remedy = folder / "probing.safetensors", f"delete {folder} and run again"
+        found = shapes(file, DamageError, remedy).items()
+        return sum(shape[0] for name, shape in found if name.endswith(".rows"))
+
+    @classmethod
+    def is_saved(cls, folder: Path) -> bool:
+        """Whether `load` can read a folder; damage is told on stderr."""
+        if not (folder / "probing.json").is_file():
+            return False
+        try:
+            cls._record(folder, "it is made again now")
+        except DamageError as error:
+            print(error, file=sys.stderr)
+            return False
+        return True
+
+    @classmethod
+    def load(cls, folder: Path, expected: Mapping[str, Any] | None = None) -> ProbingData:
+        """Reads what `save` wrote.
+
+        Args:
+            folder: that holds the two files.
+            expected: header fields that must agree, such as hook_name.
+
+        Raises: MismatchError when they do not; DamageError when the file is not what was written.
+        """
+        remedy, file = f"delete {folder} and run again", folder / "probing.safetensors"
+        record = cls._record(folder, remedy)
+        stored = {**record["header"], "format": record["format"]}
+        check_identity(stored, {"format": FORMAT, **(expected or {})}, str(folder))
+        tensors = read_weights(file, DamageError, remedy)
+        if absent := [name for e in record["entries"] for name in _names(e) if name not in tensors]:
+            raise DamageError(f"{file} lacks {absent[0]!r}: {remedy}")
+        entries = tuple(
+            ProbingEntry(e["name"], tuple(e["classes"]), *(tensors[name] for name in _names(e)))
+            for e in record["entries"]
+        )
+        return cls(entries, record["header"])
+
+
+def _names(entry: Mapping[str, Any]) -> list[str]:
+    """Of an entry's tensors in the file."""
+    return [f"{entry['name']}.{name}" for name in _TENSORS]
+
+
+class _Entry(Loose):
+    name: str
+    classes: list[str]
+
+
+class _Record(Loose):
+    """What probing.json holds."""
+
+    format: int
+    sha256: str
+    header: dict[str, Any]
+    entries: list[_Entry]
+
+
+def _tensors(entry: ProbingEntry) -> dict[str, Tensor]:
+    return {name: getattr(entry, name) for name in _TENSORS}
+
+
+def _content(entry: ProbingEntry) -> list[Any]:
+    hashes = [
+        hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
+        for tensor in _tensors(entry).values()
+    ]
+    return [entry.name, entry.classes, *hashes]
+
+
+def identity(
+    model: LanguageModel,
+    hook_name: str,
+    entries: Sequence[Entry],
+    context: int,
+    dtype: torch.dtype,
+    unknown: bool = False,
+) -> dict[str, Any]:
+    """The header of the activations that `harvest_probing` would make: all they depend on."""
+    own = {"mask": "BOS, EOS and PAD alone left out"} if unknown else {}
+    return own | {
+        "model": model.config.path,
+        "model_digest": model.digest,
+        "model_dtype": model.config.dtype,
+        "hook_name": hook_name,
+        "context": context,
+        "entries": entries_digest(tuple(entries)),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def harvest_probing(
+    model: LanguageModel,
+    hook_name: str,
+    entries: Sequence[Entry],
+    context: int = 64,
+    dtype: torch.dtype = torch.float16,
+    unknown: bool = False,
+) -> ProbingData:
+    """One pass of the language model over all texts, for all subjects.
+
+    Args:
+        model: the language model.
+        hook_name: where it is read.
+        entries: the labelled texts.
+        context: positions a text, BOS included; what is longer is cut.
+        dtype: of the stored rows.
+        unknown: whether special ids besides BOS, EOS and PAD (UNK) count, as in definition 1.
+
+    Raises: SourceError when an activation is not finite in `dtype`, or a text has no counted token.
+    """
+    texts = [_TokenisedTexts(entry, model, context, unknown) for entry in entries]
+    rows = _filled(model, hook_name, texts, dtype)
+    for entry, x in zip(entries, rows, strict=True):
+        if not x.isfinite().all():
+            raise SourceError(
+                f"{hook_name} has activations beyond {dtype} on entry {entry.name}: store float32"
+            )
+    made = [
+        ProbingEntry(entry.name, entry.classes, x, part.offsets, part.labels, part.is_train)
+        for entry, part, x in zip(entries, texts, rows, strict=True)
+    ]
+    return ProbingData(tuple(made), identity(model, hook_name, entries, context, dtype, unknown))
+
+
+def _texts(entry: Entry) -> tuple[list[str], list[int], list[bool]]:
+    """All texts, their labels and sides: train class by class, then test."""
+    found = [
+        (text, label, side is entry.train)
+        for side in (entry.train, entry.test)
+        for label, name in enumerate(entry.classes)
+        for text in side[name]
+    ]
+    texts, labels, is_train = zip(*found, strict=True)
+    return list(texts), list(labels), list(is_train)
+
+
+class _TokenisedTexts:
+    """The texts of one entry as tokens; `offsets`, `labels` and `is_train` as in `ProbingEntry`."""
+
+    def __init__(self, entry: Entry, model: LanguageModel, context: int, unknown: bool) -> None:
+        texts, labels, is_train = _texts(entry)
+        self.labels, self.is_train = torch.tensor(labels), torch.tensor(is_train)
+        self.ids, self.attention, self.mask = tokenize_texts(
+            texts, model.tokenizer, context, unknown
+        )
+        if not self.mask.any(1).all():
+            i = int(self.mask.any(1).long().argmin())
+            where = f"{'train' if is_train[i] else 'test'} text of {entry.classes[labels[i]]!r}"
+            raise SourceError(
+                f"entry {entry.name}: a {where} has no token that counts ({texts[i][:40]!r}): "
+                "leave it out, or name a model that knows its characters"
+            )
+        self.offsets = torch.zeros(len(texts) + 1, dtype=torch.int64)
+        self.offsets[1:] = self.mask.sum(1).cumsum(0)
+        self.places = self.offsets[:-1, None] + self.mask.cumsum(1) - 1  # row of each position
+
+
+def _filled(
+    model: LanguageModel, hook_name: str, parts: Sequence[_TokenisedTexts], dtype: torch.dtype
+) -> list[Tensor]:
+    """The rows of each part; texts of all parts share the passes, so that hardly any is padded."""
+    ids = torch.cat([part.ids for part in parts])
+    attention, mask, places = (
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("attention", "mask", "places")
+    )
+    owner = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p.ids) for p in parts]))
+    lengths = attention.sum(1)
+    d = model.activations(ids[:1, :2], None, [hook_name])[hook_name].shape[-1]
+    rows = [torch.empty(int(part.offsets[-1]), d, dtype=dtype) for part in parts]
+
+    def fill(model: LanguageModel, texts: Tensor) -> int:
+        longest = int(lengths[texts].max())
+        padded = attention[texts, :longest]
+        inputs = ids[texts, :longest], None if padded.all() else padded
+        x = model.activations(*inputs, [hook_name])[hook_name].cpu().to(dtype)
+        for part in owner[texts].unique().tolist():
+            counted = mask[texts, :longest] & (owner[texts] == part)[:, None]
+            rows[part][places[texts, :longest][counted]] = x[counted]
+        return len(texts)
+
+    groups = by_length(lengths, TOKENS)
+    with (
+        progress("probing texts", len(ids), "texts") as bar,
+        closing(side_by_side(model, fill, groups)) as done,
+    ):
+        for texts in done:
+            bar.advance(texts)
+    return rows

@@ -1,0 +1,30 @@
+"""Imports experiment.py, the file with the run table."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from saelab.errors import SourceError
+
+
+def load_experiment(path: Path) -> ModuleType:
+    """Imports experiment.py from its file (which registers its own parts).
+
+    Raises: SourceError when the file is missing or defines no RUNS.
+    """
+    name = "saelab_experiment"
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
+        return sys.modules[name]
+    if not path.is_file():
+        raise SourceError(f"{path} does not exist: run in the folder that holds experiment.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    if not hasattr(module, "RUNS"):
+        raise SourceError(f"{path} defines no RUNS: keep the run table under that name")
+    return module

@@ -1,0 +1,55 @@
+"""One launch as data: what is to be trained, where, and with which seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from saelab.study.plan import (
+    BaseConfig,
+    PlanConfig,
+    Run,
+)
+
+#: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.
+LONGEST = 7000.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to do and where.
+
+    Args:
+        name: of the run, 'run_3'.
+        run: its arms.
+        out_dir: the run folder to make.
+        root: folder of plan.toml; the cache lies there.
+        experiment: the file with the run table, for workers that need its parts.
+        purpose: 'explore', 'confirm' or 'tune': which seeds.
+        force: replace a complete run.
+        limit: seconds that the launch may be expected to take.
+        workers: processes; 0 works in this one, None takes one per core.
+        executor: where the cells are trained, see `executors`; '' for what SAELAB_EXECUTOR names.
+    """
+
+    name: str
+    run: Run
+    plan: PlanConfig
+    base: BaseConfig
+    out_dir: Path
+    root: Path
+    experiment: Path | None = None
+    purpose: str = "explore"
+    force: bool = False
+    limit: float = LONGEST
+    workers: int | None = None
+    executor: str = ""
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is a run of a study: a single comparison or a tuning registers nothing."""
+        return self.experiment is not None and self.purpose != "tune"
+
+
+#: Cells of one seed that share a pass over the stream in one job.
+GROUP = 3

@@ -7,7 +7,7 @@ run_1/final_info.json. An arm changes named settings of the base (configs/*.toml
 """
 
 from saelab.launch.entry import main
-from saelab.study.plan import Arm, Confirmation, Found, Run
+from saelab.study.plan import Arm, Confirmation, FromArm, Run
 
 # ---- a new part may be written here: subclass PartConfig and LossTerm (saelab.parts.base), then
 # register("loss", MyConfig); an arm uses it with {"sae.losses+": {"kind": "my_loss"}} -------------
@@ -79,7 +79,7 @@ RUNS = {
         Arm("A1 annealed", a1(temperature="annealed"), "tau falls from 0.5 to 0"),
         Arm("A1 learned", a1(temperature="learned"), "tau by gradient"),
         Arm("A1 schedule", a1(temperature="learned_schedule", tau_end=0.1), "rate and end learned"),
-        Arm("A1 found", a1(tau=Found("A1 learned", "tau")), "fixed at the tau that was learned"),
+        Arm("A1 found", a1(tau=FromArm("A1 learned", "tau")), "fixed at the tau that was learned"),
         *MORE_THAN_A_RATE,
         Arm("JumpReLU", JUMPRELU, "a threshold per latent"),
         Arm("A2 beta 0", a2("theta"), "one theta for all thresholds"),
@@ -118,7 +118,7 @@ RUNS = {
         Arm("uncertainty", b(balance="uncertainty"), "log-variance weighting"),
         Arm("minimax", b(balance="minimax"), "weight to the worse term", primary=True),
         Arm("gradnorm", b(balance="gradnorm"), "equal gradients"),
-        Arm("replay", b(balance="replay", path=Found("minimax", "alpha", path=True)),
+        Arm("replay", b(balance="replay", path=FromArm("minimax", "alpha", path=True)),
             "minimax's alpha of another seed"),
         Arm("frozen random", b(balance="frozen_random"), "alpha drawn once"),
     ]),
@@ -131,7 +131,7 @@ RUNS = {
         Arm("B k 100", b(balance="minimax") | {"sae.observers": [BY_AGE]}, "k does not move"),
         Arm("B weight 0", b_full(losses=[RECON], coefficient=0.0), "all of it but the penalty"),
         Arm("adaptive topk", topk(kind="rounded_k", over="rows", cover=0.904), "k follows rows"),
-        Arm("annealed k", topk(kind="annealed_k", end=Found("adaptive topk", "k")), "same end"),
+        Arm("annealed k", topk(kind="annealed_k", end=FromArm("adaptive topk", "k")), "same end"),
     ], TOPK | {"sae.losses": [RECON], "sae.observers": [COUNT]}),
     "run_9": Run("Ideas A and B together", [
         BASE,

@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 
 from saelab.data.activations.stream import Batch
 from saelab.data.probing.activations import ProbingData
-from saelab.evals.probing import pooled
+from saelab.evals.probing import mean_codes
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell
@@ -171,7 +171,7 @@ def one_row_each(sae: SAE, data: ProbingData) -> ProbingData:
     entries = tuple(
         replace(
             entry,
-            rows=pooled(sae, entry.rows, entry.offsets),
+            rows=mean_codes(sae, entry.rows, entry.offsets),
             offsets=torch.arange(len(entry.labels) + 1),
         )
         for entry in data.entries

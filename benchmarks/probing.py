@@ -50,7 +50,7 @@ from saelab.data import language_model
 from saelab.data.probing.activations import ProbingData, ProbingEntry, harvest_probing
 from saelab.data.probing.embedded import embedded_entries
 from saelab.evals.base import Row
-from saelab.evals.probing import K_VALUES, build_tasks, evaluate_probing, pooled, probe_rows
+from saelab.evals.probing import K_VALUES, build_tasks, evaluate_probing, mean_codes, probe_rows
 from saelab.sae import SAE
 
 CONTEXT = 64
@@ -144,7 +144,7 @@ def _times(
 def _our_stages(sae: SAE, data: ProbingData, codes: ProbingData) -> dict[str, Contestant]:
     def pool() -> None:
         for entry in data.entries:
-            pooled(sae, entry.rows, entry.offsets)
+            mean_codes(sae, entry.rows, entry.offsets)
 
     centred = [entry.rows.clone() for entry in codes.entries]
 

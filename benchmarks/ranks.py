@@ -14,7 +14,7 @@ import torch
 from common import parser
 
 from saelab.data.activations.stream import Batch
-from saelab.distributed.ranks import Ranks, joined, processes
+from saelab.distributed.ranks import Ranks, join_ranks, processes
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell
@@ -56,7 +56,7 @@ def counted(ranks: Ranks, code: str) -> int:
 
 
 def worker(data: int, latents: int) -> None:
-    with joined(data, latents, "cpu") as ranks:
+    with join_ranks(data, latents, "cpu") as ranks:
         found = {code: counted(ranks, code) for code in CODES}
         if ranks.first:
             print(json.dumps(found))

@@ -25,14 +25,14 @@ from rss import resident
 from saelab.api import settings
 from saelab.data.activations.store import FolderSource, FolderWriter, MemorySource, Shard
 from saelab.data.activations.stream import Batch, Position, batches
-from saelab.runtime.signals import Interrupted, told, whole
+from saelab.runtime.signals import Interrupted, defer_signals, exit_on_signal
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 from saelab.storage.atomic import read_json, write_json
 from saelab.training import resume
 from saelab.training.loop import LONGEST_TURN, Cell, train
 from saelab.training.optim import TrainConfig
-from saelab.training.resume import Kept, restored, train_kept
+from saelab.training.resume import Kept, restore_cell, train_kept
 
 #: The soak: widths, rows of a batch, batches in a shard, shards on disk, rounds to a checkpoint.
 D_IN, D_SAE, SIZE, IN_SHARD, SHARDS, ROUNDS = 16, 64, 32, 20, 8, 6
@@ -51,7 +51,7 @@ def main() -> None:
     own.add_argument("--seconds", type=float, default=60, help="of the cost's measurement")
     options = own.parse_args()
     torch.set_num_threads(options.threads)
-    with told():
+    with exit_on_signal():
         sections = [cost(5.0 if options.quick else options.seconds)]
         sections.append(soak(options.folder, QUICK_STEPS if options.quick else STEPS))
         save("soak", options, [section.show() for section in sections], None)
@@ -79,7 +79,7 @@ def soak(folder: Path, steps: int) -> Section:
     def build() -> Cell:
         return Cell("soak", SAEConfig.parse(data), training, sample, seed=0)
 
-    member = restored(build, folder / "checkpoints")
+    member = restore_cell(build, folder / "checkpoints")
     kept, done = folder / "rows.json", member.cell.steps_done
     rows = [row for row in (read_json(kept) if done else []) if row["steps"] <= done]
     written, source.reads = (rows[-1]["checkpoints"], rows[-1]["shard_reads"]) if rows else (0, 0)
@@ -115,7 +115,7 @@ def soak(folder: Path, steps: int) -> Section:
     try:
         train([member.cell], batches(source, 0, SIZE, start=member.position), on_round=look)
     except Interrupted:
-        with whole():
+        with defer_signals():
             member.write(last, time.monotonic() - start)
         raise
     shutil.rmtree(folder)

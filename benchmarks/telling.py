@@ -28,7 +28,7 @@ from saelab.data.activations.stream import Batch
 from saelab.launch.executors.local import _Words, take
 from saelab.launch.progress_lines import POINTS, Reports
 from saelab.progress import progress
-from saelab.progress.run import RunProgress, told
+from saelab.progress.run import RunProgress, launch_progress
 from saelab.progress.view import REDRAWS
 from saelab.training.loop import LONGEST_TURN, Cell
 
@@ -90,7 +90,7 @@ def _turn(trained: Cell, batches: list[Batch]) -> None:
 def in_launch(folder: Path, messages: list[tuple[float, Any]]) -> tuple[float, float]:
     """CPU seconds of taking the messages, and of drawing the view once."""
     with (
-        told(folder / "run_0", {"run": "run_0"}) as launch,
+        launch_progress(folder / "run_0", {"run": "run_0"}) as launch,
         progress("train and evaluate", POINTS * SHAPE.rows, "tokens") as bar,
     ):
         taken = seconds(lambda: [take(bar, *message) for message in messages])

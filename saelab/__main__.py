@@ -59,16 +59,16 @@ EXPERIMENT = Path("experiment.py")
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def cli_errors() -> Iterator[None]:
     """Bad input ends with one sentence and exit code 2, a failed study with 1, SIGINT with 130 and
     SIGTERM with 143."""
     from saelab.errors import SaelabError
     from saelab.runtime import exhaustion
-    from saelab.runtime.signals import told
+    from saelab.runtime.signals import exit_on_signal
 
-    with told():
+    with exit_on_signal():
         try:
-            with exhaustion.named():
+            with exhaustion.as_usage_error():
                 yield
         except SaelabError as error:
             if _talks():
@@ -97,7 +97,7 @@ def run(
     experiment: Table = EXPERIMENT,
 ) -> None:
     """Train, evaluate and judge all arms of a run (as `python experiment.py --out_dir=NAME`)."""
-    with _told():
+    with cli_errors():
         from contextlib import redirect_stdout
 
         from saelab.launch.entry import run_one, train_all
@@ -124,7 +124,7 @@ def plan_check(
     experiment: Table = EXPERIMENT,
 ) -> None:
     """Say what runs will train, change, cost and could see, and refuse what is impossible."""
-    with _told():
+    with cli_errors():
         from saelab.errors import SourceError
         from saelab.launch.entry import check_one
         from saelab.preflight.preview import text
@@ -180,7 +180,7 @@ def plan_cost(
 
     saelab plan cost configs/embedded.toml --trials
     """
-    with _told():
+    with cli_errors():
         from saelab.api import settings
         from saelab.errors import SettingError
         from saelab.preflight import cost
@@ -225,7 +225,7 @@ def tune(
 
     On seeds that no verdict uses; the best of each side goes into tuned.json.
     """
-    with _told():
+    with cli_errors():
         from contextlib import redirect_stdout
 
         from saelab.launch.entry import tune_one
@@ -258,13 +258,13 @@ def verdict(
     ] = 20_000,
 ) -> None:
     """Judge finished runs from their files: differences, intervals, p and the four words."""
-    with _told():
+    with cli_errors():
         if simulate:
             _simulate(simulations, json_)
             return
-        from saelab.verdict.review import finished, review_all, text
+        from saelab.verdict.review import complete_runs, review_all, text
 
-        found = review_all(folders or finished(Path()))
+        found = review_all(folders or complete_runs(Path()))
         if json_:
             _print_json([one.as_dict() for one in found])
         else:
@@ -295,14 +295,14 @@ def report(
     One file that needs no network. Nothing is trained; the held-out activations for the latents
     are harvested again where the cache has them not.
     """
-    with _told():
+    with cli_errors():
         from saelab.analysis.latents import browse, chosen_cells
         from saelab.report.page import Study, ledger, write
         from saelab.storage.cache import cache_folder
-        from saelab.verdict.review import finished
+        from saelab.verdict.review import complete_runs
 
         _own_parts(experiment)
-        runs = folders or finished(Path())
+        runs = folders or complete_runs(Path())
         chosen = chosen_cells(runs, features or (), cells)
         why_not = "none was asked for" if not (cells or features) else "the runs keep no cells"
         found = list(browse(chosen, latents, 8, cache_folder(Path())))
@@ -344,7 +344,7 @@ def template(
 
     Without an option it copies run_0 of this folder where there is one.
     """
-    with _told():
+    with cli_errors():
         from saelab.launch.entry import run_one
         from saelab.launch.template import BASELINE_RUN, write_template
         from saelab.study.experiment_file import load_experiment
@@ -366,7 +366,7 @@ def watch(
     json_: Json = False,
 ) -> None:
     """Follow a run: stage, cells, tokens/s, losses, time left. With --json its state now."""
-    with _told():
+    with cli_errors():
         from saelab.progress.watch import Watched
         from saelab.progress.watch import watch as follow
 
@@ -380,7 +380,7 @@ def watch(
 @app.command()
 def attempts(json_: Json = False) -> None:
     """List every attempt at a run of the study in this folder."""
-    with _told():
+    with cli_errors():
         from saelab.study.registry import as_dicts
         from saelab.study.registry import attempts as kept
 
@@ -424,7 +424,7 @@ def train(
 
     torchrun --nproc-per-node 4 -m saelab train CONFIG --out_dir DIR --set parallel.latents=4
     """
-    with _told():
+    with cli_errors():
         from saelab.api import settings
         from saelab.launch import distributed
         from saelab.launch.launch import launch
@@ -432,7 +432,7 @@ def train(
         from saelab.study.task import Launch
 
         base = settings(config, _changes(set_))
-        if distributed.wanted(base):
+        if distributed.wants_ranks(base):
             _train_over_ranks(base, out_dir, config.stem, seeds)
             return
         launch(
@@ -475,7 +475,7 @@ def difference(
     metric: Annotated[str, typer.Option(help="As in final_info.json.")] = "fvu",
 ) -> None:
     """Print the paired difference of two arms of a run, over the seeds that both have."""
-    with _told():
+    with cli_errors():
         from saelab.analysis.difference import difference as of_arms
 
         found = of_arms(folder, arm, other, metric)
@@ -494,14 +494,14 @@ def probing(
     ] = None,
 ) -> None:
     """Print a run's sparse probing by entry: arms, controls, the model's own channels."""
-    with _told():
-        from saelab.analysis.probing_table import by_entry, shown
+    with cli_errors():
+        from saelab.analysis.probing_table import by_entry, table_lines
         from saelab.storage.atomic import write_json
 
         found = by_entry(folder)
         if table is not None:
             write_json(table, found)
-        for line in shown(found):
+        for line in table_lines(found):
             typer.echo(line)
 
 
@@ -567,7 +567,7 @@ def evaluate(
 
     saelab eval downloaded_sae --config configs/pythia-70m.toml --out rows.parquet
     """
-    with _told():
+    with cli_errors():
         import json as plain
 
         from saelab.analysis.evaluate import (
@@ -632,7 +632,7 @@ def export_(
     centring, beta, theta and the activations' norm are folded into the weights; what can't be
     folded is refused, and then nothing is written (docs/formats.md).
     """
-    with _told():
+    with cli_errors():
         from saelab.analysis.export import export
 
         _own_parts(experiment)
@@ -653,8 +653,8 @@ def saebench(
     ] = None,
 ) -> None:
     """Show a SAEBench sparse probing result, what it is, and ours beside it."""
-    with _told():
-        from saelab.analysis.saebench import result_at, run_result, shown
+    with cli_errors():
+        from saelab.analysis.saebench import comparison_lines, result_at, run_result
         from saelab.errors import SettingError
         from saelab.storage.atomic import write_json
 
@@ -665,7 +665,7 @@ def saebench(
             path = out
         elif out is not None:
             raise SettingError("--out", str(out), f"{path} is a result file already: leave it out")
-        for line in shown(path, result_at(beside, arm, seed) if beside else None):
+        for line in comparison_lines(path, result_at(beside, arm, seed) if beside else None):
             _say(line)
 
 
@@ -680,15 +680,15 @@ def synthetic(
     set_: Set = None,
 ) -> None:
     """Compare SAEs on synthetic activations, whose true features are known."""
-    with _told():
+    with cli_errors():
         from saelab.launch import synthetic
         from saelab.report.figures.synthetic import check_drawable, draw_table
         from saelab.storage.atomic import write_json
 
-        settings = synthetic.read_ground(config).patched(_changes(set_))
+        settings = synthetic.read_study(config).patched(_changes(set_))
         if picture is not None:
             check_drawable(settings.baseline, list(settings.arms))
-        outcomes = synthetic.run_ground(settings)
+        outcomes = synthetic.run_study(settings)
         found = synthetic.table(settings, outcomes)
         if out is not None:
             write_json(out, [row.as_dict() for outcome in outcomes for row in outcome.rows])
@@ -696,7 +696,7 @@ def synthetic(
             write_json(table, found)
         if picture is not None:
             draw_table(found, picture)
-        for line in synthetic.shown(found):
+        for line in synthetic.study_lines(found):
             typer.echo(line)
 
 
@@ -716,7 +716,7 @@ def lm_train(
     Takes about 40 minutes for 20 M tokens on 2 free cores. The same command goes on where it
     stopped.
     """
-    with _told():
+    with cli_errors():
         from saelab.data.language_model_recipe import Recipe
         from saelab.data.language_model_recipe import train as make
 

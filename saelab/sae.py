@@ -35,7 +35,7 @@ from saelab.kernels import (
     decode_with_norms,
     encode_all,
     encode_at,
-    gathered,
+    gather_code,
     of_latents,
     preactivations,
     selection_dtype,
@@ -402,7 +402,7 @@ class SAE(nn.Module):
                 support = support_above(z, floor - off)
             code = self._code_at(u, support, own)
             shared = self.ranks.latents > 1
-            yield rows, gathered(code, self.d_sae, self.ranks) if shared else code
+            yield rows, gather_code(code, self.d_sae, self.ranks) if shared else code
 
     def _blocks(self, n: int, starts: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
         """Rows that are encoded at once, and where segments begin in them."""

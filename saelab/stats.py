@@ -60,7 +60,7 @@ class Paired:
     high: float | None
 
 
-def paired(differences: ArrayLike, alpha: float = 0.05) -> Paired:
+def paired_summary(differences: ArrayLike, alpha: float = 0.05) -> Paired:
     """Mean, standard deviation (ddof 1) and t interval of one row of differences.
 
     Raises: SettingError when there is no difference or one is not finite.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab import stats
-from saelab.analysis.saebench import CHANNELS, aligned
+from saelab.analysis.saebench import CHANNELS, align_right
 from saelab.errors import SourceError
 from saelab.evals.base import check_one_definition
 from saelab.runs.folder import MANIFEST, METRICS, RunFiles
@@ -91,7 +91,7 @@ def _mean(values: Sequence[float | None]) -> dict[str, float | None]:
     return {"mean": sum(numbers) / len(numbers), "half_width": half}
 
 
-def shown(found: dict[str, Any]) -> list[str]:
+def table_lines(found: dict[str, Any]) -> list[str]:
     """Lines of text: metrics over all data, accuracies by entry, and why others are missing."""
     values = {(r["subject"], r["metric"], r["slice"]): r for r in found["rows"]}
     subjects = list(dict.fromkeys(row["subject"] for row in found["rows"]))
@@ -111,7 +111,7 @@ def shown(found: dict[str, Any]) -> list[str]:
             if any(own):
                 probing.append([subject, label, *map(_cell, own)])
     why = dict.fromkeys(f"{r['metric']}: {r['reason']}" for r in found["rows"] if r["reason"])
-    return [*aligned(core), "", *aligned(probing), *(["", *why] if why else [])]
+    return [*align_right(core), "", *align_right(probing), *(["", *why] if why else [])]
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -155,7 +155,7 @@ def what_it_is(found: GateResult) -> list[str]:
     return [word, *(f"  {check}: {sentence}" for check, sentence in wrong.items())]
 
 
-def shown(path: Path, beside: Mapping[str, Any] | None = None) -> list[str]:
+def comparison_lines(path: Path, beside: Mapping[str, Any] | None = None) -> list[str]:
     """A recorded file as lines of text: what it is, its means and entries, and ours beside them.
 
     Args:
@@ -222,7 +222,7 @@ def _means(theirs: Sequence[Row], ours: Sequence[Row], differences: bool) -> lis
             both = row.value is not None and mine is not None
             line += [f"{mine - row.value:+.4f}" if both else "-"] if differences else []  # type: ignore[operator]
         cells.append(line)
-    return aligned(cells)
+    return align_right(cells)
 
 
 def _entries(rows: Sequence[Row]) -> list[str]:
@@ -233,14 +233,14 @@ def _entries(rows: Sequence[Row]) -> list[str]:
         found = [values.get((where, metric)) for metric in SHOWN]
         name = where.removeprefix("entry=")
         cells.append([name, *(_number(row.value if row else None) for row in found)])
-    return aligned(cells)
+    return align_right(cells)
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+def align_right(cells: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return [

@@ -441,7 +441,7 @@ def load(config: ModelConfig) -> LanguageModel:
     """
     from transformers import AutoTokenizer
 
-    with _told(config) as path:
+    with _description(config) as path:
         settings, kind, options = _kind(config, path)
         if Path(path).is_dir():
             _check_stored(kind, settings, Path(path))
@@ -491,7 +491,7 @@ def size(config: ModelConfig) -> Size:
 
     Raises: SourceError when its folder is missing or incomplete, or the hub is not reached.
     """
-    with _told(config) as path:
+    with _description(config) as path:
         settings, kind, _ = _kind(config, path)
         with torch.device("meta"):
             model = kind.from_config(settings)
@@ -511,7 +511,7 @@ def size(config: ModelConfig) -> Size:
 
 
 @contextmanager
-def _told(config: ModelConfig) -> Iterator[str]:
+def _description(config: ModelConfig) -> Iterator[str]:
     """The model's place; what goes wrong there is one sentence."""
     path = _place(config)
     check_device(config.device)

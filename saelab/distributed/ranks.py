@@ -263,7 +263,7 @@ def check_split(data: int | None, latents: int) -> int:
 
 
 @contextmanager
-def joined(data: int, latents: int, device: str) -> Iterator[Ranks]:
+def join_ranks(data: int, latents: int, device: str) -> Iterator[Ranks]:
     """This process among the data x latents that torchrun has started.
 
     Args:

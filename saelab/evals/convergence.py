@@ -37,7 +37,7 @@ def convergence(log: TrainingLog) -> list[Row]:
         column = log.columns.get(name, np.zeros(0))[: log.length].astype(np.float64)
         if len(column) and np.isfinite(column).all() and np.ptp(column) > 0:
             rows += [
-                number(f"convergence.{name}", settled(column, column[-1]), DEFINITION),
+                number(f"convergence.{name}", settling_share(column, column[-1]), DEFINITION),
                 number(f"drift.{name}", column[-1] - column[_tenth_before(column)], DEFINITION),
                 number(f"moved.{name}", column[-1] - column[0], DEFINITION),
             ]
@@ -47,13 +47,13 @@ def convergence(log: TrainingLog) -> list[Row]:
     return rows
 
 
-def settled(values: np.ndarray, final: float, near: float = NEAR) -> float:
+def settling_share(values: np.ndarray, final: float, near: float = NEAR) -> float:
     """Share of the run after which values [n] stay within `near` of `final`; 0 for always."""
     away = np.flatnonzero(np.abs(values - final) > near * abs(final))
     return float(away[-1] + 1) / len(values) if len(away) else 0.0
 
 
-def smoothed(loss: np.ndarray) -> np.ndarray:
+def smooth(loss: np.ndarray) -> np.ndarray:
     """At each step of loss [n] the mean over the `SMOOTH` of the run that ends there."""
     width = max(1, round(SMOOTH * len(loss)))
     sums = np.concatenate([[0.0], loss.cumsum()])
@@ -65,7 +65,7 @@ def smoothed(loss: np.ndarray) -> np.ndarray:
 def steps_to_final(loss: np.ndarray) -> float:
     """Share of the run after which the smoothed loss [n] stays near its final value."""
     final = float(loss[-max(1, round(FINAL * len(loss))) :].mean())
-    return settled(smoothed(loss), final, NEAR_LOSS)
+    return settling_share(smooth(loss), final, NEAR_LOSS)
 
 
 def _tenth_before(column: np.ndarray) -> int:

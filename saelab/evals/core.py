@@ -301,7 +301,7 @@ class Errors:
         )
 
 
-def measured(
+def measure_reconstruction(
     subject: Subject, data: CoreData, most: int | None = None, by_position: bool = False
 ) -> Errors:
     """Encodes and decodes the held-out rows.
@@ -345,7 +345,7 @@ def _firings(code: Code, groups: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
-    whole = measured(subject, data, by_position=True)
+    whole = measure_reconstruction(subject, data, by_position=True)
     yield number("fvu", whole.fvu, DEFINITION)
     yield number("explained_variance", 1 - whole.fvu, DEFINITION)
     yield number("mse", float(whole.error.double().mean()) / subject.d_in, DEFINITION)

@@ -78,7 +78,7 @@ def agree(a: Tensor, b: Tensor) -> Agreement:
     values, partner, cosines = _absolute(a, b)
     if bool((values >= 0).all()):  # sum C <= sum |C| for any assignment, and here they are equal
         return Agreement(values, values, partner, partner)
-    other = _candidates(a, b, signed=True) if cosines is None else matched(cosines)[1]
+    other = _candidates(a, b, signed=True) if cosines is None else assign(cosines)[1]
     return Agreement(values.abs(), _paired(a, b[other]), partner, other)
 
 
@@ -107,7 +107,7 @@ def unit(rows: Tensor) -> Tensor:
     return normalize(rows.detach().double(), dim=1)
 
 
-def matched(similarity: Tensor) -> tuple[Tensor, Tensor]:
+def assign(similarity: Tensor) -> tuple[Tensor, Tensor]:
     """The assignment of rows to columns with the largest sum: two int64 [min(rows, columns)]."""
     from scipy.optimize import linear_sum_assignment
 
@@ -181,7 +181,7 @@ def _absolute(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     cosines = a.float() @ b.float().T if len(a) <= EXACT else None
     partner = _reordered(a, b)
     if partner is None:
-        partner = _candidates(a, b) if cosines is None else matched(cosines.abs())[1]
+        partner = _candidates(a, b) if cosines is None else assign(cosines.abs())[1]
     return _paired(a, b[partner]), partner, cosines
 
 

@@ -38,7 +38,7 @@ from saelab.data.activations.store import Source
 from saelab.data.synthetic.chains import KnownTruth
 from saelab.errors import MismatchError
 from saelab.evals.base import Row, Subject, missing, needs_contexts, number
-from saelab.evals.dictionary_matching import DRAWS, matched, random_directions
+from saelab.evals.dictionary_matching import DRAWS, assign, random_directions
 
 DEFINITION = "truth/2"
 LATENT = ("latent_precision", "latent_recall", "latent_f1")
@@ -130,7 +130,7 @@ def mcc(found: Tensor, true: Tensor, signed: bool = False) -> float:
     """Mean correlation coefficient of rows [m, d] with true rows [features, d], over the pairs."""
     cosine = _cosine(found, true)
     similarity = cosine if signed else cosine.abs()
-    return float(similarity[matched(similarity)].mean())
+    return float(similarity[assign(similarity)].mean())
 
 
 def _cosine(found: Tensor, true: Tensor) -> Tensor:
@@ -189,9 +189,9 @@ class _Match:
 
 def _match(found: Tensor, true: Tensor) -> _Match:
     cosine = _cosine(found, true)
-    signed = float(cosine[matched(cosine)].mean())
+    signed = float(cosine[assign(cosine)].mean())
     similarity = cosine.abs_()
-    pairs, nearest = matched(similarity), similarity.argmax(1)
+    pairs, nearest = assign(similarity), similarity.argmax(1)
     scores = {
         "mcc": float(similarity[pairs].mean()),
         "mcc_signed": signed,

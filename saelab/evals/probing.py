@@ -120,7 +120,7 @@ def _examples(entry: ProbingEntry, label: int, side: Tensor, rng: np.random.Gene
 
 
 @torch.inference_mode()
-def pooled(
+def mean_codes(
     subject: Subject | None,
     rows: Tensor,
     offsets: Tensor,

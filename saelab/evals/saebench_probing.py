@@ -34,7 +34,7 @@ from saelab.data.probing.activations import ProbingData, ProbingEntry
 from saelab.data.probing.embedded import SAMPLING_SEED
 from saelab.errors import SettingError
 from saelab.evals.base import Row, Subject, number_or_reason
-from saelab.evals.probing import K_VALUES, Examples, constant_row, mean_rows, pooled
+from saelab.evals.probing import K_VALUES, Examples, constant_row, mean_codes, mean_rows
 from saelab.progress import progress
 
 DEFINITION = "sparse_probing/saebench-0.6.0"
@@ -70,7 +70,7 @@ def evaluate_as_saebench(
     rows: list[Row] = []
     with progress(f"probing {prefix} as SAEBench", len(data.entries), "entries") as bar:
         for entry in data.entries:
-            code = pooled(subject, entry.rows, entry.offsets, device=device)
+            code = mean_codes(subject, entry.rows, entry.offsets, device=device)
             rows += _entry_rows(code, entry, generator, k_values, prefix, full)
             where = f"entry={entry.name}"
             rows += mean_rows(rows, f"{where},class=", where, DEFINITION)

@@ -15,7 +15,7 @@ import torch
 
 from saelab.errors import SettingError
 from saelab.evals.base import Row, Subject, missing, number
-from saelab.evals.core import CoreData, loss_recovered, measured
+from saelab.evals.core import CoreData, loss_recovered, measure_reconstruction
 from saelab.parts.base import Part
 from saelab.sae import SAE
 
@@ -81,7 +81,7 @@ def _of_scalar(
 
 
 def _metrics(subject: Subject, data: CoreData, with_loss: bool) -> dict[str, float]:
-    some = measured(subject, data, ROWS)
+    some = measure_reconstruction(subject, data, ROWS)
     found = {"fvu": some.fvu, "l0": some.l0}
     recovered = loss_recovered(subject, data.quick) if with_loss else None
     return found if recovered is None else found | {"loss_recovered": recovered}

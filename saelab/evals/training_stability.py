@@ -23,7 +23,7 @@ import numpy as np
 
 from saelab import stats
 from saelab.evals.base import Row, TrainingLog, missing, number
-from saelab.evals.convergence import FEWEST, smoothed
+from saelab.evals.convergence import FEWEST, smooth
 
 DEFINITION = "stability/1"
 #: Share of the run before which the loss moves by design (warm-up).
@@ -68,11 +68,11 @@ def spikes(loss: np.ndarray, factor: float = SPIKE) -> int:
 
 def rise(loss: np.ndarray) -> float:
     """Largest rise of the smoothed loss [n] above its running minimum, relative to that."""
-    smooth = _settled(smoothed(loss))
-    return float((smooth / np.maximum(np.minimum.accumulate(smooth), 1e-12)).max() - 1)
+    level = _settled(smooth(loss))
+    return float((level / np.maximum(np.minimum.accumulate(level), 1e-12)).max() - 1)
 
 
-def detrended(loss: np.ndarray) -> float:
+def detrended_variance(loss: np.ndarray) -> float:
     """Variance of the log of loss [n] around its trend."""
     logs = _settled(_log(loss))
     trend = np.polynomial.Polynomial.fit(np.arange(len(logs)), logs, DEGREE)
@@ -89,7 +89,7 @@ def _of_loss(log: TrainingLog) -> list[Row]:
     if len(log.loss) < FEWEST:
         reason = f"a loss of {log.length} steps is too short (least: {FEWEST})"
         return [missing(name, DEFINITION, reason) for name in OF_LOSS]
-    values = (spikes(log.loss), rise(log.loss), detrended(log.loss))
+    values = (spikes(log.loss), rise(log.loss), detrended_variance(log.loss))
     return [number(*pair, DEFINITION) for pair in zip(OF_LOSS, values, strict=True)]
 
 

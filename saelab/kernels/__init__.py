@@ -14,7 +14,7 @@ from saelab.kernels.functions import (
     row_norms,
     with_gradient,
 )
-from saelab.kernels.over_ranks import gathered, of_latents, topk_over_ranks
+from saelab.kernels.over_ranks import gather_code, of_latents, topk_over_ranks
 from saelab.kernels.straight_through import gate, jump
 from saelab.kernels.table import (
     Precision,
@@ -34,7 +34,7 @@ __all__ = [
     "encode_all",
     "encode_at",
     "gate",
-    "gathered",
+    "gather_code",
     "has_fast_bfloat16",
     "jump",
     "kernels_for",

@@ -36,7 +36,7 @@ def _pairs(chosen: Tensor, latents: Tensor, d_sae: int) -> Support:
     return Support(torch.cat([ends.new_zeros(1), ends]), latents[chosen], d_sae)
 
 
-def gathered(code: Code, d_sae: int, ranks: Ranks) -> Code:
+def gather_code(code: Code, d_sae: int, ranks: Ranks) -> Code:
     """The code over the latents of all ranks, without gradient, on each of them.
 
     Args:

@@ -43,7 +43,7 @@ def code_std(subject: Any, data: CoreData) -> float:
     return float(code.float().std(0, correction=0).max())
 
 
-def centred(cell: Cell) -> bool:
+def removes_mean(cell: Cell) -> bool:
     """Whether the cell's SAE takes a mean off its input; a user's own module is not asked."""
     sae = cell.sae
     return isinstance(sae, SAE) and (sae.config.centre or sae.scaling is not None)

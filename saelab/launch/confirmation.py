@@ -28,8 +28,8 @@ from saelab.study.plan import (
     PlanConfig,
     Run,
     arm_settings,
-    founds,
-    preview,
+    references,
+    resolve_with_placeholders,
 )
 from saelab.study.registry import plan_hash
 from saelab.verdict.judge import off_target
@@ -62,7 +62,7 @@ class Candidate:
     worst: float
 
 
-def confirmed(
+def resolve_confirmation(
     run: Confirmation, runs: Mapping[str, Run], root: Path, base: BaseConfig, name: str = "run_10"
 ) -> Run:
     """The run with its arm found from the finished runs in `root`, and tuned where that is known.
@@ -83,14 +83,14 @@ def confirmed(
     if {BASELINE, label} <= set(tuned):
         arms += _tuned_arms(arms, arm, tuned)
     changes = dict(earlier.changes) | dict(run.changes)
-    return twinned(Run(run.title, arms, changes), base)
+    return declare_twins(Run(run.title, arms, changes), base)
 
 
-def twinned(run: Run, base: BaseConfig) -> Run:
+def declare_twins(run: Run, base: BaseConfig) -> Run:
     """The run with arms that have an earlier one's settings declared its twins."""
     first: dict[str, str] = {}
     arms = []
-    for arm, shown in zip(run.arms, preview(run).arms, strict=True):
+    for arm, shown in zip(run.arms, resolve_with_placeholders(run).arms, strict=True):
         settings = arm_settings(base, run, shown).digest()
         arms.append(arm if arm.module else replace(arm, twin_of=first.get(settings)))
         first.setdefault(settings, arm.name)
@@ -136,7 +136,7 @@ def _check_unchanged(arm: Arm, folder: Path) -> None:
     """Raises: SettingError when the arm was edited after its run; one of a second wave has other
     numbers there."""
     kept = RunFiles(folder).needed("arms")["arms"].get(arm.name, {}).get("changes")
-    if not founds(arm.changes) and kept != _plain(arm.changes):
+    if not references(arm.changes) and kept != _plain(arm.changes):
         remedy = f"was changed after {folder.name}: make that run again, or undo the change"
         raise SettingError("arm", arm.name, remedy)
 
@@ -152,7 +152,7 @@ def _plain(value: Any) -> Any:
 
 def _needed(arm: Arm) -> list[str]:
     """Arms whose ends the arm's settings are made of."""
-    return [found.arm for found in founds(arm.changes) if found.arm != BASELINE]
+    return [found.arm for found in references(arm.changes) if found.arm != BASELINE]
 
 
 # ---- equal tuning ----------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def trials(run: Run, base: BaseConfig, names: Sequence[str]) -> Run:
                 for factor, changes in tried
                 if trial(arm.name, factor) != BASELINE
             ]
-    return twinned(replace(run, title=f"Learning rates of {run.title}", arms=arms), base)
+    return declare_twins(replace(run, title=f"Learning rates of {run.title}", arms=arms), base)
 
 
 def trial(arm: str, factor: float) -> str:

@@ -29,7 +29,7 @@ from torch.nn.functional import normalize
 
 from saelab import checkpoint
 from saelab.evals.base import Row, Subject, number
-from saelab.evals.core import DEFINITION, CoreData, measured
+from saelab.evals.core import DEFINITION, CoreData, measure_reconstruction
 from saelab.runs.schema import FROZEN, PLANTED, PREFIX
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
@@ -142,7 +142,7 @@ def frozen_spec(baseline: CellSpec) -> CellSpec:
 
 
 @torch.no_grad()
-def turned(sae: SAE, seed: int, degrees: float = ANGLE) -> SAE:
+def turn_decoder(sae: SAE, seed: int, degrees: float = ANGLE) -> SAE:
     """A copy of an SAE whose decoder rows are turned, each towards its own random direction.
 
     Args:
@@ -176,7 +176,7 @@ def expected_fvu_change(sae: SAE, x: Tensor, degrees: float = ANGLE) -> float:
 
 def planted_rows(sae: SAE, data: CoreData, seed: int) -> list[Row]:
     """FVU and L0 of the turned SAE on all held-out rows, and by how much FVU should worsen."""
-    found = measured(turned(sae, seed), data)
+    found = measure_reconstruction(turn_decoder(sae, seed), data)
     rows = data.rows[0][:EXPECTED_ROWS].to(data.device)
     return [
         number("fvu", found.fvu, DEFINITION),
@@ -186,7 +186,7 @@ def planted_rows(sae: SAE, data: CoreData, seed: int) -> list[Row]:
     ]
 
 
-def planted(folder: Any, data: CoreData, seed: int, level: float) -> dict[str, Any]:
+def plant_effect(folder: Any, data: CoreData, seed: int, level: float) -> dict[str, Any]:
     """The content of a control's cell.json, from the folder of a trained baseline cell."""
     sae, _ = checkpoint.load(folder, data.device)
     rows = planted_rows(sae, data, seed)

@@ -23,11 +23,11 @@ import torch
 from saelab import checkpoint
 from saelab.data import language_model
 from saelab.data.activations.stream import Batch, Position, batches
-from saelab.distributed.ranks import Ranks, check_split, joined, processes
+from saelab.distributed.ranks import Ranks, check_split, join_ranks, processes
 from saelab.errors import SettingError
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
-from saelab.launch.prepare import Prepared, prepare
+from saelab.launch.prepare import LaunchData, prepare
 from saelab.progress import progress
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import digest, write_json
@@ -35,11 +35,11 @@ from saelab.storage.cache import cache_folder, package_digest
 from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
 from saelab.training.curves import write_curves
 from saelab.training.loop import Cell
-from saelab.training.resume import remove_checkpoints, restored, train_kept
+from saelab.training.resume import remove_checkpoints, restore_cell, train_kept
 from saelab.training.sample import initial_sample
 
 
-def wanted(base: BaseConfig) -> bool:
+def wants_ranks(base: BaseConfig) -> bool:
     """Whether the settings, or how the process was started, ask for several ranks."""
     return processes() > 1 or base.parallel not in (ParallelConfig(), ParallelConfig(data=1))
 
@@ -59,7 +59,7 @@ def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) ->
     _check_parts(base)
     split = check_split(base.parallel.data, base.parallel.latents), base.parallel.latents
     seed = study_seeds(study, "explore", 1)[0]
-    with joined(*split, base.model.device) as ranks:
+    with join_ranks(*split, base.model.device) as ranks:
         cache = cache_folder(root)
         prepared = _prepared(base, cache, ranks)
         kept = cache / "resume" / _key(base, prepared, seed)
@@ -81,7 +81,7 @@ def _check_parts(base: BaseConfig) -> None:
     base.sae.build(2, ranks=Ranks(base.parallel.data or max(1, processes() // latents), latents))
 
 
-def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> Prepared:
+def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> LaunchData:
     """Harvested by the first rank, opened by all; without what probing would need."""
     device = str(ranks.device)
     base = base.patched({"evaluation.probing.entries": "none", "evaluation.probing.tables": ()})
@@ -93,14 +93,14 @@ def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> Prepared:
     return prepare(base, cache, device)
 
 
-def _key(base: BaseConfig, prepared: Prepared, seed: int) -> str:
+def _key(base: BaseConfig, prepared: LaunchData, seed: int) -> str:
     """Of the checkpoints: what their numbers depend on, the split not among it."""
     settings = [part.model_dump(mode="json") for part in (base.sae, base.train)]
     place = [base.layout, prepared.train.digest, package_digest(), "over ranks"]
     return digest([*settings, seed, *place])
 
 
-def _trained(base: BaseConfig, prepared: Prepared, seed: int, ranks: Ranks, folder: Path) -> Cell:
+def _trained(base: BaseConfig, prepared: LaunchData, seed: int, ranks: Ranks, folder: Path) -> Cell:
     """The cell, trained from its last checkpoint on."""
     sample = initial_sample(prepared.train).to(ranks.device)
     size = base.train.batch_size
@@ -111,7 +111,7 @@ def _trained(base: BaseConfig, prepared: Prepared, seed: int, ranks: Ranks, fold
     def stream(start: Position) -> Iterator[tuple[Batch, Position]]:
         return batches(prepared.train, seed, size, base.layout, start)
 
-    kept = restored(build, folder)
+    kept = restore_cell(build, folder)
     with progress("training", base.train.steps, "steps") if ranks.first else nullcontext() as bar:
         advance = bar.advance if bar else (lambda steps: None)
         failures = train_kept([kept], stream, lambda steps, _: advance(steps))
@@ -121,7 +121,7 @@ def _trained(base: BaseConfig, prepared: Prepared, seed: int, ranks: Ranks, fold
 
 
 @torch.no_grad()
-def _evaluated(base: BaseConfig, prepared: Prepared, cell: Cell) -> list[Row]:
+def _evaluated(base: BaseConfig, prepared: LaunchData, cell: Cell) -> list[Row]:
     """Each rank runs the language model; reconstructions are put together from all latents."""
     device = str(cell.sae.ranks.device)
     model = None

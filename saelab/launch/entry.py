@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from saelab.errors import SaelabError, SettingError, nearest
 from saelab.runtime import exhaustion
-from saelab.runtime.signals import told
+from saelab.runtime.signals import exit_on_signal
 from saelab.storage.atomic import read_json
 
-with told():  # torch is loaded here, which takes seconds
+with exit_on_signal():  # torch is loaded here, which takes seconds
     from saelab.study.plan import BASELINE, Confirmation, Run, find_run, read_base, read_plan
     from saelab.study.registry import attempt
 
@@ -33,10 +33,10 @@ def main(runs: Mapping[str, Run], experiment: str) -> None:
     0: every cell finished or was declared invalid; 1: the baseline has no valid cell; 2: bad input;
     130 and 143: SIGINT and SIGTERM. The last line of stderr says what, where and the remedy.
     """
-    with told():
+    with exit_on_signal():
         try:
             out_dir = parse_out_dir(sys.argv[1:], list(runs))
-            with exhaustion.named():
+            with exhaustion.as_usage_error():
                 run_one(runs, Path(experiment).resolve(), out_dir)
         except SaelabError as error:
             print(error, file=sys.stderr)
@@ -135,10 +135,10 @@ def check_one(runs: Mapping[str, Run], experiment: Path, name: str) -> RunCheck:
 
     Raises: as the launch would for what is impossible.
     """
-    from saelab.launch.launch import checked
+    from saelab.launch.launch import check_launch
 
     plan_file = experiment.parent / "plan.toml"
-    return checked(task_of(runs, experiment, Path(name), True, plan_file))
+    return check_launch(task_of(runs, experiment, Path(name), True, plan_file))
 
 
 def task_of(
@@ -152,13 +152,13 @@ def task_of(
 
     Raises: SettingError when the table has no such run, SourceError for a missing file.
     """
-    from saelab.launch.confirmation import confirmed
+    from saelab.launch.confirmation import resolve_confirmation
     from saelab.study.task import Launch
 
     plan, root = read_plan(plan_file), plan_file.parent
     base, run = read_base(root / plan.base), find_run(runs, out_dir.name)
     if isinstance(run, Confirmation):
-        run = confirmed(run, runs, root, base, out_dir.name)
+        run = resolve_confirmation(run, runs, root, base, out_dir.name)
     return Launch(
         name=out_dir.name,
         run=run,

@@ -27,28 +27,36 @@ from saelab.launch import controls
 from saelab.launch.cell_facts import PROBED
 from saelab.launch.cell_key import cell_key
 from saelab.launch.cell_store import finish, is_finished
-from saelab.launch.executors import LOCAL, chosen
+from saelab.launch.executors import LOCAL, executor_name
 from saelab.launch.executors.local import one_thread
 from saelab.launch.record import Record
 from saelab.launch.seed_pairs import compare, rows_of_seeds
-from saelab.launch.waves import Ready, _at_target, _other_seeds, _run, _Wave, _wave, _workers
+from saelab.launch.waves import (
+    PreparedLaunch,
+    _at_target,
+    _other_seeds,
+    _run,
+    _Wave,
+    _wave,
+    _workers,
+)
 from saelab.preflight.estimate import training_seconds
 from saelab.preflight.memory import fitting, refuse
 from saelab.preflight.preview import RunCheck, check, check_limit
 from saelab.progress import clock
-from saelab.progress.run import tell, tell_cells, told
+from saelab.progress.run import launch_progress, tell, tell_cells
 from saelab.progress.trackers import open_tracker
 from saelab.runs import schema
 from saelab.runtime import exhaustion
 from saelab.runtime.safe_text import visible
 from saelab.storage.atomic import WriteError, read_sealed
 from saelab.storage.cache import cache_folder, has_activations
-from saelab.storage.lock import held
+from saelab.storage.lock import lock_folder
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
     CellSpec,
-    Found,
+    FromArm,
     ParallelConfig,
     PlanConfig,
     arm_settings,
@@ -56,8 +64,8 @@ from saelab.study.plan import (
     first_wave,
     later_arms,
     naming_arm,
-    preview,
-    resolved,
+    resolve,
+    resolve_with_placeholders,
 )
 from saelab.study.registry import register
 from saelab.study.task import GROUP, Launch
@@ -76,14 +84,17 @@ def launch(task: Launch) -> list[Comparison]:
         while another launch has the same folder.
     """
     _check_folder(task.out_dir)
-    with exhaustion.named(), held(task.out_dir, f"is making {task.name}"):
+    with (
+        exhaustion.as_usage_error(),
+        lock_folder(task.out_dir, f"is making {task.name}"),
+    ):
         return _launch(task)
 
 
 def _launch(task: Launch) -> list[Comparison]:
     start = time.monotonic()
     check_open(task)
-    before = checked(task)
+    before = check_launch(task)
     base = before.base
     cache = cache_folder(task.root)
     for line in [before.needs.line(), *before.warnings]:
@@ -93,7 +104,7 @@ def _launch(task: Launch) -> list[Comparison]:
         before.check_limit()
     deviations = register(task.root, task.plan) if task.judged else ()
     about = {"run": task.name, "title": task.run.title, "study": task.plan.study}
-    with told(task.out_dir, about, base.tracker):
+    with launch_progress(task.out_dir, about, base.tracker):
         record, of_controls = _launched(task, before, cache, deviations, start)
     shown = table(record.info, record.comparisons, task.plan, of_controls)
     print(visible(shown, kept="\n"))
@@ -110,16 +121,18 @@ def _launched(
     Raises: as `launch`.
     """
     base = before.base
-    overlap = (task.executor or chosen()) == LOCAL and base.harvest.overlaps(base.model.device)
-    ready = Ready.of(task, before, overlap)
+    overlap = (task.executor or executor_name()) == LOCAL and base.harvest.overlaps(
+        base.model.device
+    )
+    ready = PreparedLaunch.of(task, before, overlap)
     if later_arms(task.run):
         early = replace(ready, task=replace(task, run=first_wave(task.run)))
         waiting = {arm.name for arm in later_arms(task.run)}
         ended = _trained(early, [spec for spec in before.specs if spec.arm in waiting])
-        run = resolved(task.run, lambda found: _value(found, task.plan, ended))
+        run = resolve(task.run, lambda found: _value(found, task.plan, ended))
         task = replace(task, run=run)
         # where they overlapped, the harvest is complete by now
-        ready = replace(Ready.of(task, before) if overlap else ready, task=task)
+        ready = replace(PreparedLaunch.of(task, before) if overlap else ready, task=task)
     folders = _trained(ready)
     tell({"stage": "verdict", "done": 0, "total": 1})
     prepared = ready.prepared
@@ -149,12 +162,12 @@ def check_open(task: Launch) -> None:
         )
 
 
-def checked(task: Launch) -> RunCheck:
+def check_launch(task: Launch) -> RunCheck:
     """What a launch will be; nothing is trained.
 
     Raises: UsageError for what is impossible.
     """
-    specs = cells(task.plan, task.base, preview(task.run), task.purpose)
+    specs = cells(task.plan, task.base, resolve_with_placeholders(task.run), task.purpose)
     for arm in task.run.arms:
         with naming_arm(arm.name):
             check_expected(arm.expected)
@@ -167,7 +180,7 @@ def checked(task: Launch) -> RunCheck:
     return check(task, specs, _workers(task, base.model.device))
 
 
-def _value(found: Found, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> Any:
+def _value(found: FromArm, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> Any:
     """What the arm ended with: the mean over its cells at the plan's L0, or its last cell's course.
 
     Raises: SettingError when the arm has no such value.
@@ -179,7 +192,7 @@ def _value(found: Found, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> 
         last = [read_sealed(folders[spec] / "cell.json")["last"].get(found.name) for spec in own]
         points = [value for value in last if value is not None]
     if not points:
-        raise SettingError("Found.name", found.name, f"{found.arm} logs no such value: mend it")
+        raise SettingError("FromArm.name", found.name, f"{found.arm} logs no such value: mend it")
     return tuple(points) if found.path else sum(points) / len(points)
 
 
@@ -241,7 +254,7 @@ def _check_baseline(task: Launch, arms: Mapping[str, ArmResult]) -> None:
 # ---- training --------------------------------------------------------------------------------
 
 
-def _planted(ready: Ready, folders: Mapping[CellSpec, Path]) -> list[Path]:
+def _planted(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> list[Path]:
     """Where the planted effect of each trained baseline cell at the target lies, made here."""
     places, plan = [], ready.task.plan
     core = CoreData(ready.prepared.held_out, None, device=ready.data.device)
@@ -253,7 +266,7 @@ def _planted(ready: Ready, folders: Mapping[CellSpec, Path]) -> list[Path]:
         place = ready.place(replace(key, control=f"{schema.PREFIX}{schema.PLANTED}"))
         if not is_finished(place):
             with one_thread():
-                made = controls.planted(folder, core, spec.seed, spec.level)
+                made = controls.plant_effect(folder, core, spec.seed, spec.level)
             finish(place, made)
         places.append(place)
     return places
@@ -268,14 +281,14 @@ def train_together(tasks: Sequence[Launch]) -> None:
     waves: list[_Wave] = []
     for task in tasks:
         early = replace(task, run=first_wave(task.run))
-        ready = Ready.of(early, checked(early))
+        ready = PreparedLaunch.of(early, check_launch(early))
         waves.append(_wave(ready, taken={place for wave in waves for place in wave.places}))
     first = replace(tasks[0], name=", ".join(task.name for task in tasks))
     device, logs = waves[0].ready.data.device, waves[0].ready.cache / "logs"
     _run(first, waves, _workers(first, device), logs)
 
 
-def _trained(ready: Ready, later: Sequence[CellSpec] = ()) -> dict[CellSpec, Path]:
+def _trained(ready: PreparedLaunch, later: Sequence[CellSpec] = ()) -> dict[CellSpec, Path]:
     """Where each cell of the task's run lies, all of them trained and evaluated.
 
     Args:

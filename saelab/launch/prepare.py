@@ -29,7 +29,7 @@ from saelab.data.text.corpus import TextConfig, documents, manifest, tokenize
 from saelab.errors import DamageError, SettingError, SourceError
 from saelab.evals import PROBING
 from saelab.storage.cache import activations_folder, fetch, share
-from saelab.storage.lock import held
+from saelab.storage.lock import lock_folder
 from saelab.storage.remote import Place, RemoteError, place_of
 from saelab.study.plan import BaseConfig, ProbingConfig
 from saelab.version import __version__
@@ -47,7 +47,7 @@ def no_steps() -> Generator[None, None, None]:
 
 
 @dataclass
-class Prepared:
+class LaunchData:
     """Where the data of a launch lies, and what it is.
 
     Args:
@@ -79,7 +79,7 @@ class Prepared:
         return None if isinstance(self.train, GrowingSource) else self.train.digest
 
 
-def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -> Prepared:
+def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -> LaunchData:
     """Harvests what is not in the cache yet.
 
     Args:
@@ -112,7 +112,7 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
     reason = "" if probing else "no probing entries are set (evaluation.probing)"
     reason = why_missing(absent) or reason
     own = _of_probing(probing) if probing else {}
-    return Prepared(train, held_out, probing, reason, provenance, steps, absent, own)
+    return LaunchData(train, held_out, probing, reason, provenance, steps, absent, own)
 
 
 def held_out(base: BaseConfig, cache: Path) -> tuple[Source, LanguageModel | None]:
@@ -125,7 +125,7 @@ def held_out(base: BaseConfig, cache: Path) -> tuple[Source, LanguageModel | Non
     return source, model
 
 
-def _foreign(base: BaseConfig) -> Prepared:
+def _foreign(base: BaseConfig) -> LaunchData:
     """Activations made elsewhere, of which a part is held out."""
     source = ForeignSource.open(place_of(str(base.activations)), base.harvest.read_ahead)
     train, held_out = ForeignPart(source, "train"), ForeignPart(source, "held_out")
@@ -141,7 +141,7 @@ def _foreign(base: BaseConfig) -> Prepared:
         "text": "",
         "text_digest": source.digest,
     }
-    return Prepared(train, held_out, None, "activations were made elsewhere", provenance)
+    return LaunchData(train, held_out, None, "activations were made elsewhere", provenance)
 
 
 class ForeignPart:
@@ -276,7 +276,7 @@ def _probing(
     asked = identity(model, base.hook_name, entries, context, dtype, as_saebench)
     folder = cache / "probing" / digest(asked)
     if not (fetch(cache, folder, "probing.json") and ProbingData.is_saved(folder)):
-        with held(folder, "is harvesting its probing activations"):
+        with lock_folder(folder, "is harvesting its probing activations"):
             made = harvest_probing(model, base.hook_name, entries, context, dtype, as_saebench)
             made.save(folder)
             share(cache, folder)

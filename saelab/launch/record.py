@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saelab.kernels import kernels_name
-from saelab.launch.prepare import Prepared
+from saelab.launch.prepare import LaunchData
 from saelab.runs.folder import seal_run
 from saelab.storage.atomic import sweep, write_atomically, write_json, write_text, writing
 from saelab.storage.cache import package_digest, package_state, place
@@ -68,7 +68,7 @@ class Record:
     arms: Mapping[str, ArmResult]
     rows: Sequence[dict[str, Any]]
     gates: Mapping[str, CellGate]
-    prepared: Prepared
+    prepared: LaunchData
     comparisons: Sequence[Comparison]
     info: dict[str, Any]
     deviations: tuple[str, ...]

@@ -168,7 +168,7 @@ def _by_seed(rows: Sequence[Row], arm: str) -> dict[int, float]:
 # ---- from a file -------------------------------------------------------------------------------
 
 
-class GroundConfig(Frozen):
+class SyntheticStudyConfig(Frozen):
     """A comparison on synthetic activations (configs/synthetic/baselines.toml).
 
     Args:
@@ -222,12 +222,12 @@ class GroundConfig(Frozen):
         return {arm: self.train.patched(changes) for arm, changes in self.otherwise.items()}
 
 
-def read_ground(path: Path) -> GroundConfig:
+def read_study(path: Path) -> SyntheticStudyConfig:
     """Raises: SourceError when the file is missing, SettingError for an unknown setting."""
-    return GroundConfig.parse(read_toml(path), where=path.name)
+    return SyntheticStudyConfig.parse(read_toml(path), where=path.name)
 
 
-def run_ground(config: GroundConfig) -> list[Outcome]:
+def run_study(config: SyntheticStudyConfig) -> list[Outcome]:
     """Generates the activations, trains and evaluates all arms.
 
     Raises: SettingError for a device that does not exist here.
@@ -239,7 +239,9 @@ def run_ground(config: GroundConfig) -> list[Outcome]:
     return [found for seed in seeds for found in _on_one_dictionary(config, seed, [seed])]
 
 
-def _on_one_dictionary(config: GroundConfig, data_seed: int, seeds: Sequence[int]) -> list[Outcome]:
+def _on_one_dictionary(
+    config: SyntheticStudyConfig, data_seed: int, seeds: Sequence[int]
+) -> list[Outcome]:
     source = generate(config.data, data_seed, config.contexts, keep=config.keep)
     held_out = generate(config.data, data_seed, config.held_out_contexts, "held_out")
     return train_on(
@@ -256,7 +258,7 @@ def _on_one_dictionary(config: GroundConfig, data_seed: int, seeds: Sequence[int
     )
 
 
-def table(config: GroundConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def table(config: SyntheticStudyConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """What the outcomes come to, ready for JSON and for `saelab.report.figures.synthetic`.
 
     Returns:
@@ -300,7 +302,7 @@ def table(config: GroundConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return found
 
 
-def shown(table: Mapping[str, Any]) -> Iterator[str]:
+def study_lines(table: Mapping[str, Any]) -> Iterator[str]:
     """Lines of a `table`: metrics and scalars with their range, then paired differences."""
     config, n = table["config"], len(table["seeds"])
     yield f"at L0 {config['target_l0']:g}, mean over seeds (lowest to highest), {n} seeds"
@@ -332,7 +334,7 @@ def _columns(records: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
 
 
 def _paired(row: Sequence[float]) -> dict[str, Any]:
-    return asdict(stats.paired(row)) if row else {"n": 0, "mean": None}
+    return asdict(stats.paired_summary(row)) if row else {"n": 0, "mean": None}
 
 
 def _summary(values: Sequence[float | None]) -> str:

@@ -20,9 +20,9 @@ from saelab.launch.cell_key import Key, cell_folder, cell_key, resume_folder
 from saelab.launch.cell_store import finish, is_finished
 from saelab.launch.executors import executor
 from saelab.launch.executors.local import worker_count
-from saelab.launch.prepare import Prepared, prepare, source_path
+from saelab.launch.prepare import LaunchData, prepare, source_path
 from saelab.launch.seed_pairs import partners
-from saelab.launch.worker import Data, Job, Worker, as_job_cell, evaluation_cost
+from saelab.launch.worker import Job, Worker, WorkerData, as_job_cell, evaluation_cost
 from saelab.preflight.estimate import training_seconds
 from saelab.preflight.preview import RunCheck
 from saelab.progress import clock, progress
@@ -44,7 +44,7 @@ from saelab.training.resume import drop_damaged, remove_checkpoints
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedLaunch:
     """A launch whose data is there.
 
     Args:
@@ -56,14 +56,14 @@ class Ready:
     """
 
     task: Launch
-    prepared: Prepared
-    data: Data
+    prepared: LaunchData
+    data: WorkerData
     content: dict[str, Any]
     beside: list[dict[str, Any]]
     cache: Path
 
     @classmethod
-    def of(cls, task: Launch, before: RunCheck, overlap: bool = False) -> Ready:
+    def of(cls, task: Launch, before: RunCheck, overlap: bool = False) -> PreparedLaunch:
         """Harvests what is missing; with `overlap` all but the activations to train on."""
         base, cache = before.base, cache_folder(task.root)
         prepared = prepare(base, cache, base.model.device, overlap)
@@ -93,8 +93,8 @@ def _workers(task: Launch, device: str) -> int:
     return worker_count(device) if task.workers is None else task.workers
 
 
-def _data(base: BaseConfig, prepared: Prepared, task: Launch) -> Data:
-    return Data(
+def _data(base: BaseConfig, prepared: LaunchData, task: Launch) -> WorkerData:
+    return WorkerData(
         train=source_path(prepared.train),
         train_digest=prepared.train_digest,
         held_out=source_path(prepared.held_out),
@@ -115,7 +115,7 @@ def _data(base: BaseConfig, prepared: Prepared, task: Launch) -> Data:
     )
 
 
-def _data_content(base: BaseConfig, prepared: Prepared, data: Data) -> dict[str, Any]:
+def _data_content(base: BaseConfig, prepared: LaunchData, data: WorkerData) -> dict[str, Any]:
     """What the numbers of a cell depend on besides its settings and training activations."""
     return {
         "held_out": prepared.held_out.digest,
@@ -134,7 +134,7 @@ def _data_content(base: BaseConfig, prepared: Prepared, data: Data) -> dict[str,
 
 
 def _controls(
-    specs: Sequence[CellSpec], content: dict[str, Any], prepared: Prepared
+    specs: Sequence[CellSpec], content: dict[str, Any], prepared: LaunchData
 ) -> list[dict[str, Any]]:
     """Cells of the control subjects; the one that is trained comes first."""
     first = next(spec for spec in specs if spec.arm == BASELINE)
@@ -161,7 +161,7 @@ class _Wave:
         tokens: that they count for.
     """
 
-    ready: Ready
+    ready: PreparedLaunch
     specs: list[CellSpec]
     cached: int
     jobs: list[Job]
@@ -173,7 +173,7 @@ class _Wave:
         return {self.ready.place(cell["key"]) for job in self.jobs for cell in job.cells}
 
 
-def _wave(ready: Ready, taken: Collection[Path] = ()) -> _Wave:
+def _wave(ready: PreparedLaunch, taken: Collection[Path] = ()) -> _Wave:
     """What is not in the cache, nor taken by another run's wave."""
     task, data, keys = ready.task, ready.data, ready.keys
 
@@ -197,7 +197,7 @@ def _wave(ready: Ready, taken: Collection[Path] = ()) -> _Wave:
     return _Wave(ready, specs, len(keys) - len(specs), jobs, tokens)
 
 
-def _tidy(ready: Ready, unfinished: Collection[Key]) -> None:
+def _tidy(ready: PreparedLaunch, unfinished: Collection[Key]) -> None:
     """Removes checkpoints of finished cells, and those of the others that are damaged."""
     trained = [control["key"] for control in ready.beside if "control" not in control]
     for key in [*ready.keys.values(), *trained]:
@@ -231,7 +231,7 @@ def _jobs(
     task: Launch,
     specs: Sequence[CellSpec],
     keys: Mapping[CellSpec, Key],
-    data: Data,
+    data: WorkerData,
     cache: Path,
 ) -> list[Job]:
     """Groups of cells with the same seed and batch size; the largest groups first.
@@ -300,7 +300,7 @@ def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
     share(cache, folder)
 
 
-def _done(cache: Path, key: Key, data: Data) -> bool:
+def _done(cache: Path, key: Key, data: WorkerData) -> bool:
     """Whether a cell is in the cache, undamaged; none is before the activations are complete."""
     if data.train_digest is None:
         return False

@@ -52,10 +52,10 @@ from saelab.launch.cell_facts import (
     _balance_facts,
     _curve_facts,
     _weights_facts,
-    centred,
     code_std,
     input_facts,
     not_finite,
+    removes_mean,
 )
 from saelab.launch.cell_key import Key, cell_folder, resume_folder
 from saelab.launch.cell_store import finish
@@ -74,7 +74,7 @@ from saelab.training.curves import _logged, write_curves
 from saelab.training.loop import Cell
 from saelab.training.module_cell import ModuleCell
 from saelab.training.optim import TrainConfig
-from saelab.training.resume import Kept, remove_checkpoints, restored, train_kept
+from saelab.training.resume import Kept, remove_checkpoints, restore_cell, train_kept
 from saelab.training.sample import initial_sample
 from saelab.verdict.gate import REACH
 
@@ -91,7 +91,7 @@ AT_TARGET = (
 
 
 @dataclass(frozen=True)
-class Data:
+class WorkerData:
     """What every job of a launch shares; plain data, so that it can be sent to a worker.
 
     `train_digest` is None while the activations to train on are still being harvested; `read_ahead`
@@ -123,7 +123,7 @@ class Job:
 
     cells: list[dict[str, Any]]
     seed: int
-    data: Data
+    data: WorkerData
     cache: Path
     experiment: Path | None
     run: str
@@ -150,7 +150,7 @@ def as_job_cell(spec: CellSpec, key: Key) -> dict[str, Any]:
 class Worker:
     """What a process keeps between jobs: the opened data and the language model."""
 
-    def __init__(self, data: Data) -> None:
+    def __init__(self, data: WorkerData) -> None:
         self.data = data
         growing = data.train_digest is None
         self.train = open_source(data.train, data.foreign, "train", growing, data.read_ahead)
@@ -203,7 +203,7 @@ class Worker:
     def _restored(self, job: Job, plain: dict[str, Any]) -> Kept:
         """A cell where it stopped, or at its start."""
         folder = self._resume_folder(job, plain)
-        return restored(lambda: self._build(job, plain), folder, shared_twin(job.cache, folder))
+        return restore_cell(lambda: self._build(job, plain), folder, shared_twin(job.cache, folder))
 
     def _resume_folder(self, job: Job, plain: dict[str, Any]) -> Path:
         return resume_folder(job.cache, plain["key"], self.train, self.data.foreign)
@@ -275,7 +275,7 @@ class Worker:
             "data_passes": cell.config.tokens / max(1, sum(self.train.shard_counts)),
             "planned_passes": 1.0,
             "code_std": code_std(cell.sae, self.evaluation.core) if rows else None,
-            "centred": float(centred(cell)),
+            "centred": float(removes_mean(cell)),
             "probing_accuracy": values.get(PROBED),
             "not_finite": not_finite(rows),
             **self.input_facts,

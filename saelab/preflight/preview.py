@@ -39,7 +39,7 @@ from saelab.study.plan import (
     PlanConfig,
     arm_settings,
     later_arms,
-    preview,
+    resolve_with_placeholders,
 )
 from saelab.study.registry import deviations, plan_hash
 from saelab.study.task import GROUP
@@ -257,7 +257,7 @@ def arm_changes(task: Launch, arm: Arm) -> tuple[Change, ...]:
 
     Raises: SettingError for an unknown setting.
     """
-    shown = next(a for a in preview(task.run).arms if a.name == arm.name)
+    shown = next(a for a in resolve_with_placeholders(task.run).arms if a.name == arm.name)
     base = task.base.patched(dict(task.run.changes)).model_dump(mode="json")
     settings = arm_settings(task.base, task.run, shown).model_dump(mode="json")
     found = list(_changes("", base, settings))

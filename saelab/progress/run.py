@@ -160,7 +160,9 @@ def tell_cells(to_train: int, cached: int) -> None:
 
 
 @contextmanager
-def told(folder: Path, about: Mapping[str, Any], tracker: str = "none") -> Iterator[RunProgress]:
+def launch_progress(
+    folder: Path, about: Mapping[str, Any], tracker: str = "none"
+) -> Iterator[RunProgress]:
     """A launch: whatever is told and every bar inside the block is of it.
 
     Its last line says how it ended: 'complete', 'refused' (bad input), 'interrupted' or 'failed'.

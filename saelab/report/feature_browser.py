@@ -61,7 +61,7 @@ def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def packed(cells: Sequence[Browsed]) -> dict[str, Any]:
+def pack_cells(cells: Sequence[Browsed]) -> dict[str, Any]:
     """Plain data for the page: texts by number, and cells that name theirs."""
     texts: dict[str, _Texts] = {}
     found = []

@@ -23,17 +23,17 @@ from typing import Any, cast
 from saelab.analysis.latents import Browsed, primary_arms
 from saelab.errors import SettingError
 from saelab.report import verdict_table
-from saelab.report.feature_browser import packed
+from saelab.report.feature_browser import pack_cells
 from saelab.report.figure_data import Arrays, scene
 from saelab.report.figures.common import PICTURES
-from saelab.report.figures.style import STYLE, Look, looks, shown
+from saelab.report.figures.style import STYLE, ArmStyle, arm_styles, legend_name
 from saelab.report.run_data import CONTROL, Run, load
 from saelab.runs.cells import RunFolder
 from saelab.storage.atomic import write_text
 from saelab.study.plan import PlanConfig
 from saelab.study.registry import Attempt, attempts
 from saelab.verdict.judge import COVERS, POWER
-from saelab.verdict.review import CellNote, Review, differences_of, grouped, review
+from saelab.verdict.review import CellNote, Review, differences_of, group_notes, review
 from saelab.verdict.summary import COLUMNS, mean_and_half_width
 from saelab.version import __version__
 
@@ -114,7 +114,7 @@ def render(study: Study) -> tuple[str, dict[str, Any]]:
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         pictures=Markup(as_block(data)),
-        latents=Markup(as_block(packed(study.cells))),
+        latents=Markup(as_block(pack_cells(study.cells))),
     )
     return text, _held(study, reviews, pictures, runs)
 
@@ -180,14 +180,14 @@ def _untitled(found: dict[str, Any], run: Run) -> dict[str, Any]:
 
 
 def _legend(run: Run) -> list[dict[str, Any]]:
-    return [_look(name, look) for name, look in looks(run).items()]
+    return [_look(name, look) for name, look in arm_styles(run).items()]
 
 
-def _look(name: str, look: Look) -> dict[str, Any]:
+def _look(name: str, look: ArmStyle) -> dict[str, Any]:
     dashes = [] if look.dashes == "-" else [float(part) for part in look.dashes[1]]
     return {
         "name": name,
-        "shown": shown(name),
+        "shown": legend_name(name),
         "control": name.startswith(CONTROL),
         "color": look.color,
         "marker": look.marker,
@@ -208,7 +208,7 @@ def _page(study: Study, reviews: Sequence[Review], runs: Sequence[Any]) -> dict[
         "version": __version__,
         "covers": COVERS,
         "power": round(100 * POWER),
-        "words": verdict_table.counted(comparisons),
+        "words": verdict_table.count_words(comparisons),
         "arms": len(comparisons),
         "runs": runs,
         "plans": _plans(reviews),
@@ -297,7 +297,7 @@ def _run(
         "planted": _planted(manifest.get("planted")),
         "cells": len(manifest["cells"]),
         "outcomes": _outcomes(found.cells),
-        "gate": [_gate_row(*group) for group in grouped(found.cells)],
+        "gate": [_gate_row(*group) for group in group_notes(found.cells)],
         "open": [_figure(name, scenes[name]) for name in OPEN if name in scenes],
         "more": [_figure(name, scenes[name]) for name in scenes if name not in OPEN],
         "not_drawn": dict(missing),
@@ -318,7 +318,7 @@ def _secondary(d: Any) -> dict[str, Any]:
         "arm": d.arm,
         "metric": verdict_table.metric_name(d.metric),
         "pairs": d.n,
-        "difference": verdict_table.signed(d.mean_diff),
+        "difference": verdict_table.format_signed(d.mean_diff),
         "interval": verdict_table.span(d.low, d.high),
         "reason": d.reason,
     }
@@ -351,7 +351,8 @@ def _planted(known: Mapping[str, Any] | None) -> str:
         return ""
     c, expected = known["comparison"], known["expected"]
     seen = "was found" if c["word"] == "hurts" else "was missed"
-    return f"An effect of {verdict_table.signed(expected)} was planted and {seen}: {c['reason']}."
+    size = verdict_table.format_signed(expected)
+    return f"An effect of {size} was planted and {seen}: {c['reason']}."
 
 
 def _outcomes(cells: Sequence[CellNote]) -> list[dict[str, Any]]:
@@ -394,7 +395,7 @@ def _missing(run: Run) -> list[str]:
                     lost[metric, value.arm, value.reason] += 1
     arms: dict[tuple[str, str], list[str]] = {}
     for (metric, arm, reason), count in lost.items():
-        arms.setdefault((metric, reason), []).append(f"{shown(arm)} ({count})")
+        arms.setdefault((metric, reason), []).append(f"{legend_name(arm)} ({count})")
     return [f"{metric}: {', '.join(of)}: {reason}" for (metric, reason), of in arms.items()]
 
 

@@ -53,12 +53,12 @@ def metric_name(metric: str) -> str:
     return NAMES.get(metric, metric.replace("_", " "))
 
 
-def signed(value: float | None) -> str:
+def format_signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.4f}".replace("-", "−")
 
 
 def span(low: float | None, high: float | None) -> str:
-    return "–" if low is None or high is None else f"{signed(low)} to {signed(high)}"
+    return "–" if low is None or high is None else f"{format_signed(low)} to {format_signed(high)}"
 
 
 def sentence(c: Comparison, plan: PlanConfig) -> str:
@@ -107,7 +107,7 @@ def bars(comparisons: Sequence[Comparison], sesoi: float) -> list[Bar]:
     return [Bar(place(c.low), place(c.mean_diff), place(c.high), zone) for c in comparisons]
 
 
-def counted(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+def count_words(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     """Each word with its number, meaning and look."""
     words = [c.word for c in comparisons]
     return [
@@ -126,7 +126,7 @@ def row(c: Comparison, bar: Bar, plan: PlanConfig, comment: str) -> Mapping[str,
         "sign": WORDS[c.word].sign,
         "look": WORDS[c.word].look,
         "bar": bar,
-        "difference": signed(c.mean_diff),
+        "difference": format_signed(c.mean_diff),
         "interval": span(c.low, c.high),
         "pairs": c.n,
         "p": "–" if c.p_holm is None else f"{c.p_holm:.3g}",

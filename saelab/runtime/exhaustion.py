@@ -21,7 +21,7 @@ class ExhaustedError(UsageError):
 
 
 @contextmanager
-def named() -> Iterator[None]:
+def as_usage_error() -> Iterator[None]:
     """Raises: ExhaustedError in place of what the system and the libraries raise."""
     try:
         yield

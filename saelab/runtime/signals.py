@@ -68,13 +68,13 @@ def handle(number: int, frame: Any) -> None:
         raise Interrupted(_Asked.number, at_once)
 
 
-def asked() -> int | None:
+def pending_signal() -> int | None:
     """The number of the signal that has come, None where none has."""
     return _Asked.number
 
 
 @contextmanager
-def whole() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """A first signal within the block raises `Interrupted` at its end."""
     _Asked.depth += 1
     try:
@@ -87,7 +87,7 @@ def whole() -> Iterator[None]:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def preserve_handlers() -> Iterator[None]:
     """Puts the handlers back that are set within the block, in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -102,7 +102,7 @@ def kept() -> Iterator[None]:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def exit_on_signal() -> Iterator[None]:
     """Ends the process when a signal comes within the block; the sentence is the last of stderr."""
     try:
         with _listening():
@@ -120,7 +120,7 @@ def _listening() -> Iterator[None]:
         yield
         return
     try:
-        with kept():
+        with preserve_handlers():
             for number in WORDS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     signal.signal(number, handle)

@@ -138,10 +138,10 @@ def read_sealed(path: Place, remedy: str = "make it again") -> dict[str, Any]:
 
     Raises: DamageError when the file was changed afterwards, SourceError when it is missing.
     """
-    return unsealed(read_json(path), path, remedy)
+    return check_seal(read_json(path), path, remedy)
 
 
-def unsealed(data: Any, path: Place, remedy: str = "make it again") -> dict[str, Any]:
+def check_seal(data: Any, path: Place, remedy: str = "make it again") -> dict[str, Any]:
     """`read_sealed` of a file that was parsed already."""
     if not isinstance(data, dict) or data.pop("digest", None) != digest(data):
         raise DamageError(f"{path} was changed after it was written: {remedy}")

@@ -30,7 +30,7 @@ class BusyError(UsageError):
 
 
 @contextmanager
-def held(place: Path, doing: str) -> Iterator[None]:
+def lock_folder(place: Path, doing: str) -> Iterator[None]:
     """Holds the lock of a folder, `.<name>.lock` beside it.
 
     Args:

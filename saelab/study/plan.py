@@ -180,7 +180,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Found:
+class FromArm:
     """Stands in an arm's changes for what another arm of the run ends with.
 
     Arms that hold one are trained in a second wave of the same launch.
@@ -194,6 +194,10 @@ class Found:
     arm: str
     name: str
     path: bool = False
+
+
+#: The former name of `FromArm`, kept for one release.
+Found = FromArm
 
 
 @dataclass(frozen=True)
@@ -246,37 +250,37 @@ def first_wave(run: Run) -> Run:
     return replace(run, arms=[arm for arm in run.arms if arm not in later])
 
 
-def resolved(run: Run, value: Callable[[Found], Any]) -> Run:
-    """The run with each `Found` replaced by its value.
+def resolve(run: Run, value: Callable[[FromArm], Any]) -> Run:
+    """The run with each `FromArm` replaced by its value.
 
     Raises: SettingError when one names no arm of the first wave.
     """
     names = [arm.name for arm in first_wave(run).arms]
 
-    def checked(found: Found) -> Any:
+    def checked(found: FromArm) -> Any:
         if found.arm not in names:
             remedy = f"no arm of the first wave{nearest(found.arm, names)}: name one of them"
-            raise SettingError("Found.arm", found.arm, remedy)
+            raise SettingError("FromArm.arm", found.arm, remedy)
         return value(found)
 
     arms = [replace(arm, changes=_replaced(arm.changes, checked)) for arm in run.arms]
     return replace(run, arms=arms)
 
 
-def founds(changes: Mapping[str, Any]) -> list[Found]:
-    """Every `Found` in an arm's changes."""
-    kept: list[Found] = []
+def references(changes: Mapping[str, Any]) -> list[FromArm]:
+    """Every `FromArm` in an arm's changes."""
+    kept: list[FromArm] = []
     _replaced(changes, lambda found: kept.append(found))
     return kept
 
 
-def preview(run: Run) -> Run:
+def resolve_with_placeholders(run: Run) -> Run:
     """The run with numbers for what is not known before its first wave: to check and to count."""
-    return resolved(run, lambda found: (PREVIEWED, PREVIEWED) if found.path else PREVIEWED)
+    return resolve(run, lambda found: (PREVIEWED, PREVIEWED) if found.path else PREVIEWED)
 
 
-def _replaced(data: Any, value: Callable[[Found], Any]) -> Any:
-    if isinstance(data, Found):
+def _replaced(data: Any, value: Callable[[FromArm], Any]) -> Any:
+    if isinstance(data, FromArm):
         return value(data)
     if isinstance(data, Mapping):
         return {name: _replaced(part, value) for name, part in data.items()}

@@ -56,14 +56,14 @@ class _End(Loose):
     seconds: Number | None
 
 
-def registered(plan: PlanConfig) -> dict[str, Any]:
+def registered_settings(plan: PlanConfig) -> dict[str, Any]:
     """What of a plan is registered, as plain data."""
     return plan.model_dump(mode="json", exclude=UNREGISTERED)
 
 
 def plan_hash(plan: PlanConfig) -> str:
     """A 16-character hash of what is registered."""
-    return digest(registered(plan))
+    return digest(registered_settings(plan))
 
 
 def register(root: Path, plan: PlanConfig) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ def register(root: Path, plan: PlanConfig) -> tuple[str, ...]:
     """
     file = root / FOLDER / PLAN
     if not file.is_file():
-        write_json(file, {"hash": plan_hash(plan), "plan": registered(plan), "at": _now()})
+        write_json(file, {"hash": plan_hash(plan), "plan": registered_settings(plan), "at": _now()})
     return deviations(root, plan)
 
 
@@ -94,7 +94,7 @@ def deviations(root: Path, plan: PlanConfig) -> tuple[str, ...]:
 
 def changes(old: PlanConfig, new: PlanConfig) -> tuple[str, ...]:
     """What differs between two plans, as in 'seeds: 8 -> 4'."""
-    before, after = registered(old), registered(new)
+    before, after = registered_settings(old), registered_settings(new)
     return tuple(
         f"{name}: {_plain(before[name])} -> {_plain(after[name])}"
         for name in after

@@ -19,7 +19,7 @@ from saelab.data.activations.stream import Batch
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.distributed.sharded_file import Shards
 from saelab.errors import CellFailure
-from saelab.runtime.signals import whole
+from saelab.runtime.signals import defer_signals
 from saelab.sae import SAEConfig
 from saelab.training.optim import Optimiser, TrainConfig
 from saelab.training.snapshots import Snapshots
@@ -293,7 +293,7 @@ def train(
     failures: dict[str, CellFailure] = {}
     living = [cell for cell in cells if not cell.done]
     for turn, position in _turns(stream) if living else ():
-        with whole():
+        with defer_signals():
             before = max(cell.steps_done for cell in living)
             for cell in living:
                 failure = _take(cell, turn)

@@ -27,7 +27,7 @@ from typing import Any
 from saelab.data.activations.stream import Batch, Position
 from saelab.distributed.sharded_file import WHOLE, Shards
 from saelab.errors import CellFailure, DamageError, SaelabError, SettingError
-from saelab.runtime.signals import Interrupted, whole
+from saelab.runtime.signals import Interrupted, defer_signals
 from saelab.storage.atomic import read_sealed, sha256, sweep, write_atomically, write_sealed
 from saelab.storage.remote import Remote
 from saelab.training.loop import Cell, train
@@ -92,12 +92,12 @@ def read_checkpoint(file: Path, shards: Shards = WHOLE) -> tuple[State, Position
 
     Raises: DamageError when a byte of either file is not what was written.
     """
-    record = shards.ranks.on_first(lambda: checked(file))
+    record = shards.ranks.on_first(lambda: read_record(file))
     state = State(shards.read(file.with_suffix(".safetensors")), record["plain"])
     return state, Position(**record["position"]), record["seconds"]
 
 
-def checked(file: Path) -> dict[str, Any]:
+def read_record(file: Path) -> dict[str, Any]:
     """A checkpoint's JSON, after both files were compared with their checksums.
 
     Raises: DamageError when one of them is not what was written.
@@ -114,7 +114,7 @@ def drop_damaged(folder: Path) -> None:
     """Removes the checkpoints of a cell that are damaged, and says so on stderr."""
     for file in _files(folder):
         with _dropping(file):
-            checked(file)
+            read_record(file)
 
 
 def push(folder: Path, twin: Remote) -> None:
@@ -207,7 +207,7 @@ class Kept:
             print(f"{name} has no checkpoints, its state can't be kept: {error}", file=sys.stderr)
 
 
-def restored(build: Callable[[], Cell], folder: Path, twin: Remote | None = None) -> Kept:
+def restore_cell(build: Callable[[], Cell], folder: Path, twin: Remote | None = None) -> Kept:
     """The cell as its last checkpoint that is intact has it, a fresh one where there is none."""
     cell = build()
     for file in cell.ranks.on_first(lambda: _found(folder, twin)):
@@ -275,7 +275,7 @@ def _train_group(
         failures = train([member.cell for member in group], stream, on_step, look)
     except Interrupted as stop:
         if last is not None and not stop.at_once and ranks.alone:  # others may be elsewhere
-            with whole():
+            with defer_signals():
                 write(*last)
         raise
     for member in group:

@@ -19,7 +19,7 @@ from saelab.runs import schema
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.verdict.arms import SCALARS, ArmResult
 from saelab.verdict.judge import Comparison, Difference, compare_secondary, judge
-from saelab.verdict.l0_adjustment import Moves, moved, moves
+from saelab.verdict.l0_adjustment import Moves, move_values, value_moves
 
 #: Most entries of `means`: an autonomous driver's model sees nothing else.
 MOST_MEANS = 40
@@ -58,7 +58,7 @@ def judge_run(
     others = [arm for arm in arms.values() if arm.name != BASELINE]
     comparisons: list[Comparison] = []
     differences: list[Difference] = []
-    by = moves(arms, plan)
+    by = value_moves(arms, plan)
     for name in dict.fromkeys(arm.against for arm in others):
         some = {arm.name: arm for arm in others if arm.against == name}
         comparisons += _judge(arms[name], some, plan, exploratory, len(others), by)
@@ -97,8 +97,8 @@ def _judge(
         primary,
         plan.direction,
         plan.sesoi,
-        moved(reference, by.get(base.name, {})),
-        {name: moved(values, by.get(name, {})) for name, values in measured.items()},
+        move_values(reference, by.get(base.name, {})),
+        {name: move_values(values, by.get(name, {})) for name, values in measured.items()},
         {name: _numbers(arm.metric("l0")) for name, arm in every.items()},
         plan.target_l0,
         plan.tolerance,

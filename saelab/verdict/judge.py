@@ -226,7 +226,7 @@ def compare_secondary(
         if not d:
             found.append(Difference(arm, metric, 0, None, None, None, "no pair has both values"))
             continue
-        summary = stats.paired(d, alpha)
+        summary = stats.paired_summary(d, alpha)
         reason = "" if summary.n > 1 else "one pair has no interval"
         found.append(
             Difference(arm, metric, summary.n, summary.mean, summary.low, summary.high, reason)
@@ -328,13 +328,13 @@ def _compare(blank: Comparison, pairs: _Pairs, sign: float, m: int, alpha: float
     if pairs.measured:
         done = _with_numbers(done, sign * pairs.gains, alpha)
     if word == "cannot tell" and pairs.measured and not pairs.failed:
-        needed = seeds_to_tell(stats.paired(pairs.gains, alpha), blank.sesoi, m, alpha)
+        needed = seeds_to_tell(stats.paired_summary(pairs.gains, alpha), blank.sesoi, m, alpha)
         done = replace(done, needed_seeds=needed)
     return replace(done, reason=_reason(done, pairs, m))
 
 
 def _with_numbers(done: Comparison, d: stats.Array, alpha: float) -> Comparison:
-    summary = stats.paired(d, alpha)
+    summary = stats.paired_summary(d, alpha)
     sd = summary.sd or 0.0
     bca = stats.bca_interval(d, alpha)
     return replace(

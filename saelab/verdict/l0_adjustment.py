@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Moves = dict[str, dict[int, float]]
 
 
-def moves(arms: Mapping[str, ArmResult], plan: PlanConfig) -> Moves:
+def value_moves(arms: Mapping[str, ArmResult], plan: PlanConfig) -> Moves:
     """What brings each cell's primary metric to the target L0; empty where nothing does."""
     target = plan.target_l0
     if target is None or plan.primary == "l0":
@@ -69,6 +69,8 @@ def _of_arm(arm: ArmResult, b: float, target: float, tolerance: float) -> dict[i
     }
 
 
-def moved(values: Mapping[int, float | None], by: Mapping[int, float]) -> dict[int, float | None]:
+def move_values(
+    values: Mapping[int, float | None], by: Mapping[int, float]
+) -> dict[int, float | None]:
     """Values of seeds at the target L0."""
     return {s: None if v is None else v + by.get(s, 0.0) for s, v in values.items()}

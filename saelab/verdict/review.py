@@ -28,7 +28,7 @@ from saelab.verdict.arms import ArmResult, CellGate
 from saelab.verdict.final_info import judge_run
 from saelab.verdict.gate import ORDER, Outcome
 from saelab.verdict.judge import COVERS, Comparison, Difference
-from saelab.verdict.summary import aligned
+from saelab.verdict.summary import align_columns
 
 #: What every row says about where it was measured; runs that differ in one are not compared.
 PROVENANCE = (
@@ -103,7 +103,7 @@ class Review:
         }
 
 
-def finished(root: Path) -> list[Path]:
+def complete_runs(root: Path) -> list[Path]:
     """The folders of all complete runs in `root`, by number.
 
     Raises: SourceError when there is none.
@@ -258,10 +258,10 @@ def _table(found: Review) -> str:
     for d in found.differences:
         none = ["-", "-", "-", "-"]
         lines.append([d.arm, d.metric, str(d.n), _signed(d.mean_diff), _span(d), *none, ""])
-    return aligned(lines)
+    return align_columns(lines)
 
 
-def grouped(cells: Sequence[CellNote]) -> list[tuple[str, str, bool, list[CellNote]]]:
+def group_notes(cells: Sequence[CellNote]) -> list[tuple[str, str, bool, list[CellNote]]]:
     """Notes by arm, check and whether it was expected."""
     groups: dict[tuple[str, str, bool], list[CellNote]] = {}
     for note in cells:
@@ -274,7 +274,7 @@ def _cell_lines(cells: Sequence[CellNote]) -> list[str]:
     """One line for each check and arm, with how many cells it is about."""
     return [
         f"- {arm}, {check}{' (expected)' * expected}, {len(some)} cells: {some[0].sentence}"
-        for arm, check, expected, some in grouped(cells)
+        for arm, check, expected, some in group_notes(cells)
     ]
 
 

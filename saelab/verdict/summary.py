@@ -49,7 +49,7 @@ def table(
     for name, values in control_values(rows).items():
         cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in COLUMNS]
         lines.append([name, "", *cells, ""])
-    return aligned(lines)
+    return align_columns(lines)
 
 
 def control_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -68,7 +68,7 @@ def control_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, flo
     }
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
+def align_columns(lines: Sequence[Sequence[str]]) -> str:
     """A table of text whose first line is its heading."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [

@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_over_the_seeds_that_both_have(run: Path) -> None:
     found = difference(run, "a", "b")
-    summary = stats.paired([0.5 - 0.52, 0.4 - 0.43])
+    summary = stats.paired_summary([0.5 - 0.52, 0.4 - 0.43])
     assert (found.n, found.mean_diff) == (2, summary.mean)
     assert (found.low, found.high) == (summary.low, summary.high)
     said = CliRunner().invoke(app, ["difference", str(run), "a", "b"]).output

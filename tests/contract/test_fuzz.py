@@ -26,7 +26,7 @@ from safetensors.torch import save, save_file
 
 from saelab import checkpoint, formats
 from saelab.analysis.difference import difference
-from saelab.analysis.saebench import run_result, shown
+from saelab.analysis.saebench import comparison_lines, run_result
 from saelab.config import digest, read_toml
 from saelab.data.activations.foreign import ForeignSource
 from saelab.data.activations.growing import GrowingSource
@@ -477,7 +477,7 @@ FORMATS: dict[str, Format] = {
     "table": Format(make_texts, read_entry("."), ("train.parquet",)),
     "table of lines": Format(make_texts, read_entry("lines"), ("lines/test.jsonl",)),
     "SAEBench": Format(
-        make_saebench, lambda folder: shown(folder / "result.json"), ("result.json",)
+        make_saebench, lambda folder: comparison_lines(folder / "result.json"), ("result.json",)
     ),
     "tuned": Format(make_study, _tuned, ("tuned.json",)),
     "attempts": Format(make_study, read_study, (".saelab/attempts.jsonl",)),

@@ -27,7 +27,7 @@ from saelab.data.activations.foreign import ForeignSource
 from saelab.data.language_model import ModelConfig
 from saelab.errors import DamageError, SaelabError, SettingError, SourceError
 from saelab.report.figures.common import draw_run
-from saelab.report.figures.style import shown
+from saelab.report.figures.style import legend_name
 from saelab.report.run_data import load
 from saelab.runs.cells import members
 from saelab.runtime.safe_text import markdown, visible
@@ -290,7 +290,7 @@ def test_pictures_show_hostile_names_as_they_are(tmp_path: Path) -> None:
     run = load(write_run(tmp_path / "run_1", names, seeds=2, entries=("theme",)))
     drawn = [line for line, good in draw_run(run, tmp_path) if good]
     assert any("loss" in line for line in drawn)
-    assert shown("_hidden") == " _hidden" and shown("$x^{") == "$x^{"
+    assert legend_name("_hidden") == " _hidden" and legend_name("$x^{") == "$x^{"
     from xml.etree import ElementTree
 
     for file in tmp_path.glob("*.svg"):

@@ -18,11 +18,11 @@ from saelab.data.synthetic.chains import (
     trees,
     truth_of,
 )
-from saelab.data.synthetic.trees import ForestConfig, ForestTruth, apart
+from saelab.data.synthetic.trees import ForestConfig, ForestTruth, push_apart
 from saelab.errors import SettingError
 from saelab.evals.dictionary_matching import random_directions
 from saelab.evals.known_features import evaluate_truth
-from saelab.launch.synthetic import GroundConfig, read_ground
+from saelab.launch.synthetic import SyntheticStudyConfig, read_study
 
 #: Standard errors within which a mean must lie; a few hundred are looked at.
 SIGMAS = 5.5
@@ -147,13 +147,13 @@ def test_pushing_apart_is_adam_on_the_loss_that_is_written() -> None:
         loss.backward()
         optimiser.step()
     expected = torch.nn.functional.normalize(rows.detach(), dim=1)
-    found = apart(start, 5, 0.01)
+    found = push_apart(start, 5, 0.01)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
     def crowd(w: Tensor) -> float:
         return float((w @ w.T).fill_diagonal_(0).square().mean())
 
-    assert crowd(apart(start, 200, 0.01)) < crowd(start)
+    assert crowd(push_apart(start, 200, 0.01)) < crowd(start)
 
 
 def test_the_scores_take_it(global_random_seed: int) -> None:
@@ -177,7 +177,7 @@ def test_the_scores_take_it(global_random_seed: int) -> None:
 
 
 def test_the_shipped_file_is_the_published_model() -> None:
-    settings = read_ground(SHIPPED)
+    settings = read_study(SHIPPED)
     made = settings.data
     assert isinstance(made, ForestConfig) and (made.features, made.d) == (16_384, 768)
     assert made.nodes == 10_880 and settings.arms["batchtopk"].d_sae == 4096
@@ -185,7 +185,7 @@ def test_the_shipped_file_is_the_published_model() -> None:
     assert not settings.keep
     rows = ForestTruth(made.patched({"apart_steps": 0}), 0, "train", 16)
     assert 28 < float((rows.codes() != 0).sum(-1).float().mean()) < 40  # published: about 34
-    assert GroundConfig.parse(settings.model_dump(mode="json")) == settings
+    assert SyntheticStudyConfig.parse(settings.model_dump(mode="json")) == settings
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,14 @@ from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import CellFailure, SettingError, SourceError
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.kernels import Code, Support, kernels_for, support_of_topk, topk_over_ranks
-from saelab.kernels.over_ranks import gathered, of_latents
+from saelab.kernels.over_ranks import gather_code, of_latents
 from saelab.parts import TABLE
 from saelab.parts.base import Dims
 from saelab.sae import DRAWN, SAEConfig, _normal_rows
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
-from saelab.training.resume import restored, write_checkpoint
+from saelab.training.resume import restore_cell, write_checkpoint
 
 D_IN, D_SAE, SIZE, STEPS, SEED = 16, 130, 50, 100, 3
 #: What studies.md promises of the loss over 100 steps, relative, in float32.
@@ -247,7 +247,7 @@ class TestWhole:
 def stretch(ranks: Ranks, case: str, folder: Path, until: int) -> np.ndarray:
     """Goes on from the last checkpoint to a step and writes one there; the losses so far."""
     data = source()
-    kept = restored(lambda: cell(ranks, config(case), data), folder)
+    kept = restore_cell(lambda: cell(ranks, config(case), data), folder)
     one, position = kept.cell, kept.position
     stream: Iterator[tuple[Batch, Position]] = batches(data, SEED, SIZE, start=position)
     while one.steps_done < until:
@@ -280,7 +280,7 @@ def primitives(ranks: Ranks) -> dict[str, Any]:
     mine = z[:, own].clone()
     support = topk_over_ranks(mine, 2, ranks)
     code = Code(mine.flatten()[support.flat], mine.flatten()[support.flat], support)
-    whole = gathered(code, 7, ranks)
+    whole = gather_code(code, 7, ranks)
     part = of_latents(whole, own)
     x = torch.tensor([2.0], requires_grad=True)
     ranks.over_latents(ranks.spread(x) * (ranks.part_of_latents + 1)).sum().backward()

@@ -13,7 +13,7 @@ from saelab.errors import SettingError
 from saelab.launch.confirmation import FACTORS, candidates
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import read_json
-from saelab.study.plan import Arm, BaseConfig, Found, PlanConfig, Run, cells, founds
+from saelab.study.plan import Arm, BaseConfig, FromArm, PlanConfig, Run, cells, references
 from saelab.verdict.review import review
 
 PLAN = "study = 'small'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
@@ -124,5 +124,5 @@ def test_what_an_arm_is_compared_with_is_checked() -> None:
 
 
 def test_what_an_arm_waits_for_is_found_anywhere_in_its_changes() -> None:
-    a, b = Found("x", "tau"), Found("y", "alpha", path=True)
-    assert founds({"p": [{"q": a}], "r": (b, 1), "s": 2}) == [a, b]
+    a, b = FromArm("x", "tau"), FromArm("y", "alpha", path=True)
+    assert references({"p": [{"q": a}], "r": (b, 1), "s": 2}) == [a, b]

@@ -94,13 +94,13 @@ def test_all_public_names_are_there() -> None:
 def test_the_root_table_can_be_run_as_it_is() -> None:
     """Every arm of every shipped run is possible; nothing is trained here."""
     from saelab.study.experiment_file import load_experiment
-    from saelab.study.plan import cells, preview, read_base, read_plan
+    from saelab.study.plan import cells, read_base, read_plan, resolve_with_placeholders
 
     plan, runs = read_plan(ROOT / "plan.toml"), load_experiment(ROOT / "experiment.py").RUNS
     sys.modules.pop("saelab_experiment", None)
     base = read_base(ROOT / plan.base)
     for run_ in runs.values():
-        specs = cells(plan, base, preview(run_))
+        specs = cells(plan, base, resolve_with_placeholders(run_))
         assert sum(s.arm == "baseline" and s.level == plan.target_l0 for s in specs) == 8
     assert len(cells(plan, base, runs["run_1"])) == 39
     assert len((ROOT / "experiment.py").read_text(encoding="utf-8").splitlines()) <= 150

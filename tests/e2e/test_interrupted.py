@@ -118,12 +118,12 @@ import os, sys, time
 from contextlib import nullcontext
 from pathlib import Path
 from saelab.progress import Progress
-from saelab.runtime.signals import whole
+from saelab.runtime.signals import defer_signals
 from saelab.launch.executors.local import run_jobs
 
 def work(job, advance, state):
     parent = os.getppid()
-    with whole():
+    with defer_signals():
         Path("working").touch()
         while os.getppid() == parent:
             time.sleep(0.01)

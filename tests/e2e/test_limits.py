@@ -22,9 +22,9 @@ from projects import BASELINE, RATE, Ended, Project, environment, stop, wait_for
 from safetensors.torch import load_file, save_file
 
 from saelab.errors import SourceError
-from saelab.runtime.exhaustion import ExhaustedError, named
+from saelab.runtime.exhaustion import ExhaustedError, as_usage_error
 from saelab.storage.atomic import read_json, sha256, write_sealed
-from saelab.storage.lock import held
+from saelab.storage.lock import lock_folder
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux has them")
 TINY = "study = 'tiny'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
@@ -217,15 +217,15 @@ def test_memory_that_runs_out_all_the_same_leaves_nothing_half_done(tmp_path: Pa
 
 def test_a_failed_allocation_is_one_sentence() -> None:
     for raised in (MemoryError(), RuntimeError("std::bad_alloc"), OSError(errno.ENOMEM, "")):
-        with pytest.raises(ExhaustedError, match="memory is used up"), named():
+        with pytest.raises(ExhaustedError, match="memory is used up"), as_usage_error():
             raise raised
-    with pytest.raises(ExhaustedError, match="memory is used up"), named():
+    with pytest.raises(ExhaustedError, match="memory is used up"), as_usage_error():
         try:
             raise RuntimeError("can't allocate memory")
         except RuntimeError as error:
             raise SourceError("a model can't be loaded") from error
     for other in (ZeroDivisionError(), SourceError("a model can't be loaded")):
-        with pytest.raises(type(other)), named():
+        with pytest.raises(type(other)), as_usage_error():
             raise other
 
 
@@ -262,7 +262,7 @@ def test_a_second_launch_into_the_same_folder_is_told_who_has_it(tmp_path: Path)
     finally:
         stop(first)
     assert lock.is_file()  # of the killed one: it locks nothing any more
-    with held(project.folder / "run_1", "is tested"):
+    with lock_folder(project.folder / "run_1", "is tested"):
         pass
     assert not lock.exists()
 
@@ -272,8 +272,8 @@ def test_a_harvest_that_another_process_makes_is_told(tmp_path: Path, finished: 
     header = sorted(project.folder.glob(".saelab/activations/*/*/header.json"))[0]
     header.unlink()
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom saelab.storage.lock import held\n"
-        "with held(Path(sys.argv[1]), 'is harvesting these activations'):\n"
+        "import sys, time\nfrom pathlib import Path\nfrom saelab.storage.lock import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1]), 'is harvesting these activations'):\n"
         "    print('held', flush=True)\n    time.sleep(600)\n"
     )
     other = subprocess.Popen(

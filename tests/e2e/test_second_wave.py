@@ -10,7 +10,15 @@ from projects import BASELINE, Project
 
 from saelab import checkpoint
 from saelab.errors import SettingError
-from saelab.study.plan import Arm, Found, Run, first_wave, later_arms, preview, resolved
+from saelab.study.plan import (
+    Arm,
+    FromArm,
+    Run,
+    first_wave,
+    later_arms,
+    resolve,
+    resolve_with_placeholders,
+)
 from saelab.training.curves import curve
 
 PLAN = """\
@@ -22,7 +30,7 @@ seeds = 2
 """
 LEARNED = 'Arm("learned", {"sae.scaling": {"kind": "variance", "temperature": "learned"}})'
 FOUND = (
-    'Arm("found", {"sae.scaling": {"kind": "variance", "tau": Found("learned", "tau")}}, '
+    'Arm("found", {"sae.scaling": {"kind": "variance", "tau": FromArm("learned", "tau")}}, '
     '"fixed at what was learned")'
 )
 TIED = """\
@@ -41,21 +49,21 @@ PERMUTED = 'Arm("permuted", tied(trace="permuted", **TIME))'
 
 
 def test_waves_of_a_table() -> None:
-    found = Found("a", "tau")
+    found = FromArm("a", "tau")
     arms = [Arm("a"), Arm("b", {"x": [{"tau": found}], "y": (1, 2)}), Arm("c", {"z": 3})]
     run = Run("waves", arms)
     assert [arm.name for arm in later_arms(run)] == ["b"]
     assert [arm.name for arm in first_wave(run).arms] == ["a", "c"]
-    done = resolved(run, lambda f: f.arm + f.name)
+    done = resolve(run, lambda f: f.arm + f.name)
     assert done.arms[1].changes == {"x": [{"tau": "atau"}], "y": (1, 2)}
-    assert not later_arms(done) and not later_arms(preview(run))
+    assert not later_arms(done) and not later_arms(resolve_with_placeholders(run))
     with pytest.raises(SettingError, match="first wave"):
-        resolved(Run("waves", [Arm("b", {"x": Found("b", "tau")})]), lambda f: 0)
+        resolve(Run("waves", [Arm("b", {"x": FromArm("b", "tau")})]), lambda f: 0)
 
 
 def test_an_arm_is_fixed_at_what_another_learned(tmp_path: Path) -> None:
     project = Project.make(tmp_path / "p", (BASELINE, LEARNED, FOUND), plan=PLAN)
-    project.replace("experiment.py", "import Arm, Run", "import Arm, Found, Run")
+    project.replace("experiment.py", "import Arm, Run", "import Arm, FromArm, Run")
     ended = project.call()
     assert ended.code == 0, ended.err
     means = {name: group["means"] for name, group in project.info().items()}
@@ -74,10 +82,10 @@ def test_a_k_on_a_schedule_ends_where_another_k_ended(tmp_path: Path) -> None:
     """Not at the plan's L0, which the k that follows the data does not know."""
     moving = '{"sae.activation": {"kind": "topk", "k": "k"}, "sae.controllers": [%s]}'
     rows = '{"kind": "rounded_k", "over": "rows", "start": 60, "k_min": 20}'
-    schedule = '{"kind": "annealed_k", "start": 60, "end": Found("adaptive", "k")}'
+    schedule = '{"kind": "annealed_k", "start": 60, "end": FromArm("adaptive", "k")}'
     arms = (f'Arm("adaptive", {moving % rows})', f'Arm("annealed", {moving % schedule})')
     project = Project.make(tmp_path / "p", (BASELINE, *arms), plan=PLAN)
-    project.replace("experiment.py", "import Arm, Run", "import Arm, Found, Run")
+    project.replace("experiment.py", "import Arm, Run", "import Arm, FromArm, Run")
     ended = project.call()
     assert ended.code == 0, ended.err
     means = {name: group["means"] for name, group in project.info().items()}
@@ -92,7 +100,7 @@ def test_the_second_wave_counts_towards_the_limit_before_the_first_is_trained(
 ) -> None:
     plan = PLAN.replace("seeds = 2", "seeds = 3\nseeds_other = 3")
     project = Project.make(tmp_path / "p", (BASELINE, LEARNED, FOUND), plan=plan)
-    project.replace("experiment.py", "import Arm, Run", "import Arm, Found, Run")
+    project.replace("experiment.py", "import Arm, Run", "import Arm, FromArm, Run")
 
     def seconds(specs: list, *_: object) -> float:
         return 1000.0 * len(specs)
@@ -106,7 +114,7 @@ def test_the_second_wave_counts_towards_the_limit_before_the_first_is_trained(
 def test_a_value_that_nobody_logs(tmp_path: Path) -> None:
     wrong = FOUND.replace('"tau")', '"taau")')
     project = Project.make(tmp_path / "p", (BASELINE, LEARNED, wrong), plan=PLAN)
-    project.replace("experiment.py", "import Arm, Run", "import Arm, Found, Run")
+    project.replace("experiment.py", "import Arm, Run", "import Arm, FromArm, Run")
     ended = project.call()
     assert ended.code == 2 and "taau" in ended.last and "learned" in ended.last
 

@@ -12,7 +12,7 @@ from projects import BASELINE, PLAN, RATE, SCALED, Project, cli
 
 from saelab.launch.controls import SUBJECTS
 from saelab.storage.atomic import read_json, write_json
-from saelab.verdict.review import finished
+from saelab.verdict.review import complete_runs
 
 TWIN = 'Arm("twin", {}, twin_of="baseline")'
 #: Its learning rate is so high that it diverges or ends worse than the mean.
@@ -52,7 +52,7 @@ def test_it_says_what_the_launch_wrote(project: Project) -> None:
 
 def test_without_a_name_it_judges_every_complete_run(project: Project) -> None:
     assert judged(project) == judged(project, "run_1")
-    assert [folder.name for folder in finished(project.folder)] == ["run_1"]
+    assert [folder.name for folder in complete_runs(project.folder)] == ["run_1"]
 
 
 def test_a_twin_differs_by_exactly_nothing(project: Project) -> None:

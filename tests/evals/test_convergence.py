@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from saelab.evals.convergence import convergence, settled, steps_to_final
+from saelab.evals.convergence import convergence, settling_share, steps_to_final
 from saelab.training.loop import Log
 
 
@@ -16,9 +16,13 @@ def log_of(**columns: np.ndarray) -> Log:
 
 def test_a_scalar_settles_after_its_last_step_outside_five_percent() -> None:
     values = np.concatenate([np.linspace(0, 1, 60), [1.2], np.ones(39)])
-    assert settled(values, values[-1]) == pytest.approx(0.61)  # step 60 is the last one outside
-    assert settled(np.ones(10), 1.0) == 0
-    assert settled(np.linspace(1, 0, 100), 0.0) == pytest.approx(0.99)  # no share of 0 is near it
+    assert settling_share(values, values[-1]) == pytest.approx(
+        0.61
+    )  # step 60 is the last one outside
+    assert settling_share(np.ones(10), 1.0) == 0
+    assert settling_share(np.linspace(1, 0, 100), 0.0) == pytest.approx(
+        0.99
+    )  # no share of 0 is near it
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])

@@ -14,9 +14,9 @@ from saelab.errors import MismatchError
 from saelab.evals import dictionary_matching
 from saelab.evals.dictionary_matching import (
     agree,
+    assign,
     chance,
     largest_cosines,
-    matched,
     matched_cosines,
     random_directions,
     same_index_mean,
@@ -100,7 +100,7 @@ def test_the_guess_of_prices_changes_no_result(global_random_seed: int) -> None:
         cosine = unit(a) @ unit(b).T
         for values in (cosine, cosine.abs(), 50 * cosine, cosine[:150], cosine[:, :150]):
             plain = linear_sum_assignment(values.numpy(), maximize=True)
-            assert float(values[matched(values)].sum()) == pytest.approx(
+            assert float(values[assign(values)].sum()) == pytest.approx(
                 float(values.numpy()[plain].sum()), rel=1e-12
             )
 

@@ -19,7 +19,7 @@ from saelab.data.probing.activations import ProbingData, ProbingEntry, harvest_p
 from saelab.data.probing.embedded import Entry, embedded_entries
 from saelab.errors import DamageError, MismatchError, SettingError, SourceError
 from saelab.evals.base import Row
-from saelab.evals.probing import build_tasks, evaluate_probing, pooled
+from saelab.evals.probing import build_tasks, evaluate_probing, mean_codes
 from saelab.seeding import torch_stream
 
 CLASSES = ("a", "b", "c")
@@ -118,14 +118,14 @@ def test_pooling_is_the_mean_over_positions_for_any_chunk(chunk: int) -> None:
     naive = torch.stack(
         [code[a:b].mean(0) for a, b in zip(entry.offsets, entry.offsets[1:], strict=False)]
     )
-    found = pooled(subject, entry.rows, entry.offsets, chunk=chunk)
+    found = mean_codes(subject, entry.rows, entry.offsets, chunk=chunk)
     assert found.shape == (120, 20) and found.dtype == torch.float32
     torch.testing.assert_close(found, naive, rtol=0, atol=1e-6)
 
 
 def test_zeros_are_included_in_the_mean() -> None:
     rows = torch.tensor([[3.0], [-1.0], [-2.0], [4.0]])
-    code = pooled(Linear(torch.eye(1)), rows.half(), torch.tensor([0, 3, 4]))
+    code = mean_codes(Linear(torch.eye(1)), rows.half(), torch.tensor([0, 3, 4]))
     assert code.tolist() == [[1.0], [4.0]]
 
 
@@ -163,7 +163,7 @@ def test_a_subject_that_pools_by_itself_is_asked_to(chunk: int | None) -> None:
 
 def test_a_text_without_counted_positions_is_refused() -> None:
     with pytest.raises(SourceError, match="text 1 has no counted position"):
-        pooled(Linear(torch.eye(1)), torch.ones(4, 1), torch.tensor([0, 3, 3, 4]))
+        mean_codes(Linear(torch.eye(1)), torch.ones(4, 1), torch.tensor([0, 3, 3, 4]))
 
 
 # ---------------------------------------------------------------- the evaluation

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from saelab.__main__ import app
 from saelab.analysis.difference import difference
-from saelab.analysis.saebench import result_at, shown
+from saelab.analysis.saebench import comparison_lines, result_at
 from saelab.config import read_toml
 from saelab.data.probing import saebench as entries
 from saelab.data.probing.activations import ProbingData, ProbingEntry
@@ -428,11 +428,11 @@ def test_the_recorded_baseline_is_named_for_what_it_is(real_data: Path, tmp_path
     assert "gemma-2-2b" in ended.output and "0.9393" in ended.output
     write_result(tmp_path / "one.json", measured(1), ABOUT)
     write_result(tmp_path / "two.json", measured(2), ABOUT)
-    invalid = "\n".join(shown(file, result_at(tmp_path / "one.json")))
+    invalid = "\n".join(comparison_lines(file, result_at(tmp_path / "one.json")))
     assert "No differences: the file's SAE is invalid" in invalid
-    same = "\n".join(shown(tmp_path / "one.json", result_at(tmp_path / "one.json")))
+    same = "\n".join(comparison_lines(tmp_path / "one.json", result_at(tmp_path / "one.json")))
     assert "difference" in same.split("mean over entries")[1].splitlines()[0]
     assert "+0.0000" in same and "SAEs in the same place" in same
-    other = "\n".join(shown(tmp_path / "one.json", result_at(tmp_path / "two.json")))
+    other = "\n".join(comparison_lines(tmp_path / "one.json", result_at(tmp_path / "two.json")))
     assert "No differences: sparse probing of ours is measured as" in other
     assert "difference" not in other.split("mean over entries")[1].splitlines()[0]

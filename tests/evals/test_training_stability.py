@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from saelab.evals.training_stability import LARGE, detrended, gradient_cv, rise, spikes, stability
+from saelab.evals.training_stability import (
+    LARGE,
+    detrended_variance,
+    gradient_cv,
+    rise,
+    spikes,
+    stability,
+)
 from saelab.training.loop import Log
 
 N = 1000
@@ -74,12 +81,12 @@ def test_the_rise_is_of_the_smoothed_loss_above_its_lowest() -> None:
 
 def test_the_detrended_variance_is_of_what_no_cubic_follows() -> None:
     cubic = np.exp(0.3 - 2 * U + U**2 - 0.5 * U**3)
-    assert detrended(cubic) == pytest.approx(0, abs=1e-20)
+    assert detrended_variance(cubic) == pytest.approx(0, abs=1e-20)
     wave = 0.1 * np.sin(2 * np.pi * 40 * U)  # variance of a sine: half its squared size
-    assert detrended(cubic * np.exp(wave)) == pytest.approx(0.005, rel=0.01)
-    assert detrended(100 * shaking(0.2)) == pytest.approx(0.8 * 0.04, rel=0.01)
+    assert detrended_variance(cubic * np.exp(wave)) == pytest.approx(0.005, rel=0.01)
+    assert detrended_variance(100 * shaking(0.2)) == pytest.approx(0.8 * 0.04, rel=0.01)
     slow = np.exp(0.1 * np.sin(2 * np.pi * 4 * U))  # slower than any batch's noise
-    assert 0.003 < detrended(slow) < 0.005
+    assert 0.003 < detrended_variance(slow) < 0.005
 
 
 def test_the_gradients_variation_is_of_the_last_half() -> None:

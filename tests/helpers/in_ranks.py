@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from saelab.distributed.ranks import Ranks, joined
+from saelab.distributed.ranks import Ranks, join_ranks
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "saelab.training.loop", "saelab.checkpoint"])
@@ -60,7 +60,7 @@ def _work(pipe: Any, split: tuple[int, ...], work: Callable[..., Any], arguments
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     try:
-        with joined(data, latents, "cpu") as ranks:
+        with join_ranks(data, latents, "cpu") as ranks:
             found = True, work(ranks, *arguments)
     except BaseException:
         found = False, f"rank {rank}: {traceback.format_exc()}"

@@ -30,7 +30,7 @@ def words(figure: Figure) -> str:
 
 def marked(axes: Any, arm: str, run: Run) -> tuple[np.ndarray, np.ndarray]:
     """The points that are drawn with the arm's marker."""
-    look = style.looks(run)[arm]
+    look = style.arm_styles(run)[arm]
     line = next(
         line
         for line in axes.lines

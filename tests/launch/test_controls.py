@@ -14,9 +14,9 @@ from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.activations.stream import Batch
 from saelab.errors import SettingError
 from saelab.evals.base import Subject
-from saelab.evals.core import CoreData, measured
+from saelab.evals.core import CoreData, measure_reconstruction
 from saelab.launch import controls
-from saelab.launch.controls import SUBJECTS, Setting, TopOfBasis, expected_fvu_change, turned
+from saelab.launch.controls import SUBJECTS, Setting, TopOfBasis, expected_fvu_change, turn_decoder
 from saelab.launch.launch import random_band
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
@@ -68,7 +68,7 @@ def subject(name: str, level: float = K, config: SAEConfig = TOPK) -> Subject:
 
 
 def test_all_zero_fires_nowhere_and_is_worse_than_the_mean() -> None:
-    found = measured(subject("all zero"), core(data()))
+    found = measure_reconstruction(subject("all zero"), core(data()))
     assert found.l0 == 0 and found.fvu > 1
 
 
@@ -76,7 +76,7 @@ def test_all_zero_fires_nowhere_and_is_worse_than_the_mean() -> None:
 def test_a_basis_has_the_target_l0_and_is_exact_with_all_of_it(name: str) -> None:
     x = data(512, 1)
     few, all_of_it = subject(name), subject(name, level=D)
-    assert measured(few, core(x)).l0 == K
+    assert measure_reconstruction(few, core(x)).l0 == K
     assert torch.allclose(all_of_it.decode(all_of_it.encode(x)), x, atol=1e-4)
     assert isinstance(few, TopOfBasis)
     assert torch.allclose(few.basis @ few.basis.T, torch.eye(D), atol=1e-5)
@@ -102,17 +102,18 @@ def test_without_a_target_l0_a_basis_has_what_the_settings_name(
 
 def test_principal_components_beat_channels() -> None:
     fvu = {
-        name: measured(subject(name), core(data(512, 1))).fvu for name in ("PCA", "top channels")
+        name: measure_reconstruction(subject(name), core(data(512, 1))).fvu
+        for name in ("PCA", "top channels")
     }
     assert 0 < fvu["PCA"] < fvu["top channels"] < 1
 
 
 def test_untrained_is_the_baseline_before_training_at_the_target_l0() -> None:
-    assert measured(subject("untrained"), core(data(512, 1))).l0 == K
+    assert measure_reconstruction(subject("untrained"), core(data(512, 1))).l0 == K
     relu = SAEConfig(d_sae=F)
     sae = subject("untrained", 8.0, relu)
     assert isinstance(sae, SAE) and not sae.training
-    assert measured(sae, core(data(2048, 1))).l0 == pytest.approx(8, rel=0.2)
+    assert measure_reconstruction(sae, core(data(2048, 1))).l0 == pytest.approx(8, rel=0.2)
     start = relu.patched({"initial_l0": 8.0}).build(D, 1, 7)
     start.initialise(data(), 7)
     assert torch.equal(sae.W_enc, start.W_enc) and torch.equal(sae.b_enc, start.b_enc)
@@ -126,7 +127,7 @@ def test_the_frozen_decoder_stays_as_drawn_while_the_rest_learns() -> None:
     assert torch.equal(cell.sae.W_dec, start.W_dec)
     assert not torch.equal(cell.sae.W_enc, start.W_enc)
     x = core(data(1024, 1))
-    places = [measured(sae.eval(), x).fvu for sae in (start, cell.sae, trained().sae)]
+    places = [measure_reconstruction(sae.eval(), x).fvu for sae in (start, cell.sae, trained().sae)]
     assert places == sorted(places, reverse=True)  # untrained, frozen, baseline
 
 
@@ -138,22 +139,25 @@ def test_a_tied_decoder_is_not_frozen() -> None:
 def test_rows_are_turned_by_the_angle_and_keep_their_length() -> None:
     sae = trained().sae
     before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-    other = turned(sae, 3, 20.0)
+    other = turn_decoder(sae, 3, 20.0)
     cosine = cosine_similarity(other.W_dec, sae.W_dec, dim=1)
     assert torch.allclose(cosine, torch.full((F,), math.cos(math.radians(20))), atol=1e-5)
     assert torch.allclose(other.W_dec.norm(dim=1), sae.W_dec.norm(dim=1), atol=1e-5)
     assert torch.equal(other.W_enc, sae.W_enc)
     assert all(torch.equal(before[name], t) for name, t in sae.state_dict().items())
-    assert torch.equal(turned(sae, 3, 20.0).W_dec, other.W_dec)
-    assert not torch.equal(turned(sae, 4, 20.0).W_dec, other.W_dec)
+    assert torch.equal(turn_decoder(sae, 3, 20.0).W_dec, other.W_dec)
+    assert not torch.equal(turn_decoder(sae, 4, 20.0).W_dec, other.W_dec)
 
 
 @pytest.mark.parametrize("degrees", [5.0, 20.0])
 def test_the_planted_effect_is_as_large_as_expected(degrees: float) -> None:
     """The mean over draws; one draw scatters with the co-activation of few latents."""
     sae, x = trained().sae, data(2048, 1)
-    plain = measured(sae, core(x)).fvu
-    worse = [measured(turned(sae, seed, degrees), core(x)).fvu - plain for seed in range(40)]
+    plain = measure_reconstruction(sae, core(x)).fvu
+    worse = [
+        measure_reconstruction(turn_decoder(sae, seed, degrees), core(x)).fvu - plain
+        for seed in range(40)
+    ]
     mean = sum(worse) / len(worse)
     assert mean == pytest.approx(expected_fvu_change(sae, x, degrees), rel=0.1)
     assert mean > 0
@@ -165,9 +169,16 @@ def test_the_verdict_sees_the_planted_effect(tmp_path) -> None:
     for seed in range(3):
         sae = trained(seed=seed).sae
         checkpoint.save(sae, tmp_path / str(seed), {})
-        cell = [{"metric": "fvu", "value": measured(sae, x).fvu, "slice": "", "definition": "c"}]
+        cell = [
+            {
+                "metric": "fvu",
+                "value": measure_reconstruction(sae, x).fvu,
+                "slice": "",
+                "definition": "c",
+            }
+        ]
         baseline.add(seed, {"rows": cell, "last": {}, "facts": {}}, ())
-        rows += controls.planted(tmp_path / str(seed), x, seed, K)["rows"]
+        rows += controls.plant_effect(tmp_path / str(seed), x, seed, K)["rows"]
     found = judge_planted(rows, baseline, PlanConfig(study="test"))
     assert found is not None and found.comparison.word == "hurts"
     assert found.comparison.mean_diff == pytest.approx(found.expected, rel=0.5)

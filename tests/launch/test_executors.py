@@ -31,7 +31,7 @@ def test_every_executor_is_called_alike(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_variable_names_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAELAB_EXECUTOR", "ray")
-    assert executors.chosen() == "ray"
+    assert executors.executor_name() == "ray"
     monkeypatch.setenv("SAELAB_EXECUTOR", "rya")
     with pytest.raises(SettingError, match=r"SAELAB_EXECUTOR = 'rya'.*did you mean 'ray'"):
         executor()

@@ -19,12 +19,12 @@ from saelab.data.synthetic.chains import SyntheticConfig, generate
 from saelab.errors import CellFailure, SettingError
 from saelab.evals.base import missing, number
 from saelab.launch.synthetic import (
-    GroundConfig,
     Outcome,
+    SyntheticStudyConfig,
     at_target,
     differences,
-    read_ground,
-    run_ground,
+    read_study,
+    run_study,
     train_on,
 )
 from saelab.report.figures.synthetic import check_drawable
@@ -176,8 +176,8 @@ def arm(name: str, d_sae: int) -> str:
 
 
 def test_scores_are_shown_with_their_chance_level() -> None:
-    benchmark = read_ground(SHIPPED / "synth-sae-bench-16k.toml").metrics
-    for shown in (benchmark, read_ground(SHIPPED / "baselines.toml").metrics):
+    benchmark = read_study(SHIPPED / "synth-sae-bench-16k.toml").metrics
+    for shown in (benchmark, read_study(SHIPPED / "baselines.toml").metrics):
         assert {"mcc", "uniqueness", "explained_variance"} <= set(shown)
         scores = {name for name in shown if name in ("mcc", "uniqueness", "firing_f1", "latent_f1")}
         assert {f"chance_{name}" for name in scores} <= set(shown)
@@ -188,9 +188,9 @@ def test_a_device_that_is_not_there_is_told_first(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    config = read_ground(SHIPPED / "synth-sae-bench-16k.toml").patched({"device": name})
+    config = read_study(SHIPPED / "synth-sae-bench-16k.toml").patched({"device": name})
     with pytest.raises(SettingError, match=f"device = '?{name}"):
-        run_ground(config)
+        run_study(config)
 
 
 def test_from_a_file(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_table_pairs_arms_with_the_baseline(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     table = json.loads(file.read_text())
     topk, narrow = (table["values"][arm]["fvu"] for arm in ("topk", "narrow"))
-    expected = stats.paired([a - b for a, b in zip(topk, narrow, strict=True)])
+    expected = stats.paired_summary([a - b for a, b in zip(topk, narrow, strict=True)])
     found = table["differences"]["topk"]["fvu"]
     assert found == pytest.approx(asdict(expected)) and found["n"] == 3
     low, high = found["low"], found["high"]
@@ -251,10 +251,10 @@ def test_an_arm_may_be_trained_otherwise(data: tuple[Source, Source]) -> None:
 
 def test_an_arm_trained_otherwise_is_an_arm() -> None:
     fields = {"target_l0": 3, "levels": [2, 4], "data": DATA, "arms": {"topk": TOPK}}
-    config = GroundConfig.parse(fields | {"otherwise": {"topk": {"lr": 0.5}}})
+    config = SyntheticStudyConfig.parse(fields | {"otherwise": {"topk": {"lr": 0.5}}})
     assert config.trainings() == {"topk": config.train.patched({"lr": 0.5})}
     with pytest.raises(SettingError, match="'topk'"):
-        GroundConfig.parse(fields | {"otherwise": {"topkk": {}}})
+        SyntheticStudyConfig.parse(fields | {"otherwise": {"topkk": {}}})
 
 
 @pytest.mark.parametrize("changes", [{"baseline": "rely"}, {"baseline": None}])
@@ -262,14 +262,14 @@ def test_a_picture_needs_a_baseline(changes: dict[str, Any], tmp_path: Path) -> 
     arms = {"relu": RELU, "topk": TOPK}
     fields = {"target_l0": 3, "levels": [2, 4], "data": DATA, "arms": arms}
     with pytest.raises(SettingError, match="baseline"):
-        config = GroundConfig.parse(fields | changes)
+        config = SyntheticStudyConfig.parse(fields | changes)
         check_drawable(config.baseline, list(config.arms))
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.toml")), ids=lambda file: file.name)
 def test_shipped_files(file: Path) -> None:
-    config = read_ground(file)
-    assert GroundConfig.parse(config.model_dump(mode="json")) == config
+    config = read_study(file)
+    assert SyntheticStudyConfig.parse(config.model_dump(mode="json")) == config
     assert min(config.levels) < config.target_l0 < max(config.levels)
 
 

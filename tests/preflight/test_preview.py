@@ -8,15 +8,15 @@ import pytest
 
 from saelab import stats
 from saelab.errors import SettingError
-from saelab.launch.launch import checked
+from saelab.launch.launch import check_launch
 from saelab.preflight.preview import RunCheck, check_limit, text
 from saelab.storage.atomic import write_json
-from saelab.study.plan import Arm, BaseConfig, Found, PlanConfig, Run
+from saelab.study.plan import Arm, BaseConfig, FromArm, PlanConfig, Run
 from saelab.study.task import Launch
 
 BASE = BaseConfig()
 LEARNED = Arm("learned", {"sae.scaling": {"kind": "variance", "temperature": "learned"}})
-FOUND = Arm("found", {"sae.scaling": {"kind": "variance", "tau": Found("learned", "tau")}})
+FOUND = Arm("found", {"sae.scaling": {"kind": "variance", "tau": FromArm("learned", "tau")}})
 RATE = Arm("rate", {"train.lr": 2e-3}, "half the rate", primary=True)
 
 
@@ -34,7 +34,7 @@ def checked_run(root: Path, *arms: Arm, limit: float = 7000.0, **plan: object) -
         limit=limit,
         workers=2,
     )
-    return checked(task)
+    return check_launch(task)
 
 
 def changes(found: RunCheck, arm: str) -> dict[str, tuple[object, object]]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from saelab.errors import SettingError, SourceError, StudyFailure
 from saelab.progress import bar, progress
 from saelab.progress.journal import NAME, Journal, Tail
-from saelab.progress.run import start_of, tell, tell_cells, told
+from saelab.progress.run import launch_progress, start_of, tell, tell_cells
 from saelab.progress.state import State
 from saelab.progress.view import view
 from saelab.progress.watch import Watched, watch
@@ -86,7 +86,7 @@ def test_half_a_line_is_waited_for_and_one_that_stays_half_is_passed_over(tmp_pa
 
 def test_bars_inside_a_launch_are_its_stages(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run_3"
-    with told(folder, ABOUT) as run:
+    with launch_progress(folder, ABOUT) as run:
         with progress("harvest", 10, "tokens") as shown_bar:
             shown_bar.advance(4)
             assert run.state.stages["harvest"].share == 0.4
@@ -112,7 +112,7 @@ def test_plain_lines_are_those_of_a_bar_without_a_launch(
     monkeypatch.delenv("SAELAB_PROGRESS", raising=False)
     said = []
     for inside in (False, True):
-        launch = told(tmp_path / "a", ABOUT) if inside else nullcontext()
+        launch = launch_progress(tmp_path / "a", ABOUT) if inside else nullcontext()
         with launch, progress("run_3: train", 200, "tokens") as one:
             one.start -= 10
             one.advance(100)
@@ -125,7 +125,7 @@ def test_switched_off_shows_nothing_and_writes_all_the_same(
 ) -> None:
     monkeypatch.setattr(bar, "PLAIN_INTERVAL", 0.0)
     monkeypatch.setenv("SAELAB_PROGRESS", "off")
-    with told(tmp_path, ABOUT), progress("harvest", 10) as one:
+    with launch_progress(tmp_path, ABOUT), progress("harvest", 10) as one:
         one.advance(5)
     assert capsys.readouterr().err == ""
     assert stages(tmp_path) == ["launch", "harvest", "harvest", "end"]
@@ -142,7 +142,7 @@ def test_switched_off_shows_nothing_and_writes_all_the_same(
 def test_the_last_line_says_how_it_ended(
     tmp_path: Path, error: BaseException, outcome: str, reason: str
 ) -> None:
-    with pytest.raises(type(error)), told(tmp_path, ABOUT):
+    with pytest.raises(type(error)), launch_progress(tmp_path, ABOUT):
         tell_cells(1, 0)
         raise error
     last = read(tmp_path)[-1]
@@ -152,15 +152,15 @@ def test_the_last_line_says_how_it_ended(
 def test_a_refused_launch_leaves_no_folder_but_keeps_one_that_was_there(tmp_path: Path) -> None:
     folder = tmp_path / "run_3"
     for early in (True, False):
-        with pytest.raises(SourceError), told(folder, ABOUT):
+        with pytest.raises(SourceError), launch_progress(folder, ABOUT):
             if not early:
                 tell_cells(1, 0)
             raise SourceError("no texts")
         assert not folder.exists()
-    with pytest.raises(ValueError), told(folder, ABOUT):
+    with pytest.raises(ValueError), launch_progress(folder, ABOUT):
         tell_cells(1, 0)
         raise ValueError
-    with pytest.raises(SourceError), told(folder, ABOUT):
+    with pytest.raises(SourceError), launch_progress(folder, ABOUT):
         tell_cells(1, 0)
         raise SourceError("no texts")
     assert stages(folder) == ["launch", "cells", "end"] * 2
@@ -168,7 +168,7 @@ def test_a_refused_launch_leaves_no_folder_but_keeps_one_that_was_there(tmp_path
 
 def test_a_journal_that_can_not_be_written_stops_nothing(tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("no folder")
-    with told(tmp_path / "file" / "run_3", ABOUT) as run:
+    with launch_progress(tmp_path / "file" / "run_3", ABOUT) as run:
         tell(TRAINING)
         tell(DONE)
     assert run.state.finished[0].values == {"fvu": 0.125}
@@ -177,7 +177,7 @@ def test_a_journal_that_can_not_be_written_stops_nothing(tmp_path: Path, capsys)
 
 def test_the_same_command_again_appends(tmp_path: Path) -> None:
     for _ in range(2):
-        with told(tmp_path, ABOUT):
+        with launch_progress(tmp_path, ABOUT):
             tell_cells(1, 0)
     assert stages(tmp_path) == ["launch", "cells", "end"] * 2
 
@@ -264,7 +264,7 @@ def test_a_process_that_has_died_is_told(tmp_path: Path, capsys) -> None:
 
 def test_a_finished_run_shows_its_last_state(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run_3"
-    with told(folder, ABOUT):
+    with launch_progress(folder, ABOUT):
         tell_cells(1, 0)
         tell(DONE)
     watch(folder)
@@ -286,7 +286,7 @@ def test_killed_after_its_last_file_is_complete_and_before_it_is_not(tmp_path: P
 
 def test_a_run_that_goes_on_is_followed_until_its_folder_is_gone(tmp_path: Path) -> None:
     folder = tmp_path / "run_3"
-    with pytest.raises(SourceError), told(folder, ABOUT):
+    with pytest.raises(SourceError), launch_progress(folder, ABOUT):
         tell_cells(2, 0)
         watched = Watched(folder)
         assert (watched.look(), watched.state.total) == ("", 2)
@@ -297,5 +297,8 @@ def test_a_run_that_goes_on_is_followed_until_its_folder_is_gone(tmp_path: Path)
 
 
 def test_an_unknown_tracker_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="did you mean 'wandb'"), told(tmp_path, ABOUT, "wanbd"):
+    with (
+        pytest.raises(SettingError, match="did you mean 'wandb'"),
+        launch_progress(tmp_path, ABOUT, "wanbd"),
+    ):
         pass

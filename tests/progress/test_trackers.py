@@ -15,7 +15,7 @@ import pytest
 
 from saelab.errors import SettingError
 from saelab.progress import trackers
-from saelab.progress.run import tell, told
+from saelab.progress.run import launch_progress, tell
 from saelab.progress.trackers import TRACKERS, Tracker, open_tracker
 
 ABOUT = {"run": "run_3", "title": "A run", "study": "small"}
@@ -51,7 +51,7 @@ class Broken(Tracker):
 def test_a_new_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(TRACKERS, "kept", Kept)
     Kept.said, Kept.closed = [], 0
-    with told(tmp_path, ABOUT, "kept"):
+    with launch_progress(tmp_path, ABOUT, "kept"):
         for line in LINES:
             tell(line)
     assert Kept.said == [
@@ -64,7 +64,7 @@ def test_a_new_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch) ->
 
 def test_one_that_fails_is_left_and_the_run_goes_on(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(TRACKERS, "broken", Broken)
-    with told(tmp_path, ABOUT, "broken") as run:
+    with launch_progress(tmp_path, ABOUT, "broken") as run:
         for line in LINES:
             tell(line)
     assert run.state.outcome == "complete"
@@ -104,8 +104,8 @@ def needs(name: str) -> pytest.MarkDecorator:
 SCRIPT = f"""
 import sys
 from pathlib import Path
-from saelab.progress.run import tell, told
-with told(Path(sys.argv[2]), {ABOUT!r}, sys.argv[1]):
+from saelab.progress.run import launch_progress, tell
+with launch_progress(Path(sys.argv[2]), {ABOUT!r}, sys.argv[1]):
     for line in {LINES!r}:
         tell(line)
 """
@@ -129,7 +129,7 @@ def told_apart(tracker: str, folder: Path, **variables: str) -> subprocess.Compl
 def test_tensorboard_reads_back_what_was_told(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with told(tmp_path, ABOUT, "tensorboard"):
+    with launch_progress(tmp_path, ABOUT, "tensorboard"):
         for line in LINES:
             tell(line)
     found = {}

@@ -244,7 +244,7 @@ def test_probing_shows_all_k_and_the_controls_in_grey(run: Run) -> None:
     ticks = [label.get_text() for label in axes.get_xticklabels()]
     assert ticks == ["1", "2", "5", "10", "20", "50", "all"]
     assert set(legend(figure)[-2:]) == {"control: model channels", "control: untrained"}
-    looks = style.looks(run)
+    looks = style.arm_styles(run)
     assert {looks[CHANNELS].color, looks[UNTRAINED].color} <= set(style.GREYS)
     _, y = line_of(axes, looks[CHANNELS].color)
     rows = run.values["llm_top_5_test_accuracy", ""]
@@ -377,12 +377,12 @@ def test_arms_keep_the_manifest_s_order_and_the_baseline_is_first(tmp_path: Path
     one = load(folder)
     assert one.arms == ("zeta", "baseline", "alpha")
     assert set(one.controls) == {CHANNELS, UNTRAINED}
-    assert style.looks(one)["zeta"].color == "black"
+    assert style.arm_styles(one)["zeta"].color == "black"
 
 
 def test_twelve_arms_differ_without_colour() -> None:
     arms = [f"arm {i}" for i in range(12)]
-    looks = style.looks(Run("run_1", "", {arm: {} for arm in arms}))
+    looks = style.arm_styles(Run("run_1", "", {arm: {} for arm in arms}))
     assert len({(look.marker, look.filled, look.dashes) for look in looks.values()}) == 12
 
 

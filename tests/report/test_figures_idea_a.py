@@ -139,7 +139,7 @@ def test_spread_goes_from_before_to_after(run: Run) -> None:
     figure = picture(run, "spread")
     x, y = marked(panel(figure, "Scaled"), "A1", run)
     assert x.tolist() == [0, 1] and y == pytest.approx([0.8, 0.1])
-    assert style.looks(run)["baseline"].color not in {
+    assert style.arm_styles(run)["baseline"].color not in {
         line.get_color() for line in panel(figure, "Scaled").lines
     }
 

@@ -124,7 +124,7 @@ def test_alpha_is_drawn_for_arms_that_have_one(run: Run) -> None:
         curves_of("B full", 1, 1)["alpha"]
     )
     colors = {line.get_color() for line in axes.lines}
-    assert colors == {style.looks(run)[arm].color for arm in WITH_B}
+    assert colors == {style.arm_styles(run)[arm].color for arm in WITH_B}
     assert not axes.collections  # a band between frozen numbers would cover the curves
 
 
@@ -158,7 +158,7 @@ def test_survival_starts_whole_and_shows_who_is_left(run: Run) -> None:
     x, y = marked(curves, "B neither", run)
     assert (x[0], y[0]) == (0, 100) and x[-1] == 100
     assert y[-1] == pytest.approx(100 * np.exp(-0.6))
-    colour = style.looks(run)["B neither"].color
+    colour = style.arm_styles(run)["B neither"].color
     own = [text.get_text() for text in table.texts if text.get_color() == colour]
     first = rows_of("B neither", 0)["lifetime.at_risk", "age=0.05"]
     assert own[0] == f"{first:.0f}" and 4 <= len(own) <= 6

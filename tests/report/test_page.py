@@ -18,7 +18,7 @@ from studies import HOSTILE, HOSTILE_ARM, made_up_cells, write_study
 
 from saelab.errors import SettingError
 from saelab.report import page, verdict_table
-from saelab.report.feature_browser import packed
+from saelab.report.feature_browser import pack_cells
 from saelab.report.figure_data import Arrays, scene
 from saelab.report.figures import common, placement, style
 from saelab.report.figures.placement import places
@@ -147,7 +147,7 @@ def test_a_scene_holds_the_numbers_of_its_picture(tmp_path: Path) -> None:
 def test_every_drawn_arm_can_be_toggled(tmp_path: Path) -> None:
     run = load(write_run(tmp_path / "run_1"))
     arms = [*run.arms, *run.controls]
-    colors = {look.color for look in style.looks(run).values()}
+    colors = {look.color for look in style.arm_styles(run).values()}
     for name, picture in common.PICTURES.items():
         with matplotlib.rc_context(style.STYLE):
             figure = picture(run)
@@ -242,7 +242,7 @@ def test_bars_share_a_scale_and_stay_in_their_box() -> None:
 
 def test_the_browsers_pieces_hold_every_token_that_is_shown() -> None:
     cells = made_up_cells()
-    data = packed(cells)
+    data = pack_cells(cells)
     (text,) = data["texts"]
     for cell, kept in zip(cells, data["cells"], strict=True):
         for latent, own in zip(cell.latents, kept["latents"], strict=True):

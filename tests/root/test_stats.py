@@ -26,20 +26,20 @@ def normal(n: int, *keys: int) -> np.ndarray:
 
 def test_summary_by_hand() -> None:
     # d = 1, 2, 3: mean 2, sd 1, half width t(2, .975) / sqrt(3) = 4.302653 / 1.732051
-    summary = stats.paired([1.0, 2.0, 3.0])
+    summary = stats.paired_summary([1.0, 2.0, 3.0])
     assert (summary.n, summary.mean, summary.sd) == (3, 2.0, 1.0)
     assert summary.low == pytest.approx(2 - 2.484138, abs=1e-6)
     assert summary.high == pytest.approx(2 + 2.484138, abs=1e-6)
 
 
 def test_one_pair_has_a_mean_and_nothing_else() -> None:
-    assert stats.paired([0.5]) == stats.Paired(1, 0.5, None, None, None)
+    assert stats.paired_summary([0.5]) == stats.Paired(1, 0.5, None, None, None)
 
 
 @pytest.mark.parametrize("bad", [[], [1.0, math.nan], [math.inf, 0.0], [[1.0], [2.0]]])
 def test_bad_rows_are_refused(bad: list) -> None:
     with pytest.raises(SettingError, match="finite"):
-        stats.paired(bad)
+        stats.paired_summary(bad)
 
 
 def test_tests_need_two_pairs() -> None:
@@ -90,7 +90,7 @@ def test_differences_without_spread() -> None:
     assert stats.paired_t_p([0.0, 0.0, 0.0]) == 1.0
     assert stats.paired_t_p([0.2, 0.2, 0.2]) == 0.25  # as sign flips: 2 / 8
     # .1 * 3 - .3 and the like leave a spread of rounding only
-    assert stats.paired([0.1 + 0.2, 0.3, 0.3]).sd == 0.0
+    assert stats.paired_summary([0.1 + 0.2, 0.3, 0.3]).sd == 0.0
 
 
 @given(rows, st.integers(1, 12))

@@ -16,7 +16,7 @@ from saelab.storage.remote import Remote
 from saelab.training import loop, resume
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
-from saelab.training.resume import Kept, remove_checkpoints, restored, train_kept
+from saelab.training.resume import Kept, remove_checkpoints, restore_cell, train_kept
 
 SIZE, STEPS, D = 16, 18, 6
 
@@ -35,7 +35,7 @@ def kept(source: MemorySource, folder: Path, twin: Remote | None) -> Kept:
     config = SAEConfig.parse({"d_sae": 32, "precision": "float32"})
     training = TrainConfig(tokens=SIZE * STEPS, batch_size=SIZE)
     sample = source.shard(0).rows()[0]
-    return restored(lambda: Cell("a", config, training, sample, 3), folder, twin)
+    return restore_cell(lambda: Cell("a", config, training, sample, 3), folder, twin)
 
 
 def trained(source: MemorySource, member: Kept, until: int = STEPS) -> dict[str, torch.Tensor]:

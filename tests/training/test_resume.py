@@ -20,7 +20,7 @@ from saelab.data.activations.stream import Position, batches
 from saelab.distributed.sharded_file import WHOLE
 from saelab.errors import DamageError, SettingError
 from saelab.runtime import signals
-from saelab.runtime.signals import Interrupted, told, whole
+from saelab.runtime.signals import Interrupted, defer_signals, exit_on_signal
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training import loop, resume
@@ -32,7 +32,7 @@ from saelab.training.resume import (
     drop_damaged,
     read_checkpoint,
     remove_checkpoints,
-    restored,
+    restore_cell,
     train_kept,
     write_checkpoint,
 )
@@ -62,7 +62,7 @@ def build(source: MemorySource, name: str = "a") -> Cell:
 
 
 def kept(source: MemorySource, folder: Path, names: Sequence[str] = "ab") -> list[Kept]:
-    return [restored(lambda n=n: build(source, n), folder / n) for n in names]
+    return [restore_cell(lambda n=n: build(source, n), folder / n) for n in names]
 
 
 def trained(
@@ -102,7 +102,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_rest_follows_exactly(
 ) -> None:
     monkeypatch.setenv(resume.SECONDS, "1000")  # the signal's is the only one
     before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as ended, told():
+    with pytest.raises(SystemExit) as ended, exit_on_signal():
         trained(activations, kept(activations, tmp_path), signalled(number, 9))
     assert ended.value.code == code and signal.getsignal(number) is before
     assert capsys.readouterr().err.splitlines()[-1].endswith("goes on where it stopped")
@@ -118,7 +118,7 @@ def test_cells_may_be_grouped_otherwise(
 ) -> None:
     """One cell stopped early, one late, one not begun."""
     for name, step in (("a", 6), ("b", 15)):
-        with pytest.raises(SystemExit), told():
+        with pytest.raises(SystemExit), exit_on_signal():
             trained(activations, kept(activations, tmp_path, name), signalled(signal.SIGTERM, step))
     again = kept(activations, tmp_path)
     assert [member.cell.steps_done for member in again] == [6, 15]
@@ -128,7 +128,7 @@ def test_cells_may_be_grouped_otherwise(
 
 def test_a_second_interrupt_does_not_wait() -> None:
     reached = False
-    with pytest.raises(SystemExit) as ended, told(), whole():
+    with pytest.raises(SystemExit) as ended, exit_on_signal(), defer_signals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # changes nothing
         reached = True
@@ -143,7 +143,7 @@ def test_a_late_second_signal_is_not_the_first_once_more(
     """Where something has swallowed the first one, the process can still be ended."""
     monkeypatch.setattr(signals, "SOON", 0.0)
     swallowed = False
-    with pytest.raises(SystemExit) as ended, told():
+    with pytest.raises(SystemExit) as ended, exit_on_signal():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except Interrupted:
@@ -154,7 +154,7 @@ def test_a_late_second_signal_is_not_the_first_once_more(
 
 def test_a_librarys_own_interrupt_keeps_the_number_of_the_signal() -> None:
     """Ray raises KeyboardInterrupt where a handler raised something while it waited."""
-    with pytest.raises(SystemExit) as ended, told():
+    with pytest.raises(SystemExit) as ended, exit_on_signal():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except Interrupted:
@@ -163,8 +163,8 @@ def test_a_librarys_own_interrupt_keeps_the_number_of_the_signal() -> None:
 
 
 def test_a_librarys_handlers_do_not_stay() -> None:
-    with pytest.raises(SystemExit) as ended, told():
-        with signals.kept():
+    with pytest.raises(SystemExit) as ended, exit_on_signal():
+        with signals.preserve_handlers():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     assert ended.value.code == 143
@@ -180,13 +180,13 @@ def test_at_once_writes_nothing(
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(SystemExit), told():
+    with pytest.raises(SystemExit), exit_on_signal():
         trained(activations, kept(activations, tmp_path), twice)
     assert not list(tmp_path.glob("*/*"))
 
 
 def test_nothing_listens_outside() -> None:
-    with whole():
+    with defer_signals():
         pass
     with pytest.raises(Interrupted, match="terminated"):
         signals.handle(signal.SIGTERM, None)
@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit), told():
+    with pytest.raises(SystemExit), exit_on_signal():
         trained(activations, kept(activations, tmp_path, "b"), signalled(signal.SIGTERM, 12))
     damage(tmp_path / "b" / f"00000012.{end}", harm)
     if (end, harm) != ("json", "gone"):  # without its JSON it was never complete
@@ -256,7 +256,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 def test_where_all_are_damaged_the_cell_starts_afresh(
     activations: MemorySource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit), told():
+    with pytest.raises(SystemExit), exit_on_signal():
         trained(activations, kept(activations, tmp_path, "a"), signalled(signal.SIGTERM, 12))
     for file in (tmp_path / "a").glob("*.safetensors"):
         damage(file, "bit")

@@ -14,7 +14,7 @@ from saelab.data.activations.stream import Batch
 from saelab.errors import CellFailure
 from saelab.evals import EvalData, evaluate
 from saelab.evals.base import Row
-from saelab.evals.core import CoreData, measured
+from saelab.evals.core import CoreData, measure_reconstruction
 from saelab.evals.dictionary_matching import largest_cosines
 from saelab.launch import cell_facts
 from saelab.sae import SAE, SAEConfig
@@ -62,7 +62,7 @@ def trained(config: SAEConfig = CONFIG, lr: float = 4e-3) -> Cell:
 def facts(cell: Cell, held_out: MemorySource | None = None) -> dict[str, Any]:
     """Of a trained cell, as `Worker` collects them."""
     data = CoreData(held_out or source(activations()), None)
-    found = measured(cell.sae, data)
+    found = measure_reconstruction(cell.sae, data)
     return {
         "l0": found.l0,
         "explained_variance": 1 - found.fvu,
@@ -73,7 +73,7 @@ def facts(cell: Cell, held_out: MemorySource | None = None) -> dict[str, Any]:
         "steps": cell.steps_done,
         "tokens": cell.tokens,
         "code_std": cell_facts.code_std(cell.sae, data),
-        "centred": float(cell_facts.centred(cell)),
+        "centred": float(cell_facts.removes_mean(cell)),
         **cell_facts.input_facts(data.source),
         **cell_facts._weights_facts(cell.sae, largest_cosines(cell.sae.W_dec)),
         **cell_facts._curve_facts(cell.log),

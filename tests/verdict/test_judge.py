@@ -53,7 +53,7 @@ def test_the_four_words() -> None:
 def test_numbers_of_a_comparison() -> None:
     c = run({"good": shifted(-0.01)})["good"]
     d = [shifted(-0.01)[s] - BASE[s] for s in SEEDS]  # type: ignore[operator]
-    summary = stats.paired(d)
+    summary = stats.paired_summary(d)
     assert summary.sd is not None
     assert (c.mean_diff, c.low, c.high) == pytest.approx((summary.mean, summary.low, summary.high))
     assert c.test == "sign-flip" and c.p == c.p_holm == 2 / 256
@@ -222,7 +222,7 @@ def test_failed_cell_against_an_invalid_baseline_cell_is_excluded() -> None:
 
 
 def test_needed_seeds_keep_what_they_promise() -> None:
-    sd = stats.paired([20 * NOISE[s] for s in SEEDS]).sd
+    sd = stats.paired_summary([20 * NOISE[s] for s in SEEDS]).sd
     assert sd is not None
     c = run({"arm": shifted(0.0, noise=20.0)})["arm"]
     assert c.needed_seeds is not None and c.needed_seeds > c.n

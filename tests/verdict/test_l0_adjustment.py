@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from saelab.study.plan import PlanConfig
 from saelab.verdict.arms import ArmResult
 from saelab.verdict.final_info import judge_run
-from saelab.verdict.l0_adjustment import moved, moves, slope
+from saelab.verdict.l0_adjustment import move_values, slope, value_moves
 
 PLAN = PlanConfig(study="matching", target_l0=32, seeds=4, family=1)
 NOISE = (0.0004, -0.0003, 0.0002, -0.0001)
@@ -69,7 +69,7 @@ def test_an_arm_with_levels_has_a_slope_of_its_own() -> None:
     steep = Made(0.17, -0.2, BETTER.l0)
     arms = {"baseline": BASE.arm("baseline"), "arm": steep.arm("arm")}
     assert slope(arms["arm"], "fvu", 32) == pytest.approx(-0.2)
-    assert moves(arms, PLAN)["arm"][0] == pytest.approx(-0.2 * math.log(32 / 31))
+    assert value_moves(arms, PLAN)["arm"][0] == pytest.approx(-0.2 * math.log(32 / 31))
     assert judged(arms["baseline"], arms["arm"]).mean_diff == pytest.approx(-0.01, abs=1e-9)
 
 
@@ -77,7 +77,7 @@ def test_an_arm_with_levels_has_a_slope_of_its_own() -> None:
 def test_nothing_is_extrapolated(levels: tuple[float, ...]) -> None:
     base = Made(0.18, -0.07, BASE.l0, levels).arm("baseline")
     arms = {"baseline": base, "arm": BETTER.arm("arm")}
-    assert slope(base, "fvu", 32) is None and moves(arms, PLAN) == {}
+    assert slope(base, "fvu", 32) is None and value_moves(arms, PLAN) == {}
     found = judged(base, arms["arm"])
     plain = [arms["arm"].metric("fvu")[s] - base.metric("fvu")[s] for s in range(4)]  # type: ignore[operator]
     assert found.mean_diff == pytest.approx(sum(plain) / 4) and "brought" not in found.reason
@@ -94,7 +94,7 @@ def test_the_nearest_levels_count() -> None:
 def test_cells_that_are_far_off_failed_or_dead_stay_as_they_are() -> None:
     far = Made(0.17, -0.07, (36.0, 31.2, 31.1, 31.3), levels=()).arm("arm")
     arms = {"baseline": BASE.arm("baseline"), "arm": far}
-    assert set(moves(arms, PLAN)["arm"]) == {1, 2, 3}
+    assert set(value_moves(arms, PLAN)["arm"]) == {1, 2, 3}
     assert judged(arms["baseline"], far).word == "refused"
     dead = ArmResult("baseline", {})
     dead.add_level(0, 64.0, BASE._cell(0, 64.0, {"l0": 0.0}), ())
@@ -104,11 +104,11 @@ def test_cells_that_are_far_off_failed_or_dead_stay_as_they_are() -> None:
 def test_without_a_target_or_for_l0_itself_nothing_moves() -> None:
     arms = {"baseline": BASE.arm("baseline"), "arm": BETTER.arm("arm")}
     for changes in ({"target_l0": None}, {"primary": "l0"}):
-        assert moves(arms, PLAN.patched(changes)) == {}
+        assert value_moves(arms, PLAN.patched(changes)) == {}
 
 
 @given(st.dictionaries(st.integers(0, 5), st.none() | st.floats(-1, 1)))
 def test_missing_values_stay_missing(values: dict[int, float | None]) -> None:
-    found = moved(values, dict.fromkeys(range(3), 0.5))
+    found = move_values(values, dict.fromkeys(range(3), 0.5))
     for seed, value in values.items():
         assert found[seed] == (None if value is None else value + 0.5 * (seed < 3))

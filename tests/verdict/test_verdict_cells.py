@@ -9,7 +9,7 @@ import torch
 from saelab import stats
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.activations.stream import Batch
-from saelab.evals.core import CoreData, measured
+from saelab.evals.core import CoreData, measure_reconstruction
 from saelab.sae import SAEConfig
 from saelab.seeding import numpy_stream, torch_stream
 from saelab.training.loop import Cell, train
@@ -48,7 +48,7 @@ def fvu() -> np.ndarray:
         stream = ((Batch(x[rows], torch.zeros(64, dtype=torch.int64)), None) for rows in order)
         cell = Cell(f"seed {seed}", CONFIG, TRAIN, x, seed)
         assert not train([cell], stream)
-        found.append(measured(cell.sae, data).fvu)
+        found.append(measure_reconstruction(cell.sae, data).fvu)
     return np.array(found)
 
 

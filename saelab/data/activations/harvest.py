@@ -26,7 +26,7 @@ from saelab.data.language_model import LanguageModel
 from saelab.data.text.corpus import Tokens
 from saelab.errors import SettingError, SourceError
 from saelab.progress import Progress, progress
-from saelab.storage.lock import held
+from saelab.storage.lock import lock_folder
 from saelab.storage.remote import Place
 
 #: Bytes for a position's mask (bool) and id (int32).
@@ -227,7 +227,7 @@ def _in_folder(
     with ExitStack() as locks:
         for place in places.values():
             if isinstance(place, Path) and not (place / "header.json").is_file():
-                locks.enter_context(held(place, "is harvesting these activations"))
+                locks.enter_context(lock_folder(place, "is harvesting these activations"))
         yield from _in_own_folder(model, tokens, headers, config, places)
 
 

@@ -328,10 +328,10 @@ class _Firings:
 def _directions(features: int, d: int, steps: int, lr: float, seed: int) -> Tensor:
     """Kept: pushing 16k directions apart takes minutes."""
     draw = torch.randn(features, d, generator=torch_stream(seed, "forest directions"))
-    return apart(normalize(draw, dim=1), steps, lr)
+    return push_apart(normalize(draw, dim=1), steps, lr)
 
 
-def apart(rows: Tensor, steps: int, lr: float) -> Tensor:
+def push_apart(rows: Tensor, steps: int, lr: float) -> Tensor:
     """Unit rows [n, d], pushed apart by Adam; see above.
 
     The gradient, 4 (D D^T D - |D_i|^2 D_i + n (|D_i|^2 - 1) D_i), needs no n x n matrix.

@@ -65,13 +65,13 @@ def executor(name: str = "") -> RunJobs:
     Raises: SettingError for an unknown one.
     """
     setting = "executor" if name else "SAELAB_EXECUTOR"
-    name = name or chosen()
+    name = name or executor_name()
     if name not in EXECUTORS:
         known = f"use one of {', '.join(EXECUTORS)}{nearest(name, EXECUTORS)}"
         raise SettingError(setting, name, known)
     return importlib.import_module(EXECUTORS[name]).run_jobs
 
 
-def chosen() -> str:
+def executor_name() -> str:
     """What SAELAB_EXECUTOR names, else 'local'."""
     return os.environ.get("SAELAB_EXECUTOR") or LOCAL

@@ -218,7 +218,8 @@ def _run(function: Callable[..., None], job: Any) -> None:
         words.send()
     finally:
         _busy = False
-        if number := signals.asked():  # whether it was raised, or the job ended before its turn
+        # whether it was raised, or the job ended before its turn
+        if number := signals.pending_signal():
             os._exit(128 + number)
 
 
@@ -240,7 +241,8 @@ class _Words:
     def send(self, line: Mapping[str, Any] | None = None) -> None:
         amount, self._amount, self._sent = self._amount, 0.0, time.monotonic()
         try:
-            with signals.whole(), self._lock:  # the lock is given back before the worker ends
+            # the lock is given back before the worker ends
+            with signals.defer_signals(), self._lock:
                 self._connection.send((amount, line))
         except BrokenPipeError:
             signals.handle(signal.SIGTERM, None)

@@ -96,7 +96,7 @@ def _cluster(workers: int) -> Iterator[Any]:
     address = os.environ.get("RAY_ADDRESS")
     own = {} if address else _own(workers)
     try:
-        with signals.kept():
+        with signals.preserve_handlers():
             ray.init(address=address, **own, **quiet)
     except (ConnectionError, ValueError) as error:
         why = str(error).strip().partition("\n")[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saelab.report.figures.style import Look, handle, log_axis, looks, shown
+from saelab.report.figures.style import ArmStyle, arm_styles, handle, legend_name, log_axis
 from saelab.report.run_data import Curve, Run
 
 if TYPE_CHECKING:
@@ -39,13 +39,15 @@ def values_of(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:
     """'baseline 0.171, others 0.166 (A) to 0.180 (B)'; '-' without any."""
     parts = []
     if run.baseline in means:
-        parts.append(f"{shown(run.baseline)} {means[run.baseline]:{form}}")
+        parts.append(f"{legend_name(run.baseline)} {means[run.baseline]:{form}}")
     others = sorted((mean, arm) for arm, mean in means.items() if arm in run.arms[1:])
     if len(others) > 1:
         (low, first), (high, last) = others[0], others[-1]
-        parts.append(f"others {low:{form}} ({shown(first)}) to {high:{form}} ({shown(last)})")
+        parts.append(
+            f"others {low:{form}} ({legend_name(first)}) to {high:{form}} ({legend_name(last)})"
+        )
     elif others:
-        parts.append(f"{shown(others[0][1])} {others[0][0]:{form}}")
+        parts.append(f"{legend_name(others[0][1])} {others[0][0]:{form}}")
     return ", ".join(parts) or "-"
 
 
@@ -61,7 +63,7 @@ def seeds_of(run: Run, numbers: Mapping[str, Sequence[float]]) -> str:
 
 def legend(run: Run, arms: Sequence[str]) -> list[Any]:
     """Entries of the legend for these arms, in the run's order."""
-    return [handle(arm, looks(run)[arm]) for arm in run.arms if arm in arms]
+    return [handle(arm, arm_styles(run)[arm]) for arm in run.arms if arm in arms]
 
 
 def changes_of(run: Run, arm: str) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def lost_cells(run: Run, metric: str, slice: str = "") -> list[str]:
         lost = [row for row in rows if row.value is None]
         if lost and arm in run.arms:
             count = f"{len(lost)} of {len(rows)} seeds"
-            parts.append(f"{shown(arm)}, {count} ({lost[0].reason})")
+            parts.append(f"{legend_name(arm)}, {count} ({lost[0].reason})")
     return [f"Not in the picture: {'; '.join(parts)}."] if parts else []
 
 
@@ -95,7 +97,7 @@ def means_of(numbers: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def by_arm(axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: bool = True) -> None:
     """Mean and range of every arm side by side in their order, and seeds as dots."""
-    style = looks(run)
+    style = arm_styles(run)
     for x, arm in enumerate(run.arms):
         if values := numbers.get(arm):
             color = style[arm].color
@@ -113,7 +115,7 @@ def by_arm(axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: b
 
 def points_with_range(
     axes: Axes,
-    look: Look,
+    look: ArmStyle,
     points: Mapping[Any, Sequence[float]],
     dodge: float = 0.0,
     joined: bool = True,
@@ -157,7 +159,7 @@ def band(curves: Mapping[int, Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def plot_band(
-    axes: Axes, look: Look, curves: Mapping[int, Curve], unit: float, turn: float, banded: bool
+    axes: Axes, look: ArmStyle, curves: Mapping[int, Curve], unit: float, turn: float, banded: bool
 ) -> float:
     """Mean line of one arm, and the band of its seeds where it is to have one; `turn` in [0, 1)
     shifts its markers. Returns the last mean."""
@@ -184,7 +186,7 @@ def over_training(
     unit, unit_name = token_unit(run, name)
     if curves is None:
         curves = {arm: run.curves[name, arm] for arm in run.arms if (name, arm) in run.curves}
-    style, last = looks(run), {}
+    style, last = arm_styles(run), {}
     for i, (arm, of_arm) in enumerate(curves.items()):
         last[arm] = plot_band(axes, style[arm], of_arm, unit, (i + 0.5) / len(curves), banded)
     axes.set_xlabel(f"training ({unit_name})")
@@ -212,7 +214,7 @@ def limit_to_late(axes: Axes, curves: Mapping[str, Mapping[int, Curve]]) -> None
 
 def thin_lines(axes: Axes, run: Run, name: str) -> None:
     """A line per seed, since seeds may settle at different signs and none at the mean."""
-    style, (unit, _) = looks(run), token_unit(run, name)
+    style, (unit, _) = arm_styles(run), token_unit(run, name)
     for arm in run.arms:
         for curve in run.curves.get((name, arm), {}).values():
             axes.plot(
@@ -248,7 +250,7 @@ def against_l0(axes: Axes, run: Run, metric: str, arms: Sequence[str] = ()) -> N
     """A dot per cell, a line through the means of the levels, a marker at the target L0; of the
     given arms, or of all."""
     arms = arms or run.arms
-    cells, style = [cell for cell in cells_of(run, metric) if cell.arm in arms], looks(run)
+    cells, style = [cell for cell in cells_of(run, metric) if cell.arm in arms], arm_styles(run)
     for arm in arms:
         own = [cell for cell in cells if cell.arm == arm]
         look = style[arm]

@@ -49,19 +49,19 @@ from saelab.report.figures.idea_b import B_PICTURES
 from saelab.report.figures.placement import placement
 from saelab.report.figures.style import (
     STYLE,
-    Look,
+    ArmStyle,
     Page,
+    arm_styles,
     explain,
     handle,
+    legend_name,
     log_axis,
-    looks,
     save,
-    shown,
     wrap,
 )
 from saelab.report.run_data import Curve, Run, load
 from saelab.runtime.safe_text import visible
-from saelab.runtime.signals import told
+from saelab.runtime.signals import exit_on_signal
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -90,7 +90,7 @@ Picture = Callable[[Run], "Figure | str"]
 # ---------------------------------------------------------------- the front door
 
 
-@told()
+@exit_on_signal()
 def draw(labels: Mapping[str, str]) -> None:
     """Draws all runs of the current directory; this is the whole of plot.py.
 
@@ -227,7 +227,7 @@ def loss(run: Run) -> Figure | str:
             f" cells of {at(run)}.",
             f"FVU of the last batch: {values_of(run, last)}.",
         ],
-        [handle(arm, looks(run)[arm]) for arm in last],
+        [handle(arm, arm_styles(run)[arm]) for arm in last],
     )
 
 
@@ -285,7 +285,7 @@ def scalars(run: Run) -> Figure | str:
             f"Line: mean over {of_seeds(counts)} at {at(run)}; thin: seeds; band: their range.",
             f"At the end: {'; '.join(ends)}.",
         ],
-        [handle(arm, looks(run)[arm]) for arm in run.arms if arm in arms],
+        [handle(arm, arm_styles(run)[arm]) for arm in run.arms if arm in arms],
         [f"Constant over training and not drawn: {', '.join(still)}."] if still else [],
     )
 
@@ -325,7 +325,7 @@ def frontier(run: Run) -> Figure | str:
             "Small dots: one cell (arm and seed). Large: mean over seeds; bars: lowest to highest.",
             f"FVU at {at(run)}: {values_of(run, means_of(run.numbers('fvu')))}.",
         ],
-        [handle(arm, looks(run)[arm]) for arm in run.arms if arm in arms],
+        [handle(arm, arm_styles(run)[arm]) for arm in run.arms if arm in arms],
         notes,
     )
 
@@ -369,7 +369,7 @@ def probing(run: Run) -> Figure | str:
     axes = page.panels["by k"]
     for i, (subject, points) in enumerate(by_subject.items()):
         dodge = 0.6 * ((i + 0.5) / len(by_subject) - 0.5)
-        points_with_range(axes, looks(run)[subject], points, dodge)
+        points_with_range(axes, arm_styles(run)[subject], points, dodge)
     axes.set_xticks(range(len(ks)), [f"{k}" if k else "all" for k in ks])
     axes.set_xlim(-0.5, len(ks) - 0.5)
     axes.grid(axis="x", visible=False)
@@ -385,7 +385,7 @@ def probing(run: Run) -> Figure | str:
         )  # fmt: skip
     k = ENTRY_K if ENTRY_K in ks else ks[0]
     means = means_of({s: found for s in by_subject if (found := _accuracies(run, s, k))})
-    controls = [f"{shown(c)} {means[c]:.3f}" for c in run.controls if c in means]
+    controls = [f"{legend_name(c)} {means[c]:.3f}" for c in run.controls if c in means]
     counts = [len(values) for s in run.arms for values in by_subject.get(s, {}).values()]
     at_k = f"At k = {k}: " if k else "All latents: "
     return page.finish(
@@ -394,7 +394,7 @@ def probing(run: Run) -> Figure | str:
             f"Mean over {of_seeds(counts)} at {at(run)}; bars: lowest to highest seed.",
             f"{at_k}{', '.join([values_of(run, means), *controls])}.",
         ],
-        [handle(subject, looks(run)[subject]) for subject in by_subject],
+        [handle(subject, arm_styles(run)[subject]) for subject in by_subject],
         lost_cells(run, f"sae_top_{k}_test_accuracy" if k else "sae_test_accuracy"),
     )
 
@@ -408,8 +408,8 @@ def probing_entries(run: Run) -> Figure | str:
     cells = [*entries, *["."] * (-len(entries) % columns)]
     mosaic = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     page = Page(mosaic, 1.95 * len(mosaic) + 0.1)
-    style, metric = looks(run), f"sae_top_{ENTRY_K}_test_accuracy"
-    lines: dict[str, Look] = {}
+    style, metric = arm_styles(run), f"sae_top_{ENTRY_K}_test_accuracy"
+    lines: dict[str, ArmStyle] = {}
     for entry, axes in page.panels.items():
         by_arm(axes, run, run.numbers(metric, f"entry={entry}"), dots=False)
         for control in run.controls:
@@ -449,10 +449,12 @@ def _entries(run: Run) -> list[str]:
     ]
 
 
-def _line_only(name: str, look: Look) -> Artist:
+def _line_only(name: str, look: ArmStyle) -> Artist:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=look.color, linestyle=look.dashes, linewidth=2, label=shown(name))
+    return Line2D(
+        [], [], color=look.color, linestyle=look.dashes, linewidth=2, label=legend_name(name)
+    )
 
 
 # ---------------------------------------------------------------- density
@@ -465,7 +467,7 @@ def density(run: Run) -> Figure | str:
         return f"no histogram: {run.reason('density_histogram', 'log10_density=never')}"
     page = Page([["never", "fired"]], 3.7, width_ratios=(1, 2.6))
     left, right = page.panels.values()
-    style = looks(run)
+    style = arm_styles(run)
     percent = {arm: [100 * share for share in never[arm]] for arm in bins if arm in never}
     by_arm(left, run, percent)
     edges = [edge for of_arm in bins.values() for edge in of_arm]
@@ -538,7 +540,7 @@ def verdict(run: Run) -> Figure | str:
     axes = page.panels["differences"]
     words = []
     for y, arm in enumerate(arms):
-        means, look = run.info[arm]["means"], looks(run)[arm]
+        means, look = run.info[arm]["means"], arm_styles(run)[arm]
         words.append(str(means[f"verdict.{metric}"] or "no word"))
         middle, low, high = (means.get(f"diff.{metric}{end}") for end in ("", ".low", ".high"))
         if middle is not None:
@@ -553,7 +555,7 @@ def verdict(run: Run) -> Figure | str:
                   fontweight="bold" if words[-1] in ("helps", "hurts") else "normal")  # fmt: skip
     axes.axvline(0, color="black", linewidth=1.2, zorder=2)
     handles = _interest_band(axes, run)
-    axes.set_yticks(range(len(arms)), ["\n".join(wrap(shown(arm), 2.7)) for arm in arms])
+    axes.set_yticks(range(len(arms)), ["\n".join(wrap(legend_name(arm), 2.7)) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.margins(x=0.06)
     axes.locator_params(axis="x", nbins=6)

@@ -34,7 +34,7 @@ from saelab.report.figures.axes import (
     values_of,
     without_baseline,
 )
-from saelab.report.figures.style import Page, handle, log_axis, looks, shown, wrap
+from saelab.report.figures.style import Page, arm_styles, handle, legend_name, log_axis, wrap
 from saelab.report.run_data import Run
 
 if TYPE_CHECKING:
@@ -69,13 +69,13 @@ def spread(run: Run) -> Figure | str:
     left.set(title="Of the variances that scale, over training", ylabel="sd of log variance")
     for arm in arms:
         points = {x: ends[name][arm] for x, name in enumerate(("before", "after"))}
-        points_with_range(right, looks(run)[arm], points)
+        points_with_range(right, arm_styles(run)[arm], points)
     right.set_xticks([0, 1], ["before", "after"])
     right.set_xlim(-0.25, 1.25)
     right.set(title="Scaled features, held-out text", ylabel="sd of log variance")
     for axes in (left, right):
         axes.set_ylim(0, 1.08 * axes.dataLim.y1)
-    without = [shown(arm) for arm in arms if ("spread", arm) not in run.curves]
+    without = [legend_name(arm) for arm in arms if ("spread", arm) not in run.curves]
     note = f"No path over training, since they keep no running variance: {', '.join(without)}."
     return page.finish(
         f"{run.title} – spread of feature variance before and after scaling",
@@ -106,7 +106,7 @@ def thresholds(run: Run) -> Figure | str:
     mosaic = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     page = Page(mosaic, 3.2 * len(mosaic))
     for arm in arms:
-        axes, look = page.panels[arm], looks(run)[arm]
+        axes, look = page.panels[arm], arm_styles(run)[arm]
         variance, own = points[arm]
         axes.plot(variance, own, ".", label=arm, color=look.color, markersize=4, alpha=0.6)
         ends = np.array([variance.min(), variance.max()])
@@ -118,7 +118,7 @@ def thresholds(run: Run) -> Figure | str:
         for which in ("x", "y"):
             log_axis(axes, which)
         r2 = mean(run.numbers("consistency.r2")[arm])
-        title = f"{shown(arm)}: temperature {mean(fits[arm]):.2f}, R²\u00a0{r2:.2f}"
+        title = f"{legend_name(arm)}: temperature {mean(fits[arm]):.2f}, R²\u00a0{r2:.2f}"
         axes.set_title("\n".join(wrap(title, 7.2 / columns - 0.7)))
         axes.set_xlabel("variance of the feature")
     for row in mosaic:
@@ -174,7 +174,7 @@ def positions(run: Run) -> Figure | str:
         of_arms = numbers[name]
         for i, (arm, points) in enumerate(of_arms.items()):
             dodge = 8 * ((i + 0.5) / len(of_arms) - 0.5)
-            points_with_range(axes, looks(run)[arm], points, dodge)
+            points_with_range(axes, arm_styles(run)[arm], points, dodge)
         own = probed if name == "sae_top_5_test_accuracy" else buckets
         axes.set_xticks([(low + high) / 2 for low, high in own], [f"{a}-{b}" for a, b in own])
         axes.tick_params(axis="x", labelsize=9.5 if name in ("fvu", "difference") else 8)
@@ -191,7 +191,7 @@ def positions(run: Run) -> Figure | str:
             page.panels[name].axvline(
                 stop - 0.5, color="#555555", linewidth=1, linestyle=(0, (2, 2))
             )
-    cut = [f"{shown(arm)} ({stop} positions)" for arm, stop in stops.items()]
+    cut = [f"{legend_name(arm)} ({stop} positions)" for arm, stop in stops.items()]
     notes = [f"Dashed: there the training of these arms ends: {', '.join(cut)}."] if cut else []
     if probed:
         notes.append(
@@ -272,7 +272,7 @@ def sensitivity(run: Run) -> Figure | str:
             assert axes is not None
             places = {steps.index(change): values for change, values in points.items()}
             dodge = 0.5 * ((i + 0.5) / len(of_arms) - 0.5)
-            points_with_range(axes, looks(run)[arm], places, dodge, joined=False)
+            points_with_range(axes, arm_styles(run)[arm], places, dodge, joined=False)
             drawn[arm] = None
     for axes in page.panels.values():
         axes.axhline(0, color="black", linewidth=1.2, zorder=1)
@@ -345,7 +345,7 @@ def regulariser(run: Run) -> Figure | str:
         line = sorted({strengths[arm][name]: points[arm] for arm in reversed(points)}.items())
         axes.plot(*zip(*(point for _, point in line), strict=True), color="#999999", linewidth=1)
         for arm, (x, y) in points.items():
-            axes.plot(x, y, **looks(run)[arm].marks(markersize=9))
+            axes.plot(x, y, **arm_styles(run)[arm].marks(markersize=9))
             axes.annotate(f"{strengths[arm][name]:g}", (x, y), (7, 5), textcoords="offset points")
         axes.margins(x=0.25, y=0.25)
         axes.set_ylim(bottom=0)
@@ -359,7 +359,7 @@ def regulariser(run: Run) -> Figure | str:
             f" {at(run)}. Distance from the first step to the last. The line joins the first arm of"
             " each strength."
         ],
-        [handle(arm, looks(run)[arm], line=False) for arm in arms],
+        [handle(arm, arm_styles(run)[arm], line=False) for arm in arms],
     )
 
 
@@ -411,7 +411,7 @@ def _against_tau(
     """Mean and range of each arm at its temperature; the baseline as a line and a band."""
     for arm, tau in taus.items():
         if arm in numbers:
-            points_with_range(axes, looks(run)[arm], {tau: numbers[arm]})
+            points_with_range(axes, arm_styles(run)[arm], {tau: numbers[arm]})
     if run.baseline in numbers and run.baseline not in taus:
         values = numbers[run.baseline]
         axes.axhline(mean(values), color="black", linewidth=2.4, zorder=1)
@@ -437,7 +437,7 @@ def speed(run: Run) -> Figure | str:
             reached = mean(steps[arm]) * tokens[-1]
             left.plot(
                 reached / unit, np.interp(reached, tokens, middle),
-                **looks(run)[arm].marks(markersize=12, zorder=5),
+                **arm_styles(run)[arm].marks(markersize=12, zorder=5),
             )  # fmt: skip
     left.set(title="Reconstruction loss", ylabel="FVU of the batch (share)")
     percent = {arm: [100 * value for value in steps[arm]] for arm in arms if arm in steps}

@@ -32,7 +32,7 @@ from saelab.report.figures.axes import (
     values_of,
     without_baseline,
 )
-from saelab.report.figures.style import Page, log_axis, looks, shown
+from saelab.report.figures.style import Page, arm_styles, legend_name, log_axis
 from saelab.report.run_data import Curve, Run
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def stability(run: Run) -> Figure | str:
         axes.set_ylim(-0.05 * (top or 1), 1.1 * (top or 1))  # markers at 0 stay whole
         axes.locator_params(axis="y", nbins=4)
     stopped = {arm: vs for arm, vs in _of_arms(run, "stability.nonfinite").items() if any(vs)}
-    cells = [f"{shown(arm)}, {sum(vs):g} of {len(vs)} seeds" for arm, vs in stopped.items()]
+    cells = [f"{legend_name(arm)}, {sum(vs):g} of {len(vs)} seeds" for arm, vs in stopped.items()]
     said = [
         f"{name}: {values_of(run, means_of(numbers[metric]), form)}"
         for metric, name, form in (
@@ -292,7 +292,7 @@ def survival(run: Run) -> Figure | str:
     axes, below = page.panels.values()
     ends = {}
     for i, (arm, points) in enumerate(curves.items()):
-        look, ages = looks(run)[arm], np.array([0.0, *points])
+        look, ages = arm_styles(run)[arm], np.array([0.0, *points])
         middle = np.array([1.0, *(mean(values) for values in points.values())])
         low, high = (np.array([1.0, *map(end, points.values())]) for end in (min, max))
         every = max(1, len(ages) // 6)
@@ -328,8 +328,8 @@ def _numbers_at_risk(axes: Axes, run: Run, numbers: Mapping[str, Mapping[float, 
         for age in ages[:: -(-len(ages) // AGES)]:
             if age in points:
                 axes.text(100 * age, y, f"{mean(points[age]):.0f}", va="center", ha="center",
-                          fontsize=9.5, label=arm, color=looks(run)[arm].color)  # fmt: skip
-    axes.set_yticks(range(len(numbers)), [shown(arm) for arm in numbers])
+                          fontsize=9.5, label=arm, color=arm_styles(run)[arm].color)  # fmt: skip
+    axes.set_yticks(range(len(numbers)), [legend_name(arm) for arm in numbers])
     axes.tick_params(axis="y", length=0, labelsize=9.5)
     axes.set_ylim(len(numbers) - 0.4, -0.6)
     axes.set(title="Lives at risk (mean over seeds)", xlabel="age (% of the run)")
@@ -379,7 +379,7 @@ def consistency(run: Run) -> Figure | str:
         unit, name = (1e6, "million") if max(tokens) >= 2e5 else (1e3, "thousand")
         for arm, points in past.items():
             own = {x / unit: values for x, values in points.items()}
-            points_with_range(axes, looks(run)[arm], own)
+            points_with_range(axes, arm_styles(run)[arm], own)
         axes.set(title="Snapshot against the end of the run", ylabel="matched |cosine| (mean)")
         axes.set_xlabel(f"snapshot taken at ({name} tokens)")
     if seeds:
@@ -387,7 +387,9 @@ def consistency(run: Run) -> Figure | str:
         drawn = [arm for arm in run.arms if any(arm in found for found in seeds.values())]
         for i, arm in enumerate(drawn):
             points = {x: seeds[b][arm] for x, b in enumerate(bins) if arm in seeds[b]}
-            points_with_range(axes, looks(run)[arm], points, 0.5 * ((i + 0.5) / len(drawn) - 0.5))
+            points_with_range(
+                axes, arm_styles(run)[arm], points, 0.5 * ((i + 0.5) / len(drawn) - 0.5)
+            )
         axes.set_xticks(range(len(bins)), bins)
         axes.tick_params(axis="x", labelsize=9 if len(bins) > 6 else 11)
         axes.grid(axis="x", visible=False)
@@ -442,7 +444,7 @@ def max_cosine(run: Run) -> Figure | str:
     page = Page([["cosine"]], 3.8)
     axes, near = page.panels["cosine"], {}
     for i, (arm, points) in enumerate(bins.items()):
-        look = looks(run)[arm]
+        look = arm_styles(run)[arm]
         by_bin = {round(low / width): 100 * mean(values) for low, values in points.items()}
         shares = np.array([by_bin.get(round(low / width), 0.0) for low in grid])
         axes.stairs(

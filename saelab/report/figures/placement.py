@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from saelab.report.figures.axes import at, mean, of_seeds
-from saelab.report.figures.style import Page, looks, shown, wrap
+from saelab.report.figures.style import Page, arm_styles, legend_name, wrap
 from saelab.report.run_data import CONTROL, Run
 
 if TYPE_CHECKING:
@@ -66,12 +66,14 @@ def placement(run: Run) -> Figure | str:
         axes.set_xticks([0, 1], ["frozen\nrandom", "baseline"])
         axes.set_xlim(*LIMITS)
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        names = ["\n".join(wrap(shown(name), 2.2)) for name in rows]
+        names = ["\n".join(wrap(legend_name(name), 2.2)) for name in rows]
         axes.set_yticks(range(len(rows)), names if i == 0 else [""] * len(rows))
         axes.grid(axis="y", visible=False)
         axes.set(title=SCALES[metric][0])
     best = found[next(iter(found))]
-    said = [f"{shown(arm)} {100 * mean(best[arm]):.1f}%" for arm in run.arms[1:] if arm in best]
+    said = [
+        f"{legend_name(arm)} {100 * mean(best[arm]):.1f}%" for arm in run.arms[1:] if arm in best
+    ]
     return page.finish(
         f"{run.title} – placed between a frozen random decoder and the baseline",
         [
@@ -89,7 +91,7 @@ def placement(run: Run) -> Figure | str:
 def _row(axes: Axes, run: Run, y: int, name: str, values: list[float]) -> None:
     if not values:
         return
-    look, middle = looks(run)[name], mean(values)
+    look, middle = arm_styles(run)[name], mean(values)
     low, high = LIMITS
     if low < middle < high:
         axes.hlines(y, min(values), max(values), label=name, color=look.color, linewidth=1.6)

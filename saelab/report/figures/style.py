@@ -60,7 +60,7 @@ STYLE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Look:
+class ArmStyle:
     """How an arm or control is drawn, in every picture; every artist is labelled with its name."""
 
     name: str
@@ -109,11 +109,11 @@ GREY_DASHES = (
 GREY_MARKERS = ("x", "+", "1", "2", "3", "4", "|")
 
 
-def looks(run: Run) -> dict[str, Look]:
+def arm_styles(run: Run) -> dict[str, ArmStyle]:
     """The look of every arm and control. The baseline is the widest line and lies underneath."""
-    found = {run.baseline: Look(run.baseline, "black", "o", "-", 2.4, zorder=2.5)}
+    found = {run.baseline: ArmStyle(run.baseline, "black", "o", "-", 2.4, zorder=2.5)}
     for i, arm in enumerate(run.arms[1:]):
-        found[arm] = Look(
+        found[arm] = ArmStyle(
             arm,
             COLORS[i % len(COLORS)],
             MARKERS[i % len(MARKERS)],
@@ -122,14 +122,14 @@ def looks(run: Run) -> dict[str, Look]:
             filled=i < len(COLORS),
         )
     for i, control in enumerate(run.controls):
-        found[control] = Look(
+        found[control] = ArmStyle(
             control, GREYS[i % len(GREYS)], GREY_MARKERS[i % len(GREY_MARKERS)],
             GREY_DASHES[i % len(GREY_DASHES)], 1.6, zorder=2,
         )  # fmt: skip
     return found
 
 
-def shown(name: str) -> str:
+def legend_name(name: str) -> str:
     """An arm or control as the legend names it."""
     if name.startswith(CONTROL):
         return f"control: {visible(name.removeprefix(CONTROL).strip())}"
@@ -137,10 +137,10 @@ def shown(name: str) -> str:
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
-def handle(name: str, look: Look, line: bool = True) -> Artist:
+def handle(name: str, look: ArmStyle, line: bool = True) -> Artist:
     from matplotlib.lines import Line2D
 
-    named = {"label": shown(name)}
+    named = {"label": legend_name(name)}
     return Line2D([], [], **(look.line(**named) if line else look.marks(**named)))
 
 

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from saelab.errors import SettingError
-from saelab.report.figures.style import STYLE, Look, Page, handle, looks, save, shown, wrap
+from saelab.report.figures.style import (
+    STYLE,
+    ArmStyle,
+    Page,
+    arm_styles,
+    handle,
+    legend_name,
+    save,
+    wrap,
+)
 from saelab.report.run_data import Run
 
 if TYPE_CHECKING:
@@ -54,7 +63,7 @@ def picture(table: Mapping[str, Any]) -> Figure:
     config, values = table["config"], table["values"]
     check_drawable(config["baseline"], list(values))
     baseline, metrics = config["baseline"], [name for name in PANELS if name in config["metrics"]]
-    style = looks(Run("", "", {}, {"baseline": baseline, "arms": list(values)}))
+    style = arm_styles(Run("", "", {}, {"baseline": baseline, "arms": list(values)}))
     rows = [metrics[i : i + 2] for i in range(0, len(metrics), 2)]
     mosaic = [[*row, "."][:2] if len(metrics) > 1 else row for row in rows]
     arms = list(table["differences"])
@@ -67,7 +76,7 @@ def picture(table: Mapping[str, Any]) -> Figure:
             _difference(axes, y, table["differences"][arm][name], seeds, style[arm])
         title, lower = PANELS[name]
         axes.axvline(0, color="black", linewidth=1.2, zorder=2)
-        names = ["\n".join(wrap(shown(arm), 1.9)) for arm in arms]
+        names = ["\n".join(wrap(legend_name(arm), 1.9)) for arm in arms]
         axes.set_yticks(range(len(arms)), names if i % 2 == 0 else [""] * len(arms))
         axes.set_ylim(len(arms) - 0.5, -0.5)
         axes.locator_params(axis="x", nbins=4, steps=[1, 2, 5, 10])
@@ -76,7 +85,7 @@ def picture(table: Mapping[str, Any]) -> Figure:
     own = config["data_seed"] == "own"
     scope = "each on its own dictionary" if own else "all on one dictionary"
     return page.finish(
-        f"{config['study']} – arm minus {shown(baseline)} at L0 {config['target_l0']:g}",
+        f"{config['study']} – arm minus {legend_name(baseline)} at L0 {config['target_l0']:g}",
         [
             f"Mean difference paired by seed, with its 95% t interval; dots: {len(table['seeds'])}"
             f" seeds, {scope}."
@@ -87,7 +96,7 @@ def picture(table: Mapping[str, Any]) -> Figure:
 
 
 def _difference(
-    axes: Axes, y: float, paired: Mapping[str, Any], seeds: Sequence[float], look: Look
+    axes: Axes, y: float, paired: Mapping[str, Any], seeds: Sequence[float], look: ArmStyle
 ) -> None:
     if paired["mean"] is None:
         return

@@ -30,6 +30,7 @@ from saelab.launch.progress_lines import POINTS, Reports
 from saelab.progress import progress
 from saelab.progress.run import RunProgress, launch_progress
 from saelab.progress.view import REDRAWS
+from saelab.runs.schema import CellId
 from saelab.training.loop import LONGEST_TURN, Cell
 
 SHAPE, L0 = Shape(128, 2048, 512), 32
@@ -72,8 +73,7 @@ def in_worker(turns: int) -> tuple[float, float, list[tuple[float, Any]]]:
     heard, said = multiprocessing.Pipe(duplex=False)
     words, messages = _Words(said, multiprocessing.Lock()), []
     spent, training = 0.0, 0.0
-    plain = {"arm": "baseline", "seed": 1, "level": float(L0)}
-    reports = Reports([trained], [plain], words)
+    reports = Reports([trained], [CellId("baseline", 1, float(L0))], words)
     for _ in range(turns):
         training += seconds(lambda: _turn(trained, batches))
         spent += seconds(lambda: reports.steps(LONGEST_TURN, [trained]))

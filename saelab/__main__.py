@@ -298,11 +298,12 @@ def report(
     with cli_errors():
         from saelab.analysis.latents import browse, chosen_cells
         from saelab.report.page import Study, ledger, write
+        from saelab.runs.folder import RunFolder
         from saelab.storage.cache import cache_folder
         from saelab.verdict.review import complete_runs
 
         _own_parts(experiment)
-        runs = folders or complete_runs(Path())
+        runs = [RunFolder(folder) for folder in folders or complete_runs(Path())]
         chosen = chosen_cells(runs, features or (), cells)
         why_not = "none was asked for" if not (cells or features) else "the runs keep no cells"
         found = list(browse(chosen, latents, 8, cache_folder(Path())))
@@ -578,9 +579,9 @@ def evaluate(
             table,
         )
         from saelab.errors import SettingError
-        from saelab.launch.record import write_rows
         from saelab.storage.atomic import write_json
         from saelab.storage.cache import cache_folder
+        from saelab.storage.parquet import write_rows
         from saelab.study.plan import BaseConfig, read_base
 
         if out is not None and out.suffix not in (".json", ".parquet"):

@@ -18,20 +18,16 @@ from saelab import formats
 from saelab.analysis.evaluate import Bench
 from saelab.analysis.saebench import result_of
 from saelab.config import read_toml
-from saelab.data.activations.stream import batches
 from saelab.data.probing.saebench import Definition
-from saelab.errors import CellFailure
 from saelab.evals import check_names
 from saelab.evals.base import Row, Subject
 from saelab.launch.launch import launch
 from saelab.launch.prepare import prepare
-from saelab.progress import progress
 from saelab.sae import SAE
 from saelab.storage.cache import cache_folder
 from saelab.study.plan import BASELINE, Arm, BaseConfig, PlanConfig, Run
 from saelab.study.task import Launch
-from saelab.training import loop
-from saelab.training.sample import initial_sample
+from saelab.training.train import train_one
 from saelab.verdict.judge import Comparison
 
 
@@ -62,14 +58,8 @@ def train(base: BaseConfig, seed: int = 0, cache: str | Path = ".") -> SAE:
     Raises: CellFailure when the loss is not finite; UsageError for bad input.
     """
     prepared = prepare(base, cache_folder(Path(cache)), base.model.device)
-    sample = initial_sample(prepared.train).to(base.model.device)
-    cell = loop.Cell(f"seed {seed}", base.sae, base.train, sample, seed)
-    stream = batches(prepared.train, seed, base.train.batch_size, base.layout)
-    with progress("training", base.train.steps, "steps") as bar:
-        failures = loop.train([cell], stream, lambda steps, _: bar.advance(steps))
-    for failure in failures.values():
-        raise CellFailure(failure.cell, failure.step, failure.reason)
-    return cell.sae
+    source, device = prepared.train, base.model.device
+    return train_one(source, base.sae, base.train, seed, layout=base.layout, device=device).sae
 
 
 def load(path: str | Path, format: str = "") -> SAE:

@@ -12,13 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import SettingError, SourceError, nearest
-from saelab.runs.folder import INFO, METRICS, RunFiles
-from saelab.storage.parquet import Kind
+from saelab.runs.folder import INFO, RunFolder
 from saelab.verdict.judge import Difference, compare_secondary
-
-OF_DEFINITIONS: dict[str, Kind] = {
-    **{"arm": "text", "definition": "text", "metric": "text", "slice": "text"}
-}
 
 
 def difference(folder: Path, arm: str, other: str, metric: str = "fvu") -> Difference:
@@ -30,10 +25,10 @@ def difference(folder: Path, arm: str, other: str, metric: str = "fvu") -> Diffe
     Raises: SourceError when the run is not complete; SettingError for an unknown arm or metric;
         MismatchError when the two were measured by different definitions.
     """
-    files = RunFiles(folder)
-    if not (folder / INFO).is_file():
+    run = RunFolder(folder)
+    if not run.has(INFO):
         raise SourceError(f"{folder} holds no final_info.json: name the folder of a complete run")
-    info = files.info()
+    info = run.info
     for name in (arm, other):
         if name not in info:
             known = f"the run has {', '.join(info)}"
@@ -45,7 +40,7 @@ def difference(folder: Path, arm: str, other: str, metric: str = "fvu") -> Diffe
         raise SettingError("metric", metric, remedy)
     # an arm's seeds are the first ones of the study, in their order
     by_seed = {name: dict(enumerate(values[name][metric])) for name in values}
-    definitions = _definitions(files, metric, (other, arm))
+    definitions = _definitions(run, metric, (other, arm))
     own = {arm: by_seed[arm]}
     return compare_secondary(metric, by_seed[other], own, definitions=definitions)[0]
 
@@ -60,7 +55,7 @@ def _lists(group: Mapping[str, Any]) -> dict[str, list[float | None]]:
     }
 
 
-def _definitions(files: RunFiles, metric: str, arms: tuple[str, ...]) -> dict[str, str]:
-    """Arm -> definition id of a metric in a run's rows; those that it has not are left out."""
-    rows = files.rows(METRICS, OF_DEFINITIONS, {"metric": metric, "slice": ""})
+def _definitions(run: RunFolder, metric: str, arms: tuple[str, ...]) -> dict[str, str]:
+    """Arm -> definition id of a metric in a run's rows; arms without the metric are left out."""
+    rows = [row for row in run.metrics if row["metric"] == metric and not row["slice"]]
     return {row["arm"]: row["definition"] for row in rows if row["arm"] in arms}

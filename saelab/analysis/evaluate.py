@@ -25,7 +25,8 @@ from saelab.evals.base import Row, Subject
 from saelab.evals.core import CoreData
 from saelab.formats import Loaded
 from saelab.launch.prepare import prepare
-from saelab.runs.cells import Member, RunFolder, members
+from saelab.runs.folder import Member, RunFolder, run_cells
+from saelab.runs.schema import CellId
 from saelab.study.plan import BaseConfig
 
 
@@ -86,8 +87,8 @@ class Choice:
 
     def members(self) -> list[Member]:
         """The cells of a run folder; the directory alone, as a cell without name, otherwise."""
-        found = members(self.path, self.arms, self.seeds)
-        return [Member(self.path, "", -1, 0.0)] if found is None else found
+        found = run_cells(self.path, self.arms, self.seeds)
+        return [Member(self.path, CellId("", -1, 0.0))] if found is None else found
 
 
 def settings_of(path: Path, config: Path | None) -> tuple[dict[str, Any] | Path, int]:
@@ -105,7 +106,7 @@ def settings_of(path: Path, config: Path | None) -> tuple[dict[str, Any] | Path,
         return config, run.probing_seed if run else 0
     run = RunFolder.of(config or path)
     if run is not None:
-        return run.manifest["base"], run.probing_seed
+        return run.required("base")["base"], run.probing_seed
     if config is not None:
         return config, 0
     remedy = f"{path} is no part of a run: name a TOML file (configs/embedded.toml) or a run folder"
@@ -133,7 +134,7 @@ def evaluate_choice(
         subject = still(found.sae) if choice.without_trace else found.sae
         subject = subject.to(torch.device(base.model.device))
         for row in bench.rows(subject, evals):
-            own = row.of_cell(member.arm, member.seed, member.level).as_dict()
+            own = row.of_cell(member.id).as_dict()
             about = {**_about(member, found, choice), "mismatch": differences}
             yield own | about | bench.provenance_of(row.definition)
 

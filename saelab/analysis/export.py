@@ -20,9 +20,10 @@ from saelab import formats
 from saelab.errors import SettingError, SourceError
 from saelab.formats import Loaded
 from saelab.parts.activations.tied_threshold import TiedThreshold
-from saelab.runs.cells import RunFolder, members
+from saelab.runs.folder import RunFolder, run_cells
 from saelab.sae import SAE
 from saelab.storage.atomic import writing
+from saelab.study.plan import base_of_run
 
 
 def export(
@@ -49,8 +50,8 @@ def export(
     save = formats.saver(to)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SourceError(f"{out} is there and not empty: name a new folder")
-    cells = members(path, arms, seeds)
-    places = {cell.place: cell.folder for cell in cells} if cells else {Path(): path}
+    cells = run_cells(path, arms, seeds)
+    places = {Path(cell.id.folder): cell.folder for cell in cells} if cells else {Path(): path}
     with _whole(out) as fresh:
         for place, folder in places.items():
             found = formats.load(folder, source)
@@ -63,7 +64,8 @@ def export(
 def about(found: Loaded, folder: Path, without_trace: bool = False) -> dict[str, Any]:
     """What is known of an SAE: model, hook_name, context and dataset where they are."""
     run = RunFolder.of(folder)
-    text = run.base.train_text if run and run.base.activations is None else None
+    base = base_of_run(run) if run else None
+    text = base.train_text if base and base.activations is None else None
     dataset = str(text.path or text.kind) if text else found.about.get("dataset", "")
     named = {"model": found.origin.model, "hook_name": found.origin.hook_name, "dataset": dataset}
     mark = {"without_trace": True} if without_trace and found.sae.needs_contexts else {}

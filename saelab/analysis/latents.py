@@ -22,14 +22,16 @@ from saelab.evals import latent_examples
 from saelab.evals.latent_examples import Example, Lens
 from saelab.launch.latent_table import FILE, LIVES
 from saelab.launch.prepare import held_out
-from saelab.runs.cells import CELLS, Member, RunFolder
-from saelab.runs.folder import GATE
+from saelab.runs.folder import GATE, Member, RunFolder
+from saelab.runs.schema import CELLS, CellId
+from saelab.storage.parquet import column_names, read_columns
+from saelab.study.plan import base_of_run
 
 #: Tokens shown before and after the strongest one. Our choice: two or three lines of code.
 BEFORE, AFTER = 16, 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Latent:
     """One latent; see `evals/features` for what its numbers mean.
 
@@ -52,12 +54,12 @@ class Latent:
     life: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Browsed:
     """One cell.
 
     Args:
-        run, arm, seed, level: which.
+        run, id: which cell of which run.
         d_sae, tokens: latents in all, and held-out tokens that were looked at.
         latents: in the order of their groups.
         steps: of its training; None where the run does not say.
@@ -66,9 +68,7 @@ class Browsed:
     """
 
     run: str
-    arm: str
-    seed: int
-    level: float
+    id: CellId
     d_sae: int
     tokens: int
     latents: list[Latent]
@@ -117,14 +117,14 @@ def primary_arms(run: RunFolder) -> list[str]:
     Every arm where the plan gives all the same number.
     """
     seeds: dict[str, int] = {}
-    for cell in run.chosen():
-        seeds[cell.arm] = seeds.get(cell.arm, 0) + 1
+    for cell in run.choose():
+        seeds[cell.id.arm] = seeds.get(cell.id.arm, 0) + 1
     baseline = run.manifest["baseline"]
     return [arm for arm, n in seeds.items() if arm != baseline and n >= seeds.get(baseline, 0)]
 
 
 def chosen_cells(
-    folders: Sequence[Path], arms: Sequence[str], cells: int
+    runs: Sequence[RunFolder], arms: Sequence[str], cells: int
 ) -> list[tuple[RunFolder, Member]]:
     """Which cells are browsed: of each run the first seed of these arms, each content once.
 
@@ -134,18 +134,17 @@ def chosen_cells(
 
     Raises: SettingError for an arm that no run has.
     """
-    runs = [run for folder in folders if (run := RunFolder.of(folder)) is not None]
-    known = dict.fromkeys(cell.arm for run in runs for cell in run.chosen())
+    known = dict.fromkeys(cell.id.arm for run in runs for cell in run.choose())
     for arm in arms:
         if arm not in known:
             raise SettingError("--features", arm, f"no run has it; there are {', '.join(known)}")
     found: dict[str, tuple[RunFolder, Member]] = {}
     for run in runs:
         wanted = list(arms) or [run.manifest["baseline"], *primary_arms(run)][:cells]
-        first = {cell.arm: cell for cell in reversed(run.chosen())}
+        first = {cell.id.arm: cell for cell in reversed(run.choose())}
         for cell in (first[arm] for arm in wanted if arm in first):
-            name = f"{cell.arm}/seed {cell.seed}/L0 {cell.level:g}"
-            found.setdefault(run.manifest["cells"].get(name, str(cell.folder)), (run, cell))
+            place = run.manifest["cells"].get(cell.id.name, str(cell.folder))
+            found.setdefault(place, (run, cell))
     return list(found.values())
 
 
@@ -161,7 +160,7 @@ def browse(
     """
     data: dict[str, HeldOut] = {}
     for run, cell in chosen:
-        base = run.base
+        base = base_of_run(run)
         key = repr((base.model, base.hook_name, base.eval_text, base.context, base.activations))
         key += f"/{base.evaluation.tokens}"
         if key not in data:
@@ -171,9 +170,9 @@ def browse(
 
 def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int) -> Browsed:
     sae = formats.load(cell.folder).sae
-    sae = sae.to(torch.device(run.base.model.device)).eval()
+    sae = sae.to(torch.device(base_of_run(run).model.device)).eval()
     found = latent_examples.survey(sae, data.source, examples)
-    picked = latent_examples.pick(found, n, cell.seed)
+    picked = latent_examples.pick(found, n, cell.id.seed)
     latents = list(picked)
     shown = latent_examples.examples(sae, data.source, found, latents, BEFORE, AFTER)
     near = latent_examples.neighbours(sae, latents)
@@ -183,46 +182,41 @@ def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int)
         seen = latent_examples.lenses(sae, latents, data.model)
     lives = _lives(run, cell)
     return Browsed(
-        run.folder.name,
-        cell.arm,
-        cell.seed,
-        cell.level,
-        sae.d_sae,
-        found.tokens,
-        [
+        run=run.folder.name,
+        id=cell.id,
+        d_sae=sae.d_sae,
+        tokens=found.tokens,
+        latents=[
             Latent(
-                latent,
-                picked[latent],
-                float(found.density[latent]),
-                float(found.loss_share[latent]),
-                float(found.strongest[0, latent]),
-                shown[latent],
-                seen[i],
-                near[i],
-                {name: int(column[latent]) for name, column in lives.items()},
+                index=latent,
+                group=picked[latent],
+                density=float(found.density[latent]),
+                loss_share=float(found.loss_share[latent]),
+                largest=float(found.strongest[0, latent]),
+                examples=shown[latent],
+                lens=seen[i],
+                neighbours=near[i],
+                life={name: int(column[latent]) for name, column in lives.items()},
             )
             for i, latent in enumerate(latents)
         ],
-        _steps(run, cell),
-        why_no_lens,
-        data.why_no_text,
-        "" if lives else "this SAE has no part that follows lifetimes",
-        data,
+        steps=_steps(run, cell),
+        why_no_lens=why_no_lens,
+        why_no_text=data.why_no_text,
+        why_no_life="" if lives else "this SAE has no part that follows lifetimes",
+        texts=data,
     )
 
 
 def _lives(run: RunFolder, cell: Member) -> dict[str, list[int]]:
     """What `latents.parquet` holds of lifetimes; {} without any."""
-    import pyarrow.parquet as pq
-
-    path = run.files.file(f"{CELLS}/{cell.place.as_posix()}/{FILE}")
+    path = run.file(f"{CELLS}/{cell.id.folder}/{FILE}")
     if not path.is_file():
         return {}
-    table = pq.read_table(path)
-    return {name: table[name].to_pylist() for name in LIVES if name in table.column_names}
+    present = [name for name in column_names(path) if name in LIVES]
+    return read_columns(path, dict.fromkeys(present, "whole")).to_pydict() if present else {}
 
 
 def _steps(run: RunFolder, cell: Member) -> int | None:
-    known = run.files.gates() if (run.folder / GATE).is_file() else {}
-    facts = known.get(f"{cell.arm}/seed {cell.seed}/L0 {cell.level:g}", {}).get("facts", {})
+    facts = run.gates.get(cell.id.name, {}).get("facts", {}) if run.has(GATE) else {}
     return int(facts["steps"]) if facts.get("steps") else None

@@ -16,9 +16,8 @@ from saelab import stats
 from saelab.analysis.saebench import CHANNELS, align_right
 from saelab.errors import SourceError
 from saelab.evals.base import check_one_definition
-from saelab.runs.folder import MANIFEST, METRICS, RunFiles
-from saelab.runs.schema import PREFIX
-from saelab.storage.parquet import Kind
+from saelab.runs.folder import MANIFEST, METRICS, RunFolder
+from saelab.runs.schema import CONTROL
 
 #: Metrics over all data, shown before the accuracies.
 CORE = ("fvu", "l0", "loss_recovered")
@@ -28,10 +27,6 @@ ACCURACIES = {
     "top_5_test_accuracy": "k = 5",
     "test_accuracy": "full",
 }
-COLUMNS: dict[str, Kind] = {
-    **{"arm": "text", "seed": "whole", "level": "number", "metric": "text", "slice": "text"},
-    **{"value": "number?", "reason": "text?", "definition": "text"},
-}
 
 
 def by_entry(folder: Path) -> dict[str, Any]:
@@ -40,17 +35,12 @@ def by_entry(folder: Path) -> dict[str, Any]:
     Raises: SourceError when the run is not complete, DamageError when it is not as it was written,
         MismatchError when a metric was not computed by one definition.
     """
-    files = RunFiles(folder)
-    if not (folder / METRICS).is_file() or not (folder / MANIFEST).is_file():
+    run = RunFolder(folder)
+    if not run.has(METRICS, MANIFEST):
         raise SourceError(f"{folder} holds no {METRICS}: name the folder of a complete run")
-    told = files.needed("target_l0", "base", "data")
-    level = told["target_l0"] or 0.0
-    rows = [
-        row
-        for row in files.rows(METRICS, COLUMNS)
-        if row["arm"].startswith(PREFIX) or row["level"] == level
-    ]
-    return {"base": told["base"], "data": told["data"], "rows": list(_summaries(rows))}
+    manifest, level = run.required("target_l0", "base", "data"), run.target_level
+    rows = [r for r in run.metrics if r["arm"].startswith(CONTROL) or r["level"] == level]
+    return {"base": manifest["base"], "data": manifest["data"], "rows": list(_summaries(rows))}
 
 
 def _summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

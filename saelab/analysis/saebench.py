@@ -17,21 +17,15 @@ from saelab.errors import MismatchError, SettingError, SourceError, nearest
 from saelab.evals.base import Row, Subject, check_one_definition
 from saelab.evals.saebench import About, as_result, definition_of, read_result, rows_of
 from saelab.evals.saebench_probing import DEFINITION
-from saelab.runs.folder import MANIFEST, METRICS, RunFiles
+from saelab.runs import schema
+from saelab.runs.folder import MANIFEST, METRICS, RunFolder
 from saelab.sae import SAE
-from saelab.seeding import study_seeds
 from saelab.storage.atomic import read_json
-from saelab.storage.parquet import Kind
 from saelab.study.plan import BaseConfig
 from saelab.verdict.gate import GateResult, gate
 from saelab.version import __version__
 
-CHANNELS = "control:model channels"
-#: Columns of metrics.parquet that a `Row` is made of.
-OF_ROWS: dict[str, Kind] = {
-    **{"metric": "text", "value": "number?", "definition": "text", "slice": "text"},
-    **{"reason": "text?", "arm": "text", "seed": "whole", "level": "number"},
-}
+CHANNELS = schema.control_arm(schema.CHANNELS)
 #: Metrics shown for each entry.
 SHOWN = ("llm_test_accuracy", "sae_top_1_test_accuracy", "sae_top_5_test_accuracy")
 SHOWN += ("sae_test_accuracy",)
@@ -106,12 +100,11 @@ def run_result(folder: Path, arm: str = "baseline", seed: int | None = None) -> 
 
     Raises: SourceError when the run is not complete; SettingError for an unknown arm or seed.
     """
-    files = RunFiles(folder)
-    if not (folder / METRICS).is_file() or not (folder / MANIFEST).is_file():
+    run = RunFolder(folder)
+    if not run.has(METRICS, MANIFEST):
         raise SourceError(f"{folder} holds no metrics.parquet: name the folder of a complete run")
-    manifest = files.needed("target_l0", "base", "arms", "study")
-    level = manifest["target_l0"] or 0.0
-    rows = [Row(**row) for row in files.rows(METRICS, OF_ROWS)]
+    manifest, level = run.required("target_l0", "base", "arms", "study"), run.target_level
+    rows = [Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in run.metrics]
     arms = [name for name in dict.fromkeys(row.arm for row in rows) if name != CHANNELS]
     if arm not in arms:
         raise SettingError("arm", arm, f"no such arm{nearest(arm, arms)}; has {', '.join(arms)}")
@@ -129,8 +122,8 @@ def run_result(folder: Path, arm: str = "baseline", seed: int | None = None) -> 
         "training_tokens": base.train.tokens,
         "saelab": base.sae.model_dump(mode="json"),
     }
-    own_seed = study_seeds(manifest["study"], "evaluation", 1)[0]
-    examples = SAMPLING_SEED if base.evaluation.probing.definition == 1 else own_seed
+    as_saebench = base.evaluation.probing.definition == 1
+    examples = SAMPLING_SEED if as_saebench else run.probing_seed
     told = about(base, sae, f"{folder.name}/{arm}/seed {chosen}", examples)
     channels = [row for row in rows if row.arm == CHANNELS]
     return as_result([row for row in own if row.seed == chosen] + channels, told)

@@ -18,6 +18,7 @@ import torch
 
 from saelab.errors import MismatchError
 from saelab.kernels import Code
+from saelab.runs.schema import CellId
 
 #: What the reason of a row begins with whose number came out infinite or undefined.
 NOT_FINITE = "not finite"
@@ -45,8 +46,8 @@ class Row:
     seed: int = -1
     level: float = 0.0
 
-    def of_cell(self, arm: str, seed: int, level: float) -> Row:
-        return replace(self, arm=arm, seed=seed, level=level)
+    def of_cell(self, cell: CellId) -> Row:
+        return replace(self, arm=cell.arm, seed=cell.seed, level=cell.level)
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

@@ -49,7 +49,7 @@ def cell_key(spec: CellSpec, data: dict[str, Any]) -> Key:
     """The key of a cell: settings, seed, data, and the code that computes it."""
     code = [package_digest(), torch.__version__, kernels_name(), *_foreign_code(spec)]
     sae, training = spec.sae.model_dump(mode="json"), spec.train.model_dump(mode="json")
-    return Key([sae, training, spec.seed, spec.level], data, code)
+    return Key([sae, training, spec.id.seed, spec.id.level], data, code)
 
 
 def _foreign_code(spec: CellSpec) -> list[str]:
@@ -62,7 +62,7 @@ def _foreign_code(spec: CellSpec) -> list[str]:
         if part is not None and not type(part).__module__.startswith("saelab."):
             owners += [type(part), type(part.build(Dims(2, config.d_sae)))]
     files = {_file_of(owner) for owner in owners}
-    return [_code(file, spec.arm if spec.module else None) for file in sorted(files)]
+    return [_code(file, spec.id.arm if spec.module else None) for file in sorted(files)]
 
 
 def _file_of(owner: Any) -> Path:

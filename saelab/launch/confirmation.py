@@ -17,7 +17,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from saelab.errors import SettingError, SourceError
-from saelab.runs.folder import RunFiles
+from saelab.runs.folder import RunFolder
+from saelab.runs.schema import CellId
 from saelab.storage.atomic import read_json, write_json
 from saelab.storage.validation import Number, check
 from saelab.study.plan import (
@@ -114,7 +115,7 @@ def best_arm(run: Confirmation, runs: Mapping[str, Run], root: Path) -> Candidat
 def candidates(found: Review) -> Iterator[Candidate]:
     """The valid arms of a finished run."""
     bad = {
-        note.cell.rsplit("/seed ", 1)[0]
+        CellId.parse(note.cell).arm
         for note in found.cells
         if note.outcome in ("invalid", "failed") and not note.expected
     }
@@ -135,7 +136,7 @@ def _arm(run: Run, best: Candidate) -> Arm:
 def _check_unchanged(arm: Arm, folder: Path) -> None:
     """Raises: SettingError when the arm was edited after its run; one of a second wave has other
     numbers there."""
-    kept = RunFiles(folder).needed("arms")["arms"].get(arm.name, {}).get("changes")
+    kept = RunFolder(folder).required("arms")["arms"].get(arm.name, {}).get("changes")
     if not references(arm.changes) and kept != _plain(arm.changes):
         remedy = f"was changed after {folder.name}: make that run again, or undo the change"
         raise SettingError("arm", arm.name, remedy)

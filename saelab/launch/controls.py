@@ -21,6 +21,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch.nn.functional import normalize
 from saelab import checkpoint
 from saelab.evals.base import Row, Subject, number
 from saelab.evals.core import DEFINITION, CoreData, measure_reconstruction
-from saelab.runs.schema import FROZEN, PLANTED, PREFIX
+from saelab.runs.schema import FROZEN, PLANTED, CellId, control_arm
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.study.plan import CellSpec
@@ -134,8 +135,8 @@ def frozen_spec(baseline: CellSpec) -> CellSpec:
     """The baseline's cell with a decoder that stays random; nothing resets its rows."""
     kept = [part for part in baseline.sae.constraints if part.kind != "unit_norm"]
     changes: dict[str, Any] = {"constraints": [*kept, {"kind": "frozen"}], "observers": []}
-    name = f"{PREFIX}{FROZEN}"
-    return replace(baseline, arm=name, sae=baseline.sae.patched(changes), expected=())
+    cell = replace(baseline.id, arm=control_arm(FROZEN))
+    return replace(baseline, id=cell, sae=baseline.sae.patched(changes), expected=())
 
 
 # ---- the planted effect ----------------------------------------------------------------------
@@ -186,9 +187,9 @@ def planted_rows(sae: SAE, data: CoreData, seed: int) -> list[Row]:
     ]
 
 
-def plant_effect(folder: Any, data: CoreData, seed: int, level: float) -> dict[str, Any]:
+def plant_effect(folder: Path, data: CoreData, baseline: CellId) -> dict[str, Any]:
     """The content of a control's cell.json, from the folder of a trained baseline cell."""
     sae, _ = checkpoint.load(folder, data.device)
-    rows = planted_rows(sae, data, seed)
-    name = f"{PREFIX}{PLANTED}"
-    return {"rows": [row.of_cell(name, seed, level).as_dict() for row in rows]}
+    rows = planted_rows(sae, data, baseline.seed)
+    cell = replace(baseline, arm=control_arm(PLANTED))
+    return {"rows": [row.of_cell(cell).as_dict() for row in rows]}

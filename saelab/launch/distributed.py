@@ -14,29 +14,27 @@ for rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from saelab import checkpoint
 from saelab.data import language_model
-from saelab.data.activations.stream import Batch, Position, batches
+from saelab.data.activations.store import Source
 from saelab.distributed.ranks import Ranks, check_split, join_ranks, processes
 from saelab.errors import SettingError
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.launch.prepare import LaunchData, prepare
-from saelab.progress import progress
+from saelab.runs.schema import CellId
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import digest, write_json
 from saelab.storage.cache import cache_folder, package_digest
 from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
 from saelab.training.curves import write_curves
 from saelab.training.loop import Cell
-from saelab.training.resume import remove_checkpoints, restore_cell, train_kept
-from saelab.training.sample import initial_sample
+from saelab.training.resume import remove_checkpoints
+from saelab.training.train import train_one
 
 
 def wants_ranks(base: BaseConfig) -> bool:
@@ -63,10 +61,9 @@ def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) ->
         cache = cache_folder(root)
         prepared = _prepared(base, cache, ranks)
         kept = cache / "resume" / _key(base, prepared, seed)
-        cell = _trained(base, prepared, seed, ranks, kept)
-        origin = {"arm": BASELINE, "seed": seed, "level": 0.0}
-        checkpoint.save(cell.sae, out_dir, prepared.provenance | origin)
-        rows = [row.of_cell(BASELINE, seed, 0.0) for row in _evaluated(base, prepared, cell)]
+        cell, name = _train(base, prepared.train, seed, ranks, kept), CellId(BASELINE, seed, 0.0)
+        checkpoint.save(cell.sae, out_dir, prepared.provenance | name.as_dict())
+        rows = [row.of_cell(name) for row in _evaluated(base, prepared, cell)]
         ranks.on_first(lambda: _write(out_dir, cell, rows))
         ranks.on_first(lambda: remove_checkpoints(kept))
     return rows
@@ -100,24 +97,18 @@ def _key(base: BaseConfig, prepared: LaunchData, seed: int) -> str:
     return digest([*settings, seed, *place])
 
 
-def _trained(base: BaseConfig, prepared: LaunchData, seed: int, ranks: Ranks, folder: Path) -> Cell:
+def _train(base: BaseConfig, source: Source, seed: int, ranks: Ranks, folder: Path) -> Cell:
     """The cell, trained from its last checkpoint on."""
-    sample = initial_sample(prepared.train).to(ranks.device)
-    size = base.train.batch_size
-
-    def build() -> Cell:
-        return Cell(f"seed {seed}", base.sae, base.train, sample, seed, ranks=ranks)
-
-    def stream(start: Position) -> Iterator[tuple[Batch, Position]]:
-        return batches(prepared.train, seed, size, base.layout, start)
-
-    kept = restore_cell(build, folder)
-    with progress("training", base.train.steps, "steps") if ranks.first else nullcontext() as bar:
-        advance = bar.advance if bar else (lambda steps: None)
-        failures = train_kept([kept], stream, lambda steps, _: advance(steps))
-    for failure in failures.values():
-        raise failure
-    return kept.cell
+    return train_one(
+        source,
+        base.sae,
+        base.train,
+        seed,
+        layout=base.layout,
+        device=ranks.device,
+        ranks=ranks,
+        checkpoints=folder,
+    )
 
 
 @torch.no_grad()

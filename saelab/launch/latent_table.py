@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saelab.parts.observers.lifetimes import Lifetimes
 from saelab.sae import SAE
-from saelab.storage.atomic import write_atomically
+from saelab.storage.parquet import read_columns, write_columns
 
 FILE = "latents.parquet"
 LIVES = ("birth", "last_fired", "firings", "resamplings")
@@ -24,9 +24,6 @@ LIVES = ("birth", "last_fired", "firings", "resamplings")
 
 def write_latents(path: Path, sae: SAE, density: Tensor) -> None:
     """Writes the file of one trained SAE; density float64 [d_sae]."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     columns = {"latent": torch.arange(sae.d_sae), "density": density}
     threshold = sae.activation.initial_floor()
     if threshold is not None and threshold.shape == (sae.d_sae,):
@@ -34,13 +31,10 @@ def write_latents(path: Path, sae: SAE, density: Tensor) -> None:
     for part in sae.observer_parts():
         if isinstance(part, Lifetimes):
             columns |= {name: part.get_buffer(name) for name in LIVES}
-    table = pa.table({name: column.cpu().numpy() for name, column in columns.items()})
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+    write_columns(path, {name: column.cpu().numpy() for name, column in columns.items()})
 
 
 def read_density(path: Path) -> Tensor:
     """The column 'density' of such a file, float64 [d_sae]."""
-    import pyarrow.parquet as pq
-
-    column = pq.read_table(path, columns=["density"]).column("density")
+    column = read_columns(path, {"density": "number"}).column("density")
     return torch.tensor(column.to_pylist(), dtype=torch.float64)

@@ -33,7 +33,6 @@ from saelab.launch.record import Record
 from saelab.launch.seed_pairs import compare, rows_of_seeds
 from saelab.launch.waves import (
     PreparedLaunch,
-    _at_target,
     _other_seeds,
     _run,
     _Wave,
@@ -128,7 +127,7 @@ def _launched(
     if later_arms(task.run):
         early = replace(ready, task=replace(task, run=first_wave(task.run)))
         waiting = {arm.name for arm in later_arms(task.run)}
-        ended = _trained(early, [spec for spec in before.specs if spec.arm in waiting])
+        ended = _trained(early, [spec for spec in before.specs if spec.id.arm in waiting])
         run = resolve(task.run, lambda found: _value(found, task.plan, ended))
         task = replace(task, run=run)
         # where they overlapped, the harvest is complete by now
@@ -136,7 +135,7 @@ def _launched(
     folders = _trained(ready)
     tell({"stage": "verdict", "done": 0, "total": 1})
     prepared = ready.prepared
-    places = [ready.place(control["key"]) for control in ready.beside]
+    places = [ready.place(control.key) for control in ready.beside]
     places += _planted(ready, folders)
     of_controls = _control_rows(places)
     arms, rows, gates = _collect(
@@ -185,7 +184,7 @@ def _value(found: FromArm, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -
 
     Raises: SettingError when the arm has no such value.
     """
-    own = [spec for spec in folders if spec.arm == found.arm and _at_target(spec, plan)]
+    own = [spec for spec in folders if spec.id.arm == found.arm and spec.is_at_target(plan)]
     if found.path:
         points = curve(folders[own[-1]] / "curves.parquet", found.name)
     else:
@@ -259,14 +258,14 @@ def _planted(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> list[Pa
     places, plan = [], ready.task.plan
     core = CoreData(ready.prepared.held_out, None, device=ready.data.device)
     for spec, folder in folders.items():
-        wanted = spec.arm == BASELINE and _at_target(spec, plan)
+        wanted = spec.id.arm == BASELINE and spec.is_at_target(plan)
         if not wanted or not (folder / "sae.json").is_file() or len(places) >= plan.seeds_other:
             continue
         key = cell_key(spec, ready.content)
-        place = ready.place(replace(key, control=f"{schema.PREFIX}{schema.PLANTED}"))
+        place = ready.place(replace(key, control=schema.control_arm(schema.PLANTED)))
         if not is_finished(place):
             with one_thread():
-                made = controls.plant_effect(folder, core, spec.seed, spec.level)
+                made = controls.plant_effect(folder, core, spec.id)
             finish(place, made)
         places.append(place)
     return places
@@ -332,15 +331,14 @@ def _collect(
         if spec in other_seeds:
             others = [folders[other] for other in other_seeds[spec]]
             cell["rows"] += _against(cache, folder, others)
-        own = {"arm": spec.arm, "seed": spec.seed, "level": spec.level}
-        rows += [row | own for row in cell["rows"]]
-        if _at_target(spec, task.plan):
+        rows += [row | spec.id.as_dict() for row in cell["rows"]]
+        if spec.is_at_target(task.plan):
             cell["facts"] |= shared
-        gates[spec.name] = CellGate(**own, expected=spec.expected, facts=cell["facts"])
-        if _at_target(spec, task.plan):
-            arms[spec.arm].add(spec.seed, cell, spec.expected)
+        gates[spec.id.name] = CellGate(id=spec.id, expected=spec.expected, facts=cell["facts"])
+        if spec.is_at_target(task.plan):
+            arms[spec.id.arm].add(spec.id.seed, cell, spec.expected)
         else:
-            arms[spec.arm].add_level(spec.seed, spec.level, cell, spec.expected)
+            arms[spec.id.arm].add_level(spec.id.seed, spec.id.level, cell, spec.expected)
     return arms, rows, gates
 
 
@@ -352,7 +350,7 @@ def random_band(rows: Sequence[dict[str, Any]], texts: int) -> dict[str, float]:
         rows: of controls.
         texts: test texts of a class.
     """
-    name = f"{schema.PREFIX}untrained"
+    name = schema.control_arm("untrained")
     own = [row for row in rows if (row["arm"], row["metric"]) == (name, PROBED)]
     classes = sum(",class=" in row["slice"] for row in own)
     whole = [row["value"] for row in own if not row["slice"] and row["value"] is not None]

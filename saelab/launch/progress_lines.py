@@ -12,7 +12,7 @@ It reads what the cells have logged and changes nothing, so their bits are the s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from saelab.errors import CellFailure
 from saelab.evals.base import Row
 from saelab.launch.executors import Advance
 from saelab.progress.state import DONE, EVALUATE, TRAIN
+from saelab.runs.schema import CellId
 from saelab.training.loop import Cell
 
 #: Lines of a cell over its training.
@@ -33,29 +34,25 @@ MEASURED = {"fvu": "fvu", "l0": "l0", "dead": "dead_share", "loss_recovered": "l
 REASON = 500
 
 
-def line(plain: Mapping[str, Any], stage: str, **said: Any) -> dict[str, Any]:
-    """A line of a cell, or of a control, that is in some stage."""
-    control = plain.get("control")
-    arm = f"control:{control}" if control else plain["arm"]
-    return {"stage": stage, "arm": arm, "seed": plain["seed"], "level": plain["level"], **said}
+def line(cell: CellId, stage: str, **values: Any) -> dict[str, Any]:
+    """A line of a cell, or of a control subject, that has reached a stage."""
+    return {"stage": stage, **cell.as_dict(), **values}
 
 
 class Reports:
-    """Of the cells of one job.
+    """Progress lines of the cells of one job.
 
     Args:
-        cells: in training, in the order of `plain`.
-        plain: the job's cells.
+        cells: in training, in the order of `ids`.
+        ids: which cells they are.
         advance: takes token-steps, and a line.
     """
 
-    def __init__(
-        self, cells: Sequence[Cell], plain: Iterable[Mapping[str, Any]], advance: Advance
-    ) -> None:
+    def __init__(self, cells: Sequence[Cell], ids: Iterable[CellId], advance: Advance) -> None:
         self._advance, self._start = advance, time.monotonic()
-        self._plain = {cell.name: own for cell, own in zip(cells, plain, strict=True)}
+        self._ids = {cell.name: id for cell, id in zip(cells, ids, strict=True)}
         #: Cell -> its steps, tokens and time at its last line.
-        self._told = {cell.name: (cell.steps_done, cell.tokens, self._start) for cell in cells}
+        self._last = {cell.name: (cell.steps_done, cell.tokens, self._start) for cell in cells}
         for cell in cells:
             self._say(cell, TRAIN, from_step=cell.steps_done)
 
@@ -63,11 +60,11 @@ class Reports:
         """After some steps of the living cells, see `training.loop.train`."""
         self._advance(sum(steps * cell.config.batch_size for cell in living))
         for cell in living:
-            last, tokens, then = self._told[cell.name]
+            last, tokens, then = self._last[cell.name]
             if cell.steps_done * POINTS // cell.config.steps == last * POINTS // cell.config.steps:
                 continue
             now = time.monotonic()
-            self._told[cell.name] = (cell.steps_done, cell.tokens, now)
+            self._last[cell.name] = (cell.steps_done, cell.tokens, now)
             rate = round((cell.tokens - tokens) / max(now - then, 1e-9), 1)
             self._say(cell, TRAIN, rate=rate, values=means(cell, last))
 
@@ -80,10 +77,10 @@ class Reports:
         values = {name: known.get(metric) for name, metric in MEASURED.items()}
         self._say(cell, DONE, values=values, failure=str(failure or "")[:REASON])
 
-    def _say(self, cell: Cell, stage: str, **said: Any) -> None:
+    def _say(self, cell: Cell, stage: str, **values: Any) -> None:
         where = {"step": cell.steps_done, "steps": cell.config.steps, "tokens": cell.tokens}
         seconds = round(time.monotonic() - self._start, 3)
-        self._advance(0.0, line(self._plain[cell.name], stage, **where, seconds=seconds, **said))
+        self._advance(0.0, line(self._ids[cell.name], stage, **where, seconds=seconds, **values))
 
 
 def means(cell: Cell, since: int) -> dict[str, float]:

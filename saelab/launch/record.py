@@ -14,11 +14,14 @@ import torch
 
 from saelab.kernels import kernels_name
 from saelab.launch.prepare import LaunchData
-from saelab.runs.folder import seal_run
-from saelab.storage.atomic import sweep, write_atomically, write_json, write_text, writing
+from saelab.runs.folder import CURVES, seal_run
+from saelab.runs.schema import CURVE_COLUMNS, CURVE_TYPES
+from saelab.storage.atomic import sweep, write_json, write_text, writing
 from saelab.storage.cache import package_digest, package_state, place
+from saelab.storage.parquet import write_columns, write_rows
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.registry import Attempt, attempts, plan_hash
+from saelab.training.curves import read_curves
 from saelab.verdict.arms import ArmResult, CellGate
 from saelab.verdict.final_info import Planted
 from saelab.verdict.judge import Comparison
@@ -27,15 +30,6 @@ from saelab.version import __version__
 
 if TYPE_CHECKING:
     from saelab.study.task import Launch
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows of one shape as a Parquet table."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.Table.from_pylist(list(rows))
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
 
 
 #: Packages that a run's numbers depend on; their versions stand in its manifest.
@@ -104,20 +98,13 @@ class Record:
         write_rows(path, [row | provenance(row["definition"]) for row in self.rows])
 
     def _write_curves(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        tables = []
+        columns: dict[str, list[Any]] = {name: [] for name in CURVE_COLUMNS}
         for spec, folder in self.folders.items():
-            curves = pq.read_table(folder / "curves.parquet")
-            cell = {"arm": spec.arm, "seed": spec.seed, "level": float(spec.level)}
-            kinds = (pa.string(), pa.int64(), pa.float64())
-            for i, (name, value) in enumerate(cell.items()):
-                column = pa.array([value] * len(curves), kinds[i])
-                curves = curves.add_column(i, name, column)
-            tables.append(curves)
-        whole = pa.concat_tables(tables)
-        write_atomically(path, lambda temporary: pq.write_table(whole, temporary))
+            curves = read_curves(folder / CURVES)
+            repeated = {name: [value] * len(curves) for name, value in spec.id.as_dict().items()}
+            for name, values in (repeated | curves.to_pydict()).items():
+                columns[name] += values
+        write_columns(path, columns, CURVE_TYPES)
 
     def _missing(self) -> list[str]:
         """What no cell has of the printed table, with its reason."""
@@ -140,12 +127,18 @@ class Record:
         for name, cell in self.gates.items():
             result = cell.result
             findings = [asdict(finding) for finding in result.findings]
-            found[name] = asdict(cell) | {"outcome": result.outcome, "findings": findings}
+            found[name] = {
+                **cell.id.as_dict(),
+                "expected": cell.expected,
+                "facts": cell.facts,
+                "outcome": result.outcome,
+                "findings": findings,
+            }
         return found
 
     def _place_checkpoints(self, out: Path) -> None:
         for spec, folder in self.folders.items():
-            target = out / spec.arm / f"seed{spec.seed}-l0_{spec.level:g}"
+            target = out / spec.id.folder
             for place_ in (target, target.parent):
                 if place_.is_symlink():  # it would lead out of the run
                     place_.unlink()
@@ -167,9 +160,9 @@ class Record:
             "direction": plan.direction,
             "sesoi": plan.sesoi,
             "target_l0": plan.target_l0,
-            "levels": sorted({spec.level for spec in self.folders}),
+            "levels": sorted({spec.id.level for spec in self.folders}),
             "purpose": task.purpose,
-            "seeds": sorted({spec.seed for spec in self.folders}),
+            "seeds": sorted({spec.id.seed for spec in self.folders}),
             "arms": {
                 arm.name: {
                     "comment": arm.comment,
@@ -179,7 +172,7 @@ class Record:
                 }
                 for arm in task.run.arms
             },
-            "cells": {spec.name: folder.name for spec, folder in self.folders.items()},
+            "cells": {spec.id.name: folder.name for spec, folder in self.folders.items()},
             "plan": plan.model_dump(mode="json"),
             "plan_hash": plan_hash(plan),
             "deviations": self.deviations,

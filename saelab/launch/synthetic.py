@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from saelab import stats
 from saelab.config import Frozen, read_toml
 from saelab.data.activations.store import Source
-from saelab.data.activations.stream import Layout, batches
+from saelab.data.activations.stream import Layout
 from saelab.data.language_model import check_device
 from saelab.data.synthetic.chains import Process, SyntheticConfig, generate, parse_process
 from saelab.errors import CellFailure, SettingError, nearest
@@ -27,12 +27,15 @@ from saelab.evals import EvalData, check_names, evaluate
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData
 from saelab.progress import progress
+from saelab.runs.schema import CellId, level_of
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import study_seeds
 from saelab.study.plan import at_level, check_layout
-from saelab.training.loop import Cell, train
+from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
+from saelab.training.resume import Kept
 from saelab.training.sample import initial_sample
+from saelab.training.train import train_members
 
 #: What is measured where nothing else is asked for.
 EVALS = ("core", "truth", "absorption")
@@ -43,7 +46,7 @@ SHOWN += ("uniqueness", "chance_uniqueness", "dead_share")
 ORACLE = ("oracle_fvu", "oracle_l0")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Outcome:
     """One trained cell.
 
@@ -102,7 +105,7 @@ def train_on(
         raise SettingError("arms", dict(arms), "at least one is needed")
     places = [
         (arm, level, at_level(config, level) if level else config)
-        for level in levels or (0.0,)
+        for level in levels or (level_of(None),)
         for arm, config in arms.items()
     ]
     for arm, _, config in places:
@@ -112,17 +115,21 @@ def train_on(
     outcomes: list[Outcome] = []
     with progress("training", len(seeds) * training.steps, "steps") as bar:
         for seed in seeds:
-            cells = [
-                Cell(f"{arm}/seed {seed}/L0 {level:g}", config, trainings[arm], sample, seed)
-                for arm, level, config in places
-            ]
-            stream = batches(source, seed, training.batch_size, layout)
-            failures = train(cells, stream, lambda steps, _: bar.advance(steps))
-            for cell, (arm, level, _) in zip(cells, places, strict=True):
+            members = []
+            for arm, level, config in places:
+                name = CellId(arm, seed, level).name
+                members.append(Kept(Cell(name, config, trainings[arm], sample, seed), None))
+            failures = train_members(
+                members, source, seed, layout, lambda steps, _: bar.advance(steps)
+            )
+            for member in members:
+                cell, of_cell = member.cell, CellId.parse(member.cell.name)
                 failure = failures.get(cell.name)
                 rows = [] if failure else evaluate(cell.sae, data, evals)
-                own = [row.of_cell(arm, seed, level) for row in rows]
-                outcomes.append(Outcome(arm, seed, level, cell.sae, own, failure))
+                rows = [row.of_cell(of_cell) for row in rows]
+                outcomes.append(
+                    Outcome(**of_cell.as_dict(), sae=cell.sae, rows=rows, failure=failure)
+                )
     return outcomes
 
 
@@ -140,7 +147,7 @@ def at_target(outcomes: Sequence[Outcome], metric: str, target: float) -> list[R
         reason = "; ".join(part for part in (found.reason, failed) if part)
         definition = next((r.definition for o in own for r in o.rows if r.metric == metric), "")
         row = Row(metric, found.value, definition, "interpolated in log L0", reason)
-        rows.append(row.of_cell(arm, seed, target))
+        rows.append(row.of_cell(CellId(arm, seed, target)))
     return rows
 
 

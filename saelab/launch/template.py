@@ -16,11 +16,11 @@ from pathlib import Path
 
 from saelab import assets
 from saelab.errors import MismatchError, SettingError
-from saelab.runs.folder import RunFiles
+from saelab.runs.folder import RunFolder
 from saelab.storage.atomic import write_json, write_text
 from saelab.study.plan import read_base, read_plan
 from saelab.study.registry import changes, register
-from saelab.verdict.review import review
+from saelab.verdict.review import review_run
 
 SOURCE = Path(assets.__file__).parent / "template"
 #: File of the template -> where it goes.
@@ -62,9 +62,10 @@ def write_template(folder: Path, run_0: Path | None = None) -> None:
 
 def _check_baseline(run_0: Path) -> None:
     """Whether a run can stand as the baseline of what will be compared with it."""
-    found = review(run_0)
+    run = RunFolder(run_0)
+    found = review_run(run)
     if texts := changes(read_plan(SOURCE / "plan.toml"), found.plan):
         raise MismatchError(f"{run_0} was made under another plan ({'; '.join(texts)}): leave it")
-    used = RunFiles(run_0).needed("base")["base"]
+    used = run.required("base")["base"]
     if used != read_base(SOURCE / "embedded.toml").model_dump(mode="json"):
         raise MismatchError(f"{run_0} was made from other base settings: leave it")

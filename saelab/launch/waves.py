@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,22 +15,22 @@ import torch
 
 from saelab.evals import probing_rows
 from saelab.launch import controls, progress_lines
-from saelab.launch import worker as celljob
 from saelab.launch.cell_key import Key, cell_folder, cell_key, resume_folder
 from saelab.launch.cell_store import finish, is_finished
 from saelab.launch.executors import executor
 from saelab.launch.executors.local import worker_count
+from saelab.launch.jobs import Job, JobCell, WorkerData, evaluation_cost
 from saelab.launch.prepare import LaunchData, prepare, source_path
 from saelab.launch.seed_pairs import partners
-from saelab.launch.worker import Job, Worker, WorkerData, as_job_cell, evaluation_cost
+from saelab.launch.worker import Worker
 from saelab.preflight.estimate import training_seconds
 from saelab.preflight.preview import RunCheck
 from saelab.progress import clock, progress
 from saelab.progress.state import DONE, EVALUATE
 from saelab.runs import schema
-from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.storage.cache import cache_folder, fetch, share
+from saelab.study.experiment_file import load_experiment
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
@@ -39,7 +39,6 @@ from saelab.study.plan import (
     cells,
 )
 from saelab.study.task import GROUP, Launch
-from saelab.training.optim import TrainConfig
 from saelab.training.resume import drop_damaged, remove_checkpoints
 
 
@@ -59,7 +58,7 @@ class PreparedLaunch:
     prepared: LaunchData
     data: WorkerData
     content: dict[str, Any]
-    beside: list[dict[str, Any]]
+    beside: list[JobCell]
     cache: Path
 
     @classmethod
@@ -78,15 +77,11 @@ class PreparedLaunch:
         task = self.task
         specs = cells(task.plan, task.base, task.run, task.purpose)
         measured = {there: self.content | {"at_target": there} for there in (False, True)}
-        return {spec: cell_key(spec, measured[_at_target(spec, task.plan)]) for spec in specs}
+        return {spec: cell_key(spec, measured[spec.is_at_target(task.plan)]) for spec in specs}
 
     def place(self, key: Key) -> Path:
         """Of a finished cell; waits for the training activations to be complete."""
         return cell_folder(self.cache, key, self.prepared.train.digest)
-
-
-def _at_target(spec: CellSpec, plan: PlanConfig) -> bool:
-    return spec.level == (plan.target_l0 or 0)
 
 
 def _workers(task: Launch, device: str) -> int:
@@ -135,18 +130,18 @@ def _data_content(base: BaseConfig, prepared: LaunchData, data: WorkerData) -> d
 
 def _controls(
     specs: Sequence[CellSpec], content: dict[str, Any], prepared: LaunchData
-) -> list[dict[str, Any]]:
+) -> list[JobCell]:
     """Cells of the control subjects; the one that is trained comes first."""
-    first = next(spec for spec in specs if spec.arm == BASELINE)
-    found = []
+    first = next(spec for spec in specs if spec.id.arm == BASELINE)
+    job_cells = []
     if first.module is None and not first.sae.tied:
         frozen = controls.frozen_spec(first)
-        found.append(as_job_cell(frozen, cell_key(frozen, content)))
+        job_cells.append(JobCell.of(frozen, cell_key(frozen, content)))
     for name in (schema.CHANNELS, *controls.SUBJECTS):
         if name != schema.CHANNELS or prepared.probing is not None:
-            key = replace(cell_key(first, content), control=f"{schema.PREFIX}{name}")
-            found.append(as_job_cell(first, key) | {"control": name})
-    return found
+            key = replace(cell_key(first, content), control=schema.control_arm(name))
+            job_cells.append(JobCell.of(first, key, control=name))
+    return job_cells
 
 
 @dataclass(frozen=True)
@@ -170,12 +165,12 @@ class _Wave:
     @property
     def places(self) -> set[Path]:
         """Where its cells and controls will lie."""
-        return {self.ready.place(cell["key"]) for job in self.jobs for cell in job.cells}
+        return {self.ready.place(cell.key) for job in self.jobs for cell in job.cells}
 
 
 def _wave(ready: PreparedLaunch, taken: Collection[Path] = ()) -> _Wave:
     """What is not in the cache, nor taken by another run's wave."""
-    task, data, keys = ready.task, ready.data, ready.keys
+    data, keys = ready.data, ready.keys
 
     def is_open(key: Key) -> bool:
         if taken and ready.place(key) in taken:
@@ -183,23 +178,21 @@ def _wave(ready: PreparedLaunch, taken: Collection[Path] = ()) -> _Wave:
         return not _done(ready.cache, key, data)
 
     specs = [spec for spec, key in keys.items() if is_open(key)]
-    jobs = _jobs(task, specs, keys, data, ready.cache)
-    beside = [control for control in ready.beside if is_open(control["key"])]
-    trained = [control for control in beside if "control" not in control]
-    _tidy(ready, [*(keys[spec] for spec in specs), *(control["key"] for control in trained)])
-    for some in (trained, [control for control in beside if "control" in control]):
-        if some:
-            seed = some[0]["seed"]
-            jobs.append(Job(some, seed, data, ready.cache, task.experiment, task.name))
-    own = [spec.train for spec in specs]
-    own += [TrainConfig.parse(control["train"]) for control in trained]
-    tokens = sum(config.tokens + evaluation_cost(config) for config in own)
+    jobs = _jobs(ready, specs)
+    beside = [control for control in ready.beside if is_open(control.key)]
+    trained = [control for control in beside if not control.control]
+    _tidy(ready, [*(keys[spec] for spec in specs), *(control.key for control in trained)])
+    for group in (trained, [control for control in beside if control.control]):
+        if group:
+            jobs.append(_job(ready, group))
+    trainings = [spec.train for spec in specs] + [control.train_config for control in trained]
+    tokens = sum(config.tokens + evaluation_cost(config) for config in trainings)
     return _Wave(ready, specs, len(keys) - len(specs), jobs, tokens)
 
 
 def _tidy(ready: PreparedLaunch, unfinished: Collection[Key]) -> None:
     """Removes checkpoints of finished cells, and those of the others that are damaged."""
-    trained = [control["key"] for control in ready.beside if "control" not in control]
+    trained = [control.key for control in ready.beside if not control.control]
     for key in [*ready.keys.values(), *trained]:
         tidy = drop_damaged if key in unfinished else remove_checkpoints
         tidy(resume_folder(ready.cache, key, ready.prepared.train, ready.data.foreign))
@@ -227,35 +220,44 @@ def _run(task: Launch, waves: Sequence[_Wave], workers: int, logs: Path) -> None
         executor(task.executor)(_work, jobs, workers, logs, bar, beside, device)
 
 
-def _jobs(
-    task: Launch,
-    specs: Sequence[CellSpec],
-    keys: Mapping[CellSpec, Key],
-    data: WorkerData,
-    cache: Path,
-) -> list[Job]:
+def _job(ready: PreparedLaunch, members: list[JobCell]) -> Job:
+    """One message to a worker; its cells have one seed."""
+    return Job(
+        cells=members,
+        seed=members[0].id.seed,
+        data=ready.data,
+        cache=ready.cache,
+        experiment=ready.task.experiment,
+        run=ready.task.name,
+    )
+
+
+def _jobs(ready: PreparedLaunch, specs: Sequence[CellSpec]) -> list[Job]:
     """Groups of cells with the same seed and batch size; the largest groups first.
 
     The last groups are split up, so that no worker waits long for another at the end.
     """
-    others = _other_seeds(keys, task.plan)
+    keys, plan = ready.keys, ready.task.plan
+    others = _other_seeds(keys, plan)
     groups: dict[tuple[int, int, int], list[CellSpec]] = {}
     for spec in specs:
-        key = (spec.seed, spec.train.batch_size, spec.train.tokens)
+        key = (spec.id.seed, spec.train.batch_size, spec.train.tokens)
         groups.setdefault(key, []).append(spec)
     jobs = []
-    for (seed, _, _), members in groups.items():
+    for members in groups.values():
         for i in range(0, len(members), GROUP):
-            some = members[i : i + GROUP]
-            plain = [
-                as_job_cell(spec, keys[spec])
-                | {"probe": _at_target(spec, task.plan)}
-                | {"others": [keys[other] for other in others.get(spec, ())]}
-                for spec in some
+            job_cells = [
+                JobCell.of(
+                    spec,
+                    keys[spec],
+                    at_target=spec.is_at_target(plan),
+                    others=tuple(keys[other] for other in others.get(spec, ())),
+                )
+                for spec in members[i : i + GROUP]
             ]
-            jobs.append(Job(plain, seed, data, cache, task.experiment, task.name))
+            jobs.append(_job(ready, job_cells))
     jobs.sort(key=lambda job: -len(job.cells))
-    last = max(1, _workers(task, data.device))
+    last = max(1, _workers(ready.task, ready.data.device))
     alone = [replace(job, cells=[cell]) for job in jobs[-last:] for cell in job.cells]
     return [*jobs[:-last], *alone]
 
@@ -264,39 +266,38 @@ def _other_seeds(specs: Iterable[CellSpec], plan: PlanConfig) -> dict[CellSpec, 
     """The cells of other seeds that each cell at the plan's L0 is compared with."""
     arms: dict[str, list[CellSpec]] = {}
     for spec in specs:
-        if _at_target(spec, plan):
-            arms.setdefault(spec.arm, []).append(spec)
+        if spec.is_at_target(plan):
+            arms.setdefault(spec.id.arm, []).append(spec)
     return {one: others for arm in arms.values() for one, others in partners(arm).items()}
 
 
 def _work(job: Job, advance: Any, state: dict[str, Any]) -> None:
     """One job in a worker; the opened data stays for the next one."""
     if job.experiment is not None:
-        celljob.load_experiment(job.experiment)
+        load_experiment(job.experiment)
     if state.get("data") != job.data:
         state["data"], state["worker"] = job.data, Worker(job.data)
     worker: Worker = state["worker"]
-    if "control" in job.cells[0]:
+    if job.cells[0].control:
         for control in job.cells:
-            advance(0.0, progress_lines.line(control, EVALUATE))
+            advance(0.0, progress_lines.line(control.shown, EVALUATE))
             _control(worker, control, job.cache)
-            advance(0.0, progress_lines.line(control, DONE))
+            advance(0.0, progress_lines.line(control.shown, DONE))
     else:
         worker.run(job, advance)
 
 
-def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
-    name = control["control"]
+def _control(worker: Worker, control: JobCell, cache: Path) -> None:
+    """Evaluates a control subject that needs no training and writes its rows into the cache."""
+    name, level = control.control, control.id.level
     if name == schema.CHANNELS:
         rows = probing_rows(None, worker.evaluation, prefix="llm")
     else:
-        config = SAEConfig.parse(control["sae"])
-        setting = controls.Setting(worker.sample, config, control["level"], control["seed"])
+        setting = controls.Setting(worker.sample, control.sae_config, level, control.id.seed)
         rows = worker.evaluate(controls.SUBJECTS[name](setting), probe=True)
-    arm = f"{schema.PREFIX}{name}"
-    own = [row.of_cell(arm, -1, control["level"]).as_dict() for row in rows]
-    folder = worker.folder(cache, control["key"])
-    finish(folder, {"rows": own})
+    cell = replace(control.shown, seed=-1)
+    folder = worker.folder(cache, control.key)
+    finish(folder, {"rows": [row.of_cell(cell).as_dict() for row in rows]})
     share(cache, folder)
 
 

@@ -16,7 +16,6 @@ A finished cell at the plan's L0 is then compared with those of its arm's other 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,7 @@ from torch import Tensor
 
 from saelab import checkpoint
 from saelab.data import language_model
-from saelab.data.activations.stream import Layout, batches
-from saelab.data.language_model import ModelConfig
 from saelab.data.probing.activations import ProbingData
-from saelab.data.probing.saebench import Definition
 from saelab.evals import EvalData, evaluate
 from saelab.evals.base import Row, Subject
 from saelab.evals.convergence import convergence
@@ -60,22 +56,21 @@ from saelab.launch.cell_facts import (
 from saelab.launch.cell_key import Key, cell_folder, resume_folder
 from saelab.launch.cell_store import finish
 from saelab.launch.executors import Advance
+from saelab.launch.jobs import Job, JobCell, WorkerData, evaluation_cost
 from saelab.launch.latent_table import FILE, write_latents
 from saelab.launch.prepare import open_source
 from saelab.launch.progress_lines import Reports
 from saelab.launch.seed_pairs import compare
-from saelab.sae import SAE, SAEConfig
+from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
-from saelab.storage.remote import Place
 from saelab.study.experiment_file import load_experiment
-from saelab.study.plan import CellSpec
 from saelab.training.curves import _logged, write_curves
 from saelab.training.loop import Cell
 from saelab.training.module_cell import ModuleCell
-from saelab.training.optim import TrainConfig
-from saelab.training.resume import Kept, remove_checkpoints, restore_cell, train_kept
+from saelab.training.resume import Kept, remove_checkpoints, restore_cell
 from saelab.training.sample import initial_sample
+from saelab.training.train import train_members
 from saelab.verdict.gate import REACH
 
 #: What is measured of a cell at the plan's L0.
@@ -88,63 +83,6 @@ AT_TARGET = (
     "truth",
     "absorption",
 )
-
-
-@dataclass(frozen=True)
-class WorkerData:
-    """What every job of a launch shares; plain data, so that it can be sent to a worker.
-
-    `train_digest` is None while the activations to train on are still being harvested; `read_ahead`
-    is in bytes, see `HarvestConfig`.
-    """
-
-    train: Place
-    train_digest: str | None
-    held_out: Place
-    foreign: bool
-    probing: Path | None
-    why_no_probing: str
-    model: ModelConfig | None
-    layout: Layout
-    loss_contexts: int
-    snapshots: int
-    k_values: tuple[int, ...]
-    probing_seed: int
-    definition: Definition
-    missing_entries: dict[str, str]
-    device: str
-    provenance: dict[str, Any]
-    read_ahead: int
-
-
-@dataclass(frozen=True)
-class Job:
-    """Cells of one seed, with their cache keys; `experiment` is the file of the run table."""
-
-    cells: list[dict[str, Any]]
-    seed: int
-    data: WorkerData
-    cache: Path
-    experiment: Path | None
-    run: str
-
-
-def as_job_cell(spec: CellSpec, key: Key) -> dict[str, Any]:
-    """A cell as plain data for a worker."""
-    return {
-        "arm": spec.arm,
-        "seed": spec.seed,
-        "level": spec.level,
-        "sae": spec.sae.model_dump(mode="json"),
-        "train": spec.train.model_dump(mode="json"),
-        "own_module": spec.module is not None,
-        "probe": True,
-        "others": [],
-        "key": key,
-    }
-
-
-# ---- in a worker -----------------------------------------------------------------------------
 
 
 class Worker:
@@ -170,43 +108,40 @@ class Worker:
 
     def run(self, job: Job, advance: Advance) -> None:
         """Trains and evaluates the job's cells; `advance` takes token-steps and lines."""
-        members = [self._restored(job, plain) for plain in job.cells]
-        config = members[0].cell.config
-        reports = Reports([member.cell for member in members], job.cells, advance)
-        failures = train_kept(
-            members,
-            lambda start: batches(self.train, job.seed, config.batch_size, self.data.layout, start),
-            reports.steps,
-        )
-        for member, plain in zip(members, job.cells, strict=True):
+        members = [self._restored(job, sent) for sent in job.cells]
+        ids = [sent.shown for sent in job.cells]
+        reports = Reports([member.cell for member in members], ids, advance)
+        layout = self.data.layout
+        failures = train_members(members, self.train, job.seed, layout, reports.steps)
+        for member, sent in zip(members, job.cells, strict=True):
             cell, failure = member.cell, failures.get(member.cell.name)
             reports.evaluating(cell)
             largest = largest_cosines(cell.sae.W_dec) if isinstance(cell.sae, SAE) else None
             rows = stability(cell.log, failure.step if failure else None)
             if not failure:
-                rows += self._rows(cell, plain["probe"], largest)
-            facts = self._facts(cell, plain, rows, largest)
+                rows += self._rows(cell, sent.at_target, largest)
+            facts = self._facts(cell, sent, rows, largest)
             if failure:
                 facts["nonfinite_step"] = failure.step
-            folder = self.folder(job.cache, plain["key"])
-            if plain["probe"] and not failure:
+            folder = self.folder(job.cache, sent.key)
+            if sent.at_target and not failure:
                 self._write_latents(folder, cell)
-            self._write(folder, cell, plain, rows, facts, member.seconds)
+            self._write(folder, cell, sent, rows, facts, member.seconds)
             share(job.cache, folder)
-            kept = self._resume_folder(job, plain)
+            kept = self._resume_folder(job, sent)
             remove_checkpoints(kept, shared_twin(job.cache, kept))
-            for other in plain["others"]:
+            for other in sent.others:
                 compare(job.cache, folder, self.folder(job.cache, other))
-            advance(evaluation_cost(config))
+            advance(evaluation_cost(cell.config))
             reports.done(cell, rows, failure)
 
-    def _restored(self, job: Job, plain: dict[str, Any]) -> Kept:
+    def _restored(self, job: Job, sent: JobCell) -> Kept:
         """A cell where it stopped, or at its start."""
-        folder = self._resume_folder(job, plain)
-        return restore_cell(lambda: self._build(job, plain), folder, shared_twin(job.cache, folder))
+        folder = self._resume_folder(job, sent)
+        return restore_cell(lambda: self._build(job, sent), folder, shared_twin(job.cache, folder))
 
-    def _resume_folder(self, job: Job, plain: dict[str, Any]) -> Path:
-        return resume_folder(job.cache, plain["key"], self.train, self.data.foreign)
+    def _resume_folder(self, job: Job, sent: JobCell) -> Path:
+        return resume_folder(job.cache, sent.key, self.train, self.data.foreign)
 
     def folder(self, cache: Path, key: Key) -> Path:
         """Where a finished cell lies; waits for the training activations to be complete."""
@@ -243,27 +178,25 @@ class Worker:
         if cell.snapshots.tokens:
             cell.snapshots.save(folder / "snapshots.safetensors")
 
-    def _build(self, job: Job, plain: dict[str, Any]) -> Cell:
-        config = TrainConfig.parse(plain["train"])
-        name = f"{plain['arm']}/seed {plain['seed']}/L0 {plain['level']:g}"
-        if plain["own_module"]:
+    def _build(self, job: Job, sent: JobCell) -> Cell:
+        name, sae, config = sent.id.name, sent.sae_config, sent.train_config
+        if sent.own_module:
             assert job.experiment is not None
             runs = load_experiment(job.experiment).RUNS
-            arm = next(arm for arm in runs[job.run].arms if arm.name == plain["arm"])
-            d_sae = SAEConfig.parse(plain["sae"]).d_sae
-            return ModuleCell(name, arm.module, d_sae, config, self.sample, job.seed)
-        sae, snapshots = SAEConfig.parse(plain["sae"]), self.data.snapshots * plain["probe"]
+            arm = next(arm for arm in runs[job.run].arms if arm.name == sent.id.arm)
+            return ModuleCell(name, arm.module, sae.d_sae, config, self.sample, job.seed)
+        snapshots = self.data.snapshots * sent.at_target
         return Cell(name, sae, config, self.sample, job.seed, snapshots)
 
     def _facts(
-        self, cell: Cell, plain: dict[str, Any], rows: list[Row], largest: Tensor | None
+        self, cell: Cell, sent: JobCell, rows: list[Row], largest: Tensor | None
     ) -> dict[str, Any]:
         values = {row.metric: row.value for row in rows if not row.slice and row.value is not None}
         constant = [row.value for row in rows if row.metric == "probing_constant"]
         hook = self.data.provenance["hook_name"] or None
         return {
             **{name: values.get(name) for name in MEASURED},
-            "target_l0": plain["level"] or None,
+            "target_l0": sent.id.level or None,
             "d_sae": cell.sae.d_sae,
             "d_in": cell.sae.d_in,
             "steps": cell.steps_done,
@@ -289,36 +222,35 @@ class Worker:
         self,
         folder: Path,
         cell: Cell,
-        plain: dict[str, Any],
+        sent: JobCell,
         rows: list[Row],
         facts: dict[str, Any],
         seconds: float,
     ) -> None:
-        origin = {"arm": plain["arm"], "seed": plain["seed"], "level": plain["level"]}
         sae: Any = cell.sae
         if isinstance(sae, SAE):
-            checkpoint.save(sae, folder, {**self.data.provenance, **origin})
+            checkpoint.save(sae, folder, {**self.data.provenance, **sent.id.as_dict()})
         else:
             state = sae.state_dict().items()
             tensors = {n: t.detach().cpu().clone() for n, t in state if isinstance(t, torch.Tensor)}
             file = folder / "module.safetensors"
             write_atomically(file, lambda temporary: save_file(tensors, temporary))
-        own = [row.of_cell(plain["arm"], plain["seed"], plain["level"]).as_dict() for row in rows]
+        own = [row.of_cell(sent.id).as_dict() for row in rows]
         write_curves(folder / "curves.parquet", cell)
         last = {name: _finite(values[cell.log.length - 1]) for name, values in _logged(cell.log)}
         record = {
-            "settings": {name: plain[name] for name in ("sae", "train", "level", "seed")},
+            "settings": {
+                "sae": sent.sae,
+                "train": sent.train,
+                "level": sent.id.level,
+                "seed": sent.id.seed,
+            },
             "rows": own,
             "facts": {name: _finite(value) for name, value in facts.items()},
             "last": last,
             "seconds": round(seconds, 3),
         }
         finish(folder, record)
-
-
-def evaluation_cost(config: TrainConfig) -> float:
-    """What evaluating a cell counts for in the progress bar, in token-steps. Our measurement."""
-    return 0.5 * config.tokens
 
 
 def _finite(value: Any) -> Any:

@@ -27,7 +27,7 @@ from saelab.parts import TABLE
 from saelab.preflight.estimate import harvest_seconds, training_seconds
 from saelab.preflight.memory import Needs, needs
 from saelab.progress import clock
-from saelab.runs.folder import MANIFEST, RunFiles
+from saelab.runs.folder import MANIFEST, RunFolder
 from saelab.runtime.safe_text import visible
 from saelab.storage.remote import place_of
 from saelab.study.plan import (
@@ -201,8 +201,8 @@ def _arm(
     task: Launch, arm: Arm, specs: Sequence[CellSpec], spreads: Mapping[tuple[str, str], float]
 ) -> ArmCheck:
     plan = task.plan
-    own = [spec for spec in specs if spec.arm == arm.name]
-    pairs = sum(spec.level == (plan.target_l0 or 0) for spec in own)
+    own = [spec for spec in specs if spec.id.arm == arm.name]
+    pairs = sum(spec.is_at_target(plan) for spec in own)
     plain = ArmCheck(
         arm.name,
         arm.comment,
@@ -319,7 +319,7 @@ def measured_spreads(root: Path, plan: PlanConfig) -> dict[tuple[str, str], floa
     """(run, arm) -> sd of the paired differences of the primary metric, from the runs in `root`."""
     found: dict[tuple[str, str], float] = {}
     for file in sorted(root.glob(f"run_*/{MANIFEST}")):
-        manifest = RunFiles(file.parent).manifest
+        manifest = RunFolder(file.parent).manifest
         if manifest.get("primary") != plan.primary or manifest.get("study") != plan.study:
             continue
         for c in manifest.get("comparisons", []):

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from saelab.runs.schema import CONTROL
+
 #: Stages of a cell; the lines of all other stages are of the launch.
 TRAIN, EVALUATE, DONE = "train", "evaluate", "done"
 LAUNCH, CELLS, END = "launch", "cells", "end"
-#: Arms that are not the study's begin with it.
-CONTROL = "control:"
 
 
 @dataclass

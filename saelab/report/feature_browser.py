@@ -82,9 +82,7 @@ def pack_cells(cells: Sequence[Browsed]) -> dict[str, Any]:
 def _cell(cell: Browsed, texts: _Texts, text: int) -> dict[str, Any]:
     return {
         "run": cell.run,
-        "arm": cell.arm,
-        "seed": cell.seed,
-        "level": cell.level,
+        **cell.id.as_dict(),
         "d_sae": cell.d_sae,
         "tokens": cell.tokens,
         "steps": cell.steps,

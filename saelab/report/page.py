@@ -15,7 +15,7 @@ import base64
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,13 +27,14 @@ from saelab.report.feature_browser import pack_cells
 from saelab.report.figure_data import Arrays, scene
 from saelab.report.figures.common import PICTURES
 from saelab.report.figures.style import STYLE, ArmStyle, arm_styles, legend_name
-from saelab.report.run_data import CONTROL, Run, load
-from saelab.runs.cells import RunFolder
+from saelab.report.run_data import Run, run_data
+from saelab.runs.folder import RunFolder
+from saelab.runs.schema import CELLS, CONTROL
 from saelab.storage.atomic import write_text
 from saelab.study.plan import PlanConfig
 from saelab.study.registry import Attempt, attempts
 from saelab.verdict.judge import COVERS, POWER
-from saelab.verdict.review import CellNote, Review, differences_of, group_notes, review
+from saelab.verdict.review import CellNote, Review, differences_of, group_notes, review_run
 from saelab.verdict.summary import COLUMNS, mean_and_half_width
 from saelab.version import __version__
 
@@ -58,21 +59,21 @@ class Study:
     """What a page is made of.
 
     Args:
-        runs: folders of complete runs.
+        runs: complete runs.
         cells: for the feature browser.
         why_no_cells: the reason where there are none.
         attempts: of the study's ledger.
     """
 
-    runs: Sequence[Path]
+    runs: Sequence[RunFolder]
     cells: Sequence[Browsed] = ()
     why_no_cells: str = ""
     attempts: Sequence[Attempt] = ()
 
 
-def ledger(folders: Sequence[Path]) -> list[Attempt]:
+def ledger(runs: Sequence[RunFolder]) -> list[Attempt]:
     """The attempts of the study that the runs lie in."""
-    return attempts(folders[0].resolve().parent) if folders else []
+    return attempts(runs[0].folder.resolve().parent) if runs else []
 
 
 def write(study: Study, out: Path) -> dict[str, Any]:
@@ -95,10 +96,10 @@ def render(study: Study) -> tuple[str, dict[str, Any]]:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    arrays, reviews = Arrays(), [review(folder) for folder in study.runs]
+    arrays, reviews = Arrays(), [review_run(run) for run in study.runs]
     pictures, runs = {}, []
     for folder, found in zip(study.runs, reviews, strict=True):
-        run = _judged(load(folder), found)
+        run = _judged(run_data(folder), found)
         scenes, missing = _scenes(run, arrays)
         pictures[found.run] = {"arms": _legend(run), "scenes": scenes}
         runs.append(_run(folder, found, run, scenes, missing))
@@ -147,7 +148,7 @@ def _held(
             for found, run in zip(reviews, runs, strict=True)
         ],
         "browser": [
-            {"run": c.run, "arm": c.arm, "seed": c.seed, "latents": len(c.latents)}
+            {"run": c.run, "arm": c.id.arm, "seed": c.id.seed, "latents": len(c.latents)}
             for c in study.cells
         ],
         "why_no_browser": study.why_no_cells,
@@ -270,7 +271,11 @@ def _unlike(reviews: Sequence[Review]) -> list[str]:
 
 
 def _run(
-    folder: Path, found: Review, run: Run, scenes: Mapping[str, Any], missing: Mapping[str, str]
+    folder: RunFolder,
+    found: Review,
+    run: Run,
+    scenes: Mapping[str, Any],
+    missing: Mapping[str, str],
 ) -> dict[str, Any]:
     manifest = run.manifest
     comments = {arm: known.get("comment", "") for arm, known in manifest["arms"].items()}
@@ -279,7 +284,7 @@ def _run(
         verdict_table.row(c, bar, found.plan, comments.get(c.arm, ""))
         for c, bar in zip(found.comparisons, bars, strict=True)
     ]
-    primary = primary_arms(RunFolder(folder)) if (folder / "cells").is_dir() else []
+    primary = primary_arms(folder) if (folder.folder / CELLS).is_dir() else []
     return {
         "name": found.run,
         "title": found.title,
@@ -304,7 +309,7 @@ def _run(
         "missing": _missing(run),
         "line": _line(found, manifest),
         "provenance": list(_provenance(found, manifest)),
-        "definitions": _definitions(folder / "metrics.parquet"),
+        "definitions": _definitions(folder.metrics),
     }
 
 
@@ -431,16 +436,12 @@ def _provenance(found: Review, manifest: Mapping[str, Any]) -> Iterator[tuple[st
     yield "seconds", _plain(manifest.get("seconds"))
 
 
-def _definitions(path: Path) -> list[tuple[str, str]]:
-    """Definition -> the metrics that are measured by it."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path, columns=["metric", "definition"])
-    pairs = table.group_by(["metric", "definition"]).aggregate([]).to_pylist()
-    found: dict[str, list[str]] = {}
-    for pair in sorted(pairs, key=lambda pair: (pair["definition"], pair["metric"])):
-        found.setdefault(pair["definition"], []).append(pair["metric"])
-    return [(definition, ", ".join(metrics)) for definition, metrics in found.items()]
+def _definitions(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Each definition with the metrics that are measured by it."""
+    metrics: dict[str, list[str]] = {}
+    for definition, metric in sorted({(row["definition"], row["metric"]) for row in rows}):
+        metrics.setdefault(definition, []).append(metric)
+    return [(definition, ", ".join(names)) for definition, names in metrics.items()]
 
 
 def _browser(study: Study) -> dict[str, Any]:

@@ -5,7 +5,7 @@
     metrics.parquet     every measured number, a missing one with its reason
     curves.parquet      scalars over training
 
-A file that is not as the launch wrote it is refused (runfiles.py). The last three may be absent.
+A file that is not as the launch wrote it is refused (runs/folder.py). The last three may be absent.
 Without metrics.parquet the per-seed values of final_info.json stand
 in for it, so that a folder with that file alone still gives pictures.
 """
@@ -15,27 +15,16 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from saelab.runs.folder import CURVES, METRICS, RunFiles
-from saelab.storage.parquet import Kind
+from saelab.runs.folder import RunFolder
+from saelab.runs.schema import CONTROL
 
-#: What the names of control subjects begin with.
-CONTROL = "control:"
-#: Columns that are read.
-OF_METRICS: dict[str, Kind] = {
-    **{"metric": "text", "slice": "text", "arm": "text", "seed": "whole", "level": "number"},
-    **{"value": "number?", "reason": "text?"},
-}
-OF_CURVES: dict[str, Kind] = {
-    **{"name": "text", "arm": "text", "seed": "whole", "level": "number", "tokens": "whole"},
-    "value": "number?",
-}
 #: Group of final_info.json and metric -> value, as one arm has them.
 Info = dict[str, dict[str, Any]]
 
@@ -138,21 +127,23 @@ def present(rows: Iterable[Value]) -> list[float]:
 
 
 def load(folder: Path, title: str = "") -> Run:
-    """Reads a run folder.
+    """Reads a run folder, see `run_data`."""
+    return run_data(RunFolder(folder), title)
+
+
+def run_data(run: RunFolder, title: str = "") -> Run:
+    """What figures and pages need of a run folder.
 
     Args:
-        folder: with at least a final_info.json.
+        run: with at least a final_info.json.
         title: in place of the manifest's.
 
     Raises: DamageError for a file that can't be read, SourceError without final_info.json.
     """
-    files = RunFiles(folder)
-    info, manifest = files.info(), files.manifest
-    values = _read_values(files)
-    if not values:
-        values = _values_of(info, float(manifest.get("target_l0") or 0))
-    run = Run(folder.name, title or manifest.get("title", folder.name), info, manifest, values)
-    return Run(run.name, run.title, info, manifest, values, _read_curves(files, run.target_l0))
+    info, manifest, name = run.info, run.manifest, run.folder.name
+    values = _read_values(run) or _values_of(info, run.target_level)
+    data = Run(name, title or manifest.get("title", name), info, manifest, values)
+    return replace(data, curves=_read_curves(run, data.target_l0))
 
 
 def _values_of(info: Info, level: float) -> dict[tuple[str, str], list[Value]]:
@@ -167,25 +158,26 @@ def _values_of(info: Info, level: float) -> dict[tuple[str, str], list[Value]]:
     return dict(values)
 
 
-def _read_values(files: RunFiles) -> dict[tuple[str, str], list[Value]]:
+def _read_values(run: RunFolder) -> dict[tuple[str, str], list[Value]]:
     values: dict[tuple[str, str], list[Value]] = defaultdict(list)
-    for row in files.rows(METRICS, OF_METRICS):
-        metric, slice, arm, seed, level, value, reason = row.values()
-        if ",class=" not in slice:
+    for row in run.metrics:
+        if ",class=" not in row["slice"]:
+            value, cell = row["value"], (row["arm"], row["seed"], row["level"])
             number = None if value is None or not math.isfinite(value) else value
-            values[metric, slice].append(Value(arm, seed, level, number, reason or "not finite"))
+            reason = row["reason"] or "not finite"
+            values[row["metric"], row["slice"]].append(Value(*cell, number, reason))
     return dict(values)
 
 
-def _read_curves(files: RunFiles, target: float | None) -> dict[tuple[str, str], dict[int, Curve]]:
+def _read_curves(run: RunFolder, target: float | None) -> dict[tuple[str, str], dict[int, Curve]]:
     points: dict[tuple[str, str], dict[int, dict[int, float]]] = defaultdict(
         lambda: defaultdict(dict)
     )
-    rows = [tuple(row.values()) for row in files.rows(CURVES, OF_CURVES)]
-    target = _target(target, (row[3] for row in rows))
-    for name, arm, seed, level, tokens, value in rows:
-        if _same(level, target) and value is not None and np.isfinite(value):
-            points[name, arm][seed][tokens] = value
+    target = _target(target, (row["level"] for row in run.curves))
+    for row in run.curves:
+        value = row["value"]
+        if _same(row["level"], target) and value is not None and np.isfinite(value):
+            points[row["name"], row["arm"]][row["seed"]][row["tokens"]] = value
     return {
         key: {seed: _curve(of_cell) for seed, of_cell in sorted(cells.items())}
         for key, cells in points.items()

@@ -1,18 +1,20 @@
-"""The files of a finished run, read with care: unchanged since the launch, and of their types.
+"""A run folder, opened once: its files, unchanged since the launch, and its cells.
 
-    manifest.json     is sealed (`files.write_sealed`) and holds the checksums of the others
-    final_info.json, metrics.parquet, curves.parquet, gate.json, summary.md, cells/...
+    manifest.json     is sealed (`storage.atomic.write_sealed`) and holds the others' checksums
+    final_info.json, metrics.parquet, curves.parquet, gate.json, summary.md
+    cells/<arm>/seed<s>-l0_<level>/
 
-A file that is missing is as its reader takes it: a driver may copy final_info.json alone. One that
-is there must be as it was written. A manifest without a seal is of an older version or was made by
-hand; `sealed` tells, and `saelab verdict` says so.
+Each file is read and checked once, when it is first asked for. Whether a missing file is an error
+is up to its reader: a driver may copy final_info.json alone. A file that exists must be as it was
+written, of the types that it is written with. A manifest without a seal comes from an older version
+or was made by hand; `sealed` says so, and `saelab verdict` reports it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,16 @@ from typing import Any
 
 from pydantic import Field
 
-from saelab.errors import DamageError, SourceError
+from saelab.errors import DamageError, SettingError, SourceError, nearest
+from saelab.runs.schema import (
+    CELLS,
+    CURVE_COLUMNS,
+    METRIC_COLUMNS,
+    OPTIONAL,
+    CellId,
+    level_of,
+)
+from saelab.seeding import study_seeds
 from saelab.storage.atomic import (
     json_text,
     read_json,
@@ -29,7 +40,7 @@ from saelab.storage.atomic import (
     write_sealed,
     write_text,
 )
-from saelab.storage.parquet import Kind, read_rows
+from saelab.storage.parquet import Kind, column_names, read_rows
 from saelab.storage.validation import Loose, Name, Number, Whole, check
 
 MANIFEST, INFO, GATE = "manifest.json", "final_info.json", "gate.json"
@@ -90,14 +101,32 @@ class _Cell(Loose):
 
 
 @dataclass(frozen=True)
-class RunFiles:
-    """A run folder; every method raises DamageError for a file that is not as it was written."""
+class Member:
+    """One cell of a run: its folder, and which cell it is."""
+
+    folder: Path
+    id: CellId
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk; every reader raises DamageError for a file that is not as it was written."""
 
     folder: Path
 
+    @classmethod
+    def of(cls, path: Path) -> RunFolder | None:
+        """The run that the path is, or lies in as one of its cells; None for any other path."""
+        path = path.resolve()
+        if (path / MANIFEST).is_file():
+            return cls(path)
+        above = path.parents[2] if len(path.parents) > 2 else path
+        inside = path.parent.parent.name == CELLS and (above / MANIFEST).is_file()
+        return cls(above) if inside else None
+
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """{} where there is none."""
+        """manifest.json; {} where there is none."""
         path = self.folder / MANIFEST
         if not path.is_file():
             return {}
@@ -112,10 +141,10 @@ class RunFiles:
 
     @property
     def sealed(self) -> bool:
-        """Whether the manifest answers for the other files."""
+        """Whether the manifest holds checksums of the other files."""
         return bool(self._sums)
 
-    def needed(self, *names: str) -> dict[str, Any]:
+    def required(self, *names: str) -> dict[str, Any]:
         """The manifest; raises SourceError when it lacks one of the names."""
         for name in names:
             if name not in self.manifest:
@@ -123,35 +152,112 @@ class RunFiles:
                 raise SourceError(f"{self.folder / MANIFEST} has no {name}: {remedy}")
         return self.manifest
 
+    def has(self, *names: str) -> bool:
+        """Whether all the named files are there."""
+        return all((self.folder / name).is_file() for name in names)
+
     def file(self, name: str) -> Path:
-        """Where a file lies that is as it was written, or that the manifest knows nothing of."""
+        """Path of a file that is as it was written, or that the manifest has no checksum of."""
         path, expected = self.folder / name, self._sums.get(name)
         if expected is not None and path.is_file() and sha256(path) != expected:
             raise DamageError(f"{path} was changed after the run wrote it: {REMEDY}")
         return path
 
+    @cached_property
     def info(self) -> dict[str, dict[str, Any]]:
         """final_info.json; raises SourceError without it."""
         path = self.file(INFO)
         return check(read_json(path), dict[str, _Group], path, REMEDY)
 
+    @cached_property
     def gates(self) -> dict[str, dict[str, Any]]:
-        """gate.json: cell -> what the gate looked at; raises SourceError without it."""
+        """gate.json: cell -> the facts that the gate looked at; raises SourceError without it."""
         path = self.file(GATE)
         return check(read_json(path), dict[str, _Cell], path, REMEDY)
 
-    def rows(
-        self, name: str, columns: Mapping[str, Kind], only: Mapping[str, str] | None = None
-    ) -> list[dict[str, Any]]:
-        """Rows of a table, as `read_rows` takes them; none without the file."""
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.parquet, see `schema.METRIC_COLUMNS`; none without the file."""
+        return self._rows(METRICS, METRIC_COLUMNS)
+
+    @cached_property
+    def curves(self) -> list[dict[str, Any]]:
+        """All rows of curves.parquet, see `schema.CURVE_COLUMNS`; none without the file."""
+        return self._rows(CURVES, CURVE_COLUMNS)
+
+    def _rows(self, name: str, columns: Mapping[str, Kind]) -> list[dict[str, Any]]:
         path = self.file(name)
-        return read_rows(path, columns, only, REMEDY) if path.is_file() else []
+        if not path.is_file():
+            return []
+        absent = OPTIONAL - set(column_names(path, REMEDY))
+        present = {name: kind for name, kind in columns.items() if name not in absent}
+        empty = dict.fromkeys(absent & columns.keys())
+        return [row | empty for row in read_rows(path, present, remedy=REMEDY)]
+
+    @property
+    def target_level(self) -> float:
+        """Level of the cells at the plan's target L0."""
+        return level_of(self.manifest.get("target_l0"))
+
+    @property
+    def probing_seed(self) -> int:
+        """Seed of the probing examples that its cells were measured on."""
+        return study_seeds(self.required("study")["study"], "evaluation", 1)[0]
+
+    @cached_property
+    def cells(self) -> tuple[Member, ...]:
+        """All cells, in the order of the arms."""
+        members = []
+        for arm in self.required("arms")["arms"]:
+            for folder in sorted((self.folder / CELLS / arm).glob("seed*")):
+                if cell := CellId.of_folder(arm, folder.name):
+                    members.append(Member(folder, cell))
+        return tuple(members)
+
+    def choose(self, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Member]:
+        """The cells at the plan's L0: of the named arms and seeds, or all of them.
+
+        Raises: SettingError for an arm or seed that the run does not have; SourceError where it has
+            no cell.
+        """
+        target = self.target_level
+        at_target = [cell for cell in self.cells if cell.id.level == target]
+        if not at_target:
+            raise SourceError(f"{self.folder} has no cell at L0 {target:g}: name a complete run")
+        for name in arms:
+            present = dict.fromkeys(cell.id.arm for cell in at_target)
+            if name not in present:
+                remedy = f"no such arm{nearest(name, present)}; the run has {', '.join(present)}"
+                raise SettingError("arm", name, remedy)
+        chosen = [cell for cell in at_target if not arms or cell.id.arm in arms]
+        for seed in seeds:
+            present = sorted({cell.id.seed for cell in chosen})
+            if seed not in present:
+                listed = ", ".join(map(str, present))
+                raise SettingError("seed", seed, f"no such seed; the run has {listed}")
+        return [cell for cell in chosen if not seeds or cell.id.seed in seeds]
+
+
+def run_cells(
+    path: Path, arms: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> list[Member] | None:
+    """The cells that a run folder stands for; None when the path is not a run folder.
+
+    Raises: what `RunFolder.choose` does; SettingError when arms or seeds are chosen of another
+        folder.
+    """
+    if (path / MANIFEST).is_file():
+        return RunFolder(path).choose(arms, seeds)
+    if arms or seeds:
+        remedy = f"{path} is not a run folder, so it has no arms or seeds to choose: leave it out"
+        raise SettingError("arm" if arms else "seed", (arms or seeds)[0], remedy)
+    return None
 
 
 def seal_run(folder: Path, manifest: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Writes the manifest of a run whose other files are all there, then final_info.json, with
     which the run is complete."""
-    cells = sorted(p for name in OF_CELLS for p in (folder / "cells").glob(f"*/*/{name}"))
+    cells = sorted(p for name in OF_CELLS for p in (folder / CELLS).glob(f"*/*/{name}"))
     names = [*SEALED, *(file.relative_to(folder).as_posix() for file in cells)]
     there = [name for name in names if name != INFO and (folder / name).is_file()]
     sums = {name: sha256(folder / name) for name in there}

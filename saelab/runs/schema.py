@@ -1,17 +1,109 @@
-"""Names that every reader and writer of a run's files shares."""
+"""Names that every reader and writer of a run's files shares: cells, columns, controls.
+
+A cell is an arm at one seed and one sparsity level; its name, 'A1/seed 7/L0 32', stands in
+gate.json and in the manifest, its folder, 'A1/seed7-l0_32', below `cells/`.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
-PREFIX = "control:"
+from saelab.storage.parquet import Kind
 
-
+#: Folder of the cells inside a run folder.
+CELLS = "cells"
+#: What the name of every control subject begins with.
+CONTROL = "control:"
 CHANNELS, FROZEN, PLANTED = "model channels", "frozen decoder", "planted effect"
+_FOLDER = re.compile(r"seed(\d+)-l0_(.+)")
 
 
-def names_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The controls among evaluation rows, in their order."""
-    found = dict.fromkeys(row["arm"] for row in rows)
-    return [name for name in found if name.startswith(PREFIX)]
+def control_arm(name: str) -> str:
+    """Name of a control subject in the column `arm`."""
+    return f"{CONTROL}{name}"
+
+
+def level_of(target_l0: float | None) -> float:
+    """Level of the cells at a plan's target L0; 0 where every arm is left at its own L0."""
+    return target_l0 or 0.0
+
+
+@dataclass(frozen=True)
+class CellId:
+    """Identity of a cell: the name of its arm, its seed, and its L0 level in latents per token."""
+
+    arm: str
+    seed: int
+    level: float
+
+    @property
+    def name(self) -> str:
+        """'A1/seed 7/L0 32'."""
+        return f"{self.arm}/seed {self.seed}/L0 {self.level:g}"
+
+    @classmethod
+    def parse(cls, name: str) -> CellId:
+        """The inverse of `name`; an arm's name may hold any of its signs.
+
+        Raises: ValueError for a text that is not a cell's name.
+        """
+        arm, _, rest = name.rpartition("/seed ")
+        seed, _, level = rest.partition("/L0 ")
+        if not arm:
+            raise ValueError(f"{name!r} is not the name of a cell")
+        return cls(arm, int(seed), float(level))
+
+    @property
+    def folder(self) -> PurePosixPath:
+        """'A1/seed7-l0_32', below `CELLS`."""
+        return PurePosixPath(self.arm, f"seed{self.seed}-l0_{self.level:g}")
+
+    @classmethod
+    def of_folder(cls, arm: str, folder: str) -> CellId | None:
+        """The inverse of `folder`; None for a folder of another name."""
+        match = _FOLDER.fullmatch(folder)
+        return cls(arm, int(match[1]), float(match[2])) if match else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The columns that name the cell in every table."""
+        return {"arm": self.arm, "seed": self.seed, "level": self.level}
+
+
+#: Columns of metrics.parquet that say where a number was measured; runs that differ in one are not
+#: compared.
+PROVENANCE = (
+    *("model_digest", "tokenizer", "hook_name", "context", "mask", "dtype"),
+    *("tokens", "text_digest"),
+)
+_CELL: dict[str, Kind] = {"arm": "text", "seed": "whole", "level": "number"}
+#: Columns of metrics.parquet: one row for each measured number, a missing one with its reason.
+METRIC_COLUMNS: dict[str, Kind] = {
+    **_CELL,
+    **{"metric": "text", "slice": "text", "value": "number?", "definition": "text"},
+    "reason": "text?",
+    **dict.fromkeys(PROVENANCE, "any"),
+}
+#: Columns of curves.parquet: the logged values of every cell over training, thinned.
+CURVE_COLUMNS: dict[str, Kind] = {
+    **_CELL,
+    **{"step": "whole", "tokens": "whole", "name": "text", "value": "number?"},
+}
+#: Columns that a table may lack, as older versions wrote it; their values are then None.
+OPTIONAL = {"reason", "step", "definition", *PROVENANCE}
+#: Arrow types of those columns, as they are written.
+CURVE_TYPES = {"arm": "string", "seed": "int64", "level": "float64"}
+CURVE_TYPES |= {"step": "int64", "tokens": "int64", "name": "string", "value": "float64"}
+
+
+def metric_columns(*names: str) -> dict[str, Kind]:
+    """The named columns of metrics.parquet with their kinds."""
+    return {name: METRIC_COLUMNS[name] for name in names}
+
+
+def control_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Arms of the control subjects among evaluation rows, in their order."""
+    return [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm.startswith(CONTROL)]

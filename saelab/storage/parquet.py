@@ -1,7 +1,8 @@
-"""Parquet tables of others and of finished runs, read in pieces and by type.
+"""The one reader and writer of Parquet tables: read in pieces and by type, written whole.
 
-A table's metadata may lie about sizes, and a compressed page may swell a thousandfold. Tables of
-runs are therefore read only in the codec that they are written in, which can't, and to a limit.
+A table's metadata may lie about sizes, and a compressed page may swell a thousandfold. Tables that
+saelab itself writes are therefore read only in the codecs that it uses, which cannot swell, and up
+to a limit. Tables of others are streamed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from saelab.errors import DamageError, SaelabError
+from saelab.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,13 +27,73 @@ CODECS = ("SNAPPY", "UNCOMPRESSED")
 ROWS = 4096
 
 
+#: What is said of a damaged file that the next run makes again.
+REMEDY = "delete it and run again"
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows of one shape as a table, whole or not at all."""
+    import pyarrow as pa
+
+    _write(path, pa.Table.from_pylist(list(rows)))
+
+
+def write_columns(path: Path, columns: Mapping[str, Any], kinds: Mapping[str, str] = {}) -> None:
+    """Writes columns of one length as a table, whole or not at all.
+
+    Args:
+        columns: name -> NumPy array or list.
+        kinds: name -> Arrow type ('int64', 'float64', 'string'); the others are inferred.
+    """
+    import pyarrow as pa
+
+    types = {name: pa.type_for_alias(kind) for name, kind in kinds.items()}
+    _write(path, pa.table({n: pa.array(values, types.get(n)) for n, values in columns.items()}))
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    import pyarrow.parquet as pq
+
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def read_columns(path: Path, columns: Mapping[str, Kind], remedy: str = REMEDY) -> pa.Table:
+    """The named columns of a table that saelab has written.
+
+    Args:
+        columns: name -> what it must hold.
+
+    Raises: DamageError when the file can't be read, lacks a column or holds another type.
+    """
+    import pyarrow as pa
+
+    batches = list(_typed_batches(path, columns, {}, remedy))
+    return pa.Table.from_batches(batches) if batches else pa.table({name: [] for name in columns})
+
+
+def column_names(path: Path, remedy: str = REMEDY) -> list[str]:
+    """Names of a table's columns.
+
+    Raises: DamageError when the file can't be read.
+    """
+    names: list[str] = []
+
+    def take_none(present: Sequence[str]) -> list[str]:
+        names.extend(present)
+        return []
+
+    for _ in _batches(path, take_none, remedy, DamageError, CODECS):
+        pass
+    return names
+
+
 def read_rows(
     path: Path,
     columns: Mapping[str, Kind],
     only: Mapping[str, str] | None = None,
-    remedy: str = "delete it and run again",
+    remedy: str = REMEDY,
 ) -> list[dict[str, Any]]:
-    """The named columns of a run's table, row by row.
+    """The named columns of a table that saelab has written, row by row.
 
     Args:
         columns: name -> what it must hold.
@@ -39,15 +101,24 @@ def read_rows(
 
     Raises: DamageError when the file can't be read, lacks a column or holds another type.
     """
-    found: list[dict[str, Any]] = []
+    batches = _typed_batches(path, columns, only or {}, remedy)
+    return [row for batch in batches for row in batch.to_pylist()]
+
+
+def _typed_batches(
+    path: Path, columns: Mapping[str, Kind], only: Mapping[str, str], remedy: str
+) -> Iterator[pa.RecordBatch]:
+    """Pieces of a table of ours, of the given types and below the limit."""
+    values = 0
     for batch in _batches(path, list(columns), remedy, DamageError, CODECS):
         for name, kind in columns.items():
             if not _is(batch.column(name), kind):
-                raise DamageError(f"{path} is damaged (column {name!r} is no {kind}): {remedy}")
-        found += _kept(batch, only or {})
-        if len(found) * len(columns) > MOST_VALUES:
+                raise DamageError(f"{path} is damaged (column {name!r} is not {kind}): {remedy}")
+        batch = _filtered(batch, only)
+        values += batch.num_rows * len(columns)
+        if values > MOST_VALUES:
             raise DamageError(f"{path} has over {MOST_VALUES:,} values: {remedy}")
-    return found
+        yield batch
 
 
 def stream_rows(
@@ -60,7 +131,7 @@ def stream_rows(
         error: that is raised when the file can't be read.
     """
     for batch in _batches(path, choose, remedy, error):
-        yield from _kept(batch, {})
+        yield from batch.to_pylist()
 
 
 def _batches(
@@ -95,12 +166,12 @@ def _codecs(table: Any) -> set[str]:
     return {g.column(i).compression for g in groups for i in range(g.num_columns)}
 
 
-def _kept(batch: pa.RecordBatch, only: Mapping[str, str]) -> list[dict[str, Any]]:
+def _filtered(batch: pa.RecordBatch, only: Mapping[str, str]) -> pa.RecordBatch:
     import pyarrow.compute as pc
 
     for name, value in only.items():
         batch = batch.filter(pc.equal(batch.column(name), value))  # type: ignore[attr-defined]
-    return batch.to_pylist()
+    return batch
 
 
 def _is(column: pa.Array, kind: Kind) -> bool:

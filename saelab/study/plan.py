@@ -22,6 +22,8 @@ from saelab.data.language_model import ModelConfig
 from saelab.data.probing.saebench import Definition, SourceConfig
 from saelab.data.text.corpus import TextConfig
 from saelab.errors import SettingError, nearest
+from saelab.runs.folder import MANIFEST, RunFolder
+from saelab.runs.schema import CONTROL, CellId, level_of
 from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.storage.validation import is_name
@@ -222,21 +224,19 @@ class Confirmation(Run):
     leave: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class CellSpec:
     """An arm at one seed and one level, with its settings worked out."""
 
-    arm: str
-    seed: int
-    level: float
+    id: CellId
     sae: SAEConfig
     train: TrainConfig
     expected: tuple[str, ...] = ()
     module: Callable[..., Any] | None = None
 
-    @property
-    def name(self) -> str:
-        return f"{self.arm}/seed {self.seed}/L0 {self.level:g}"
+    def is_at_target(self, plan: PlanConfig) -> bool:
+        """Whether it is one of the cells that the plan compares, not one of a further level."""
+        return self.id.level == level_of(plan.target_l0)
 
 
 def later_arms(run: Run) -> list[Arm]:
@@ -296,6 +296,11 @@ def read_plan(path: Path) -> PlanConfig:
 
 def read_base(path: Path) -> BaseConfig:
     return BaseConfig.parse(read_toml(path), where=path.name)
+
+
+def base_of_run(run: RunFolder) -> BaseConfig:
+    """Settings that a finished run was made from, the run's own changes included."""
+    return BaseConfig.parse(run.required("base")["base"], where=str(run.folder / MANIFEST))
 
 
 def find_run(runs: Mapping[str, Run], name: str) -> Run:
@@ -364,13 +369,20 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
         further = [level for level in dict.fromkeys(plan.levels) if level != plan.target_l0]
         further = further if main and plan.target_l0 else []
         count = plan.seeds if main else min(plan.seeds, plan.seeds_other)
-        places = [(plan.target_l0 or 0.0, seed) for seed in seeds[:count]]
+        places = [(level_of(plan.target_l0), seed) for seed in seeds[:count]]
         places += [(level, seed) for level in further for seed in seeds[: plan.seeds_levels]]
         for level, seed in places:
             sae = at_level(settings.sae, level) if level else settings.sae
             check_layout(arm.name, sae, settings.layout)
-            expected = tuple(arm.expected)
-            specs.append(CellSpec(arm.name, seed, level, sae, settings.train, expected, arm.module))
+            specs.append(
+                CellSpec(
+                    id=CellId(arm.name, seed, level),
+                    sae=sae,
+                    train=settings.train,
+                    expected=tuple(arm.expected),
+                    module=arm.module,
+                )
+            )
     return specs
 
 
@@ -440,6 +452,6 @@ def _check_arms(run: Run) -> None:
         if arms[name].against not in names or arms[name].against == name != BASELINE:
             remedy = f"is no other arm of the run{nearest(arms[name].against, names)}: name one"
             raise SettingError(f"{name}: against", arms[name].against, remedy)
-        if not is_name(name) or name.startswith((".", "control:")):
+        if not is_name(name) or name.startswith((".", CONTROL)):
             remedy = "names a folder: may not be empty, hold '/' or control signs or start with '.'"
             raise SettingError("arm", name, remedy)

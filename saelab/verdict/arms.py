@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saelab.evals.base import check_one_definition
+from saelab.runs.schema import CellId
 from saelab.study.plan import BASELINE
 from saelab.verdict.gate import GateResult, gate
 
@@ -14,13 +15,11 @@ from saelab.verdict.gate import GateResult, gate
 SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k", "threshold", "sparsity", "penalty_share")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CellGate:
     """What the gate sees of one cell; with the rows of the cell, its verdict can be made again."""
 
-    arm: str
-    seed: int
-    level: float
+    id: CellId
     expected: tuple[str, ...]
     facts: dict[str, Any]
 

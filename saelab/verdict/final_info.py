@@ -144,7 +144,7 @@ def judge_planted(
     Args:
         rows: of controls.
     """
-    name = f"{schema.PREFIX}{schema.PLANTED}"
+    name = schema.control_arm(schema.PLANTED)
     own = [row for row in rows if row["arm"] == name]
     fvu = {row["seed"]: row["value"] for row in own if row["metric"] == "fvu"}
     change = [row["value"] for row in own if row["metric"] == "planted.expected_fvu_change"]

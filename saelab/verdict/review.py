@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import DamageError, MismatchError, SourceError
-from saelab.runs.folder import GATE, INFO, MANIFEST, METRICS, REMEDY, RunFiles
+from saelab.runs.folder import GATE, INFO, MANIFEST, METRICS, REMEDY, RunFolder
+from saelab.runs.schema import PROVENANCE, CellId, level_of
 from saelab.runtime.safe_text import visible
-from saelab.storage.parquet import Kind
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import changes, plan_hash
 from saelab.verdict.arms import ArmResult, CellGate
@@ -29,17 +29,6 @@ from saelab.verdict.final_info import judge_run
 from saelab.verdict.gate import ORDER, Outcome
 from saelab.verdict.judge import COVERS, Comparison, Difference
 from saelab.verdict.summary import align_columns
-
-#: What every row says about where it was measured; runs that differ in one are not compared.
-PROVENANCE = (
-    *("model_digest", "tokenizer", "hook_name", "context", "mask", "dtype"),
-    *("tokens", "text_digest"),
-)
-COLUMNS: dict[str, Kind] = {
-    **{"arm": "text", "seed": "whole", "level": "number", "metric": "text", "slice": "text"},
-    **{"value": "number?", "definition": "text"},
-    **dict.fromkeys(PROVENANCE, "any"),
-}
 
 
 @dataclass(frozen=True)
@@ -130,22 +119,26 @@ def review_all(folders: Sequence[Path]) -> list[Review]:
 
 
 def review(folder: Path) -> Review:
+    """The verdict of one finished run, see `review_run`."""
+    return review_run(RunFolder(folder))
+
+
+def review_run(run: RunFolder) -> Review:
     """The verdict of one finished run.
 
     Raises: SourceError when the run is not complete or was made by an older version; DamageError
         for a file that can't be read or was changed.
     """
     for name in (INFO, MANIFEST, GATE, METRICS):
-        if not (folder / name).is_file():
+        if not run.has(name):
             remedy = "name the folder of a complete run of this version"
-            raise SourceError(f"{folder} holds no {name}: {remedy}")
-    files = RunFiles(folder)
-    manifest = files.needed("plan", "arms", "purpose", "baseline", "run", "title")
-    files.info()
-    gates, rows = _gates(files), files.rows(METRICS, COLUMNS, {"slice": ""})
-    plan = PlanConfig.parse(manifest["plan"], where=f"{folder.name}/manifest.json")
-    _check_named(manifest, gates, folder)
-    arms = _arms(manifest["arms"], gates, rows, plan.target_l0 or 0.0)
+            raise SourceError(f"{run.folder} holds no {name}: {remedy}")
+    manifest = run.required("plan", "arms", "purpose", "baseline", "run", "title")
+    _ = run.info  # which must be as it was written
+    gates, rows = cell_gates(run), [row for row in run.metrics if not row["slice"]]
+    plan = PlanConfig.parse(manifest["plan"], where=f"{run.folder.name}/{MANIFEST}")
+    _check_named(manifest, gates, run.folder)
+    arms = _arms(manifest["arms"], gates, rows, level_of(plan.target_l0))
     exploratory = manifest["purpose"] != "confirm"
     comparisons, differences = judge_run(arms, plan, exploratory)
     definition = arms[manifest["baseline"]].definitions.get(plan.primary, "not measured")
@@ -161,15 +154,19 @@ def review(folder: Path) -> Review:
         tuple(_notes(gates)),
         definition,
         {name: measured.get(name) for name in PROVENANCE} if measured else {},
-        files.sealed,
+        run.sealed,
     )
 
 
-def _gates(files: RunFiles) -> dict[str, CellGate]:
-    names = ("arm", "seed", "level", "expected", "facts")
+def cell_gates(run: RunFolder) -> dict[str, CellGate]:
+    """Facts of every cell in gate.json, by the cell's name."""
     return {
-        cell: CellGate(**{name: known[name] for name in names})
-        for cell, known in files.gates().items()
+        name: CellGate(
+            id=CellId(stored["arm"], stored["seed"], stored["level"]),
+            expected=tuple(stored["expected"]),
+            facts=stored["facts"],
+        )
+        for name, stored in run.gates.items()
     }
 
 
@@ -177,7 +174,8 @@ def _check_named(manifest: Mapping[str, Any], gates: Mapping[str, CellGate], fol
     """Raises: DamageError when cells or comparisons are of arms that the run has not."""
     arms = manifest["arms"]
     others = [arm.get("against", BASELINE) for arm in arms.values()]
-    for name in (BASELINE, manifest["baseline"], *others, *(cell.arm for cell in gates.values())):
+    of_cells = (cell.id.arm for cell in gates.values())
+    for name in (BASELINE, manifest["baseline"], *others, *of_cells):
         if name not in arms:
             raise DamageError(f"{folder} has no arm {name!r}, but its files name it: {REMEDY}")
 
@@ -189,19 +187,19 @@ def _arms(
     target: float,
 ) -> dict[str, ArmResult]:
     """Results per arm at the target, as the launch had them."""
-    by_cell: dict[tuple[str, int, float], list[Mapping[str, Any]]] = {}
+    by_cell: dict[CellId, list[Mapping[str, Any]]] = {}
     for row in rows:
-        by_cell.setdefault((row["arm"], row["seed"], row["level"]), []).append(row)
+        by_cell.setdefault(CellId(row["arm"], row["seed"], row["level"]), []).append(row)
     arms = {
         name: ArmResult(name, {}, known.get("against", BASELINE)) for name, known in names.items()
     }
     for cell in gates.values():
-        own = by_cell.get((cell.arm, cell.seed, cell.level), [])
-        measured = {"rows": own, "last": {}, "facts": cell.facts}
-        if cell.level == target:
-            arms[cell.arm].add(cell.seed, measured, cell.expected)
+        measured = {"rows": by_cell.get(cell.id, []), "last": {}, "facts": cell.facts}
+        arm = arms[cell.id.arm]
+        if cell.id.level == target:
+            arm.add(cell.id.seed, measured, cell.expected)
         else:
-            arms[cell.arm].add_level(cell.seed, cell.level, measured, cell.expected)
+            arm.add_level(cell.id.seed, cell.id.level, measured, cell.expected)
     return arms
 
 
@@ -265,7 +263,7 @@ def group_notes(cells: Sequence[CellNote]) -> list[tuple[str, str, bool, list[Ce
     """Notes by arm, check and whether it was expected."""
     groups: dict[tuple[str, str, bool], list[CellNote]] = {}
     for note in cells:
-        arm = note.cell.rsplit("/seed ", 1)[0]
+        arm = CellId.parse(note.cell).arm
         groups.setdefault((arm, note.check, note.expected), []).append(note)
     return [(*key, some) for key, some in groups.items()]
 

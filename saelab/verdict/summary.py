@@ -55,7 +55,7 @@ def table(
 def control_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Control -> metric -> its mean over all data; probes of the model's channels as of an SAE."""
     found: dict[str, dict[str, list[float]]] = {}
-    for name in schema.names_of(rows):
+    for name in schema.control_names(rows):
         of_metric = found.setdefault(name, {})
         for row in rows:
             if row["arm"] == name and not row["slice"] and row["value"] is not None:
@@ -157,7 +157,7 @@ def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) ->
     found = control_values(rows)
     for name, values in found.items():
         said = [f"{values[metric]:.4g}" if metric in values else "-" for metric in shown]
-        lines.append(f"| {name.removeprefix(schema.PREFIX)} | {' | '.join(said)} |")
+        lines.append(f"| {name.removeprefix(schema.CONTROL)} | {' | '.join(said)} |")
     return [*lines, *_planted_lines(planted)] if found else []
 
 

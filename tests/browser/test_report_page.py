@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import HOSTILE, HOSTILE_ARM, made_up_cells, write_study
+from studies import HOSTILE, HOSTILE_ARM, made_up_cells, open_runs, write_study
 
 from saelab.report.page import LIMIT, Study, ledger, write
 
@@ -27,7 +27,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("study")
     runs = write_study(root)
     out = root / "report.html"
-    write(Study(runs, made_up_cells(200), "", ledger(runs)), out)
+    write(Study(open_runs(runs), made_up_cells(200), "", ledger(open_runs(runs))), out)
     return out
 
 

@@ -39,11 +39,10 @@ from saelab.launch.confirmation import _tuned
 from saelab.launch.latent_table import read_density
 from saelab.launch.seed_pairs import rows_of_seeds
 from saelab.report.run_data import load
-from saelab.runs.cells import RunFolder, members
-from saelab.runs.folder import seal_run
+from saelab.runs.folder import RunFolder, run_cells, seal_run
 from saelab.sae import SAEConfig
 from saelab.storage.atomic import read_json, write_json, write_sealed
-from saelab.study.plan import BaseConfig, PlanConfig
+from saelab.study.plan import BaseConfig, PlanConfig, base_of_run
 from saelab.study.registry import attempts, deviations, register
 from saelab.training.curves import curve
 from saelab.verdict.review import review, text
@@ -262,10 +261,10 @@ def read_difference(folder: Path) -> Any:
 def read_cells(folder: Path) -> Any:
     """Every cell lies inside the run."""
     run = folder / "run_1"
-    found = members(run) or []
+    found = run_cells(run) or []
     for cell in found:
         assert cell.folder.resolve().is_relative_to(run.resolve() / "cells"), cell
-    assert RunFolder(run).base
+    assert base_of_run(RunFolder(run))
     return [(str(cell.place), cell.seed, cell.level) for cell in found]
 
 

@@ -29,7 +29,7 @@ from saelab.errors import DamageError, SaelabError, SettingError, SourceError
 from saelab.report.figures.common import draw_run
 from saelab.report.figures.style import legend_name
 from saelab.report.run_data import load
-from saelab.runs.cells import members
+from saelab.runs.folder import run_cells
 from saelab.runtime.safe_text import markdown, visible
 from saelab.sae import SAEConfig
 from saelab.storage.atomic import read_json, write_json, write_sealed
@@ -147,7 +147,7 @@ def test_no_manifest_leads_out_of_its_run(tmp_path: Path, name: str) -> None:
     manifest = {"arms": {name: {}}, "target_l0": 32, "study": "s"}
     write_sealed(run / "manifest.json", manifest | {"base": BaseConfig().model_dump(mode="json")})
     with pytest.raises(DamageError, match="inside the folder"):
-        members(run)
+        run_cells(run)
     with pytest.raises(DamageError, match="inside the folder"):
         export(run, tmp_path / "exported")
     there = sorted(path.name for path in tmp_path.iterdir())

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from projects import BASELINE, RATE, Project, called, cli
 
-from saelab.runs.folder import RunFiles
+from saelab.runs.folder import RunFolder
 
 PLAN = "study = 'small'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
 
@@ -116,7 +116,7 @@ def test_a_copied_moved_or_partly_copied_run_is_as_good(tmp_path: Path, finished
     few.mkdir(parents=True)
     for name in ("final_info.json", "manifest.json"):
         shutil.copy(finished.folder / "run_1" / name, few)
-    assert RunFiles(few).info() and RunFiles(few).sealed
+    assert RunFolder(few).info and RunFolder(few).sealed
     alone = tmp_path / "alone" / "run_1"
     alone.mkdir(parents=True)
     shutil.copy(finished.folder / "run_1" / "final_info.json", alone)

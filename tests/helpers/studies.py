@@ -15,6 +15,8 @@ from run_folders import ARMS, write_run
 
 from saelab.analysis.latents import Browsed, HeldOut, Latent
 from saelab.evals.latent_examples import GROUPS, Example, Lens
+from saelab.runs.folder import RunFolder
+from saelab.runs.schema import CellId
 from saelab.storage.atomic import append_line, read_json, write_json
 from saelab.study.plan import PlanConfig
 from saelab.study.registry import plan_hash
@@ -73,6 +75,11 @@ def write_study(
     return folders
 
 
+def open_runs(folders: Sequence[Path]) -> list[RunFolder]:
+    """The runs of `write_study`, opened."""
+    return [RunFolder(folder) for folder in folders]
+
+
 def _complete(folder: Path, plan: PlanConfig, last: bool) -> None:
     file = folder / "metrics.parquet"
     table = pq.read_table(file)
@@ -124,13 +131,19 @@ def made_up_cells(n: int = 40, cells: int = 2) -> list[Browsed]:
     text = cast(HeldOut, MadeUpText())
     return [
         Browsed(
-            "run_0", ("baseline", HOSTILE_ARM)[cell % 2], cell, 32.0, 1536, 32_632,
-            [_latent(i, n, alive=cell == 0) for i in range(n)], 977,
-            "" if cell == 0 else "the model has no language-model head", "",
-            "" if cell == 0 else "this SAE has no part that follows lifetimes", text,
+            run="run_0",
+            id=CellId(("baseline", HOSTILE_ARM)[cell % 2], cell, 32.0),
+            d_sae=1536,
+            tokens=32_632,
+            latents=[_latent(i, n, alive=cell == 0) for i in range(n)],
+            steps=977,
+            why_no_lens="" if cell == 0 else "the model has no language-model head",
+            why_no_text="",
+            why_no_life="" if cell == 0 else "this SAE has no part that follows lifetimes",
+            texts=text,
         )
         for cell in range(cells)
-    ]  # fmt: skip
+    ]
 
 
 def _latent(i: int, n: int, alive: bool) -> Latent:
@@ -141,6 +154,13 @@ def _latent(i: int, n: int, alive: bool) -> Latent:
     lens = Lens(((i % 16, 1.5), ((i + 1) % 16, 1.0)), (((i + 2) % 16, -1.2),)) if alive else None
     life = {"birth": 10 * i, "last_fired": 970, "firings": 99, "resamplings": i % 3}
     return Latent(
-        i, GROUPS[4 * i // n], (i + 1) / 1000, (n - i) / 10_000, 2.0 + i, shown, lens,
-        [((i + 1) % n, 0.5), (1500, 0.4)], life if alive else {},
-    )  # fmt: skip
+        index=i,
+        group=GROUPS[4 * i // n],
+        density=(i + 1) / 1000,
+        loss_share=(n - i) / 10_000,
+        largest=2.0 + i,
+        examples=shown,
+        lens=lens,
+        neighbours=[((i + 1) % n, 0.5), (1500, 0.4)],
+        life=life if alive else {},
+    )

@@ -18,6 +18,7 @@ from saelab.evals.core import CoreData, measure_reconstruction
 from saelab.launch import controls
 from saelab.launch.controls import SUBJECTS, Setting, TopOfBasis, expected_fvu_change, turn_decoder
 from saelab.launch.launch import random_band
+from saelab.runs.schema import CellId
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.study.plan import CellSpec, PlanConfig
@@ -120,8 +121,8 @@ def test_untrained_is_the_baseline_before_training_at_the_target_l0() -> None:
 
 
 def test_the_frozen_decoder_stays_as_drawn_while_the_rest_learns() -> None:
-    spec = controls.frozen_spec(CellSpec("baseline", 5, K, TOPK, TRAIN))
-    assert spec.arm == "control:frozen decoder" and not spec.sae.observers
+    spec = controls.frozen_spec(CellSpec(id=CellId("baseline", 5, K), sae=TOPK, train=TRAIN))
+    assert spec.id.arm == "control:frozen decoder" and not spec.sae.observers
     start = Cell("start", spec.sae, TRAIN, data(), 5).sae
     cell = trained(spec.sae)
     assert torch.equal(cell.sae.W_dec, start.W_dec)
@@ -178,7 +179,7 @@ def test_the_verdict_sees_the_planted_effect(tmp_path) -> None:
             }
         ]
         baseline.add(seed, {"rows": cell, "last": {}, "facts": {}}, ())
-        rows += controls.plant_effect(tmp_path / str(seed), x, seed, K)["rows"]
+        rows += controls.plant_effect(tmp_path / str(seed), x, CellId("baseline", seed, K))["rows"]
     found = judge_planted(rows, baseline, PlanConfig(study="test"))
     assert found is not None and found.comparison.word == "hurts"
     assert found.comparison.mean_diff == pytest.approx(found.expected, rel=0.5)

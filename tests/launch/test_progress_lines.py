@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,20 @@ from saelab.data.activations.stream import batches
 from saelab.errors import CellFailure
 from saelab.evals.base import Row
 from saelab.launch import progress_lines
+from saelab.launch.cell_key import Key
 from saelab.launch.executors.local import run_jobs
+from saelab.launch.jobs import JobCell
 from saelab.launch.progress_lines import LOGGED, POINTS, Reports
 from saelab.progress import Progress
 from saelab.progress.state import State
+from saelab.runs.schema import CellId
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
 
 STEPS, SIZE = 330, 16
-PLAIN = {"arm": "baseline", "seed": 3, "level": 6.0}
+BASELINE = CellId("baseline", 3, 6.0)
 
 
 def activations() -> MemorySource:
@@ -48,7 +52,7 @@ def told() -> tuple[list[Cell], list[dict[str, Any]], float]:
         lines.extend([] if line is None else [line])
 
     own = cells(source)
-    said = Reports(own, [PLAIN | {"seed": cell.name} for cell in own], advance)
+    said = Reports(own, [replace(BASELINE, seed=int(cell.name)) for cell in own], advance)
     train(own, batches(source, 0, SIZE, "rows"), said.steps)
     said.evaluating(own[0])
     failure = CellFailure("1", 7, "loss nan")
@@ -71,7 +75,7 @@ def test_saying_where_cells_are_leaves_their_bits_alone(told) -> None:
 
 def test_each_line_holds_the_means_since_the_one_before(told) -> None:
     cell, lines, _ = told[0][0], told[1], told[2]
-    own = [line for line in lines if line["seed"] == "0" and "values" in line][:-1]
+    own = [line for line in lines if line["seed"] == 0 and "values" in line][:-1]
     assert 5 < len(own) <= POINTS and own[-1]["step"] == STEPS
     since = 0
     for line in own:
@@ -88,7 +92,7 @@ def test_the_first_line_says_from_which_step_a_cell_goes_on(told) -> None:
     goes_on = cells(activations())
     goes_on[1].restore(told[0][1].state())
     lines: list[Any] = []
-    Reports(goes_on, [PLAIN, PLAIN], lambda amount, line=None: lines.append(line))
+    Reports(goes_on, [BASELINE, BASELINE], lambda amount, line=None: lines.append(line))
     assert [line["from_step"] for line in lines] == [0, STEPS]
     assert all("values" not in line for line in lines)
 
@@ -97,7 +101,7 @@ def test_never_more_than_a_hundred_lines(monkeypatch) -> None:
     """Also when a turn is a single step."""
     source, lines = activations(), []
     (cell, _) = cells(source)
-    said = Reports([cell], [PLAIN], lambda amount, line=None: lines.append(line))
+    said = Reports([cell], [BASELINE], lambda amount, line=None: lines.append(line))
     for batch, _ in batches(source, 0, SIZE, "rows"):
         if cell.done:
             break
@@ -120,7 +124,9 @@ def test_all_token_steps_are_counted_and_the_state_follows(told) -> None:
 
 
 def test_a_control_is_named_as_one() -> None:
-    found = progress_lines.line(PLAIN | {"control": "PCA"}, "evaluate")
+    key = Key([], {}, [])
+    control = JobCell(id=BASELINE, sae={}, train={}, key=key, control="PCA")
+    found = progress_lines.line(control.shown, "evaluate")
     assert (found["arm"], found["stage"], found["seed"]) == ("control:PCA", "evaluate", 3)
 
 
@@ -132,9 +138,8 @@ def job(number: int, advance: Any, state: dict[str, Any]) -> None:
     for i in range(500):
         advance(1.0)
         if i % 10 == 9:
-            line = progress_lines.line(
-                PLAIN | {"seed": number}, "train", step=i, values={"x": math.nan}
-            )
+            cell = replace(BASELINE, seed=number)
+            line = progress_lines.line(cell, "train", step=i, values={"x": math.nan})
             advance(0.0, line)
     advance(0.5)
 

@@ -28,6 +28,7 @@ from saelab.launch.synthetic import (
     train_on,
 )
 from saelab.report.figures.synthetic import check_drawable
+from saelab.runs.schema import CellId
 from saelab.sae import SAEConfig
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
@@ -123,8 +124,10 @@ def test_a_failed_cell_is_missing_with_its_reason() -> None:
 
 def test_differences_are_paired_by_seed() -> None:
     table = {("a", 1): 0.5, ("a", 2): 0.4, ("a", 3): 0.1, ("b", 2): 0.1, ("b", 1): 0.3, ("c", 1): 0}
-    rows = [number("fvu", v, "core/1").of_cell(arm, seed, 4) for (arm, seed), v in table.items()]
-    rows.append(missing("fvu", "core/1", "died").of_cell("b", 3, 4))
+    rows = [
+        number("fvu", v, "core/1").of_cell(CellId(arm, seed, 4)) for (arm, seed), v in table.items()
+    ]
+    rows.append(missing("fvu", "core/1", "died").of_cell(CellId("b", 3, 4)))
     assert differences(rows, "a", "b") == pytest.approx([0.2, 0.3])
     with pytest.raises(SettingError, match="has no rows"):
         differences(rows, "d", "b")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from run_folders import ARMS, write_run
-from studies import HOSTILE, HOSTILE_ARM, made_up_cells, write_study
+from studies import HOSTILE, HOSTILE_ARM, made_up_cells, open_runs, write_study
 
 from saelab.errors import SettingError
 from saelab.report import page, verdict_table
@@ -33,7 +33,7 @@ from saelab.verdict.review import differences_of, review
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     runs = write_study(tmp_path_factory.mktemp("study"))
-    return render(Study(runs, made_up_cells(), "", ledger(runs)))
+    return render(Study(open_runs(runs), made_up_cells(), "", ledger(open_runs(runs))))
 
 
 def block(text: str, name: str) -> dict:
@@ -87,14 +87,14 @@ def test_the_page_says_what_a_study_must_say(rendered: tuple[str, dict]) -> None
 
 def test_the_same_runs_give_the_same_page(tmp_path: Path, rendered: tuple[str, dict]) -> None:
     runs = write_study(tmp_path)
-    again, _ = render(Study(runs, made_up_cells(), "", ledger(runs)))
+    again, _ = render(Study(open_runs(runs), made_up_cells(), "", ledger(open_runs(runs))))
     assert again == rendered[0]
 
 
 def test_runs_that_differ_are_said_to(tmp_path: Path) -> None:
     first = write_study(tmp_path / "a", 1)
     second = write_study(tmp_path / "b", 1, sesoi=0.01)
-    text, _ = render(Study([*first, *second]))
+    text, _ = render(Study(open_runs([*first, *second])))
     assert "run_0 and run_0 differ in the plan (sesoi: 0.005 -&gt; 0.01)" in text
 
 
@@ -112,7 +112,7 @@ def test_a_page_that_is_too_large_is_refused(
 ) -> None:
     monkeypatch.setattr(page, "LIMIT", 1000)
     with pytest.raises(SettingError, match="--latents"):
-        page.write(Study(write_study(tmp_path, 1)), tmp_path / "report.html")
+        page.write(Study(open_runs(write_study(tmp_path, 1))), tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 
@@ -188,8 +188,8 @@ def test_steps_stay_steps() -> None:
 
 
 def test_the_scale_knows_the_controls_by_their_names() -> None:
-    assert f"{schema.PREFIX}{schema.FROZEN}" == placement.FROZEN
-    assert f"{schema.PREFIX}{schema.PLANTED}" == placement.PLANTED
+    assert schema.control_arm(schema.FROZEN) == placement.FROZEN
+    assert schema.control_arm(schema.PLANTED) == placement.PLANTED
 
 
 def test_places_run_from_the_frozen_decoder_to_the_baseline(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from saelab.report.figures.axes import at, mean, of_seeds
 from saelab.report.figures.style import Page, arm_styles, legend_name, wrap
-from saelab.report.run_data import CONTROL, Run
+from saelab.report.run_data import Run
+from saelab.runs.schema import CONTROL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from saelab.report.run_data import CONTROL, Run
+from saelab.report.run_data import Run
+from saelab.runs.schema import CONTROL
 from saelab.runtime.safe_text import visible
 from saelab.storage.atomic import write_atomically
 

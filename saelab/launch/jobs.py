@@ -1,0 +1,121 @@
+"""Messages from a launch to its workers: groups of cells, and the data that all of them share.
+
+Settings travel as plain data, because an experiment.py may define parts of its own: a worker
+imports that file first and parses the settings then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from saelab.data.activations.stream import Layout
+from saelab.data.language_model import ModelConfig
+from saelab.data.probing.saebench import Definition
+from saelab.launch.cell_key import Key
+from saelab.runs.schema import CellId, control_arm
+from saelab.sae import SAEConfig
+from saelab.storage.remote import Place
+from saelab.study.plan import CellSpec
+from saelab.training.optim import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerData:
+    """What every job of a launch shares; plain data, so that it can be sent to a worker.
+
+    `train_digest` is None while the activations to train on are still being harvested; `read_ahead`
+    is in bytes, see `HarvestConfig`.
+    """
+
+    train: Place
+    train_digest: str | None
+    held_out: Place
+    foreign: bool
+    probing: Path | None
+    why_no_probing: str
+    model: ModelConfig | None
+    layout: Layout
+    loss_contexts: int
+    snapshots: int
+    k_values: tuple[int, ...]
+    probing_seed: int
+    definition: Definition
+    missing_entries: dict[str, str]
+    device: str
+    provenance: dict[str, Any]
+    read_ahead: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobCell:
+    """A cell, or a control subject, that a worker makes.
+
+    Args:
+        id: which cell; of a control subject the baseline's cell that it stands for.
+        sae, train: settings as plain data.
+        key: its content hash but for the training activations.
+        own_module: whether the arm brings its own torch module instead of an SAE made of parts.
+        at_target: whether it is at the plan's L0, where every evaluation is run.
+        others: keys of the arm's other seeds that it is compared with.
+        control: name of the control subject; '' for a cell.
+    """
+
+    id: CellId
+    sae: dict[str, Any]
+    train: dict[str, Any]
+    key: Key
+    own_module: bool = False
+    at_target: bool = True
+    others: tuple[Key, ...] = ()
+    control: str = ""
+
+    @classmethod
+    def of(cls, spec: CellSpec, key: Key, **options: Any) -> JobCell:
+        """The message for one cell of a plan."""
+        return cls(
+            id=spec.id,
+            sae=spec.sae.model_dump(mode="json"),
+            train=spec.train.model_dump(mode="json"),
+            key=key,
+            own_module=spec.module is not None,
+            **options,
+        )
+
+    @property
+    def shown(self) -> CellId:
+        """The cell as progress lines and rows name it: a control subject has an arm of its own."""
+        return replace(self.id, arm=control_arm(self.control)) if self.control else self.id
+
+    @property
+    def sae_config(self) -> SAEConfig:
+        """The parsed settings; parts of an experiment.py must be registered."""
+        return SAEConfig.parse(self.sae)
+
+    @property
+    def train_config(self) -> TrainConfig:
+        return TrainConfig.parse(self.train)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Cells of one seed, or control subjects, that one worker makes together.
+
+    Args:
+        seed: of initialisation and data order.
+        experiment: the file of the run table, which may define parts; None without one.
+        run: name of the run in that table.
+    """
+
+    cells: list[JobCell]
+    seed: int
+    data: WorkerData
+    cache: Path
+    experiment: Path | None
+    run: str
+
+
+def evaluation_cost(config: TrainConfig) -> float:
+    """Share of the progress bar that evaluating a cell takes, in token-steps. Our measurement."""
+    return 0.5 * config.tokens

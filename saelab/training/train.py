@@ -1,0 +1,75 @@
+"""The one way to train SAEs on a source of activations: cells of one seed see the same batches.
+
+`train_members` trains cells with their checkpoints; `train_one` builds, trains and returns one SAE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from saelab.data.activations.store import Source
+from saelab.data.activations.stream import Layout, batches
+from saelab.distributed.ranks import ALONE, Ranks
+from saelab.errors import CellFailure
+from saelab.progress import progress
+from saelab.sae import SAEConfig
+from saelab.training.loop import Cell
+from saelab.training.optim import TrainConfig
+from saelab.training.resume import Kept, restore_cell, train_kept
+from saelab.training.sample import initial_sample
+
+#: Called with the steps done since the last call and the cells that took part; changes nothing.
+OnStep = Callable[[int, list[Cell]], None]
+
+
+def train_members(
+    members: Sequence[Kept], source: Source, seed: int, layout: Layout, on_step: OnStep
+) -> dict[str, CellFailure]:
+    """Trains cells of one seed and one batch size on the batches of that seed.
+
+    Args:
+        members: the cells, each with its position and its folder for checkpoints.
+        layout: 'rows', or 'contexts' for parts that need whole contexts.
+
+    Returns: failures by cell name.
+    """
+    size = members[0].cell.config.batch_size
+    return train_kept(members, lambda start: batches(source, seed, size, layout, start), on_step)
+
+
+def train_one(
+    source: Source,
+    sae: SAEConfig,
+    train: TrainConfig,
+    seed: int,
+    *,
+    layout: Layout = "rows",
+    device: str | torch.device = "cpu",
+    ranks: Ranks = ALONE,
+    checkpoints: Path | None = None,
+) -> Cell:
+    """Trains one SAE with a progress bar.
+
+    Args:
+        source: raw activations to train on.
+        checkpoints: folder that training goes on from, and writes to; None keeps none.
+
+    Returns: the trained cell, its SAE in evaluation mode.
+    Raises: CellFailure when the loss is not finite.
+    """
+    sample = initial_sample(source).to(device)
+
+    def build() -> Cell:
+        return Cell(f"seed {seed}", sae, train, sample, seed, ranks=ranks)
+
+    member = restore_cell(build, checkpoints) if checkpoints else Kept(build(), None)
+    with progress("training", train.steps, "steps") if ranks.first else nullcontext() as bar:
+        advance = bar.advance if bar else (lambda steps: None)
+        failures = train_members([member], source, seed, layout, lambda steps, _: advance(steps))
+    for failure in failures.values():
+        raise failure
+    return member.cell

@@ -12,28 +12,20 @@ and the same command goes on where it stopped.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from saelab.errors import SettingError, StudyFailure, nearest
-from saelab.evals.core import CoreData
-from saelab.launch import controls
-from saelab.launch.cell_facts import PROBED
-from saelab.launch.cell_key import cell_key
-from saelab.launch.cell_store import finish, is_finished
+from saelab.launch.collect import collect
 from saelab.launch.executors import LOCAL, executor_name
-from saelab.launch.executors.local import one_thread
 from saelab.launch.record import Record
-from saelab.launch.seed_pairs import compare, rows_of_seeds
 from saelab.launch.waves import (
     PreparedLaunch,
-    _other_seeds,
     _run,
     _Wave,
     _wave,
@@ -45,7 +37,7 @@ from saelab.preflight.preview import RunCheck, check, check_limit
 from saelab.progress import clock
 from saelab.progress.run import launch_progress, tell, tell_cells
 from saelab.progress.trackers import open_tracker
-from saelab.runs import schema
+from saelab.runs.folder import RunFolder
 from saelab.runtime import exhaustion
 from saelab.runtime.safe_text import visible
 from saelab.storage.atomic import WriteError, read_sealed
@@ -69,10 +61,11 @@ from saelab.study.plan import (
 from saelab.study.registry import register
 from saelab.study.task import GROUP, Launch
 from saelab.training.curves import curve
-from saelab.verdict.arms import ArmResult, CellGate
-from saelab.verdict.final_info import CORE, final_info, judge_planted, judge_run
+from saelab.verdict.arms import ArmResult
+from saelab.verdict.final_info import CORE, final_info
 from saelab.verdict.gate import check_expected
 from saelab.verdict.judge import Comparison
+from saelab.verdict.review import Judged, judge_files
 from saelab.verdict.summary import table
 
 
@@ -104,18 +97,19 @@ def _launch(task: Launch) -> list[Comparison]:
     deviations = register(task.root, task.plan) if task.judged else ()
     about = {"run": task.name, "title": task.run.title, "study": task.plan.study}
     with launch_progress(task.out_dir, about, base.tracker):
-        record, of_controls = _launched(task, before, cache, deviations, start)
-    shown = table(record.info, record.comparisons, task.plan, of_controls)
+        judged, shown, cells_made = _launched(task, before, deviations, start)
     print(visible(shown, kept="\n"))
     taken = clock(time.monotonic() - start)
-    print(f"\n{task.out_dir}: {len(record.folders)} cells in {taken}")
-    return list(record.comparisons)
+    print(f"\n{task.out_dir}: {cells_made} cells in {taken}")
+    return judged.comparisons
 
 
 def _launched(
-    task: Launch, before: RunCheck, cache: Path, deviations: tuple[str, ...], start: float
-) -> tuple[Record, list[dict[str, Any]]]:
-    """The launch after its checks: what it left in its folder, and the rows of its controls.
+    task: Launch, before: RunCheck, deviations: tuple[str, ...], start: float
+) -> tuple[Judged, str, int]:
+    """The launch after its checks: trains, measures, writes the run folder, judges it from there.
+
+    Returns: the judged run, its table as text, and the number of its cells.
 
     Raises: as `launch`.
     """
@@ -134,23 +128,19 @@ def _launched(
         ready = replace(PreparedLaunch.of(task, before) if overlap else ready, task=task)
     folders = _trained(ready)
     tell({"stage": "verdict", "done": 0, "total": 1})
-    prepared = ready.prepared
-    places = [ready.place(control.key) for control in ready.beside]
-    places += _planted(ready, folders)
-    of_controls = _control_rows(places)
-    arms, rows, gates = _collect(
-        task, folders, random_band(of_controls, base.evaluation.probing.test_size), cache
-    )
-    rows += of_controls
-    comparisons, differences = judge_run(arms, task.plan, task.purpose != "confirm")
-    info = final_info(arms, comparisons, differences, prepared.provenance)
-    planted = judge_planted(of_controls, arms[BASELINE], task.plan)
+    collected = collect(ready, folders)
     record = Record(
-        task, base, folders, arms, rows, gates, prepared, comparisons, info, deviations, planted
+        task=task, base=base, folders=folders, data=ready.prepared, deviations=deviations
     )
-    record.write(time.monotonic() - start)
-    _check_baseline(task, arms)
-    return record, of_controls
+    record.write_measurements(collected.rows, collected.gates)
+    judged = judge_files(RunFolder(task.out_dir))
+    settings = {arm.name: arm_settings(task.base, task.run, arm) for arm in task.run.arms}
+    hook_name = str(ready.prepared.provenance.get("hook_name", ""))
+    info = final_info(judged.arms, judged.comparisons, judged.differences, settings, hook_name)
+    record.write_verdict(judged, info, collected.rows, time.monotonic() - start)
+    _check_baseline(task, judged.arms)
+    shown = table(info, judged.comparisons, task.plan, collected.controls)
+    return judged, shown, len(folders)
 
 
 def check_open(task: Launch) -> None:
@@ -253,24 +243,6 @@ def _check_baseline(task: Launch, arms: Mapping[str, ArmResult]) -> None:
 # ---- training --------------------------------------------------------------------------------
 
 
-def _planted(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> list[Path]:
-    """Where the planted effect of each trained baseline cell at the target lies, made here."""
-    places, plan = [], ready.task.plan
-    core = CoreData(ready.prepared.held_out, None, device=ready.data.device)
-    for spec, folder in folders.items():
-        wanted = spec.id.arm == BASELINE and spec.is_at_target(plan)
-        if not wanted or not (folder / "sae.json").is_file() or len(places) >= plan.seeds_other:
-            continue
-        key = cell_key(spec, ready.content)
-        place = ready.place(replace(key, control=schema.control_arm(schema.PLANTED)))
-        if not is_finished(place):
-            with one_thread():
-                made = controls.plant_effect(folder, core, spec.id)
-            finish(place, made)
-        places.append(place)
-    return places
-
-
 def train_together(tasks: Sequence[Launch]) -> None:
     """Trains the cells of several runs as one list, in which none stands twice; their launches then
     find them in the cache. Arms of a second wave are left to their launch.
@@ -304,70 +276,3 @@ def _trained(ready: PreparedLaunch, later: Sequence[CellSpec] = ()) -> dict[Cell
         check_limit(task.name, whole, task.limit)
         _run(task, [wave], workers, ready.cache / "logs")
     return {spec: ready.place(key) for spec, key in ready.keys.items()}
-
-
-# ---- collecting ------------------------------------------------------------------------------
-
-
-def _collect(
-    task: Launch, folders: Mapping[CellSpec, Path], shared: Mapping[str, Any], cache: Path
-) -> tuple[dict[str, ArmResult], list[dict[str, Any]], dict[str, CellGate]]:
-    """Results per arm at the target L0, all rows of all cells, and what the gate sees of each.
-
-    Args:
-        shared: facts for the gate that are the same for all cells at the target.
-    """
-    arms = {
-        arm.name: ArmResult(
-            arm.name, arm_settings(task.base, task.run, arm).model_dump(mode="json"), arm.against
-        )
-        for arm in task.run.arms
-    }
-    rows: list[dict[str, Any]] = []
-    other_seeds = _other_seeds(folders, task.plan)
-    gates: dict[str, CellGate] = {}
-    for spec, folder in folders.items():
-        cell = read_sealed(folder / "cell.json")
-        if spec in other_seeds:
-            others = [folders[other] for other in other_seeds[spec]]
-            cell["rows"] += _against(cache, folder, others)
-        rows += [row | spec.id.as_dict() for row in cell["rows"]]
-        if spec.is_at_target(task.plan):
-            cell["facts"] |= shared
-        gates[spec.id.name] = CellGate(id=spec.id, expected=spec.expected, facts=cell["facts"])
-        if spec.is_at_target(task.plan):
-            arms[spec.id.arm].add(spec.id.seed, cell, spec.expected)
-        else:
-            arms[spec.id.arm].add_level(spec.id.seed, spec.id.level, cell, spec.expected)
-    return arms, rows, gates
-
-
-def random_band(rows: Sequence[dict[str, Any]], texts: int) -> dict[str, float]:
-    """Where probing accuracy of a random dictionary lies: the untrained baseline's, with two
-    standard errors of a share over the test texts to either side; {} without probing.
-
-    Args:
-        rows: of controls.
-        texts: test texts of a class.
-    """
-    name = schema.control_arm("untrained")
-    own = [row for row in rows if (row["arm"], row["metric"]) == (name, PROBED)]
-    classes = sum(",class=" in row["slice"] for row in own)
-    whole = [row["value"] for row in own if not row["slice"] and row["value"] is not None]
-    if not whole or not classes:
-        return {}
-    error = 2 * math.sqrt(whole[0] * (1 - whole[0]) / (classes * texts))
-    return {"random_control_low": whole[0] - error, "random_control_high": whole[0] + error}
-
-
-def _against(cache: Path, folder: Path, others: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows of a cell beside other seeds. Its worker has compared most pairs: not those of cells
-    that other launches left in the cache, nor after an interruption."""
-    with one_thread():
-        for other in others:
-            compare(cache, folder, other)
-    return [row.as_dict() for row in rows_of_seeds(cache, folder, others)]
-
-
-def _control_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    return [row for folder in folders for row in read_sealed(folder / "cell.json")["rows"]]

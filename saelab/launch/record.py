@@ -14,17 +14,16 @@ import torch
 
 from saelab.kernels import kernels_name
 from saelab.launch.prepare import LaunchData
-from saelab.runs.folder import CURVES, seal_run
-from saelab.runs.schema import CURVE_COLUMNS, CURVE_TYPES
+from saelab.runs.folder import CURVES, GATE, INFO, MANIFEST, METRICS, SUMMARY, seal_run
+from saelab.runs.schema import CELLS, CURVE_COLUMNS, CURVE_TYPES
 from saelab.storage.atomic import sweep, write_json, write_text, writing
 from saelab.storage.cache import package_digest, package_state, place
 from saelab.storage.parquet import write_columns, write_rows
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.registry import Attempt, attempts, plan_hash
 from saelab.training.curves import read_curves
-from saelab.verdict.arms import ArmResult, CellGate
-from saelab.verdict.final_info import Planted
-from saelab.verdict.judge import Comparison
+from saelab.verdict.arms import CellGate
+from saelab.verdict.review import Judged
 from saelab.verdict.summary import control_lines, summary_text
 from saelab.version import __version__
 
@@ -39,63 +38,65 @@ PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
-    """Everything that a finished launch leaves behind.
+    """The run folder of a launch, written in two steps: what was measured, then what that means.
 
     Args:
         task: what was asked for.
         base: its settings with the run's changes.
         folders: of every cell in the cache; its name is the cell's content hash.
-        arms: results per arm at the target L0.
-        rows: every evaluation row of every cell and control.
-        gates: what the gate sees of every cell.
-        prepared: the data.
-        comparisons, info: the verdict, and the content of final_info.json.
+        data: what the cells were trained and measured on.
         deviations: of the plan from the registered one.
-        planted: the verdict on an effect of known size.
     """
 
     task: Launch
     base: BaseConfig
     folders: Mapping[CellSpec, Path]
-    arms: Mapping[str, ArmResult]
-    rows: Sequence[dict[str, Any]]
-    gates: Mapping[str, CellGate]
-    prepared: LaunchData
-    comparisons: Sequence[Comparison]
-    info: dict[str, Any]
+    data: LaunchData
     deviations: tuple[str, ...]
-    planted: Planted | None
 
-    def write(self, seconds: float) -> None:
-        """Fills the run folder; each file whole or not at all."""
+    def write_measurements(
+        self, rows: Sequence[dict[str, Any]], gates: Mapping[str, CellGate]
+    ) -> None:
+        """Fills the run folder with everything that a verdict is made from; each file whole or not
+        at all. Without final_info.json the run is not complete yet."""
         out = self.task.out_dir
-        if self.task.force:  # nothing of the replaced run may stay beside the new one
-            for name in ("final_info.json", "manifest.json"):
-                (out / name).unlink(missing_ok=True)
-            shutil.rmtree(out / "cells", ignore_errors=True)
+        for name in (INFO, MANIFEST):  # of a run that is replaced, or of a launch that was killed
+            (out / name).unlink(missing_ok=True)
+        if self.task.force:
+            shutil.rmtree(out / CELLS, ignore_errors=True)
         sweep(out)
-        self._write_metrics(out / "metrics.parquet")
-        self._write_curves(out / "curves.parquet")
-        self._place_checkpoints(out / "cells")
-        of_controls = control_lines(self.rows, self.planted)
+        self._write_metrics(out / METRICS, rows)
+        self._write_curves(out / CURVES)
+        self._place_checkpoints(out / CELLS)
+        write_json(out / GATE, _gates(gates))
+        write_json(out / MANIFEST, self._manifest())
+
+    def write_verdict(
+        self, judged: Judged, info: dict[str, Any], rows: Sequence[dict[str, Any]], seconds: float
+    ) -> None:
+        """Writes summary.md, the sealed manifest and, last, final_info.json."""
         text = summary_text(
             self.task,
-            self.arms,
-            self.comparisons,
-            self._missing(),
+            judged.arms,
+            judged.comparisons,
+            self._missing(rows),
             self.deviations,
             self._earlier(),
-            of_controls,
+            control_lines(rows, judged.planted),
         )
-        write_text(out / "summary.md", text)
-        write_json(out / "gate.json", self._gates())
-        seal_run(out, self._manifest(seconds), self.info)
+        write_text(self.task.out_dir / SUMMARY, text)
+        manifest = self._manifest() | {
+            "comparisons": [asdict(comparison) for comparison in judged.comparisons],
+            "planted": asdict(judged.planted) if judged.planted else None,
+            "seconds": round(seconds, 1),
+        }
+        seal_run(self.task.out_dir, manifest, info)
 
-    def _write_metrics(self, path: Path) -> None:
-        provenance = self.prepared.provenance_of
-        write_rows(path, [row | provenance(row["definition"]) for row in self.rows])
+    def _write_metrics(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:
+        provenance = self.data.provenance_of
+        write_rows(path, [row | provenance(row["definition"]) for row in rows])
 
     def _write_curves(self, path: Path) -> None:
         columns: dict[str, list[Any]] = {name: [] for name in CURVE_COLUMNS}
@@ -106,35 +107,20 @@ class Record:
                 columns[name] += values
         write_columns(path, columns, CURVE_TYPES)
 
-    def _missing(self) -> list[str]:
+    def _missing(self, rows: Sequence[dict[str, Any]]) -> list[str]:
         """What no cell has of the printed table, with its reason."""
-        why = self.prepared.why_no_probing
-        found = [f"Sparse probing: {why}."] if why else []
-        own = [r for r in self.rows if r["arm"] in self.arms and r["metric"] == "loss_recovered"]
-        if own and all(row["value"] is None for row in own):
-            found.append(f"Loss recovered: {own[0]['reason']}.")
-        return found
+        why, arms = self.data.why_no_probing, {arm.name for arm in self.task.run.arms}
+        sentences = [f"Sparse probing: {why}."] if why else []
+        losses = [r for r in rows if r["arm"] in arms and r["metric"] == "loss_recovered"]
+        if losses and all(row["value"] is None for row in losses):
+            sentences.append(f"Loss recovered: {losses[0]['reason']}.")
+        return sentences
 
     def _earlier(self) -> list[Attempt]:
         """Attempts at this run before this one, which is the last in the ledger."""
         if not self.task.judged:
             return []
         return [a for a in attempts(self.task.root) if a.run == self.task.name][:-1]
-
-    def _gates(self) -> dict[str, Any]:
-        """Facts and findings of every cell."""
-        found = {}
-        for name, cell in self.gates.items():
-            result = cell.result
-            findings = [asdict(finding) for finding in result.findings]
-            found[name] = {
-                **cell.id.as_dict(),
-                "expected": cell.expected,
-                "facts": cell.facts,
-                "outcome": result.outcome,
-                "findings": findings,
-            }
-        return found
 
     def _place_checkpoints(self, out: Path) -> None:
         for spec, folder in self.folders.items():
@@ -148,9 +134,9 @@ class Record:
                     with writing(target / name):
                         place(source, target / name)
 
-    def _manifest(self, seconds: float) -> dict[str, Any]:
+    def _manifest(self) -> dict[str, Any]:
         task, plan = self.task, self.task.plan
-        probing = self.prepared.probing
+        probing = self.data.probing
         return {
             "run": task.name,
             "title": task.run.title,
@@ -177,12 +163,10 @@ class Record:
             "plan_hash": plan_hash(plan),
             "deviations": self.deviations,
             "base": self.base.model_dump(mode="json"),
-            "comparisons": [asdict(comparison) for comparison in self.comparisons],
-            "planted": asdict(self.planted) if self.planted else None,
             "data": {
-                "train": self.prepared.train.header,
-                "held_out": self.prepared.held_out.header,
-                "probing": probing.name if probing else self.prepared.why_no_probing,
+                "train": self.data.train.header,
+                "held_out": self.data.held_out.header,
+                "probing": probing.name if probing else self.data.why_no_probing,
             },
             "versions": {
                 "saelab": __version__,
@@ -194,8 +178,22 @@ class Record:
                 "kernels": kernels_name(),
                 "cpu": torch.backends.cpu.get_cpu_capability(),
             },
-            "seconds": round(seconds, 1),
         }
+
+
+def _gates(gates: Mapping[str, CellGate]) -> dict[str, Any]:
+    """The content of gate.json: facts and findings of every cell."""
+    content = {}
+    for name, cell in gates.items():
+        result = cell.result
+        content[name] = {
+            **cell.id.as_dict(),
+            "expected": cell.expected,
+            "facts": cell.facts,
+            "outcome": result.outcome,
+            "findings": [asdict(finding) for finding in result.findings],
+        }
+    return content
 
 
 def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:

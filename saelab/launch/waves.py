@@ -42,12 +42,13 @@ from saelab.study.task import GROUP, Launch
 from saelab.training.resume import drop_damaged, remove_checkpoints
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreparedLaunch:
     """A launch whose data is there.
 
     Args:
         task: the launch.
+        base: its settings with the run's changes.
         prepared, data: what its cells are trained and measured on, here and for workers.
         content: what their numbers depend on besides their settings.
         beside: cells of controls.
@@ -55,6 +56,7 @@ class PreparedLaunch:
     """
 
     task: Launch
+    base: BaseConfig
     prepared: LaunchData
     data: WorkerData
     content: dict[str, Any]
@@ -69,7 +71,15 @@ class PreparedLaunch:
         data = _data(base, prepared, task)
         content = _data_content(base, prepared, data)
         beside = _controls(before.specs, content, prepared)
-        return cls(task, prepared, data, content, beside, cache)
+        return cls(
+            task=task,
+            base=base,
+            prepared=prepared,
+            data=data,
+            content=content,
+            beside=beside,
+            cache=cache,
+        )
 
     @cached_property
     def keys(self) -> dict[CellSpec, Key]:
@@ -238,7 +248,7 @@ def _jobs(ready: PreparedLaunch, specs: Sequence[CellSpec]) -> list[Job]:
     The last groups are split up, so that no worker waits long for another at the end.
     """
     keys, plan = ready.keys, ready.task.plan
-    others = _other_seeds(keys, plan)
+    others = other_seeds(keys, plan)
     groups: dict[tuple[int, int, int], list[CellSpec]] = {}
     for spec in specs:
         key = (spec.id.seed, spec.train.batch_size, spec.train.tokens)
@@ -262,7 +272,7 @@ def _jobs(ready: PreparedLaunch, specs: Sequence[CellSpec]) -> list[Job]:
     return [*jobs[:-last], *alone]
 
 
-def _other_seeds(specs: Iterable[CellSpec], plan: PlanConfig) -> dict[CellSpec, list[CellSpec]]:
+def other_seeds(specs: Iterable[CellSpec], plan: PlanConfig) -> dict[CellSpec, list[CellSpec]]:
     """The cells of other seeds that each cell at the plan's L0 is compared with."""
     arms: dict[str, list[CellSpec]] = {}
     for spec in specs:

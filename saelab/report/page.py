@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,7 +99,7 @@ def render(study: Study) -> tuple[str, dict[str, Any]]:
     arrays, reviews = Arrays(), [review_run(run) for run in study.runs]
     pictures, runs = {}, []
     for folder, found in zip(study.runs, reviews, strict=True):
-        run = _judged(run_data(folder), found)
+        run = run_data(folder, comparisons=found.comparisons)
         scenes, missing = _scenes(run, arrays)
         pictures[found.run] = {"arms": _legend(run), "scenes": scenes}
         runs.append(_run(folder, found, run, scenes, missing))
@@ -118,16 +118,6 @@ def render(study: Study) -> tuple[str, dict[str, Any]]:
         latents=Markup(as_block(pack_cells(study.cells))),
     )
     return text, _held(study, reviews, pictures, runs)
-
-
-def _judged(run: Run, found: Review) -> Run:
-    """The run with the verdict of its review, so that table and picture say the same of a run that
-    an older version judged."""
-    info = {arm: dict(known) for arm, known in run.info.items()}
-    for c in found.comparisons:
-        if c.arm in info:
-            info[c.arm]["means"] = info[c.arm].get("means", {}) | c.means()
-    return replace(run, info=info)
 
 
 def as_block(data: Any) -> str:

@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from saelab.runs.folder import RunFolder
 from saelab.runs.schema import CONTROL
+
+if TYPE_CHECKING:
+    from saelab.verdict.judge import Comparison
 
 #: Group of final_info.json and metric -> value, as one arm has them.
 Info = dict[str, dict[str, Any]]
@@ -131,16 +134,21 @@ def load(folder: Path, title: str = "") -> Run:
     return run_data(RunFolder(folder), title)
 
 
-def run_data(run: RunFolder, title: str = "") -> Run:
+def run_data(run: RunFolder, title: str = "", comparisons: Sequence[Comparison] = ()) -> Run:
     """What figures and pages need of a run folder.
 
     Args:
         run: with at least a final_info.json.
         title: in place of the manifest's.
+        comparisons: of the run's review, whose words take the place of those in final_info.json: an
+            older version may have judged by other rules.
 
     Raises: DamageError for a file that can't be read, SourceError without final_info.json.
     """
-    info, manifest, name = run.info, run.manifest, run.folder.name
+    info, manifest, name = dict(run.info), run.manifest, run.folder.name
+    for c in comparisons:
+        if c.arm in info:
+            info[c.arm] = info[c.arm] | {"means": info[c.arm].get("means", {}) | c.means()}
     values = _read_values(run) or _values_of(info, run.target_level)
     data = Run(name, title or manifest.get("title", name), info, manifest, values)
     return replace(data, curves=_read_curves(run, data.target_l0))

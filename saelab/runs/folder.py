@@ -44,9 +44,10 @@ from saelab.storage.parquet import Kind, column_names, read_rows
 from saelab.storage.validation import Loose, Name, Number, Whole, check
 
 MANIFEST, INFO, GATE = "manifest.json", "final_info.json", "gate.json"
+SUMMARY = "summary.md"
 METRICS, CURVES = "metrics.parquet", "curves.parquet"
 #: What the manifest answers for, beside files of single cells that carry no checksum themselves.
-SEALED = (INFO, METRICS, CURVES, GATE, "summary.md")
+SEALED = (INFO, METRICS, CURVES, GATE, SUMMARY)
 OF_CELLS = ("latents.parquet", "module.safetensors")
 #: Where the manifest has file -> checksum. One with sums and without a digest has lost it.
 SUMS = "sha256"
@@ -190,7 +191,7 @@ class RunFolder:
         if not path.is_file():
             return []
         absent = OPTIONAL - set(column_names(path, REMEDY))
-        present = {name: kind for name, kind in columns.items() if name not in absent}
+        present: dict[str, Kind] = {n: kind for n, kind in columns.items() if n not in absent}
         empty = dict.fromkeys(absent & columns.keys())
         return [row | empty for row in read_rows(path, present, remedy=REMEDY)]
 

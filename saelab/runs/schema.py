@@ -99,6 +99,12 @@ CURVE_TYPES = {"arm": "string", "seed": "int64", "level": "float64"}
 CURVE_TYPES |= {"step": "int64", "tokens": "int64", "name": "string", "value": "float64"}
 
 
+#: What the name of a metric begins with whose value is the last logged value of a scalar.
+SCALAR = "scalar."
+#: Definition of those rows and of `final_loss`: the value of the last training step.
+SCALARS_DEFINITION = "last_logged/1"
+
+
 def metric_columns(*names: str) -> dict[str, Kind]:
     """The named columns of metrics.parquet with their kinds."""
     return {name: METRIC_COLUMNS[name] for name in names}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from saelab.evals.base import check_one_definition
-from saelab.runs.schema import CellId
+from saelab.runs.schema import SCALAR, CellId
 from saelab.study.plan import BASELINE
 from saelab.verdict.gate import GateResult, gate
 
@@ -30,10 +30,13 @@ class CellGate:
 
 @dataclass
 class ArmResult:
-    """All cells of one arm at the target L0, by seed; of its further levels the values alone."""
+    """All cells of one arm: those at the target L0 by seed, and the values at its further levels.
+
+    `values` holds what was measured over all data and, under its plain name, the last logged value
+    of each scalar.
+    """
 
     name: str
-    settings: dict[str, Any]
     against: str = BASELINE
     values: dict[int, dict[str, float]] = field(default_factory=dict)
     gates: dict[int, GateResult] = field(default_factory=dict)
@@ -41,26 +44,25 @@ class ArmResult:
     definitions: dict[str, str] = field(default_factory=dict)
     levels: dict[int, dict[float, dict[str, float]]] = field(default_factory=dict)
 
-    def add_level(
-        self, seed: int, level: float, cell: Mapping[str, Any], expected: Sequence[str]
-    ) -> None:
+    def add_level(self, cell: CellGate, rows: Iterable[Mapping[str, Any]]) -> None:
         """Keeps the values of a cell at a further level, unless the gate turns it away."""
-        if gate(cell["facts"], expected).outcome not in ("invalid", "failed"):
-            own = {row["metric"]: row["value"] for row in _whole(cell)}
-            self.levels.setdefault(seed, {})[level] = own
+        if cell.result.outcome not in ("invalid", "failed"):
+            values = {row["metric"]: row["value"] for row in _over_all_data(rows)}
+            self.levels.setdefault(cell.id.seed, {})[cell.id.level] = values
 
-    def add(self, seed: int, cell: Mapping[str, Any], expected: Sequence[str]) -> None:
-        rows = _whole(cell)
-        values = {row["metric"]: row["value"] for row in rows}
-        for row in rows:
-            earlier = self.definitions.setdefault(row["metric"], row["definition"])
+    def add(self, cell: CellGate, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Keeps a cell at the target L0.
+
+        Raises: MismatchError when a metric was measured by another definition than before.
+        """
+        seed, values = cell.id.seed, {}
+        for row in _over_all_data(rows):
+            metric = row["metric"].removeprefix(SCALAR)
+            values[metric] = row["value"]
+            earlier = self.definitions.setdefault(metric, row["definition"])
             both = {"an earlier seed": earlier, f"seed {seed}": row["definition"]}
-            check_one_definition(row["metric"], both)
-        last = {k: v for k, v in cell["last"].items() if k in SCALARS and v is not None}
-        loss = cell["last"].get("loss")
-        self.facts[seed] = cell["facts"]
-        self.gates[seed] = gate(cell["facts"], expected)
-        self.values[seed] = values | last | ({} if loss is None else {"final_loss": loss})
+            check_one_definition(metric, both)
+        self.facts[seed], self.gates[seed], self.values[seed] = cell.facts, cell.result, values
 
     def valid(self, seed: int) -> bool:
         return self.gates[seed].outcome != "invalid"
@@ -95,6 +97,6 @@ class ArmResult:
         return "; ".join(f"{word} in {n} of {total}" for word, n in words.items()) or "ok"
 
 
-def _whole(cell: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of a cell that have a number over all data."""
-    return [row for row in cell["rows"] if not row["slice"] and row["value"] is not None]
+def _over_all_data(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that have a number over all data."""
+    return [row for row in rows if not row["slice"] and row["value"] is not None]

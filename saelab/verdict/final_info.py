@@ -16,8 +16,8 @@ from typing import Any
 
 from saelab import stats
 from saelab.runs import schema
-from saelab.study.plan import BASELINE, PlanConfig
-from saelab.verdict.arms import SCALARS, ArmResult
+from saelab.study.plan import BASELINE, BaseConfig, PlanConfig
+from saelab.verdict.arms import ArmResult
 from saelab.verdict.judge import Comparison, Difference, compare_secondary, judge
 from saelab.verdict.l0_adjustment import Moves, move_values, value_moves
 
@@ -25,6 +25,8 @@ from saelab.verdict.l0_adjustment import Moves, move_values, value_moves
 MOST_MEANS = 40
 #: Metrics that every launch measures.
 CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")
+#: Logged values whose last entry is reported.
+SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k", "threshold", "sparsity", "penalty_share")
 #: Metrics in the order in which `means` takes them while there is room.
 METRICS = (
     *("fvu", "l0", "loss_recovered", "dead_share"),
@@ -172,9 +174,16 @@ def final_info(
     arms: Mapping[str, ArmResult],
     comparisons: Sequence[Comparison],
     differences: Sequence[Difference],
-    provenance: Mapping[str, Any],
+    settings: Mapping[str, BaseConfig],
+    hook_name: str,
 ) -> dict[str, Any]:
-    """The content of final_info.json."""
+    """The content of final_info.json.
+
+    Args:
+        arms, comparisons, differences: of a run judged from its files.
+        settings: of each arm.
+        hook_name: where the activations were read.
+    """
     verdicts: dict[str, dict[str, Any]] = {name: {} for name in arms}
     for comparison in comparisons:
         verdicts[comparison.arm] |= comparison.means()
@@ -184,20 +193,21 @@ def final_info(
             f"diff.{difference.metric}.low": difference.low,
             f"diff.{difference.metric}.high": difference.high,
         }
-    others = {name: _others(arm, verdicts[name], provenance) for name, arm in arms.items()}
+    others = {
+        name: _others(arm, verdicts[name]) | _settings(arm, settings[name], hook_name)
+        for name, arm in arms.items()
+    }
     measured = {m for arm in arms.values() for values in arm.values.values() for m in values}
     metrics = [metric for metric in METRICS if metric in measured]
     room = MOST_MEANS - max(map(len, others.values()))
     return {name: _group(arm, metrics, metrics[:room], others[name]) for name, arm in arms.items()}
 
 
-def _others(
-    arm: ArmResult, verdict: Mapping[str, Any], provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What `means` holds besides metrics."""
+def _others(arm: ArmResult, verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of `means` besides metrics and settings: the verdict and the gate's word."""
     fixed = sorted({name for result in arm.gates.values() for name in result.fixed_scalars})
     named = {"fixed": ", ".join(fixed)} if fixed else {}
-    return {**verdict, "gate": arm.gate_summary, **named, **_settings(arm, provenance)}
+    return {**verdict, "gate": arm.gate_summary, **named}
 
 
 def _group(
@@ -214,15 +224,16 @@ def _group(
     }
 
 
-def _settings(arm: ArmResult, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(arm: ArmResult, settings: BaseConfig, hook_name: str) -> dict[str, Any]:
     facts = next(iter(arm.facts.values()))
-    layer = "".join(c for c in str(provenance.get("hook_name", "")).split("hook")[0] if c.isdigit())
-    sparsity = [c.get("value") for c in arm.settings["sae"]["controllers"] if c["kind"] == "ramp"]
+    layer = "".join(c for c in hook_name.split("hook")[0] if c.isdigit())
+    controllers = settings.model_dump()["sae"]["controllers"]
+    sparsity = [c.get("value") for c in controllers if c["kind"] == "ramp"]
     return {
         "training_steps": facts["steps"],
         "tokens": facts["tokens"],
         "layer": int(layer) if layer else None,
         "dict_size": facts["d_sae"],
-        "learning_rate": arm.settings["train"]["lr"],
+        "learning_rate": settings.train.lr,
         "sparsity_penalty": sparsity[0] if sparsity else "L0 target",
     }

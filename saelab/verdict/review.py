@@ -4,8 +4,9 @@
     gate.json         the facts of every cell that the gate looks at
     manifest.json     plan, arms, purpose
 
-The rules are those that the launch applied (`final_info.judge_run`), so both say the same. Runs are
-shown together only where their plan, their definitions and what was measured on are the same.
+A launch writes these files first and is then judged from them by the same function (`judge_files`).
+Runs are shown together only where their plan, their definitions and what was measured on are the
+same.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from typing import Any
 
 from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.runs.folder import GATE, INFO, MANIFEST, METRICS, REMEDY, RunFolder
-from saelab.runs.schema import PROVENANCE, CellId, level_of
+from saelab.runs.schema import CONTROL, PROVENANCE, CellId, level_of
 from saelab.runtime.safe_text import visible
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import changes, plan_hash
 from saelab.verdict.arms import ArmResult, CellGate
-from saelab.verdict.final_info import judge_run
+from saelab.verdict.final_info import Planted, judge_planted, judge_run
 from saelab.verdict.gate import ORDER, Outcome
 from saelab.verdict.judge import COVERS, Comparison, Difference
 from saelab.verdict.summary import align_columns
@@ -42,7 +43,7 @@ class CellNote:
     sentence: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Review:
     """The verdict of one run, from its files.
 
@@ -129,33 +130,79 @@ def review_run(run: RunFolder) -> Review:
     Raises: SourceError when the run is not complete or was made by an older version; DamageError
         for a file that can't be read or was changed.
     """
-    for name in (INFO, MANIFEST, GATE, METRICS):
+    _check_files(run, INFO, MANIFEST, GATE, METRICS)
+    _ = run.info  # which must be as it was written
+    judged, manifest = judge_files(run), run.manifest
+    plan, baseline = judged.plan, judged.arms[manifest["baseline"]]
+    measured = next((r for r in run.metrics if r["metric"] == plan.primary and not r["slice"]), {})
+    return Review(
+        run=manifest["run"],
+        title=manifest["title"],
+        exploratory=judged.exploratory,
+        plan=plan,
+        deviations=tuple(manifest.get("deviations", ())),
+        comparisons=tuple(judged.comparisons),
+        differences=tuple(judged.differences),
+        cells=tuple(_notes(judged.gates)),
+        definition=baseline.definitions.get(plan.primary, "not measured"),
+        provenance={name: measured.get(name) for name in PROVENANCE} if measured else {},
+        sealed=run.sealed,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A run judged from its files.
+
+    Args:
+        plan, exploratory: the rules, and whether they were applied to exploratory seeds.
+        arms: results of each arm.
+        gates: facts of every cell, by its name.
+        comparisons, differences: of the primary metric, and of secondary ones without words.
+        planted: the verdict on an effect of known size; None where none was planted.
+    """
+
+    plan: PlanConfig
+    exploratory: bool
+    arms: Mapping[str, ArmResult]
+    gates: Mapping[str, CellGate]
+    comparisons: list[Comparison]
+    differences: list[Difference]
+    planted: Planted | None
+
+
+def judge_files(run: RunFolder) -> Judged:
+    """Judges a run from metrics.parquet, gate.json and manifest.json alone.
+
+    Raises: SourceError when one of them is missing or was written by an older version; DamageError
+        for a file that can't be read or was changed.
+    """
+    _check_files(run, MANIFEST, GATE, METRICS)
+    manifest = run.required("plan", "arms", "purpose", "baseline", "run", "title")
+    plan = PlanConfig.parse(manifest["plan"], where=f"{run.folder.name}/{MANIFEST}")
+    gates = cell_gates(run)
+    _check_named(manifest, gates, run.folder)
+    arms = _arms(manifest["arms"], gates, run.metrics, level_of(plan.target_l0))
+    exploratory = manifest["purpose"] != "confirm"
+    comparisons, differences = judge_run(arms, plan, exploratory)
+    controls = [row for row in run.metrics if row["arm"].startswith(CONTROL)]
+    return Judged(
+        plan=plan,
+        exploratory=exploratory,
+        arms=arms,
+        gates=gates,
+        comparisons=comparisons,
+        differences=differences,
+        planted=judge_planted(controls, arms[BASELINE], plan),
+    )
+
+
+def _check_files(run: RunFolder, *names: str) -> None:
+    """Raises: SourceError when the run lacks one of the files."""
+    for name in names:
         if not run.has(name):
             remedy = "name the folder of a complete run of this version"
             raise SourceError(f"{run.folder} holds no {name}: {remedy}")
-    manifest = run.required("plan", "arms", "purpose", "baseline", "run", "title")
-    _ = run.info  # which must be as it was written
-    gates, rows = cell_gates(run), [row for row in run.metrics if not row["slice"]]
-    plan = PlanConfig.parse(manifest["plan"], where=f"{run.folder.name}/{MANIFEST}")
-    _check_named(manifest, gates, run.folder)
-    arms = _arms(manifest["arms"], gates, rows, level_of(plan.target_l0))
-    exploratory = manifest["purpose"] != "confirm"
-    comparisons, differences = judge_run(arms, plan, exploratory)
-    definition = arms[manifest["baseline"]].definitions.get(plan.primary, "not measured")
-    measured = next((row for row in rows if row["metric"] == plan.primary), {})
-    return Review(
-        manifest["run"],
-        manifest["title"],
-        exploratory,
-        plan,
-        tuple(manifest.get("deviations", ())),
-        tuple(comparisons),
-        tuple(differences),
-        tuple(_notes(gates)),
-        definition,
-        {name: measured.get(name) for name in PROVENANCE} if measured else {},
-        run.sealed,
-    )
 
 
 def cell_gates(run: RunFolder) -> dict[str, CellGate]:
@@ -190,16 +237,13 @@ def _arms(
     by_cell: dict[CellId, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_cell.setdefault(CellId(row["arm"], row["seed"], row["level"]), []).append(row)
-    arms = {
-        name: ArmResult(name, {}, known.get("against", BASELINE)) for name, known in names.items()
-    }
+    arms = {name: ArmResult(name, arm.get("against", BASELINE)) for name, arm in names.items()}
     for cell in gates.values():
-        measured = {"rows": by_cell.get(cell.id, []), "last": {}, "facts": cell.facts}
-        arm = arms[cell.id.arm]
+        arm, measured = arms[cell.id.arm], by_cell.get(cell.id, [])
         if cell.id.level == target:
-            arm.add(cell.id.seed, measured, cell.expected)
+            arm.add(cell, measured)
         else:
-            arm.add_level(cell.id.seed, cell.id.level, measured, cell.expected)
+            arm.add_level(cell, measured)
     return arms
 
 

@@ -16,15 +16,15 @@ from saelab.errors import SettingError
 from saelab.evals.base import Subject
 from saelab.evals.core import CoreData, measure_reconstruction
 from saelab.launch import controls
+from saelab.launch.collect import random_band
 from saelab.launch.controls import SUBJECTS, Setting, TopOfBasis, expected_fvu_change, turn_decoder
-from saelab.launch.launch import random_band
 from saelab.runs.schema import CellId
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.study.plan import CellSpec, PlanConfig
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
-from saelab.verdict.arms import ArmResult
+from saelab.verdict.arms import ArmResult, CellGate
 from saelab.verdict.final_info import judge_planted
 
 D, F, K = 24, 96, 6
@@ -165,7 +165,7 @@ def test_the_planted_effect_is_as_large_as_expected(degrees: float) -> None:
 
 
 def test_the_verdict_sees_the_planted_effect(tmp_path) -> None:
-    baseline, rows = ArmResult("baseline", {}), []
+    baseline, rows = ArmResult("baseline"), []
     x = core(data(2048, 1))
     for seed in range(3):
         sae = trained(seed=seed).sae
@@ -178,8 +178,9 @@ def test_the_verdict_sees_the_planted_effect(tmp_path) -> None:
                 "definition": "c",
             }
         ]
-        baseline.add(seed, {"rows": cell, "last": {}, "facts": {}}, ())
-        rows += controls.plant_effect(tmp_path / str(seed), x, CellId("baseline", seed, K))["rows"]
+        cell_id = CellId("baseline", seed, K)
+        baseline.add(CellGate(id=cell_id, expected=(), facts={}), cell)
+        rows += controls.plant_effect(tmp_path / str(seed), x, cell_id)["rows"]
     found = judge_planted(rows, baseline, PlanConfig(study="test"))
     assert found is not None and found.comparison.word == "hurts"
     assert found.comparison.mean_diff == pytest.approx(found.expected, rel=0.5)

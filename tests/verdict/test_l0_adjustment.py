@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saelab.runs.schema import CellId
 from saelab.study.plan import PlanConfig
-from saelab.verdict.arms import ArmResult
+from saelab.verdict.arms import ArmResult, CellGate
 from saelab.verdict.final_info import judge_run
 from saelab.verdict.l0_adjustment import move_values, slope, value_moves
 
@@ -29,20 +30,23 @@ class Made:
     levels: tuple[float, ...] = (16.0, 64.0)
 
     def arm(self, name: str, **facts: Any) -> ArmResult:
-        arm = ArmResult(name, {})
+        arm = ArmResult(name)
         for seed, l0 in enumerate(self.l0):
-            arm.add(seed, self._cell(seed, l0, facts), ())
+            arm.add(*self._cell(seed, 32.0, l0, facts))
         for level in self.levels:
-            arm.add_level(0, level, self._cell(0, level * 1.03, {}), ())
+            arm.add_level(*self._cell(0, level, level * 1.03, {}))
         return arm
 
-    def _cell(self, seed: int, l0: float, facts: dict[str, Any]) -> dict[str, Any]:
+    def _cell(
+        self, seed: int, level: float, l0: float, facts: dict[str, Any]
+    ) -> tuple[CellGate, list[dict[str, Any]]]:
         fvu = self.at + self.b * math.log(l0 / 32) + NOISE[seed]
         rows = [
             {"metric": name, "value": value, "slice": "", "definition": "core/1"}
             for name, value in (("fvu", fvu), ("l0", l0))
         ]
-        return {"rows": rows, "last": {}, "facts": {"l0": l0, **facts}}
+        id = CellId("arm", seed, level)
+        return CellGate(id=id, expected=(), facts={"l0": l0, **facts}), rows
 
 
 BASE = Made(0.18, -0.07, (32.5, 32.6, 32.4, 32.5))
@@ -84,10 +88,10 @@ def test_nothing_is_extrapolated(levels: tuple[float, ...]) -> None:
 
 
 def test_the_nearest_levels_count() -> None:
-    arm = ArmResult("baseline", {})
+    arm = ArmResult("baseline")
     for level in (8.0, 24.0, 40.0, 100.0):
         curve = Made(0.18, -0.07 if 20 < level < 50 else -0.3, BASE.l0)
-        arm.add_level(0, level, curve._cell(0, level, {}), ())
+        arm.add_level(*curve._cell(0, level, level, {}))
     assert slope(arm, "fvu", 32) == pytest.approx(-0.07)
 
 
@@ -96,8 +100,8 @@ def test_cells_that_are_far_off_failed_or_dead_stay_as_they_are() -> None:
     arms = {"baseline": BASE.arm("baseline"), "arm": far}
     assert set(value_moves(arms, PLAN)["arm"]) == {1, 2, 3}
     assert judged(arms["baseline"], far).word == "refused"
-    dead = ArmResult("baseline", {})
-    dead.add_level(0, 64.0, BASE._cell(0, 64.0, {"l0": 0.0}), ())
+    dead = ArmResult("baseline")
+    dead.add_level(*BASE._cell(0, 64.0, 64.0, {"l0": 0.0}))
     assert dead.levels == {}
 
 

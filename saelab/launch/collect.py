@@ -1,0 +1,126 @@
+"""Gathers what the finished cells of a launch measured: rows of metrics.parquet and gate facts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from saelab.evals.base import Row, number_or_reason
+from saelab.evals.core import CoreData
+from saelab.launch import controls
+from saelab.launch.cell_facts import PROBED
+from saelab.launch.cell_key import cell_key
+from saelab.launch.cell_store import finish, is_finished
+from saelab.launch.executors.local import one_thread
+from saelab.launch.seed_pairs import compare, rows_of_seeds
+from saelab.launch.waves import PreparedLaunch, other_seeds
+from saelab.runs import schema
+from saelab.runs.schema import SCALAR, SCALARS_DEFINITION
+from saelab.storage.atomic import read_sealed
+from saelab.study.plan import BASELINE, CellSpec
+from saelab.verdict.arms import CellGate
+from saelab.verdict.final_info import SCALARS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """Measurements of a launch.
+
+    Args:
+        rows: every row of every cell and control subject, as plain data.
+        controls: those of the control subjects.
+        gates: facts of every cell for the gate, by the cell's name.
+    """
+
+    rows: list[dict[str, Any]]
+    controls: list[dict[str, Any]]
+    gates: dict[str, CellGate]
+
+
+def collect(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> Collected:
+    """Reads the finished cells and makes what is measured between them.
+
+    Args:
+        folders: of every cell in the cache.
+    """
+    places = [ready.place(control.key) for control in ready.beside]
+    of_controls = _control_rows([*places, *_plant_effects(ready, folders)])
+    test_size = ready.base.evaluation.probing.test_size
+    band = random_band(of_controls, test_size)
+    plan = ready.task.plan
+    partners = other_seeds(folders, plan)
+    rows: list[dict[str, Any]] = []
+    gates: dict[str, CellGate] = {}
+    for spec, folder in folders.items():
+        cell = read_sealed(folder / "cell.json")
+        others = [folders[other] for other in partners.get(spec, ())]
+        measured = [*cell["rows"], *(row.as_dict() for row in _scalar_rows(cell["last"]))]
+        if spec in partners:
+            measured += _seed_rows(ready.cache, folder, others)
+        rows += [row | spec.id.as_dict() for row in measured]
+        facts = cell["facts"] | (band if spec.is_at_target(plan) else {})
+        gates[spec.id.name] = CellGate(id=spec.id, expected=spec.expected, facts=facts)
+    return Collected(rows=rows + of_controls, controls=of_controls, gates=gates)
+
+
+def _scalar_rows(last: Mapping[str, float | None]) -> Iterator[Row]:
+    """Rows of the last logged value of each scalar, and of the loss."""
+    names = {name: f"{SCALAR}{name}" for name in SCALARS} | {"loss": "final_loss"}
+    for name, metric in names.items():
+        if name in last:
+            value = last[name]
+            reason = "it was not finite at the last step"
+            yield number_or_reason(metric, reason if value is None else value, SCALARS_DEFINITION)
+
+
+def _plant_effects(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> list[Path]:
+    """Makes the planted-effect control of trained baseline cells at the target; returns their
+    folders."""
+    places, plan = [], ready.task.plan
+    core = CoreData(ready.prepared.held_out, None, device=ready.data.device)
+    for spec, folder in folders.items():
+        wanted = spec.id.arm == BASELINE and spec.is_at_target(plan)
+        if not wanted or not (folder / "sae.json").is_file() or len(places) >= plan.seeds_other:
+            continue
+        key = cell_key(spec, ready.content)
+        place = ready.place(replace(key, control=schema.control_arm(schema.PLANTED)))
+        if not is_finished(place):
+            with one_thread():
+                made = controls.plant_effect(folder, core, spec.id)
+            finish(place, made)
+        places.append(place)
+    return places
+
+
+def random_band(rows: Sequence[dict[str, Any]], texts: int) -> dict[str, float]:
+    """Where probing accuracy of a random dictionary lies: the untrained baseline's, with two
+    standard errors of a share over the test texts to either side; {} without probing.
+
+    Args:
+        rows: of controls.
+        texts: test texts of a class.
+    """
+    name = schema.control_arm("untrained")
+    own = [row for row in rows if (row["arm"], row["metric"]) == (name, PROBED)]
+    classes = sum(",class=" in row["slice"] for row in own)
+    whole = [row["value"] for row in own if not row["slice"] and row["value"] is not None]
+    if not whole or not classes:
+        return {}
+    error = 2 * math.sqrt(whole[0] * (1 - whole[0]) / (classes * texts))
+    return {"random_control_low": whole[0] - error, "random_control_high": whole[0] + error}
+
+
+def _seed_rows(cache: Path, folder: Path, others: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of a cell beside other seeds. Its worker has compared most pairs: not those of cells
+    that other launches left in the cache, nor after an interruption."""
+    with one_thread():
+        for other in others:
+            compare(cache, folder, other)
+    return [row.as_dict() for row in rows_of_seeds(cache, folder, others)]
+
+
+def _control_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    return [row for folder in folders for row in read_sealed(folder / "cell.json")["rows"]]

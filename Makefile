@@ -1,13 +1,19 @@
-# make demo    set-up, the main job on the embedded default, its pictures
-# make test    set-up, the tests
-# make test-triton  set-up, Triton (Linux, 200 MB), the checks of the GPU's kernels without a GPU
-# make test-store   set-up, a local S3 server (40 MB), the checks of caches at a URL against it
-# make test-browser set-up, Playwright and Chromium, the checks of report.html in a browser
-# make test-tracking  set-up, the trackers' packages (100 MB), the checks of what they are told
-# make test-clusters  set-up, Ray and submitit, the checks of executors for many machines
-# make test-peers   set-up, the peers' environment, the checks against the peers themselves
-# make peers   the environment of the packages that benchmarks/ compares with
-# make bench   set-up, every benchmark in full (about half an hour); BENCH=--quick for a smoke run
+# make setup          the virtual environment .venv with this package and its tools
+# make demo           run_1 on the embedded model, and its pictures
+# make test           the fast tests
+# make test-slow      the slow tests
+# make check          ruff and pyright
+# make test-triton    tests of the CUDA kernels without a GPU (installs Triton; Linux, 200 MB)
+# make test-store     tests of caches at a URL, against a local S3 server (installs 40 MB)
+# make test-browser   tests of report.html in a browser (installs Playwright and Chromium)
+# make test-tracking  tests of the experiment trackers (installs 100 MB)
+# make test-clusters  tests of the executors for many machines (installs Ray and submitit)
+# make test-peers     tests against the tools that benchmarks/ compares with
+# make peers          the environment of these tools
+# make bench          every benchmark in full (about half an hour); BENCH=--quick for a smoke run
+# make clean          removes the environments and what was built
+#
+# Every target except `peers` and `clean` runs `make setup` first.
 .PHONY: setup demo test test-slow test-triton test-store test-browser test-tracking test-clusters \
 	test-peers check clusters peers bench clean
 
@@ -18,7 +24,7 @@ RUN ?= run_1
 
 setup: $(VENV)/.ready
 
-# torch first and pinned: an unpinned resolution may fetch gigabytes of CUDA packages.
+# torch comes first and is pinned: an unpinned resolution may download gigabytes of CUDA packages.
 $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("saelab needs Python 3.11 or later") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
@@ -47,12 +53,12 @@ test-store: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[store-tests]'
 	$(BIN)/python -m pytest tests/stores
 
-# Debian's Chromium where none is there: Playwright's own is not on any registry of packages.
+# Installs Debian's Chromium if there is none: Playwright's own is on no package registry.
 test-browser: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,browser]'
 	command -v chromium >/dev/null \
 		|| (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium) \
-		|| echo "no chromium can be installed here: the browser's tests are skipped"
+		|| echo "Chromium cannot be installed here: the browser tests are skipped"
 	$(BIN)/python -m pytest tests/browser
 
 test-tracking: setup

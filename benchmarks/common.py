@@ -1,12 +1,12 @@
-"""What the benchmarks share: options, measuring in turns, ratios, tables, raw JSON, the peers.
+"""Shared parts of the benchmarks: options, measuring in turns, ratios, tables, raw JSON, the peers.
 
-The contestants of a table are timed in turns, one short stretch each, in an order that shifts by
-one every turn, so that a noisy machine hits all of them alike:
+The rows of a table are timed in turns, one short stretch each, in an order that shifts by one every
+turn, so that a noisy machine affects all of them equally:
 
     ratio(a, b) = median over turns of  (median of a in the turn) / (median of b in the turn)
 
-The peers run in a process of their own, with the packages of their own environment (`peers.py`). It
-reads one JSON line per call from its stdin and writes one JSON line per reply; tensors go through
+The peers run in a separate process, with the packages of their environment (`peers.py`). It reads
+one JSON line per call from its stdin and writes one JSON line per reply; tensors are passed in
 files that both sides read.
 """
 
@@ -52,16 +52,18 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--quick", action="store_true", help="smoke run: smallest shape, few steps")
-    made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every side")
     made.add_argument(
-        "--peers", default=str(PEERS), help="the peers' environment, or 'none' for our rows alone"
+        "--threads", type=int, default=os.cpu_count() or 1, help="threads of every side"
+    )
+    made.add_argument(
+        "--peers", default=str(PEERS), help="the peers' environment, or 'none' for our rows only"
     )
     made.add_argument("--results", type=Path, default=RESULTS, help="folder for the raw JSON")
     return made
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a benchmark's main; what the user can mend ends in one sentence."""
+    """Calls a benchmark's main; an error that the user can fix ends with one sentence."""
     try:
         main()
     except SaelabError as error:
@@ -84,12 +86,12 @@ class Contestant:
     """One row of a table.
 
     Args:
-        name: as it is shown.
+        name: of the row.
         run: n -> n samples, each the seconds of one step.
         side: 'ours', 'peer' or 'limit'.
-        work: what one step does, for a rate (rows, tokens); 0 shows none.
+        work: rows or tokens that one step processes, for a rate; 0 shows no rate.
         note: shown at the end of the row.
-        turns: the samples that were kept, one list per turn.
+        turns: the recorded samples, one list per turn.
     """
 
     name: str
@@ -104,7 +106,7 @@ class Contestant:
         return [sample for turn in self.turns for sample in turn]
 
     def plain(self) -> dict[str, Any]:
-        """The row as it goes into the JSON; seconds."""
+        """Returns the row for the JSON file; seconds."""
         low, middle, high = quartiles(self.samples)
         return {
             "name": self.name,
@@ -120,7 +122,7 @@ class Contestant:
 def timed(
     work: Callable[[], object], before: Callable[[], object] | None = None
 ) -> Callable[[int], list[float]]:
-    """n -> the seconds of each of n calls of `work`; `before` runs ahead of each, uncounted."""
+    """Returns n -> the seconds of each of n calls of `work`; `before` runs before each, untimed."""
 
     def samples(n: int) -> list[float]:
         found = []
@@ -138,12 +140,12 @@ def timed(
 def alternate(
     contestants: Sequence[Contestant], turns: int, steps: int, settle: int = 0, warm: bool = True
 ) -> None:
-    """Times all contestants in turns; a first turn more warms up and is not kept.
+    """Times all contestants in turns; an additional first turn warms up and is discarded.
 
     Args:
-        turns: turns that are kept.
+        turns: recorded turns.
         steps: samples of each contestant in a turn.
-        settle: further steps at the start of each stretch that refill the caches; not kept.
+        settle: further steps at the start of each stretch that refill the caches; discarded.
         warm: False leaves the first turn out, for work that starts a process each time.
     """
     for turn in range(0 if warm else 1, turns + 1):
@@ -162,7 +164,7 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer one contestant takes than another: median and quartiles over turns."""
+    """Ratio of two contestants' times: median and quartiles over turns."""
 
     value: float
     low: float
@@ -173,7 +175,7 @@ class Ratio:
 
 
 def ratio(slow: Sequence[Sequence[float]], fast: Sequence[Sequence[float]]) -> Ratio:
-    """Paired within turns, so that what slows a whole turn down cancels.
+    """Computes the ratio within each turn, so that anything that slows a whole turn down cancels.
 
     Args:
         slow, fast: samples by turn; both have the same number of turns.
@@ -184,14 +186,14 @@ def ratio(slow: Sequence[Sequence[float]], fast: Sequence[Sequence[float]]) -> R
 
 
 def fastest(contestants: Sequence[Contestant], side: str = "peer") -> Contestant | None:
-    """The contestant of a side with the smallest median; None when the side has none."""
+    """Returns the contestant of a side with the smallest median; None if the side has none."""
     members = [c for c in contestants if c.side == side]
     return min(members, key=lambda c: quartiles(c.samples)[1], default=None)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A measured figure beside what was asked for.
+    """A measured figure and its target.
 
     Args:
         name: what is compared.
@@ -223,7 +225,7 @@ class Target:
 def target_of(
     name: str, slow: Contestant, fast: Contestant, wanted: float, at_least: bool = True
 ) -> Target:
-    """slow / fast with its spread, beside what is wanted."""
+    """Returns slow / fast with its spread, and the target."""
     found = ratio(slow.turns, fast.turns)
     return Target(name, found.value, wanted, at_least, f"({found.low:.2f}-{found.high:.2f})")
 
@@ -232,7 +234,7 @@ def target_of(
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text with aligned columns: the first to the left, the others to the right."""
+    """Formats plain text with aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = [columns, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -245,7 +247,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def timing_table(contestants: Sequence[Contestant], ours: Contestant, limit: Contestant) -> str:
-    """One row each: median, quartiles, rate, and how many times longer than ours and the limit."""
+    """Formats one row each: median, quartiles, rate, and the ratio to ours and to the limit."""
     columns = ["", "ms", "quartiles", "per second", "x ours", "x limit", "note"]
     rows = []
     for c in contestants:
@@ -269,7 +271,7 @@ class Section:
         title: what was measured, with shapes and settings.
         text: the table as printed.
         rows: raw numbers, as plain data.
-        targets: the figures that are asked for.
+        targets: figures with a target.
         unavailable: rows that could not be measured, with the reason.
     """
 
@@ -299,10 +301,11 @@ class Section:
 
 
 def added(title: str, sides: Sequence[Contestant], limit: float) -> Section:
-    """What sides after the second add to the second, as shares of the first; one sample a turn.
+    """Returns what each side after the second adds to the second, as shares of the first.
 
     Args:
-        sides: the reference, our step without, and our step with each of some things.
+        sides: the reference, our step without the addition, and our step with each addition;
+            one sample per turn.
         limit: the largest share that is allowed.
     """
     reference, plain, *others = sides
@@ -333,7 +336,7 @@ def save(name: str, options: argparse.Namespace, sections: Sequence[Section], pe
 
 
 def _command(name: str, options: argparse.Namespace) -> str:
-    """The command without the places of this machine."""
+    """Returns the command without paths of this machine."""
     given = [
         f"--{key}" if value is True else f"--{key} {_place(value)}"
         for key, value in vars(options).items()
@@ -343,14 +346,14 @@ def _command(name: str, options: argparse.Namespace) -> str:
 
 
 def _place(value: object) -> object:
-    """A path as it is seen from the root of the repository; anything else as it is."""
+    """Returns a path relative to the root of the repository; anything else unchanged."""
     if isinstance(value, Path) and value.is_absolute():
         return os.path.relpath(value, HERE.parent)
     return value
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What decides a timing: processor, features, memory, system, load at the moment."""
+    """Returns what affects a timing: processor, features, memory, system, current load."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
@@ -369,7 +372,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def our_versions() -> dict[str, str]:
-    """Versions of the package and of what it computes with."""
+    """Returns the versions of the package and of the libraries that it computes with."""
     from saelab import __version__
 
     return {"saelab": __version__} | {name: metadata.version(name) for name in OUR_PACKAGES}
@@ -454,7 +457,7 @@ def peers_of(options: argparse.Namespace) -> Iterator[Peers | None]:
 
 
 def _peers_environment(threads: int) -> dict[str, str]:
-    """Ours without PYTHONPATH; no hub, no tracking service; so many threads for every library."""
+    """Returns our environment without PYTHONPATH, hub or tracking service, with the threads set."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
     pools = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))

@@ -1,11 +1,11 @@
-"""What the evaluations of one SAE cost on text, but for probing, which benchmarks/probing.py times.
+"""Measures the cost of the evaluations of one SAE on text, except probing (benchmarks/probing.py).
 
     python benchmarks/evaluations.py [--quick] [--threads 1]
 
-The embedded model, 128 contexts of 128 random tokens and an untrained SAE of 1,024 latents: what an
-evaluation costs does not hang on what its numbers say. CPU seconds of this thread, the least of
-`REPEATS`; `positions` and the others come on top of `core`, as in a launch, with the model's own
-predictions at hand, which all cells of a worker share.
+Uses the embedded model, 128 contexts of 128 random tokens and an untrained SAE with 1,024 latents:
+the cost of an evaluation does not depend on its result. Reports CPU seconds of this thread, the
+least of `REPEATS`. `positions` and the others come on top of `core`, as in a launch, and use the
+model's own predictions, which all cells of a worker share.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Harvest: tokens per second of ours beside the bare truncated forward pass and SAELens' store.
+"""Compares our harvest, in tokens per second, with the truncated forward pass and SAELens' store.
 
     python benchmarks/harvest.py [--quick] [--threads 2] [--model FOLDER --layer 2]
 
-The limit is a plain loop over the Hugging Face model whose last norm, and blocks after the hooked
-one, are taken off: no hook, no head, nothing kept. All sides run the same model in float32 on the
-same tokens, the same number of contexts at a time.
+The limit is a plain loop over the Hugging Face model without its last norm and without the blocks
+after the hooked one: no hook, no head, nothing stored. All sides run the same model in float32 on
+the same tokens, with the same number of contexts at a time.
 """
 
 from __future__ import annotations
@@ -95,20 +95,20 @@ def measure(options: Namespace, peers: Peers | None, folder: Path) -> Section:
 
 
 def _size(model: LanguageModel, tokens: Tokens, hook: str) -> float:
-    """The mean absolute activation over all tokens, to see that all sides run the same model."""
+    """Returns the mean absolute activation over all tokens: all sides must run one model."""
     source = harvest(model, tokens, [hook])[hook]
     return float(torch.cat([source.shard(i).x for i in range(source.n_shards)]).abs().mean())
 
 
 def _share(ours: Contestant, limit: Contestant) -> Target:
-    """Our speed as a share of the limit's."""
+    """Returns our speed as a share of the limit's."""
     found = paired(limit.turns, ours.turns)
     spread = f"({found.low:.2f}-{found.high:.2f})"
     return Target(f"speed of {ours.name} / bare forward", found.value, 0.9, True, spread)
 
 
 def _bare(options: Namespace, tokens: Tokens, layer: int) -> Callable[[int], list[float]]:
-    """A plain loop over a second copy of the model that ends after the hooked block."""
+    """Builds a plain loop over a second copy of the model that ends after the hooked block."""
     model = language_model.load(ModelConfig(path=options.model))
     body: Any = model.model.base_model
     name = next(n for n, module in body.named_modules() if module is model.blocks)
@@ -145,7 +145,7 @@ def _ours(
 def _stores(
     options: Namespace, tokens: Tokens, peers: Peers | None, folder: Path
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """SAELens' stores that work with this model; the others with the reason."""
+    """Returns SAELens' stores that work with this model, and the others with the reason."""
     if peers is None:
         return [], {}
     file = folder / "ids.safetensors"

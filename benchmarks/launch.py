@@ -1,17 +1,18 @@
-"""A launch of 9 cells beside what it cannot do without: one harvest and 9 times the bare steps.
+"""Compares a launch of 9 cells with the work it must do: one harvest and 9 times the bare steps.
 
     python benchmarks/launch.py [--quick] [--tokens 128000]
 
-The launch is `python experiment.py --out_dir=run_1` in a folder of its own: three arms (ReLU, TopK,
-JumpReLU), three seeds, the embedded language model, no probing, nothing cached. Bare are the same
-harvest alone and, for each arm, one cell's steps alone on batches that are already in memory, over
-the whole run, because a step's cost changes with its L0. One thread everywhere, as in a launch.
+The launch is `python experiment.py --out_dir=run_1` in a separate folder: three arms (ReLU, TopK,
+JumpReLU), three seeds, the embedded language model, no probing, nothing cached. The bare work is
+the same harvest alone and, for each arm, the steps of one cell alone on batches that are already in
+memory, over the whole run, because the cost of a step changes with its L0. Everything runs on one
+thread, as in a launch.
 
     bare          harvest + 3 x (steps of each arm), one core
-    training      harvest + what the launch's own clocks say for the training of its cells
+    training      harvest + training of the cells, by the clocks of the launch
     whole launch  from the command to its end: the above, plus start-up, tokenising, the held-out
                   harvest, evaluation, controls, verdict and files
-    all cached    the same command again without the run folder: start-up, verdict and files alone
+    all cached    the same command again without the run folder: only start-up, verdict and files
 """
 
 from __future__ import annotations
@@ -129,7 +130,9 @@ class Size:
 
 def main() -> None:
     made = parser("A launch of 9 cells beside its bare parts.")
-    made.add_argument("--tokens", type=int, default=128_000, help="of a cell, if not --quick")
+    made.add_argument(
+        "--tokens", type=int, default=128_000, help="tokens of a cell, if not --quick"
+    )
     options = made.parse_args()
     options.threads = 1  # a launch's workers have one thread each
     size = Size(10_240, 768, 1) if options.quick else Size(options.tokens, 1536, 2)
@@ -141,7 +144,7 @@ def main() -> None:
 
 
 class Parts:
-    """What each contestant of this benchmark measures; each call starts from nothing cached."""
+    """The parts that this benchmark measures; each call starts without a cache."""
 
     def __init__(self, size: Size, folder: Path) -> None:
         self.folder = folder
@@ -154,7 +157,7 @@ class Parts:
         self.in_cells: list[float] = []
 
     def _harvest(self) -> tuple[Source, float]:
-        """The training activations, to disk, and the seconds without tokenising."""
+        """Harvests the training activations to disk; returns the seconds without tokenising."""
         base, place = self.base, self.folder / "activations"
         shutil.rmtree(place, ignore_errors=True)
         tokens = tokenize(base.train_text, self.model.tokenizer, base.context, base.train.tokens)
@@ -163,7 +166,7 @@ class Parts:
         return made[base.hook_name], perf_counter() - start
 
     def bare(self, n: int) -> list[float]:
-        """One harvest, and each arm's steps alone, as often as there are seeds."""
+        """Times one harvest, and the bare steps of each arm, once per seed."""
         found = []
         for _ in range(n):
             _, seconds = self._harvest()
@@ -173,7 +176,7 @@ class Parts:
         return found
 
     def _steps(self, arm: BaseConfig) -> float:
-        """Seconds of all steps of one cell, batches excluded."""
+        """Returns the seconds of all steps of one cell, without making the batches."""
         rows, _ = self.source.shard(0).rows()
         cell = Cell("bare", arm.sae, arm.train, rows, seed=0)
         seconds = 0.0
@@ -186,7 +189,7 @@ class Parts:
         return seconds
 
     def launch(self, workers: int, n: int, keep: bool = False) -> list[float]:
-        """The command from start to end; `keep` leaves the cache of the launch before."""
+        """Times the command from start to end; `keep` keeps the cache of the previous launch."""
         found = []
         for _ in range(n):
             for left in ("run_1",) if keep else ("run_1", ".saelab"):

@@ -1,9 +1,9 @@
-"""Peak memory of one cell in training, ours beside the peers', and what it must hold at least.
+"""Measures the peak memory of one cell in training, ours and the peers', and the least possible.
 
     python benchmarks/memory.py [--quick] [--threads 2]
 
-Every row is a process of its own. It loads its code and reads the batches and starting weights
-into memory, trains a tiny cell so that libraries and thread pools are there, and only then counts:
+Every row is a separate process. It loads its code, reads the batches and starting weights into
+memory, trains a tiny cell so that libraries and thread pools are loaded, and only then counts:
 
     peak   = highest resident memory over the steps - resident memory before the cell was built
     needed = 4 (P + 2 P + P) parameters, Adam's moments and gradients, P = 2 d F + F + d
@@ -68,7 +68,7 @@ def _parser() -> Any:
 
 
 class _Versions:
-    """The peers' versions from a short-lived process; none for --peers none."""
+    """Reads the peers' versions in a short-lived process; none for --peers none."""
 
     def __init__(self, options: Namespace) -> None:
         self.options = options
@@ -120,7 +120,7 @@ def measure(shape: Shape, variant: str, options: Namespace, folder: Path) -> Sec
 
 
 def needed(shape: Shape, width: int) -> int:
-    """Bytes as in the module's docstring; `width` is a pre-activation's."""
+    """Returns the bytes of the module's docstring; `width` is that of a pre-activation."""
     d, f, n = shape.d_in, shape.d_sae, shape.rows
     return 4 * 4 * (2 * d * f + f + d) + 4 * 4 * n * d + width * n * f
 
@@ -135,7 +135,7 @@ def _ours(variant: str, precision: str, l0: int, file: Path, threads: int) -> di
 
 
 def _child(variant: str, precision: str, l0: int, file: str, threads: int) -> dict[str, Any]:
-    """In a process of its own: bytes before and at the peak, and the selection's dtype."""
+    """Measures in a separate process: bytes before and at the peak, and the dtype of selection."""
     from saelab.kernels import selection_dtype
     from saelab.runtime.allocator import keep_freed_memory
 

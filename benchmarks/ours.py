@@ -1,12 +1,12 @@
-"""Our side of the training benchmarks: the shared inputs, and cells that start from them.
+"""Our side of the training benchmarks: the shared inputs, and the cells that start from them.
 
     x = (a D) s + noise,  a [N, 2d] with 1% of its entries in (0, 1),  D [2d, d] with unit rows,
     scaled so that E|x - mean|^2 = d: our input scale is then 1 and all sides see the same numbers.
 
 All sides start with the same unit rows W_dec = W_enc and b_dec = mean x. TopK and BatchTopK have
-their k. For ReLU and JumpReLU each latent's encoder bias is set so that it fires above its own
+their k. For ReLU and JumpReLU, the encoder bias of each latent is set so that it fires above its
 1 - L0 / F quantile, and the learning rate is 1e-6, so the codes of all sides have the same L0 and
-keep it. Data and weights are artificial: what they cost is what counts here.
+keep it. Data and weights are artificial: only the cost matters here.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both sides train on; float32.
+    """The tensors that both sides train on; float32.
 
     Args:
         batches: [4, N, d].
@@ -74,12 +74,12 @@ class Inputs:
 
 
 def l0_of(variant: str, k: int, d_sae: int) -> int:
-    """k; for ReLU and JumpReLU at most 1% of F."""
+    """Returns k; for ReLU and JumpReLU at most 1% of F."""
     return min(k, d_sae // 100) if variant in BY_BIAS else k
 
 
 def make_inputs(shape: Shape, l0: int, seed: int = 0) -> Inputs:
-    """Batches and weights of a shape; `l0` decides the quantile."""
+    """Makes batches and weights of a shape; `l0` determines the quantile."""
     draw = torch_stream(seed, "benchmark", shape.d_in, shape.d_sae, shape.rows)
     d, n = shape.d_in, N_BATCHES * shape.rows
     directions = normalize(torch.randn(2 * d, d, generator=draw), dim=1)
@@ -96,7 +96,7 @@ def make_inputs(shape: Shape, l0: int, seed: int = 0) -> Inputs:
 
 
 def sae_config(variant: str, d_sae: int, l0: int, precision: str) -> SAEConfig:
-    """The arms of experiment.py: what a user trains."""
+    """Returns the settings of the arms of experiment.py, which is what a user trains."""
     reconstruction: dict[str, Any] = {"kind": "reconstruction"}
     plain: dict[str, Any] = {"d_sae": d_sae, "precision": precision}
     if variant in ("topk", "batchtopk"):
@@ -123,7 +123,7 @@ def sae_config(variant: str, d_sae: int, l0: int, precision: str) -> SAEConfig:
 
 
 def cell(variant: str, inputs: Inputs, l0: int, precision: str, lr: float = RATE) -> Cell:
-    """A cell that starts from the shared weights."""
+    """Builds a cell that starts from the shared weights."""
     batch_size = inputs.batches.shape[1]
     config = sae_config(variant, len(inputs.rows), l0, precision)
     train = TrainConfig(tokens=10_000 * batch_size, batch_size=batch_size, lr=lr)
@@ -148,7 +148,7 @@ class Runner:
         self.batches = [Batch(x, positions) for x in inputs.batches]
 
     def __call__(self, n: int) -> list[float]:
-        """Seconds of each of n steps."""
+        """Returns the seconds of each of n steps."""
         found = []
         for _ in range(n):
             batch = self.batches[self.cell.steps_done % len(self.batches)]
@@ -160,14 +160,14 @@ class Runner:
 
 
 def gemm(inputs: Inputs, dtype: torch.dtype) -> Any:
-    """n -> seconds of each of n encoder products x W^T [N, F] in a precision."""
+    """Returns n -> seconds of each of n encoder products x W^T [N, F] in a precision."""
     x, w = inputs.batches[0].to(dtype), inputs.rows.to(dtype)
 
     return timed(lambda: torch.mm(x, w.T))
 
 
 def one_row_each(sae: SAE, data: ProbingData) -> ProbingData:
-    """The same entries with one row for each text: its mean code."""
+    """Returns the same entries with one row for each text: its mean code."""
     entries = tuple(
         replace(
             entry,

@@ -1,8 +1,8 @@
-"""The peers' side: runs with the packages of their environment, one JSON line per call.
+"""The peers' side of the benchmarks: runs in their environment, one JSON line per call.
 
-Every peer is driven through its own trainer or evaluation code, as its documentation does it; only
+Every peer runs through its own trainer or evaluation code, as its documentation does; only the
 weights are written into it, so that all sides compute the same function on the same batches.
-Nothing of saelab is imported here.
+Nothing from saelab is imported here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Step = Callable[[torch.Tensor, int], Any]
 
 
 class Trainer:
-    """A peer's trainer at work.
+    """A trainer of a peer.
 
     Args:
         step: one optimiser step on a batch, with the number of the step.
@@ -47,7 +47,7 @@ class Trainer:
 
 
 class State:
-    """What calls leave behind for later ones."""
+    """State that calls keep for later calls."""
 
     inputs: dict[str, torch.Tensor]
     batches: list[torch.Tensor]
@@ -77,13 +77,13 @@ def versions() -> dict[str, str]:
 
 
 def inputs(file: str) -> None:
-    """Batches [n, N, d], rows [F, d], mean [d] and quantile [F] for the trainers built next."""
+    """Reads batches [n, N, d], rows [F, d], mean [d] and quantile [F] for the next trainers."""
     STATE.inputs = {key: value.clone() for key, value in load_file(file).items()}  # not mapped
     STATE.batches = list(STATE.inputs["batches"])
 
 
 def build(name: str, peer: str, variant: str, k: int, options: dict[str, Any]) -> None:
-    """A trainer under a name; `peer` and `variant` choose its class."""
+    """Builds a trainer under a name; `peer` and `variant` choose its class."""
     makers = {
         "saelens": _saelens,
         "dictionary_learning": _dictionary_learning,
@@ -93,7 +93,7 @@ def build(name: str, peer: str, variant: str, k: int, options: dict[str, Any]) -
 
 
 def steps(name: str, n: int) -> list[float]:
-    """Seconds of each of n steps."""
+    """Returns the seconds of each of n steps."""
     trainer = STATE.trainers[name]
     found = []
     for _ in range(n):
@@ -119,7 +119,7 @@ def drop() -> None:
 def training_peak(
     peer: str, variant: str, k: int, options: dict[str, Any], n: int
 ) -> dict[str, int]:
-    """Resident bytes before a trainer is built, and their peak over n of its steps."""
+    """Returns the resident bytes before a trainer is built, and their peak over n of its steps."""
     small = STATE.batches, STATE.inputs
     corners = {"batches": (4, 64, 32), "rows": (64, 32), "quantile": (64,), "mean": (32,)}
     STATE.inputs = {key: _corner(value, corners[key]) for key, value in STATE.inputs.items()}
@@ -140,7 +140,7 @@ def _corner(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _bias(threshold: float, mean_is_subtracted: bool) -> torch.Tensor:
-    """The encoder bias that lets each latent fire above its quantile."""
+    """Returns the encoder bias with which each latent fires above its quantile."""
     given = STATE.inputs
     shift = 0 if mean_is_subtracted else given["rows"] @ given["mean"]
     return threshold - given["quantile"] - shift
@@ -246,7 +246,7 @@ def _dictionary_learning(variant: str, k: int) -> Trainer:
 
 
 def _sparsify(variant: str, k: int, optimiser: str = "adam") -> Trainer:
-    """The step of its Trainer.fit without the language model; TopK is what it has."""
+    """The step of its Trainer.fit without the language model; it has only TopK."""
     from sparsify.config import SparseCoderConfig
     from sparsify.sparse_coder import SparseCoder
 
@@ -294,7 +294,7 @@ def store(name: str, kind: str, model: str, layer: int, file: str, batch: int) -
     Args:
         kind: 'HookedTransformer' (TransformerLens) or 'AutoModelForCausalLM' (Hugging Face).
         model: its folder; a GPT-NeoX model.
-        layer: whose output is taken.
+        layer: the one whose output is taken.
         file: holds ids [contexts, positions].
         batch: contexts in one pass.
     """
@@ -335,7 +335,7 @@ def store(name: str, kind: str, model: str, layer: int, file: str, batch: int) -
 
 
 def harvests(name: str, n: int) -> list[float]:
-    """Seconds of each of n passes over all tokens."""
+    """Returns the seconds of each of n passes over all tokens."""
     made, parts = STATE.harvests[name]
     found = []
     for _ in range(n):
@@ -347,7 +347,7 @@ def harvests(name: str, n: int) -> list[float]:
 
 
 def mean_activation(name: str) -> float:
-    """The mean absolute activation over a pass, to see that all sides run the same model."""
+    """Returns the mean absolute activation over a pass, to check that all sides run one model."""
     made, parts = STATE.harvests[name]
     return sum(float(made.get_raw_llm_batch()[0].abs().mean()) for _ in range(parts)) / parts
 
@@ -356,7 +356,7 @@ def mean_activation(name: str) -> float:
 
 
 def probing_open(weights: str, files: dict[str, str]) -> None:
-    """The SAE, and per entry the model's activations by side and class: [texts, positions, d]."""
+    """Reads the SAE and, per entry, the activations by side and class: [texts, positions, d]."""
     from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 
     tensors = load_file(weights)
@@ -376,7 +376,7 @@ def probing_open(weights: str, files: dict[str, str]) -> None:
 
 
 def probing_pool(batch: int) -> float:
-    """Seconds to encode and average all texts of all entries."""
+    """Returns the seconds to encode and average all texts of all entries."""
     from sae_bench.sae_bench_utils.activation_collection import get_sae_meaned_activations
 
     start = time.perf_counter()
@@ -389,7 +389,7 @@ def probing_pool(batch: int) -> float:
 
 
 def probing_probes(k: int | None) -> dict[str, Any]:
-    """Seconds and mean test accuracy of the probes of all classes; k None for all columns."""
+    """Returns the seconds and mean test accuracy of all classes' probes; k None: all columns."""
     from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
 
     torch.manual_seed(42)
@@ -416,15 +416,15 @@ def saebench_run(
     k_values: list[int],
     again: bool,
 ) -> dict[str, Any]:
-    """SAEBench's sparse probing from texts to its result file.
+    """Runs SAEBench's sparse probing from texts to its result file.
 
     Args:
         model: its folder.
-        hook: TransformerLens' name of the place.
+        hook: TransformerLens' name of the hook.
         layer: of the hook.
         weights: W_enc [d_sae, d_in], b_enc, W_dec, b_dec of a ReLU SAE.
         rows: entry -> JSON with the rows that the hub would give, by split.
-        given: JSON of entry -> side -> class -> texts, for entries that its own sampling refuses.
+        given: JSON of entry -> side -> class -> texts, for entries that its sampling refuses.
         out: folder for its results and caches.
         k_values: numbers of columns.
         again: whether the language model's activations are in its cache already.
@@ -489,7 +489,7 @@ def saebench_run(
 
 
 def _rows_of_hub(tables: dict[str, list[Any]], name: str = "", **options: Any) -> Any:
-    """What `load_dataset` gives: rows by split, or the rows of one split."""
+    """Returns what `load_dataset` would: rows by split, or the rows of one split."""
     if name:  # a pair of languages, of which SAEBench reads the first
         return [row for row in tables["train"] if name.split("-")[0] in row["translation"]]
     return tables[options["split"]] if "split" in options else tables
@@ -514,7 +514,7 @@ def _standard_sae(weights: str, model: str, hook: str, layer: int) -> Any:
 
 
 def synthetic_draw(settings: dict[str, Any], rows: int, out: str) -> None:
-    """Rows of SAELens' own synthetic model, with what they were made from, as safetensors."""
+    """Draws rows of SAELens' synthetic model; writes them and their origins as safetensors."""
     from sae_lens.synthetic import (
         FoldedNormalMagnitudeConfig,
         HierarchyConfig,
@@ -560,7 +560,7 @@ def synthetic_draw(settings: dict[str, Any], rows: int, out: str) -> None:
 
 
 def synthetic_scores(drawn: str, weights: str) -> dict[str, float]:
-    """SAELens' scores of a ReLU SAE on drawn rows, whose codes its generator replays."""
+    """Returns SAELens' scores of a ReLU SAE on drawn rows, whose codes its generator replays."""
     from sae_lens.synthetic import FeatureDictionary, eval_sae_on_synthetic_data
 
     given = load_file(drawn)
@@ -583,7 +583,7 @@ def synthetic_scores(drawn: str, weights: str) -> dict[str, float]:
 
 
 def check_schema(file: str) -> str:
-    """The name of SAEBench's own schema, once the file has passed it."""
+    """Returns the name of SAEBench's schema, after the file has passed it."""
     from pydantic import TypeAdapter
     from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
 
@@ -620,7 +620,7 @@ CALLS = {
 
 
 def main() -> None:
-    """Answers calls until stdin ends; what packages print goes to stderr."""
+    """Answers calls until stdin ends; the output of packages goes to stderr."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

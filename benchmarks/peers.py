@@ -2,9 +2,9 @@
 
     python benchmarks/peers.py [--venv benchmarks/.peers]
 
-torch comes first and stays pinned to the version that saelab's constraints.txt names, so that both
+torch is installed first and stays pinned to the version in saelab's constraints.txt, so that both
 sides compute with the same kernels and nothing pulls in CUDA packages. torchvision, which one peer
-asks for and none of the measured code uses, is taken out again: its build must match torch's.
+requires and none of the measured code uses, is uninstalled again: its build must match torch's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def torch_pin() -> str:
-    """The line of constraints.txt for torch."""
+    """Returns the line of constraints.txt for torch."""
     lines = (HERE.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return next(line for line in lines if line.startswith("torch=="))
 

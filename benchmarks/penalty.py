@@ -1,11 +1,11 @@
-"""What the similarity penalty adds to a training step.
+"""Measures what the similarity penalty adds to a training step.
 
     python benchmarks/penalty.py [--quick] [--threads 1]
 
-Our step with and without the penalty, at its default k and at its largest, beside a dense float32
-autograd step of the same shape (ReLU, decoder-norm weighted L1, fused Adam; plain torch). CPU
-seconds of the process, so that other work on the machine shows less. The penalty acts from the
-first step; artificial data, where what it costs is all that counts.
+Compares our step with and without the penalty, at its default k and at its largest, with a dense
+float32 autograd step of the same shape (ReLU, decoder-norm weighted L1, fused Adam; plain torch).
+Reports CPU seconds of the process, which other work on the machine affects less. The penalty acts
+from the first step; the data are artificial, because only the cost matters.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def seconds(work: Callable[[], object]) -> Callable[[int], list[float]]:
-    """n -> the process's CPU seconds of each of n calls."""
+    """Returns n -> the CPU seconds of the process for each of n calls."""
 
     def samples(n: int) -> list[float]:
         found = []
@@ -64,7 +64,7 @@ def seconds(work: Callable[[], object]) -> Callable[[int], list[float]]:
 
 
 def cell_with(inputs: Inputs, k: int | None) -> Cell:
-    """The ReLU cell of the training benchmark, with the penalty where k is given."""
+    """Builds the ReLU cell of the training benchmark, with the penalty if k is given."""
     one = cell("relu", inputs, L0, "float32")
     if k is None:
         return one
@@ -83,7 +83,7 @@ def stepping(one: Cell, inputs: Inputs) -> Callable[[], object]:
 
 
 def dense(inputs: Inputs) -> Callable[[], object]:
-    """The step that autograd gives: all N x F pre-activations, codes and their gradients."""
+    """Builds the plain autograd step: all N x F pre-activations, codes and their gradients."""
     x = inputs.batches[0]
     w_enc, w_dec = (inputs.rows.clone().requires_grad_() for _ in range(2))
     b_enc, b_dec = (-inputs.quantile).requires_grad_(), inputs.mean.clone().requires_grad_()

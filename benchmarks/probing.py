@@ -1,17 +1,17 @@
-"""Sparse probing of one SAE: ours beside SAEBench's own functions, stage by stage.
+"""Compares our sparse probing of one SAE with SAEBench's functions, stage by stage.
 
     python benchmarks/probing.py [--quick] [--threads 1]
 
 Both sides get the same activations of the embedded language model on the same labelled texts, and
-the same ReLU SAE, trained on it for this. Stages:
+the same ReLU SAE, which is trained for this purpose. Stages:
 
     encode and pool   activations -> mean code of every text, train and test
     k-sparse probes   all tasks, k in 1, 2, 5, 10, 20, 50
     full probes       all tasks, all columns
 
-Our probes are timed through `probe_rows` on codes that are pooled already, as SAEBench's are, and
-the k-sparse ones as the difference to a run without them. The language model's pass, which both
-sides cache, is not part of it. SAEBench's texts are padded to the longest that ours may have (64
+Our probes are timed through `probe_rows` on codes that are already pooled, like SAEBench's; the
+k-sparse ones are the difference from a run without them. The pass of the language model, which both
+sides cache, is not included. SAEBench's texts are padded to the longest that ours may have (64
 positions; its own default is 128) and encoded 125 at a time, its default.
 """
 
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _subject_and_data(options: Namespace, folder: Path) -> tuple[SAE, ProbingData]:
-    """A trained ReLU SAE, and the language model's activations in float32."""
+    """Returns a trained ReLU SAE and the activations of the language model in float32."""
     tokens = 25_600 if options.quick else 256_000
     changes = {"train.tokens": tokens, "evaluation.tokens": 4000, "sae.observers": []}
     changes |= {"evaluation.probing": {"entries": "none"}}
@@ -167,7 +167,7 @@ def _our_stages(sae: SAE, data: ProbingData, codes: ProbingData) -> dict[str, Co
 
 
 def _subtract(ours: dict[str, Contestant]) -> None:
-    """The k-sparse probes: those of all k and the full ones, less the full ones."""
+    """Subtracts the full probes from all probes; what is left is the k-sparse probes."""
     both, full = ours["k-sparse and full probes"], ours["full probes"]
     rest = [
         [max(a - b, 1e-6) for a, b in zip(x, y, strict=True)]
@@ -177,7 +177,7 @@ def _subtract(ours: dict[str, Contestant]) -> None:
 
 
 def _add_up(stages: dict[str, Contestant]) -> None:
-    """The sums over stages, turn by turn."""
+    """Returns the sums over stages, turn by turn."""
     one = stages["encode and pool"]
     for name, parts in {
         "k-sparse and full probes": ("k-sparse probes", "full probes"),
@@ -208,7 +208,7 @@ def _open(peers: Peers, sae: SAE, data: ProbingData, folder: Path) -> None:
 
 
 def _padded(entry: ProbingEntry) -> dict[str, Tensor]:
-    """'side/class' -> [texts, positions, d], zero where a position does not count."""
+    """Returns 'side/class' -> [texts, positions, d], zero at positions that do not count."""
     lengths = entry.offsets.diff()
     texts = torch.zeros(len(lengths), CONTEXT, entry.rows.shape[1])
     inside = torch.arange(CONTEXT) < lengths[:, None]
@@ -255,7 +255,7 @@ def _their_accuracy(accuracy: dict[str, float]) -> str:
 
 
 def _accuracies(codes: ProbingData, quick: bool) -> Section:
-    """Ours beside scikit-learn's LogisticRegression on the same examples and columns."""
+    """Compares ours with scikit-learn's LogisticRegression on the same examples and columns."""
     k_values = (1, 5, 50) if quick else K_VALUES
     ours = evaluate_probing(None, codes, 0, k_values, prefix="sae")
     rows, plain = [], []
@@ -291,7 +291,7 @@ def _ours(rows: list[Row], entry: ProbingEntry, task: str, k: int) -> float:
 
 
 def _sklearn(entry: ProbingEntry, task: Any, k: int) -> float:
-    """k columns with the largest |difference of class means|, then scikit-learn's regression."""
+    """Fits scikit-learn on the k columns with the largest |difference of class means|."""
     from sklearn.linear_model import LogisticRegression
 
     train, test = entry.rows[task.train.index], entry.rows[task.test.index]

@@ -1,13 +1,14 @@
-"""Does the fast path cost quality? The same cells by it and by plain float32 autograd, paired.
+"""Tests whether the fast path costs quality: trains the same cells by plain float32 autograd too.
 
     python benchmarks/quality.py [--quick] [--seeds 5] [--variants relu topk batchtopk jumprelu]
 
-Each variant is trained twice per seed on the embedded default, on the same batches from the same
-start: as shipped (sparse kernels, selection in bfloat16 where the CPU has it), and with every step
-as dense float32 torch operations under autograd, none of ours. Both are evaluated alike. Shown are
-both means and the 95% t interval of the paired differences; "equal" means that it holds 0.
+Each variant is trained twice per seed on the embedded default, on the same batches and from the
+same start: as shipped (sparse kernels, selection in bfloat16 if the CPU supports it), and with
+every step as dense float32 torch operations under autograd, without any of our kernels. Both are
+evaluated in the same way. The table shows both means and the 95% t interval of the paired
+differences; "equal" means that the interval contains 0.
 
-Plain cells take about four times as long: with two processes some 12 minutes for all variants.
+Plain cells take about four times as long: with two processes, about 12 minutes for all variants.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _cell(job: tuple[str, bool, int, bool]) -> dict[str, float]:
 
 @contextmanager
 def _plain_autograd(wanted: bool) -> Iterator[None]:
-    """Replaces every operation of ours in a training step by torch's own, dense, in float32."""
+    """Replaces each of our operations in a training step by torch's, dense, in float32."""
     plain: list[tuple[Any, str, Any]] = [
         (model, "encode_all", _encode),
         (model.SAE, "_support", lambda self, z, starts: None),

@@ -1,6 +1,6 @@
-"""What the ranks of one SAE hand to collectives in a step, beside the formulas of docs/parallel.md.
+"""Counts the bytes that ranks hand to collectives in a step, and checks docs/parallel.md.
 
-Every split runs in processes of its own over gloo on this machine; bytes are counted, not timed.
+Every split runs in separate processes over gloo on this machine; bytes are counted, not timed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CODES = {
 
 
 def formula(code: str, data: int, latents: int) -> int:
-    """Bytes per step and rank."""
+    """Returns the bytes per step and rank, by the formulas."""
     n, f = ROWS // data, D_SAE // latents
     total = 8
     if latents > 1:
@@ -44,7 +44,7 @@ def formula(code: str, data: int, latents: int) -> int:
 
 
 def counted(ranks: Ranks, code: str) -> int:
-    """Bytes that this rank hands to collectives in one step."""
+    """Counts the bytes that this rank hands to collectives in one step."""
     sae = SAEConfig.parse({"d_sae": D_SAE, "precision": "float32", **CODES[code]})
     x = torch.randn(ROWS, D_IN, generator=torch_stream(0, "benchmark"))
     training = TrainConfig(tokens=ROWS * STEPS, batch_size=ROWS)

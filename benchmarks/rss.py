@@ -1,4 +1,4 @@
-"""Resident memory of this process, from /proc (Linux); bytes. Standard library only."""
+"""Resident memory of this process in bytes, from /proc (Linux). Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ _SELF = Path("/proc/self")
 
 
 def resident() -> int:
-    """Now."""
+    """Returns the resident memory now."""
     return _field("VmRSS")
 
 
 def peak() -> int:
-    """The highest since `reset_peak`."""
+    """Returns the highest resident memory since `reset_peak`."""
     return _field("VmHWM")
 
 
 def reset_peak() -> None:
-    """The peak begins again at what is resident now."""
+    """Resets the peak to the current resident memory."""
     (_SELF / "clear_refs").write_text("5")
 
 

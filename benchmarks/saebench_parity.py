@@ -1,21 +1,21 @@
-"""Does our definition 1 give SAEBench's numbers? Both on one model, one SAE and the same texts.
+"""Tests whether our definition 1 gives SAEBench's numbers on one model, SAE and set of texts.
 
     python benchmarks/saebench_parity.py [--quick] [--threads 1] [--data ../shared/data]
 
-A ReLU SAE is trained by configs/saebench.toml and handed over as plain tensors. SAEBench runs whole
-(`run_eval`: its sampling, tokens, TransformerLens' model, SAELens' SAE, its probes), once with an
-empty cache and once more with the language model's activations cached; its `load_dataset` reads the
-rows of the local tables instead of the hub's. Ours is `evaluate_as_saebench` from the same rows.
+A ReLU SAE is trained by configs/saebench.toml and passed on as plain tensors. SAEBench runs as a
+whole (`run_eval`: its sampling, tokens, TransformerLens' model, SAELens' SAE, its probes), once
+with an empty cache and once more with the activations of the language model cached; its
+`load_dataset` reads the rows of the local tables instead of the hub's. Ours is
+`evaluate_as_saebench` on the same rows.
 
     difference = ours - SAEBench's, both at seed 42
     z          = (SAEBench's - mean of our draws) / (sd of our draws sqrt(1 + 1 / draws))
 
-where a draw is our definition 1 with other negatives and the sd counts as one test text at least:
-one task's accuracy hangs on which texts stand in as negatives, and z says whether SAEBench's lies
-within that. europarl and github-code have
-one split on the hub, so both sides of the local tables are put together and split again by
-SAEBench's own draw. Where its sampling refuses (a class that is short), it is given the texts that
-ours drew.
+A draw is our definition 1 with other negatives, and the sd is at least one test text: the accuracy
+of a task depends on which texts are drawn as negatives, and z says whether SAEBench's lies within
+that spread. europarl and github-code have one split on the hub, so both sides of the local tables
+are joined and split again by SAEBench's own draw. If its sampling refuses (a class that is too
+short), it is given the texts that ours drew.
 """
 
 from __future__ import annotations
@@ -76,8 +76,10 @@ def main() -> None:
     made = parser("SAEBench's sparse probing beside our definition 1.")
     made.set_defaults(threads=1)
     made.add_argument("--data", type=Path, default=Path("../shared/data"), help="the real data")
-    made.add_argument("--draws", type=int, default=20, help="of negatives, for the sampling error")
-    made.add_argument("--tokens", type=int, default=524_288, help="the SAE is trained on")
+    made.add_argument(
+        "--draws", type=int, default=20, help="draws of negatives, for the sampling error"
+    )
+    made.add_argument("--tokens", type=int, default=524_288, help="tokens to train the SAE on")
     options = made.parse_args()
     if options.quick:
         options.draws, options.tokens = 3, 25_600
@@ -96,7 +98,7 @@ def main() -> None:
 
 
 def _settings(options: Namespace, folder: Path) -> tuple[BaseConfig, dict[str, SourceConfig]]:
-    """The base, and where each entry's rows lie: on one side alone where the hub has one."""
+    """Returns the base and the rows of each entry, on one side only if the hub has only one."""
     data = options.data.resolve()
     changes: dict[str, Any] = {
         "model.path": str(data / "models" / "stories-260k"),
@@ -128,7 +130,7 @@ _SIDES = ("train", "test")
 
 
 class Ours:
-    """Our rows of definition 1, and the codes for further draws."""
+    """Our rows by definition 1, and the codes for further draws."""
 
     def __init__(self, rows: list[Row], channels: list[Row], codes: ProbingData) -> None:
         self.codes = codes
@@ -147,7 +149,7 @@ def _by_task(rows: Sequence[Row]) -> dict[Key, float]:
 def _ours(
     base: BaseConfig, sources: Mapping[str, SourceConfig], sae: SAE, sizes: tuple[int, int]
 ) -> tuple[Ours, tuple[Entry, ...], dict[str, dict[str, float]]]:
-    """Rows, entries, and the seconds of each stage."""
+    """Returns rows, entries, and the seconds of each stage."""
     seconds: dict[str, dict[str, float]] = {}
     clock = _Clock(seconds)
     others = {name: SourceConfig(path=str(HERE)) for name in _not_asked()}
@@ -170,7 +172,7 @@ def _not_asked() -> list[str]:
 
 
 class _Clock:
-    """Seconds on the clock and of the processor between laps."""
+    """Wall time and processor time between laps, in seconds."""
 
     def __init__(self, laps: dict[str, dict[str, float]]) -> None:
         self.laps = laps
@@ -183,7 +185,7 @@ class _Clock:
 
 
 def _draws(ours: Ours, count: int) -> dict[Key, list[float]]:
-    """Accuracies of the k-sparse probes with other negatives."""
+    """Returns the accuracies of the k-sparse probes with other negatives."""
     found: dict[Key, list[float]] = {}
     for seed in range(count):
         rows = evaluate_as_saebench(None, ours.codes, seed, K_VALUES, prefix="sae", full=False)
@@ -225,14 +227,14 @@ def _theirs(
 
 
 def _quick(entry: Entry, folder: Path) -> str:
-    """Nothing to sample from: SAEBench's own sampling refuses and takes what ours drew."""
+    """Leaves nothing to sample from: SAEBench's sampling refuses and gets what ours drew."""
     path = folder / f"{entry.name.replace('/', '_')}.json"
     path.write_text(json.dumps({"train": [], "test": []}))
     return str(path)
 
 
 def _hub_rows(name: str, source: SourceConfig, folder: Path) -> str:
-    """The rows as the hub has them, by split, in a JSON file."""
+    """Writes the rows as the hub has them, by split, to a JSON file."""
     place, tables = Path(str(source.path)), {}
     for side in _SIDES:
         if (place / f"{side}.parquet").is_file():
@@ -302,7 +304,7 @@ def _texts(entries: Sequence[Entry], found: Mapping[str, Any]) -> Section:
 
 
 def _metric_means(values: Mapping[Key, float]) -> dict[str, float]:
-    """The mean over the tasks of each metric."""
+    """Returns the mean of each metric over the tasks."""
     groups: dict[str, list[float]] = {}
     for (metric, _, _), value in values.items():
         groups.setdefault(metric, []).append(value)
@@ -347,8 +349,7 @@ def _by_task_table(
     draws: Mapping[Key, list[float]],
     one_text: float,
 ) -> Section:
-    """SAEBench's accuracy of each task beside the draws of ours, whose sd counts as one text of the
-    test set where it is less."""
+    """Compares SAEBench's accuracy of each task with our draws (sd: at least one test text)."""
     lines, raw, all_z = [], [], []
     for key, values in draws.items():
         n, sd = len(values), statistics.stdev(values)

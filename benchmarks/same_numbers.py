@@ -4,12 +4,12 @@
     python benchmarks/same_numbers.py compare before     # on the new one
 
 Trains small copies of the shipped run_0 and run_1, and a run with one cell of every registered
-part; a digest of each tensor and each value of each table is kept, and `plan check`, `verdict`,
-gate.json and final_info.json as they are. `compare` prints every item that differs, and ends with
-exit code 1 where one was changed or removed; additions are listed, and allowed.
+part. Records a digest of each tensor, each value of each table, and the whole of `plan check`,
+`verdict`, gate.json and final_info.json. `compare` prints every item that differs, and ends with
+exit code 1 if one was changed or removed; additions are listed and allowed.
 
-Texts (`--texts`: compare them too) are left out by default: a reworded sentence is no number.
-Takes about three minutes on two cores.
+Texts are left out by default, because a reworded sentence changes no number (`--texts` compares
+them too). Takes about three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def tensors(file: Path) -> dict[str, str]:
 
 
 def values(file: Path) -> dict[str, Any]:
-    """Rows of a table: what names them -> their numbers."""
+    """Reads the rows of a table: names -> numbers."""
     import pyarrow.parquet as pq
 
     keys = ("arm", "seed", "level", "metric", "slice", "name", "step", "latent")
@@ -227,7 +227,7 @@ def commit() -> str:
 
 
 def flat(data: Any, name: str = "") -> dict[str, Any]:
-    """Nested records as one: 'gate.json/baseline/seed 3/facts/l0' -> value."""
+    """Flattens nested records: 'gate.json/baseline/seed 3/facts/l0' -> value."""
     if isinstance(data, dict):
         return {
             k: v for key, value in data.items() for k, v in flat(value, f"{name}/{key}").items()
@@ -264,7 +264,7 @@ def compare(before: Path, texts: bool) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("what", choices=("record", "compare"))
-    parser.add_argument("folder", type=Path, help="of the recorded numbers")
+    parser.add_argument("folder", type=Path, help="folder of the recorded numbers")
     parser.add_argument("--texts", action="store_true", help="compare sentences too")
     asked = parser.parse_args()
     if asked.what == "record":

@@ -1,8 +1,8 @@
-"""How the cost of training grows with tokens, cells and latents, over a 16x range of each.
+"""Measures how the cost of training grows with tokens, cells and latents, over a 16x range of each.
 
     python benchmarks/scaling.py [--quick] [--threads 1]
 
-Each point is the time of `train` on a stream of harvested-like activations in memory, cells built
+Each point is the time of `train` on a stream of artificial activations in memory; cells are built
 before the clock starts. The exponent p of cost = c * size^p is the least-squares slope of log cost
 over log size, on the medians; 1 is linear.
 """
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure(axis: str, options: Namespace) -> Section:
-    """One table: a point for every factor along one axis."""
+    """Measures one table: a point for every factor along one axis."""
     steps = STEPS // 4 if options.quick else STEPS
     source = _source()
     points = []
@@ -75,7 +75,7 @@ def _name(axis: str, factor: int, steps: int) -> str:
 
 
 def _source() -> MemorySource:
-    """One shard of made rows; contexts of one position."""
+    """Makes one shard of artificial rows, in contexts of one position."""
     x = make_inputs(Shape(D_IN, D_SAE, 4096), L0).batches.reshape(-1, 1, D_IN)
     return MemorySource([Shard(x, torch.ones(x.shape[:2], dtype=torch.bool))], {})
 
@@ -83,7 +83,7 @@ def _source() -> MemorySource:
 def _training(
     source: MemorySource, variant: str, steps: int, sizes: dict[str, int]
 ) -> Callable[[int], list[float]]:
-    """n -> seconds of each of n trainings."""
+    """Returns n -> seconds of each of n trainings."""
     sample = source.shard(0).rows()[0]
     tokens = steps * sizes["tokens"] * ROWS
     config = TrainConfig(tokens=tokens, batch_size=ROWS)
@@ -99,7 +99,7 @@ def _training(
 
 
 def exponent(sizes: tuple[int, ...], seconds: list[float]) -> float:
-    """The slope of log seconds over log size."""
+    """Returns the slope of log seconds over log size."""
     slope, _ = np.polyfit(np.log(sizes), np.log(seconds), 1)
     return float(slope)
 

@@ -1,11 +1,12 @@
-"""A long training: do memory and open files stay flat? And what checkpoints cost.
+"""Tests that memory and open files stay flat in a long training; measures checkpoints' cost.
 
     python benchmarks/soak.py [--quick] [--threads 1] [--folder benchmarks/.soak] [--seconds 60]
 
-The soak trains a small SAE on shards in a folder, each read again whenever the stream comes to it,
-and writes a checkpoint every few rounds. The same command goes on after an interruption; a process
-that goes on starts its own count of memory. The cost is that of the launch's own rule for when to
-write, with the shipped settings: three cells trained on one stream for so many seconds.
+The soak test trains a small SAE on shards in a folder, each of which is read again whenever the
+stream reaches it, and writes a checkpoint every few rounds. The same command continues after an
+interruption; the new process starts its own count of memory. The cost of checkpoints is measured
+with the launch's rule for when to write and the shipped settings: three cells trained on one stream
+for `--seconds`.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ CONTEXT = 32
 
 def main() -> None:
     own = parser(__doc__ or "")
-    own.add_argument("--folder", type=Path, default=HERE / ".soak", help="what it goes on from")
-    own.add_argument("--seconds", type=float, default=60, help="of the cost's measurement")
+    own.add_argument("--folder", type=Path, default=HERE / ".soak", help="folder to continue from")
+    own.add_argument("--seconds", type=float, default=60, help="length of measuring the cost")
     options = own.parse_args()
     torch.set_num_threads(options.threads)
     with exit_on_signal():
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 class Counted(FolderSource):
-    """Shards on disk, and how often one was read."""
+    """Shards on disk, with a count of reads."""
 
     reads = 0
 
@@ -165,7 +166,7 @@ def section_of(rows: list[dict[str, Any]]) -> Section:
 
 
 def cost(seconds: float) -> Section:
-    """Checkpoints of three cells of configs/embedded.toml, with random rows for activations."""
+    """Measures checkpoints of three cells of configs/embedded.toml, on random activations."""
     base, draw = settings(HERE.parent / "configs" / "embedded.toml"), torch_stream(0, "cost")
     x = torch.randn(512, base.context, 192, generator=draw)
     source = MemorySource([Shard(x, torch.ones(x.shape[:2], dtype=torch.bool))], {})

@@ -1,10 +1,10 @@
-"""Is one batched GEMM over several small cells faster than one GEMM for each?
+"""Tests whether one batched GEMM over several small cells is faster than one GEMM for each.
 
     python benchmarks/stacking.py [--quick] [--threads 1]
 
-The selecting GEMM u W^T + b of S cells of one shape, as S calls and as one batched call, in the
-precisions that a step may use. A launch trains cells in processes of one thread each: that run
-decides (docs/decisions/0007).
+Times the selecting GEMM u W^T + b of S cells of one shape, as S calls and as one batched call, in
+the precisions that a step may use. A launch trains cells in processes with one thread each, so the
+run with one thread decides (docs/decisions/0007).
 """
 
 from __future__ import annotations

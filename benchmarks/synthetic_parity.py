@@ -1,18 +1,18 @@
-"""Do our scores against known features, and our large generator, agree with SAELens' own?
+"""Tests whether our scores against known features, and our tree generator, agree with SAELens'.
 
     python benchmarks/synthetic_parity.py [--quick] [--threads 1] [--rows 40000]
 
-Scores: SAELens makes a model of the kind of SynthSAEBench-16k, smaller, and draws from it; SAEs
-narrower and wider than the number of features are trained on the rows by ours and handed over as
-plain tensors; `eval_sae_on_synthetic_data` of SAELens, whose generator replays the same codes, and
-our `truth` and `core` then score the same SAEs on the same rows.
+Scores: SAELens makes a smaller model of the kind of SynthSAEBench-16k and draws from it. We train
+SAEs narrower and wider than the number of features on these rows and pass them on as plain tensors.
+Then `eval_sae_on_synthetic_data` of SAELens, whose generator replays the same codes, and our
+`truth` and `core` score the same SAEs on the same rows.
 
 Generator: ours draws as many rows with SAELens' directions, loadings and standard deviations, so
-that all that is left to differ is the process and its chance.
+that only the process and chance can differ.
 
     z_i = (r_i - r'_i) / sqrt((v_i + v'_i) / n)         r_i the rate or the mean value of feature i
 
-Where both are the same process, z has mean square 1 over features.
+If both are the same process, z has mean square 1 over features.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ Z_LIMIT = 1.4
 def main() -> None:
     made = parser("Scores against known features and the forest generator, beside SAELens.")
     made.set_defaults(threads=1)
-    made.add_argument("--rows", type=int, default=40_000, help="drawn by each side")
-    made.add_argument("--steps", type=int, default=400, help="of training each SAE")
+    made.add_argument("--rows", type=int, default=40_000, help="rows drawn by each side")
+    made.add_argument("--steps", type=int, default=400, help="steps of training each SAE")
     options = made.parse_args()
     if options.quick:
         options.rows, options.steps = 4000, 20
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _drawn_by_saelens(peers: Peers, options: Namespace, folder: Path) -> dict[str, Tensor]:
-    """Directions, bias, loadings, deviations, means, and rows: x [n, d] and codes."""
+    """Lets SAELens draw: directions, bias, loadings, deviations, means, rows x [n, d] and codes."""
     file = folder / "drawn.safetensors"
     peers.call("synthetic_draw", settings=CONFIG.model_dump(), rows=options.rows, out=str(file))
     return load_file(file)
@@ -198,15 +198,15 @@ def _generators(drawn: Mapping[str, Tensor]) -> Section:
 
 
 def _z(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Of each column that varies at all."""
+    """Returns z for each column that varies."""
     a, b = ours.double(), theirs.double()
     spread = ((a.var(0) + b.var(0)) / len(a)).sqrt()
     return ((a.mean(0) - b.mean(0)) / spread)[spread > 0]
 
 
 def _pairs(codes: Tensor) -> Tensor:
-    """Whether a child fires together with the child that lies `children` further on, which is one
-    of the next family, and with that one's parent; bool [n, 2 children]."""
+    """Marks rows in which a child fires together with the child `children` further on, which is in
+    the next family, and with the parent of that child; bool [n, 2 children]."""
     on, parent = codes != 0, CONFIG.parent_of
     children = (parent != torch.arange(len(parent))).nonzero().squeeze(1)
     across = (children + CONFIG.children).clamp(max=int(children.max()))
@@ -222,7 +222,7 @@ def _norm(codes: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
 
 
 def _correlation(codes: Tensor) -> Tensor:
-    """Root mean square of the correlations between different features' firings."""
+    """Returns the root mean square correlation between the firings of different features."""
     return _off((codes != 0).double().T.corrcoef())
 
 

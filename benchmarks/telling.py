@@ -1,12 +1,12 @@
-"""What it costs to say where a run is (metrics.jsonl, view), as a share of its training.
+"""Measures the cost of reporting progress (metrics.jsonl, view) as a share of the training.
 
     python benchmarks/telling.py [--quick] [--threads 1]
 
-A cell of the main job's size is trained in turns of 16 steps with a line at each hundredth of its
-training, sent through a pipe with its lock as a worker does. CPU seconds of this thread: in the
-worker, all calls of its reports; in the launch, taking the same lines: state, journal, bar. The
-view on a terminal is drawn twice a second beside that, on one of the machine's cores. Artificial
-data, where what it costs is all that counts.
+A cell of the size of a shipped run is trained in turns of 16 steps, with a line at each hundredth
+of its training, which is sent through a pipe with its lock as a worker does. Reports CPU seconds of
+this thread: in the worker, of all calls that report; in the launch, of processing the same lines
+(state, journal, bar). The view on a terminal is drawn twice a second in addition, on one core. The
+data are artificial, because only the cost matters.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def in_worker(turns: int) -> tuple[float, float, list[tuple[float, Any]]]:
-    """CPU seconds of the reports and of the training, and the messages that were sent."""
+    """Returns the CPU seconds of the reports and of the training, and the messages sent."""
     inputs = make_inputs(SHAPE, L0)
     trained = cell("topk", inputs, L0, "bfloat16")
     trained.config = trained.config.patched({"tokens": WHOLE * SHAPE.rows})
@@ -88,7 +88,7 @@ def _turn(trained: Cell, batches: list[Batch]) -> None:
 
 
 def in_launch(folder: Path, messages: list[tuple[float, Any]]) -> tuple[float, float]:
-    """CPU seconds of taking the messages, and of drawing the view once."""
+    """Returns the CPU seconds of processing the messages, and of drawing the view once."""
     with (
         launch_progress(folder / "run_0", {"run": "run_0"}) as launch,
         progress("train and evaluate", POINTS * SHAPE.rows, "tokens") as bar,

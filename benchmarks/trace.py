@@ -1,10 +1,10 @@
-"""What the trace of idea A2 adds to a training step.
+"""Measures what the trace of idea A2 adds to a training step.
 
     python benchmarks/trace.py [--quick] [--threads 1]
 
-The step of a tied threshold that follows contexts of 128 positions, all scalars learned, beside the
-same one without a trace (beta fixed at 0) and a dense float32 autograd step of the same shape. CPU
-seconds of the process, so that other work on the machine shows less.
+Compares the step of a tied threshold that follows contexts of 128 positions, with all scalars
+learned, with the same step without a trace (beta fixed at 0) and with a dense float32 autograd step
+of the same shape. Reports CPU seconds of the process, which other work on the machine affects less.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def stepping(inputs: Inputs, activation: dict[str, Any]) -> Any:
-    """One step on the inputs as contexts, from the SAE's own start at L0."""
+    """Builds one step on the inputs as contexts, from the SAE's usual start at L0."""
     like = cell("jumprelu", inputs, L0, "float32")
     changes = {"activation": activation, "constraints": ["unit_norm"], "initial_l0": L0}
     config = like.sae.config.patched(changes)

@@ -1,4 +1,4 @@
-"""One training step of every side on the same batches and weights, beside the encoder GEMM.
+"""Times one training step of every side on the same batches and weights, and the encoder GEMM.
 
     python benchmarks/train_step.py [--quick] [--shape 768x12288x2048] [--variant topk]
 
@@ -95,7 +95,7 @@ def _chosen(name: str | None, quick: bool) -> list[Shape]:
 
 
 def measure(shape: Shape, variant: str, peers: Peers | None, folder: Path, quick: bool) -> Section:
-    """One table: a shape and a variant."""
+    """Measures one table: a shape and a variant."""
     l0 = l0_of(variant, K, shape.d_sae)
     inputs = make_inputs(shape, l0)
     runners = {p: Runner(cell(variant, inputs, l0, p), inputs) for p in ("auto", "float32")}
@@ -136,7 +136,7 @@ def measure(shape: Shape, variant: str, peers: Peers | None, folder: Path, quick
 def _build(
     peers: Peers, variant: str, l0: int, rows: int, unavailable: dict[str, str]
 ) -> list[Contestant]:
-    """The peers' trainers that a first step shows to work; the others with their reason."""
+    """Returns the peers' trainers whose first step works, and the others with the reason."""
     made = []
     for name, peer, settings in ROSTER[variant]:
         try:
@@ -156,7 +156,7 @@ def _build(
 def _targets(
     variant: str, ours: Contestant, limit: Contestant, theirs: list[Contestant]
 ) -> list[Target]:
-    """The figures of the design's target 1: each peer at its own best settings."""
+    """Returns the figures of the first target: each peer at its best settings."""
     found = []
     wanted = {"SAELens": 5.0 if variant in BY_BIAS else 8.0, "dictionary_learning": 5.0}
     wanted |= {} if variant in BY_BIAS else {"sparsify": 2.5}

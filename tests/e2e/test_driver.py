@@ -42,7 +42,7 @@ seeds = 2
 """
 MAIN = 'if __name__ == "__main__":'
 PLACE = "# ---- settings that several arms share"
-#: What a model might write at the marked place.
+#: What a model might write at the marked place, after the example that stands there.
 LOSS = """\
 class HarmlessConfig(PartConfig):
     kind: Literal["harmless"] = "harmless"
@@ -61,14 +61,8 @@ class Harmless(LossTerm):
         return self.weight * p.code.values.abs().mean()
 
 
-register("loss", HarmlessConfig)
+saelab.register("loss", HarmlessConfig)
 
-"""
-IMPORTS = """\
-from typing import Literal
-
-from saelab import register
-from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
 """
 
 
@@ -173,7 +167,7 @@ def test_the_template_is_complete_for_a_driver(tmp_path: Path) -> None:
     latex = (folder / "latex" / "template.tex").read_text(encoding="utf-8")
     assert r"\begin{filecontents}{references.bib}" in latex and r"\end{document}" in latex
     experiment = (folder / "experiment.py").read_text(encoding="utf-8")
-    assert len(experiment.splitlines()) <= 150 and "a new part may be written here" in experiment
+    assert len(experiment.splitlines()) <= 220 and "a new part may be written here" in experiment
     assert "labels" in (folder / "plot.py").read_text(encoding="utf-8")
     ended = cli(folder, "plan", "check", "run_1", "--json")  # the shipped table runs from here
     assert json.loads(ended.out)[0]["cells"] > 30
@@ -197,13 +191,12 @@ def test_a_baseline_of_another_plan_is_not_put_into_a_template(tmp_path: Path) -
 def test_a_loss_term_and_an_arm_by_search_and_replace_get_a_verdict(tmp_path: Path) -> None:
     driver = Driver(small(tmp_path / "study"))
     driver.edit(PLACE, f"{LOSS}\n{PLACE}")
-    driver.edit(
-        "from saelab.launch.entry import main\n", f"{IMPORTS}from saelab.launch.entry import main\n"
-    )
     harmful = '{"sae.losses+": {"kind": "harmless", "weight": 30.0}}'
     idle = '{"sae.losses+": {"kind": "harmless"}}'
+    example = '{"sae.losses+": {"kind": "squared_code", "coefficient": 0.1}}'
     driver.add_run(
-        f'Arm("penalty", {harmful}, "new", primary=True), Arm("idle", {idle}, "weight 0")'
+        f'Arm("penalty", {harmful}, "new", primary=True), Arm("idle", {idle}, "weight 0"), '
+        f'Arm("example", {example}, "the loss that experiment.py shows")'
     )
     ended = driver.project.call()
     assert ended.code == 0, ended.err
@@ -211,6 +204,7 @@ def test_a_loss_term_and_an_arm_by_search_and_replace_get_a_verdict(tmp_path: Pa
     assert means["penalty"]["verdict.fvu"] in ("hurts", "cannot tell")
     assert means["penalty"]["diff.fvu"] > 0
     assert (means["idle"]["verdict.fvu"], means["idle"]["diff.fvu"]) == ("no evidence", 0.0)
+    assert means["example"]["diff.fvu"] > 0
 
 
 # ---------------------------------------------------------------- ten runs in a row
@@ -230,18 +224,15 @@ def test_ten_runs_in_a_row(tmp_path: Path) -> None:
     assert ended.code == 2 and "did you mean 'lr'" in driver.errors[-1]
     assert not (project.folder / "run_3").exists() and driver.name == "run_3"
     driver.edit('"train.lrr"', '"train.lr"')
-    driver.edit(f'RUNS["{driver.name}"]', f"RUNS[{driver.name}]")  # not even a name
+    driver.edit(f'RUNS["{driver.name}"] = Run(', f"RUNS[{driver.name}] = Run(")  # not even a name
     ended = driver.start()
     assert ended.code == 1 and "NameError: name 'run_3' is not defined" in driver.errors[-1]
     # run_3 again: the driver mends it, and adds a loss term of its own
-    driver.edit("RUNS[run_3]", 'RUNS["run_3"]')
+    driver.edit("RUNS[run_3] = Run(", 'RUNS["run_3"] = Run(')
     driver.edit(
         'Arm("typo", {"train.lr": 1e-3})', 'Arm("own", {"sae.losses+": {"kind": "harmless"}})'
     )
     driver.edit(PLACE, f"{LOSS}\n{PLACE}")
-    driver.edit(
-        "from saelab.launch.entry import main\n", f"{IMPORTS}from saelab.launch.entry import main\n"
-    )
     assert driver.start().code == 0
     assert driver.shown[3]["own"]["verdict.fvu"] == "no evidence"
     # run_4: killed by the time limit when some of its cells are there; the same number goes on
@@ -270,7 +261,8 @@ def test_ten_runs_in_a_row(tmp_path: Path) -> None:
     ]
     for i in range(1, 11):
         kept = (project.folder / f"run_{i}.py").read_text(encoding="utf-8")
-        assert f'RUNS["run_{i}"]' in kept and f'RUNS["run_{i + 1}"]' not in kept
+        added = [f'RUNS["run_{number}"] = Run(' in kept for number in (i, i + 1)]
+        assert added == [True, False]
         assert driver.shown[i].keys() >= {"baseline"}
         assert all(len(means) <= 40 for means in driver.shown[i].values())
     judged = json.loads(cli(project.folder, "verdict", "--json").out)

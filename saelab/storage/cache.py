@@ -36,8 +36,10 @@ from saelab.storage.remote import Place, Remote, place_of
 if TYPE_CHECKING:
     from importlib.metadata import PackagePath
 
-#: Parts of the package whose change never alters a number.
-NO_NUMBERS = ("report", "formats", "__main__.py", "progress", "remote.py")
+#: The folder of the package.
+PACKAGE = Path(__file__).parents[1]
+#: Parts of the package whose change never alters a number: folders and modules, by their path.
+NO_NUMBERS = ("report", "formats", "progress", "__main__.py", "storage/remote.py")
 #: The last object of a folder that was copied to a URL.
 CONTENT = "files.json"
 #: Said of code that no installer has put where it is.
@@ -133,12 +135,15 @@ def shared_twin(cache: Path, folder: Path) -> Remote | None:
 @functools.cache
 def package_digest() -> str:
     """A hash of the installed package's source, so that changed code never reuses old cells."""
-    root = Path(__file__).parent
+    return _source_digest(PACKAGE)
+
+
+def _source_digest(root: Path) -> str:
     content = hashlib.sha256()
     for file in sorted([*root.rglob("*.py"), *root.rglob("*.cpp")]):
-        relative = file.relative_to(root)
-        if relative.parts[0] not in NO_NUMBERS:
-            content.update(relative.as_posix().encode() + b"\0" + file.read_bytes())
+        relative = file.relative_to(root).as_posix()
+        if relative.split("/")[0] not in NO_NUMBERS and relative not in NO_NUMBERS:
+            content.update(relative.encode() + b"\0" + file.read_bytes())
     return content.hexdigest()[:16]
 
 
@@ -151,7 +156,7 @@ def package_state() -> str:
         released = distribution("saelab")
     except PackageNotFoundError:
         return SOURCE_TREE
-    return _package_state(Path(__file__).parent, released.files or ())
+    return _package_state(PACKAGE, released.files or ())
 
 
 def _package_state(root: Path, files: Iterable[PackagePath]) -> str:

@@ -396,7 +396,7 @@ def _say(text: str, err: bool = False) -> None:
     """Prints what may hold names and texts of others."""
     from saelab.runtime.safe_text import visible
 
-    typer.echo(visible(text, kept="\n"), err=err)
+    typer.echo(visible(text, keep="\n"), err=err)
 
 
 def _print_json(data: Any) -> None:

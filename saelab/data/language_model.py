@@ -39,7 +39,7 @@ from saelab.config import Frozen, digest
 from saelab.data.text.corpus import quiet
 from saelab.errors import SaelabError, SettingError, SourceError, nearest
 from saelab.storage.atomic import sha256
-from saelab.storage.safetensors_file import shapes
+from saelab.storage.safetensors_file import read_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -556,7 +556,7 @@ def _check_stored(kind: Any, settings: Any, folder: Path) -> None:
         expected = sum(weight.numel() for weight in kind.from_config(settings).parameters())
     remedy = "complete its folder or download it again"
     files = sorted(folder.glob("*.safetensors"))
-    held = [math.prod(s) for file in files for s in shapes(file, SourceError, remedy).values()]
+    held = [math.prod(s) for file in files for s in read_shapes(file, SourceError, remedy).values()]
     if held and expected > 2 * sum(held):  # tied weights are stored once
         told = f"config.json describes {expected:,} weights, and its files hold {sum(held):,}"
         raise SourceError(f"model {folder}: {told}: {remedy}")

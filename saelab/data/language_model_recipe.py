@@ -25,7 +25,7 @@ from saelab.data.text import stdlib
 from saelab.errors import SettingError
 from saelab.progress import progress
 from saelab.runtime.allocator import keep_freed_memory
-from saelab.storage.atomic import write_atomically, write_json, write_text, writing
+from saelab.storage.atomic import explain_write_errors, write_atomically, write_json, write_text
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
@@ -160,7 +160,7 @@ def train(
     keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
-    with writing(out):
+    with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(stdlib.texts("train"), recipe.vocab_size)
     bos = _id(tokenizer, BOS)
@@ -283,7 +283,7 @@ def _save_resume(out: Path, model, optimizer, recipe: Recipe, step: int) -> None
 
 def _write(out: Path, model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     new = out / ".resume" / "finished"
-    with writing(out), no_bars():
+    with explain_write_errors(out), no_bars():
         model.half().cpu().save_pretrained(new)
         tokenizer.save_pretrained(new)
         for file in sorted(new.iterdir()):

@@ -107,7 +107,7 @@ def _launch(task: Launch) -> list[Comparison]:
     with launch_progress(task.out_dir, about, base.tracker):
         record, of_controls = _launched(task, before, cache, deviations, start)
     shown = table(record.info, record.comparisons, task.plan, of_controls)
-    print(visible(shown, kept="\n"))
+    print(visible(shown, keep="\n"))
     taken = clock(time.monotonic() - start)
     print(f"\n{task.out_dir}: {len(record.folders)} cells in {taken}")
     return list(record.comparisons)

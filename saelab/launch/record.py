@@ -15,8 +15,14 @@ import torch
 from saelab.kernels import kernels_name
 from saelab.launch.prepare import LaunchData
 from saelab.runs.folder import seal_run
-from saelab.storage.atomic import sweep, write_atomically, write_json, write_text, writing
-from saelab.storage.cache import package_digest, package_state, place
+from saelab.storage.atomic import (
+    explain_write_errors,
+    remove_leftovers,
+    write_atomically,
+    write_json,
+    write_text,
+)
+from saelab.storage.cache import link_or_copy, package_digest, package_state
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.registry import Attempt, attempts, plan_hash
 from saelab.verdict.arms import ArmResult, CellGate
@@ -81,7 +87,7 @@ class Record:
             for name in ("final_info.json", "manifest.json"):
                 (out / name).unlink(missing_ok=True)
             shutil.rmtree(out / "cells", ignore_errors=True)
-        sweep(out)
+        remove_leftovers(out)
         self._write_metrics(out / "metrics.parquet")
         self._write_curves(out / "curves.parquet")
         self._place_checkpoints(out / "cells")
@@ -152,8 +158,8 @@ class Record:
             for name in ("sae.safetensors", "sae.json", "module.safetensors", "latents.parquet"):
                 source = folder / name
                 if source.is_file():
-                    with writing(target / name):
-                        place(source, target / name)
+                    with explain_write_errors(target / name):
+                        link_or_copy(source, target / name)
 
     def _manifest(self, seconds: float) -> dict[str, Any]:
         task, plan = self.task, self.task.plan

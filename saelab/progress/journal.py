@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from saelab.storage.atomic import writing
+from saelab.storage.atomic import explain_write_errors
 
 NAME = "metrics.jsonl"
 
@@ -40,7 +40,7 @@ class Journal:
 
     def write(self, line: Mapping[str, Any]) -> None:
         text = json.dumps(finite(line), allow_nan=False, separators=(", ", ": "))
-        with writing(self.path):
+        with explain_write_errors(self.path):
             if self._file is None:
                 self._file = self._open()
             os.write(self._file, text.encode() + b"\n")

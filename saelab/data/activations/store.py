@@ -36,7 +36,7 @@ from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.storage.atomic import check_seal, read_json, sha256, write_atomically, write_sealed
 from saelab.storage.remote import Place, Remote
 from saelab.storage.safetensors_file import parse_weights, read_weights
-from saelab.storage.validation import Loose, Name, check
+from saelab.storage.validation import Loose, Name, validate
 
 #: Version of the folder's layout.
 FORMAT = 1
@@ -280,7 +280,7 @@ def _read_state(path: Place, name: str) -> dict[str, Any]:
             f"{path} has format {stored.get('format')!r}, this version reads {FORMAT}: "
             "harvest it again"
         )
-    return check(check_seal(stored, file, remedy), _State, file, remedy)
+    return validate(check_seal(stored, file, remedy), _State, file, remedy)
 
 
 def _width(header: Mapping[str, Any], path: Place) -> int:

@@ -24,8 +24,8 @@ from saelab.data.text.corpus import tokenize_texts
 from saelab.errors import DamageError, SourceError
 from saelab.progress import progress
 from saelab.storage.atomic import read_sealed, sha256, write_atomically, write_sealed
-from saelab.storage.safetensors_file import read_weights, shapes
-from saelab.storage.validation import Loose, check
+from saelab.storage.safetensors_file import read_shapes, read_weights
+from saelab.storage.validation import Loose, validate
 
 #: Version of the folder with the model's activations.
 FORMAT = 1
@@ -83,7 +83,7 @@ class ProbingData:
     def _record(folder: Path, remedy: str) -> dict[str, Any]:
         """Raises: DamageError when one of the files is not what was written."""
         file = folder / "probing.json"
-        record = check(read_sealed(file, remedy), _Record, file, remedy)
+        record = validate(read_sealed(file, remedy), _Record, file, remedy)
         tensors = folder / "probing.safetensors"
         if not tensors.is_file() or sha256(tensors) != record["sha256"]:
             raise DamageError(f"{tensors} is not what was written: {remedy}")
@@ -98,7 +98,7 @@ class ProbingData:
     def n_tokens(folder: Path) -> int:
         """Counted positions of all texts of what `save` wrote."""
         file, remedy = folder / "probing.safetensors", f"delete {folder} and run again"
-        found = shapes(file, DamageError, remedy).items()
+        found = read_shapes(file, DamageError, remedy).items()
         return sum(shape[0] for name, shape in found if name.endswith(".rows"))
 
     @classmethod

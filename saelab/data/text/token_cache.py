@@ -24,7 +24,7 @@ from saelab.errors import DamageError, SourceError
 from saelab.storage.atomic import read_sealed, write_sealed
 from saelab.storage.remote import Place
 from saelab.storage.safetensors_file import parse_weights
-from saelab.storage.validation import Loose, Name, check
+from saelab.storage.validation import Loose, Name, validate
 
 #: Tokens a part. Our choice: 16 MB, and the most that an interruption loses.
 PART_TOKENS = 2**22
@@ -62,7 +62,7 @@ class TokenParts:
         self._records: list[dict[str, Any]] = []
         with suppress(SourceError):  # nothing is there yet
             file, remedy = folder / "stream.json", f"delete {folder} and run again"
-            stored = check(read_sealed(file, remedy), _Stream, file, remedy)
+            stored = validate(read_sealed(file, remedy), _Stream, file, remedy)
             check_identity(stored["identity"], identity, str(folder))
             self.cursor, self._records = stored["cursor"], stored["parts"]
             self.rest = np.array(stored["rest"], dtype=np.int32)

@@ -206,7 +206,7 @@ def _initialise(channel: Any, logs: Path, parent: int) -> None:
 def _terminated(number: int, frame: Any) -> None:
     if not _busy:
         os._exit(128 + number)
-    signals.handle(number, frame)
+    signals.handle_signal(number, frame)
 
 
 def _run(function: Callable[..., None], job: Any) -> None:
@@ -245,7 +245,7 @@ class _Words:
             with signals.defer_signals(), self._lock:
                 self._connection.send((amount, line))
         except BrokenPipeError:
-            signals.handle(signal.SIGTERM, None)
+            signals.handle_signal(signal.SIGTERM, None)
 
 
 def worker_count(device: str) -> int:

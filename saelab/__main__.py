@@ -367,14 +367,14 @@ def watch(
 ) -> None:
     """Follow a run: stage, cells, tokens/s, losses, time left. With --json its state now."""
     with cli_errors():
-        from saelab.progress.watch import Watched
+        from saelab.progress.watch import WatchedRun
         from saelab.progress.watch import watch as follow
 
         if not json_:
             follow(folder)
             return
-        watched = Watched(folder)
-        _print_json(watched.as_dict(watched.look()))
+        watched = WatchedRun(folder)
+        _print_json(watched.as_dict(watched.update()))
 
 
 @app.command()

@@ -44,7 +44,7 @@ from saelab.preflight.estimate import training_seconds
 from saelab.preflight.memory import fitting, refuse
 from saelab.preflight.preview import RunCheck, check, check_limit
 from saelab.progress import clock
-from saelab.progress.run import launch_progress, tell, tell_cells
+from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
 from saelab.runs import schema
 from saelab.runtime import exhaustion
@@ -134,7 +134,7 @@ def _launched(
         # where they overlapped, the harvest is complete by now
         ready = replace(PreparedLaunch.of(task, before) if overlap else ready, task=task)
     folders = _trained(ready)
-    tell({"stage": "verdict", "done": 0, "total": 1})
+    log_progress({"stage": "verdict", "done": 0, "total": 1})
     prepared = ready.prepared
     places = [ready.place(control["key"]) for control in ready.beside]
     places += _planted(ready, folders)
@@ -296,7 +296,7 @@ def _trained(ready: PreparedLaunch, later: Sequence[CellSpec] = ()) -> dict[Cell
     """
     wave = _wave(ready)
     task, device = ready.task, ready.data.device
-    tell_cells(len(wave.specs), wave.cached)
+    log_cells(len(wave.specs), wave.cached)
     if wave.jobs:
         workers = _workers(task, device)
         at_once = max(1, min(workers, len(wave.jobs)))

@@ -27,7 +27,7 @@ from typing import Any
 from saelab.errors import SettingError, StudyFailure
 from saelab.launch.executors import Work
 from saelab.progress import Progress
-from saelab.progress.run import tell
+from saelab.progress.run import log_progress
 from saelab.runtime import signals
 
 #: Seconds between two looks at the workers, and between two words of a worker about its tokens.
@@ -134,7 +134,7 @@ def take(bar: Progress, amount: float, line: Mapping[str, Any] | None = None) ->
     """What a job said, in the process of the launch."""
     bar.advance(amount)
     if line is not None:
-        tell(line)
+        log_progress(line)
 
 
 def _raise_failures(futures: Iterable[Future[None]]) -> None:

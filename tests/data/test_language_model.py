@@ -31,8 +31,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from saelab.data.language_model import EXTRAS, LanguageModel, ModelConfig, load
-from saelab.data.text.corpus import TextConfig, documents, tokenize_texts
+from saelab.data.language_model import LanguageModel, ModelConfig, load
+from saelab.data.model_files import EXTRAS
+from saelab.data.text.corpus import TextConfig, documents
+from saelab.data.text.tokens import tokenize_texts
 from saelab.errors import SettingError, SourceError
 from saelab.seeding import torch_stream
 

@@ -38,7 +38,8 @@ from saelab.assets import EMBEDDED_MODEL
 from saelab.data import language_model
 from saelab.data.activations.harvest import HarvestConfig, harvest
 from saelab.data.language_model import LanguageModel, ModelConfig
-from saelab.data.text.corpus import TextConfig, Tokens, tokenize
+from saelab.data.text.corpus import TextConfig
+from saelab.data.text.tokens import Tokens, tokenize
 
 #: Contexts in one pass, the default of HarvestConfig.
 BATCH = HarvestConfig().batch

@@ -46,7 +46,7 @@ from saelab.data import language_model
 from saelab.data.activations.harvest import harvest
 from saelab.data.activations.store import Source
 from saelab.data.activations.stream import batches
-from saelab.data.text.corpus import tokenize
+from saelab.data.text.tokens import tokenize
 from saelab.errors import SaelabError
 from saelab.runtime.allocator import keep_freed_memory
 from saelab.storage.atomic import read_json, write_text

@@ -14,7 +14,7 @@ import torch
 from common import parser
 
 from saelab.data.activations.stream import Batch
-from saelab.distributed.ranks import Ranks, join_ranks, processes
+from saelab.distributed.ranks import Ranks, join_ranks, process_count
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if processes() > 1:
+    if process_count() > 1:
         worker(*map(int, os.environ["SPLIT"].split(",")))
     else:
         main()

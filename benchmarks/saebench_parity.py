@@ -166,9 +166,9 @@ def _ours(
 
 
 def _not_asked() -> list[str]:
-    from saelab.data.probing.saebench import NAMES
+    from saelab.data.probing.saebench import ENTRY_NAMES
 
-    return [name for name in NAMES if name not in ENTRIES]
+    return [name for name in ENTRY_NAMES if name not in ENTRIES]
 
 
 class _Clock:

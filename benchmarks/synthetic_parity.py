@@ -184,7 +184,8 @@ def _generators(drawn: Mapping[str, Tensor]) -> Section:
         lines.append([name, f"{float(mine):.4f}", f"{float(yours):.4f}",
                       f"{float(mine) - float(yours):+.4f}"])  # fmt: skip
         raw.append({"statistic": name, "ours": float(mine), "saelens": float(yours)})
-    same = float((CONFIG.own_probabilities - drawn["own_probabilities"].double()).abs().max())
+    difference = CONFIG.unsilenced_probabilities - drawn["own_probabilities"].double()
+    same = float(difference.abs().max())
     raw.append({"statistic": "largest difference of a firing probability", "value": same})
     worst = max(float(values.square().mean()) for values in z.values())
     return Section(

@@ -368,14 +368,14 @@ def watch(
 ) -> None:
     """Follow a run: stage, cells, tokens/s, losses, time left. With --json its state now."""
     with cli_errors():
-        from saelab.progress.watch import Watched
+        from saelab.progress.watch import WatchedRun
         from saelab.progress.watch import watch as follow
 
         if not json_:
             follow(folder)
             return
-        watched = Watched(folder)
-        _print_json(watched.as_dict(watched.look()))
+        watched = WatchedRun(folder)
+        _print_json(watched.as_dict(watched.update()))
 
 
 @app.command()
@@ -397,7 +397,7 @@ def _say(text: str, err: bool = False) -> None:
     """Prints what may hold names and texts of others."""
     from saelab.runtime.safe_text import visible
 
-    typer.echo(visible(text, kept="\n"), err=err)
+    typer.echo(visible(text, keep="\n"), err=err)
 
 
 def _print_json(data: Any) -> None:

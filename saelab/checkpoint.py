@@ -18,8 +18,8 @@ from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import DamageError, SourceError
 from saelab.sae import SAE, SAEConfig
 from saelab.storage.atomic import read_json, read_sealed, sha256, write_sealed
-from saelab.storage.safetensors_file import shapes
-from saelab.storage.validation import Loose, check
+from saelab.storage.safetensors_file import read_shapes
+from saelab.storage.validation import Loose, validate
 
 FORMAT = 1
 REMEDY = "train the cell again, or take the folder from where it was copied"
@@ -62,7 +62,9 @@ def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, 
     if isinstance(record, dict) and found != FORMAT:
         told = f"{folder} has format {found!r}, this version reads {FORMAT}"
         raise SourceError(f"{told}: {REMEDY}")
-    record = check(read_sealed(folder / "sae.json", REMEDY), _Record, folder / "sae.json", REMEDY)
+    record = validate(
+        read_sealed(folder / "sae.json", REMEDY), _Record, folder / "sae.json", REMEDY
+    )
     file = folder / "sae.safetensors"
     if not file.is_file() or sha256(file) != record["sha256"]:
         raise DamageError(f"{file} does not match its checksum: {REMEDY}")
@@ -87,7 +89,7 @@ def _check_shapes(config: SAEConfig, d_in: int, file: Path) -> None:
     except (RuntimeError, ArithmeticError, ValueError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DamageError(f"{file} fits no SAE of such sizes ({reason}): {REMEDY}") from None
-    found = shapes(file, DamageError, REMEDY)
+    found = read_shapes(file, DamageError, REMEDY)
     if config.tied:
         del wanted["W_enc"]
     for name in sorted({*found, *wanted}):

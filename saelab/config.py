@@ -1,6 +1,6 @@
-"""Settings as frozen data: unknown names are refused with the nearest known one.
+"""Settings as frozen data; an unknown name is refused with a hint at the nearest existing one.
 
-`Frozen` is the base of every configuration class. A configuration is owned by the module that
+`Frozen` is the base of every configuration class. A configuration belongs to the module that
 builds from it; derived values are properties; `patched` changes the named fields and nothing else.
 """
 
@@ -16,12 +16,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.storage.atomic import digest
 
-#: Said of a text with a character that no file and no module has in its name.
-NUL = "a text can't hold the character NUL: leave it out"
+#: Remedy for a text with the one character that no name of a file or a module can contain.
+NUL_REMEDY = "a text can't hold the character NUL: leave it out"
 
 
 class Frozen(BaseModel):
-    """Base of all settings: immutable, no extra fields, defaults checked too."""
+    """Base of all settings: immutable, without extra fields; defaults are validated too."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
@@ -29,28 +29,36 @@ class Frozen(BaseModel):
 
     @classmethod
     def parse(cls, data: dict[str, Any], where: str = "") -> Self:
-        """Builds from plain data.
+        """Builds the settings from plain data.
+
+        Args:
+            data: names and values, as read from TOML or JSON.
+            where: prefix of the names in error messages, such as the name of a file.
 
         Raises: SettingError naming the setting, its value and the remedy.
         """
         leaves = list(_leaves(data))
         for path, value in leaves:
             if isinstance(value, str) and "\0" in value:
-                raise SettingError(_name(where, path), value, NUL)
+                raise SettingError(_name(where, path), value, NUL_REMEDY)
         try:
-            made = cls.model_validate(data)
+            settings = cls.model_validate(data)
         except ValidationError as error:
             raise _setting_error(cls, error, where) from None
         for path, value in leaves:  # True and False would pass for 1 and 0
-            if isinstance(value, bool) and type(_at(made, path)) in (int, float):
+            if isinstance(value, bool) and type(_at(settings, path)) in (int, float):
                 raise SettingError(_name(where, path), value, "should be a number, not a boolean")
-        return made
+        return settings
 
     def patched(self, changes: dict[str, Any]) -> Self:
-        """The same settings with dotted names replaced: {"sae.d_sae": 512}.
+        """Returns a copy in which the settings with these dotted names are replaced.
 
-        A value of None removes an optional part; a dict replaces the part as a whole; a name that
-        ends in "+" appends to a list: {"sae.losses+": {"kind": "auxk"}}.
+        Args:
+            changes: dotted name -> new value, as in {"sae.d_sae": 512}. None removes an optional
+                part; a dict replaces the part as a whole; a name that ends in "+" appends to a
+                list: {"sae.losses+": {"kind": "auxk"}}.
+
+        Raises: SettingError for a name that does not exist or a value that is refused.
         """
         data = self.model_dump()
         for name, value in changes.items():
@@ -68,13 +76,13 @@ class Frozen(BaseModel):
                 node = child
             old = _child(node, last, name, value)
             if append and not isinstance(old, (list, tuple)):
-                raise SettingError(name, value, "is no list to append to: leave out the '+'")
+                raise SettingError(name, value, "is not a list to append to: leave out the '+'")
             new = [*old, value] if append else value
             node[int(last) if isinstance(node, list) else last] = new
         return type(self).parse(data)
 
     def digest(self) -> str:
-        """A 16-character content hash of all settings."""
+        """Returns a 16-character content hash of all settings."""
         return digest(self.model_dump(mode="json"))
 
 
@@ -89,29 +97,30 @@ def _child(node: Any, key: str, name: str, value: Any) -> Any:
 
 
 def _leaves(data: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """Every name and every value in plain data that is no container, and where it lies."""
-    left: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
-    while left:  # not by recursion: data may be nested as deeply as a file's reader allows
-        path, value = left.pop()
+    """Yields each name, and each value that is not a container, with its path in plain data."""
+    stack: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
+    while stack:  # not by recursion: data may be nested as deeply as a file's reader allows
+        path, value = stack.pop()
         if isinstance(value, Mapping):
             yield from ((path, name) for name in value)
-            left += [((*path, name), each) for name, each in value.items()]
+            stack += [((*path, name), item) for name, item in value.items()]
         elif isinstance(value, (list, tuple)):
-            left += [((*path, i), each) for i, each in enumerate(value)]
+            stack += [((*path, i), item) for i, item in enumerate(value)]
         else:
             yield path, value
 
 
-def _at(made: Any, path: tuple[str | int, ...]) -> Any:
-    """What settings hold at a place of the data that they were made from."""
+def _at(settings: Any, path: tuple[str | int, ...]) -> Any:
+    """Returns the value of the settings at a path of the data that they were built from."""
+    node = settings
     for key in path:
-        if isinstance(made, BaseModel):
-            made = getattr(made, str(key), None)
-        elif isinstance(made, Mapping):
-            made = made.get(key)
+        if isinstance(node, BaseModel):
+            node = getattr(node, str(key), None)
+        elif isinstance(node, Mapping):
+            node = node.get(key)
         else:
-            made = made[key] if isinstance(made, tuple) and isinstance(key, int) else None
-    return made
+            node = node[key] if isinstance(node, tuple) and isinstance(key, int) else None
+    return node
 
 
 def _name(where: str, path: tuple[str | int, ...]) -> str:
@@ -119,16 +128,20 @@ def _name(where: str, path: tuple[str | int, ...]) -> str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Raises: SourceError when the file is missing or is no TOML."""
+    """Parses a TOML file.
+
+    Raises: SourceError when the file is missing or is not valid TOML.
+    """
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist: name an existing TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} is no valid TOML ({error}): mend the file") from None
+        raise SourceError(f"{path} is not valid TOML ({error}): fix the file") from None
 
 
 def _setting_error(cls: type[BaseModel], error: ValidationError, where: str) -> SettingError:
+    """Returns the first of pydantic's findings as setting, value and remedy."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     name = _name(where, first["loc"])
@@ -145,7 +158,7 @@ def _setting_error(cls: type[BaseModel], error: ValidationError, where: str) -> 
 
 
 def _fields(cls: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields at `path` below `cls`, over all members of unions."""
+    """Returns the names of the fields at `path` below `cls`, over all members of unions."""
     names: list[str] = []
 
     def visit(kind: Any, rest: list[str]) -> None:

@@ -7,7 +7,7 @@ SaelabError                  something went wrong that the user can act on
 │   │   └── UnreachableError the hub can't be reached
 │   └── MismatchError        two things that must agree (hook, context, dtype, definition) do not
 ├── DamageError              a file that saelab wrote does not match its checksum
-├── CellFailure              one cell stopped (non-finite loss ...); the others go on
+├── CellFailure              one cell stopped (non-finite loss ...); the others continue
 └── StudyFailure             the launch as a whole has no usable result: exit code 1
 """
 
@@ -20,19 +20,19 @@ from saelab.runtime.safe_text import visible
 
 
 class SaelabError(Exception):
-    """Base of the tree; `exit_code` is what the command line ends with."""
+    """Base of the tree; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
-    def __str__(self) -> str:  # one line, whatever names and reasons it was made of
+    def __str__(self) -> str:  # one line, whatever names and reasons the message contains
         return visible(super().__str__())
 
-    def __reduce__(self) -> tuple[object, ...]:  # whole on its way from a worker process
+    def __reduce__(self) -> tuple[object, ...]:  # a worker process sends all attributes
         return Exception.__new__, (type(self), *self.args), self.__dict__
 
 
 class UsageError(SaelabError):
-    """Bad input, told in one sentence that names the remedy."""
+    """Bad input, reported in one sentence that names the remedy."""
 
     exit_code = 2
 
@@ -50,7 +50,7 @@ class SourceError(UsageError):
 
 
 class UnreachableError(SourceError):
-    """The hub can't be reached, so that nothing on it can be had."""
+    """The hub can't be reached, so nothing on it is available."""
 
 
 class MismatchError(UsageError):
@@ -58,11 +58,11 @@ class MismatchError(UsageError):
 
 
 class DamageError(SaelabError):
-    """A file does not match the checksum that was written beside it."""
+    """A file does not match the checksum that was written with it."""
 
 
 class CellFailure(SaelabError):
-    """One cell cannot go on; `step` is where it stopped (optimiser steps)."""
+    """One cell cannot continue; `step` is the optimiser step at which it stopped."""
 
     def __init__(self, cell: str, step: int, reason: str) -> None:
         super().__init__(f"cell {cell} stopped at step {step}: {reason}")
@@ -73,7 +73,7 @@ class StudyFailure(SaelabError):
     """The launch has no usable result (for example no valid baseline cell)."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns " (did you mean 'x'?)" for the closest known name, or "" when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns " (did you mean 'x'?)" for the closest of the names, or "" when none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

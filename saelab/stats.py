@@ -14,8 +14,8 @@ Sources: Fisher 1935 (sign flips), Holm 1979, Schuirmann 1987 (TOST), Efron 1987
 integrated over the chi distribution of s, because scipy's noncentral t can return NaN.
 
 Functions of `differences` take [..., n] and work along the last axis, unless they say "one row".
-Differences that are all equal have no spread to estimate a t statistic from: their p is that of the
-sign flips, 2^(1-n), or 1 when all are zero.
+Differences that are all equal have no spread to estimate a t statistic from: their p is the p of
+the sign flips, 2^(1-n), or 1 when all are zero.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BCA_FROM = 10
 RESAMPLES = 10_000
 #: Share of the largest difference below which a spread is rounding. Our choice.
 ROUNDING = 1e-9
-#: More pairs than this are not asked for. Our choice: nobody trains them.
+#: Largest number of pairs that is recommended. Our choice: nobody trains more.
 MOST_PAIRS = 10_000
 
 
@@ -61,7 +61,7 @@ class Paired:
 
 
 def paired_summary(differences: ArrayLike, alpha: float = 0.05) -> Paired:
-    """Mean, standard deviation (ddof 1) and t interval of one row of differences.
+    """Returns mean, standard deviation (ddof 1) and t interval of one row of differences.
 
     Raises: SettingError when there is no difference or one is not finite.
     """
@@ -74,7 +74,7 @@ def paired_summary(differences: ArrayLike, alpha: float = 0.05) -> Paired:
 
 
 def t_interval(differences: ArrayLike, alpha: float = 0.05) -> tuple[Array, Array]:
-    """The two ends of the t interval of coverage 1 - alpha, each [...]."""
+    """Returns the two ends of the t interval of coverage 1 - alpha, each [...]."""
     d = _rows(differences)
     mean, sd = _moments(d)
     half = _t_quantile(1 - alpha / 2, d.shape[-1] - 1) * sd / math.sqrt(d.shape[-1])
@@ -84,9 +84,9 @@ def t_interval(differences: ArrayLike, alpha: float = 0.05) -> tuple[Array, Arra
 def bca_interval(
     differences: ArrayLike, alpha: float = 0.05, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Bias-corrected and accelerated bootstrap interval of the mean of one row.
+    """Returns the bias-corrected and accelerated bootstrap interval of the mean of one row.
 
-    Returns: None below `BCA_FROM` differences, where it covers too little.
+    It is None below `BCA_FROM` differences, where the interval covers too little.
     """
     from scipy.special import ndtr, ndtri
 
@@ -109,7 +109,7 @@ def bca_interval(
 
 
 def sign_flip_p(differences: ArrayLike, seed: int = 0) -> Array:
-    """Two-sided sign-flip p [...]: exact up to `EXACT_UP_TO` differences, drawn beyond."""
+    """Returns the two-sided sign-flip p [...]: exact up to `EXACT_UP_TO` differences."""
     d = _rows(differences)
     n = d.shape[-1]
     limit = np.abs(d.sum(axis=-1, keepdims=True)) - ROUNDING * np.abs(d).sum(axis=-1, keepdims=True)
@@ -122,7 +122,7 @@ def sign_flip_p(differences: ArrayLike, seed: int = 0) -> Array:
 
 
 def _drawn_sign_flip_p(d: Array, limit: Array, seed: int, chunk: int = 10_000) -> Array:
-    """(1 + hits) / (1 + draws), which is never zero and never too small on average."""
+    """Returns (1 + hits) / (1 + draws), which is never zero and never too small on average."""
     stream = numpy_stream(seed, "sign-flip", d.shape[-1])
     hits = np.zeros(d.shape[:-1])
     for _ in range(DRAWS // chunk):
@@ -132,7 +132,7 @@ def _drawn_sign_flip_p(d: Array, limit: Array, seed: int, chunk: int = 10_000) -
 
 
 def paired_t_p(differences: ArrayLike) -> Array:
-    """Two-sided p [...] of the paired t test; differences without spread get 2^(1-n) or 1."""
+    """Returns the two-sided p [...] of the paired t test; without spread it is 2^(1-n) or 1."""
     from scipy.special import stdtr
 
     d = _rows(differences)
@@ -144,7 +144,7 @@ def paired_t_p(differences: ArrayLike) -> Array:
 
 
 def choose_test(n: int, m: int, alpha: float = 0.05) -> Test:
-    """The one test that decides, chosen from the numbers of pairs and comparisons alone.
+    """Chooses the one test that decides from the numbers of pairs and comparisons alone.
 
     The smallest sign-flip p is 2^(1-n). Holm multiplies it by up to m, so below
     n = ceil(log2(2m / alpha)) sign flips can never reach alpha and the t test is used.
@@ -153,13 +153,13 @@ def choose_test(n: int, m: int, alpha: float = 0.05) -> Test:
 
 
 def chosen_p(differences: ArrayLike, m: int, alpha: float = 0.05) -> Array:
-    """p [...] of the test that `choose_test` names for these differences."""
+    """Returns the p [...] of the test that `choose_test` names for these differences."""
     d = _rows(differences)
     return sign_flip_p(d) if choose_test(d.shape[-1], m, alpha) == "sign-flip" else paired_t_p(d)
 
 
 def holm(p: ArrayLike, m: int | None = None) -> Array:
-    """Holm-adjusted p [..., k] over the last axis.
+    """Returns the Holm-adjusted p [..., k] over the last axis.
 
     Args:
         p: unadjusted p, [..., k].
@@ -177,9 +177,9 @@ def holm(p: ArrayLike, m: int | None = None) -> Array:
 
 
 def tost_p(differences: ArrayLike, sesoi: float) -> Array:
-    """p [...] of "the effect is at least sesoi in size"; small means equivalent inside +-sesoi.
+    """Returns the p [...] of "the effect is at least sesoi in size"; small means equivalent.
 
-    p <= alpha says the same as: the interval of coverage 1 - 2 alpha lies inside +-sesoi.
+    p <= alpha exactly when the interval of coverage 1 - 2 alpha lies inside +-sesoi.
     """
     from scipy.special import stdtr
 
@@ -191,7 +191,7 @@ def tost_p(differences: ArrayLike, sesoi: float) -> Array:
 
 
 def t_power(n: int, effect: float, alpha: float = 0.05) -> float:
-    """Power of the two-sided paired t test for a true effect, given in standard deviations."""
+    """Returns the power of the two-sided paired t test for an effect in standard deviations."""
     from scipy.special import ndtr
 
     scale, weight = _chi_nodes(n - 1)
@@ -201,7 +201,7 @@ def t_power(n: int, effect: float, alpha: float = 0.05) -> float:
 
 
 def tost_power(n: int, sesoi: float, alpha: float = 0.05) -> float:
-    """Power of the equivalence test at a true effect of zero; sesoi in standard deviations."""
+    """Returns the power of the equivalence test at no effect; sesoi in standard deviations."""
     from scipy.special import ndtr
 
     scale, weight = _chi_nodes(n - 1)
@@ -211,7 +211,7 @@ def tost_power(n: int, sesoi: float, alpha: float = 0.05) -> float:
 
 @functools.cache
 def detectable_factor(n: int, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Smallest effect, in standard deviations, that the t test finds with this power (n >= 2)."""
+    """Returns the smallest effect, in standard deviations, that n >= 2 pairs detect."""
     low, high = 0.0, 1e4
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
@@ -220,12 +220,12 @@ def detectable_factor(n: int, alpha: float = 0.05, power: float = 0.8) -> float:
 
 
 def smallest_detectable(sd: float, n: int, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Smallest true effect, in the unit of `sd`, that n pairs find with this power."""
+    """Returns the smallest true effect, in the unit of `sd`, that n pairs detect."""
     return detectable_factor(n, alpha, power) * sd
 
 
 def pairs_needed(sd: float, effect: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
-    """Fewest pairs at which the t test finds `effect` with this power; None above `MOST_PAIRS`.
+    """Returns the fewest pairs at which the t test detects `effect`; None above `MOST_PAIRS`.
 
     Without spread it is the number at which sign flips alone reach alpha.
     """
@@ -239,21 +239,21 @@ def pairs_needed(sd: float, effect: float, alpha: float = 0.05, power: float = 0
 def pairs_needed_equivalence(
     sd: float, sesoi: float, alpha: float = 0.05, power: float = 0.8
 ) -> int | None:
-    """Fewest pairs at which a true effect of zero is told equivalent inside +-sesoi."""
+    """Returns the fewest pairs at which a true effect of zero is judged equivalent."""
     if sesoi <= 0:
         return None
     return 2 if sd == 0 else _fewest(lambda n: tost_power(n, sesoi / sd, alpha) >= power)
 
 
 def mean_stderr(values: Iterable[float | None]) -> tuple[float | None, float | None]:
-    """Mean and standard error sd / sqrt(n) (ddof 1) of the values that are there.
+    """Returns mean and standard error sd / sqrt(n) (ddof 1) of the values that are not None.
 
-    Returns: None for a mean of nothing, None for the error of fewer than two values.
+    The mean of no values is None, and so is the error of fewer than two.
     """
-    there = [value for value in values if value is not None]
-    if not there:
+    present = [value for value in values if value is not None]
+    if not present:
         return None, None
-    row = _row(there)
+    row = _row(present)
     error = float(row.std(ddof=1)) / math.sqrt(len(row)) if len(row) > 1 else None
     return float(row.mean()), error
 
@@ -267,7 +267,7 @@ class AtL0:
 
 
 def at_l0(levels: Sequence[float | None], values: Sequence[float | None], target: float) -> AtL0:
-    """One seed's metric at L0 = target, interpolated linearly in log L0; never extrapolated.
+    """Interpolates one seed's metric at L0 = target, linearly in log L0; never extrapolates.
 
     Args:
         levels: the measured L0 of each cell; equal ones are averaged.
@@ -280,43 +280,43 @@ def at_l0(levels: Sequence[float | None], values: Sequence[float | None], target
     if len(levels) != len(values):
         raise SettingError("levels", len(levels), f"there are {len(values)} values: give as many")
     pairs = zip(levels, values, strict=True)
-    there = [(x, y) for x, y in pairs if x is not None and y is not None]
-    found = [(x, y) for x, y in there if math.isfinite(x) and math.isfinite(y) and x > 0]
-    measured, place = np.unique([x for x, _ in found], return_inverse=True)
+    present = [(x, y) for x, y in pairs if x is not None and y is not None]
+    usable = [(x, y) for x, y in present if math.isfinite(x) and math.isfinite(y) and x > 0]
+    measured, group = np.unique([x for x, _ in usable], return_inverse=True)
     if not len(measured):
         return AtL0(None, "no cell has both an L0 and a value")
     if not measured[0] <= target <= measured[-1]:
         span = f"measured at L0 {measured[0]:.4g} to {measured[-1]:.4g}"
         return AtL0(None, f"{span}, and not extrapolated to {target:g}: add a level beyond it")
-    means = np.bincount(place, [y for _, y in found]) / np.bincount(place)
-    if target in measured:  # its logarithm may be that of a neighbour too
+    means = np.bincount(group, [y for _, y in usable]) / np.bincount(group)
+    if target in measured:  # its logarithm may equal the logarithm of a neighbour
         return AtL0(float(means[measured == target][0]))
     return AtL0(float(np.interp(math.log(target), np.log(measured), means)))
 
 
 def median(values: Sequence[float] | Array) -> float:
-    """The median of one row."""
+    """Returns the median of one row."""
     return float(np.median(_row(values)))
 
 
 def mad(values: Sequence[float] | Array) -> float:
-    """Median absolute deviation from the median of one row, without a factor for normal data."""
+    """Returns the median absolute deviation of one row, without a factor for normal data."""
     row = _row(values)
     return float(np.median(np.abs(row - np.median(row))))
 
 
 def outside_share(path: Sequence[float] | Array, low: float = 0.02, high: float = 0.98) -> float:
-    """Share of a path's steps outside [low, high]; a balance collapsed when it is above 0.1."""
+    """Returns the share of a path's steps outside [low, high]; above 0.1 a balance collapsed."""
     row = _row(path)
     return float(((row < low) | (row > high)).mean())
 
 
 def moved_share(alpha: Sequence[float] | Array, reach: float) -> float:
-    """Distance that the logit of alpha moved from its start to its end, over its reach.
+    """Returns the distance that the logit of alpha moved from start to end, over its reach.
 
     Args:
         alpha: path of a share in [0, 1].
-        reach: the most that the logit could move: the sum of its learning rates.
+        reach: the farthest that the logit could move: the sum of its learning rates.
     """
     ends = np.clip(_row(alpha)[[0, -1]], 1e-7, 1 - 1e-7)
     start, end = np.log(ends / (1 - ends))
@@ -324,7 +324,10 @@ def moved_share(alpha: Sequence[float] | Array, reach: float) -> float:
 
 
 def _row(values: ArrayLike) -> Array:
-    """One row of at least one finite number."""
+    """Returns the values as one row of at least one finite number.
+
+    Raises: SettingError for anything else.
+    """
     row = np.asarray(values, dtype=np.float64)
     if row.ndim != 1 or not row.size or not np.isfinite(row).all():
         raise SettingError(
@@ -334,6 +337,7 @@ def _row(values: ArrayLike) -> Array:
 
 
 def _rows(differences: ArrayLike) -> Array:
+    """Returns the differences as [..., n]; raises SettingError below two pairs."""
     d = np.asarray(differences, dtype=np.float64)
     if d.ndim < 1 or d.shape[-1] < 2:
         raise SettingError("differences", d.tolist(), "at least two pairs are needed")
@@ -341,7 +345,7 @@ def _rows(differences: ArrayLike) -> Array:
 
 
 def _moments(d: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation [...]; a spread that is only rounding counts as zero."""
+    """Returns mean and standard deviation [...]; a spread that is only rounding counts as zero."""
     sd = d.std(axis=-1, ddof=1)
     return d.mean(axis=-1), np.where(sd <= ROUNDING * np.abs(d).max(axis=-1), 0.0, sd)
 
@@ -367,7 +371,10 @@ def _chi_nodes(df: int) -> tuple[Array, Array]:
 
 
 def _fewest(enough: Callable[[int], bool]) -> int | None:
-    """The smallest n from 2 to MOST_PAIRS that is enough, for a condition that stays true."""
+    """Returns the smallest n from 2 to MOST_PAIRS that is enough, or None.
+
+    The condition must stay true once it is true.
+    """
     low, high = 1, 2
     while not enough(high):
         if high >= MOST_PAIRS:

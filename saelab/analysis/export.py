@@ -22,7 +22,7 @@ from saelab.formats import Loaded
 from saelab.parts.activations.tied_threshold import TiedThreshold
 from saelab.runs.folder import RunFolder, run_cells
 from saelab.sae import SAE
-from saelab.storage.atomic import writing
+from saelab.storage.atomic import explain_write_errors
 from saelab.study.plan import base_of_run
 
 
@@ -100,7 +100,7 @@ def _whole(out: Path) -> Iterator[Path]:
     fresh = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
     try:
         yield fresh
-        with writing(out):
+        with explain_write_errors(out):
             fresh.replace(out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

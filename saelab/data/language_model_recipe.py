@@ -1,8 +1,8 @@
-"""How the embedded language model is made: `saelab lm train`.
+"""Training of the embedded language model: `saelab lm train`.
 
 A GPT-NeoX of four layers, trained on the training split of the standard library's source. One
-file, read from top to bottom: tokeniser, model, batches, loop, card. Resumable: the folder
-`<out>/.resume` holds the last checkpoint (safetensors and JSON), removed at the end.
+file, to be read from top to bottom: tokeniser, model, batches, loop, card. Training can be resumed:
+the folder `<out>/.resume` holds the last checkpoint (safetensors and JSON), removed at the end.
 """
 
 from __future__ import annotations
@@ -20,20 +20,24 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from saelab.data.language_model import check_device, no_bars
+from saelab.data.hub import hide_progress_bars
+from saelab.data.language_model import check_device
 from saelab.data.text import stdlib
 from saelab.errors import SettingError
 from saelab.progress import progress
 from saelab.runtime.allocator import keep_freed_memory
-from saelab.storage.atomic import write_atomically, write_json, write_text, writing
+from saelab.storage.atomic import explain_write_errors, write_atomically, write_json, write_text
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights. Sizes are our choice: the largest model that 20 M
-    tokens and 2 cores can train within the hour and that stays under 12 MB as float16."""
+    """Everything that decides the weights.
+
+    Sizes are our choice: the largest model that 20 M tokens and 2 cores can train within the hour
+    and that stays under 12 MB as float16.
+    """
 
     tokens: int = 20_000_000
     vocab_size: int = 4096
@@ -51,10 +55,11 @@ class Recipe:
 
     @property
     def steps(self) -> int:
+        """Number of optimiser steps."""
         return max(1, self.tokens // (self.batch * self.context))
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a tenth."""
+        """Returns the learning rate of a step: linear warm-up, then a cosine down to a tenth."""
         warm = max(1, int(self.warmup * self.steps))
         if step < warm:
             return self.lr * (step + 1) / warm
@@ -63,7 +68,7 @@ class Recipe:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every byte can be written, so no text is out of vocabulary."""
+    """Trains byte-level BPE, which can encode every byte, so no text is out of vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,21 +84,24 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
-def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    found = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(found, int)
-    return found
+def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    number = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(number, int)
+    return number
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
-    """All texts as one uint16 stream, each followed by EOS. Shape [tokens]."""
+    """Returns all texts as one uint16 stream [tokens], each text followed by EOS."""
     eos = tokenizer.eos_token_id
     pieces = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return np.concatenate([np.asarray([*ids, eos], dtype=np.uint16) for ids in pieces])
 
 
 def batch_at(stream: np.ndarray, recipe: Recipe, step: int, bos: int) -> torch.Tensor:
-    """The batch of one step, from seed and step alone. int64 [batch, context], BOS first."""
+    """Returns the batch of a step, int64 [batch, context], BOS first.
+
+    It depends only on the seed and the step.
+    """
     rng = np.random.default_rng([recipe.seed, step])
     starts = rng.integers(0, len(stream) - recipe.context, size=recipe.batch)
     rows = stream[starts[:, None] + np.arange(recipe.context - 1)]
@@ -102,7 +110,7 @@ def batch_at(stream: np.ndarray, recipe: Recipe, step: int, bos: int) -> torch.T
 
 
 def windows(stream: np.ndarray, context: int, bos: int) -> torch.Tensor:
-    """The stream cut into contexts that begin with BOS. int64 [contexts, context]."""
+    """Cuts the stream into contexts that begin with BOS; returns int64 [contexts, context]."""
     n = len(stream) // (context - 1)
     rows = stream[: n * (context - 1)].reshape(n, context - 1)
     return torch.from_numpy(np.concatenate([np.full((n, 1), bos), rows], 1).astype(np.int64))
@@ -110,7 +118,10 @@ def windows(stream: np.ndarray, context: int, bos: int) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    """Mean next-token loss in nats over tokens [contexts, context]; BOS is never predicted."""
+    """Returns the mean next-token loss in nats of tokens [contexts, context].
+
+    BOS is never predicted.
+    """
     was_training, total, count = model.training, 0.0, 0
     model.eval()
     device = next(model.parameters()).device
@@ -128,10 +139,10 @@ def held_out_loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
 
 
 def ngram_losses(train: np.ndarray, tokens: torch.Tensor, vocab: int) -> dict[str, float]:
-    """Held-out loss in nats of a unigram and of an interpolated bigram model, add-one counts.
+    """Returns the held-out loss in nats of a unigram and of an interpolated bigram model.
 
-    The bigram mixes in the unigram with the weight that is best on the held-out tokens
-    themselves, which favours it: a lead over it is a lead.
+    Counts are add-one. The bigram model is mixed with the unigram model, with the weight that is
+    best on the held-out tokens themselves, which favours it as a baseline.
     """
     counts = np.bincount(train, minlength=vocab) + 1.0
     unigram = counts / counts.sum()
@@ -151,22 +162,27 @@ def train(
 ) -> dict[str, float]:
     """Trains the model (or goes on from `out/.resume`) and writes the finished folder `out`.
 
-    Returns the held-out losses in nats per token: 'model' (of the stored float16 weights),
-    'unigram', 'bigram'.
+    Args:
+        out: the folder.
+        recipe: settings.
+        threads: threads of torch; None leaves them unchanged.
+        device: device on which the model is trained.
 
+    Returns: the held-out losses in nats per token: 'model' (of the stored float16 weights),
+        'unigram', 'bigram'.
     Raises: SettingError for settings that can't be used, or a folder that holds a finished model.
     """
-    _check(out, recipe, device)
+    _check_settings(out, recipe, device)
     keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
-    with writing(out):
+    with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(stdlib.texts("train"), recipe.vocab_size)
-    bos = _id(tokenizer, BOS)
+    bos = _token_id(tokenizer, BOS)
     train_tokens = token_stream(tokenizer, stdlib.texts("train"))
     held_out = windows(token_stream(tokenizer, stdlib.texts("held_out")), recipe.context, bos)
-    model, optimizer, first = _start(out, recipe, tokenizer, device)
+    model, optimizer, first = _build_or_resume(out, recipe, tokenizer, device)
     curve: list[dict[str, float]] = []
     every = max(1, recipe.steps // 25)
     title = f"language model, {len(train_tokens):,} training tokens"
@@ -177,12 +193,12 @@ def train(
             loss = _step(model, optimizer, batch_at(train_tokens, recipe, step, bos), recipe, step)
             bar.advance(per_step, note=f"loss {loss:.3f}")
             if (step + 1) % every == 0:
-                check = held_out_loss(model, held_out[:: max(1, len(held_out) // 128)])
-                curve.append({"step": step + 1, "train": loss, "held_out": check})
+                estimate = held_out_loss(model, held_out[:: max(1, len(held_out) // 128)])
+                curve.append({"step": step + 1, "train": loss, "held_out": estimate})
                 write_json(out / "curve.json", curve)
                 _save_resume(out, model, optimizer, recipe, step + 1)
-    _write(out, model, tokenizer)
-    with no_bars():
+    _write_model(out, model, tokenizer)
+    with hide_progress_bars():
         stored = GPTNeoXForCausalLM.from_pretrained(out).float()
     losses = {"model": held_out_loss(stored, held_out)} | ngram_losses(
         train_tokens, held_out, recipe.vocab_size
@@ -192,7 +208,8 @@ def train(
     return losses
 
 
-def _check(out: Path, recipe: Recipe, device: str) -> None:
+def _check_settings(out: Path, recipe: Recipe, device: str) -> None:
+    """Raises: SettingError for settings that can't be used."""
     check_device(device)
     least = recipe.batch * recipe.context
     if recipe.tokens < least:
@@ -202,7 +219,8 @@ def _check(out: Path, recipe: Recipe, device: str) -> None:
         raise SettingError("out", str(out), remedy)
 
 
-def _start(out: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, device: str):
+def _build_or_resume(out: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, device: str):
+    """Returns model, optimiser and first step, from a checkpoint of the same recipe if any."""
     torch.manual_seed(recipe.seed)
     model = GPTNeoXForCausalLM(
         GPTNeoXConfig(
@@ -213,9 +231,9 @@ def _start(out: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, device
             intermediate_size=4 * recipe.d_model,
             max_position_embeddings=recipe.context,
             hidden_dropout=recipe.dropout,
-            bos_token_id=_id(tokenizer, BOS),
-            eos_token_id=_id(tokenizer, EOS),
-            pad_token_id=_id(tokenizer, PAD),
+            bos_token_id=_token_id(tokenizer, BOS),
+            eos_token_id=_token_id(tokenizer, EOS),
+            pad_token_id=_token_id(tokenizer, PAD),
             tie_word_embeddings=False,
         )
     )
@@ -254,11 +272,10 @@ def _start(out: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, device
 
 
 def _step(model, optimizer, tokens: torch.Tensor, recipe: Recipe, step: int) -> float:
+    """Trains on one batch; returns its loss."""
     for group in optimizer.param_groups:
         group["lr"] = recipe.lr_at(step)
-    torch.manual_seed(
-        recipe.seed * 1_000_003 + step
-    )  # dropout follows the step, so resume is exact
+    torch.manual_seed(recipe.seed * 1_000_003 + step)  # dropout of this step, for an exact resume
     tokens = tokens.to(model.device)
     with torch.autocast(tokens.device.type, torch.bfloat16):
         logits = model(tokens).logits[:, :-1]
@@ -281,9 +298,9 @@ def _save_resume(out: Path, model, optimizer, recipe: Recipe, step: int) -> None
     write_atomically(file, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
-def _write(out: Path, model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def _write_model(out: Path, model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     new = out / ".resume" / "finished"
-    with writing(out), no_bars():
+    with explain_write_errors(out), hide_progress_bars():
         model.half().cpu().save_pretrained(new)
         tokenizer.save_pretrained(new)
         for file in sorted(new.iterdir()):
@@ -292,7 +309,7 @@ def _write(out: Path, model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerF
 
 @torch.no_grad()
 def sample(model, tokenizer, prompt: str, length: int, seed: int, temperature: float = 0.7) -> str:
-    """`prompt` and `length` sampled tokens, the same for the same seed."""
+    """Returns the prompt and `length` sampled tokens, which depend on the seed."""
     generator = torch.Generator().manual_seed(seed)
     ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     for _ in range(length):

@@ -1,8 +1,8 @@
-"""Tensors of which each rank holds some latents, in one safetensors file.
+"""One safetensors file of tensors whose latents are split over ranks.
 
 The file is the one that a single process writes, whatever the number of ranks: each rank's rows go
-through the first rank into their place, one rank after the other, and each rank reads its own rows
-alone. No rank holds a whole tensor [d_sae, d_in].
+through the first rank into their place, one rank after the other, and each rank reads only its own
+rows. No rank holds a whole tensor [d_sae, d_in].
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.storage.atomic import write_atomically
 
-#: What safetensors calls the kinds of numbers, in its order within a file.
+#: Names of dtypes in safetensors, in the order of tensors within a file.
 KINDS = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -40,12 +40,12 @@ DTYPES = {name: dtype for dtype, name in KINDS.items()}
 
 @dataclass(frozen=True)
 class Shards:
-    """How some tensors lie on the ranks.
+    """Distribution of tensors over the ranks.
 
     Args:
-        split: names of those that have one entry, or row, per latent.
+        split: names of the tensors with one entry, or row, per latent.
         d_sae: number of latents of all ranks together.
-        ranks: each with its own latents.
+        ranks: the ranks, each with its own latents.
     """
 
     split: frozenset[str] = frozenset()
@@ -62,7 +62,7 @@ class Shards:
         names = sorted(tensors, key=lambda name: (places[tensors[name].dtype], name))
         parts = (part for name in names for part in self._parts(name, tensors[name].detach()))
         if not self.ranks.first:
-            assert not list(parts)  # they are sent: only the first rank is given any
+            assert not list(parts)  # they are sent: only the first rank receives any
             return ""
         content = hashlib.sha256()
 
@@ -76,7 +76,7 @@ class Shards:
         return content.hexdigest()
 
     def read(self, path: Path) -> dict[str, Tensor]:
-        """This rank's part of a file's tensors, on the CPU."""
+        """Reads this rank's part of a file's tensors, on the CPU."""
         if self.ranks.latents == 1:
             return load_file(path)
         with path.open("rb") as file:
@@ -88,12 +88,12 @@ class Shards:
             }
 
     def _read(self, file: BinaryIO, start: int, split: bool, entry: dict[str, Any]) -> Tensor:
-        """A tensor, or this rank's rows of it; its bytes alone are read."""
+        """Reads a tensor, or this rank's rows of it, and no other bytes."""
         shape, (begin, end) = entry["shape"], entry["data_offsets"]
         if split:
-            own, row = self.ranks.own(self.d_sae), (end - begin) // self.d_sae
-            shape = [own.stop - own.start, *shape[1:]]
-            begin, end = begin + own.start * row, begin + own.stop * row
+            local, row = self.ranks.own(self.d_sae), (end - begin) // self.d_sae
+            shape = [local.stop - local.start, *shape[1:]]
+            begin, end = begin + local.start * row, begin + local.stop * row
         file.seek(start + begin)
         content = bytearray(file.read(end - begin))
         if not content:
@@ -101,10 +101,10 @@ class Shards:
         return torch.frombuffer(content, dtype=DTYPES[entry["dtype"]]).view(shape)
 
     def _parts(self, name: str, tensor: Tensor) -> Iterator[Tensor]:
-        """On the first rank the parts of the whole tensor, in order; the others send theirs."""
+        """Yields the parts of the whole tensor in order on the first rank; the others send them."""
         if name in self.split and self.ranks.latents > 1:
-            own = [self.ranks.own(self.d_sae, part) for part in range(self.ranks.latents)]
-            shapes = [torch.Size([o.stop - o.start, *tensor.shape[1:]]) for o in own]
+            slices = [self.ranks.own(self.d_sae, part) for part in range(self.ranks.latents)]
+            shapes = [torch.Size([s.stop - s.start, *tensor.shape[1:]]) for s in slices]
             yield from self.ranks.send_to_first(tensor, shapes)
         elif self.ranks.first:
             yield tensor
@@ -123,7 +123,7 @@ class Shards:
         return len(text).to_bytes(8, "little") + text
 
 
-#: Tensors of one process.
+#: Distribution of the tensors of a single process.
 WHOLE = Shards()
 
 

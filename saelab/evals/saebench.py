@@ -27,7 +27,7 @@ from saelab.errors import SourceError
 from saelab.evals.base import Row, missing, number
 from saelab.evals.saebench_probing import DEFINITION
 from saelab.storage.atomic import read_json, write_json
-from saelab.storage.validation import Loose, Number, Whole, check
+from saelab.storage.validation import Int64, Loose, Number, validate
 
 TYPE = "sparse_probing"
 #: Numbers of columns that the schema has fields for.
@@ -250,7 +250,7 @@ class _Gate(Loose):
     d_sae: Number | None = None
     training_tokens: Number | None = None
     hook_name: str | None = None
-    hook_layer: Whole | None = None
+    hook_layer: Int64 | None = None
 
 
 class _Ours(Loose):
@@ -262,16 +262,16 @@ def _check_further(data: Mapping[str, Any], where: str) -> None:
     """What the schema leaves open and is read here all the same."""
     remedy = "take the file that SAEBench wrote"
     steps = data.get("training_steps")
-    check(data["sae_cfg_dict"] or {}, _Gate, f"{where}: sae_cfg_dict", remedy, SourceError)
-    check(steps, Number | None, f"{where}: training_steps", remedy, SourceError)
+    validate(data["sae_cfg_dict"] or {}, _Gate, f"{where}: sae_cfg_dict", remedy, SourceError)
+    validate(steps, Number | None, f"{where}: training_steps", remedy, SourceError)
     names = data["eval_config"]["dataset_names"]
-    check(names, list[str], f"{where}: dataset_names", remedy, SourceError)
-    check(_ours(data), _Ours, f"{where}: {OURS}", remedy, SourceError)
+    validate(names, list[str], f"{where}: dataset_names", remedy, SourceError)
+    validate(_ours(data), _Ours, f"{where}: {OURS}", remedy, SourceError)
     further = data.get("eval_result_unstructured")
     for entry, metrics in further.items() if isinstance(further, Mapping) else ():
         if entry.endswith("_results"):
             kind = dict[str, dict[str, Number | None]]
-            check(metrics, kind, f"{where}: {entry}", remedy, SourceError)
+            validate(metrics, kind, f"{where}: {entry}", remedy, SourceError)
 
 
 def _check(data: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import DamageError
-from saelab.storage.atomic import read_sealed, sha256, sweep, write_sealed
+from saelab.storage.atomic import read_sealed, remove_leftovers, sha256, write_sealed
 
 FILE = "cell.json"
 
 
 def finish(folder: Path, record: dict[str, Any]) -> None:
     """Writes the record of a cell whose other files are there."""
-    sweep(folder)
+    remove_leftovers(folder)
     names = sorted(f.name for f in folder.glob("[!.]*") if f.name != FILE)
     write_sealed(folder / FILE, record | {"sha256": {n: sha256(folder / n) for n in names}})
 

@@ -20,7 +20,7 @@ from saelab.errors import SettingError, SourceError
 from saelab.runs.folder import RunFolder
 from saelab.runs.schema import CellId
 from saelab.storage.atomic import read_json, write_json
-from saelab.storage.validation import Number, check
+from saelab.storage.validation import Number, validate
 from saelab.study.plan import (
     BASELINE,
     Arm,
@@ -260,11 +260,11 @@ def _tuned(root: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     remedy = f"delete it, and tune again (saelab {COMMAND})"
-    data = check(read_json(file), dict[str, dict[str, Any]], file, remedy)
+    data = validate(read_json(file), dict[str, dict[str, Any]], file, remedy)
     for name, of_run in data.items():
         for arm, known in of_run.items():
             if isinstance(known, dict):
-                check(known, _Tuned, f"{file}: {name}.{arm}", remedy)
+                validate(known, _Tuned, f"{file}: {name}.{arm}", remedy)
     return data
 
 

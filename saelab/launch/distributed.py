@@ -21,7 +21,7 @@ import torch
 from saelab import checkpoint
 from saelab.data import language_model
 from saelab.data.activations.store import Source
-from saelab.distributed.ranks import Ranks, check_split, join_ranks, processes
+from saelab.distributed.ranks import Ranks, check_split, join_ranks, process_count
 from saelab.errors import SettingError
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
@@ -39,7 +39,7 @@ from saelab.training.train import train_one
 
 def wants_ranks(base: BaseConfig) -> bool:
     """Whether the settings, or how the process was started, ask for several ranks."""
-    return processes() > 1 or base.parallel not in (ParallelConfig(), ParallelConfig(data=1))
+    return process_count() > 1 or base.parallel not in (ParallelConfig(), ParallelConfig(data=1))
 
 
 def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) -> list[Row]:
@@ -75,7 +75,8 @@ def _check_parts(base: BaseConfig) -> None:
     if latents > base.sae.d_sae:
         remedy = f"there are only {base.sae.d_sae} latents: use fewer ranks"
         raise SettingError("parallel.latents", latents, remedy)
-    base.sae.build(2, ranks=Ranks(base.parallel.data or max(1, processes() // latents), latents))
+    data = base.parallel.data or max(1, process_count() // latents)
+    base.sae.build(2, ranks=Ranks(data, latents))
 
 
 def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> LaunchData:

@@ -35,7 +35,7 @@ from saelab.preflight.estimate import training_seconds
 from saelab.preflight.memory import fitting, refuse
 from saelab.preflight.preview import RunCheck, check, check_limit
 from saelab.progress import clock
-from saelab.progress.run import launch_progress, tell, tell_cells
+from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
 from saelab.runs.folder import RunFolder
 from saelab.runtime import exhaustion
@@ -98,7 +98,7 @@ def _launch(task: Launch) -> list[Comparison]:
     about = {"run": task.name, "title": task.run.title, "study": task.plan.study}
     with launch_progress(task.out_dir, about, base.tracker):
         judged, shown, cells_made = _launched(task, before, deviations, start)
-    print(visible(shown, kept="\n"))
+    print(visible(shown, keep="\n"))
     taken = clock(time.monotonic() - start)
     print(f"\n{task.out_dir}: {cells_made} cells in {taken}")
     return judged.comparisons
@@ -127,7 +127,7 @@ def _launched(
         # where they overlapped, the harvest is complete by now
         ready = replace(PreparedLaunch.of(task, before) if overlap else ready, task=task)
     folders = _trained(ready)
-    tell({"stage": "verdict", "done": 0, "total": 1})
+    log_progress({"stage": "verdict", "done": 0, "total": 1})
     collected = collect(ready, folders)
     record = Record(
         task=task, base=base, folders=folders, data=ready.prepared, deviations=deviations
@@ -267,7 +267,7 @@ def _trained(ready: PreparedLaunch, later: Sequence[CellSpec] = ()) -> dict[Cell
     """
     wave = _wave(ready)
     task, device = ready.task, ready.data.device
-    tell_cells(len(wave.specs), wave.cached)
+    log_cells(len(wave.specs), wave.cached)
     if wave.jobs:
         workers = _workers(task, device)
         at_once = max(1, min(workers, len(wave.jobs)))

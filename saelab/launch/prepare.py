@@ -24,8 +24,9 @@ from saelab.data.activations.store import FolderSource, Shard, Source, reopen
 from saelab.data.language_model import LanguageModel
 from saelab.data.probing.activations import ProbingData, harvest_probing, identity
 from saelab.data.probing.embedded import Entry, embedded_entries, entries_from_table
-from saelab.data.probing.saebench import saebench_entries, why_missing
-from saelab.data.text.corpus import TextConfig, documents, manifest, tokenize
+from saelab.data.probing.saebench import describe_missing, saebench_entries
+from saelab.data.text.corpus import TextConfig, documents, manifest
+from saelab.data.text.tokens import tokenize
 from saelab.errors import DamageError, SettingError, SourceError
 from saelab.evals import PROBING
 from saelab.storage.cache import activations_folder, fetch, share
@@ -110,7 +111,7 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
         "text_digest": held_out.header["text_digest"],
     }
     reason = "" if probing else "no probing entries are set (evaluation.probing)"
-    reason = why_missing(absent) or reason
+    reason = describe_missing(absent) or reason
     own = _of_probing(probing) if probing else {}
     return LaunchData(train, held_out, probing, reason, provenance, steps, absent, own)
 
@@ -229,7 +230,7 @@ def _activations(
         except (DamageError, SourceError) as error:
             print(f"{error} (done now)", file=sys.stderr)
             reopen(done)
-    found = tokenize(text, model.tokenizer, base.context, tokens, kept=folder / "tokens")
+    found = tokenize(text, model.tokenizer, base.context, tokens, cache=folder / "tokens")
     extras = {"asked_tokens": tokens, "corpus": asked["corpus"]}
     if in_steps:
         return harvest_steps(model, found, base.hook_name, base.harvest, folder, extras)
@@ -268,7 +269,7 @@ def _probing(
     config = base.evaluation.probing
     entries, absent = probing_entries(config)
     if absent:
-        print(f"sparse probing {why_missing(absent)}", file=sys.stderr)
+        print(f"sparse probing {describe_missing(absent)}", file=sys.stderr)
     if not entries:
         return None, absent
     context, as_saebench = min(config.context, base.context), config.definition == 1
@@ -285,11 +286,11 @@ def _probing(
 
 def _of_probing(folder: Path) -> dict[str, Any]:
     """Where the provenance of probing rows differs: other texts, cut at another length."""
-    header = ProbingData.header_of(folder)
+    header = ProbingData.read_header(folder)
     mask = {"mask": header["mask"]} if "mask" in header else {}
     return mask | {
         "context": header["context"],
-        "tokens": ProbingData.n_tokens(folder),
+        "tokens": ProbingData.count_tokens(folder),
         "text": "probing entries",
         "text_digest": header["entries"],
     }

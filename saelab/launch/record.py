@@ -16,8 +16,8 @@ from saelab.kernels import kernels_name
 from saelab.launch.prepare import LaunchData
 from saelab.runs.folder import CURVES, GATE, INFO, MANIFEST, METRICS, SUMMARY, seal_run
 from saelab.runs.schema import CELLS, CURVE_COLUMNS, CURVE_TYPES
-from saelab.storage.atomic import sweep, write_json, write_text, writing
-from saelab.storage.cache import package_digest, package_state, place
+from saelab.storage.atomic import explain_write_errors, remove_leftovers, write_json, write_text
+from saelab.storage.cache import link_or_copy, package_digest, package_state
 from saelab.storage.parquet import write_columns, write_rows
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.registry import Attempt, attempts, plan_hash
@@ -66,7 +66,7 @@ class Record:
             (out / name).unlink(missing_ok=True)
         if self.task.force:
             shutil.rmtree(out / CELLS, ignore_errors=True)
-        sweep(out)
+        remove_leftovers(out)
         self._write_metrics(out / METRICS, rows)
         self._write_curves(out / CURVES)
         self._place_checkpoints(out / CELLS)
@@ -131,8 +131,8 @@ class Record:
             for name in ("sae.safetensors", "sae.json", "module.safetensors", "latents.parquet"):
                 source = folder / name
                 if source.is_file():
-                    with writing(target / name):
-                        place(source, target / name)
+                    with explain_write_errors(target / name):
+                        link_or_copy(source, target / name)
 
     def _manifest(self) -> dict[str, Any]:
         task, plan = self.task, self.task.plan

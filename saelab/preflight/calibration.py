@@ -28,7 +28,7 @@ from saelab.data.activations.harvest import bytes_needed, harvest
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.activations.stream import batches
 from saelab.data.language_model import Size
-from saelab.data.text.corpus import Tokens
+from saelab.data.text.tokens import Tokens
 from saelab.kernels.table import selection_dtype
 from saelab.preflight.cost import (
     Rates,

@@ -29,7 +29,7 @@ import torch
 
 from saelab.data import language_model
 from saelab.data.activations.harvest import HarvestConfig, bytes_needed
-from saelab.data.activations.parallel_passes import AHEAD, lanes
+from saelab.data.activations.parallel_passes import AHEAD, lane_count
 from saelab.data.language_model import Size
 from saelab.errors import SettingError
 from saelab.evals import core, probing
@@ -215,7 +215,7 @@ def harvest_bytes(size: Size, context: int, tokens: int, config: HarvestConfig, 
         config: how.
         device: of the model; its own memory is counted like the host's.
     """
-    n, one_pass = lanes(device, size.d_model), config.batch * context
+    n, one_pass = lane_count(device, size.d_model), config.batch * context
     tokens = -(-tokens // context) * context
     live = one_pass * (10 * size.d_model + 2 * size.inner) * 4
     shard = min(tokens, config.shard_tokens) * size.d_model * getattr(torch, config.dtype).itemsize

@@ -358,7 +358,7 @@ def text(found: RunCheck) -> str:
     for arm in found.arms:
         lines += _arm_lines(arm, plan)
     lines += [f"  warning: {warning}" for warning in found.warnings]
-    return visible("\n".join(lines), kept="\n")
+    return visible("\n".join(lines), keep="\n")
 
 
 def _arm_lines(arm: ArmCheck, plan: PlanConfig) -> list[str]:

@@ -1,11 +1,11 @@
-"""How far a job is: bars for any long work, and of a launch one record that all views are made of.
+"""Progress of jobs: bars for any long work, and one journal of a launch that all views read.
 
 bar.py        a bar on a terminal, plain lines elsewhere
 journal.py    metrics.jsonl: written line by line, read while it grows (docs/progress.md)
-state.py      lines -> where a run is
-view.py       where a run is -> a table on the terminal
-run.py        of a launch: every line to the journal, the view and the tracker
-watch.py      the same view of a launch in another process
+state.py      lines -> state of a run
+view.py       state of a run -> table on the terminal
+run.py        sends every line of a launch to the journal, the view and the tracker
+watch.py      shows the same view of a launch in another process
 trackers.py   TensorBoard, Weights & Biases, Trackio
 """
 

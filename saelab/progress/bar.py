@@ -1,7 +1,7 @@
-"""One way to show how far a long job is: a live bar on a terminal, plain lines elsewhere.
+"""Progress display of a long job: a live bar on a terminal, plain lines elsewhere.
 
-Everything goes to stderr, so that a table on stdout can be piped. Nothing is shown when
-`SAELAB_PROGRESS=off`.
+Everything goes to stderr, so that a table on stdout can be piped. `SAELAB_PROGRESS=off` shows
+nothing.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: Seconds between two plain lines when stderr is no terminal. Our choice: a log stays short.
+#: Seconds between two plain lines when stderr is not a terminal. Our choice: a log stays short.
 PLAIN_INTERVAL = 15.0
 
 
 class Progress:
-    """Counts `done` of `total`; `advance` may be called as often as convenient."""
+    """Counts `done` of `total` units and prints plain lines; `advance` may be called often."""
 
     def __init__(self, title: str, total: float, unit: str = "") -> None:
         self.title, self.total, self.unit = title, max(float(total), 1e-9), unit
@@ -28,6 +28,7 @@ class Progress:
         self._last = self.start
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
+        """Adds an amount of finished work; a note replaces the one before."""
         self.done += amount
         self.note = note or self.note
         self._show()
@@ -39,7 +40,7 @@ class Progress:
             print(self.line(now), file=sys.stderr, flush=True)
 
     def line(self, now: float | None = None) -> str:
-        """One line: title, share, amount, rate, time left."""
+        """Returns one line: title, share, amount, rate, time left."""
         elapsed = (now or time.monotonic()) - self.start
         share = min(self.done / self.total, 1.0)
         rate = self.done / elapsed if elapsed > 0 else 0.0
@@ -50,11 +51,12 @@ class Progress:
             f"  {rate:,.0f}/s  {clock(left)} left{note}"
         )
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the display."""
 
 
 class LiveProgress(Progress):
-    """The same on a terminal, drawn by rich."""
+    """Bar on a terminal, drawn by rich."""
 
     def __init__(self, title: str, total: float, unit: str = "") -> None:
         super().__init__(title, total, unit)
@@ -81,26 +83,26 @@ class LiveProgress(Progress):
 
 
 class Silent(Progress):
-    """Counts and shows nothing."""
+    """Counter that shows nothing."""
 
     def _show(self) -> None: ...
 
 
-def display() -> str:
-    """How progress is shown here: 'off', 'live' on a terminal, or 'plain'."""
+def display_mode() -> str:
+    """Returns how progress is shown: 'off', 'live' on a terminal, or 'plain'."""
     if os.environ.get("SAELAB_PROGRESS") == "off":
         return "off"
     return "live" if sys.stderr.isatty() else "plain"
 
 
-#: What makes a bar: title, total, unit -> bar.
+#: Constructor of a bar: title, total, unit -> bar.
 Maker = Callable[[str, float, str], Progress]
 _makers: list[Maker] = []
 
 
 @contextmanager
-def bars_made_by(maker: Maker) -> Iterator[None]:
-    """Every bar that is opened inside the block is one of the maker's."""
+def redirect_bars(maker: Maker) -> Iterator[None]:
+    """Uses the maker for every bar that is opened inside the block."""
     _makers.append(maker)
     try:
         yield
@@ -111,8 +113,8 @@ def bars_made_by(maker: Maker) -> Iterator[None]:
 @contextmanager
 def progress(title: str, total: float, unit: str = "") -> Iterator[Progress]:
     """Opens a progress display for `total` units of work and closes it in any case."""
-    alone: dict[str, Maker] = {"off": Silent, "live": LiveProgress, "plain": Progress}
-    bar = (_makers[-1] if _makers else alone[display()])(title, total, unit)
+    by_mode: dict[str, Maker] = {"off": Silent, "live": LiveProgress, "plain": Progress}
+    bar = (_makers[-1] if _makers else by_mode[display_mode()])(title, total, unit)
     try:
         yield bar
     finally:
@@ -120,7 +122,7 @@ def progress(title: str, total: float, unit: str = "") -> Iterator[Progress]:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss; an unknown time is '?'."""
+    """Formats seconds as h:mm:ss or m:ss, and an unknown time as '?'."""
     if not math.isfinite(seconds):
         return "?"
     whole = int(seconds + 0.5)

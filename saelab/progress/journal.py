@@ -1,8 +1,7 @@
-"""metrics.jsonl of a run folder: one JSON object a line, added while the run is going on.
+"""metrics.jsonl of a run folder: one JSON object per line, appended while the run goes on.
 
-A line is written whole, in one write, so that a reader never sees a part of one. Only a process
-that dies in the middle of a write can leave half a line; it is passed over, and the next launch
-begins a new line after it.
+Each line is one write, so a reader never sees a part of it. Only a process that dies in the middle
+of a write can leave half a line; readers skip it, and the next launch begins a new line after it.
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from saelab.storage.atomic import writing
+from saelab.storage.atomic import explain_write_errors
 
-NAME = "metrics.jsonl"
+JOURNAL_FILE = "metrics.jsonl"
 
 
-def finite(value: Any) -> Any:
-    """The same data with None for every number that is not finite."""
+def replace_non_finite(value: Any) -> Any:
+    """Returns a copy of the data with None for every number that is not finite."""
     if isinstance(value, Mapping):
-        return {name: finite(each) for name, each in value.items()}
+        return {name: replace_non_finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
+        return [replace_non_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Journal:
-    """Adds lines to a file; the file and its folder are made by the first line.
+    """Appends lines to a file; the first line creates the file and its folder.
 
     Raises: WriteError when the disk is full or the folder can't be written.
     """
@@ -39,8 +38,9 @@ class Journal:
         self._file: int | None = None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        text = json.dumps(finite(line), allow_nan=False, separators=(", ", ": "))
-        with writing(self.path):
+        """Appends one line; a number that is not finite becomes null."""
+        text = json.dumps(replace_non_finite(line), allow_nan=False, separators=(", ", ": "))
+        with explain_write_errors(self.path):
             if self._file is None:
                 self._file = self._open()
             os.write(self._file, text.encode() + b"\n")
@@ -54,29 +54,30 @@ class Journal:
         return file
 
     def close(self) -> None:
+        """Closes the file, if any line was written."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
 
 class Tail:
-    """Reads what was added to a file since the last look, in whole lines."""
+    """Reader of the whole lines that were added to a file since the last call."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._place, self._rest = 0, b""
+        self._offset, self._rest = 0, b""
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """The new lines; a damaged one is left out.
+        """Yields the new lines, without damaged ones.
 
-        Raises: FileNotFoundError when the file is no longer there.
+        Raises: FileNotFoundError when the file no longer exists.
         """
         with self.path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < self._place:  # another file under its name
-                self._place, self._rest = 0, b""
-            file.seek(self._place)
+            if os.fstat(file.fileno()).st_size < self._offset:  # another file of the same name
+                self._offset, self._rest = 0, b""
+            file.seek(self._offset)
             added = file.read()
-        self._place += len(added)
+        self._offset += len(added)
         *whole, self._rest = (self._rest + added).split(b"\n")
         for text in whole:
             try:

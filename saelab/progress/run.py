@@ -1,13 +1,13 @@
 """Progress of a launch: every line goes to metrics.jsonl, to the one view, and to the tracker.
 
-    with told(folder, about) as run:    # the launch
-        with progress("harvest", n):    # any bar inside is a stage of the launch
+    with launch_progress(folder, about) as run:    # the launch
+        with progress("harvest", n):               # any bar inside is a stage of the launch
             ...
-        tell({"stage": ..., ...})       # anything else that is to be known
+        log_progress({"stage": ..., ...})          # any other line
 
-One process writes: that of the launch, to which its workers send what they have to say. Telling
-changes nothing that is computed: a journal or tracker that fails is left, in one line, and the
-launch goes on.
+One process writes, the one of the launch; its workers send their lines to it. Logging changes
+nothing that is computed: a journal or tracker that fails is reported in one line and no longer
+used, and the launch goes on.
 """
 
 from __future__ import annotations
@@ -24,47 +24,55 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import UsageError
-from saelab.progress.bar import Progress, bars_made_by, display
-from saelab.progress.journal import NAME, Journal
+from saelab.progress.bar import Progress, display_mode, redirect_bars
+from saelab.progress.journal import JOURNAL_FILE, Journal
 from saelab.progress.state import CELLS, END, LAUNCH, State
 from saelab.progress.trackers import Tracker, open_tracker
 from saelab.storage.atomic import WriteError
 
-#: Seconds between two lines of a stage in the journal. Our choice: a line is 130 bytes, so that two
+#: Seconds between two lines of a stage in the journal. Our choice: a line is 130 bytes, so two
 #: hours are half a megabyte.
 STAGE_INTERVAL = 2.0
 
 
 class RunProgress:
-    """Of one launch; may be told from several threads.
+    """Progress of one launch; several threads may log to it.
 
     Args:
-        folder: of the run.
-        about: what the line of the launch says besides its process.
-        tracker: what else is told.
+        folder: folder of the run.
+        about: content of the launch's line besides its process.
+        tracker: receives the values of cells too.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], tracker: Tracker) -> None:
         self.folder, self.state = folder, State()
         self._new = not folder.exists()
-        self._journal: Journal | None = Journal(folder / NAME)
+        self._journal: Journal | None = Journal(folder / JOURNAL_FILE)
         self._tracker: Tracker | None = tracker
         self._lock = threading.RLock()
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "started": start_of(os.getpid())}
-        self._waiting = [_stamped({"stage": LAUNCH, **about, **me})]
+        pid = os.getpid()
+        process = {
+            "pid": pid,
+            "host": socket.gethostname(),
+            "started": process_start_time(pid),
+        }
+        self._waiting = [_with_time({"stage": LAUNCH, **about, **process})]
         self.state.fold(self._waiting[0])
 
-    def tell(self, line: Mapping[str, Any]) -> None:
-        """One line; its time is added."""
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Logs one line, to which the time is added."""
         with self._lock:
-            line = _stamped(line)
+            line = _with_time(line)
             self.state.fold(line)
             self._waiting.append(line)
             self._write()
             self._track(line)
 
     def _write(self) -> None:
-        """The line of the launch waits for a second one: a launch refused at once leaves none."""
+        """Writes the waiting lines; the launch's line waits until there is a second one.
+
+        A launch that is refused at once therefore leaves no line.
+        """
         while self._journal is not None and self._waiting:
             try:
                 self._journal.write(self._waiting.pop(0))
@@ -73,72 +81,76 @@ class RunProgress:
                 self._journal = None
 
     def _track(self, line: Mapping[str, Any]) -> None:
+        """Sends the values of a cell's line to the tracker."""
         if "arm" not in line:
             return
         values = {name: v for name, v in line.get("values", {}).items() if v is not None}
         cell = f"{line['arm']}/seed{line['seed']}-l0_{line['level']:g}"
         if values:
-            self._ask(lambda tracker: tracker.log(cell, int(line.get("step", 0)), values))
+            self._call_tracker(lambda tracker: tracker.log(cell, int(line.get("step", 0)), values))
 
-    def _ask(self, do: Callable[[Tracker], None]) -> None:
+    def _call_tracker(self, call: Callable[[Tracker], None]) -> None:
         if self._tracker is None:
             return
         try:
-            do(self._tracker)
+            call(self._tracker)
         except Exception as error:  # whatever the tracker's package raises
             name = type(self._tracker).__name__
             print(f"{name} failed ({error}): the run goes on without it", file=sys.stderr)
             self._tracker = None
 
     def bar(self, title: str, total: float, unit: str) -> Progress:
-        """A stage of the launch."""
+        """Opens a bar that is a stage of the launch."""
         return _StageBar(self, title, total, unit)
 
     def stage(self, bar: Progress, name: str, ended: bool, write: bool) -> None:
-        """Where a stage is; only the view is told where `write` is false."""
+        """Updates a stage in the view, and with `write` in the journal too."""
         line: dict[str, Any] = {"stage": name, "done": bar.done, "total": bar.total}
         line |= {"unit": bar.unit, "seconds": round(time.monotonic() - bar.start, 3)}
         line |= {"ended": True} if ended else {}
         with self._lock:
             if write:
-                self.tell(line)
+                self.log(line)
             else:
-                self.state.fold(_stamped(line))
+                self.state.fold(_with_time(line))
 
     def render(self) -> Any:
-        """The view of this moment."""
+        """Returns the current view, for rich."""
         from saelab.progress.view import view
 
         with self._lock:
             return view(self.state, time.time())
 
     def end(self, outcome: str, reason: str) -> None:
-        """The last line, if any was written; a launch that is refused leaves no new folder."""
+        """Writes the last line, if there is any before it, and closes journal and tracker.
+
+        A launch that is refused leaves no new folder.
+        """
         with self._lock:
             if self._journal is not None and not self._waiting:
-                self.tell({"stage": END, "outcome": outcome, "reason": reason})
+                self.log({"stage": END, "outcome": outcome, "reason": reason})
                 self._journal.close()
-            self._ask(lambda tracker: tracker.close())
-            if outcome == "refused" and self._new and _holds_nothing_else(self.folder):
+            self._call_tracker(lambda tracker: tracker.close())
+            if outcome == "refused" and self._new and _holds_only_journal(self.folder):
                 shutil.rmtree(self.folder)
 
 
 class _StageBar(Progress):
-    """A bar inside a launch: plain lines as ever, or a row of the one view."""
+    """Bar inside a launch: plain lines as usual, or a row of the one view."""
 
     def __init__(self, run: RunProgress, title: str, total: float, unit: str) -> None:
         super().__init__(title, total, unit)
-        self._run, self._plain = run, display() == "plain"
+        self._run, self._plain = run, display_mode() == "plain"
         self._name = title.removeprefix(f"{run.state.run}: ")
-        self._told = self.start
+        self._last_written = self.start
         run.stage(self, self._name, ended=False, write=True)
 
     def _show(self) -> None:
         if self._plain:
             super()._show()
         now = time.monotonic()
-        write = now - self._told >= STAGE_INTERVAL
-        self._told = now if write else self._told
+        write = now - self._last_written >= STAGE_INTERVAL
+        self._last_written = now if write else self._last_written
         self._run.stage(self, self._name, ended=False, write=write)
 
     def close(self) -> None:
@@ -148,35 +160,36 @@ class _StageBar(Progress):
 _runs: list[RunProgress] = []
 
 
-def tell(line: Mapping[str, Any]) -> None:
-    """Tells the launch that is going on in this process; nothing without one."""
+def log_progress(line: Mapping[str, Any]) -> None:
+    """Logs a line of the launch that is running in this process; does nothing without one."""
     if _runs:
-        _runs[-1].tell(line)
+        _runs[-1].log(line)
 
 
-def tell_cells(to_train: int, cached: int) -> None:
-    """How many cells a launch, or the next wave of it, has: to train, and there already."""
-    tell({"stage": CELLS, "open": to_train, "cached": cached})
+def log_cells(to_train: int, cached: int) -> None:
+    """Logs how many cells a launch, or its next wave, has to train and how many are cached."""
+    log_progress({"stage": CELLS, "open": to_train, "cached": cached})
 
 
 @contextmanager
 def launch_progress(
     folder: Path, about: Mapping[str, Any], tracker: str = "none"
 ) -> Iterator[RunProgress]:
-    """A launch: whatever is told and every bar inside the block is of it.
+    """Routes every progress line and bar inside the block to this launch.
 
-    Its last line says how it ended: 'complete', 'refused' (bad input), 'interrupted' or 'failed'.
+    The last line says how the launch ended: 'complete', 'refused' (bad input), 'interrupted' or
+    'failed'.
 
     Args:
-        folder: of the run; made by the first line.
-        about: `run`, `title` and whatever else is to be known of it.
+        folder: folder of the run; the first line creates it.
+        about: `run`, `title` and further facts about the launch.
         tracker: a name of `trackers.TRACKERS`.
 
     Raises: SettingError for an unknown tracker or one whose package is missing.
     """
     run = RunProgress(folder, about, open_tracker(tracker, folder, about))
     outcome, reason = "complete", ""
-    with _open(run):
+    with _activate(run):
         try:
             yield run
         except Exception as error:
@@ -191,22 +204,24 @@ def launch_progress(
 
 
 @contextmanager
-def _open(run: RunProgress) -> Iterator[None]:
-    """The run is the one that is told, that makes the bars, and that the terminal shows."""
-    with ExitStack() as opened:
+def _activate(run: RunProgress) -> Iterator[None]:
+    """Makes the run the one that receives lines, opens bars, and is shown on the terminal."""
+    with ExitStack() as stack:
         _runs.append(run)
-        opened.callback(_runs.remove, run)
-        opened.enter_context(bars_made_by(run.bar))
-        if display() == "live":
+        stack.callback(_runs.remove, run)
+        stack.enter_context(redirect_bars(run.bar))
+        if display_mode() == "live":
             from saelab.progress.view import live
 
-            opened.enter_context(live(run.render))
+            stack.enter_context(live(run.render))
         yield
 
 
-def start_of(pid: int) -> str:
-    """What tells a process from a later one with its number; '' where the system does not say, or
-    where the process has ended."""
+def process_start_time(pid: int) -> str:
+    """Returns the start time of a process, which distinguishes it from a later one of its number.
+
+    It is '' if the process has ended or the system has no /proc.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -214,9 +229,9 @@ def start_of(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def _stamped(line: Mapping[str, Any]) -> dict[str, Any]:
+def _with_time(line: Mapping[str, Any]) -> dict[str, Any]:
     return {"time": round(time.time(), 3), **line}
 
 
-def _holds_nothing_else(folder: Path) -> bool:
-    return folder.is_dir() and [file.name for file in folder.iterdir()] == [NAME]
+def _holds_only_journal(folder: Path) -> bool:
+    return folder.is_dir() and [file.name for file in folder.iterdir()] == [JOURNAL_FILE]

@@ -1,6 +1,6 @@
-"""Where a run is, from the lines of its metrics.jsonl alone.
+"""State of a run, computed only from the lines of its metrics.jsonl.
 
-Whoever has the lines has the same state: the launch itself, and `saelab watch` in another process.
+Every reader of the lines has the same state: the launch, and `saelab watch` in another process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LAUNCH, CELLS, END = "launch", "cells", "end"
 
 @dataclass
 class Stage:
-    """A stage of the launch: `done` of `total` units after `seconds`."""
+    """Stage of the launch: `done` of `total` units after `seconds`."""
 
     name: str
     done: float
@@ -28,28 +28,29 @@ class Stage:
 
     @property
     def share(self) -> float:
+        """Finished share, between 0 and 1."""
         return min(1.0, self.done / self.total) if self.total > 0 else 0.0
 
     @property
     def left(self) -> float | None:
-        """Seconds, None while nothing is done."""
-        rest = max(0.0, self.total - self.done)
-        return rest * self.seconds / self.done if self.done > 0 else None
+        """Seconds left; None while nothing is done."""
+        missing = max(0.0, self.total - self.done)
+        return missing * self.seconds / self.done if self.done > 0 else None
 
 
 @dataclass
 class CellState:
-    """A cell: where it is, and what was last measured of it.
+    """Progress of a cell, and the values that were measured last.
 
     Args:
-        arm, seed, level: which it is.
+        arm, seed, level: identity of the cell.
         stage: 'train', 'evaluate' or 'done'.
-        step, steps: done and in all.
-        tokens: trained on.
-        rate: tokens a second since the line before; None when it is not training.
-        seconds: since its job began.
-        values: by name; None for a number that is not finite.
-        failure: why it stopped, '' when it did not.
+        step, steps: finished steps and all steps.
+        tokens: tokens trained on so far.
+        rate: tokens per second since the previous line; None when it is not training.
+        seconds: seconds since its job began.
+        values: name -> value; None for a number that is not finite.
+        failure: why it stopped; '' when it did not.
     """
 
     arm: str
@@ -66,21 +67,24 @@ class CellState:
 
     @property
     def control(self) -> bool:
+        """True for a cell of a control arm."""
         return self.arm.startswith(CONTROL)
 
 
 @dataclass
 class State:
-    """Of the run's last launch.
+    """State of the run's last launch.
 
     Args:
-        run, title: its name and what the run table says of it.
-        pid, host, started: its process; `started` tells it from a later one of the same number.
+        run, title: its name and its title in the run table.
+        pid, host, started: its process; `started` distinguishes it from a later one of the same
+            number.
         began, now: time of its first and of its last line, in seconds since 1970.
-        outcome: how it ended, see `run.py`; '' while it has not said so.
-        open, cached: cells to train and cells that were there already.
-        stages, cells: what is going on now.
-        finished: cells, in the order in which they ended.
+        outcome: how it ended, see `run.py`; '' while it is running.
+        reason: why it ended so.
+        open, cached: cells to train and cells that were finished before.
+        stages, cells: current stages of the launch and cells in progress.
+        finished: finished cells, in the order in which they ended.
     """
 
     run: str = ""
@@ -100,7 +104,7 @@ class State:
     _before: int = 0
 
     def fold(self, line: Mapping[str, Any]) -> None:
-        """Takes one line in; one that it can't read changes nothing."""
+        """Updates the state by one line; a line that can't be read changes nothing."""
         try:
             self._fold(line)
             self.now = float(line["time"])
@@ -115,12 +119,12 @@ class State:
                 setattr(self, name, line.get(name, getattr(self, name)))
         elif stage == CELLS:
             self.open, self.cached = int(line["open"]), int(line["cached"])
-            self._before = len(self._own())
+            self._before = len(self._study_cells())
         elif stage == END:
             self.outcome, self.reason = str(line["outcome"]), str(line.get("reason") or "")
             self.stages, self.cells = {}, {}
         elif "arm" in line:
-            self._cell(line)
+            self._fold_cell(line)
         elif line.get("ended"):
             self.stages.pop(stage, None)
         else:
@@ -128,7 +132,7 @@ class State:
             seconds = float(line.get("seconds") or 0.0)
             self.stages[stage] = Stage(stage, done, total, str(line.get("unit", "")), seconds)
 
-    def _cell(self, line: Mapping[str, Any]) -> None:
+    def _fold_cell(self, line: Mapping[str, Any]) -> None:
         names = CellState.__dataclass_fields__
         cell = CellState(**{name: line[name] for name in names if line.get(name) is not None})
         key = (cell.arm, cell.seed, cell.level)
@@ -138,36 +142,37 @@ class State:
         else:
             self.cells[key] = cell
 
-    def _own(self) -> list[CellState]:
+    def _study_cells(self) -> list[CellState]:
         return [cell for cell in self.finished if not cell.control]
 
     @property
     def total(self) -> int:
-        """Cells of the run, controls not counted."""
+        """Number of cells of the run, without controls."""
         return self.open + self.cached
 
     @property
     def done(self) -> int:
-        """Of those the finished ones, with the ones that were there already."""
-        return self.cached + len(self._own()) - self._before
+        """Number of finished cells among them, including cached ones."""
+        return self.cached + len(self._study_cells()) - self._before
 
     @property
     def failed(self) -> int:
-        return sum(bool(cell.failure) for cell in self._own())
+        """Number of cells that stopped with a failure, without controls."""
+        return sum(bool(cell.failure) for cell in self._study_cells())
 
     @property
     def rate(self) -> float:
-        """Tokens a second that are trained on now, over all cells."""
+        """Tokens per second over all cells that are training now."""
         return sum(cell.rate or 0.0 for cell in self.cells.values())
 
     @property
     def left(self) -> float | None:
-        """Seconds until the stages that are going on are over; None where nothing says."""
-        known = [stage.left for stage in self.stages.values() if stage.left is not None]
-        return max(known, default=None)
+        """Seconds until the current stages end; None without an estimate."""
+        estimates = [stage.left for stage in self.stages.values() if stage.left is not None]
+        return max(estimates, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for programs."""
+        """Returns plain data, for programs."""
         return {
             **{name: getattr(self, name) for name in ("run", "title", "outcome", "reason")},
             "seconds": round(self.now - self.began, 3),

@@ -1,8 +1,8 @@
-"""Experiment trackers that a launch is told to beside metrics.jsonl (setting `tracker`).
+"""Experiment trackers to which a launch logs in addition to metrics.jsonl (setting `tracker`).
 
 Each is one class here and one line in `TRACKERS`; its package comes with the extra `tracking`. All
-work offline: nothing is sent anywhere, and nobody is asked for a key, unless the tracker's own
-environment variables say so.
+work offline: nothing is sent anywhere, and nobody is asked for a key, unless the tracker's
+environment variables request it.
 
     tensorboard   run_3/tensorboard/<arm>/seed<s>-l0_<level>/     tensorboard --logdir run_3
     wandb         run_3/wandb/offline-run-*                       wandb sync; WANDB_MODE=online
@@ -20,25 +20,25 @@ from saelab.errors import SettingError, nearest
 
 
 class Tracker:
-    """Takes the values of cells; this one keeps nothing."""
+    """Receiver of the values of cells; this base class ignores them.
+
+    Args:
+        folder: folder of the run; nothing is written before the first `log`.
+        about: `run`, `study` and further facts about the launch.
+    """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
-        """
-        Args:
-            folder: of the run; nothing is written before the first `log`.
-            about: `run`, `study` and what else the launch says of itself.
-        """
         self.folder, self.about = folder, about
 
     def log(self, cell: str, step: int, values: Mapping[str, float]) -> None:
-        """Values of a cell ('<arm>/seed<s>-l0_<level>') after a step of its training."""
+        """Logs values of a cell ('<arm>/seed<s>-l0_<level>') after a step of its training."""
 
     def close(self) -> None:
-        """No `log` follows."""
+        """Ends the tracker; no `log` follows."""
 
 
 class TensorBoard(Tracker):
-    """Event files, a folder for each cell, so that cells are curves of one picture."""
+    """Event files, one folder per cell, so that cells are curves of one chart."""
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         super().__init__(folder, about)
@@ -86,7 +86,7 @@ class Wandb(Tracker):
 
 
 class Trackio(Tracker):
-    """One run of Trackio for each cell, grouped by launch, in its local data base."""
+    """One run of Trackio for each cell, grouped by launch, in its local database."""
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         super().__init__(folder, about)
@@ -116,9 +116,9 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
 
 
 def open_tracker(name: str, folder: Path, about: Mapping[str, Any]) -> Tracker:
-    """The named tracker, which has written nothing yet.
+    """Opens the named tracker, which writes nothing before its first `log`.
 
-    Raises: SettingError for an unknown name, or where the tracker's package is missing.
+    Raises: SettingError for an unknown name, or when the tracker's package is missing.
     """
     if name not in TRACKERS:
         remedy = f"no such tracker{nearest(name, TRACKERS)}: use one of {', '.join(TRACKERS)}"

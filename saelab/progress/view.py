@@ -1,4 +1,4 @@
-"""Where a run is, as a table for the terminal: at most a dozen rows."""
+"""Terminal table of a run's state, with at most a dozen rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.text import Text
 from saelab.progress.bar import clock
 from saelab.progress.state import TRAIN, CellState, State
 
-#: Rows of each kind, and redraws a second. Our choice.
+#: Rows of each kind, and redraws per second. Our choice.
 STAGES, RUNNING, FINISHED, REDRAWS = 2, 5, 2, 2
-#: What is shown of a cell: value -> heading.
+#: Columns of a cell: value -> heading.
 VALUES = {
     "loss": "loss",
     "reconstruction": "reconstr.",
@@ -28,25 +28,26 @@ VALUES = {
 
 
 def view(state: State, now: float | None = None) -> RenderableType:
-    """The table.
+    """Returns the table of a state.
 
     Args:
-        now: seconds since 1970; the state's own time by default.
+        state: state of the run.
+        now: seconds since 1970; by default the time of the state's last line.
     """
     return Group(_head(state, now or state.now), _stages(state), *_cells(state))
 
 
 def _head(state: State, now: float) -> Text:
-    told = [f"{state.run}: {clock(max(0.0, now - state.began))}"]
+    facts = [f"{state.run}: {clock(max(0.0, now - state.began))}"]
     if state.total:
         failed = f", {state.failed} failed" if state.failed else ""
         cached = f" ({state.cached} from the cache)" if state.cached else ""
-        told.append(f"{state.done}/{state.total} cells{cached}{failed}")
+        facts.append(f"{state.done}/{state.total} cells{cached}{failed}")
     if state.rate:
-        told.append(f"{state.rate:,.0f} tokens/s")
+        facts.append(f"{state.rate:,.0f} tokens/s")
     if state.outcome:
-        told.append(f"{state.outcome}{f': {state.reason}' if state.reason else ''}")
-    return Text("  ".join(told), style="bold", no_wrap=True, overflow="ellipsis")
+        facts.append(f"{state.outcome}{f': {state.reason}' if state.reason else ''}")
+    return Text("  ".join(facts), style="bold", no_wrap=True, overflow="ellipsis")
 
 
 def _stages(state: State) -> Table:
@@ -60,41 +61,41 @@ def _stages(state: State) -> Table:
 
 
 def _cells(state: State) -> Iterator[Table | Text]:
-    shown = list(state.cells.values())[:RUNNING]
-    last = state.finished[-FINISHED:]
-    if not shown and not last:
+    running = list(state.cells.values())[:RUNNING]
+    finished = state.finished[-FINISHED:]
+    if not running and not finished:
         return
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
     for heading in ("arm", "seed", "at L0", "stage"):
         table.add_column(heading, no_wrap=True)
     for heading in VALUES.values():
         table.add_column(heading, justify="right", no_wrap=True)
-    for cell in shown:
-        table.add_row(*_cell(cell))
-    for cell in last:
-        table.add_row(*_cell(cell), style="red" if cell.failure else "dim")
+    for cell in running:
+        table.add_row(*_cell_row(cell))
+    for cell in finished:
+        table.add_row(*_cell_row(cell), style="red" if cell.failure else "dim")
     yield table
-    more = len(state.cells) - len(shown)
+    more = len(state.cells) - len(running)
     if more:
         yield Text(f"and {more} more cells at work", style="dim")
 
 
-def _cell(cell: CellState) -> list[str]:
+def _cell_row(cell: CellState) -> list[str]:
     share = f" {cell.step / cell.steps:.0%}" if cell.stage == TRAIN and cell.steps else ""
     stage = "failed" if cell.failure else f"{cell.stage}{share}"
     numbers = [cell.values.get(name) for name in VALUES]
-    known = ["" if number is None else f"{number:.4g}" for number in numbers]
-    return [cell.arm, str(cell.seed), f"{cell.level:g}", stage, *known]
+    texts = ["" if number is None else f"{number:.4g}" for number in numbers]
+    return [cell.arm, str(cell.seed), f"{cell.level:g}", stage, *texts]
 
 
 @contextmanager
 def live(render: Callable[[], RenderableType]) -> Iterator[None]:
-    """Redraws on stderr's terminal until the block ends; what was drawn last stays.
+    """Redraws a view on the terminal until the block ends; the last drawing stays.
 
     Lines that are printed meanwhile appear above it.
 
     Args:
-        render: called by another thread.
+        render: returns the view; another thread calls it.
     """
     with Live(
         get_renderable=render,

@@ -41,7 +41,7 @@ from saelab.storage.atomic import (
     write_text,
 )
 from saelab.storage.parquet import Kind, column_names, read_rows
-from saelab.storage.validation import Loose, Name, Number, Whole, check
+from saelab.storage.validation import Int64, Loose, Name, Number, validate
 
 MANIFEST, INFO, GATE = "manifest.json", "final_info.json", "gate.json"
 SUMMARY = "summary.md"
@@ -62,7 +62,7 @@ class _Arm(Loose):
 
 class _Comparison(Loose):
     arm: str
-    n: Whole
+    n: Int64
     detectable: Number | None = None
 
 
@@ -95,7 +95,7 @@ class _Group(Loose):
 
 class _Cell(Loose):
     arm: str
-    seed: Whole
+    seed: Int64
     level: Number
     expected: list[str]
     facts: dict[str, Plain]
@@ -131,9 +131,9 @@ class RunFolder:
         path = self.folder / MANIFEST
         if not path.is_file():
             return {}
-        data = check(read_json(path), _Manifest, path, REMEDY)
+        data = validate(read_json(path), _Manifest, path, REMEDY)
         if "digest" in data or SUMS in data:
-            data = check(read_sealed(path, REMEDY), _Manifest, path, REMEDY)
+            data = validate(read_sealed(path, REMEDY), _Manifest, path, REMEDY)
         return data
 
     @cached_property
@@ -168,13 +168,13 @@ class RunFolder:
     def info(self) -> dict[str, dict[str, Any]]:
         """final_info.json; raises SourceError without it."""
         path = self.file(INFO)
-        return check(read_json(path), dict[str, _Group], path, REMEDY)
+        return validate(read_json(path), dict[str, _Group], path, REMEDY)
 
     @cached_property
     def gates(self) -> dict[str, dict[str, Any]]:
         """gate.json: cell -> the facts that the gate looked at; raises SourceError without it."""
         path = self.file(GATE)
-        return check(read_json(path), dict[str, _Cell], path, REMEDY)
+        return validate(read_json(path), dict[str, _Cell], path, REMEDY)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:

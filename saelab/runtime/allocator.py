@@ -1,8 +1,8 @@
-"""Keeps freed memory in the process instead of giving it back to the kernel after each step.
+"""Keeps freed memory in the process instead of returning it to the kernel after each step.
 
-Training allocates and frees the same large tensors thousands of times. glibc's default returns
-blocks above 128 KB to the kernel, so each step pays for zeroed pages again. `mallopt` is glibc's
-own switch; elsewhere this does nothing. Results do not change.
+Training allocates and frees the same large tensors thousands of times. By default glibc returns
+blocks above 128 KB to the kernel, so each step pays for zeroed pages again. `mallopt` changes this;
+without glibc nothing happens. Results do not change.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LARGEST = 1 << 30
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Returns whether the allocator took the setting."""
+    """Raises the allocator's thresholds; returns whether it accepted them."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         return bool(

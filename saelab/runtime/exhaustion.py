@@ -1,6 +1,6 @@
-"""What the machine has run out of, told in one sentence: memory or file handles.
+"""Turns out-of-memory and too-many-open-files errors into one sentence.
 
-A full disk is told where files are written (files.py).
+A full disk is reported by the functions that write files (storage/atomic.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from saelab.errors import UsageError
 
-#: How libraries say that an allocation failed, where they raise no MemoryError.
+#: Phrases of libraries for a failed allocation, if they do not raise MemoryError.
 NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "not enough memory")
 NO_HANDLES = ("Too many open files", "os error 24")
 
@@ -22,18 +22,22 @@ class ExhaustedError(UsageError):
 
 @contextmanager
 def as_usage_error() -> Iterator[None]:
-    """Raises: ExhaustedError in place of what the system and the libraries raise."""
+    """Replaces errors of exhausted memory or file handles inside the block by one sentence.
+
+    Raises: ExhaustedError in place of the error of the system or the library.
+    """
     try:
         yield
     except ExhaustedError:
         raise
-    except Exception as error:  # also our own, of something that could not be read for that reason
+    except Exception as error:  # also errors of saelab that were caused by the exhaustion
         if sentence := next(filter(None, map(_sentence, _chain(error))), ""):
             raise ExhaustedError(sentence) from error
         raise
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields the error and its causes, each once."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -42,6 +46,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _sentence(error: BaseException) -> str:
+    """Returns the sentence with the remedy, or "" for an error of another kind."""
     code, text = getattr(error, "errno", None), str(error)
     if isinstance(error, MemoryError) or code == errno.ENOMEM or _says(text, NO_MEMORY):
         return (

@@ -1,8 +1,9 @@
-"""Texts of others made safe to show: on a terminal, in Markdown.
+"""Makes foreign texts safe to print: on a terminal and in Markdown.
 
-A name or a text may hold anything. What a terminal would obey (escape sequences, carriage returns,
-marks that turn the direction of reading) is shown as its code instead, and what Markdown would obey
-is escaped. JSON escapes by itself, and pictures read no mathematics in texts (report/canvas.py).
+A name or a text may contain anything. Characters that a terminal would obey (escape sequences,
+carriage returns, marks that turn the direction of reading) are replaced by their codes, and
+characters that Markdown would obey are escaped. JSON escapes by itself, and figures parse no
+mathematics in texts (report/figures/style.py).
 """
 
 from __future__ import annotations
@@ -11,34 +12,35 @@ import re
 import unicodedata
 
 #: Control and format characters, surrogates, and separators of lines.
-_OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
-#: Signs that begin a link, a picture, code, emphasis over words, HTML, or a new cell of a table.
+_CONTROL_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
+#: Characters that begin a link, an image, code, emphasis, HTML, or a new cell of a table.
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|])")
 
 
 def is_plain(text: str) -> bool:
-    """Whether a terminal shows the text as it is."""
-    return (text.isascii() and text.isprintable()) or not any(map(_obeyed, text))
+    """Returns whether a terminal shows the text unchanged."""
+    return (text.isascii() and text.isprintable()) or not any(map(_is_control, text))
 
 
-def visible(text: str, kept: str = "") -> str:
-    """The text with every character that a terminal would obey as its code, "\\x1b".
+def visible(text: str, keep: str = "") -> str:
+    """Returns the text with each character that a terminal would obey replaced by its code.
 
     Args:
-        kept: such characters that are left, for example "\\n" in a table.
+        text: any text; an escape character in it becomes "\\x1b".
+        keep: control characters that are left in place, for example "\\n" in a table.
     """
     if is_plain(text):
         return text
-    return "".join(_code(c) if _obeyed(c) and c not in kept else c for c in text)
+    return "".join(_code(c) if _is_control(c) and c not in keep else c for c in text)
 
 
 def markdown(text: str) -> str:
-    """The text as Markdown that shows it, on one line."""
+    """Returns Markdown that shows the text, on one line."""
     return _MARKDOWN.sub(r"\\\1", visible(" ".join(text.split("\n"))))
 
 
-def _obeyed(character: str) -> bool:
-    return unicodedata.category(character) in _OBEYED
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in _CONTROL_CATEGORIES
 
 
 def _code(character: str) -> str:

@@ -1,12 +1,12 @@
-"""SIGINT and SIGTERM end a command at its next safe place, with 128 + their number, one sentence.
+"""SIGINT and SIGTERM end a command at its next safe place, with one sentence and exit code 128 + n.
 
-    with told():           a signal raises `Interrupted` in the main thread, wherever that is ...
-        with whole():      ... but within this the first one waits for the end of the block
+    with exit_on_signal():         a signal raises `Interrupted` anywhere in the main thread ...
+        with defer_signals():      ... but the first one inside this waits for the end of the block
             step()
 
 Files are written whole or not at all, so most places are safe. A second SIGINT never waits; a
-second SIGTERM soon after the first, as a process group gets it, changes nothing. A signal that was
-ignored when the command started stays ignored.
+second SIGTERM soon after the first, as a process group receives it, changes nothing. A signal that
+was ignored when the command started stays ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-#: Seconds after which a further SIGTERM is no longer the first one once more. Our choice.
+#: Seconds for which a further SIGTERM counts as a repetition of the first one. Our choice.
 SOON = 5.0
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
@@ -28,8 +28,8 @@ class Interrupted(KeyboardInterrupt):
     """A signal that asks the process to end.
 
     Args:
-        number: of the signal.
-        at_once: whether it did not wait for the end of a `whole` block.
+        number: number of the signal.
+        at_once: True if it did not wait for the end of a `defer_signals` block.
     """
 
     def __init__(self, number: int, at_once: bool = False) -> None:
@@ -38,6 +38,7 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
+        """Exit code of a command that the signal ends."""
         return 128 + self.number
 
     def __str__(self) -> str:
@@ -45,9 +46,9 @@ class Interrupted(KeyboardInterrupt):
         return f"{word}: the same command goes on where it stopped"
 
 
-class _Asked:
-    """What signals have asked for: the first one's number and time, whether it was raised, and how
-    deep in `whole` blocks the process is."""
+class _Pending:
+    """State of the process: number and time of the first signal, whether it was raised, and the
+    depth of nested `defer_signals` blocks."""
 
     number: int | None = None
     at = 0.0
@@ -55,57 +56,57 @@ class _Asked:
     depth = 0
 
 
-def handle(number: int, frame: Any) -> None:
-    """The handler."""
-    if _Asked.number is None:
-        _Asked.number, _Asked.at = number, time.monotonic()
-        wanted, at_once = not _Asked.depth, False
+def handle_signal(number: int, frame: Any) -> None:
+    """Raises `Interrupted`, or records the signal for the end of the `defer_signals` block."""
+    if _Pending.number is None:
+        _Pending.number, _Pending.at = number, time.monotonic()
+        raise_now, at_once = not _Pending.depth, False
     else:
-        late = time.monotonic() - _Asked.at > SOON and not _Asked.depth
-        wanted, at_once = number == signal.SIGINT or late, True
-    if wanted:
-        _Asked.raised = True
-        raise Interrupted(_Asked.number, at_once)
+        late = time.monotonic() - _Pending.at > SOON and not _Pending.depth
+        raise_now, at_once = number == signal.SIGINT or late, True
+    if raise_now:
+        _Pending.raised = True
+        raise Interrupted(_Pending.number, at_once)
 
 
 def pending_signal() -> int | None:
-    """The number of the signal that has come, None where none has."""
-    return _Asked.number
+    """Returns the number of the first signal that has arrived, or None."""
+    return _Pending.number
 
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """A first signal within the block raises `Interrupted` at its end."""
-    _Asked.depth += 1
+    """Delays the `Interrupted` of a first signal within the block to the end of the block."""
+    _Pending.depth += 1
     try:
         yield
     finally:
-        _Asked.depth -= 1
-    if _Asked.number is not None and not _Asked.raised and not _Asked.depth:
-        _Asked.raised = True
-        raise Interrupted(_Asked.number)
+        _Pending.depth -= 1
+    if _Pending.number is not None and not _Pending.raised and not _Pending.depth:
+        _Pending.raised = True
+        raise Interrupted(_Pending.number)
 
 
 @contextmanager
 def preserve_handlers() -> Iterator[None]:
-    """Puts the handlers back that are set within the block, in the main thread."""
+    """Restores both signals' handlers after the block, in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    found = {number: signal.getsignal(number) for number in WORDS}
+    handlers = {number: signal.getsignal(number) for number in WORDS}
     try:
         yield
     finally:
-        for number, handler in found.items():
+        for number, handler in handlers.items():
             if handler is not None:
                 signal.signal(number, handler)
 
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Ends the process when a signal comes within the block; the sentence is the last of stderr."""
+    """Exits with one sentence on stderr when a signal arrives within the block."""
     try:
-        with _listening():
+        with _install_handlers():
             yield
     except KeyboardInterrupt as error:
         stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
@@ -114,8 +115,8 @@ def exit_on_signal() -> Iterator[None]:
 
 
 @contextmanager
-def _listening() -> Iterator[None]:
-    """Handles both signals, in the main thread; all is as before afterwards."""
+def _install_handlers() -> Iterator[None]:
+    """Handles both signals within the block, in the main thread; restores the handlers after it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -123,11 +124,11 @@ def _listening() -> Iterator[None]:
         with preserve_handlers():
             for number in WORDS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    signal.signal(number, handle)
+                    signal.signal(number, handle_signal)
             yield
-    except KeyboardInterrupt as error:  # a library's own, in place of the one that it was given
-        if isinstance(error, Interrupted) or _Asked.number is None:
+    except KeyboardInterrupt as error:  # raised by a library in place of `Interrupted`
+        if isinstance(error, Interrupted) or _Pending.number is None:
             raise
-        raise Interrupted(_Asked.number) from None
+        raise Interrupted(_Pending.number) from None
     finally:
-        _Asked.number, _Asked.raised = None, False
+        _Pending.number, _Pending.raised = None, False

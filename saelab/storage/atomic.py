@@ -1,9 +1,9 @@
-"""Files are written whole or not at all: bytes go to a temporary name, then one rename.
+"""Atomic writes: the bytes go to a temporary file, which one rename puts in its place.
 
-An object at a URL (`remote.py`) is made as a temporary file and put in its place as a whole.
-A sealed JSON file holds a digest of itself, so that a change of it shows.
+An object at a URL (`remote.py`) is written to a temporary file and uploaded as a whole. A sealed
+JSON file contains its own digest, so that later changes are detected.
 
-Raises `SaelabError` subclasses with one sentence when the disk is full or the folder is read-only.
+A full disk or a read-only folder raises a `SaelabError` subclass with one sentence.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any
 from saelab.errors import DamageError, SourceError
 from saelab.storage.remote import Place, Remote
 
-#: Bytes of a JSON file at most; parsed it takes up to twenty times as much. Ours have a few MB.
+#: Largest JSON file, in bytes; parsed it takes up to twenty times as much. Ours have a few MB.
 MOST_JSON = 32 * 2**20
-#: For tests: '<file>:<pattern>:<n>' appends the path of every write that matches to the file, and
-#: kills the process group between the bytes and the rename of the n-th; n = 0 never does.
+#: For tests: '<file>:<pattern>:<n>' appends the path of every matching write to the file, and kills
+#: the process group between the bytes and the rename of the n-th; n = 0 kills nothing.
 FAILPOINT = "SAELAB_FAILPOINT"
 
 
@@ -39,14 +39,14 @@ def write_atomically(path: Place, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)` and renames the result to `path`; the old file stays on failure."""
     if isinstance(path, Remote):
         with tempfile.TemporaryDirectory(prefix="saelab-") as folder:
-            whole = Path(folder) / path.name
-            with writing(whole):
-                write(whole)
-            path.put(whole)
+            file = Path(folder) / path.name
+            with explain_write_errors(file):
+                write(file)
+            path.put(file)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(path):
+        with explain_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             with temporary.open("rb") as file:
@@ -59,6 +59,7 @@ def write_atomically(path: Place, write: Callable[[Path], object]) -> None:
 
 
 def _failpoint(path: Path, trace: str, pattern: str, n: str) -> None:
+    """Records a matching write in the file `trace`; kills the process group at the n-th."""
     name = str(path.absolute())
     if not fnmatch.fnmatch(name, pattern):
         return
@@ -70,12 +71,12 @@ def _failpoint(path: Path, trace: str, pattern: str, n: str) -> None:
         os.kill(0, signal.SIGKILL)  # 0: the process group
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files that killed processes left in a folder."""
-    for rest in folder.glob(".*.tmp"):
-        process = rest.name.split(".")[-2]
+    for temporary in folder.glob(".*.tmp"):
+        process = temporary.name.split(".")[-2]
         if not (process.isdigit() and _alive(int(process))):
-            rest.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:
@@ -83,19 +84,22 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # a process of another user
         return True
     return True
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the system's write errors into one sentence with the remedy."""
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turns the system's write errors inside the block into one sentence with the remedy.
+
+    Raises: WriteError when the disk is full or the folder can't be written.
+    """
     try:
         yield
     except Exception as error:
         code, why = (error.errno, error.strerror) if isinstance(error, OSError) else (None, "")
-        full = ("No space left", "File too large")  # the second: the limit of ulimit -f
+        full = ("No space left", "File too large")  # the second: the limit set by ulimit -f
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(s in str(error) for s in full):
             raise WriteError(
                 f"{path} can't be written, the disk is full: free some space"
@@ -106,35 +110,38 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Place, text: str) -> None:
+    """Writes a text as UTF-8."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def json_text(data: Any) -> str:
-    """What `write_json` writes; a NaN or infinity is an error, since a missing number is null."""
+    """Returns the text that `write_json` writes; raises ValueError for NaN and infinity.
+
+    A missing number is null.
+    """
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
 def write_json(path: Place, data: Any) -> None:
-    """Writes JSON as `json_text` gives it."""
+    """Writes data as JSON; raises ValueError for NaN and infinity."""
     write_text(path, json_text(data))
 
 
 def digest(data: Any) -> str:
-    """A 16-character content hash of JSON-like data; the order of keys does not matter."""
+    """Returns a 16-character content hash of JSON-like data; the order of keys does not matter."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_sealed(path: Place, data: dict[str, Any]) -> None:
-    """Writes JSON with a digest of itself."""
+    """Writes JSON together with its own digest."""
     write_json(path, data | {"digest": digest(data)})
 
 
 def read_sealed(path: Place, remedy: str = "make it again") -> dict[str, Any]:
-    """What `write_sealed` was given.
+    """Reads the data that was given to `write_sealed`.
 
-    The digest finds damage and edits by hand. It is no signature: whoever wants to deceive can make
-    one.
+    The digest detects damage and manual edits. It is not a signature: anybody can compute one.
 
     Raises: DamageError when the file was changed afterwards, SourceError when it is missing.
     """
@@ -142,36 +149,43 @@ def read_sealed(path: Place, remedy: str = "make it again") -> dict[str, Any]:
 
 
 def check_seal(data: Any, path: Place, remedy: str = "make it again") -> dict[str, Any]:
-    """`read_sealed` of a file that was parsed already."""
+    """Checks the digest of parsed data and removes it from them; see `read_sealed`."""
     if not isinstance(data, dict) or data.pop("digest", None) != digest(data):
         raise DamageError(f"{path} was changed after it was written: {remedy}")
     return data
 
 
 def append_line(path: Path, text: str) -> None:
-    """Adds one line of JSON to a file in one write, so that writers beside it don't mix theirs in;
-    the whole line or, where the disk is full, nothing of it. A torn last line is removed first."""
-    with writing(path):
+    """Adds one line of JSON to a file, after it has removed a torn last line.
+
+    The line is one write, so that concurrent writers do not mix their lines; on a full disk nothing
+    of it is written.
+
+    Raises: WriteError when the disk is full or the folder can't be written.
+    """
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b", buffering=0) as file:
             file.seek(0)
             content = file.read()
-            whole = untorn(content)
+            whole = drop_torn_line(content)
             if len(whole) < len(content):
                 file.truncate(len(whole))
-            left = b"\n" * (whole[-1:] not in (b"", b"\n")) + text.encode() + b"\n"
+            rest = b"\n" * (whole[-1:] not in (b"", b"\n")) + text.encode() + b"\n"
             try:
-                while left:  # once, but for a disk that takes a part of it
-                    left = left[file.write(left) :]
+                while rest:  # one pass, unless the disk takes only a part
+                    rest = rest[file.write(rest) :]
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(len(whole))
                 raise
 
 
-def untorn(content: bytes) -> bytes:
-    """Lines of JSON without a last one that has neither an end nor a meaning: a loss of power in
-    the middle of `append_line` leaves such."""
+def drop_torn_line(content: bytes) -> bytes:
+    """Returns lines of JSON without a torn last line, which has no end and can't be parsed.
+
+    A loss of power in the middle of `append_line` leaves such a line.
+    """
     end = content.rfind(b"\n") + 1
     try:
         json.loads(content[end:])
@@ -181,7 +195,10 @@ def untorn(content: bytes) -> bytes:
 
 
 def read_json(path: Place, remedy: str = "delete it and run again") -> Any:
-    """Raises: DamageError when the file is no JSON, SourceError when it can't be opened."""
+    """Reads a JSON file.
+
+    Raises: DamageError when the file is not valid JSON, SourceError when it can't be opened.
+    """
     try:
         return parse_json(path)
     except FileNotFoundError:
@@ -193,39 +210,41 @@ def read_json(path: Place, remedy: str = "delete it and run again") -> Any:
 
 
 def parse_json(path: Place) -> Any:
-    """The content of a JSON file, by the standard: no NaN, no number beyond a float's range.
+    """Parses a JSON file by the standard, without NaN and numbers beyond the range of a float.
 
     Raises: OSError when it can't be opened; ValueError for anything else that is wrong with it.
     """
-    content = _beginning(path, MOST_JSON + 1)
+    content = _read_start(path, MOST_JSON + 1)
     if len(content) > MOST_JSON:
         raise ValueError(f"it is over {MOST_JSON // 2**20} MB")
     try:
-        return json.loads(content.decode(), parse_constant=_no_number, parse_float=_finite)
+        return json.loads(
+            content.decode(), parse_constant=_reject_constant, parse_float=_parse_float
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _beginning(path: Place, size: int) -> bytes:
-    """The first bytes of a file; all of them of a URL, where one request is one object."""
+def _read_start(path: Place, size: int) -> bytes:
+    """Reads the first bytes of a file, or a whole object at a URL, which is one request."""
     if isinstance(path, Remote):
         return path.read_bytes()
     with path.open("rb") as file:
         return file.read(size)
 
 
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number in JSON")
+def _reject_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a number in JSON")
 
 
-def _finite(text: str) -> float:
+def _parse_float(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{text[:20]} is beyond the range of numbers")
     return value
 
 
 def sha256(path: Place) -> str:
-    """Hex digest of a file's bytes."""
+    """Returns the hex digest of a file's bytes."""
     if isinstance(path, Remote):
         return hashlib.sha256(path.read_bytes()).hexdigest()
     with path.open("rb") as file:

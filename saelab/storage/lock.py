@@ -1,7 +1,7 @@
-"""One process at a time: a lock beside what is written, which dies with the process that holds it.
+"""Lock that lets one process at a time write a folder; it ends with the process that holds it.
 
-The lock is the kernel's (`flock`), so that a killed holder leaves none behind; the file says who
-holds it. Where the file system or the platform knows no such lock, nothing is locked.
+It is the kernel's lock (`flock`), so a killed holder leaves none behind; the lock file names the
+holder. Nothing is locked if the file system or the platform has no such locks.
 """
 
 from __future__ import annotations
@@ -14,53 +14,56 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from saelab.errors import UsageError
-from saelab.storage.atomic import writing
+from saelab.storage.atomic import explain_write_errors
 
 try:
     import fcntl
 except ImportError:  # not on this platform
     fcntl = None
 
-#: What a file system says that has no locks.
-NONE_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+#: Errors of a file system that has no locks.
+UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 
 class BusyError(UsageError):
-    """Another process is at work there: exit code 2."""
+    """Another process is using the folder: exit code 2."""
 
 
 @contextmanager
 def lock_folder(place: Path, doing: str) -> Iterator[None]:
-    """Holds the lock of a folder, `.<name>.lock` beside it.
+    """Holds the lock of a folder, the file `.<name>.lock` next to it, until the block ends.
 
     Args:
-        place: the folder; it need not be there.
-        doing: what the holder does, for the sentence that another one gets.
+        place: the folder; it need not exist.
+        doing: what the holder does, for the error message of the process that is refused.
 
     Raises: BusyError naming the holder.
     """
     place = place.absolute()
     file = place.with_name(f".{place.name}.lock")
-    made = [folder for folder in place.parents if not folder.exists()]
-    with writing(file):
+    new_folders = [folder for folder in place.parents if not folder.exists()]
+    with explain_write_errors(file):
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle = _taken(file, f"{place} is in use: {{}} {doing}")
+        handle = _acquire(file, f"{place} is in use: {{}} {doing}")
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # before it is let go, so that nobody waits for a lost file
+        file.unlink(missing_ok=True)  # before the release, so that nobody waits for a deleted file
         os.close(handle)
-        with suppress(OSError):  # folders that were made for the lock alone
-            for folder in made:
+        with suppress(OSError):  # folders that were made only for the lock
+            for folder in new_folders:
                 folder.rmdir()
 
 
-def _taken(file: Path, busy: str) -> int:
-    """The open file whose lock is ours and which still has its name."""
+def _acquire(file: Path, busy: str) -> int:
+    """Takes the lock; returns the open lock file, which still has its name.
+
+    Raises: BusyError, with the holder filled into the text `busy`.
+    """
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
-            if not _lock(handle):
+            if not _try_lock(handle):
                 holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
                 raise BusyError(f"{busy.format(holder)}: wait for it, or name another folder")
             with suppress(FileNotFoundError):
@@ -73,17 +76,17 @@ def _taken(file: Path, busy: str) -> int:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its last holder has just removed it
+        os.close(handle)  # its last holder has just deleted it
 
 
-def _lock(handle: int) -> bool:
-    """Whether the lock is ours now, or none is to be had at all."""
+def _try_lock(handle: int) -> bool:
+    """Returns whether this process holds the lock now, or no lock exists on this file system."""
     if fcntl is None:
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in NONE_HERE:
+        if error.errno in UNSUPPORTED:
             return True
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False

@@ -17,14 +17,14 @@ from saelab.storage.atomic import write_atomically
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: What a column holds: text, an integer, a number; '?' allows missing values; 'any' plain values.
+#: Type of a column; '?' allows missing values, 'any' is text, integers ('whole') or numbers.
 Kind = Literal["text", "text?", "whole", "number", "number?", "any"]
-#: Values that are read of a run's table at most; they take about 100 bytes each.
+#: Largest number of values read from a run's table; each takes about 100 bytes.
 MOST_VALUES = 8_000_000
 #: Codecs whose pages grow by less than 30 times.
 CODECS = ("SNAPPY", "UNCOMPRESSED")
-#: Rows in one piece.
-ROWS = 4096
+#: Rows of one batch.
+BATCH_ROWS = 4096
 
 
 #: What is said of a damaged file that the next run makes again.
@@ -96,8 +96,10 @@ def read_rows(
     """The named columns of a table that saelab has written, row by row.
 
     Args:
-        columns: name -> what it must hold.
-        only: column -> the value that rows must have.
+        path: the table.
+        columns: name -> type that it must have.
+        only: column -> value that rows must have.
+        remedy: last part of the error message.
 
     Raises: DamageError when the file can't be read, lacks a column or holds another type.
     """
@@ -112,8 +114,10 @@ def _typed_batches(
     values = 0
     for batch in _batches(path, list(columns), remedy, DamageError, CODECS):
         for name, kind in columns.items():
-            if not _is(batch.column(name), kind):
-                raise DamageError(f"{path} is damaged (column {name!r} is not {kind}): {remedy}")
+            if not _has_kind(batch.column(name), kind):
+                raise DamageError(
+                    f"{path} is damaged (column {name!r} is not of type {kind}): {remedy}"
+                )
         batch = _filtered(batch, only)
         values += batch.num_rows * len(columns)
         if values > MOST_VALUES:
@@ -124,11 +128,13 @@ def _typed_batches(
 def stream_rows(
     path: Path, choose: Callable[[Sequence[str]], list[str]], error: type[SaelabError], remedy: str
 ) -> Iterator[dict[str, Any]]:
-    """The rows of any Parquet file, streamed; nothing of it is kept.
+    """Streams the rows of any Parquet file; no row stays in memory.
 
     Args:
-        choose: names of all columns -> those that are wanted; none reads no row.
-        error: that is raised when the file can't be read.
+        path: the file.
+        choose: names of all columns -> names of the columns to read; none of them reads no row.
+        error: class of the error that is raised when the file can't be read.
+        remedy: last part of the error message.
     """
     for batch in _batches(path, choose, remedy, error):
         yield from batch.to_pylist()
@@ -141,23 +147,23 @@ def _batches(
     error: type[SaelabError],
     codecs: tuple[str, ...] = (),
 ) -> Iterator[pa.RecordBatch]:
-    """Pieces of a table whose values are valid."""
+    """Yields the batches of a table after their values were validated."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path, pre_buffer=False) as table:
-            there = table.schema_arrow.names
-            wanted = columns(there) if callable(columns) else columns
-            if absent := [name for name in wanted if there.count(name) != 1]:
+            names = table.schema_arrow.names
+            wanted = columns(names) if callable(columns) else columns
+            if absent := [name for name in wanted if names.count(name) != 1]:
                 raise error(f"{path} has no column {absent[0]!r}: {remedy}")
             if codecs and (other := _codecs(table) - set(codecs)):
                 raise error(f"{path} is compressed by {sorted(other)[0]}: {remedy}")
-            for batch in table.iter_batches(ROWS, columns=wanted) if wanted else ():
+            for batch in table.iter_batches(BATCH_ROWS, columns=wanted) if wanted else ():
                 batch.validate(full=True)
                 yield batch
-    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as found:
-        reason = (str(found).strip() or type(found).__name__).splitlines()[0]
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as cause:
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise error(f"{path} can't be read ({reason[:200]}): {remedy}") from None
 
 
@@ -174,15 +180,15 @@ def _filtered(batch: pa.RecordBatch, only: Mapping[str, str]) -> pa.RecordBatch:
     return batch
 
 
-def _is(column: pa.Array, kind: Kind) -> bool:
+def _has_kind(column: pa.Array, kind: Kind) -> bool:
     import pyarrow as pa
 
     types, null = pa.types, pa.types.is_null(column.type)
     if column.null_count and kind not in ("any", "text?", "number?"):
         return False
     if kind == "any":
-        known = (types.is_string, types.is_integer, types.is_floating, types.is_null)
-        return any(check(column.type) for check in known)
+        plain = (types.is_string, types.is_integer, types.is_floating, types.is_null)
+        return any(is_type(column.type) for is_type in plain)
     if kind in ("text", "text?"):
         return types.is_string(column.type) or types.is_large_string(column.type) or null
     if kind == "whole":

@@ -1,11 +1,11 @@
-"""A folder or an object at a URL (s3://, gs:// and whatever else fsspec knows), used like a path.
+"""Folders and objects at a URL (s3://, gs:// and any other that fsspec supports), used like paths.
 
     Remote("s3://bucket/prefix") / "activations" / "header.json"
 
-An object is written by one put and read by one get, so that a reader sees it whole or not at all. A
-request that fails is repeated with growing pauses, a bounded number of times; that nothing is there
-and that access is refused are answers, not failures. Credentials, regions and endpoints come from
-the environment, as the packages behind fsspec take them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+An object is written by one put and read by one get, so a reader sees it whole or not at all. A
+request that fails is repeated with growing pauses, a bounded number of times; a missing object and
+a refused access are answers, not failures. Credentials, regions and endpoints come from the
+environment variables of the packages behind fsspec (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
 GOOGLE_APPLICATION_CREDENTIALS ...).
 """
 
@@ -26,24 +26,30 @@ from saelab.errors import SourceError
 
 T = TypeVar("T")
 
-#: Times that a request is made at most, and seconds before the second one; each further pause is
-#: twice as long, up to the longest. Our choice: 24 s in all, so that a short outage is sat out.
+#: Largest number of tries of a request, and seconds before the second; each further pause is twice
+#: as long, up to the longest. Our choice: 24 s in all, which survives a short outage.
 TRIES, PAUSE, LONGEST_PAUSE = 8, 0.25, 8.0
-#: What no repetition mends.
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError)
+#: Errors that no repetition fixes.
+NOT_RETRIED = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ImportError,
+)
 #: Package behind a protocol, and the extra of this one that installs it.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
 class RemoteError(SourceError):
-    """A store can't be used, or gave no answer after all tries: exit code 2."""
+    """A store can't be used, or did not answer after all tries: exit code 2."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A place at a URL. It has no state of its own and can be sent to another process.
+    """A place at a URL, without state, so that it can be sent to another process.
 
-    Raises: RemoteError, by every method that asks the store, when it gives no answer;
+    Raises: RemoteError, by every method that sends a request, when the store does not answer;
         FileNotFoundError where a path would raise it.
     """
 
@@ -60,13 +66,14 @@ class Remote:
         return self.url.rstrip("/").rpartition("/")[2]
 
     def is_file(self) -> bool:
-        """Whether there is an object."""
+        """Returns whether there is an object at this URL."""
         try:
             return self._ask("looked up", lambda fs, path: fs.info(path))["type"] == "file"
         except FileNotFoundError:
             return False
 
     def read_bytes(self) -> bytes:
+        """Reads the whole object."""
         return self._ask("read", lambda fs, path: fs.cat_file(path))
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -77,6 +84,7 @@ class Remote:
         self._ask("written", lambda fs, path: fs.put_file(str(file), path))
 
     def unlink(self, missing_ok: bool = False) -> None:
+        """Deletes the object."""
         try:
             self._ask("deleted", lambda fs, path: fs.rm_file(path))
         except FileNotFoundError:
@@ -84,20 +92,25 @@ class Remote:
                 raise
 
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes of each object directly in this folder, by one listing."""
+        """Returns name -> bytes of each object directly in this folder, from one listing."""
         with suppress(FileNotFoundError):
-            found = self._ask("listed", lambda fs, path: fs.ls(path, detail=True))
-            files = [entry for entry in found if entry["type"] == "file"]
+            entries = self._ask("listed", lambda fs, path: fs.ls(path, detail=True))
+            files = [entry for entry in entries if entry["type"] == "file"]
             return {entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in files}
         return {}
 
     def has(self, pattern: str) -> bool:
-        """Whether an object's place below this folder matches a pattern such as '*/header.json'."""
+        """Returns whether an object below this folder matches a pattern like '*/header.json'."""
         return bool(self._ask("listed", lambda fs, path: fs.glob(f"{path}/{pattern}")))
 
     def _ask(self, verb: str, request: Callable[[Any, str], T]) -> T:
-        """The answer to a request, which is repeated when it fails."""
-        fs, path = self._opened()
+        """Sends a request, which is repeated when it fails, and returns its answer.
+
+        Args:
+            verb: participle of what the request does, for error messages.
+            request: the store and the path in it -> answer.
+        """
+        fs, path = self._open()
         for tries in range(1, TRIES + 1):
             try:
                 return request(fs, path)
@@ -106,9 +119,9 @@ class Remote:
                     f"{self} can't be {verb}, access is refused ({_reason(error)}): give the "
                     "credentials in the environment the right to it"
                 ) from error
-            except FINAL:
+            except NOT_RETRIED:
                 raise
-            except Exception as error:  # every package has its own kinds
+            except Exception as error:  # every package raises its own errors
                 if tries == TRIES:
                     raise RemoteError(
                         f"{self} can't be {verb}, {TRIES} tries failed ({_reason(error)}): check "
@@ -117,8 +130,8 @@ class Remote:
             time.sleep(min(LONGEST_PAUSE, PAUSE * 2 ** (tries - 1)))
         raise AssertionError("unreachable: the last try returns or raises")
 
-    def _opened(self) -> tuple[Any, str]:
-        """The store, and the place in it."""
+    def _open(self) -> tuple[Any, str]:
+        """Returns the store and the path in it."""
         protocol, host, *_ = urlsplit(self.url)
         try:
             fs = _filesystem(f"{protocol}://{host}", os.getpid())
@@ -129,17 +142,17 @@ class Remote:
         except ValueError as error:
             raise RemoteError(
                 f"{self} can't be opened ({_reason(error)}): name a folder or a URL that fsspec "
-                "knows, such as s3://bucket/prefix"
+                "supports, such as s3://bucket/prefix"
             ) from None
         return fs, str(fs._strip_protocol(self.url))
 
 
-#: Where files lie: on this machine or at a URL.
+#: A folder or a file on this machine or at a URL.
 Place = Path | Remote
 
 
 def place_of(text: str) -> Place:
-    """A folder's name or a URL as a place."""
+    """Returns the place that a path or a URL names."""
     protocol, separator, _ = text.partition("://")
     if not separator:
         return Path(text)
@@ -150,7 +163,10 @@ def place_of(text: str) -> Place:
 
 @functools.cache
 def _filesystem(root: str, process: int) -> Any:
-    """fsspec's object for a store, one a process; it keeps no listings, as others write there."""
+    """Returns fsspec's object for a store, one per process.
+
+    It caches no listings, because other processes write to the store as well.
+    """
     from fsspec.core import url_to_fs
 
     return url_to_fs(root, use_listings_cache=False)[0]

@@ -23,8 +23,8 @@ from pydantic import Field
 
 from saelab.config import digest
 from saelab.errors import DamageError, SaelabError, UsageError
-from saelab.storage.atomic import append_line, read_json, untorn, write_json
-from saelab.storage.validation import Loose, Number, check
+from saelab.storage.atomic import append_line, drop_torn_line, read_json, write_json
+from saelab.storage.validation import Loose, Number, validate
 from saelab.study.plan import PlanConfig
 
 FOLDER, PLAN, ATTEMPTS = ".saelab", "plan.json", "attempts.jsonl"
@@ -85,7 +85,7 @@ def deviations(root: Path, plan: PlanConfig) -> tuple[str, ...]:
     file = root / FOLDER / PLAN
     if not file.is_file():
         return ()
-    kept = check(read_json(file, UNREADABLE), _Registered, file, UNREADABLE)
+    kept = validate(read_json(file, UNREADABLE), _Registered, file, UNREADABLE)
     old = PlanConfig.parse(kept["plan"], where=file.name)
     if plan_hash(old) != kept["hash"] and digest(kept["plan"]) != kept["hash"]:
         raise DamageError(f"{file} was changed after it was written: {UNREADABLE}")
@@ -168,17 +168,17 @@ def attempts(root: Path) -> list[Attempt]:
     found: dict[int, Attempt] = {}
     if not file.is_file():
         return []
-    for number, text in enumerate(untorn(file.read_bytes()).splitlines(), start=1):
+    for number, text in enumerate(drop_torn_line(file.read_bytes()).splitlines(), start=1):
         where, remedy = f"{file}:{number}", "mend the line, or take the file from a copy"
         try:
             line = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DamageError(f"{where} is damaged ({error}): {remedy}") from None
         if isinstance(line, dict) and "start" in line:
-            check(line, _Start, where, remedy)
+            validate(line, _Start, where, remedy)
             found[line["start"]] = Attempt(line["start"], line["run"], line["started"])
             continue
-        check(line, _End, where, remedy)
+        validate(line, _End, where, remedy)
         if line["end"] not in found:
             raise DamageError(f"{where} ends attempt {line['end']}, which never began: {remedy}")
         ended = {name: line[name] for name in ("outcome", "reason", "seconds")}

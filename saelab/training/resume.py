@@ -28,7 +28,13 @@ from saelab.data.activations.stream import Batch, Position
 from saelab.distributed.sharded_file import WHOLE, Shards
 from saelab.errors import CellFailure, DamageError, SaelabError, SettingError
 from saelab.runtime.signals import Interrupted, defer_signals
-from saelab.storage.atomic import read_sealed, sha256, sweep, write_atomically, write_sealed
+from saelab.storage.atomic import (
+    read_sealed,
+    remove_leftovers,
+    sha256,
+    write_atomically,
+    write_sealed,
+)
 from saelab.storage.remote import Remote
 from saelab.training.loop import Cell, train
 from saelab.training.state import State
@@ -141,7 +147,7 @@ def remove_checkpoints(folder: Path, twin: Remote | None = None) -> None:
     stays."""
     for file in folder.glob("[0-9]*"):
         file.unlink(missing_ok=True)
-    sweep(folder)
+    remove_leftovers(folder)
     if twin is not None:
         for name in sorted(twin.sizes()):
             (twin / name).unlink(missing_ok=True)

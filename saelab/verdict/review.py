@@ -286,7 +286,7 @@ def text(found: Review) -> str:
     parts += ["", _table(found), "", *(f"{c.arm}: {c.reason}" for c in found.comparisons)]
     if found.cells:
         parts += ["", "gate:", *_cell_lines(found.cells)]
-    return visible("\n".join([*parts, "", COVERS]), kept="\n")
+    return visible("\n".join([*parts, "", COVERS]), keep="\n")
 
 
 def _table(found: Review) -> str:

@@ -275,7 +275,7 @@ def test_json_beyond_the_limit_is_not_parsed(tmp_path: Path) -> None:
 def test_what_a_terminal_would_obey_is_shown() -> None:
     told = str(SourceError("a\x1b[2Jb\rc\u202ed\ne\x9b"))
     assert told == r"a\x1b[2Jb\rc\u202ed\ne\x9b"
-    assert visible("a\nb\x07", kept="\n") == "a\nb\\x07"
+    assert visible("a\nb\x07", keep="\n") == "a\nb\\x07"
     assert visible("é 漢 – ok") == "é 漢 – ok"
 
 

@@ -17,16 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from saelab.data.language_model import ModelConfig, load
 from saelab.data.text import stdlib
-from saelab.data.text.corpus import (
-    TextConfig,
-    Tokens,
-    _encode,
-    _plain_backend,
-    documents,
-    manifest,
-    tokenize,
-    tokenize_texts,
-)
+from saelab.data.text.corpus import TextConfig, documents, manifest
+from saelab.data.text.tokens import Tokens, _encode, _plain_backend, tokenize, tokenize_texts
 from saelab.errors import SettingError, SourceError
 
 REAL = Path(os.environ.get("SAELAB_REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -282,7 +274,7 @@ def test_a_missing_column_names_those_there(tmp_path: Path, suffix: str) -> None
         SourceError, match=r"no column 'content' \(did you mean 'contents'\?\).*contents, label"
     ):
         list(documents(TextConfig(kind="files", path=path, column="content")))
-    with pytest.raises(SourceError, match="'label' of .* holds int, no text"):
+    with pytest.raises(SourceError, match="'label' of .* holds int, not text"):
         list(documents(TextConfig(kind="files", path=path, column="label")))
 
 
@@ -291,10 +283,10 @@ def test_a_missing_column_names_those_there(tmp_path: Path, suffix: str) -> None
     [
         ("x.txt", "  \n", "holds no text"),
         ("x.jsonl", '{"text": ""}\n', "holds no text"),
-        ("x.jsonl", '{"text": "a"}\n{broken\n', r"x.jsonl:2 is no JSON"),
-        ("x.jsonl", "[1]\n", "is no JSON object"),
+        ("x.jsonl", '{"text": "a"}\n{broken\n', r"x.jsonl:2 is not JSON"),
+        ("x.jsonl", "[1]\n", "is not a JSON object"),
         ("x.parquet", "PAR1 nothing", "name a readable parquet file"),
-        ("x.csv", "a,b", "none of .txt, .md, .jsonl, .parquet"),
+        ("x.csv", "a,b", "not one of .txt, .md, .jsonl, .parquet"),
     ],
 )
 def test_unusable_files_give_one_sentence(
@@ -308,10 +300,10 @@ def test_unusable_files_give_one_sentence(
 
 def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(SourceError, match="no UTF-8"):
+    with pytest.raises(SourceError, match="not UTF-8"):
         list(documents(TextConfig(kind="files", path=str(tmp_path / "x.txt"))))
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "caf\xe9"}')
-    with pytest.raises(SourceError, match=r"x.jsonl:1 is no JSON"):
+    with pytest.raises(SourceError, match=r"x.jsonl:1 is not JSON"):
         list(documents(TextConfig(kind="files", path=str(tmp_path / "x.jsonl"))))
 
 

@@ -56,7 +56,7 @@ def walk(cat, far):
 
 
 def cut(function: object, text: str = EXAMPLE, path: str = "example.py") -> list[tuple[str, str]]:
-    return sorted(function(embedded.Source(Module(path, text))))  # type: ignore[operator]
+    return sorted(function(embedded.ParsedModule(Module(path, text))))  # type: ignore[operator]
 
 
 def test_prose_is_cut_without_its_marks() -> None:
@@ -128,7 +128,7 @@ def some_modules() -> list[Module]:
 def test_source_text_agrees_with_ast() -> None:
     compared = 0
     for module in some_modules():
-        source = embedded.Source(module)
+        source = embedded.ParsedModule(module)
         for node in [*source.all(ast.Return, ast.Assign, ast.If)][:60]:
             segment = ast.get_source_segment(module.text, node)
             assert segment is not None
@@ -146,7 +146,7 @@ def test_comments_are_those_of_tokenize() -> None:
         for token in tokenize.generate_tokens(io.StringIO(module.text).readline):
             if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
                 wanted.append(token.string.lstrip("#! ").rstrip("#-=* "))
-        source = embedded.Source(module)
+        source = embedded.ParsedModule(module)
         found = [text for kind, text in embedded.cut_prose(source) if kind == "comment"]
         lines = [line for text in found for line in text.split("\n")]
         # comments between the parts of a string that goes over lines are left out
@@ -162,8 +162,8 @@ def test_comments_are_those_of_tokenize() -> None:
 def test_every_class_has_what_is_promised() -> None:
     entries = embedded.embedded_entries()
     assert len(entries) >= 6
-    assert {e.name for e in entries} | set(embedded.left_out()) == {
-        r.name for r in embedded.RECIPES
+    assert {e.name for e in entries} | set(embedded.missing_entries()) == {
+        r.name for r in embedded.EMBEDDED_RECIPES
     }
     for entry in entries:
         assert tuple(entry.train) == tuple(entry.test) == entry.classes
@@ -229,8 +229,8 @@ def test_only_held_out_files_and_each_on_one_side(small_library: dict[str, str])
 
 def test_a_small_library_leaves_entries_out_with_a_reason(small_library: dict[str, str]) -> None:
     assert embedded.embedded_entries() == ()
-    reasons = embedded.left_out()
-    assert set(reasons) == {recipe.name for recipe in embedded.RECIPES}
+    reasons = embedded.missing_entries()
+    assert set(reasons) == {recipe.name for recipe in embedded.EMBEDDED_RECIPES}
     assert reasons["expression_role"] == "class 'condition' has 0 train texts, 500 are needed"
 
 

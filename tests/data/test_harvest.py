@@ -17,7 +17,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from saelab.data.activations.harvest import HarvestConfig, bytes_needed, harvest, harvest_steps
 from saelab.data.activations.store import FolderSource, MemorySource
 from saelab.data.language_model import LanguageModel, ModelConfig, load
-from saelab.data.text.corpus import TextConfig, Tokens, manifest, tokenize
+from saelab.data.text.corpus import TextConfig, manifest
+from saelab.data.text.tokens import Tokens, tokenize
 from saelab.errors import DamageError, MismatchError, SettingError, SourceError
 from saelab.seeding import torch_stream
 
@@ -301,9 +302,9 @@ def test_a_harvest_of_another_identity_is_refused(
     fewer = Tokens(tokens.ids[:-1], tokens.mask[:-1])
     with pytest.raises(MismatchError, match="text_digest"):
         harvest(model, fewer, HOOKS, None, tmp_path, {"corpus": "a"})
-    with pytest.raises(MismatchError, match="dtype = 'float32', but 'bfloat16' is asked for"):
+    with pytest.raises(MismatchError, match="dtype = 'float32', but 'bfloat16' is needed"):
         harvest(model, tokens, HOOKS, HarvestConfig(dtype="bfloat16"), tmp_path, {"corpus": "a"})
-    with pytest.raises(MismatchError, match="corpus = 'a', but 'b' is asked for"):
+    with pytest.raises(MismatchError, match="corpus = 'a', but 'b' is needed"):
         harvest(model, tokens, HOOKS, None, tmp_path, {"corpus": "b"})
 
 

@@ -31,8 +31,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from saelab.data.language_model import EXTRAS, LanguageModel, ModelConfig, load
-from saelab.data.text.corpus import TextConfig, documents, tokenize_texts
+from saelab.data.language_model import LanguageModel, ModelConfig, load
+from saelab.data.model_files import EXTRAS
+from saelab.data.text.corpus import TextConfig, documents
+from saelab.data.text.tokens import tokenize_texts
 from saelab.errors import SettingError, SourceError
 from saelab.seeding import torch_stream
 
@@ -526,7 +528,7 @@ def test_damaged_or_incomplete_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"lacks 1 weights.*layers.1.mlp.dense_h_to_4h"):
         load(ModelConfig(path=str(folder)))
     (folder / "model.safetensors").write_bytes(b"no weights at all")
-    with pytest.raises(SourceError, match="can't be read: no safetensors file"):
+    with pytest.raises(SourceError, match="can't be read: not a safetensors file"):
         load(ModelConfig(path=str(folder)))
 
 

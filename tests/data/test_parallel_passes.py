@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saelab.data.activations.harvest import HarvestConfig, harvest
-from saelab.data.activations.parallel_passes import by_length, lanes, side_by_side
+from saelab.data.activations.parallel_passes import group_by_length, lane_count, run_in_lanes
 from saelab.data.language_model import LanguageModel, ModelConfig, load
 from saelab.data.probing.activations import harvest_probing
 from saelab.data.probing.embedded import Entry
-from saelab.data.text.corpus import Tokens
+from saelab.data.text.tokens import Tokens
 from saelab.errors import SourceError
 from saelab.seeding import torch_stream
 
@@ -67,7 +67,7 @@ def test_a_harvest_has_the_same_bits_for_any_number_of_threads(
 def test_probing_rows_have_the_same_bits_for_any_number_of_threads(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch, three_threads: None
 ) -> None:
-    monkeypatch.setattr("saelab.data.probing.activations.TOKENS", 64)
+    monkeypatch.setattr("saelab.data.probing.activations.PASS_TOKENS", 64)
     texts = {c: tuple(f"{c} = {c * n}({n})" for n in range(1, 30)) for c in ("a", "b")}
     entries = [Entry(name, ("a", "b"), texts, texts, "made for a test") for name in ("p", "q")]
     side = harvest_probing(model, HOOKS[1], entries, context=16)
@@ -85,7 +85,7 @@ def test_results_come_in_the_order_of_the_items(model: LanguageModel, three_thre
         time.sleep(0.001 * (item % 3))
         return item
 
-    assert list(side_by_side(model, work, range(30))) == list(range(30))
+    assert list(run_in_lanes(model, work, range(30))) == list(range(30))
     assert len(seen) == 3
 
 
@@ -111,13 +111,13 @@ def test_what_a_pass_raises_ends_the_harvest(model: LanguageModel, three_threads
         return item
 
     with pytest.raises(SourceError, match="no such item"):
-        list(side_by_side(model, work, range(1000)))
+        list(run_in_lanes(model, work, range(1000)))
     assert len(started) < 30
 
 
 def test_wide_models_and_other_devices_run_one_pass_at_a_time(three_threads: None) -> None:
-    assert lanes("cpu", 768) == 3
-    assert lanes("cpu", 2304) == lanes("cuda:0", 768) == 1
+    assert lane_count("cpu", 768) == 3
+    assert lane_count("cpu", 2304) == lane_count("cuda:0", 768) == 1
 
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(1, 100))
@@ -125,7 +125,7 @@ def test_groups_hold_every_text_once_and_stay_below_the_bound(
     lengths: list[int], tokens: int
 ) -> None:
     sizes = torch.tensor(lengths, dtype=torch.int64)
-    groups = by_length(sizes, tokens)
+    groups = group_by_length(sizes, tokens)
     order = torch.cat(groups) if groups else torch.empty(0, dtype=torch.int64)
     assert torch.equal(order, sizes.argsort(stable=True))
     assert all(len(g) == 1 or len(g) * int(sizes[g].max()) <= tokens for g in groups)

@@ -221,13 +221,13 @@ def test_a_partial_harvest_of_another_identity_is_refused(tmp_path: Path) -> Non
 def test_the_first_field_that_differs_is_named(tmp_path: Path) -> None:
     write(tmp_path / "h", shards())
     FolderSource.open(tmp_path / "h", {"context": 3, "corpus": {"n": 1}})
-    with pytest.raises(MismatchError, match="context = 3, but 64 is asked for.*another folder"):
+    with pytest.raises(MismatchError, match="context = 3, but 64 is needed.*another folder"):
         FolderSource.open(tmp_path / "h", {"d": 4, "context": 64, "dtype": "float16"})
 
 
 def test_identity_compares_values_as_json_has_them() -> None:
     check_identity({"a": [1, 2], "b": None}, {"a": (1, 2)})
-    with pytest.raises(MismatchError, match="absent = None, but 1 is asked for"):
+    with pytest.raises(MismatchError, match="absent = None, but 1 is needed"):
         check_identity({"a": 1}, {"absent": 1})
 
 
@@ -263,7 +263,7 @@ class Script:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saelab.data.activations.store.POLL", 0)
+    monkeypatch.setattr("saelab.data.activations.growing.FOLDER_POLL_SECONDS", 0)
 
 
 def nothing() -> None: ...

@@ -12,8 +12,8 @@ from torch import Tensor
 from saelab.data.activations.stream import batches
 from saelab.data.synthetic import trees
 from saelab.data.synthetic.chains import (
-    MadeSource,
     SyntheticConfig,
+    SyntheticSource,
     generate,
     parse_process,
     truth_of,
@@ -76,7 +76,7 @@ def test_without_correlations_children_fire_with_their_parent_alone_and_one_at_a
     assert int(families.sum(2).max()) == 1
     # of the siblings that fire at once, one stays: child i of i, j, k that fire with q each is on
     # with q_i (1 - (q_j + q_k) / 2 + q_j q_k / 3) where its parent is
-    q = made.own_probabilities[children].view(-1, 3)
+    q = made.unsilenced_probabilities[children].view(-1, 3)
     j, k = q.roll(1, 1), q.roll(2, 1)
     given = (q * (1 - (j + k) / 2 + j * k / 3)).flatten()
     excess = on[:, children].double() - given * on[:, parent[children]].double()
@@ -106,7 +106,7 @@ def test_correlated_features_fire_together(global_random_seed: int) -> None:
 def test_activations_are_the_code_times_the_directions_and_the_bias(
     global_random_seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trees, "ROWS", 28)
+    monkeypatch.setattr(trees, "ROWS_AT_ONCE", 28)
     monkeypatch.setattr(trees, "SHARD_ROWS", 80)
     truth = ForestTruth(config(apart_steps=3), global_random_seed, "train", 50)
     assert truth.n_shards == 3 and float(truth.offset.norm()) == pytest.approx(0.5)
@@ -125,7 +125,8 @@ def test_made_on_the_way_is_what_is_kept(
     monkeypatch.setattr(trees, "SHARD_ROWS", 80)
     kept = generate(config(), global_random_seed, 50)
     made = generate(config(), global_random_seed, 50, keep=False)
-    assert isinstance(made, MadeSource) and made.shard_counts == kept.shard_counts == [80, 80, 40]
+    assert isinstance(made, SyntheticSource)
+    assert made.shard_counts == kept.shard_counts == [80, 80, 40]
     for i in (0, 2, 1, 1):
         assert torch.equal(made.shard(i).x, kept.shard(i).x)
     (one, _), (other, _) = next(batches(made, 1, 16)), next(batches(kept, 1, 16))
@@ -203,5 +204,5 @@ def test_impossible_settings(changes: dict[str, Any], setting: str, remedy: str)
 
 
 def test_an_unknown_kind() -> None:
-    with pytest.raises(SettingError, match="known: 'forest'"):
+    with pytest.raises(SettingError, match="use 'forest'"):
         parse_process({"kind": "forrest"})

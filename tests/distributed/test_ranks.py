@@ -394,7 +394,7 @@ class TestCommand:
     def test_a_split_of_other_processes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "4")
-        assert "is no split of 4 processes" in self.refused("parallel.latents=3")
+        assert "does not split 4 processes" in self.refused("parallel.latents=3")
         assert "several processes train one SAE" in self.refused(seeds=2)
         assert "there are only 1536 latents" in self.refused("parallel.latents=2000")
 

@@ -51,7 +51,7 @@ EDITS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
         ("plan.toml", "seeds = 2", "seeds = 'eight'"),
         ("plan.toml.seeds", "'eight'", "integer"),
     ),
-    "no TOML": (("plan.toml", "seeds = 2", "seeds = "), ("plan.toml", "no valid TOML")),
+    "no TOML": (("plan.toml", "seeds = 2", "seeds = "), ("plan.toml", "not valid TOML")),
     "no such base": (
         ("plan.toml", "small.toml", "smal.toml"),
         ("smal.toml", "does not exist"),

@@ -35,7 +35,7 @@ def test_the_stored_weights_have_the_loss_that_the_card_states() -> None:
     model = language_model.load(language_model.ModelConfig())
     stream = language_model_recipe.token_stream(model.tokenizer, stdlib.texts("held_out"))  # type: ignore[arg-type]
     contexts = language_model_recipe.windows(
-        stream, 128, language_model_recipe._id(model.tokenizer, language_model_recipe.BOS)
+        stream, 128, language_model_recipe._token_id(model.tokenizer, language_model_recipe.BOS)
     )  # type: ignore[arg-type]
     sample = contexts[:: max(1, len(contexts) // 256)]
     loss = language_model_recipe.held_out_loss(model.model, sample)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from projects import Project, environment, group_is_gone, reached, stop, wait_for
 
-from saelab.progress.watch import Watched
+from saelab.progress.watch import WatchedRun
 
 #: Enough cells that a launch is still training when the first one is finished.
 MANY = 'Arm("{0}", {{"train.lr": {1}e-3}})'
@@ -44,12 +44,12 @@ def test_a_killed_launch_leaves_no_process_and_the_same_command_finishes_it(
     done = len(project.finished_cells())
     assert 0 < done < len(uninterrupted.finished_cells())
     assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
-    killed = Watched(project.folder / "run_1")
-    assert killed.look() == "died"
+    killed = WatchedRun(project.folder / "run_1")
+    assert killed.update() == "died"
     ended = project.call()
     assert ended.code == 0, ended.err
     assert "(0 in the cache)" not in ended.err
-    assert killed.look() == "complete" and 0 < killed.state.cached <= done
+    assert killed.update() == "complete" and 0 < killed.state.cached <= done
     assert project.info() == uninterrupted.info()
     assert project.weights() == uninterrupted.weights()
 

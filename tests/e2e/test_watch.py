@@ -13,7 +13,7 @@ from pathlib import Path
 
 from projects import BASE, BASELINE, RATE, Ended, Project, cli, environment, stop
 
-from saelab.progress.watch import Watched
+from saelab.progress.watch import WatchedRun
 
 PLAN = """\
 study = "small"
@@ -102,8 +102,8 @@ def test_a_launch_on_a_terminal_and_one_without_progress_give_the_same_bits(
 
     def look() -> None:
         if (made.folder / "run_1" / "metrics.jsonl").is_file():
-            watched = Watched(made.folder / "run_1")
-            outcome = watched.look()
+            watched = WatchedRun(made.folder / "run_1")
+            outcome = watched.update()
             seen.append((outcome, watched.as_dict(outcome)))
 
     ended = on_terminal(made, look)

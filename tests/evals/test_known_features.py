@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from saelab.data.activations.store import MemorySource, Source
-from saelab.data.synthetic.chains import REASON, SyntheticConfig, Truth, generate, truth_of
+from saelab.data.synthetic.chains import (
+    SYNTHETIC_REASON,
+    SyntheticConfig,
+    Truth,
+    generate,
+    truth_of,
+)
 from saelab.errors import MismatchError
 from saelab.evals import EVALUATIONS, EvalData, evaluate
 from saelab.evals import known_features as scores
@@ -220,7 +226,7 @@ def test_the_table_of_evaluations_has_it(global_random_seed: int) -> None:
     values = {row.metric: row for row in rows if not row.slice}
     assert values["mcc"].value == pytest.approx(1, abs=1e-6)
     assert values["loss_recovered"].value is None
-    assert values["loss_recovered"].reason == REASON
+    assert values["loss_recovered"].reason == SYNTHETIC_REASON
 
 
 def test_unknown_features_are_missing_with_the_reason() -> None:

@@ -25,7 +25,13 @@ from saelab.analysis.saebench import comparison_lines, result_at
 from saelab.config import read_toml
 from saelab.data.probing import saebench as entries
 from saelab.data.probing.activations import ProbingData, ProbingEntry
-from saelab.data.probing.saebench import NAMES, RECIPES, SourceConfig, load_entry, saebench_entries
+from saelab.data.probing.saebench import (
+    ENTRY_NAMES,
+    SAEBENCH_RECIPES,
+    SourceConfig,
+    load_entry,
+    saebench_entries,
+)
 from saelab.errors import MismatchError, SettingError, SourceError
 from saelab.evals import EvalData, probing_rows
 from saelab.evals.base import Row, check_one_definition
@@ -53,8 +59,8 @@ AG_NEWS, EUROPARL = "fancyzhx/ag_news", "Helsinki-NLP/europarl"
 AMAZON = "canrager/amazon_reviews_mcauley_1and5"
 
 
-def recipe(name: str) -> entries.Recipe:
-    return next(recipe for recipe in RECIPES if recipe.name == name)
+def recipe(name: str) -> entries.SaebenchRecipe:
+    return next(recipe for recipe in SAEBENCH_RECIPES if recipe.name == name)
 
 
 def table(folder: Path, side: str, rows: list[dict[str, Any]]) -> Path:
@@ -74,7 +80,7 @@ def news(folder: Path, n: int = 30) -> SourceConfig:
 
 
 def test_the_table_is_saebenchs() -> None:
-    assert len(NAMES) == 8 and sum(len(r.classes) for r in RECIPES) == 36
+    assert len(ENTRY_NAMES) == 8 and sum(len(r.classes) for r in SAEBENCH_RECIPES) == 36
     assert recipe("codeparrot/github-code").longer_than == (128 + 50) * 3
 
 
@@ -156,8 +162,8 @@ def test_what_cannot_be_had_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     assert [entry.name for entry in found] == [AG_NEWS]
     assert asked == ["LabHC/bias_in_bios"]  # one look at a hub that can't be reached is enough
     assert "has no column 'category'" in why[AMAZON]
-    assert len(why) == 7 and why[NAMES[2]] == entries.UNREACHABLE
-    assert entries.why_missing(why).count("the hub can't be reached") == 1
+    assert len(why) == 7 and why[ENTRY_NAMES[2]] == entries.UNREACHABLE
+    assert entries.describe_missing(why).count("the hub can't be reached") == 1
     with pytest.raises(SettingError, match="did you mean 'fancyzhx/ag_news'"):
         saebench_entries({"fancyzhx/agnews": SourceConfig()})
 
@@ -178,7 +184,7 @@ def test_hub_rows_are_read_like_local_ones(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_shipped_config_names_entries_and_columns(real_data: Path) -> None:
     config = BaseConfig.parse(read_toml(ROOT / "configs" / "saebench.toml")).evaluation.probing
-    assert set(config.sources) <= set(NAMES) and config.entries == "saebench"
+    assert set(config.sources) <= set(ENTRY_NAMES) and config.entries == "saebench"
     changed = f"sources.{AG_NEWS}.path"
     assert config.patched({changed: "x"}).sources[AG_NEWS].path == "x"
     source = config.sources[AG_NEWS].patched({"path": str(real_data / "texts" / "ag_news")})

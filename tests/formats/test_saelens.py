@@ -512,7 +512,7 @@ def test_what_is_no_directory_of_an_sae_is_told(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no valid JSON"):
         formats.load(folder)
     (folder / "cfg.json").write_text(json.dumps(config("standard")))
-    with pytest.raises(SourceError, match=r"no safetensors file"):
+    with pytest.raises(SourceError, match=r"not a safetensors file"):
         formats.load(folder)
     with pytest.raises(SourceError, match=r"'sae'"):
         formats.load(tmp_path)

@@ -70,7 +70,7 @@ def test_a_task_does_its_job_in_its_folder_and_tells_how_far_it_is(
 
 def test_what_a_job_says_of_a_cell_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
-    monkeypatch.setattr("saelab.launch.executors.remote.tell", told.append)
+    monkeypatch.setattr("saelab.launch.executors.remote.log_progress", told.append)
     words = Words(tmp_path / "0.jsonl")
     words(1.0, {"stage": "train", "values": {"loss": 0.5}})
     words.close()

@@ -151,7 +151,7 @@ def test_whatever_workers_say_arrives_in_order(tmp_path, monkeypatch, workers: i
     from saelab.launch.executors import local as executor
 
     heard: list[dict[str, Any]] = []
-    monkeypatch.setattr(executor, "tell", heard.append)
+    monkeypatch.setattr(executor, "log_progress", heard.append)
     bar = Progress("x", 1)
     run_jobs(job, [1, 2, 3], workers, tmp_path, nullcontext(bar))
     assert bar.done == 1501.5

@@ -70,7 +70,7 @@ torch.set_num_threads(2)
 import saelab.launch.launch
 from saelab.data.activations.harvest import HarvestConfig, harvest
 from saelab.data.language_model import ModelConfig, load
-from saelab.data.text.corpus import Tokens
+from saelab.data.text.tokens import Tokens
 folder, contexts, shard_tokens, batch = sys.argv[1], *map(int, sys.argv[2:])
 ids = torch.randint(3, 4096, (contexts, 128))
 config = HarvestConfig(shard_tokens=shard_tokens, batch=batch)

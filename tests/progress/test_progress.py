@@ -16,11 +16,11 @@ from rich.console import Console
 
 from saelab.errors import SettingError, SourceError, StudyFailure
 from saelab.progress import bar, progress
-from saelab.progress.journal import NAME, Journal, Tail
-from saelab.progress.run import launch_progress, start_of, tell, tell_cells
+from saelab.progress.journal import JOURNAL_FILE, Journal, Tail
+from saelab.progress.run import launch_progress, log_cells, log_progress, process_start_time
 from saelab.progress.state import State
 from saelab.progress.view import view
-from saelab.progress.watch import Watched, watch
+from saelab.progress.watch import WatchedRun, watch
 
 ABOUT = {"run": "run_3", "title": "A run", "study": "small"}
 CELL = {"arm": "baseline", "seed": 5, "level": 16.0, "step": 30, "steps": 120, "tokens": 3840}
@@ -29,7 +29,7 @@ DONE = {"stage": "done", **CELL, "values": {"fvu": 0.125}, "failure": ""}
 
 
 def read(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / NAME).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / JOURNAL_FILE).read_text().splitlines()]
 
 
 def stages(folder: Path) -> list[str]:
@@ -53,13 +53,13 @@ def state_of(*lines: dict) -> State:
 
 
 def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / NAME)
+    journal = Journal(tmp_path / JOURNAL_FILE)
     journal.write({"values": {"loss": math.nan, "l0": math.inf, "dead": 0.5}, "more": [math.nan]})
     assert read(tmp_path) == [{"values": {"loss": None, "l0": None, "dead": 0.5}, "more": [None]}]
 
 
 def test_a_reader_sees_each_line_at_once_and_only_once(tmp_path: Path) -> None:
-    journal, tail = Journal(tmp_path / NAME), Tail(tmp_path / NAME)
+    journal, tail = Journal(tmp_path / JOURNAL_FILE), Tail(tmp_path / JOURNAL_FILE)
     journal.write({"a": 1})
     assert list(tail.lines()) == [{"a": 1}]
     journal.write({"a": 2})
@@ -69,7 +69,7 @@ def test_a_reader_sees_each_line_at_once_and_only_once(tmp_path: Path) -> None:
 
 
 def test_half_a_line_is_waited_for_and_one_that_stays_half_is_passed_over(tmp_path: Path) -> None:
-    file = tmp_path / NAME
+    file = tmp_path / JOURNAL_FILE
     tail = Tail(file)
     file.write_bytes(b'{"a": 1}\n{"a"')
     assert list(tail.lines()) == [{"a": 1}]
@@ -91,8 +91,8 @@ def test_bars_inside_a_launch_are_its_stages(tmp_path: Path, capsys) -> None:
             shown_bar.advance(4)
             assert run.state.stages["harvest"].share == 0.4
         assert not run.state.stages
-        tell_cells(2, 1)
-        tell(TRAINING)
+        log_cells(2, 1)
+        log_progress(TRAINING)
     assert stages(folder) == ["launch", "harvest", "harvest", "cells", "train", "end"]
     first, *_, last = read(folder)
     assert (first["run"], first["pid"], last["outcome"]) == ("run_3", os.getpid(), "complete")
@@ -100,7 +100,7 @@ def test_bars_inside_a_launch_are_its_stages(tmp_path: Path, capsys) -> None:
         **{"time": 0, "stage": "harvest", "done": 4.0, "total": 10.0, "unit": "tokens"},
         **{"seconds": 0, "ended": True},
     }
-    tell(TRAINING)  # of no launch
+    log_progress(TRAINING)  # of no launch
     assert len(read(folder)) == 6
     assert capsys.readouterr().err == ""  # too short for a plain line
 
@@ -143,7 +143,7 @@ def test_the_last_line_says_how_it_ended(
     tmp_path: Path, error: BaseException, outcome: str, reason: str
 ) -> None:
     with pytest.raises(type(error)), launch_progress(tmp_path, ABOUT):
-        tell_cells(1, 0)
+        log_cells(1, 0)
         raise error
     last = read(tmp_path)[-1]
     assert (last["stage"], last["outcome"], last["reason"]) == ("end", outcome, reason)
@@ -154,14 +154,14 @@ def test_a_refused_launch_leaves_no_folder_but_keeps_one_that_was_there(tmp_path
     for early in (True, False):
         with pytest.raises(SourceError), launch_progress(folder, ABOUT):
             if not early:
-                tell_cells(1, 0)
+                log_cells(1, 0)
             raise SourceError("no texts")
         assert not folder.exists()
     with pytest.raises(ValueError), launch_progress(folder, ABOUT):
-        tell_cells(1, 0)
+        log_cells(1, 0)
         raise ValueError
     with pytest.raises(SourceError), launch_progress(folder, ABOUT):
-        tell_cells(1, 0)
+        log_cells(1, 0)
         raise SourceError("no texts")
     assert stages(folder) == ["launch", "cells", "end"] * 2
 
@@ -169,8 +169,8 @@ def test_a_refused_launch_leaves_no_folder_but_keeps_one_that_was_there(tmp_path
 def test_a_journal_that_can_not_be_written_stops_nothing(tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("no folder")
     with launch_progress(tmp_path / "file" / "run_3", ABOUT) as run:
-        tell(TRAINING)
-        tell(DONE)
+        log_progress(TRAINING)
+        log_progress(DONE)
     assert run.state.finished[0].values == {"fvu": 0.125}
     assert capsys.readouterr().err.count("the run goes on without it") == 1
 
@@ -178,7 +178,7 @@ def test_a_journal_that_can_not_be_written_stops_nothing(tmp_path: Path, capsys)
 def test_the_same_command_again_appends(tmp_path: Path) -> None:
     for _ in range(2):
         with launch_progress(tmp_path, ABOUT):
-            tell_cells(1, 0)
+            log_cells(1, 0)
     assert stages(tmp_path) == ["launch", "cells", "end"] * 2
 
 
@@ -237,9 +237,9 @@ def test_the_view_is_a_dozen_rows_at_most() -> None:
 def of_dead_process(folder: Path, *lines: dict) -> Path:
     """A journal as a killed launch leaves it: its process has ended."""
     process = subprocess.Popen([sys.executable, "-c", "pass"])
-    pid, started = process.pid, start_of(process.pid)
+    pid, started = process.pid, process_start_time(process.pid)
     process.wait()
-    journal, host = Journal(folder / NAME), os.uname().nodename
+    journal, host = Journal(folder / JOURNAL_FILE), os.uname().nodename
     me = {"pid": pid, "host": host, "started": started or "1"}
     for line in ({"stage": "launch", **ABOUT, **me}, *lines):
         journal.write({"time": time.time(), **line})
@@ -249,13 +249,13 @@ def of_dead_process(folder: Path, *lines: dict) -> Path:
 def test_a_run_that_does_not_exist_or_writes_none(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="run_9 does not exist"):
         watch(tmp_path / "run_9")
-    with pytest.raises(SourceError, match=NAME):
+    with pytest.raises(SourceError, match=JOURNAL_FILE):
         watch(tmp_path)
 
 
 def test_a_process_that_has_died_is_told(tmp_path: Path, capsys) -> None:
     folder = of_dead_process(tmp_path / "run_3", TRAINING)
-    with (folder / NAME).open("ab") as file:
+    with (folder / JOURNAL_FILE).open("ab") as file:
         file.write(b'{"stage": "tra')  # torn
     with pytest.raises(StudyFailure, match="its process .* has ended without finishing"):
         watch(folder)
@@ -265,12 +265,12 @@ def test_a_process_that_has_died_is_told(tmp_path: Path, capsys) -> None:
 def test_a_finished_run_shows_its_last_state(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run_3"
     with launch_progress(folder, ABOUT):
-        tell_cells(1, 0)
-        tell(DONE)
+        log_cells(1, 0)
+        log_progress(DONE)
     watch(folder)
     assert "run_3: 1/1 cells" in capsys.readouterr().out
-    watched = Watched(folder)
-    found = watched.as_dict(watched.look())
+    watched = WatchedRun(folder)
+    found = watched.as_dict(watched.update())
     assert (found["outcome"], found["cells"]["done"]) == ("complete", 1)
     assert found["finished"][0]["values"] == {"fvu": 0.125}
 
@@ -279,21 +279,21 @@ def test_killed_after_its_last_file_is_complete_and_before_it_is_not(tmp_path: P
     folder = of_dead_process(tmp_path / "run_3", DONE)
     final = folder / "final_info.json"
     final.write_text("{}")
-    assert Watched(folder).look() == "complete"
+    assert WatchedRun(folder).update() == "complete"
     os.utime(final, (1.0, 1.0))  # of a run that was being replaced
-    assert Watched(folder).look() == "died"
+    assert WatchedRun(folder).update() == "died"
 
 
 def test_a_run_that_goes_on_is_followed_until_its_folder_is_gone(tmp_path: Path) -> None:
     folder = tmp_path / "run_3"
     with pytest.raises(SourceError), launch_progress(folder, ABOUT):
-        tell_cells(2, 0)
-        watched = Watched(folder)
-        assert (watched.look(), watched.state.total) == ("", 2)
-        tell(TRAINING)
-        assert (watched.look(), len(watched.state.cells)) == ("", 1)
+        log_cells(2, 0)
+        watched = WatchedRun(folder)
+        assert (watched.update(), watched.state.total) == ("", 2)
+        log_progress(TRAINING)
+        assert (watched.update(), len(watched.state.cells)) == ("", 1)
         raise SourceError("no texts")
-    assert watched.look() == "gone"
+    assert watched.update() == "gone"
 
 
 def test_an_unknown_tracker_is_refused_with_the_nearest(tmp_path: Path) -> None:

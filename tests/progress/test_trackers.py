@@ -15,7 +15,7 @@ import pytest
 
 from saelab.errors import SettingError
 from saelab.progress import trackers
-from saelab.progress.run import launch_progress, tell
+from saelab.progress.run import launch_progress, log_progress
 from saelab.progress.trackers import TRACKERS, Tracker, open_tracker
 
 ABOUT = {"run": "run_3", "title": "A run", "study": "small"}
@@ -53,7 +53,7 @@ def test_a_new_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch) ->
     Kept.said, Kept.closed = [], 0
     with launch_progress(tmp_path, ABOUT, "kept"):
         for line in LINES:
-            tell(line)
+            log_progress(line)
     assert Kept.said == [
         (NAME, 10, {"loss": 0.5}),
         (OTHER, 10, {"loss": 0.75}),
@@ -66,7 +66,7 @@ def test_one_that_fails_is_left_and_the_run_goes_on(tmp_path: Path, monkeypatch,
     monkeypatch.setitem(TRACKERS, "broken", Broken)
     with launch_progress(tmp_path, ABOUT, "broken") as run:
         for line in LINES:
-            tell(line)
+            log_progress(line)
     assert run.state.outcome == "complete"
     told_once = capsys.readouterr().err
     assert told_once == "Broken failed (its disk is full): the run goes on without it\n"
@@ -104,10 +104,10 @@ def needs(name: str) -> pytest.MarkDecorator:
 SCRIPT = f"""
 import sys
 from pathlib import Path
-from saelab.progress.run import launch_progress, tell
+from saelab.progress.run import launch_progress, log_progress
 with launch_progress(Path(sys.argv[2]), {ABOUT!r}, sys.argv[1]):
     for line in {LINES!r}:
-        tell(line)
+        log_progress(line)
 """
 
 
@@ -131,7 +131,7 @@ def test_tensorboard_reads_back_what_was_told(tmp_path: Path) -> None:
 
     with launch_progress(tmp_path, ABOUT, "tensorboard"):
         for line in LINES:
-            tell(line)
+            log_progress(line)
     found = {}
     for cell in (NAME, OTHER):
         events = EventAccumulator(str(tmp_path / "tensorboard" / cell))

@@ -120,8 +120,8 @@ class TestPatched:
             ({"train": {"toekns": 5}}, ["train.toekns", "did you mean 'tokens'?"]),
             ({"evaluation.probing": {"tables": [{"nam": 1}]}}, ["tables.0"]),
             ({"layout": "row"}, ["layout = 'row'", "'rows'"]),
-            ({"sae.scaling+": "variance"}, ["no list to append to", "'+'"]),
-            ({"sae.activation+": "topk"}, ["no list to append to"]),
+            ({"sae.scaling+": "variance"}, ["not a list to append to", "'+'"]),
+            ({"sae.activation+": "topk"}, ["not a list to append to"]),
             ({"": 1}, ["no such setting"]),
             ({"train_text.path": "\0"}, ["train_text.path = '\\x00'", "NUL", "leave it out"]),
             ({"model.path": "a\0b"}, ["model.path = 'a\\x00b'", "NUL"]),
@@ -214,10 +214,10 @@ class TestToml:
         with pytest.raises(SourceError, match="does not exist"):
             read_toml(tmp_path / "no.toml")
         (tmp_path / "bad.toml").write_text("a = [1")
-        with pytest.raises(SourceError, match=r"bad\.toml is no valid TOML"):
+        with pytest.raises(SourceError, match=r"bad\.toml is not valid TOML"):
             read_toml(tmp_path / "bad.toml")
         (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
-        with pytest.raises(SourceError, match="no valid TOML"):
+        with pytest.raises(SourceError, match="not valid TOML"):
             read_toml(tmp_path / "binary.toml")
 
 

@@ -1,4 +1,4 @@
-"""Whether the code that made a run is what was released."""
+"""The digest of the package's code, and whether that code is what was released."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import saelab
 from saelab.storage import cache
 
 
@@ -31,6 +32,20 @@ def installed(tmp_path: Path) -> Path:
 def state(installed: Path) -> str:
     files = PathDistribution(installed / "saelab-0.1.0.dist-info").files or ()
     return cache._package_state(installed / "saelab", files)
+
+
+def test_the_digest_covers_the_whole_package_but_rooms_without_numbers(tmp_path: Path) -> None:
+    assert Path(saelab.__file__).parent == cache.PACKAGE
+    for name in ("sae.py", "training/loop.py", "kernels/native.cpp", "storage/remote.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    before = cache._source_digest(tmp_path)
+    (tmp_path / "storage/remote.py").write_text("changed", encoding="utf-8")
+    assert cache._source_digest(tmp_path) == before
+    for name in ("sae.py", "training/loop.py", "kernels/native.cpp"):
+        (tmp_path / name).write_text("changed", encoding="utf-8")
+        assert cache._source_digest(tmp_path) != before
+        before = cache._source_digest(tmp_path)
 
 
 def test_a_release_is_told_from_one_that_was_edited(installed: Path) -> None:

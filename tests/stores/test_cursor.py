@@ -11,9 +11,10 @@ import torch
 from flaky import flaky_store
 
 from saelab.data.language_model import ModelConfig, load
-from saelab.data.text import corpus, token_cache
-from saelab.data.text.corpus import TextConfig, tokenize
+from saelab.data.text import corpus, token_cache, tokens
+from saelab.data.text.corpus import TextConfig
 from saelab.data.text.stdlib import texts as library
+from saelab.data.text.tokens import tokenize
 from saelab.errors import DamageError, MismatchError, UnreachableError
 from saelab.storage.atomic import read_json
 from saelab.storage.remote import Place, Remote
@@ -80,24 +81,24 @@ def test_an_interrupted_stream_goes_on_at_the_very_document(
 ) -> None:
     flaky_store(monkeypatch)
     monkeypatch.setattr(token_cache, "PART_TOKENS", 3000)
-    monkeypatch.setattr(corpus, "PART_TOKENS", 3000)
+    monkeypatch.setattr(tokens, "PART_TOKENS", 3000)
     config = stream.patched({"joined": joined})
     kept: Place = Remote("flaky://bucket/tokens") if remote else tmp_path / "tokens"
     wanted = tokenize(config, tokenizer, CONTEXT, TOKENS)
     documents = Documents(monkeypatch)
-    whole = tokenize(config, tokenizer, CONTEXT, TOKENS, kept=tmp_path / "whole")
+    whole = tokenize(config, tokenizer, CONTEXT, TOKENS, cache=tmp_path / "whole")
     assert torch.equal(whole.ids, wanted.ids) and whole.digest == wanted.digest
     all_rows, documents.read, documents.last = documents.read, 0, 290
     with pytest.raises(UnreachableError, match="the connection was lost"):
-        tokenize(config, tokenizer, CONTEXT, TOKENS, kept=kept)
+        tokenize(config, tokenizer, CONTEXT, TOKENS, cache=kept)
     lost, documents.last = documents.read, -1
-    found = tokenize(config, tokenizer, CONTEXT, TOKENS, kept=kept)
+    found = tokenize(config, tokenizer, CONTEXT, TOKENS, cache=kept)
     assert torch.equal(found.ids, wanted.ids) and torch.equal(found.mask, wanted.mask)
     assert found.digest == wanted.digest
     # what the group at the interruption held is read again, and nothing else
-    assert 0 < documents.read - all_rows <= 2 * corpus.DOCUMENTS_AT_ONCE < lost
+    assert 0 < documents.read - all_rows <= 2 * tokens.DOCUMENTS_AT_ONCE < lost
     read = documents.read
-    again = tokenize(config, tokenizer, CONTEXT, TOKENS, kept=kept)
+    again = tokenize(config, tokenizer, CONTEXT, TOKENS, cache=kept)
     assert again.digest == wanted.digest and documents.read == read  # nothing is read any more
 
 
@@ -105,12 +106,12 @@ def test_kept_tokens_of_another_text_or_damaged_ones_are_named(
     stream: TextConfig, tokenizer: Any, tmp_path: Path
 ) -> None:
     kept = tmp_path / "tokens"
-    tokenize(stream, tokenizer, CONTEXT, 1000, kept=kept)
+    tokenize(stream, tokenizer, CONTEXT, 1000, cache=kept)
     with pytest.raises(MismatchError, match="context"):
-        tokenize(stream, tokenizer, 2 * CONTEXT, 1000, kept=kept)
+        tokenize(stream, tokenizer, 2 * CONTEXT, 1000, cache=kept)
     part = kept / read_json(kept / "stream.json")["parts"][0]["file"]
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
     part.write_bytes(data)
     with pytest.raises(DamageError, match="part-00000.safetensors does not match"):
-        tokenize(stream, tokenizer, CONTEXT, 1000, kept=kept)
+        tokenize(stream, tokenizer, CONTEXT, 1000, cache=kept)

@@ -166,5 +166,5 @@ def test_a_local_s3_server_gives_the_same_bits(
 
 
 def _folders(place: Remote) -> list[str]:
-    fs, path = place._opened()
+    fs, path = place._open()
     return [name.rpartition("/")[2] for name in fs.ls(path, detail=False)]

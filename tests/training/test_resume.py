@@ -189,8 +189,8 @@ def test_nothing_listens_outside() -> None:
     with defer_signals():
         pass
     with pytest.raises(Interrupted, match="terminated"):
-        signals.handle(signal.SIGTERM, None)
-    signals._Asked.number, signals._Asked.raised = None, False
+        signals.handle_signal(signal.SIGTERM, None)
+    signals._Pending.number, signals._Pending.raised = None, False
 
 
 # ---- files -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Activations that another tool has stored, read from a folder of safetensors files."""
+"""Reader of activations that another tool has stored in a folder of safetensors files."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from torch import Tensor
 from saelab.data.activations.read_ahead import ReadAhead
 from saelab.data.activations.store import (
     FOREIGN_REASON,
-    ROWS_AT_ONCE,
     Shard,
-    _sizes,
-    _source_digest,
+    source_digest,
+    tensor_file_sizes,
 )
 from saelab.errors import SourceError
 from saelab.storage.atomic import sha256
 from saelab.storage.remote import Place, Remote
 from saelab.storage.safetensors_file import parse_weights, read_weights
 
+#: Rows checked for non-finite values at a time; bounds the memory.
+ROWS_AT_ONCE = 65536
+
 
 class ForeignSource:
-    """A folder of safetensors made elsewhere; each file holds one tensor.
+    """Folder of safetensors files of another tool, each with one tensor.
 
-    It has shape [n, d] or [contexts, positions, d]. Rows without contexts become contexts of one
-    position. Every position counts.
+    The tensor has shape [n, d] or [contexts, positions, d]. Rows without contexts become contexts
+    of one position. Every position counts.
     """
 
     def __init__(
@@ -54,16 +56,18 @@ class ForeignSource:
         """Opens the folder and checks every value.
 
         Args:
-            ahead: bytes of files that may be read before they are asked for, where it is a URL.
+            path: the folder.
+            ahead: bytes of files that may be read before they are requested, if it is a URL.
 
-        Raises: SourceError naming the file with a wrong shape, type or a value that is not finite.
+        Raises: SourceError naming the file with a wrong shape or type, or a value that is not
+            finite.
         """
-        files = dict(sorted(_sizes(path).items()))
+        files = dict(sorted(tensor_file_sizes(path).items()))
         if not files:
             raise SourceError(f"{path} holds no .safetensors file: name a folder with activations")
         shapes = []
         for file in (path / name for name in files):
-            shapes.append(_checked_shape(file, _only_tensor(file)))
+            shapes.append(_check_tensor(file, _read_only_tensor(file)))
             if shapes[-1][2] != shapes[0][2]:
                 raise SourceError(
                     f"{file} has d = {shapes[-1][2]}, but {next(iter(files))} has "
@@ -85,7 +89,7 @@ class ForeignSource:
 
     @property
     def digest(self) -> str:
-        return _source_digest(self.header, self._hashes)
+        return source_digest(self.header, self._hashes)
 
     @functools.cached_property
     def _hashes(self) -> list[str]:
@@ -95,12 +99,15 @@ class ForeignSource:
         shape = self._shapes[i]
         file = self._files[i]
         data = None if isinstance(file, Path) else self._ahead.get(i)
-        x = _only_tensor(file, data).view(shape)
+        x = _read_only_tensor(file, data).view(shape)
         return Shard(x, torch.ones(shape[:2], dtype=torch.bool))
 
 
-def _only_tensor(file: Place, data: bytes | None = None) -> Tensor:
-    """The tensor of a file, or of the bytes of one that were read already."""
+def _read_only_tensor(file: Place, data: bytes | None = None) -> Tensor:
+    """Reads the only tensor of a file, whose bytes may be given.
+
+    Raises: SourceError when the file can't be read or has several tensors.
+    """
     remedy = "save the activations again"
     if isinstance(file, Remote):
         tensors = parse_weights(
@@ -113,8 +120,11 @@ def _only_tensor(file: Place, data: bytes | None = None) -> Tensor:
     return next(iter(tensors.values()))
 
 
-def _checked_shape(file: Place, x: Tensor) -> tuple[int, int, int]:
-    """The shape as [contexts, positions, d]."""
+def _check_tensor(file: Place, x: Tensor) -> tuple[int, int, int]:
+    """Checks a file's tensor; returns its shape as (contexts, positions, d).
+
+    Raises: SourceError for a wrong shape or type, or a value that is not finite.
+    """
     if not x.is_floating_point() or x.dim() not in (2, 3) or x.numel() == 0:
         kind = str(x.dtype).removeprefix("torch.")
         raise SourceError(
@@ -123,6 +133,6 @@ def _checked_shape(file: Place, x: Tensor) -> tuple[int, int, int]:
         )
     for part in x.view(-1, x.shape[-1]).split(ROWS_AT_ONCE):
         if not bool(torch.isfinite(part).all()):
-            raise SourceError(f"{file} has values that are not finite: take them out")
+            raise SourceError(f"{file} has values that are not finite: remove them")
     contexts, positions = (x.shape[0], 1) if x.dim() == 2 else (x.shape[0], x.shape[1])
     return contexts, positions, x.shape[-1]

@@ -2,10 +2,10 @@
 
     x_hook[c, p] = activation of the model at hook for position p of context c
 
-The pass stops after the last hooked layer and never computes logits. On disk, memory holds at most
-two shards for each hook and one batch a lane (`parallel_passes.py`); an interrupted harvest goes on
-with the next shard. A launch on a GPU trains beside its harvest (`HarvestConfig.overlap`; this
-has not been run on a GPU).
+The pass stops after the last hooked layer and never computes logits. With a folder, memory holds at
+most two shards for each hook and one batch per lane (`parallel_passes.py`); an interrupted harvest
+goes on with the next shard. A launch on a GPU trains during its harvest (`HarvestConfig.overlap`;
+this has not been run on a GPU).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pydantic import NonNegativeInt
 
 from saelab.config import Frozen
 from saelab.data.activations.growing import GrowingSource
-from saelab.data.activations.parallel_passes import by_length, side_by_side
+from saelab.data.activations.parallel_passes import group_by_length, run_in_lanes
 from saelab.data.activations.store import FolderSource, FolderWriter, MemorySource, Shard, Source
 from saelab.data.language_model import LanguageModel
-from saelab.data.text.corpus import Tokens
+from saelab.data.text.tokens import Tokens
 from saelab.errors import SettingError, SourceError
 from saelab.progress import Progress, progress
 from saelab.storage.lock import lock_folder
@@ -31,24 +31,24 @@ from saelab.storage.remote import Place
 
 #: Bytes for a position's mask (bool) and id (int32).
 _MASK_AND_ID = 5
-#: Passes of a shard with padded contexts, at least: lengths in one pass then differ little. Our
+#: Fewest passes of a shard with padded contexts, so that lengths in one pass differ little. Our
 #: choice: with lengths from 2 to 128 and shards of 512 contexts 4% of the positions are padding.
 PADDED_PASSES = 32
 
 
 class HarvestConfig(Frozen):
-    """How activations are made.
+    """Settings of a harvest.
 
     Args:
         batch: contexts in one pass of the model.
-        shard_tokens: at most so many positions a shard (but at least one context); shards are
-            evened out.
-        dtype: of the stored activations.
-        overlap: whether a launch trains on the first shards while the rest is made, with the same
-            bits: true, false or 'auto', which is true on CUDA alone (this has not been run on a
-            GPU). On a CPU passes and training would only share the cores.
-        read_ahead: bytes of shards that a process may hold before it asks for them, where the
-            activations lie at a URL; no number depends on it.
+        shard_tokens: largest number of positions of a shard (but at least one context); shards
+            get nearly equal sizes.
+        dtype: dtype of the stored activations.
+        overlap: whether a launch trains on the first shards while the others are made, with the
+            same bits: true, false or 'auto', which is true only on CUDA (this has not been run on
+            a GPU). On a CPU passes and training would only share the cores.
+        read_ahead: bytes of shards that a process may read before it needs them, if the activations
+            are stored at a URL; no number depends on it.
     """
 
     batch: int = 32
@@ -58,18 +58,18 @@ class HarvestConfig(Frozen):
     read_ahead: NonNegativeInt = 512 * 2**20
 
     def overlaps(self, device: str) -> bool:
-        """Whether a launch on the device trains beside its harvest."""
+        """Returns whether a launch on the device trains during its harvest."""
         return torch.device(device).type == "cuda" if self.overlap == "auto" else self.overlap
 
 
 def bytes_needed(n_tokens: int, positions: int, d: int, dtype: str) -> int:
-    """Memory (or disk) in bytes for the activations of one hook point.
+    """Returns the bytes in memory or on disk of the activations of one hook point.
 
     Args:
         n_tokens: counted tokens; each context of `positions` has at most positions - 1 of them.
-        positions: of a context.
+        positions: positions of a context.
         d: width of an activation.
-        dtype: of the stored activations.
+        dtype: dtype of the stored activations.
     """
     contexts = -(-n_tokens // max(1, positions - 1))
     return contexts * positions * (d * getattr(torch, dtype).itemsize + _MASK_AND_ID)
@@ -83,12 +83,14 @@ def harvest(
     folder: Place | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Source]:
-    """The activations of all hook points, made in one pass or found complete in the folder.
+    """Makes the activations of all hook points in one pass, or opens them if they are complete.
 
     Args:
+        model: the language model.
         tokens: contexts; all of them are used.
-        hook_names: one source each.
-        folder: a subfolder for each hook point is written there; None keeps all in memory
+        hook_names: hook points, each of which becomes a source.
+        config: settings.
+        folder: parent of a subfolder for each hook point; None keeps all in memory
             (`bytes_needed` for each hook point).
         identity: further fields of the headers, such as the corpus manifest.
 
@@ -99,13 +101,11 @@ def harvest(
     config = config or HarvestConfig()
     headers = _headers(model, tokens, hook_names, config, identity or {})
     if folder is None:
-        return _in_memory(model, tokens, headers, config)
-    places = _places(headers, folder)
-    for _ in _in_folder(model, tokens, headers, config, places):
+        return _harvest_in_memory(model, tokens, headers, config)
+    folders = _hook_folders(headers, folder)
+    for _ in _fill_folders(model, tokens, headers, config, folders):
         pass
-    return {
-        hook: FolderSource.open(place, ahead=config.read_ahead) for hook, place in places.items()
-    }
+    return {hook: FolderSource.open(f, ahead=config.read_ahead) for hook, f in folders.items()}
 
 
 def harvest_steps(
@@ -116,17 +116,17 @@ def harvest_steps(
     folder: Place,
     identity: Mapping[str, Any],
 ) -> tuple[GrowingSource, Generator[None, None, None]]:
-    """`harvest` of one hook point into a folder, begun but left to the caller to go on with.
+    """Begins the harvest of one hook point into a folder; the caller runs its steps.
 
     Returns: the source, which other processes may open as well, and the steps; each of them adds a
         shard, and closing them leaves the rest to a later harvest.
-    Raises: what `harvest` raises: here for settings and identity, in the steps for activations.
+    Raises: the errors of `harvest`: here for settings and identity, in the steps for activations.
     """
     headers = _headers(model, tokens, [hook_name], config, identity)
-    places = _places(headers, folder)
-    steps = _in_folder(model, tokens, headers, config, places)
+    folders = _hook_folders(headers, folder)
+    steps = _fill_folders(model, tokens, headers, config, folders)
     next(steps, None)
-    return GrowingSource(places[hook_name], ahead=config.read_ahead), steps
+    return GrowingSource(folders[hook_name], ahead=config.read_ahead), steps
 
 
 def _headers(
@@ -136,7 +136,10 @@ def _headers(
     config: HarvestConfig,
     identity: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Hook -> header, of settings that can be used."""
+    """Returns hook -> header.
+
+    Raises: SettingError for a setting that can't be used.
+    """
     for name in ("batch", "shard_tokens"):
         if getattr(config, name) < 1:
             raise SettingError(f"harvest.{name}", getattr(config, name), "use at least 1")
@@ -145,17 +148,17 @@ def _headers(
         raise SettingError("hook_names", hook_names, "name at least one hook point")
     return {
         hook: _header(model, tokens, hook, d, config, identity)
-        for hook, d in _widths(model, tokens, hooks).items()
+        for hook, d in _measure_widths(model, tokens, hooks).items()
     }
 
 
-def _places(hooks: Iterable[str], folder: Place) -> dict[str, Place]:
-    """Hook -> its subfolder."""
+def _hook_folders(hooks: Iterable[str], folder: Place) -> dict[str, Place]:
+    """Returns hook -> its subfolder."""
     return {hook: folder / hook.replace("/", "_") for hook in hooks}
 
 
-def _widths(model: LanguageModel, tokens: Tokens, hooks: list[str]) -> dict[str, int]:
-    """d of each hook point, from one short context."""
+def _measure_widths(model: LanguageModel, tokens: Tokens, hooks: list[str]) -> dict[str, int]:
+    """Returns hook -> d, from a pass over one short context."""
     x = model.activations(tokens.ids[:1, :2], None, hooks)
     return {hook: int(x[hook].shape[-1]) for hook in hooks}
 
@@ -168,7 +171,7 @@ def _header(
     config: HarvestConfig,
     extras: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a harvest is: everything that its bytes depend on."""
+    """Returns the identity of a harvest: everything that its bytes depend on."""
     return {
         "model": model.config.path,
         "model_digest": model.digest,
@@ -186,64 +189,66 @@ def _header(
 
 
 def _shard_contexts(tokens: Tokens, config: HarvestConfig) -> int:
-    """Contexts a shard, evened out so that the last shard is no small rest."""
+    """Returns the contexts per shard, chosen so that the last shard is not much smaller."""
     contexts, positions = tokens.ids.shape
     shards = -(-contexts // max(1, config.shard_tokens // positions))
     return -(-contexts // shards)
 
 
-def _in_memory(
+def _harvest_in_memory(
     model: LanguageModel,
     tokens: Tokens,
     headers: dict[str, dict[str, Any]],
     config: HarvestConfig,
 ) -> dict[str, Source]:
+    """Makes the activations of all hook points and keeps them in memory."""
     shards: dict[str, list[Shard]] = {hook: [] for hook in headers}
     widths = {hook: int(header["d"]) for hook, header in headers.items()}
     with progress("harvest", tokens.ids.numel(), "tokens") as bar:
-        parts = [_Part(part, widths, config) for part in _parts(tokens, config)]
-        for part in _filled(model, parts, bar):
+        parts = [_Part(part, widths, config) for part in _split_by_shard(tokens, config)]
+        for part in _fill_parts(model, parts, bar):
             for hook, shard in part.shards().items():
                 shards[hook].append(shard)
-    made: dict[str, Source] = {
+    sources: dict[str, Source] = {
         hook: MemorySource(shards[hook], header) for hook, header in headers.items()
     }
-    return made
+    return sources
 
 
-def _in_folder(
+def _fill_folders(
     model: LanguageModel,
     tokens: Tokens,
     headers: dict[str, dict[str, Any]],
     config: HarvestConfig,
-    places: Mapping[str, Place],
+    folders: Mapping[str, Place],
 ) -> Generator[None, None, None]:
     """Fills the folders that are not complete, in steps.
 
-    The first one only announces what will be written; each further one adds a shard. The folders
-    are locked meanwhile, but for those at a URL, which has no locks; raises BusyError when another
-    process fills one of them.
+    The first step only announces what will be written; each further one adds a shard. The folders
+    are locked meanwhile, except at a URL, which has no locks.
+
+    Raises: BusyError when another process fills one of them.
     """
     with ExitStack() as locks:
-        for place in places.values():
-            if isinstance(place, Path) and not (place / "header.json").is_file():
-                locks.enter_context(lock_folder(place, "is harvesting these activations"))
-        yield from _in_own_folder(model, tokens, headers, config, places)
+        for folder in folders.values():
+            if isinstance(folder, Path) and not (folder / "header.json").is_file():
+                locks.enter_context(lock_folder(folder, "is harvesting these activations"))
+        yield from _fill_locked_folders(model, tokens, headers, config, folders)
 
 
-def _in_own_folder(
+def _fill_locked_folders(
     model: LanguageModel,
     tokens: Tokens,
     headers: dict[str, dict[str, Any]],
     config: HarvestConfig,
-    places: Mapping[str, Place],
+    folders: Mapping[str, Place],
 ) -> Generator[None, None, None]:
-    complete = {hook: p for hook, p in places.items() if (p / "header.json").is_file()}
-    for hook, place in complete.items():
-        FolderSource.open(place, headers[hook])
+    complete = {hook: f for hook, f in folders.items() if (f / "header.json").is_file()}
+    for hook, folder in complete.items():
+        FolderSource.open(folder, headers[hook])
     writers = {
-        hook: FolderWriter(place, headers[hook])
-        for hook, place in places.items()
+        hook: FolderWriter(folder, headers[hook])
+        for hook, folder in folders.items()
         if hook not in complete
     }
     for writer in writers.values():
@@ -256,10 +261,10 @@ def _in_own_folder(
                 {h: int(headers[h]["d"]) for h, writer in writers.items() if writer.done <= i},
                 config,
             )
-            for i, part in enumerate(_parts(tokens, config))
+            for i, part in enumerate(_split_by_shard(tokens, config))
         ]
         with progress("harvest", tokens.ids.numel(), "tokens") as bar:
-            for part in _filled(model, parts, bar):
+            for part in _fill_parts(model, parts, bar):
                 for hook, shard in part.shards().items():
                     writers[hook].add(shard)
                 yield
@@ -267,8 +272,8 @@ def _in_own_folder(
         writer.finish()
 
 
-def _parts(tokens: Tokens, config: HarvestConfig) -> list[Tokens]:
-    """The contexts of each shard."""
+def _split_by_shard(tokens: Tokens, config: HarvestConfig) -> list[Tokens]:
+    """Returns the contexts of each shard."""
     size = _shard_contexts(tokens, config)
     starts = range(0, len(tokens.ids), size)
     parts = [slice(start, start + size) for start in starts]
@@ -280,12 +285,12 @@ def _parts(tokens: Tokens, config: HarvestConfig) -> list[Tokens]:
 
 
 class _Part:
-    """The contexts of one shard while they are filled.
+    """Contexts of one shard, and the activations that were made for them so far.
 
     Args:
         tokens: its contexts.
-        widths: hook -> d of the hooks that are still to do; none skips the part.
-        config: how activations are made.
+        widths: hook -> d of the hooks without this shard; none skips the part.
+        config: settings of the harvest.
     """
 
     def __init__(self, tokens: Tokens, widths: dict[str, int], config: HarvestConfig) -> None:
@@ -293,24 +298,25 @@ class _Part:
         self._stored: dict[str, torch.Tensor] = {}
 
     def allocate(self) -> None:
+        """Allocates the activations of the shard."""
         shape, dtype = self.tokens.ids.shape, getattr(torch, self.config.dtype)
         empty = torch.empty if self.tokens.lengths is None else torch.zeros  # padding holds zeros
         self._stored = {hook: empty((*shape, d), dtype=dtype) for hook, d in self.widths.items()}
 
     def passes(self) -> list[torch.Tensor]:
-        """The contexts of each pass, int64; padded ones together with those of like length."""
+        """Returns the contexts of each pass, int64; padded ones are grouped by similar length."""
         if not self.widths:
             return []
         contexts, positions = self.tokens.ids.shape
         if self.tokens.lengths is None:
             return list(torch.arange(contexts).split(self.config.batch))
         share = int(self.tokens.lengths.sum()) // PADDED_PASSES
-        return by_length(self.tokens.lengths, min(self.config.batch * positions, share))
+        return group_by_length(self.tokens.lengths, min(self.config.batch * positions, share))
 
     def fill(self, model: LanguageModel, contexts: torch.Tensor) -> int:
-        """One pass.
+        """Runs one pass and stores its activations.
 
-        Returns: how many positions are done.
+        Returns: number of positions that are done.
         Raises: SourceError for activations that are not finite in the stored dtype.
         """
         ids, attention = self.tokens.ids[contexts], None
@@ -320,42 +326,41 @@ class _Part:
             inside = torch.arange(ids.shape[1]) < lengths[:, None]
             attention = None if inside.all() else inside
         for hook, x in model.activations(ids, attention, list(self.widths)).items():
-            kept = x.to("cpu", getattr(torch, self.config.dtype))
+            x = x.to("cpu", getattr(torch, self.config.dtype))
             if attention is not None:
-                kept = kept.where(attention[..., None], 0)
-            if not bool(torch.isfinite(kept).all()):
+                x = x.where(attention[..., None], 0)
+            if not bool(torch.isfinite(x).all()):
                 raise SourceError(
                     f"activations at {hook} are not finite as {self.config.dtype}: set "
                     "harvest.dtype to bfloat16 or float32, and model.dtype likewise"
                 )
-            self._stored[hook][contexts, : ids.shape[1]] = kept
+            self._stored[hook][contexts, : ids.shape[1]] = x
         return len(contexts) * self.tokens.ids.shape[1]
 
     def shards(self) -> dict[str, Shard]:
-        """Hook -> what was made; this part then holds nothing any more."""
+        """Returns hook -> shard, and releases the memory of this part."""
         stored, self._stored = self._stored, {}
         ids = self.tokens.ids.to(torch.int32)
         return {hook: Shard(x, self.tokens.mask, ids) for hook, x in stored.items()}
 
 
-def _filled(model: LanguageModel, parts: Sequence[_Part], bar: Progress) -> Iterator[_Part]:
-    """The parts in order, each after its last pass; passes of the next one run meanwhile."""
-
+def _fill_parts(model: LanguageModel, parts: Sequence[_Part], bar: Progress) -> Iterator[_Part]:
+    """Yields the parts in order, each after its last pass; passes of the next run meanwhile."""
     groups = [part.passes() for part in parts]
 
     def passes() -> Iterator[tuple[_Part, torch.Tensor]]:
-        for part, some in zip(parts, groups, strict=True):
+        for part, group in zip(parts, groups, strict=True):
             part.allocate()
-            yield from ((part, contexts) for contexts in some)
+            yield from ((part, contexts) for contexts in group)
 
-    def one(model: LanguageModel, item: tuple[_Part, torch.Tensor]) -> int:
+    def run_pass(model: LanguageModel, item: tuple[_Part, torch.Tensor]) -> int:
         part, contexts = item
         return part.fill(model, contexts)
 
-    with closing(side_by_side(model, one, passes())) as done:
-        for part, some in zip(parts, groups, strict=True):
+    with closing(run_in_lanes(model, run_pass, passes())) as done:
+        for part, group in zip(parts, groups, strict=True):
             if not part.widths:
                 bar.advance(part.tokens.ids.numel())
-            for _ in some:
+            for _ in group:
                 bar.advance(next(done))
             yield part

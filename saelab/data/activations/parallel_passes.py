@@ -1,12 +1,12 @@
-"""Passes of a language model over many contexts: side by side on the cores, like lengths together.
+"""Parallel passes of a language model over many contexts, in groups of similar length.
 
     lanes    = threads of torch on a CPU for a model of d_model <= NARROW, else 1
-    one lane = a thread that runs whole passes on one core, with hooks of its own
+    one lane = a thread that runs whole passes on one core, with its own hooks
 
 A narrow model's layers are too small for several threads to share one, so each core takes its own
-pass. That is a rule of device and width alone, and each pass computes what it would compute alone
-on one thread: the numbers do not depend on how many lanes there are. On a GPU there is one lane
-(this has not been run on a GPU).
+pass. This rule depends only on device and width, and each pass computes what it would compute on
+one thread, so the numbers do not depend on the number of lanes. On a GPU there is one lane (this
+has not been run on a GPU).
 """
 
 from __future__ import annotations
@@ -21,48 +21,49 @@ import torch
 
 from saelab.data.language_model import LanguageModel
 
-#: Widest model that runs one pass a core. Our choice: above it one layer feeds all cores, and as
+#: Widest model that runs one pass per core. Our choice: above it one layer feeds all cores, and as
 #: many passes at once would take as many times the memory.
 NARROW = 1024
-#: Passes handed out ahead of the one that is waited for, per lane.
+#: Passes per lane that are submitted before the first result is awaited.
 AHEAD = 2
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def lanes(device: str, d_model: int) -> int:
-    """How many passes run at once."""
+def lane_count(device: str, d_model: int) -> int:
+    """Returns the number of passes that run at once."""
     if torch.device(device).type != "cpu" or d_model > NARROW:
         return 1
     return torch.get_num_threads()
 
 
-def side_by_side(
+def run_in_lanes(
     model: LanguageModel, work: Callable[[LanguageModel, Item], Result], items: Iterable[Item]
 ) -> Generator[Result, None, None]:
-    """work(model, item) for each item, in the order of the items.
+    """Yields work(model, item) for each item, in the order of the items.
 
     Args:
-        work: runs in a thread of its own with a twin of the model; what it writes must be its
-            item's alone.
-        items: at most `AHEAD` x lanes of them are taken before their results are asked for.
+        model: the language model.
+        work: runs in its own thread with a twin of the model; it may write only what belongs to
+            its item.
+        items: at most `AHEAD` x lanes of them are taken before their results are requested.
 
-    Raises: what `work` raises.
+    Raises: the errors of `work`.
     """
-    n = lanes(model.device.type, model.d_model)
+    n = lane_count(model.device.type, model.d_model)
     if n == 1:
         yield from (work(model, item) for item in items)
         return
-    own = threading.local()
+    local = threading.local()
     twins = deque(model.twin() for _ in range(n))
 
     def prepare() -> None:
-        torch.set_num_threads(1)  # of this thread
-        own.model = twins.pop()
+        torch.set_num_threads(1)  # for this thread
+        local.model = twins.pop()
 
     def run(item: Item) -> Result:
-        return work(own.model, item)
+        return work(local.model, item)
 
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(n, "lane", prepare)
@@ -76,18 +77,18 @@ def side_by_side(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # what threads to come begin with
+        torch.set_num_threads(threads)  # the default of later threads
 
 
-def by_length(lengths: torch.Tensor, tokens: int) -> list[torch.Tensor]:
-    """Groups of like length, so that a pass computes little padding.
+def group_by_length(lengths: torch.Tensor, tokens: int) -> list[torch.Tensor]:
+    """Groups texts of similar length, so that a pass computes little padding.
 
     Args:
         lengths: int64 [n], positions of each text.
-        tokens: a group's size x its longest text is at most this (but one text is a group).
+        tokens: limit of a group's size x its longest text (a single text may exceed it).
 
-    Returns: int64 indices of each group; within and across groups from short to long, equal ones
-        in their own order.
+    Returns: int64 indices of each group; within and across groups from short to long, equal lengths
+        in their original order.
     """
     order = lengths.argsort(stable=True)
     groups: list[torch.Tensor] = []

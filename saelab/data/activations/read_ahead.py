@@ -1,9 +1,9 @@
-"""Objects of a store, read by threads before they are asked for, within a bound in memory.
+"""Reads objects of a store in threads before they are requested, within a bound on memory.
 
-    asked for i:   i comes back, and i + 1, i + 2 ... are begun while their bytes fit into the bound
+    request i:   returns i, and begins to read i + 1, i + 2 ... while their bytes fit into the bound
 
-Objects that wait (read, or being read) never hold more than the bound together; the one that is
-asked for comes on top of it. What is read does not depend on the bound.
+Waiting objects (read, or being read) together never hold more than the bound; the requested one
+comes on top of it. The content that is returned does not depend on the bound.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-#: Objects that are read at once. Our choice: enough to use a fast network, few enough for a store.
+#: Objects read at once. Our choice: enough to use a fast network, few enough for a store.
 READERS = 4
 
 
 class ReadAhead:
-    """Reads objects in order, the next ones meanwhile.
+    """Reader of objects in order, which reads the next ones in the background.
 
     Args:
-        read: i -> the bytes of object i; called by several threads.
+        read: i -> the bytes of object i; several threads call it.
         sizes: bytes of each object.
         bound: bytes that may wait; 0 reads nothing ahead.
     """
@@ -31,29 +31,31 @@ class ReadAhead:
 
     @property
     def waiting_bytes(self) -> int:
-        """Of all objects that are read, or being read, and not asked for yet."""
+        """Bytes of all objects that are read, or being read, and not requested yet."""
         return sum(self._sizes[i] for i in self._waiting)
 
     def get(self, i: int) -> bytes:
-        """Object i.
+        """Returns object i.
 
-        Raises: what `read` raises.
+        Raises: the errors of `read`.
         """
         self._drop([j for j in self._waiting if not i <= j <= i + len(self._waiting)])
-        begun = self._waiting.pop(i, None)
+        future = self._waiting.pop(i, None)
         self._begin_after(i)
-        return self._read(i) if begun is None else begun.result()
+        return self._read(i) if future is None else future.result()
 
     def _drop(self, numbers: Sequence[int]) -> None:
-        """Forgets what a reader that went elsewhere had begun; what is being read is waited for, so
-        that the bound holds."""
+        """Forgets waiting objects that are no longer next in order.
+
+        It waits for those that are being read, so that the bound holds.
+        """
         dropped = [self._waiting.pop(j) for j in numbers]
         for future in dropped:
             if not future.cancel():
                 future.exception()
 
     def _begin_after(self, i: int) -> None:
-        """Begins what comes next, as far as it fits."""
+        """Begins to read the objects after i, as far as they fit into the bound."""
         for j in range(i + 1, len(self._sizes)):
             if j not in self._waiting:
                 if self.waiting_bytes + self._sizes[j] > self._bound:

@@ -2,14 +2,14 @@
 
     <folder>/shard-00000.safetensors   x [contexts, positions, d], mask, ids
     <folder>/header.json               identity, counts and the sha256 of each shard; written last
-                                       and sealed (`files.write_sealed`)
+                                       and sealed (`atomic.write_sealed`)
 
-A folder without header.json is not complete; `partial.json` then says which shards are there, a
-writer of the same identity goes on after them, and a reader may follow the writer. The digest of a
-source is a hash of its identity and of its shards' bytes, the same in memory and on disk.
+A folder without header.json is not complete; `partial.json` then lists its shards, a writer of the
+same identity goes on after them, and a reader may follow the writer. The digest of a source is a
+hash of its identity and of its shards' bytes, the same in memory and on disk.
 
-The folder may be a URL (saelab/storage/remote.py). Shards on a disk are mapped, and their bytes
-compared with the checksums by `verify`; those of a URL are read ahead within a bound and compared
+The folder may be a URL (saelab/storage/remote.py). Shards on a disk are mapped, and `verify`
+compares their bytes with the checksums; shards at a URL are read ahead within a bound and compared
 at every read.
 """
 
@@ -36,20 +36,15 @@ from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.storage.atomic import check_seal, read_json, sha256, write_atomically, write_sealed
 from saelab.storage.remote import Place, Remote
 from saelab.storage.safetensors_file import parse_weights, read_weights
-from saelab.storage.validation import Loose, Name, check
+from saelab.storage.validation import Loose, Name, validate
 
 #: Version of the folder's layout.
 FORMAT = 1
 #: Why loss recovered and probing are missing for activations without their model.
 FOREIGN_REASON = "activations were made elsewhere"
-#: Rows of a foreign file checked for non-finite values at a time; bounds the memory.
-ROWS_AT_ONCE = 65536
-#: Seconds between two looks at a growing harvest, in a folder and at a URL, where each look is a
-#: request. Our choice: little beside a shard's time.
-POLL, REMOTE_POLL = 0.1, 2.0
-#: Reads of an object that does not match its checksum, before it counts as damaged: what was
-#: spoilt on its way is whole the second time.
-READS = 2
+#: Reads of an object that does not match its checksum, before it counts as damaged: an error of the
+#: transfer does not occur twice.
+MAX_READS = 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Shard:
     Args:
         x: [contexts, positions, d] in the stored dtype.
         mask: bool [contexts, positions]; True where the position counts.
-        ids: int32 [contexts, positions] token ids, or None when they are not known.
+        ids: int32 [contexts, positions] token ids; None when they were not stored.
     """
 
     x: Tensor
@@ -67,15 +62,16 @@ class Shard:
     ids: Tensor | None = None
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """The counted positions in order: float32 [n, d] and their position int64 [n]."""
+        """Returns the counted vectors in order, float32 [n, d], and their positions, int64 [n]."""
         return self.x[self.mask].float(), self.mask.nonzero()[:, 1]
 
     @property
     def n_tokens(self) -> int:
+        """Number of positions that count."""
         return int(self.mask.sum())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a shard file holds."""
+        """Returns the content of a shard file, name -> tensor."""
         parts = {"x": self.x, "mask": self.mask}
         if self.ids is not None:
             parts["ids"] = self.ids
@@ -85,8 +81,8 @@ class Shard:
 class Source(Protocol):
     """Activations of one hook point.
 
-    `header` says where they come from (model, model_digest, text_digest, hook_name, context, dtype,
-    d, n_tokens ...); `shard_counts` is the number of counted tokens in each shard.
+    `header` is their identity (model, model_digest, text_digest, hook_name, context, dtype, d,
+    n_tokens ...); `shard_counts` is the number of counted tokens in each shard.
     """
 
     @property
@@ -112,14 +108,18 @@ class MemorySource:
 
     Args:
         shards: at least one; all with the same d.
-        header: the identity; d, dtype, context and n_tokens are filled in from the shards.
+        header: the identity; d, dtype, context and n_tokens are added from the shards.
     """
 
     def __init__(self, shards: Sequence[Shard], header: Mapping[str, Any]) -> None:
         if not shards:
             raise SourceError("no activations: a source needs at least one shard")
         self._shards = list(shards)
-        self.header = {**_facts(self._shards[0]), **header, "n_tokens": sum(self.shard_counts)}
+        self.header = {
+            **_describe_shard(self._shards[0]),
+            **header,
+            "n_tokens": sum(self.shard_counts),
+        }
 
     @property
     def d(self) -> int:
@@ -135,7 +135,7 @@ class MemorySource:
 
     @property
     def digest(self) -> str:
-        return _source_digest(self.header, self._hashes)
+        return source_digest(self.header, self._hashes)
 
     @functools.cached_property
     def _hashes(self) -> list[str]:
@@ -145,13 +145,14 @@ class MemorySource:
         return self._shards[i]
 
 
-def _facts(shard: Shard) -> dict[str, Any]:
-    """What the first shard tells about all."""
+def _describe_shard(shard: Shard) -> dict[str, Any]:
+    """Returns the header fields that all shards share with this one."""
     _, positions, d = shard.x.shape
     return {"context": positions, "d": d, "dtype": str(shard.x.dtype).removeprefix("torch.")}
 
 
-def _source_digest(header: Mapping[str, Any], hashes: list[str]) -> str:
+def source_digest(header: Mapping[str, Any], hashes: list[str]) -> str:
+    """Returns the digest of a source from its identity and the sha256 of each shard."""
     return digest([header, hashes])
 
 
@@ -159,30 +160,31 @@ def _source_digest(header: Mapping[str, Any], hashes: list[str]) -> str:
 
 
 class FolderSource:
-    """Shards in a folder, opened by `FolderSource.open`; those on a disk are mapped, not read.
+    """Shards in a folder, opened by `FolderSource.open`; on a disk they are mapped, not read.
 
     Args:
         path: the folder.
         header: the identity.
-        shards: a record of each.
-        ahead: bytes of shards that may be read before they are asked for, where it is a URL.
+        shards: a record of each shard.
+        ahead: bytes of shards that may be read before they are requested, if the folder is a URL.
     """
 
     def __init__(
         self, path: Place, header: dict[str, Any], shards: list[dict[str, Any]], ahead: int = 0
     ) -> None:
         self.path, self.header, self._records = path, header, shards
-        self._ahead = ReadAhead(self._whole, [record["bytes"] for record in shards], ahead)
+        self._ahead = ReadAhead(self._read_file, [record["bytes"] for record in shards], ahead)
         self._last: tuple[int, Shard] | None = None
 
     @classmethod
     def open(
         cls, path: Place, expected: Mapping[str, Any] | None = None, ahead: int = 0
     ) -> FolderSource:
-        """Opens a complete folder; the sizes of its files are checked, their bytes by `verify`.
+        """Opens a complete folder and checks the sizes of its files; `verify` checks their bytes.
 
         Args:
-            expected: fields that the header must have, as `check_identity` takes them.
+            path: the folder.
+            expected: fields that the header must have, as in `check_identity`.
             ahead: as for the class.
 
         Raises: SourceError when there is no complete harvest, DamageError for a missing or
@@ -194,17 +196,17 @@ class FolderSource:
                 "an unfinished harvest: run it again" if unfinished else "no harvested activations"
             )
             raise SourceError(f"{path} holds {why}" + ("" if unfinished else ": harvest first"))
-        stored = _read_state(path, "header.json")
+        stored = read_state(path, "header.json")
         source = cls(path, stored["header"], stored["shards"], ahead)
         check_identity(source.header, expected or {}, str(path))
-        sizes = _sizes(path)
+        sizes = tensor_file_sizes(path)
         for record in source._records:
             _check_size(path, record, sizes)
         return source
 
     @property
     def d(self) -> int:
-        return _width(self.header, self.path)
+        return stored_width(self.header, self.path)
 
     @property
     def n_shards(self) -> int:
@@ -216,27 +218,29 @@ class FolderSource:
 
     @property
     def digest(self) -> str:
-        return _source_digest(self.header, [record["sha256"] for record in self._records])
+        return source_digest(self.header, [record["sha256"] for record in self._records])
 
     def shard(self, i: int) -> Shard:
-        """Raises: DamageError when the file can't be read, or what a URL gives is not what was
-        written."""
+        """Maps the shard, or reads it from a URL.
+
+        Raises: DamageError when the file can't be read, or an object does not match its checksum.
+        """
         file = self.path / self._records[i]["file"]
         if isinstance(file, Path):
             parts = read_weights(file, DamageError, "harvest it again")
-            return _checked_shard(parts, self._records[i], self.d, file)
+            return _build_shard(parts, self._records[i], self.d, file)
         if self._last is None or self._last[0] != i:
-            self._last = None  # so that two are not held at once
+            self._last = None  # so that memory never holds two
             parts = parse_weights(self._ahead.get(i), file, DamageError, "harvest it again")
-            self._last = i, _checked_shard(parts, self._records[i], self.d, file)
+            self._last = i, _build_shard(parts, self._records[i], self.d, file)
         return self._last[1]
 
-    def _whole(self, i: int) -> bytes:
+    def _read_file(self, i: int) -> bytes:
         return read_checked(self.path, self._records[i])
 
     @property
     def checks_reads(self) -> bool:
-        """Whether every read is compared with its checksum, so that `verify` would read twice."""
+        """True if every read is compared with its checksum, so that `verify` would read twice."""
         return isinstance(self.path, Remote)
 
     def verify(self) -> None:
@@ -244,7 +248,7 @@ class FolderSource:
 
         Raises: DamageError naming the first file that differs.
         """
-        sizes = _sizes(self.path)
+        sizes = tensor_file_sizes(self.path)
         for record in self._records:
             _check_size(self.path, record, sizes)
             _check_bytes(self.path, record)
@@ -268,10 +272,10 @@ class _State(Loose):
     shards: list[_Record]
 
 
-def _read_state(path: Place, name: str) -> dict[str, Any]:
-    """header.json or partial.json of a folder.
+def read_state(path: Place, name: str) -> dict[str, Any]:
+    """Reads header.json or partial.json of a folder.
 
-    Raises: DamageError when it is not what was written, SourceError when it is of another version.
+    Raises: DamageError when the file was changed, SourceError when it is of another version.
     """
     file, remedy = path / name, f"delete {path} and harvest again"
     stored = read_json(file)
@@ -280,22 +284,26 @@ def _read_state(path: Place, name: str) -> dict[str, Any]:
             f"{path} has format {stored.get('format')!r}, this version reads {FORMAT}: "
             "harvest it again"
         )
-    return check(check_seal(stored, file, remedy), _State, file, remedy)
+    return validate(check_seal(stored, file, remedy), _State, file, remedy)
 
 
-def _width(header: Mapping[str, Any], path: Place) -> int:
+def stored_width(header: Mapping[str, Any], path: Place) -> int:
+    """Returns d from a header.
+
+    Raises: DamageError when the header does not have it.
+    """
     if "d" not in header:
         raise DamageError(f"{path} does not say its width d: delete it and harvest again")
     return int(header["d"])
 
 
 def read_checked(path: Place, record: Mapping[str, Any]) -> bytes:
-    """The bytes of a file of the folder, as they were written.
+    """Reads a file of the folder and compares it with its checksum.
 
     Raises: DamageError naming the file that is missing or differs from its checksum.
     """
     file = path / record["file"]
-    for _ in range(READS):
+    for _ in range(MAX_READS):
         try:
             data = file.read_bytes()
         except FileNotFoundError:
@@ -306,7 +314,7 @@ def read_checked(path: Place, record: Mapping[str, Any]) -> bytes:
 
 
 def write_tensors(file: Place, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Writes a safetensors file; returns its record, `sha256` and `bytes`."""
+    """Writes a safetensors file and returns its record, `sha256` and `bytes`."""
     record: dict[str, Any] = {}
 
     def write(temporary: Path) -> None:
@@ -317,8 +325,8 @@ def write_tensors(file: Place, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return record
 
 
-def _sizes(path: Place) -> dict[str, int]:
-    """Name -> bytes of the files of a folder that hold tensors."""
+def tensor_file_sizes(path: Place) -> dict[str, int]:
+    """Returns name -> bytes of the safetensors files of a folder."""
     if isinstance(path, Remote):
         sizes = path.sizes()
         return {name: sizes[name] for name in sizes if name.endswith(".safetensors")}
@@ -332,17 +340,20 @@ def _check_size(path: Place, record: Mapping[str, Any], sizes: Mapping[str, int]
         raise DamageError(f"{path / record['file']} {state}: delete {path} and harvest again")
 
 
-def _checked_shard(
+def _build_shard(
     parts: Mapping[str, Tensor], record: Mapping[str, Any], d: int, file: Place
 ) -> Shard:
-    """Raises: DamageError when the tensors are not those of a shard with such a record."""
+    """Returns the shard that consists of these tensors.
+
+    Raises: DamageError when they do not fit the record.
+    """
     x, mask, ids = (parts.get(name) for name in ("x", "mask", "ids"))
     fits = x is not None and mask is not None and x.dim() == 3 and x.shape[2] == d
     fits = fits and x.is_floating_point() and mask.dtype == torch.bool  # type: ignore[union-attr]
     fits = fits and mask.shape == x.shape[:2]  # type: ignore[union-attr]
     fits = fits and (ids is None or ids.shape == mask.shape)  # type: ignore[union-attr]
     if not fits or x is None or mask is None or int(mask.sum()) != record["n_tokens"]:
-        raise DamageError(f"{file} is no shard of this harvest: harvest it again")
+        raise DamageError(f"{file} is not a shard of this harvest: harvest it again")
     return Shard(x, mask, ids)
 
 
@@ -353,17 +364,17 @@ def _check_bytes(path: Place, record: Mapping[str, Any]) -> None:
 
 
 def reopen(path: Place) -> None:
-    """Makes a complete folder an unfinished one: a writer goes on after its last intact shard."""
+    """Makes a complete folder an unfinished one; a writer goes on after its last intact shard."""
     state: dict[str, Any] | None = None
     with suppress(DamageError, SourceError):  # or of another version
-        state = _read_state(path, "header.json")
+        state = read_state(path, "header.json")
     if state is not None:
         write_sealed(path / "partial.json", state)
     (path / "header.json").unlink()
 
 
 class FolderWriter:
-    """Writes shards one after the other; goes on after those of an interrupted writer.
+    """Writer of shards, one after the other; it goes on after those of an interrupted writer.
 
     Args:
         path: the folder.
@@ -373,34 +384,36 @@ class FolderWriter:
     """
 
     def __init__(self, path: Place, header: Mapping[str, Any]) -> None:
-        self.path, self.header = path, _as_json(header)
+        self.path, self.header = path, _to_json_types(header)
         self._records: list[dict[str, Any]] = []
         for name in ("header.json", "partial.json"):
             if (self.path / name).is_file():
-                stored = self._stored(name)
-                if stored.get("shards"):  # what was only announced binds nobody
+                stored = self._read_stored(name)
+                if stored.get("shards"):  # an announcement without shards may be replaced
                     check_identity(stored.get("header", {}), self.header, str(self.path))
-                    self._records = self._intact(stored["shards"])
+                    self._records = self._intact_records(stored["shards"])
                 break
 
-    def _stored(self, name: str) -> dict[str, Any]:
-        """What an earlier writer left; nothing where that is damaged, and its shards made again."""
+    def _read_stored(self, name: str) -> dict[str, Any]:
+        """Reads an earlier writer's state, or {} if it is damaged; its shards are made again."""
         try:
-            return _read_state(self.path, name)
+            return read_state(self.path, name)
         except DamageError as error:
             print(f"{error} (done now)", file=sys.stderr)
             return {}
 
     @property
     def done(self) -> int:
-        """How many shards are written and intact."""
+        """Number of shards that are written and intact."""
         return len(self._records)
 
-    def _intact(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The records up to the first file that does not match; of a URL the sizes tell, since
-        every read compares the bytes."""
-        kept: list[dict[str, Any]] = []
-        sizes = _sizes(self.path)
+    def _intact_records(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the records up to the first file that does not match.
+
+        Only the sizes are compared at a URL, where every read compares the bytes.
+        """
+        intact: list[dict[str, Any]] = []
+        sizes = tensor_file_sizes(self.path)
         for record in records:
             try:
                 _check_size(self.path, record, sizes)
@@ -408,15 +421,15 @@ class FolderWriter:
                     _check_bytes(self.path, record)
             except DamageError:
                 break
-            kept.append(record)
-        return kept
+            intact.append(record)
+        return intact
 
     def announce(self) -> None:
-        """Writes the record of what is there: from now on a `GrowingSource` may follow."""
+        """Writes the state of the folder; from now on a `GrowingSource` may follow."""
         write_sealed(self.path / "partial.json", self._state())
 
     def add(self, shard: Shard) -> None:
-        """Writes the next shard, then the record of it."""
+        """Writes the next shard, then its record."""
         name = f"shard-{self.done:05d}.safetensors"
         record = {
             "file": name,
@@ -445,18 +458,15 @@ def check_identity(
 
     Raises: MismatchError naming the first field that differs and both values.
     """
-    for field, wanted in _as_json(expected).items():
-        found = header.get(field)
-        if found != wanted:
+    for field, wanted in _to_json_types(expected).items():
+        value = header.get(field)
+        if value != wanted:
             raise MismatchError(
-                f"{where} has {field} = {found!r}, but {wanted!r} is asked for: "
+                f"{where} has {field} = {value!r}, but {wanted!r} is needed: "
                 "name another folder, or delete this one"
             )
 
 
-def _as_json(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The data as it comes back from a JSON file (tuples become lists)."""
+def _to_json_types(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the data as JSON would return them (tuples become lists)."""
     return json.loads(json.dumps(dict(data)))
-
-
-# ---------------------------------------------------------------- made elsewhere

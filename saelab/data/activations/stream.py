@@ -1,8 +1,8 @@
-"""The stream of batches: shards in a fixed order, each read in every seed's own permutation.
+"""The stream of batches: shards in a fixed order, each read in a permutation of the seed.
 
 The permutation of buffer b for seed s comes from the named stream (s, 'data order', b) alone, so
-all arms of a seed see the same batches whatever else runs beside them. A stream yields
-`(batch, position)`; a position says how to go on from the batch after it, exactly.
+all arms of a seed see the same batches, whatever else runs at the same time. A stream yields
+`(batch, position)`; from a position the stream continues exactly with the next batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Layout = Literal["rows", "contexts"]
 
 @dataclass(frozen=True)
 class Position:
-    """Where a stream stands: the buffer (counted over epochs) and the next row or context in it."""
+    """State of a stream: the buffer (counted over epochs) and the next row or context in it."""
 
     buffer: int = 0
     offset: int = 0
@@ -49,46 +49,47 @@ class Batch:
 
     @property
     def n(self) -> int:
+        """Number of vectors."""
         return self.positions.numel()
 
     def rows(self) -> Batch:
-        """Flattened to the counted rows."""
+        """Returns the counted vectors as rows."""
         if self.x.dim() == 2:
-            return self if self.mask is None else self._kept(self.mask)
+            return self if self.mask is None else self._select(self.mask)
         mask = torch.ones_like(self.positions).bool() if self.mask is None else self.mask
         begins = mask.clone()
         begins[:, 1:] &= ~mask[:, :-1]
         segments = begins.flatten().cumsum(0).view_as(mask) - 1
-        return Batch(self.x, self.positions, None, segments)._kept(mask)
+        return Batch(self.x, self.positions, None, segments)._select(mask)
 
     def to(self, device: torch.device) -> Batch:
-        """With x and segments on the device."""
+        """Returns the batch with x and segments on the device."""
         segments = None if self.segments is None else self.segments.to(device)
         return Batch(self.x.to(device), self.positions, self.mask, segments)
 
     def within(self, low: int, high: int) -> Batch:
-        """Only the rows whose token position lies in [low, high)."""
-        return self._kept((self.positions >= low) & (self.positions < high))
+        """Returns the rows whose token position lies in [low, high)."""
+        return self._select((self.positions >= low) & (self.positions < high))
 
-    def part(self, some: slice) -> Batch:
-        """Only the given rows; a part of a context is none, so segments go."""
-        if some == slice(0, len(self.x)):
+    def part(self, rows: slice) -> Batch:
+        """Returns the given rows, without segments, because a slice may cut a context."""
+        if rows == slice(0, len(self.x)):
             return self
-        return Batch(self.x[some], self.positions[some])
+        return Batch(self.x[rows], self.positions[rows])
 
-    def _kept(self, keep: Tensor) -> Batch:
-        """The vectors of a bool mask, as rows."""
+    def _select(self, keep: Tensor) -> Batch:
+        """Returns the vectors of a bool mask, as rows."""
         segments = None if self.segments is None else self.segments[keep]
         return Batch(self.x[keep], self.positions[keep], None, segments)
 
     @property
     def starts(self) -> Tensor | None:
-        """Where each segment of the rows begins, and N; int64 [m + 1]."""
+        """Start of each segment of the rows, and N; int64 [m + 1]."""
         return None if self.segments is None else starts_of(self.segments)
 
 
 def starts_of(segments: Tensor) -> Tensor:
-    """Rising numbers of segments [N] -> where each one begins, and N; int64 [m + 1]."""
+    """Returns the start of each segment, and N, from rising segment numbers [N]; int64 [m + 1]."""
     counts = segments.unique_consecutive(return_counts=True)[1]
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
@@ -96,7 +97,7 @@ def starts_of(segments: Tensor) -> Tensor:
 def batches(
     source: Source, seed: int, size: int, layout: Layout = "rows", start: Position = Position()
 ) -> Iterator[tuple[Batch, Position]]:
-    """An endless stream of batches that goes on from `start`.
+    """Yields batches without end, from `start` on, each with the position after it.
 
     Args:
         source: activations; its shards are the buffers.
@@ -125,6 +126,7 @@ def batches(
 
 
 def _buffer(source: Source, index: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns vectors, positions and mask of a shard; the mask of rows is None."""
     shard = source.shard(index)
     if layout == "rows":
         x, positions = shard.rows()
@@ -135,5 +137,5 @@ def _buffer(source: Source, index: int, layout: Layout) -> tuple[Tensor, Tensor,
 
 
 def steps_in(source: Source, size: int) -> int:
-    """Batches of `size` rows in one pass over the source."""
+    """Counts the batches of `size` rows in one pass over the source."""
     return sum(int(source.shard(i).mask.sum()) // size for i in range(source.n_shards))

@@ -1,4 +1,4 @@
-"""Activations of the labelled probing texts: harvested once, stored, read by every evaluation."""
+"""Activations of the labelled probing texts: harvested once, stored, and read by evaluations."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saelab.config import digest
-from saelab.data.activations.parallel_passes import by_length, side_by_side
+from saelab.data.activations.parallel_passes import group_by_length, run_in_lanes
 from saelab.data.activations.store import check_identity
 from saelab.data.language_model import LanguageModel
 from saelab.data.probing.embedded import Entry, entries_digest
-from saelab.data.text.corpus import tokenize_texts
+from saelab.data.text.tokens import tokenize_texts
 from saelab.errors import DamageError, SourceError
 from saelab.progress import progress
 from saelab.storage.atomic import read_sealed, sha256, write_atomically, write_sealed
-from saelab.storage.safetensors_file import read_weights, shapes
-from saelab.storage.validation import Loose, check
+from saelab.storage.safetensors_file import read_shapes, read_weights
+from saelab.storage.validation import Loose, validate
 
 #: Version of the folder with the model's activations.
 FORMAT = 1
 #: Positions in one pass of the language model, padding included.
-TOKENS = 2048
+PASS_TOKENS = 2048
 _TENSORS = ("rows", "offsets", "labels", "is_train")
 
 
 @dataclass(frozen=True)
 class ProbingEntry:
-    """The language model's activations on the texts of one entry.
+    """Activations of the language model on the texts of one entry.
 
     Args:
         name, classes: as in `Entry`.
@@ -56,15 +56,15 @@ class ProbingEntry:
 
 @dataclass(frozen=True)
 class ProbingData:
-    """All entries, and a header that says what they were made from."""
+    """All entries, and a header with everything that they depend on."""
 
     entries: tuple[ProbingEntry, ...]
     header: dict[str, Any]
 
     @functools.cached_property
     def digest(self) -> str:
-        """A 16-character content hash of header and tensors."""
-        return digest([self.header, [_content(entry) for entry in self.entries]])
+        """16-character content hash of header and tensors."""
+        return digest([self.header, [_entry_digests(entry) for entry in self.entries]])
 
     def save(self, folder: Path) -> None:
         """Writes probing.safetensors, then probing.json with its checksum."""
@@ -80,34 +80,37 @@ class ProbingData:
         write_sealed(folder / "probing.json", {**record, "entries": entries})
 
     @staticmethod
-    def _record(folder: Path, remedy: str) -> dict[str, Any]:
-        """Raises: DamageError when one of the files is not what was written."""
+    def _read_record(folder: Path, remedy: str) -> dict[str, Any]:
+        """Reads probing.json.
+
+        Raises: DamageError when one of the two files was changed after it was written.
+        """
         file = folder / "probing.json"
-        record = check(read_sealed(file, remedy), _Record, file, remedy)
+        record = validate(read_sealed(file, remedy), _Record, file, remedy)
         tensors = folder / "probing.safetensors"
         if not tensors.is_file() or sha256(tensors) != record["sha256"]:
-            raise DamageError(f"{tensors} is not what was written: {remedy}")
+            raise DamageError(f"{tensors} does not match its checksum: {remedy}")
         return record
 
     @classmethod
-    def header_of(cls, folder: Path) -> dict[str, Any]:
-        """Of what `save` wrote, without its tensors."""
-        return cls._record(folder, f"delete {folder} and run again")["header"]
+    def read_header(cls, folder: Path) -> dict[str, Any]:
+        """Reads the header that `save` wrote."""
+        return cls._read_record(folder, f"delete {folder} and run again")["header"]
 
     @staticmethod
-    def n_tokens(folder: Path) -> int:
-        """Counted positions of all texts of what `save` wrote."""
+    def count_tokens(folder: Path) -> int:
+        """Counts the rows of all texts in the file that `save` wrote."""
         file, remedy = folder / "probing.safetensors", f"delete {folder} and run again"
-        found = shapes(file, DamageError, remedy).items()
-        return sum(shape[0] for name, shape in found if name.endswith(".rows"))
+        shapes = read_shapes(file, DamageError, remedy)
+        return sum(shape[0] for name, shape in shapes.items() if name.endswith(".rows"))
 
     @classmethod
     def is_saved(cls, folder: Path) -> bool:
-        """Whether `load` can read a folder; damage is told on stderr."""
+        """Returns whether `load` can read a folder; damage is reported on stderr."""
         if not (folder / "probing.json").is_file():
             return False
         try:
-            cls._record(folder, "it is made again now")
+            cls._read_record(folder, "it is made again now")
         except DamageError as error:
             print(error, file=sys.stderr)
             return False
@@ -115,30 +118,32 @@ class ProbingData:
 
     @classmethod
     def load(cls, folder: Path, expected: Mapping[str, Any] | None = None) -> ProbingData:
-        """Reads what `save` wrote.
+        """Reads the files that `save` wrote.
 
         Args:
-            folder: that holds the two files.
+            folder: folder of the two files.
             expected: header fields that must agree, such as hook_name.
 
-        Raises: MismatchError when they do not; DamageError when the file is not what was written.
+        Raises: MismatchError when they do not; DamageError when a file was changed after it was
+            written.
         """
         remedy, file = f"delete {folder} and run again", folder / "probing.safetensors"
-        record = cls._record(folder, remedy)
+        record = cls._read_record(folder, remedy)
         stored = {**record["header"], "format": record["format"]}
         check_identity(stored, {"format": FORMAT, **(expected or {})}, str(folder))
         tensors = read_weights(file, DamageError, remedy)
-        if absent := [name for e in record["entries"] for name in _names(e) if name not in tensors]:
+        names = [_tensor_names(entry) for entry in record["entries"]]
+        if absent := [name for group in names for name in group if name not in tensors]:
             raise DamageError(f"{file} lacks {absent[0]!r}: {remedy}")
         entries = tuple(
-            ProbingEntry(e["name"], tuple(e["classes"]), *(tensors[name] for name in _names(e)))
-            for e in record["entries"]
+            ProbingEntry(e["name"], tuple(e["classes"]), *(tensors[name] for name in group))
+            for e, group in zip(record["entries"], names, strict=True)
         )
         return cls(entries, record["header"])
 
 
-def _names(entry: Mapping[str, Any]) -> list[str]:
-    """Of an entry's tensors in the file."""
+def _tensor_names(entry: Mapping[str, Any]) -> list[str]:
+    """Returns the names of an entry's tensors in the file."""
     return [f"{entry['name']}.{name}" for name in _TENSORS]
 
 
@@ -148,7 +153,7 @@ class _Entry(Loose):
 
 
 class _Record(Loose):
-    """What probing.json holds."""
+    """Content of probing.json."""
 
     format: int
     sha256: str
@@ -160,7 +165,7 @@ def _tensors(entry: ProbingEntry) -> dict[str, Tensor]:
     return {name: getattr(entry, name) for name in _TENSORS}
 
 
-def _content(entry: ProbingEntry) -> list[Any]:
+def _entry_digests(entry: ProbingEntry) -> list[Any]:
     hashes = [
         hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
         for tensor in _tensors(entry).values()
@@ -176,9 +181,9 @@ def identity(
     dtype: torch.dtype,
     unknown: bool = False,
 ) -> dict[str, Any]:
-    """The header of the activations that `harvest_probing` would make: all they depend on."""
-    own = {"mask": "BOS, EOS and PAD alone left out"} if unknown else {}
-    return own | {
+    """Returns the header of the activations of `harvest_probing`: everything they depend on."""
+    mask = {"mask": "BOS, EOS and PAD alone left out"} if unknown else {}
+    return mask | {
         "model": model.config.path,
         "model_digest": model.digest,
         "model_dtype": model.config.dtype,
@@ -197,49 +202,53 @@ def harvest_probing(
     dtype: torch.dtype = torch.float16,
     unknown: bool = False,
 ) -> ProbingData:
-    """One pass of the language model over all texts, for all subjects.
+    """Harvests the activations of all texts in one pass of the language model, for all subjects.
 
     Args:
         model: the language model.
-        hook_name: where it is read.
+        hook_name: its hook point.
         entries: the labelled texts.
-        context: positions a text, BOS included; what is longer is cut.
-        dtype: of the stored rows.
+        context: positions of a text, BOS included; longer texts are cut.
+        dtype: dtype of the stored rows.
         unknown: whether special ids besides BOS, EOS and PAD (UNK) count, as in definition 1.
 
     Raises: SourceError when an activation is not finite in `dtype`, or a text has no counted token.
     """
     texts = [_TokenisedTexts(entry, model, context, unknown) for entry in entries]
-    rows = _filled(model, hook_name, texts, dtype)
+    rows = _harvest_rows(model, hook_name, texts, dtype)
     for entry, x in zip(entries, rows, strict=True):
         if not x.isfinite().all():
             raise SourceError(
                 f"{hook_name} has activations beyond {dtype} on entry {entry.name}: store float32"
             )
-    made = [
+    results = [
         ProbingEntry(entry.name, entry.classes, x, part.offsets, part.labels, part.is_train)
         for entry, part, x in zip(entries, texts, rows, strict=True)
     ]
-    return ProbingData(tuple(made), identity(model, hook_name, entries, context, dtype, unknown))
+    header = identity(model, hook_name, entries, context, dtype, unknown)
+    return ProbingData(tuple(results), header)
 
 
-def _texts(entry: Entry) -> tuple[list[str], list[int], list[bool]]:
-    """All texts, their labels and sides: train class by class, then test."""
-    found = [
+def _labelled_texts(entry: Entry) -> tuple[list[str], list[int], list[bool]]:
+    """Returns all texts, their labels and sides: train class by class, then test."""
+    rows = [
         (text, label, side is entry.train)
         for side in (entry.train, entry.test)
         for label, name in enumerate(entry.classes)
         for text in side[name]
     ]
-    texts, labels, is_train = zip(*found, strict=True)
+    texts, labels, is_train = zip(*rows, strict=True)
     return list(texts), list(labels), list(is_train)
 
 
 class _TokenisedTexts:
-    """The texts of one entry as tokens; `offsets`, `labels` and `is_train` as in `ProbingEntry`."""
+    """Tokens of the texts of one entry; `offsets`, `labels`, `is_train` as in `ProbingEntry`.
+
+    Raises: SourceError when a text has no counted token.
+    """
 
     def __init__(self, entry: Entry, model: LanguageModel, context: int, unknown: bool) -> None:
-        texts, labels, is_train = _texts(entry)
+        texts, labels, is_train = _labelled_texts(entry)
         self.labels, self.is_train = torch.tensor(labels), torch.tensor(is_train)
         self.ids, self.attention, self.mask = tokenize_texts(
             texts, model.tokenizer, context, unknown
@@ -256,10 +265,10 @@ class _TokenisedTexts:
         self.places = self.offsets[:-1, None] + self.mask.cumsum(1) - 1  # row of each position
 
 
-def _filled(
+def _harvest_rows(
     model: LanguageModel, hook_name: str, parts: Sequence[_TokenisedTexts], dtype: torch.dtype
 ) -> list[Tensor]:
-    """The rows of each part; texts of all parts share the passes, so that hardly any is padded."""
+    """Returns the rows of each part; all parts share the passes, which leaves little padding."""
     ids = torch.cat([part.ids for part in parts])
     attention, mask, places = (
         torch.cat([getattr(part, name) for part in parts])
@@ -280,10 +289,10 @@ def _filled(
             rows[part][places[texts, :longest][counted]] = x[counted]
         return len(texts)
 
-    groups = by_length(lengths, TOKENS)
+    groups = group_by_length(lengths, PASS_TOKENS)
     with (
         progress("probing texts", len(ids), "texts") as bar,
-        closing(side_by_side(model, fill, groups)) as done,
+        closing(run_in_lanes(model, fill, groups)) as done,
     ):
         for texts in done:
             bar.advance(texts)

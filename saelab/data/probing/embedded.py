@@ -1,13 +1,13 @@
-"""Labelled texts for sparse probing, cut from the standard library's own structure.
+"""Labelled texts for sparse probing, cut from the structure of the standard library's source.
 
 Every entry has several classes, probed one against the rest. Only modules that the embedded
 language model never saw are used (`Module.held_out`), and train and test never share a file:
 
     test  <=>  path_hash(path, "probing") mod 4 == 0
 
-A label says where a text comes from (package, node of the syntax tree, comment or docstring). The
-words that would give it away (`if`, `return`, `#`, quotes, a function's own name where its name is
-the label) lie outside the text. A text found under two classes or on both sides is dropped.
+A label is the origin of a text (package, node of the syntax tree, comment or docstring). The words
+that would reveal it (`if`, `return`, `#`, quotes, a function's name if the name is the label) lie
+outside the text. A text that occurs under two classes or on both sides is dropped.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from saelab.errors import SettingError, SourceError
 from saelab.seeding import numpy_stream
 from saelab.storage.parquet import stream_rows
 
-#: An entry ships only with this many texts in every class. Our choice: with 150 texts of a class
-#: the standard error of a test accuracy is below 3%.
+#: Fewest texts per class of an entry. Our choice: with 150 texts of a class the standard error of a
+#: test accuracy is below 3%.
 MIN_TRAIN, MIN_TEST = 500, 150
-#: Texts are cut here. Our choice: about 40 tokens, because every SAE must encode all of them.
+#: Longest text. Our choice: about 40 tokens, because every SAE must encode all of them.
 CHARACTERS = 128
 #: One held-out file in TEST_EVERY is a test file.
 TEST_EVERY = 4
-#: Seed of the draw from all candidates, as SAEBench's.
+#: Seed of the draw from all candidates, the same as SAEBench's.
 SAMPLING_SEED = 42
 
-#: Files of local tables.
-KINDS = (".parquet", ".jsonl")
+#: Suffixes of local tables.
+TABLE_SUFFIXES = (".parquet", ".jsonl")
 
 Labelled = Iterator[tuple[str, str]]  # pairs (class, text)
 Candidates = dict[tuple[str, bool], dict[str, None]]  # (class, is test) -> texts in order
@@ -47,13 +47,13 @@ Candidates = dict[tuple[str, bool], dict[str, None]]  # (class, is test) -> text
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set of several classes.
+    """Labelled data set with several classes.
 
     Args:
-        name: what results are filed under.
+        name: name of its results.
         classes: the keys of `train` and `test`, in order.
         train, test: texts by class; no text is in both.
-        source: one line on where texts and labels come from.
+        source: one line on the origin of texts and labels.
     """
 
     name: str
@@ -63,8 +63,8 @@ class Entry:
     source: str
 
 
-class Source:
-    """One parsed module: its nodes by type, their parents, and the text of any of them.
+class ParsedModule:
+    """Syntax tree of a module: its nodes by type, their parents, and the text of any node.
 
     Raises: SyntaxError when this interpreter can't parse the module.
     """
@@ -87,12 +87,12 @@ class Source:
                 nodes.append(child)
 
     def all(self, *types: type[ast.AST]) -> Iterator[Any]:
-        """All nodes of exactly these types."""
+        """Yields all nodes of exactly these types."""
         for kind in types:
             yield from self._by_type[kind]
 
     def text(self, first: Any, last: Any = None) -> str:
-        """The source from node `first` to the end of node `last`, without common indentation."""
+        """Returns the source from `first` to the end of `last`, without common indentation."""
         last = last or first
         lines = self._bytes[first.lineno - 1 : last.end_lineno]
         if last.end_lineno == first.lineno:
@@ -102,7 +102,7 @@ class Source:
         return textwrap.dedent(b"\n".join(lines).decode())
 
     def owner(self, node: ast.AST) -> ast.AST:
-        """The function, class or module whose body holds `node`."""
+        """Returns the function, class or module whose body contains the node."""
         while True:
             node = self.parents[node]
             if isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module)):
@@ -112,7 +112,7 @@ class Source:
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DOCUMENTED = (*FUNCTIONS, ast.ClassDef, ast.Module)
 
-#: Package families by theme; a family that has nothing held out costs nothing.
+#: Package families by theme; a family without held-out modules is harmless.
 THEMES = {
     "gui": "curses idlelib tkinter turtle turtledemo",
     "network": "asynchat asyncio asyncore cgi email ftplib http imaplib mailbox mimetypes nntplib "
@@ -125,8 +125,8 @@ THEMES = {
 _THEME_OF = {family: theme for theme, names in THEMES.items() for family in names.split()}
 
 
-def cut_theme(source: Source) -> Labelled:
-    """Whole lines of a module by the theme of its package."""
+def cut_theme(source: ParsedModule) -> Labelled:
+    """Yields whole lines of a module, labelled by the theme of its package."""
     theme = _THEME_OF.get(source.module.family)
     if theme is None:
         return
@@ -138,8 +138,8 @@ def cut_theme(source: Source) -> Labelled:
             window = []
 
 
-def cut_prose(source: Source) -> Labelled:
-    """First and later paragraphs of docstrings, comments, and messages, each without its marks."""
+def cut_prose(source: ParsedModule) -> Labelled:
+    """Yields first and later paragraphs of docstrings, comments, and messages, without marks."""
     for node in source.all(*DOCUMENTED):
         if (text := ast.get_docstring(node)) is not None:
             summary, *details = text.split("\n\n")
@@ -158,10 +158,10 @@ def cut_prose(source: Source) -> Labelled:
 
 
 def comment_blocks(lines: list[str], inside: set[int]) -> Iterator[str]:
-    """Adjoining whole-line comments as one text each, without `#`.
+    """Yields adjoining whole-line comments as one text each, without `#`.
 
     Args:
-        lines: of the module.
+        lines: lines of the module.
         inside: numbers (from 1) of the lines that begin inside a string.
     """
     block: list[str] = []
@@ -174,8 +174,8 @@ def comment_blocks(lines: list[str], inside: set[int]) -> Iterator[str]:
             block = []
 
 
-def cut_expression_role(source: Source) -> Labelled:
-    """Expressions by what they are used for."""
+def cut_expression_role(source: ParsedModule) -> Labelled:
+    """Yields expressions, labelled by their use."""
     for node in source.all(ast.If, ast.While, ast.IfExp):
         yield "condition", source.text(node.test)
     for node in source.all(ast.Return):
@@ -185,8 +185,8 @@ def cut_expression_role(source: Source) -> Labelled:
         yield from (("argument", source.text(argument)) for argument in node.args)
 
 
-def cut_assignment_scope(source: Source) -> Labelled:
-    """Assignments by where they stand."""
+def cut_assignment_scope(source: ParsedModule) -> Labelled:
+    """Yields assignments, labelled by their scope."""
     for node in source.all(ast.Assign, ast.AnnAssign, ast.AugAssign):
         owner = source.owner(node)
         if isinstance(owner, FUNCTIONS):
@@ -195,8 +195,8 @@ def cut_assignment_scope(source: Source) -> Labelled:
             yield "module", source.text(node)
 
 
-def cut_block(source: Source) -> Labelled:
-    """Bodies of compound statements by the statement."""
+def cut_block(source: ParsedModule) -> Labelled:
+    """Yields bodies of compound statements, labelled by the statement."""
     kinds = {"branch": (ast.If,), "loop": (ast.For, ast.While), "guarded": (ast.Try, ast.With)}
     for kind, types in kinds.items():
         for node in source.all(*types):
@@ -204,11 +204,12 @@ def cut_block(source: Source) -> Labelled:
 
 
 def _body(function: Any) -> list[ast.stmt]:
+    """Returns the statements of a function without its docstring."""
     return function.body[ast.get_docstring(function, clean=False) is not None :]
 
 
-def cut_function_name(source: Source) -> Labelled:
-    """Bodies of functions, without name and docstring, by the kind of name."""
+def cut_function_name(source: ParsedModule) -> Labelled:
+    """Yields bodies of functions, without name and docstring, labelled by the kind of name."""
     for node in source.all(*FUNCTIONS):
         if body := _body(node):
             special = node.name.startswith("__") and node.name.endswith("__")
@@ -216,8 +217,8 @@ def cut_function_name(source: Source) -> Labelled:
             yield kind, source.text(body[0], body[-1])
 
 
-def cut_function_part(source: Source) -> Labelled:
-    """The first two and the last two statements of functions with at least four."""
+def cut_function_part(source: ParsedModule) -> Labelled:
+    """Yields the first two and the last two statements of functions with at least four."""
     for node in source.all(*FUNCTIONS):
         if len(body := _body(node)) >= 4:
             yield "opening", source.text(body[0], body[1])
@@ -225,61 +226,61 @@ def cut_function_part(source: Source) -> Labelled:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """One embedded entry: `cut(source)` yields the (class, text) pairs of one module."""
+class EmbeddedRecipe:
+    """Recipe of an embedded entry: `cut(source)` yields the (class, text) pairs of a module."""
 
     name: str
     classes: tuple[str, ...]
-    cut: Callable[[Source], Labelled]
+    cut: Callable[[ParsedModule], Labelled]
     shortest: int  # characters
     source: str
 
 
 #: The embedded entries. A new one is a function and a line here.
-RECIPES = (
-    Recipe(
+EMBEDDED_RECIPES = (
+    EmbeddedRecipe(
         "theme",
         ("gui", "network", "tooling"),
         cut_theme,
         40,
         "windows of whole lines, by the theme of the package",
     ),
-    Recipe(
+    EmbeddedRecipe(
         "prose",
         ("summary", "detail", "comment", "message"),
         cut_prose,
         20,
         "prose without its marks: first and later paragraphs of docstrings, comments, messages",
     ),
-    Recipe(
+    EmbeddedRecipe(
         "expression_role",
         ("condition", "returned", "argument"),
         cut_expression_role,
         16,
         "expressions, by what they are used for",
     ),
-    Recipe(
+    EmbeddedRecipe(
         "assignment_scope",
         ("module", "constructor", "function"),
         cut_assignment_scope,
         12,
         "assignments, by where they stand",
     ),
-    Recipe(
+    EmbeddedRecipe(
         "block",
         ("branch", "loop", "guarded"),
         cut_block,
         20,
         "bodies of compound statements (if; for and while; try and with), by the statement",
     ),
-    Recipe(
+    EmbeddedRecipe(
         "function_name",
         ("public", "private", "special"),
         cut_function_name,
         20,
         "bodies of functions, by the kind of the name, which is left out (f, _f, __f__)",
     ),
-    Recipe(
+    EmbeddedRecipe(
         "function_part",
         ("opening", "closing"),
         cut_function_part,
@@ -290,11 +291,11 @@ RECIPES = (
 
 
 def embedded_entries(train_size: int = 500, test_size: int = 250) -> tuple[Entry, ...]:
-    """The entries that this interpreter's library is large enough for, in a fixed order.
+    """Returns the entries for which this interpreter's library is large enough, in a fixed order.
 
     Args:
-        train_size, test_size: texts per class at most; a class may have fewer (`MIN_TRAIN`,
-            `MIN_TEST`).
+        train_size, test_size: largest number of texts per class; a class may have fewer
+            (`MIN_TRAIN`, `MIN_TEST`).
 
     Raises: SettingError when a size is below 1.
     """
@@ -306,52 +307,52 @@ def embedded_entries(train_size: int = 500, test_size: int = 250) -> tuple[Entry
 
 @functools.cache
 def _entries(train_size: int, test_size: int) -> tuple[Entry, ...]:
-    reasons = left_out()
+    reasons = missing_entries()
     return tuple(
         _draw(recipe, _candidates()[recipe.name], train_size, test_size)
-        for recipe in RECIPES
+        for recipe in EMBEDDED_RECIPES
         if recipe.name not in reasons
     )
 
 
-def left_out() -> dict[str, str]:
-    """Entries that this interpreter's library is too small for, with the reason of each."""
+def missing_entries() -> dict[str, str]:
+    """Returns the entries for which this interpreter's library is too small, with the reason."""
     reasons: dict[str, str] = {}
-    for recipe in RECIPES:
+    for recipe in EMBEDDED_RECIPES:
         for name in recipe.classes:
             for test, least in ((False, MIN_TRAIN), (True, MIN_TEST)):
-                found = len(_candidates()[recipe.name][name, test])
-                if found < least:
+                count = len(_candidates()[recipe.name][name, test])
+                if count < least:
                     side = "test" if test else "train"
                     reasons.setdefault(
-                        recipe.name, f"class {name!r} has {found} {side} texts, {least} are needed"
+                        recipe.name, f"class {name!r} has {count} {side} texts, {least} are needed"
                     )
     return reasons
 
 
 @functools.cache
 def _candidates() -> dict[str, Candidates]:
-    """All texts of every recipe that have one class and one side only."""
-    found = {
+    """Returns all texts of every recipe that have only one class and one side."""
+    candidates = {
         recipe.name: {(name, test): {} for name in recipe.classes for test in (False, True)}
-        for recipe in RECIPES
+        for recipe in EMBEDDED_RECIPES
     }
     for module in modules():
         if not module.held_out:
             continue
         try:
-            source = Source(module)
+            source = ParsedModule(module)
         except SyntaxError:
             continue  # templates and files for another version of the language
         test = path_hash(module.path, "probing") % TEST_EVERY == 0
-        for recipe in RECIPES:
+        for recipe in EMBEDDED_RECIPES:
             for name, text in recipe.cut(source):
                 text = text.strip()[:CHARACTERS].strip()
                 if len(text) >= recipe.shortest:
-                    found[recipe.name][name, test][text] = None
-    for groups in found.values():
+                    candidates[recipe.name][name, test][text] = None
+    for groups in candidates.values():
         drop_shared(groups)
-    return found
+    return candidates
 
 
 def drop_shared(groups: dict[Any, dict[str, Any]]) -> None:
@@ -364,7 +365,9 @@ def drop_shared(groups: dict[Any, dict[str, Any]]) -> None:
         groups[key] = {text: value for text, value in group.items() if count[text] == 1}
 
 
-def _draw(recipe: Recipe, groups: Candidates, train_size: int, test_size: int) -> Entry:
+def _draw(recipe: EmbeddedRecipe, groups: Candidates, train_size: int, test_size: int) -> Entry:
+    """Draws the texts of an entry from its candidates."""
+
     def side(test: bool, size: int) -> dict[str, tuple[str, ...]]:
         return {
             name: sample(list(groups[name, test]), size, SAMPLING_SEED, recipe.name, name, test)
@@ -377,13 +380,13 @@ def _draw(recipe: Recipe, groups: Candidates, train_size: int, test_size: int) -
 
 
 def sample(texts: list[str], size: int, seed: int, *keys: int | str) -> tuple[str, ...]:
-    """At most `size` of the texts, drawn from the stream 'probing' of `seed` and `keys`."""
+    """Draws at most `size` of the texts from the stream 'probing' of `seed` and `keys`."""
     order = numpy_stream(seed, "probing", *keys).permutation(len(texts))
     return tuple(texts[i] for i in order[:size])
 
 
 def entries_digest(entries: tuple[Entry, ...]) -> str:
-    """A 16-character content hash of names, classes and texts."""
+    """Returns a 16-character content hash of names, classes and texts."""
     return config.digest([asdict(entry) for entry in entries])
 
 
@@ -396,14 +399,14 @@ def entries_from_table(
     test_size: int = 500,
     seed: int = SAMPLING_SEED,
 ) -> Entry:
-    """One entry from a local folder with `train` and `test` as .parquet or .jsonl.
+    """Reads an entry from a local folder with `train` and `test` as .parquet or .jsonl.
 
     Args:
-        name: of the entry.
-        folder: that holds the two files.
+        name: name of the entry.
+        folder: folder of the two files.
         text_column, label_column: columns of both; labels become class names as text.
         train_size, test_size: texts per class.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises: SourceError for a missing file, column or class; SettingError for too few texts.
     """
@@ -424,42 +427,49 @@ def entries_from_table(
             raise SettingError(setting, size, f"choose 1 to {most}, all that {rarest!r} has here")
         return {c: sample(list(groups[c, side]), size, seed, name, c, side) for c in classes}
 
-    chosen = draw(False, "train_size", train_size), draw(True, "test_size", test_size)
-    return Entry(name, classes, *chosen, source=f"{folder.name}: {text_column} by {label_column}")
+    texts = draw(False, "train_size", train_size), draw(True, "test_size", test_size)
+    return Entry(name, classes, *texts, source=f"{folder.name}: {text_column} by {label_column}")
 
 
 def _texts_by_label(
     folder: Path, side: str, text_column: str, label_column: str
 ) -> dict[str, dict[str, None]]:
+    """Returns class -> texts, in order and without repetitions.
+
+    Raises: SourceError as `read_side`, or for a column without text.
+    """
     groups: dict[str, dict[str, None]] = defaultdict(dict)
     for row in read_side(folder, side, (text_column, label_column)):
         text, label = row[text_column], row[label_column]
         if text is not None and not isinstance(text, str):
-            kind = type(text).__name__
-            told = f"column {text_column!r} of {folder} holds {kind}"
-            raise SourceError(f"{told}, no text: name another")
+            content = f"column {text_column!r} of {folder} holds {type(text).__name__}"
+            raise SourceError(f"{content}, not text: name another")
         if text is not None and label is not None and text.strip():
             groups[str(label)][text] = None
     return dict(groups)
 
 
-def sides_of(folder: Path) -> list[str]:
-    """Which of train and test a folder has; 'train' where it has none, to be missed by name."""
-    there = [s for s in ("train", "test") if any(_file_of(folder, s, kind) for kind in KINDS)]
-    return there or ["train"]
+def find_sides(folder: Path) -> list[str]:
+    """Returns which of train and test a folder has; 'train' if it has neither, for the error."""
+    sides = [
+        side
+        for side in ("train", "test")
+        if any(_table_file(folder, side, suffix) for suffix in TABLE_SUFFIXES)
+    ]
+    return sides or ["train"]
 
 
-def _file_of(folder: Path, side: str, kind: str) -> Path | None:
-    path = folder / f"{side}{kind}"
+def _table_file(folder: Path, side: str, suffix: str) -> Path | None:
+    path = folder / f"{side}{suffix}"
     return path if path.is_file() else None
 
 
 def read_side(folder: Path, side: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a folder's `train` or `test`, .parquet or .jsonl, with the columns alone.
+    """Yields the rows of a folder's `train` or `test`, .parquet or .jsonl, with these columns only.
 
     Raises: SourceError for a missing or broken file, or a missing column; at the first row.
     """
-    paths = [path for kind in KINDS if (path := _file_of(folder, side, kind))]
+    paths = [path for suffix in TABLE_SUFFIXES if (path := _table_file(folder, side, suffix))]
     if not paths:
         raise SourceError(f"{folder} has no {side}.parquet or {side}.jsonl: name such a folder")
     path = paths[0]
@@ -467,12 +477,12 @@ def read_side(folder: Path, side: str, columns: Sequence[str]) -> Iterator[dict[
     def choose(names: Sequence[str]) -> list[str]:
         for column in columns:
             if column not in names:
-                known = ", ".join(names)
-                raise SourceError(f"{path} has no column {column!r}: choose one of {known}")
+                choices = ", ".join(names)
+                raise SourceError(f"{path} has no column {column!r}: choose one of {choices}")
         return list(dict.fromkeys(columns))
 
     if path.suffix == ".parquet":
-        yield from stream_rows(path, choose, SourceError, "mend it")
+        yield from stream_rows(path, choose, SourceError, "fix the file")
     else:
         yield from _json_rows(path, choose)
 
@@ -485,6 +495,6 @@ def _json_rows(path: Path, choose: Callable[[Sequence[str]], list[str]]) -> Iter
         table = pyarrow.json.read_json(path)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise SourceError(f"{path} can't be read ({error}): mend it") from None
+        raise SourceError(f"{path} can't be read ({error}): fix the file") from None
     for batch in table.select(choose(table.column_names)).to_batches(max_chunksize=1024):
         yield from batch.to_pylist()

@@ -1,4 +1,4 @@
-"""Synthetic activations whose features are known.
+"""Synthetic activations with known features.
 
     x[c,t] = sum_i f_i[c,t] D_i + scale * noise * e         e ~ N(0, 1) in each dimension, |D_i| = 1
     f_i    = s_i[c,t] * scale * m_i * exp(jitter * g - jitter^2 / 2)      m_i = exp(spread * g_i)
@@ -6,26 +6,26 @@
     equal          p_i the same              linear     p_i falls to p_1 / ratio
     zipf           p_i ~ i^-exponent         in all:    sum_i p_i = l0
 
-s_i in {0, 1} says whether feature i fires, with probability p_i at every position. Along a context
-it is a two-state Markov chain with autocorrelation `persistence` (0 makes positions independent):
+s_i in {0, 1} is 1 if feature i fires, with probability p_i at every position. Along a context it is
+a two-state Markov chain with autocorrelation `persistence` (0 makes positions independent):
 
     P(fire | fired) = p + persistence * (1 - p)             P(fire | silent) = p * (1 - persistence)
 
-or, with `refractory` = R, it is silent for the R positions after a firing and else fires with
+or, with `refractory` = R, it is silent for the R positions after a firing and otherwise fires with
 probability p / (1 - R p). Between features, firings are
 
     independent
     correlated     s_i = 1[h_i < Phi^-1(P)],  h_i = sqrt(strength) L_i . u + sqrt(1 - strength) e_i
                    with u ~ N(0, I_rank) new at each position and random unit loadings L_i, so that
-                   pairs of either sign occur and every feature keeps its own chain
-    hierarchical   each parent has `children`, whose own chains fire with probability `given`, and
-                   which are silent where the parent is
+                   pairs of both signs occur and every feature has its chain
+    hierarchical   each parent has `children`, whose chains fire with probability `given`, and which
+                   are silent where the parent is
 
-Every draw comes from a named stream of the data's seed that no SAE uses: an SAE of the same seed
-starts with no knowledge of D. Dictionary, codes and noise have streams of their own, the codes and
-the noise one for each shard.
+Every draw comes from a named stream of the data's seed that no SAE uses, so an SAE of the same seed
+starts without knowledge of D. Dictionary, codes and noise have separate streams, the codes and the
+noise one for each shard.
 
-Larger ones, with deeper trees, are made by `forest`.
+Larger data with deeper trees come from `trees.py` (kind 'forest').
 
 Sources: toy models of superposition, Elhage et al. 2022; the copula, Nelsen 2006, chapter 2.
 """
@@ -46,37 +46,37 @@ from torch.nn.functional import normalize
 
 from saelab.config import Frozen, digest
 from saelab.data.activations.store import FolderWriter, MemorySource, Shard, Source
-from saelab.data.synthetic.trees import ForestConfig, ForestTruth, InShards
+from saelab.data.synthetic.trees import ForestConfig, ForestTruth, ShardedTruth
 from saelab.errors import SettingError
 from saelab.seeding import torch_stream
 
 #: Why loss recovered and probing are missing for synthetic activations.
-REASON = "activations are synthetic"
-#: Rows per shard: what a stream shuffles at once. Our choice, 16 MB at d = 64.
+SYNTHETIC_REASON = "activations are synthetic"
+#: Rows of a shard, which a stream shuffles at once. Our choice, 16 MB at d = 64.
 SHARD_ROWS = 65_536
-#: Entries of the dense code made at once, which bounds the memory. Our choice: 16 MB.
+#: Entries of the dense code that are made at once, which bounds the memory. Our choice: 16 MB.
 ENTRIES = 1 << 22
 
 
 class SyntheticConfig(Frozen):
-    """What synthetic activations are made of; the module's docstring has the equations.
+    """Settings of synthetic activations; the module's docstring has the equations.
 
     Args:
         d, features: width of the activations and number of true features.
         l0: mean number of features that fire at a position.
-        frequency: how firing probabilities differ between features: 'equal', 'linear' with the
-            largest over the smallest = `ratio`, 'zipf' with its `exponent`. In a hierarchy it is
-            the parents' probabilities that differ like this.
+        frequency: distribution of firing probabilities: 'equal', 'linear' with the largest over the
+            smallest = `ratio`, 'zipf' with its `exponent`. In a hierarchy it is the distribution of
+            the parents' probabilities.
         spread: standard deviation of the log of the features' magnitudes.
         jitter: standard deviation of the log of one feature's value from firing to firing.
-        correlation: between the firings of features.
-        strength, rank: of the 'correlated' copula.
-        children, given: of the 'hierarchical' features.
+        correlation: dependence between the firings of features.
+        strength, rank: parameters of the 'correlated' copula.
+        children, given: parameters of the 'hierarchical' features.
         persistence: autocorrelation of a feature's firing from position to position.
         refractory: positions of silence after each firing; not together with persistence.
-        orthogonal: directions in blocks of d are orthonormal; else all are independent.
+        orthogonal: directions in blocks of d are orthonormal; otherwise all are independent.
         noise: standard deviation in each dimension, in units of a typical magnitude.
-        positions: per context.
+        positions: positions of a context.
         scale: multiplies activations and true codes, noise included.
 
     Raises: SettingError for probabilities that no such process has.
@@ -106,7 +106,7 @@ class SyntheticConfig(Frozen):
         if self.correlation == "hierarchical" and self.features % (1 + self.children):
             remedy = f"must be a multiple of 1 + children = {1 + self.children}"
             raise SettingError("features", self.features, remedy)
-        highest = float(self.own_probabilities.max())
+        highest = float(self.chain_probabilities.max())
         if highest >= 1:
             remedy = f"one feature would fire with probability {highest:.3g}: lower it or flatten"
             raise SettingError("l0", self.l0, f"{remedy} the frequencies")
@@ -118,13 +118,13 @@ class SyntheticConfig(Frozen):
 
     @property
     def parents(self) -> int:
-        """Features that fire on their own; the others are children."""
+        """Number of features that have no parent; the others are children."""
         hierarchical = self.correlation == "hierarchical"
         return self.features // (1 + self.children) if hierarchical else self.features
 
     @property
-    def own_probabilities(self) -> Tensor:
-        """Of each feature's own chain, for a child given its parent; float64 [features]."""
+    def chain_probabilities(self) -> Tensor:
+        """Firing probability of each chain, for a child given its parent; float64 [features]."""
         rank = torch.arange(1, self.parents + 1, dtype=torch.float64)
         weights = {
             "equal": torch.ones_like(rank),
@@ -138,25 +138,25 @@ class SyntheticConfig(Frozen):
 
     @property
     def probabilities(self) -> Tensor:
-        """With which each feature fires at a position, float64 [features]; their sum is l0."""
-        own = self.own_probabilities
-        roots = own[: self.parents]
-        return torch.cat([roots, own[self.parents :] * roots[self.parent_of[self.parents :]]])
+        """Firing probability of each feature at a position, float64 [features]; the sum is l0."""
+        p = self.chain_probabilities
+        roots = p[: self.parents]
+        return torch.cat([roots, p[self.parents :] * roots[self.parent_of[self.parents :]]])
 
     @property
     def parent_of(self) -> Tensor:
-        """int64 [features]; a feature without parent has itself."""
+        """Index of each feature's parent, int64 [features]; a feature without parent has itself."""
         return torch.arange(self.features) % self.parents
 
 
 @dataclass(frozen=True)
-class Truth(InShards):
-    """The features behind the contexts of one part of the data; a function of its fields alone.
+class Truth(ShardedTruth):
+    """True features of the contexts of one part of the data; a function of its fields alone.
 
     Args:
         config, seed: decide the dictionary.
-        part: parts of one seed share the dictionary and no codes or noise.
-        contexts: how many.
+        part: parts of one seed share the dictionary, but no codes or noise.
+        contexts: number of contexts.
     """
 
     config: SyntheticConfig
@@ -175,7 +175,7 @@ class Truth(InShards):
 
     @cached_property
     def magnitudes(self) -> Tensor:
-        """Mean value of each feature where it fires, float32 [features]."""
+        """Mean value of each feature when it fires, float32 [features]."""
         draw = torch.randn(self.config.features, generator=self._stream("magnitudes"))
         return self.config.scale * (self.config.spread * draw).exp()
 
@@ -187,22 +187,23 @@ class Truth(InShards):
 
     @property
     def offset(self) -> Tensor:
-        """What is added to every row, float32 [d]: nothing."""
+        """Vector that is added to every row, float32 [d]: zeros."""
         return torch.zeros(self.config.d)
 
     @property
     def shard_rows(self) -> int:
+        """Approximate number of rows of each shard but the last."""
         return SHARD_ROWS
 
     def chunks(self, shard: int) -> Iterator[Tensor]:
-        """The true codes of a shard in order, each float32 [some contexts, positions, features]."""
+        """Yields the true codes of a shard in order, each float32 [n, positions, features]."""
         stream = self._stream("codes", self.part, shard)
         most = ENTRIES // (self.config.positions * self.config.features)
         for count in self.counts(shard, most):
-            yield self._values(self._fires(count, stream), stream)
+            yield self._draw_values(self._draw_firings(count, stream), stream)
 
     def shard(self, i: int) -> Shard:
-        """The activations of the same contexts; every position counts."""
+        """Returns the activations of the same contexts; every position counts."""
         c = self.config
         stream = self._stream("noise", self.part, i)
         parts = []
@@ -219,87 +220,93 @@ class Truth(InShards):
     def _stream(self, name: str, *keys: int | str) -> Generator:
         return torch_stream(self.seed, f"synthetic {name}", *keys)
 
-    def _fires(self, contexts: int, stream: Generator) -> Tensor:
-        """Which features fire, bool [positions, contexts, features]."""
+    def _draw_firings(self, contexts: int, stream: Generator) -> Tensor:
+        """Draws which features fire, bool [positions, contexts, features]."""
         c = self.config
-        draws = self._draws(contexts, stream)
+        draws = self._draw_numbers(contexts, stream)
         if c.refractory:
-            fires = _rest(self._below(draws, _hazard(c)), self._waits(contexts, stream), c)
+            fires = self._is_below(draws, _hazard(c))
+            _silence_after_firing(fires, self._draw_waits(contexts, stream), c)
         elif c.persistence:
-            fires = self._chain(draws)
+            fires = self._run_chains(draws)
         else:
-            fires = self._below(draws, c.own_probabilities)
+            fires = self._is_below(draws, c.chain_probabilities)
         if c.correlation == "hierarchical":
             families = fires.view(*fires.shape[:2], -1, c.parents)
             families[:, :, 1:] &= families[:, :, :1]
         return fires
 
-    def _draws(self, contexts: int, stream: Generator) -> Tensor:
-        """[positions, contexts, features]: normal for correlated features, else uniform."""
+    def _draw_numbers(self, contexts: int, stream: Generator) -> Tensor:
+        """Draws [positions, contexts, features], normal for correlated features, else uniform."""
         c = self.config
         shape = c.positions, contexts, c.features
         if c.correlation != "correlated":
             return torch.rand(shape, generator=stream)
         shared = torch.randn(c.positions, contexts, c.rank, generator=stream) @ self.loadings.T
-        own = torch.randn(shape, generator=stream)
-        return own.mul_(math.sqrt(1 - c.strength)).add_(shared, alpha=math.sqrt(c.strength))
+        independent = torch.randn(shape, generator=stream)
+        independent.mul_(math.sqrt(1 - c.strength))
+        return independent.add_(shared, alpha=math.sqrt(c.strength))
 
-    def _below(self, draws: Tensor, probabilities: Tensor) -> Tensor:
-        """Where draws lie among the lowest with these probabilities, float64 [features]."""
+    def _is_below(self, draws: Tensor, probabilities: Tensor) -> Tensor:
+        """Returns where draws are below the quantiles of these probabilities [features]."""
         correlated = self.config.correlation == "correlated"
         return draws < (torch.special.ndtri(probabilities) if correlated else probabilities).float()
 
-    def _chain(self, draws: Tensor) -> Tensor:
-        """The two-state chains that the draws drive; bool [positions, contexts, features]."""
-        p, persistence = self.config.own_probabilities, self.config.persistence
-        after_silence = self._below(draws, p * (1 - persistence))
-        after_firing = self._below(draws, p + persistence * (1 - p))
+    def _run_chains(self, draws: Tensor) -> Tensor:
+        """Runs the two-state chains on the draws; returns bool [positions, contexts, features]."""
+        p, persistence = self.config.chain_probabilities, self.config.persistence
+        after_silence = self._is_below(draws, p * (1 - persistence))
+        after_firing = self._is_below(draws, p + persistence * (1 - p))
         fires = after_silence
-        fires[0] = self._below(draws[0], p)
+        fires[0] = self._is_below(draws[0], p)
         for t in range(1, len(fires)):
             fires[t] |= fires[t - 1] & after_firing[t]
         return fires
 
-    def _waits(self, contexts: int, stream: Generator) -> Tensor:
-        """Positions of silence left over from a firing before the context, [contexts, features]."""
+    def _draw_waits(self, contexts: int, stream: Generator) -> Tensor:
+        """Draws the positions of silence after a firing before the context [contexts, features]."""
         c = self.config
         draw = torch.rand(contexts, c.features, generator=stream)
-        wait = (draw / c.own_probabilities.float()).floor() + 1
+        wait = (draw / c.chain_probabilities.float()).floor() + 1
         return torch.where(wait <= c.refractory, wait, 0)
 
-    def _values(self, fires: Tensor, stream: Generator) -> Tensor:
-        """The true code [contexts, positions, features] of bool [positions, contexts, features]."""
+    def _draw_values(self, fires: Tensor, stream: Generator) -> Tensor:
+        """Draws the true codes [contexts, positions, features] of firings.
+
+        Args:
+            fires: bool [positions, contexts, features].
+            stream: generator of all draws.
+        """
         c = self.config
         fires = fires.transpose(0, 1).contiguous()
-        where = fires.view(-1).nonzero().squeeze(1)
-        size = (c.jitter * torch.randn(len(where), generator=stream) - c.jitter**2 / 2).exp_()
+        index = fires.view(-1).nonzero().squeeze(1)
+        size = (c.jitter * torch.randn(len(index), generator=stream) - c.jitter**2 / 2).exp_()
         codes = torch.zeros(fires.shape)
-        codes.view(-1)[where] = size.mul_(self.magnitudes[where % c.features])
+        codes.view(-1)[index] = size.mul_(self.magnitudes[index % c.features])
         return codes
 
 
 def _hazard(config: SyntheticConfig) -> Tensor:
-    """Probability of a firing where none is forbidden, float64 [features]."""
-    p = config.own_probabilities
+    """Returns the probability of a firing where none is forbidden, float64 [features]."""
+    p = config.chain_probabilities
     return (p / (1 - config.refractory * p)).clamp(max=1)
 
 
-def _rest(fires: Tensor, wait: Tensor, config: SyntheticConfig) -> Tensor:
-    """Takes out, in place, the firings within `refractory` positions of the one before."""
+def _silence_after_firing(fires: Tensor, wait: Tensor, config: SyntheticConfig) -> None:
+    """Removes, in place, the firings within `refractory` positions of the previous one."""
     for now in fires:
         now &= wait <= 0
         wait = torch.where(now, config.refractory, wait - 1)
-    return fires
 
 
-#: Either process, and the truth behind either: config, seed, part, contexts, directions, offset,
+#: The two processes, and the truth of each: config, seed, part, contexts, directions, offset,
 #: magnitudes, codes, chunks, shard and n_shards.
 Process = SyntheticConfig | ForestConfig
 KnownTruth = Truth | ForestTruth
 
 
 def parse_process(data: Any) -> Process:
-    """Settings of either process from plain data; of a forest with kind = 'forest'.
+    """Parses the settings of a process from plain data; a forest has kind = 'forest'.
 
     Raises: SettingError for an unknown kind or setting.
     """
@@ -307,25 +314,25 @@ def parse_process(data: Any) -> Process:
         return data
     kind = data.get("kind", "") if isinstance(data, dict) else ""
     if kind not in ("", "forest"):
-        raise SettingError("data.kind", kind, "known: 'forest', or none at all")
+        raise SettingError("data.kind", kind, "use 'forest', or leave it out")
     return (ForestConfig if kind else SyntheticConfig).parse(data, where="data")
 
 
-def truth_behind(config: Process, seed: int, part: str, contexts: int) -> KnownTruth:
-    """The truth of some contexts; see `Truth`."""
-    made = ForestTruth if isinstance(config, ForestConfig) else Truth
-    return made(config, seed, part, contexts)  # type: ignore[arg-type]
+def make_truth(config: Process, seed: int, part: str, contexts: int) -> KnownTruth:
+    """Returns the true features of the contexts of a part; see `Truth`."""
+    truth_class = ForestTruth if isinstance(config, ForestConfig) else Truth
+    return truth_class(config, seed, part, contexts)  # type: ignore[arg-type]
 
 
-def header_of(truth: KnownTruth) -> dict[str, Any]:
-    """The identity of the source, from which `truth_of` makes the truth again."""
+def truth_header(truth: KnownTruth) -> dict[str, Any]:
+    """Returns the identity of the source, from which `truth_of` rebuilds the truth."""
     c = truth.config
     fields = {"seed": truth.seed, "part": truth.part, "contexts": truth.contexts}
     return {
         "model": None,
         "model_digest": None,
         "hook_name": None,
-        "reason": REASON,
+        "reason": SYNTHETIC_REASON,
         "synthetic": {"config": c.model_dump(mode="json"), **fields},
         "context": c.positions,
         "d": c.d,
@@ -334,11 +341,11 @@ def header_of(truth: KnownTruth) -> dict[str, Any]:
     }
 
 
-class MadeSource:
-    """Activations that are made whenever a shard is asked for; only the last one is kept."""
+class SyntheticSource:
+    """Activations that are generated whenever a shard is requested; only the last one is stored."""
 
     def __init__(self, truth: KnownTruth) -> None:
-        self.truth, self.header = truth, header_of(truth)
+        self.truth, self.header = truth, truth_header(truth)
         self._last: tuple[int, Shard] | None = None
 
     @property
@@ -357,12 +364,12 @@ class MadeSource:
 
     @property
     def digest(self) -> str:
-        """Of what the activations are made from; not that of the same ones in memory."""
+        """Hash of the settings; it differs from the digest of the same activations in memory."""
         return digest(["made", self.header])
 
     def shard(self, i: int) -> Shard:
         if self._last is None or self._last[0] != i:
-            self._last = None  # before the next one is made, so that there are never two
+            self._last = None  # so that memory never holds two
             self._last = i, self.truth.shard(i)
         return self._last[1]
 
@@ -375,35 +382,38 @@ def generate(
     folder: Path | None = None,
     keep: bool = True,
 ) -> Source:
-    """Synthetic activations as a source; `truth_of` gives what they were made from.
+    """Generates synthetic activations as a source; `truth_of` returns their true features.
 
     Args:
-        seed: of the dictionary, and together with `part` of codes and noise.
-        contexts: how many, of `config.positions` positions each.
+        config: the process.
+        seed: seed of the dictionary, and together with `part` of codes and noise.
+        contexts: number of contexts, of `config.positions` positions each.
         part: 'train', 'held_out', ...
-        folder: written to and read from there, one shard in memory at a time; a complete one of the
-            same identity is opened as it is. None keeps all in memory: 4 d bytes per row.
-        keep: False makes each shard again whenever it is asked for, for data that fit nowhere.
+        folder: folder in which the activations are stored, with one shard in memory at a time; a
+            complete one of the same identity is opened as it is. None keeps all in memory: 4 d
+            bytes per row.
+        keep: False generates each shard again whenever it is requested, for data that fit nowhere.
 
-    Raises: SettingError for less than one context; MismatchError when the folder holds others.
+    Raises: SettingError for less than one context; MismatchError when the folder holds other
+        activations.
     """
     if contexts < 1:
         raise SettingError("contexts", contexts, "at least one is needed")
-    truth = truth_behind(config, seed, part, contexts)
+    truth = make_truth(config, seed, part, contexts)
     if not keep:
-        return MadeSource(truth)
+        return SyntheticSource(truth)
     if folder is None:
-        return MemorySource([truth.shard(i) for i in range(truth.n_shards)], header_of(truth))
-    writer = FolderWriter(folder, header_of(truth))
+        return MemorySource([truth.shard(i) for i in range(truth.n_shards)], truth_header(truth))
+    writer = FolderWriter(folder, truth_header(truth))
     for i in range(writer.done, truth.n_shards):
         writer.add(truth.shard(i))
     return writer.finish()
 
 
 def truth_of(source: Source) -> KnownTruth | None:
-    """The truth behind a source that `generate` made; None for any other."""
-    made = source.header.get("synthetic")
-    if made is None:
+    """Returns the true features of a source that `generate` made; None for any other source."""
+    fields = source.header.get("synthetic")
+    if fields is None:
         return None
-    config = parse_process(made["config"])
-    return truth_behind(config, made["seed"], made["part"], made["contexts"])
+    config = parse_process(fields["config"])
+    return make_truth(config, fields["seed"], fields["part"], fields["contexts"])

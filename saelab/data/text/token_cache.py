@@ -1,13 +1,12 @@
-"""Windows of tokens from a streamed data set, kept with the place up to which it was read.
+"""Windows of tokens from a streamed data set, stored together with the position in the stream.
 
     <folder>/part-00000.safetensors   ids int32 [n], lengths int32 [windows]
-    <folder>/stream.json              the parts with their checksums, and where the stream stands;
-                                      sealed
+    <folder>/stream.json              the parts with their checksums, and the position; sealed
 
 A part holds the windows of whole groups of documents, and `stream.json` is written after it: with
-the cursor that `datasets` gives behind the last document of the part, and the ids that filled no
-window yet. Who reads again gets the windows of the parts and then those of the documents after
-them: the same ones, in the same order, as if the stream had never stopped.
+the cursor of `datasets` after the last document of the part, and the ids that filled no window yet.
+A later reader gets the windows of the parts and then those of the documents after them: the same
+windows, in the same order, as without an interruption.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from saelab.errors import DamageError, SourceError
 from saelab.storage.atomic import read_sealed, write_sealed
 from saelab.storage.remote import Place
 from saelab.storage.safetensors_file import parse_weights
-from saelab.storage.validation import Loose, Name, check
+from saelab.storage.validation import Loose, Name, validate
 
-#: Tokens a part. Our choice: 16 MB, and the most that an interruption loses.
+#: Tokens of a part. Our choice: 16 MB, and the most that an interruption loses.
 PART_TOKENS = 2**22
 
 
@@ -36,7 +35,7 @@ class _Part(Loose):
 
 
 class _Stream(Loose):
-    """What stream.json holds."""
+    """Content of stream.json."""
 
     identity: dict[str, Any]
     cursor: dict[str, Any]
@@ -45,14 +44,14 @@ class _Stream(Loose):
 
 
 class TokenParts:
-    """The parts in a folder, and where the stream stands behind them.
+    """The parts in a folder, and the position of the stream after them.
 
     Args:
-        folder: of the parts; may hold some.
-        identity: of the windows, as plain data.
+        folder: folder of the parts; may contain earlier ones.
+        identity: identity of the windows, as plain data.
 
-    Raises: MismatchError when the folder holds windows of another identity, DamageError when what
-        is there is not what was written.
+    Raises: MismatchError when the folder holds windows of another identity, DamageError when
+        stream.json was changed after it was written.
     """
 
     def __init__(self, folder: Place, identity: dict[str, Any]) -> None:
@@ -60,17 +59,17 @@ class TokenParts:
         self.cursor: dict[str, Any] | None = None
         self.rest = np.empty(0, dtype=np.int32)
         self._records: list[dict[str, Any]] = []
-        with suppress(SourceError):  # nothing is there yet
+        with suppress(SourceError):  # the folder is empty
             file, remedy = folder / "stream.json", f"delete {folder} and run again"
-            stored = check(read_sealed(file, remedy), _Stream, file, remedy)
+            stored = validate(read_sealed(file, remedy), _Stream, file, remedy)
             check_identity(stored["identity"], identity, str(folder))
             self.cursor, self._records = stored["cursor"], stored["parts"]
             self.rest = np.array(stored["rest"], dtype=np.int32)
 
     def windows(self) -> Iterator[np.ndarray]:
-        """Those of all parts, int32.
+        """Yields the windows of all parts, int32.
 
-        Raises: DamageError naming the part that is not what was written.
+        Raises: DamageError naming the part that was changed after it was written.
         """
         for record in self._records:
             file = self.folder / record["file"]
@@ -80,7 +79,7 @@ class TokenParts:
             yield from np.split(part["ids"].numpy(), cuts)
 
     def add(self, windows: Sequence[np.ndarray], cursor: dict[str, Any], rest: np.ndarray) -> None:
-        """Writes a part, then the place of the stream behind it."""
+        """Writes a part, then the position of the stream after it."""
         if not windows:
             return
         name = f"part-{len(self._records):05d}.safetensors"

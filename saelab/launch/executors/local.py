@@ -27,7 +27,7 @@ from typing import Any
 from saelab.errors import SettingError, StudyFailure
 from saelab.launch.executors import Work
 from saelab.progress import Progress
-from saelab.progress.run import tell
+from saelab.progress.run import log_progress
 from saelab.runtime import signals
 
 #: Seconds between two looks at the workers, and between two words of a worker about its tokens.
@@ -134,7 +134,7 @@ def take(bar: Progress, amount: float, line: Mapping[str, Any] | None = None) ->
     """What a job said, in the process of the launch."""
     bar.advance(amount)
     if line is not None:
-        tell(line)
+        log_progress(line)
 
 
 def _raise_failures(futures: Iterable[Future[None]]) -> None:
@@ -206,7 +206,7 @@ def _initialise(channel: Any, logs: Path, parent: int) -> None:
 def _terminated(number: int, frame: Any) -> None:
     if not _busy:
         os._exit(128 + number)
-    signals.handle(number, frame)
+    signals.handle_signal(number, frame)
 
 
 def _run(function: Callable[..., None], job: Any) -> None:
@@ -245,7 +245,7 @@ class _Words:
             with signals.defer_signals(), self._lock:
                 self._connection.send((amount, line))
         except BrokenPipeError:
-            signals.handle(signal.SIGTERM, None)
+            signals.handle_signal(signal.SIGTERM, None)
 
 
 def worker_count(device: str) -> int:

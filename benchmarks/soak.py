@@ -30,6 +30,7 @@ from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 from saelab.storage.atomic import read_json, write_json
 from saelab.training import resume
+from saelab.training.cell import TrainingCell
 from saelab.training.loop import LONGEST_TURN, Cell, train
 from saelab.training.optim import TrainConfig
 from saelab.training.resume import Kept, restore_cell, train_kept
@@ -100,7 +101,7 @@ def soak(folder: Path, steps: int) -> Section:
         )
         write_json(kept, rows)
 
-    def look(position: Position, living: list[Cell]) -> None:
+    def look(position: Position, living: list[TrainingCell]) -> None:
         nonlocal rounds, written, last
         rounds, last = rounds + 1, position
         if rounds % ROUNDS == 0 or member.cell.done:

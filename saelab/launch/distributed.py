@@ -33,6 +33,7 @@ from saelab.seeding import study_seeds
 from saelab.storage.atomic import digest, write_json
 from saelab.storage.cache import cache_folder, package_digest
 from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
+from saelab.training.cell import TrainingCell
 from saelab.training.curves import write_curves
 from saelab.training.loop import Cell
 from saelab.training.resume import remove_checkpoints, restore_cell, train_kept
@@ -100,12 +101,14 @@ def _key(base: BaseConfig, prepared: LaunchData, seed: int) -> str:
     return digest([*settings, seed, *place])
 
 
-def _trained(base: BaseConfig, prepared: LaunchData, seed: int, ranks: Ranks, folder: Path) -> Cell:
+def _trained(
+    base: BaseConfig, prepared: LaunchData, seed: int, ranks: Ranks, folder: Path
+) -> TrainingCell:
     """The cell, trained from its last checkpoint on."""
     sample = initial_sample(prepared.train).to(ranks.device)
     size = base.train.batch_size
 
-    def build() -> Cell:
+    def build() -> TrainingCell:
         return Cell(f"seed {seed}", base.sae, base.train, sample, seed, ranks=ranks)
 
     def stream(start: Position) -> Iterator[tuple[Batch, Position]]:
@@ -121,7 +124,7 @@ def _trained(base: BaseConfig, prepared: LaunchData, seed: int, ranks: Ranks, fo
 
 
 @torch.no_grad()
-def _evaluated(base: BaseConfig, prepared: LaunchData, cell: Cell) -> list[Row]:
+def _evaluated(base: BaseConfig, prepared: LaunchData, cell: TrainingCell) -> list[Row]:
     """Each rank runs the language model; reconstructions are put together from all latents."""
     device = str(cell.sae.ranks.device)
     model = None
@@ -131,6 +134,6 @@ def _evaluated(base: BaseConfig, prepared: LaunchData, cell: Cell) -> list[Row]:
     return evaluate_core(cell.sae, core)
 
 
-def _write(out_dir: Path, cell: Cell, rows: list[Row]) -> None:
+def _write(out_dir: Path, cell: TrainingCell, rows: list[Row]) -> None:
     write_curves(out_dir / "curves.parquet", cell)
     write_json(out_dir / "metrics.json", [row.as_dict() for row in rows])

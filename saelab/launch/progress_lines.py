@@ -21,7 +21,7 @@ from saelab.errors import CellFailure
 from saelab.evals.base import Row
 from saelab.launch.executors import Advance
 from saelab.progress.state import DONE, EVALUATE, TRAIN
-from saelab.training.loop import Cell
+from saelab.training.cell import TrainingCell
 
 #: Lines of a cell over its training.
 POINTS = 100
@@ -50,7 +50,7 @@ class Reports:
     """
 
     def __init__(
-        self, cells: Sequence[Cell], plain: Iterable[Mapping[str, Any]], advance: Advance
+        self, cells: Sequence[TrainingCell], plain: Iterable[Mapping[str, Any]], advance: Advance
     ) -> None:
         self._advance, self._start = advance, time.monotonic()
         self._plain = {cell.name: own for cell, own in zip(cells, plain, strict=True)}
@@ -59,7 +59,7 @@ class Reports:
         for cell in cells:
             self._say(cell, TRAIN, from_step=cell.steps_done)
 
-    def steps(self, steps: int, living: Sequence[Cell]) -> None:
+    def steps(self, steps: int, living: Sequence[TrainingCell]) -> None:
         """After some steps of the living cells, see `training.loop.train`."""
         self._advance(sum(steps * cell.config.batch_size for cell in living))
         for cell in living:
@@ -71,22 +71,22 @@ class Reports:
             rate = round((cell.tokens - tokens) / max(now - then, 1e-9), 1)
             self._say(cell, TRAIN, rate=rate, values=means(cell, last))
 
-    def evaluating(self, cell: Cell) -> None:
+    def evaluating(self, cell: TrainingCell) -> None:
         self._say(cell, EVALUATE)
 
-    def done(self, cell: Cell, rows: Iterable[Row], failure: CellFailure | None) -> None:
+    def done(self, cell: TrainingCell, rows: Iterable[Row], failure: CellFailure | None) -> None:
         """The cell is written, or has stopped."""
         known = {row.metric: row.value for row in rows if not row.slice}
         values = {name: known.get(metric) for name, metric in MEASURED.items()}
         self._say(cell, DONE, values=values, failure=str(failure or "")[:REASON])
 
-    def _say(self, cell: Cell, stage: str, **said: Any) -> None:
+    def _say(self, cell: TrainingCell, stage: str, **said: Any) -> None:
         where = {"step": cell.steps_done, "steps": cell.config.steps, "tokens": cell.tokens}
         seconds = round(time.monotonic() - self._start, 3)
         self._advance(0.0, line(self._plain[cell.name], stage, **where, seconds=seconds, **said))
 
 
-def means(cell: Cell, since: int) -> dict[str, float]:
+def means(cell: TrainingCell, since: int) -> dict[str, float]:
     """Means of what a cell has logged since a step; NaN where a step's value was."""
     columns, length = cell.log.columns, cell.log.length
     names = {name: column for name, column in LOGGED.items() if column in columns}

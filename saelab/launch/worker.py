@@ -70,6 +70,7 @@ from saelab.storage.cache import share, shared_twin
 from saelab.storage.remote import Place
 from saelab.study.experiment_file import load_experiment
 from saelab.study.plan import CellSpec
+from saelab.training.cell import TrainingCell
 from saelab.training.curves import _logged, write_curves
 from saelab.training.loop import Cell
 from saelab.training.module_cell import ModuleCell
@@ -217,14 +218,14 @@ class Worker:
         """Core metrics, and all others where the cell is at the plan's L0."""
         return evaluate(subject, self.evaluation, AT_TARGET if probe else ("core",))
 
-    def _rows(self, cell: Cell, probe: bool, largest: Tensor | None) -> list[Row]:
+    def _rows(self, cell: TrainingCell, probe: bool, largest: Tensor | None) -> list[Row]:
         """All rows of a trained cell."""
         rows = self.evaluate(cell.sae, probe) + convergence(cell.log)
         if probe:
             rows += [*decoder_rows(largest), *survival_rows(cell.sae), *self._agreement(cell)]
         return rows
 
-    def _agreement(self, cell: Cell) -> list[Row]:
+    def _agreement(self, cell: TrainingCell) -> list[Row]:
         """The decoder beside its own snapshots, and what chance gives."""
         if cell.snapshots is None:
             reason = "only an SAE made of parts has decoder rows"
@@ -235,7 +236,7 @@ class Worker:
         rows = snapshot_rows(kept.tokens, kept.decoders, settled, expected[0])
         return rows + chance_rows(expected)
 
-    def _write_latents(self, folder: Path, cell: Cell) -> None:
+    def _write_latents(self, folder: Path, cell: TrainingCell) -> None:
         density = self.evaluation.core.density
         if cell.snapshots is None or density is None:
             return
@@ -243,7 +244,7 @@ class Worker:
         if cell.snapshots.tokens:
             cell.snapshots.save(folder / "snapshots.safetensors")
 
-    def _build(self, job: Job, plain: dict[str, Any]) -> Cell:
+    def _build(self, job: Job, plain: dict[str, Any]) -> TrainingCell:
         config = TrainConfig.parse(plain["train"])
         name = f"{plain['arm']}/seed {plain['seed']}/L0 {plain['level']:g}"
         if plain["own_module"]:
@@ -256,7 +257,7 @@ class Worker:
         return Cell(name, sae, config, self.sample, job.seed, snapshots)
 
     def _facts(
-        self, cell: Cell, plain: dict[str, Any], rows: list[Row], largest: Tensor | None
+        self, cell: TrainingCell, plain: dict[str, Any], rows: list[Row], largest: Tensor | None
     ) -> dict[str, Any]:
         values = {row.metric: row.value for row in rows if not row.slice and row.value is not None}
         constant = [row.value for row in rows if row.metric == "probing_constant"]
@@ -281,14 +282,14 @@ class Worker:
             **self.input_facts,
             **_weights_facts(cell.sae, largest),
             **_curve_facts(cell.log),
-            **{f"{REACH}{name}": share for name, share in cell.moved().items()},
+            **{f"{REACH}{name}": share for name, share in cell.scalar_reach().items()},
             **_balance_facts(cell),
         }
 
     def _write(
         self,
         folder: Path,
-        cell: Cell,
+        cell: TrainingCell,
         plain: dict[str, Any],
         rows: list[Row],
         facts: dict[str, Any],

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from saelab.storage.atomic import write_atomically
-from saelab.training.loop import Cell, Log
+from saelab.training.cell import Log, TrainingCell
 
 #: Points kept of each curve.
 CURVE_POINTS = 200
@@ -19,7 +19,7 @@ def _logged(log: Log) -> list[tuple[str, np.ndarray]]:
     return [(name, column) for name, column in log.columns.items() if log.length]
 
 
-def write_curves(path: Path, cell: Cell) -> None:
+def write_curves(path: Path, cell: TrainingCell) -> None:
     """The log as a long table: step, tokens, name, value; each point the mean of its bin."""
     import pyarrow as pa
     import pyarrow.parquet as pq

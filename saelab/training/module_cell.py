@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from saelab.data.activations.stream import Batch
 from saelab.distributed.sharded_file import WHOLE, Shards
 from saelab.errors import CellFailure, SettingError
-from saelab.training.loop import Cell, Log
+from saelab.training.cell import TrainingCell
 from saelab.training.optim import TrainConfig
 from saelab.training.state import State
 
 
-class ModuleCell(Cell):
+@final
+class ModuleCell(TrainingCell):
     """Trains `build(d_in, d_sae, seed)` on its own loss with Adam.
 
     Raises: SettingError when the module lacks encode, decode or loss, or owns no parameters.
@@ -47,27 +48,25 @@ class ModuleCell(Cell):
             if not callable(getattr(module, method, None)):
                 raise SettingError(f"{name}: module", type(module).__name__, f"needs {method}(x)")
         module.d_in, module.d_sae = d_in, d_sae
-        self.device = sample.device
-        self.name, self.config, self.sae = name, config, module.to(sample.device).train()
+        module = module.to(sample.device).train()
+        super().__init__(name, module, config, sample.device)
         parameters = [p for p in module.parameters() if p.requires_grad]
         if not parameters:
             raise SettingError(f"{name}: module", type(module).__name__, "has nothing to train")
         self.parameters = parameters
         self.adam = torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True)
-        self.log = Log(config.steps)
-        self.steps_done = self.tokens = 0
 
     def shards(self) -> Shards:
         return WHOLE
 
-    def moved(self) -> dict[str, float]:
+    def scalar_reach(self) -> dict[str, float]:
         return {}
 
-    def _add_own(self, state: State) -> None:
+    def _add_training_state(self, state: State) -> None:
         for i, moments in self.adam.state_dict()["state"].items():
             state.add(f"adam/{i}", State(moments))
 
-    def _restore_own(self, state: State) -> None:
+    def _restore_training_state(self, state: State) -> None:
         kept: dict[int, dict[str, Tensor]] = {}
         for name, moment in state.part("adam").tensors.items():
             i, _, which = name.partition("/")

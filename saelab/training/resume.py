@@ -30,7 +30,8 @@ from saelab.errors import CellFailure, DamageError, SaelabError, SettingError
 from saelab.runtime.signals import Interrupted, defer_signals
 from saelab.storage.atomic import read_sealed, sha256, sweep, write_atomically, write_sealed
 from saelab.storage.remote import Remote
-from saelab.training.loop import Cell, train
+from saelab.training.cell import TrainingCell
+from saelab.training.loop import train
 from saelab.training.state import State
 
 FORMAT = 1
@@ -186,7 +187,7 @@ class Kept:
         twin: of the folder, at a URL.
     """
 
-    cell: Cell
+    cell: TrainingCell
     folder: Path | None
     position: Position = START
     seconds: float = 0.0
@@ -207,7 +208,9 @@ class Kept:
             print(f"{name} has no checkpoints, its state can't be kept: {error}", file=sys.stderr)
 
 
-def restore_cell(build: Callable[[], Cell], folder: Path, twin: Remote | None = None) -> Kept:
+def restore_cell(
+    build: Callable[[], TrainingCell], folder: Path, twin: Remote | None = None
+) -> Kept:
     """The cell as its last checkpoint that is intact has it, a fresh one where there is none."""
     cell = build()
     for file in cell.ranks.on_first(lambda: _found(folder, twin)):
@@ -228,7 +231,7 @@ def _found(folder: Path, twin: Remote | None) -> list[Path]:
 def train_kept(
     members: Sequence[Kept],
     stream: Callable[[Position], Iterable[tuple[Batch, Position]]],
-    on_step: Callable[[int, list[Cell]], None],
+    on_step: Callable[[int, list[TrainingCell]], None],
 ) -> dict[str, CellFailure]:
     """`train` with checkpoints; cells whose streams stand at the same position go on together.
 
@@ -253,7 +256,7 @@ def train_kept(
 def _train_group(
     group: Sequence[Kept],
     stream: Iterable[tuple[Batch, Position]],
-    on_step: Callable[[int, list[Cell]], None],
+    on_step: Callable[[int, list[TrainingCell]], None],
 ) -> dict[str, CellFailure]:
     pace, start, ranks = Pace(), time.monotonic(), group[0].cell.ranks
     last: tuple[Position, list[Kept]] | None = None
@@ -263,7 +266,7 @@ def _train_group(
             for member in living:
                 member.write(position, (time.monotonic() - start) / len(group))
 
-    def look(position: Position, living: list[Cell]) -> None:
+    def look(position: Position, living: list[TrainingCell]) -> None:
         nonlocal last
         members = [member for member in group if member.cell in living]
         last = position, members

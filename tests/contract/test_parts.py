@@ -277,7 +277,7 @@ class TestLife:
             assert whole.step(batch(x)) == cut.step(batch(x))
         states = whole.state(), cut.state()
         assert same(states[0].tensors, states[1].tensors) and states[0].plain == states[1].plain
-        assert whole.moved() == cut.moved()
+        assert whole.scalar_reach() == cut.scalar_reach()
         assert whole.log.last(RESETS[observer["kind"]]) > 0
 
     def test_every_parameter_of_the_part_is_trained(

@@ -36,7 +36,7 @@ from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
 from saelab.training.cell import TrainingCell
 from saelab.training.curves import write_curves
 from saelab.training.loop import Cell
-from saelab.training.resume import remove_checkpoints, restore_cell, train_kept
+from saelab.training.resume import remove_checkpoints, restore_cell, train_with_checkpoints
 from saelab.training.sample import initial_sample
 
 
@@ -117,7 +117,7 @@ def _trained(
     kept = restore_cell(build, folder)
     with progress("training", base.train.steps, "steps") if ranks.first else nullcontext() as bar:
         advance = bar.advance if bar else (lambda steps: None)
-        failures = train_kept([kept], stream, lambda steps, _: advance(steps))
+        failures = train_with_checkpoints([kept], stream, lambda steps, _: advance(steps))
     for failure in failures.values():
         raise failure
     return kept.cell

@@ -71,11 +71,16 @@ from saelab.storage.remote import Place
 from saelab.study.experiment_file import load_experiment
 from saelab.study.plan import CellSpec
 from saelab.training.cell import TrainingCell
-from saelab.training.curves import _logged, write_curves
+from saelab.training.curves import logged_columns, write_curves
 from saelab.training.loop import Cell
 from saelab.training.module_cell import ModuleCell
 from saelab.training.optim import TrainConfig
-from saelab.training.resume import Kept, remove_checkpoints, restore_cell, train_kept
+from saelab.training.resume import (
+    ResumableCell,
+    remove_checkpoints,
+    restore_cell,
+    train_with_checkpoints,
+)
 from saelab.training.sample import initial_sample
 from saelab.verdict.gate import REACH
 
@@ -174,7 +179,7 @@ class Worker:
         members = [self._restored(job, plain) for plain in job.cells]
         config = members[0].cell.config
         reports = Reports([member.cell for member in members], job.cells, advance)
-        failures = train_kept(
+        failures = train_with_checkpoints(
             members,
             lambda start: batches(self.train, job.seed, config.batch_size, self.data.layout, start),
             reports.steps,
@@ -201,7 +206,7 @@ class Worker:
             advance(evaluation_cost(config))
             reports.done(cell, rows, failure)
 
-    def _restored(self, job: Job, plain: dict[str, Any]) -> Kept:
+    def _restored(self, job: Job, plain: dict[str, Any]) -> ResumableCell:
         """A cell where it stopped, or at its start."""
         folder = self._resume_folder(job, plain)
         return restore_cell(lambda: self._build(job, plain), folder, shared_twin(job.cache, folder))
@@ -306,7 +311,9 @@ class Worker:
             write_atomically(file, lambda temporary: save_file(tensors, temporary))
         own = [row.of_cell(plain["arm"], plain["seed"], plain["level"]).as_dict() for row in rows]
         write_curves(folder / "curves.parquet", cell)
-        last = {name: _finite(values[cell.log.length - 1]) for name, values in _logged(cell.log)}
+        last = {
+            name: _finite(values[cell.log.length - 1]) for name, values in logged_columns(cell.log)
+        }
         record = {
             "settings": {name: plain[name] for name in ("sae", "train", "level", "seed")},
             "rows": own,

@@ -32,6 +32,7 @@ class Log:
     length: int = 0
 
     def append(self, record: dict[str, float]) -> None:
+        """Adds one step's values."""
         for name, value in record.items():
             if name not in self.columns:
                 self.columns[name] = np.full(self.steps, np.nan, dtype=np.float32)
@@ -39,12 +40,17 @@ class Log:
         self.length += 1
 
     def state(self) -> State:
+        """Returns the logged part of the columns, not copied."""
         names = list(self.columns)
         rows = [torch.from_numpy(self.columns[name][: self.length]) for name in names]
         tensors = dict(zip(map(str, range(len(rows))), rows, strict=True))
         return State(tensors, {"names": names, "length": self.length})
 
     def restore(self, state: State) -> None:
+        """Replaces the log's contents.
+
+        Raises: DamageError when the state lacks a column.
+        """
         self.length = state.value("length")
         self.columns = {}
         for i, name in enumerate(state.value("names")):
@@ -54,8 +60,8 @@ class Log:
 
     @property
     def loss(self) -> np.ndarray:
-        """The reconstruction loss of each step, float64 [steps]; the whole loss of a module that
-        has no such term; empty if nothing was logged."""
+        """The reconstruction loss of each step, float64 [steps], or the whole loss of a module that
+        logs no such term; empty if nothing was logged."""
         name = "loss.reconstruction" if "loss.reconstruction" in self.columns else "loss"
         return self.columns.get(name, np.zeros(0))[: self.length].astype(np.float64)
 
@@ -95,6 +101,7 @@ class TrainingCell(ABC):
 
     @property
     def done(self) -> bool:
+        """Whether all steps are done."""
         return self.steps_done >= self.config.steps
 
     @abstractmethod
@@ -149,6 +156,7 @@ class TrainingCell(ABC):
         return self._select_rows(batch).to(self.device)
 
     def _select_rows(self, batch: Batch) -> Batch:
+        """Returns the rows that `rows` moves to the device."""
         rows = batch.rows()
         if self.config.positions is not None:
             rows = rows.within(*self.config.positions)
@@ -168,7 +176,7 @@ class TrainingCell(ABC):
         finally:
             self._drop_gradients()
         if self.snapshots is not None:
-            self.snapshots.look(self.sae, self.steps_done)
+            self.snapshots.take_if_due(self.sae, self.steps_done)
         return record
 
     @abstractmethod

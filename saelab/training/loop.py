@@ -1,7 +1,6 @@
 """The training loop: n cells, one stream.
 
-A cell is one arm at one seed (and one sparsity level): an SAE with its optimiser and log. Cells
-never see each other, so adding one leaves the others' weights bitwise as they were.
+Cells never see each other, so adding one leaves the weights of the others bitwise unchanged.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from saelab.data.activations.stream import Batch
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.distributed.sharded_file import Shards
 from saelab.errors import CellFailure
+from saelab.parts.base import Pass
 from saelab.runtime.signals import defer_signals
 from saelab.sae import SAE, SAEConfig
 from saelab.training.cell import TrainingCell
@@ -24,8 +24,8 @@ from saelab.training.optim import Optimiser, TrainConfig
 from saelab.training.snapshots import Snapshots
 from saelab.training.state import State
 
-#: Batches of a cell's turn: at most so many, and so many bytes. Our choice: few enough to stay in a
-#: CPU's cache beside one cell, enough that fetching the next cell's weights does not show.
+#: The most batches, and the most bytes, of one turn of a cell. Our choice: few enough to stay in a
+#: CPU's cache together with one cell, enough that loading the next cell's weights costs little.
 LONGEST_TURN, TURN_BYTES = 16, 4 << 20
 
 
@@ -66,8 +66,8 @@ class Cell(TrainingCell):
         self._began = {name: p.detach().clone() for name, p in self._learned.items()}
 
     def scalar_reach(self) -> dict[str, float]:
-        """Returns for each learned scalar (the mean over its entries) the distance from where it
-        began, as a share of the sum of its learning rates, which is Adam's reach."""
+        """Returns the distance of each learned scalar (mean over its entries) from its start, as a
+        share of the sum of its learning rates, which is about as far as Adam can move it."""
         distance = {
             n: float(self.ranks.mean_over_latents((p.detach() - self._began[n]).abs()))
             for n, p in self._learned.items()
@@ -78,13 +78,13 @@ class Cell(TrainingCell):
 
     def shards(self) -> Shards:
         """Describes how the tensors of `state` are split over the ranks."""
-        own = self.sae.shards().split
+        split = self.sae.shards().split
         parameters = self.sae.named_parameters(remove_duplicate=False)
-        split = {id(parameter) for name, parameter in parameters if name in own}
-        names = {"fired_at", *(f"sae/own/{name}" for name in own)}
-        names |= {f"began/{name}" for name, p in self._learned.items() if id(p) in split}
+        split_ids = {id(parameter) for name, parameter in parameters if name in split}
+        names = {"fired_at", *(f"sae/own/{name}" for name in split)}
+        names |= {f"began/{name}" for name, p in self._learned.items() if id(p) in split_ids}
         for i, parameter in enumerate(self.optimiser.moments()):
-            if id(parameter) in split:
+            if id(parameter) in split_ids:
                 names |= {f"optimiser/{i}/exp_avg", f"optimiser/{i}/exp_avg_sq"}
         return Shards(frozenset(names), self.sae.d_sae, self.ranks)
 
@@ -95,9 +95,9 @@ class Cell(TrainingCell):
         state.add("snapshots", self.snapshots.state())
 
     def _restore_training_state(self, state: State) -> None:
-        state.into("fired_at", self.fired_at)
+        state.copy_into("fired_at", self.fired_at)
         for name, start in self._began.items():
-            state.into(f"began/{name}", start)
+            state.copy_into(f"began/{name}", start)
         self.optimiser.restore(state.part("optimiser"))
         self.snapshots.restore(state.part("snapshots"))
 
@@ -105,7 +105,7 @@ class Cell(TrainingCell):
         """Returns this rank's part of the rows."""
         ranks = self.ranks
         if len(rows.x) < ranks.data:
-            reason = f"a batch of {len(rows.x)} rows has none for some of {ranks.data} ranks"
+            reason = f"a batch of {len(rows.x)} rows is too small for {ranks.data} ranks"
             raise CellFailure(self.name, self.steps_done, f"{reason}: enlarge it")
         return rows.part(ranks.rows(len(rows.x)))
 
@@ -130,7 +130,7 @@ class Cell(TrainingCell):
             raise CellFailure(self.name, step, f"loss {total}, gradient norm {norm}")
         p.gradient_norms = self.optimiser.norms
         self.optimiser.step(step)
-        self._after(p)
+        self._update_parts(p)
         record = {"loss": total, "grad_norm": norm, "l0": p.l0}
         record |= {f"loss.{name}": float(x) for name, x in zip(terms, losses, strict=True)}
         dead = int((self.fired_at < self.tokens - self.dead_after).sum())
@@ -145,7 +145,8 @@ class Cell(TrainingCell):
         return self.config.tokens // 10
 
     @torch.no_grad()
-    def _after(self, p) -> None:
+    def _update_parts(self, p: Pass) -> None:
+        """Applies the constraints to the new parameters and updates all running statistics."""
         sae = self.sae
         for constraint in sae.constraint_parts():
             constraint.on_parameters(sae)
@@ -166,19 +167,19 @@ def train(
     on_step: Callable[[int, list[TrainingCell]], None] | None = None,
     on_round: Callable[[Any, list[TrainingCell]], None] | None = None,
 ) -> dict[str, CellFailure]:
-    """Trains all cells on the one stream until each has done its steps.
+    """Trains all cells on one stream until each has done its steps.
 
-    The cells take turns, a few batches each, so that a cell's weights and moments stay in the
-    cache meanwhile. A cell that fails stops alone; the others go on as if it had never been there.
-    A signal (saelab/runtime/signals.py) waits for the end of a round.
+    The cells take turns of a few batches each, so that the weights and moments of a cell stay in
+    the cache during its turn. A cell that fails stops alone; the others continue as if it had never
+    been there. A signal (saelab/runtime/signals.py) takes effect at the end of a round.
 
     Args:
         cells: cells of one seed.
         stream: yields (batch, position); must be long enough.
-        on_step: called after every round and at the end with the steps done since the last call
-            and the cells that took part; it must not change anything.
+        on_step: called after every round with the number of steps since the last call and the cells
+            that took part; it must not change anything.
         on_round: called after every round with the stream's position, from which the cells that
-            took part and did not fail go on; it must not change anything.
+            took part and did not fail continue; it must not change anything.
 
     Returns: failures by cell name.
     """
@@ -188,7 +189,7 @@ def train(
         with defer_signals():
             before = max(cell.steps_done for cell in living)
             for cell in living:
-                failure = _take(cell, turn)
+                failure = _take_turn(cell, turn)
                 if failure is not None:
                     failures[cell.name] = failure
             if on_step:
@@ -204,8 +205,8 @@ def train(
     return failures
 
 
-def _take(cell: TrainingCell, turn: Sequence[Batch]) -> CellFailure | None:
-    """The cell's steps on the batches of one turn; why it stopped, if it failed."""
+def _take_turn(cell: TrainingCell, turn: Sequence[Batch]) -> CellFailure | None:
+    """Takes the cell's steps on the batches of one turn; returns the failure, if there was one."""
     try:
         for batch in turn:
             if not cell.done:
@@ -216,8 +217,8 @@ def _take(cell: TrainingCell, turn: Sequence[Batch]) -> CellFailure | None:
 
 
 def _turns(stream: Iterable[tuple[Batch, Any]]) -> Iterator[tuple[list[Batch], Any]]:
-    """Groups of consecutive batches, TURN_BYTES large at most but for a single batch, and the
-    position after each."""
+    """Yields groups of consecutive batches, each with the position after it; a group has at most
+    LONGEST_TURN batches and TURN_BYTES bytes, unless a single batch is larger."""
     turn: list[Batch] = []
     size, position = 0, None
     for batch, position in stream:

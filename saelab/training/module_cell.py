@@ -1,12 +1,12 @@
-"""A cell whose SAE is the user's own torch module: slower, but paired like the others.
+"""A cell whose SAE is the user's own torch module: slower, but compared in pairs like all others.
 
 The module is made by a callable (d_in, d_sae, seed) and has
 
     encode(x [n, d_in]) -> code [n, d_sae],  decode(f) -> x_hat [n, d_in],  loss(x) -> scalar
 
-in raw activation space. Everything else (batches, schedule, log, evaluation) is the study's. What
-it keeps from step to step in buffers, or as attributes that are numbers, tensors or a
-torch.Generator, is part of its checkpoint; it must keep nothing elsewhere.
+in raw activation space. Everything else (batches, schedule, log, evaluation) is done as for other
+cells. A checkpoint holds the module's parameters and buffers, and its attributes that are numbers,
+tensors or torch generators; it must keep running state nowhere else.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from saelab.training.state import State
 
 @final
 class ModuleCell(TrainingCell):
-    """Trains `build(d_in, d_sae, seed)` on its own loss with Adam.
+    """Trains the module `build(d_in, d_sae, seed)` on its own loss with Adam.
 
-    Raises: SettingError when the module lacks encode, decode or loss, or owns no parameters.
+    Raises: SettingError when the module lacks encode, decode or loss, or has nothing to train.
     """
 
     def __init__(
@@ -57,9 +57,11 @@ class ModuleCell(TrainingCell):
         self.adam = torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True)
 
     def shards(self) -> Shards:
+        """Returns that no tensor is split: a module is trained in one process."""
         return WHOLE
 
     def scalar_reach(self) -> dict[str, float]:
+        """Returns nothing: which scalars of a module are learned is not known."""
         return {}
 
     def _add_training_state(self, state: State) -> None:
@@ -67,18 +69,18 @@ class ModuleCell(TrainingCell):
             state.add(f"adam/{i}", State(moments))
 
     def _restore_training_state(self, state: State) -> None:
-        kept: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Tensor]] = {}
         for name, moment in state.part("adam").tensors.items():
             i, _, which = name.partition("/")
-            kept.setdefault(int(i), {})[which] = moment
+            moments.setdefault(int(i), {})[which] = moment
         groups = self.adam.state_dict()["param_groups"]
-        self.adam.load_state_dict({"state": kept, "param_groups": groups})
+        self.adam.load_state_dict({"state": moments, "param_groups": groups})
 
     def _drop_gradients(self) -> None:
         self.adam.zero_grad(set_to_none=True)
 
     def _step(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step on the module's own loss."""
+        """Takes one optimiser step on the module's own loss."""
         x = self.rows(batch).x
         loss = self.sae.loss(x)
         self._drop_gradients()

@@ -368,7 +368,7 @@ def test_parts_that_are_not_shardable_are_refused(data: int, latents: int) -> No
 def test_a_batch_has_a_row_for_every_rank() -> None:
     one = cell(Ranks(), config("relu"), source())
     one.ranks = Ranks(4, 1, 3)
-    with pytest.raises(CellFailure, match="a batch of 2 rows has none for some of 4 ranks"):
+    with pytest.raises(CellFailure, match="a batch of 2 rows is too small for 4 ranks"):
         one.step(Batch(torch.zeros(2, D_IN), torch.zeros(2, dtype=torch.int64)))
 
 

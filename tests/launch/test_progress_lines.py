@@ -14,6 +14,7 @@ from saelab.data.activations.stream import batches
 from saelab.errors import CellFailure
 from saelab.evals.base import Row
 from saelab.launch import progress_lines
+from saelab.launch.executors import JobSet
 from saelab.launch.executors.local import run_jobs
 from saelab.launch.progress_lines import LOGGED, POINTS, Reports
 from saelab.progress import Progress
@@ -148,7 +149,7 @@ def test_whatever_workers_say_arrives_in_order(tmp_path, monkeypatch, workers: i
     heard: list[dict[str, Any]] = []
     monkeypatch.setattr(executor, "tell", heard.append)
     bar = Progress("x", 1)
-    run_jobs(job, [1, 2, 3], workers, tmp_path, nullcontext(bar))
+    run_jobs(JobSet(job, [1, 2, 3], workers, tmp_path, nullcontext(bar)))
     assert bar.done == 1501.5
     for number in (1, 2, 3):
         steps = [line["step"] for line in heard if line["seed"] == number]

@@ -36,8 +36,8 @@ from saelab.kernels import (
     encode_all,
     encode_at,
     gather_code,
-    of_latents,
     preactivations,
+    select_latents,
     selection_dtype,
     support_above,
 )
@@ -429,7 +429,7 @@ class SAE(nn.Module):
         if code.support is None:
             return self.decode(code.values)
         if self.ranks.latents > 1:
-            code = of_latents(code, self.ranks.own(self.d_sae))
+            code = select_latents(code, self.ranks.own(self.d_sae))
             assert code.support is not None
         product = self.ranks.over_latents(decode_at(code.values, self.W_dec, code.support))
         return (product + self.b_dec) * self.scale

@@ -25,7 +25,7 @@ from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import CellFailure, SettingError, SourceError
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.kernels import Code, Support, kernels_for, support_of_topk, topk_over_ranks
-from saelab.kernels.over_ranks import gather_code, of_latents
+from saelab.kernels.over_ranks import gather_code, select_latents
 from saelab.parts import TABLE
 from saelab.parts.base import Dims
 from saelab.sae import DRAWN, SAEConfig, _normal_rows
@@ -281,7 +281,7 @@ def primitives(ranks: Ranks) -> dict[str, Any]:
     support = topk_over_ranks(mine, 2, ranks)
     code = Code(mine.flatten()[support.flat], mine.flatten()[support.flat], support)
     whole = gather_code(code, 7, ranks)
-    part = of_latents(whole, own)
+    part = select_latents(whole, own)
     x = torch.tensor([2.0], requires_grad=True)
     ranks.over_latents(ranks.spread(x) * (ranks.part_of_latents + 1)).sum().backward()
     before = ranks.payload

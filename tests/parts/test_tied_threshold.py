@@ -213,10 +213,10 @@ def test_native_equals_eager(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = native.traced(z, rule, starts, drivers, z.numel())
+        found = native.trace_above(z, rule, starts, drivers, z.numel())
     finally:
         torch.set_num_threads(before)
-    wanted = eager.traced(z, rule, starts, drivers, z.numel())
+    wanted = eager.trace_above(z, rule, starts, drivers, z.numel())
     assert found is not None and wanted is not None
     if found[1].numel() == wanted[1].numel():  # a value on the edge of its threshold may differ
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
@@ -225,7 +225,7 @@ def test_native_equals_eager(
     else:
         assert abs(found[1].numel() - wanted[1].numel()) <= 1
     if wanted[1].numel():
-        assert native.traced(z, rule, starts, drivers, found[1].numel() - 1) is None
+        assert native.trace_above(z, rule, starts, drivers, found[1].numel() - 1) is None
 
 
 def test_a_segment_starts_afresh(global_random_seed: int) -> None:

@@ -80,7 +80,7 @@ class Plain:
         if type(sae.activation).export is Activation.export:
             part = type(sae.activation).__name__
             raise SettingError("activation", part, "has no export(): other tools can't compute it")
-        weights, form = sae.folded(), sae.activation.export()
+        weights, form = sae.fold(), sae.activation.export()
         if form["architecture"] not in ("standard", "topk", "jumprelu"):
             remedy = "is not an architecture of other tools: export standard, topk or jumprelu"
             raise SettingError("architecture", form["architecture"], remedy)

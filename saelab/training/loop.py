@@ -61,7 +61,7 @@ class Cell(TrainingCell):
         taken = Snapshots(snapshots, train_config.steps, train_config.batch_size)
         super().__init__(name, sae, train_config, sample.device, taken, ranks)
         self.optimiser = Optimiser(sae, train_config)
-        self.fired_at = torch.zeros(sae.own, dtype=torch.int64, device=sample.device)
+        self.fired_at = torch.zeros(sae.local_latents, dtype=torch.int64, device=sample.device)
         self._learned = {n: p for part in sae.parts() for n, p in part.learned().items()}
         self._began = {name: p.detach().clone() for name, p in self._learned.items()}
 

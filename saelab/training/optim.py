@@ -209,6 +209,6 @@ class Optimiser:
         """Clears the moments of the given latents and leaves all others bitwise unchanged."""
         cleared = {id(p) for p in (sae.W_enc, sae.b_enc, sae.W_dec, *sae.activation.parameters())}
         for parameter, state in self.moments().items():
-            if id(parameter) in cleared and parameter.dim() and len(parameter) == sae.own:
+            if id(parameter) in cleared and parameter.dim() and len(parameter) == sae.local_latents:
                 state["exp_avg"][latents] = 0
                 state["exp_avg_sq"][latents] = 0

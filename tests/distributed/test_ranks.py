@@ -28,7 +28,7 @@ from saelab.kernels import Code, Support, kernels_for, support_of_topk, topk_ove
 from saelab.kernels.over_ranks import gather_code, select_latents
 from saelab.parts import TABLE
 from saelab.parts.base import Dims
-from saelab.sae import DRAWN, SAEConfig, _normal_rows
+from saelab.sae import ROWS_DRAWN_AT_ONCE, SAEConfig, _normal_rows
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
@@ -237,11 +237,16 @@ class TestWhole:
         assert (tmp_path / "sae.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
 
     def test_initial_rows_are_one_draw(self, global_random_seed: int) -> None:
-        for rows, width in ((3 * DRAWN + 5, 7), (5, 3), (2 * DRAWN - 1, 16), (DRAWN, 1)):
+        for rows, width in (
+            (3 * ROWS_DRAWN_AT_ONCE + 5, 7),
+            (5, 3),
+            (2 * ROWS_DRAWN_AT_ONCE - 1, 16),
+            (ROWS_DRAWN_AT_ONCE, 1),
+        ):
             whole = torch.randn(rows, width, generator=torch_stream(global_random_seed, "rows"))
             pieces = list(_normal_rows(rows, width, torch_stream(global_random_seed, "rows")))
             assert torch.equal(torch.cat([drawn for _, drawn in pieces]), whole)
-            assert max(len(drawn) for _, drawn in pieces) < 2 * DRAWN
+            assert max(len(drawn) for _, drawn in pieces) < 2 * ROWS_DRAWN_AT_ONCE
 
 
 def stretch(ranks: Ranks, case: str, folder: Path, until: int) -> np.ndarray:

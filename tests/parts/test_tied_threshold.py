@@ -301,7 +301,7 @@ def test_without_beta_it_is_a_jumprelu() -> None:
     sae.eval()
     assert not sae.needs_contexts
     x = rows_of(1)
-    export, w = sae.activation.export(), sae.folded()
+    export, w = sae.activation.export(), sae.fold()
     z = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
     expected = z * (z > export["threshold"])
     torch.testing.assert_close(sae.encode(x), expected, rtol=1e-4, atol=1e-4)

@@ -273,7 +273,7 @@ class TestBitwise:
             plain.step(batch)
             measured.sae.eval()
             measured.sae.decode(measured.sae.encode(batch.x))
-            measured.sae.folded()
+            measured.sae.fold()
             measured.sae.train()
             measured.step(batch)
         assert_bitwise(plain, measured)

@@ -86,7 +86,9 @@ def _check_shapes(config: SAEConfig, d_in: int, file: Path) -> None:
         expected = config.shapes(d_in)
     except (RuntimeError, ArithmeticError, ValueError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DamageError(f"{file} fits no SAE of such sizes ({reason}): {REMEDY}") from None
+        raise DamageError(
+            f"{file} does not fit an SAE of these sizes ({reason}): {REMEDY}"
+        ) from None
     actual = shapes(file, DamageError, REMEDY)
     if config.tied:
         del expected["W_enc"]

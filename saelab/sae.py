@@ -367,7 +367,7 @@ class SAE(nn.Module):
 
     @property
     def needs_contexts(self) -> bool:
-        """Whether a token's code depends on the tokens before it."""
+        """True if a token's code depends on the tokens before it."""
         return self.activation.needs_contexts
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ Save = Callable[[SAE, Path, Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class Format:
-    """How a kind of directory is recognised, read and written.
+    """A kind of directory: its files, and the functions that read and write it.
 
     Args:
         files: the files that it must hold.
@@ -48,16 +48,16 @@ TABLE: dict[str, Format] = {
 }
 
 
-def find(folder: Path, named: str = "") -> str:
+def find(folder: Path, format_name: str = "") -> str:
     """Returns the format of a directory: the named one, or the one whose files the directory has.
 
     Raises: SettingError for an unknown name; SourceError when the directory holds no SAE.
     """
-    if named:
-        if named not in TABLE:
-            remedy = f"use one of {', '.join(TABLE)}{nearest(named, TABLE)}"
-            raise SettingError("format", named, remedy)
-        return named
+    if format_name:
+        if format_name not in TABLE:
+            remedy = f"use one of {', '.join(TABLE)}{nearest(format_name, TABLE)}"
+            raise SettingError("format", format_name, remedy)
+        return format_name
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise SourceError(f"{folder} {problem}: name the directory of a saved SAE")
@@ -91,27 +91,27 @@ def _hint(folder: Path) -> str:
     return ": name the folder of a saved SAE"
 
 
-def load(folder: str | Path, named: str = "") -> Loaded:
+def load(folder: str | Path, format_name: str = "") -> Loaded:
     """Loads the SAE in a directory, in evaluation mode.
 
     Raises: as `find`, and as the `load` of its format.
     """
     folder = Path(folder)
     with errors_as_source_error(folder):
-        name = find(folder, named)
+        name = find(folder, format_name)
         loaded = TABLE[name].load(folder)
     if TABLE[name].save is None and name != "saelab":  # `about` is not SAELens metadata
         return replace(loaded, about={**loaded.about, "format": name})
     return loaded
 
 
-def saver(named: str) -> Save:
+def saver(format_name: str) -> Save:
     """Returns the function that writes the named format.
 
     Raises: SettingError for a format that is not written.
     """
     written = {name: format.save for name, format in TABLE.items() if format.save is not None}
-    if named not in written:
-        remedy = f"is not written: use one of {', '.join(written)}{nearest(named, written)}"
-        raise SettingError("format", named, remedy)
-    return written[named]
+    if format_name not in written:
+        remedy = f"is not written: use one of {', '.join(written)}{nearest(format_name, written)}"
+        raise SettingError("format", format_name, remedy)
+    return written[format_name]

@@ -57,10 +57,12 @@ class Plain:
 
     @property
     def d_sae(self) -> int:
+        """Number of latents."""
         return self.W_enc.shape[0]
 
     @property
     def d_in(self) -> int:
+        """Width of the activations."""
         return self.W_enc.shape[1]
 
     @property
@@ -167,7 +169,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an SAE was trained, as far as its files say; '' if they do not.
+    """Model and hook point that an SAE was trained on, as far as its files say; '' if they do not.
 
     Args:
         model: name or folder.

@@ -55,7 +55,7 @@ Kind = Literal["honoured", "nothing", "refused"]
 
 @dataclass(frozen=True)
 class Rule:
-    """How a field is treated.
+    """The treatment of a field.
 
     Args:
         kind: 'honoured'; 'nothing', if it does not change the function; or 'refused'.

@@ -68,7 +68,7 @@ class Support:
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same pairs sorted by latent: (order [nnz], rows [nnz], offsets [d_sae + 1])."""
+        """Pairs sorted by latent: (order [nnz], rows [nnz], offsets [d_sae + 1])."""
         kernels = kernels_for(self.latents.device)
         return kernels.by_latent(self.offsets, self.latents, self.d_sae)
 

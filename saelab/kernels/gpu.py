@@ -78,7 +78,7 @@ def _bags_kernel(
     """
     bag = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    wanted = columns < d
+    valid = columns < d
     end = tl.load(offsets + bag + 1)
     parts = tl.zeros([PAIRS, WIDTH], tl.float32)
     weight_parts = tl.zeros([PAIRS], tl.float32)
@@ -90,12 +90,12 @@ def _bags_kernel(
         weight = tl.load(weights + place, mask=exists, other=0.0)
         piece = tl.load(
             table + row[:, None] * d + columns[None, :],
-            mask=exists[:, None] & wanted[None, :],
+            mask=exists[:, None] & valid[None, :],
             other=0.0,
         )
         parts += weight[:, None] * piece
         weight_parts += weight
-    tl.store(out + bag * d + columns, tl.sum(parts, axis=0), mask=wanted)
+    tl.store(out + bag * d + columns, tl.sum(parts, axis=0), mask=valid)
     if totals is not None and tl.program_id(1) == 0:
         tl.store(totals + bag, tl.sum(weight_parts, axis=0))
 
@@ -112,9 +112,9 @@ def _products_kernel(
     parts = tl.zeros([PAIRS, WIDTH], tl.float32)
     for start in range(0, d, WIDTH):
         columns = start + tl.arange(0, WIDTH)
-        wanted = exists[:, None] & (columns < d)[None, :]
-        one = tl.load(u + row[:, None] * d + columns[None, :], mask=wanted, other=0.0)
-        other = tl.load(w + latent[:, None] * d + columns[None, :], mask=wanted, other=0.0)
+        valid = exists[:, None] & (columns < d)[None, :]
+        one = tl.load(u + row[:, None] * d + columns[None, :], mask=valid, other=0.0)
+        other = tl.load(w + latent[:, None] * d + columns[None, :], mask=valid, other=0.0)
         parts += one * other
     products = tl.sum(parts, axis=1)
     if bias is not None:
@@ -134,8 +134,8 @@ def _pool_kernel(values, order, bounds, sums, d_sae, LATENTS: tl.constexpr):
     end = tl.load(bounds + place + d_sae, mask=exists, other=0)
     total = tl.load(sums + place, mask=exists, other=0.0)
     for _ in range(tl.max(end - pair, axis=0)):
-        left = pair < end
-        value = tl.load(values + tl.load(order + pair, mask=left, other=0), mask=left, other=0.0)
+        more = pair < end
+        value = tl.load(values + tl.load(order + pair, mask=more, other=0), mask=more, other=0.0)
         total += value
         pair += 1
     tl.store(sums + place, total, mask=exists)

@@ -101,7 +101,7 @@ class TrainingCell(ABC):
 
     @property
     def done(self) -> bool:
-        """Whether all steps are done."""
+        """True once all steps are done."""
         return self.steps_done >= self.config.steps
 
     @abstractmethod

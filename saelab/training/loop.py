@@ -58,8 +58,8 @@ class Cell(TrainingCell):
         sae = sae_config.build(sample.shape[1], train_config.steps, seed, ranks).to(sample.device)
         sae.initialise(sample, seed)
         sae.train()
-        taken = Snapshots(snapshots, train_config.steps, train_config.batch_size)
-        super().__init__(name, sae, train_config, sample.device, taken, ranks)
+        decoders = Snapshots(snapshots, train_config.steps, train_config.batch_size)
+        super().__init__(name, sae, train_config, sample.device, decoders, ranks)
         self.optimiser = Optimiser(sae, train_config)
         self.fired_at = torch.zeros(sae.local_latents, dtype=torch.int64, device=sample.device)
         self._learned = {n: p for part in sae.parts() for n, p in part.learned().items()}

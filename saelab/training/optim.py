@@ -20,7 +20,7 @@ EPSILON = 1e-8
 
 
 class TrainConfig(Frozen):
-    """How a cell is trained.
+    """Settings of a cell's training.
 
     Args:
         tokens: rows of activations that the stream hands out.
@@ -115,10 +115,10 @@ class Optimiser:
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         self.config, self.ranks = config, sae.ranks
-        named = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+        weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
         if sae.config.tied:  # one parameter for both
-            del named["W_enc"]
-        weights = {name: weight for name, weight in named.items() if weight.requires_grad}
+            del weights["W_enc"]
+        weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
         self.groups = [Group(WEIGHTS, list(weights.values()), config.lr, maximise=False)]
         self.weights = list(weights)
         #: Norm of the gradient of each weight before the last clip.
@@ -131,8 +131,8 @@ class Optimiser:
     def clip(self) -> float:
         """Clips the gradient of the weights; returns its norm before the clip, also if that is inf
         or NaN."""
-        named = zip(self.weights, self.groups[0].parameters, strict=True)
-        grads = {name: p.grad for name, p in named if p.grad is not None}
+        weights = zip(self.weights, self.groups[0].parameters, strict=True)
+        grads = {name: p.grad for name, p in weights if p.grad is not None}
         squares = self._over_ranks({name: _sum_of_squares(g) for name, g in grads.items()})
         self.norms = {name: math.sqrt(square) for name, square in squares.items()}
         norm = math.sqrt(sum(squares.values()))

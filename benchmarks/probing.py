@@ -199,7 +199,7 @@ def _seconds(contestant: Contestant) -> str:
 
 def _open(peers: Peers, sae: SAE, data: ProbingData, folder: Path) -> None:
     weights = folder / "sae.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in sae.folded().items()}, weights)
+    save_file({name: tensor.contiguous() for name, tensor in sae.fold().items()}, weights)
     files = {}
     for entry in data.entries:
         files[entry.name] = str(folder / f"{entry.name}.safetensors")

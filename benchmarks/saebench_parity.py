@@ -209,7 +209,7 @@ def _theirs(
     if peers is None:
         return None
     weights, given = folder / "sae.safetensors", folder / "given.json"
-    save_file({name: tensor.contiguous() for name, tensor in sae.folded().items()}, weights)
+    save_file({name: tensor.contiguous() for name, tensor in sae.fold().items()}, weights)
     given.write_text(json.dumps({e.name: {"train": e.train, "test": e.test} for e in entries}))
     if options.quick:
         rows = {entry.name: _quick(entry, folder) for entry in entries}

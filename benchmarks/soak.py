@@ -31,9 +31,10 @@ from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 from saelab.storage.atomic import read_json, write_json
 from saelab.training import resume
+from saelab.training.cell import TrainingCell
 from saelab.training.loop import LONGEST_TURN, Cell, train
 from saelab.training.optim import TrainConfig
-from saelab.training.resume import Kept, restore_cell, train_kept
+from saelab.training.resume import ResumableCell, restore_cell, train_with_checkpoints
 
 #: The soak: widths, rows of a batch, batches in a shard, shards on disk, rounds to a checkpoint.
 D_IN, D_SAE, SIZE, IN_SHARD, SHARDS, ROUNDS = 16, 64, 32, 20, 8, 6
@@ -101,7 +102,7 @@ def soak(folder: Path, steps: int) -> Section:
         )
         write_json(kept, rows)
 
-    def look(position: Position, living: list[Cell]) -> None:
+    def look(position: Position, living: list[TrainingCell]) -> None:
         nonlocal rounds, written, last
         rounds, last = rounds + 1, position
         if rounds % ROUNDS == 0 or member.cell.done:
@@ -189,12 +190,12 @@ def cost(seconds: float) -> Section:
     with scratch() as folder:
         sample = source.shard(0).rows()[0]
         cells = [Cell(f"cell {i}", base.sae, training, sample, seed=i) for i in range(3)]
-        members = [Kept(cell, folder / str(i)) for i, cell in enumerate(cells)]
+        members = [ResumableCell(cell, folder / str(i)) for i, cell in enumerate(cells)]
         stream = batches(source, 0, training.batch_size)
         began, cpu = time.perf_counter(), time.process_time()
         resume.write_checkpoint = timed
         try:
-            train_kept(members, lambda _: limited(), lambda *_: None)
+            train_with_checkpoints(members, lambda _: limited(), lambda *_: None)
         finally:
             resume.write_checkpoint = original
         whole_wall, whole_cpu = time.perf_counter() - began, time.process_time() - cpu

@@ -109,7 +109,7 @@ def _scores(peers: Peers, options: Namespace, drawn: Mapping[str, Tensor], folde
     for width in WIDTHS:
         sae = _trained(source, width, options.steps)
         weights = folder / f"sae-{width}.safetensors"
-        save_file({name: part.contiguous() for name, part in sae.folded().items()}, weights)
+        save_file({name: part.contiguous() for name, part in sae.fold().items()}, weights)
         found = peers.call(
             "synthetic_scores", drawn=str(folder / "drawn.safetensors"), weights=str(weights)
         )

@@ -25,7 +25,7 @@ from ours import Shape, cell, make_inputs
 from rich.console import Console
 
 from saelab.data.activations.stream import Batch
-from saelab.launch.executors.local import _Words, take
+from saelab.launch.executors.local import _PipeReporter, report_progress
 from saelab.launch.progress_lines import POINTS, Reports
 from saelab.progress import progress
 from saelab.progress.run import RunProgress, launch_progress
@@ -71,7 +71,7 @@ def in_worker(turns: int) -> tuple[float, float, list[tuple[float, Any]]]:
     positions = torch.zeros(SHAPE.rows, dtype=torch.int64)
     batches = [Batch(x, positions) for x in inputs.batches]
     heard, said = multiprocessing.Pipe(duplex=False)
-    words, messages = _Words(said, multiprocessing.Lock()), []
+    words, messages = _PipeReporter(said, multiprocessing.Lock()), []
     spent, training = 0.0, 0.0
     reports = Reports([trained], [CellId("baseline", 1, float(L0))], words)
     for _ in range(turns):
@@ -93,10 +93,10 @@ def in_launch(folder: Path, messages: list[tuple[float, Any]]) -> tuple[float, f
         launch_progress(folder / "run_0", {"run": "run_0"}) as launch,
         progress("train and evaluate", POINTS * SHAPE.rows, "tokens") as bar,
     ):
-        taken = seconds(lambda: [take(bar, *message) for message in messages])
+        taken = seconds(lambda: [report_progress(bar, *message) for message in messages])
         last = [line for _, line in messages if line is not None][-1]
         for seed in range(CELLS):
-            take(bar, 0.0, last | {"seed": seed})
+            report_progress(bar, 0.0, last | {"seed": seed})
         drawn = min(seconds(lambda: draw(launch)) for _ in range(20))
     return taken, drawn
 

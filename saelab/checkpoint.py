@@ -1,8 +1,8 @@
 """A trained SAE on disk: `sae.safetensors` (all tensors, running state included) and `sae.json`.
 
 The JSON holds format, d_in, configuration, provenance, the checksum of the tensors and a digest of
-itself; it is written last, so a folder with it is complete. How many ranks wrote it does not show,
-and any number of them reads it.
+itself; it is written last, so a folder that has it is complete. The files do not depend on the
+number of ranks that write them, and any number of ranks can read them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import DamageError, SourceError
 from saelab.sae import SAE, SAEConfig
 from saelab.storage.atomic import read_json, read_sealed, sha256, write_sealed
-from saelab.storage.safetensors_file import read_shapes
-from saelab.storage.validation import Loose, validate
+from saelab.storage.validation import Loose
 
 FORMAT = 1
 REMEDY = "train the cell again, or take the folder from where it was copied"
@@ -50,18 +49,18 @@ def save(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
 
 
 def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, dict[str, Any]]:
-    """The SAE in evaluation mode, each rank with its own latents, and its provenance.
+    """Loads an SAE in evaluation mode, each rank with its own latents, and its provenance.
 
-    Raises: SourceError when the folder holds no SAE, DamageError when the bytes do not match.
+    Raises: SourceError when the folder holds no SAE; DamageError when a file has changed.
     """
     folder = Path(folder)
     if not (folder / "sae.json").is_file():
         raise SourceError(f"{folder} holds no sae.json: name the folder of a saved SAE")
     record = read_json(folder / "sae.json")
-    found = record.get("format") if isinstance(record, dict) else None
-    if isinstance(record, dict) and found != FORMAT:
-        told = f"{folder} has format {found!r}, this version reads {FORMAT}"
-        raise SourceError(f"{told}: {REMEDY}")
+    format = record.get("format") if isinstance(record, dict) else None
+    if isinstance(record, dict) and format != FORMAT:
+        problem = f"{folder} has format {format!r}, this version reads {FORMAT}"
+        raise SourceError(f"{problem}: {REMEDY}")
     record = validate(
         read_sealed(folder / "sae.json", REMEDY), _Record, folder / "sae.json", REMEDY
     )
@@ -80,19 +79,21 @@ def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, 
 
 
 def _check_shapes(config: SAEConfig, d_in: int, file: Path) -> None:
-    """Holds the file's tensors to the configuration before any of it takes memory.
+    """Checks the tensors' shapes against the configuration before any memory is allocated.
 
     Raises: DamageError when they do not fit.
     """
     try:
-        wanted = config.shapes(d_in)
+        expected = config.shapes(d_in)
     except (RuntimeError, ArithmeticError, ValueError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DamageError(f"{file} fits no SAE of such sizes ({reason}): {REMEDY}") from None
-    found = read_shapes(file, DamageError, REMEDY)
+        raise DamageError(
+            f"{file} does not fit an SAE of these sizes ({reason}): {REMEDY}"
+        ) from None
+    actual = read_shapes(file, DamageError, REMEDY)
     if config.tied:
-        del wanted["W_enc"]
-    for name in sorted({*found, *wanted}):
-        if found.get(name) != wanted.get(name):
-            told = f"{name} is {found.get(name)}, not {wanted.get(name)}"
-            raise DamageError(f"{file} does not fit its configuration ({told}): {REMEDY}")
+        del expected["W_enc"]
+    for name in sorted({*actual, *expected}):
+        if actual.get(name) != expected.get(name):
+            problem = f"{name} is {actual.get(name)}, not {expected.get(name)}"
+            raise DamageError(f"{file} does not fit its configuration ({problem}): {REMEDY}")

@@ -4,12 +4,12 @@
     u     = scaling(x_n - b_dec)                   z = W_enc u + b_enc
     f     = activation(z)                          x_hat = c * (f W_dec + b_dec)
 
-Both weight matrices are kept latent-major, [d_sae, d_in]: row i belongs to latent i, so that sparse
-gradients gather and scatter whole rows. `encode` and `decode` work in raw activation space.
+Both weight matrices are stored latent-major, [d_sae, d_in]: row i belongs to latent i, so that
+sparse gradients gather and scatter whole rows. `encode` and `decode` work in raw activation space.
 
-On several ranks (`saelab.distributed.ranks`) each holds the rows of its own latents, and all call
-every method together. The code of a training pass is of the rank's latents; `encode`, `codes` and
-`decode` give and take the code of all latents on every rank.
+On several ranks (`saelab.distributed.ranks`) each rank holds the rows of its latents, and all ranks
+call every method together. The code of a training pass covers the latents of the rank; `encode`,
+`codes` and `decode` return and take the code of all latents on every rank.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from saelab.kernels import (
     encode_all,
     encode_at,
     gather_code,
-    of_latents,
     preactivations,
+    select_latents,
     selection_dtype,
     support_above,
 )
@@ -67,34 +67,34 @@ from saelab.parts.losses.l1 import L1Config
 from saelab.parts.losses.reconstruction import ReconstructionConfig
 from saelab.seeding import torch_stream
 
-#: Latents of an SAE at most: twice as many as any published one has. Our choice; parts are made
-#: before the need of memory is known, so a number that is a slip must not take it all.
+#: The most latents of an SAE: twice as many as any published SAE has. Our choice; parts are built
+#: before memory is checked, so a mistyped number must not exhaust it.
 MOST_LATENTS = 2**26
-#: How far a bfloat16 selection may be off, relative to |u| |w| + |b|: 2^-9 for the rounding of each
-#: factor and of the result, and a little for the products of these.
+#: The largest error of a bfloat16 selection relative to |u| |w| + |b|: 2^-9 for the rounding of
+#: each factor and of the result, and a little for the products of these errors.
 ROUNDING = 3.05 * 2**-9
-#: Decoder rows drawn at once: a multiple of 16, so that all draws together are one stream's.
-DRAWN = 64
-#: Rows of the sample that the initial bias is found on.
+#: Decoder rows drawn at once: a multiple of 16, so that all draws together equal one large draw.
+ROWS_DRAWN_AT_ONCE = 64
+#: Rows of the sample from which the initial bias is computed.
 BIAS_ROWS = 2048
 #: Rows encoded at once where no gradient is needed: their code stays in a core's cache.
 ROWS = 256
-#: The same where a code depends on the tokens before: whole segments, about so many rows.
+#: The same if a code depends on previous tokens: whole segments of about this many rows together.
 CONTEXT_ROWS = 2048
 
 
 class SAEConfig(Frozen):
-    """What an SAE is made of.
+    """Settings of an SAE: its size and its parts.
 
     Args:
         d_sae: number of latents.
         activation, scaling, losses, controllers, constraints, observers: the parts.
         encoder_bias: whether b_enc exists (idea A's literal form has none).
         centre: whether b_dec is subtracted before the encoder.
-        tied: the encoder is the decoder's transpose, one matrix for both.
-        initial_l0: latents per row that are active at the start: b_enc starts at the one constant
-            that gives this on the sample. None starts it at 0, where half of all latents are.
-            Needs a bias, and an activation that a latent passes alone.
+        tied: whether the encoder is the decoder's transpose, one matrix for both.
+        initial_l0: active latents per row at the start: b_enc starts at the constant that gives
+            this L0 on the sample. None starts it at 0, where half of all latents are active. Needs
+            a bias, and an activation that treats each latent separately.
         precision: of the GEMM that selects active latents; values are float32 in any case.
     """
 
@@ -112,7 +112,7 @@ class SAEConfig(Frozen):
     precision: Precision = "auto"
 
     def build(self, d_in: int, steps: int = 1, seed: int = 0, ranks: Ranks = ALONE) -> SAE:
-        """An uninitialised SAE; call `initialise` before training.
+        """Builds an uninitialised SAE; call `initialise` before training.
 
         Raises: SettingError on several ranks for a part that is not `shardable`.
         """
@@ -120,15 +120,15 @@ class SAEConfig(Frozen):
 
     @property
     def wanted_l0(self) -> float | None:
-        """The active latents a row that the settings name, None where they name none: the
-        activation's k, what a controller aims at, or what the start has."""
-        named = [getattr(self.activation, "k", None)]
-        named += [getattr(controller, "target", None) for controller in self.controllers]
-        named.append(self.initial_l0)
-        return next((float(value) for value in named if isinstance(value, (int, float))), None)
+        """Active latents per row that the settings ask for, None if they do not: the activation's
+        k, the target of a controller, or `initial_l0`."""
+        values = [getattr(self.activation, "k", None)]
+        values += [getattr(controller, "target", None) for controller in self.controllers]
+        values.append(self.initial_l0)
+        return next((float(value) for value in values if isinstance(value, (int, float))), None)
 
     def shapes(self, d_in: int) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor of such an SAE; none of them is made."""
+        """Returns name -> shape of every tensor of such an SAE, without allocating any."""
         with torch.device("meta"):
             sae = SAE(self, Dims(d_in, self.d_sae), checked=False)
         return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
@@ -136,6 +136,14 @@ class SAEConfig(Frozen):
 
 @final
 class SAE(nn.Module):
+    """A sparse autoencoder that is composed of parts; see this module's equations.
+
+    Args:
+        config: its settings.
+        dims: its sizes.
+        checked: whether the parts check that they fit together; False only to ask for shapes.
+    """
+
     scale: Tensor
 
     def __init__(self, config: SAEConfig, dims: Dims, checked: bool = True) -> None:
@@ -151,10 +159,10 @@ class SAE(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.activation = cast(Activation, config.activation.build(dims))
         self.scaling = cast(Scaling, config.scaling.build(dims)) if config.scaling else None
-        self.losses = _named(config.losses, dims)
-        self.controllers = _named(config.controllers, dims)
-        self.constraints = _named(config.constraints, dims)
-        self.observers = _named(config.observers, dims)
+        self.losses = _build_parts(config.losses, dims)
+        self.controllers = _build_parts(config.controllers, dims)
+        self.constraints = _build_parts(config.constraints, dims)
+        self.observers = _build_parts(config.observers, dims)
         self._norms_wanted = any(t.uses_decoder_norms for t in self.loss_terms().values())
         self._z_wanted = any(part.uses_preactivations for part in self.parts())
         for part in self.parts():
@@ -167,32 +175,35 @@ class SAE(nn.Module):
     # ---- composition -------------------------------------------------------------------------
 
     def parts(self) -> list[Part]:
-        """All parts in the order in which they are updated."""
-        own = [self.activation, *([self.scaling] if self.scaling is not None else [])]
+        """Returns all parts in the order in which they are updated."""
+        single = [self.activation, *([self.scaling] if self.scaling is not None else [])]
         groups = (self.losses, self.controllers, self.constraints, self.observers)
-        return [*own, *(cast(Part, part) for group in groups for part in group.values())]
+        return [*single, *(cast(Part, part) for group in groups for part in group.values())]
 
     def loss_terms(self) -> dict[str, LossTerm]:
+        """Returns the loss terms by name."""
         return {name: cast(LossTerm, part) for name, part in self.losses.items()}
 
     def settings(self, step: int) -> dict[str, float]:
-        """The controllers' values before the given step."""
+        """Returns the controllers' values before the given step, by name."""
         values = (cast(Controller, part) for part in self.controllers.values())
         return {controller.name: controller.value(step) for controller in values}
 
     def constraint_parts(self) -> list[Constraint]:
+        """Returns the constraints."""
         return [cast(Constraint, part) for part in self.constraints.values()]
 
     def observer_parts(self) -> list[Observer]:
+        """Returns the observers."""
         return [cast(Observer, part) for part in self.observers.values()]
 
     @property
-    def own(self) -> int:
-        """How many of the latents this rank has."""
+    def local_latents(self) -> int:
+        """Number of latents that this rank holds."""
         return len(self.b_enc)
 
     def shards(self) -> Shards:
-        """How the tensors of the state dict lie on the ranks."""
+        """Describes how the tensors of the state dict are split over the ranks."""
         names = {"W_enc", "b_enc", "W_dec"}
         for place, module in self.named_modules():
             if isinstance(module, Part):
@@ -203,11 +214,14 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, seed: int) -> None:
-        """Random unit decoder rows, the encoder their transpose, b_dec the sample's mean.
+        """Draws random unit decoder rows; sets the encoder to their transpose and b_dec to the
+        sample's mean.
 
         Args:
             sample: raw activations, [n, d_in], the same for every arm of a launch.
             seed: rows come from the named stream 'init' of this seed.
+
+        Raises: SettingError when the sample is constant or not finite.
         """
         device = self.W_dec.device
         mean = sample.mean(0)
@@ -217,27 +231,27 @@ class SAE(nn.Module):
                 "activations", power, "are constant or not finite: check model, hook and text"
             )
         self.scale.fill_(math.sqrt(power / self.d_in))
-        own = self.ranks.own(self.d_sae)
+        local = self.ranks.own(self.d_sae)
         for first, drawn in _normal_rows(self.d_sae, self.d_in, torch_stream(seed, "init")):
-            here = drawn[max(0, own.start - first) : max(0, own.stop - first)]
-            place = max(0, first - own.start)
-            self.W_dec[place : place + len(here)] = normalize(here, dim=1).to(device)
+            rows = drawn[max(0, local.start - first) : max(0, local.stop - first)]
+            place = max(0, first - local.start)
+            self.W_dec[place : place + len(rows)] = normalize(rows, dim=1).to(device)
         self.W_enc.copy_(self.W_dec)
         self.b_enc.zero_()
         self.b_dec.copy_(mean / self.scale)
         if self.config.initial_l0 is not None or self.activation.fitted:
-            self._start_code(sample[:BIAS_ROWS] / self.scale - self._centre())
+            self._initialise_code(sample[:BIAS_ROWS] / self.scale - self._centre())
         if self.scaling is not None:
             self.scaling.fit(sample / self.scale - self._centre())
             if getattr(self.config.scaling, "start", "function") == "function":
                 gain, shift = self.scaling.fold()
                 if not self.config.tied:
-                    self.W_enc.copy_(_undone(self.W_enc, gain))
+                    self.W_enc.copy_(_unfold_gain(self.W_enc, gain))
                 self.b_enc.sub_(self.W_enc @ shift)
         self.check_alive()
 
-    def _start_code(self, rows: Tensor) -> None:
-        """The activation's statistics and the bias, from centred rows [n, d_in]."""
+    def _initialise_code(self, rows: Tensor) -> None:
+        """Sets the activation's statistics and the bias from centred rows [n, d_in]."""
         z = linear(rows, self.W_enc)
         self.activation.fit(z)
         if self.config.initial_l0 is not None and self.config.encoder_bias:
@@ -245,7 +259,7 @@ class SAE(nn.Module):
             self.activation.fit(z.add_(self.b_enc))
 
     def _bias_for(self, z: Tensor, l0: float) -> float:
-        """The constant b_enc with which `l0` latents per row of z [n, d_sae] pass their floors."""
+        """Returns the constant b_enc with which `l0` latents per row of z [n, d_sae] are active."""
         floor = self.activation.initial_floor()
         if floor is None or self.activation.couples_batch:
             return 0.0
@@ -254,7 +268,10 @@ class SAE(nn.Module):
         return -float(self.ranks.kth_largest(above, active))
 
     def check_alive(self) -> None:
-        """Raises: SettingError when a weight matrix is all zero: no gradient could ever flow."""
+        """Checks that no weight matrix is all zero: no gradient could ever flow.
+
+        Raises: SettingError when one is.
+        """
         for name in ("W_enc", "W_dec"):
             if not bool(getattr(self, name).any()):
                 raise SettingError(name, 0, "is all zero, so nothing can be learned: initialise it")
@@ -269,14 +286,14 @@ class SAE(nn.Module):
         starts: Tensor | None = None,
         batch_rows: int | None = None,
     ) -> Pass:
-        """One pass in raw activation space.
+        """Computes one pass in raw activation space.
 
         Args:
             x: float32 [N, d_in].
-            step, steps: where the run is, for schedules.
-            starts: int64 [m + 1], where segments of rows that follow each other begin, and N; None
-                for shuffled rows.
-            batch_rows: rows of the whole batch, where x is this rank's part of it.
+            step, steps: the current step and the length of the run, for schedules.
+            starts: int64 [m + 1], the first rows of segments of consecutive tokens, and N; None for
+                shuffled rows.
+            batch_rows: number of rows of the whole batch if x is this rank's part of it.
         """
         x = x / self.scale
         u = self._encoder_input(x)
@@ -284,7 +301,7 @@ class SAE(nn.Module):
         if code.support is None:
             product, norms = code.values @ self.W_dec, None
         else:
-            decode = decode_with_norms if self._norms_wanted else _decode_alone
+            decode = decode_with_norms if self._norms_wanted else _decode_without_norms
             product, norms = decode(code.values, self.W_dec, code.support)
         recon = self.ranks.over_latents(product) + self.b_dec
         now = self.settings(step)
@@ -293,29 +310,30 @@ class SAE(nn.Module):
         )
 
     def _code(self, u: Tensor, starts: Tensor | None) -> tuple[Code, Tensor | None]:
-        """The code with its gradients, and all pre-activations where a part reads them."""
+        """Computes the code with its gradients, and all pre-activations if a part reads them."""
         dtype = selection_dtype(self.config.precision, u.device) if self.training else u.dtype
         z = preactivations(u, self.W_enc, self.b_enc, dtype)
         support = self._support(z, starts)
-        kept = z if self._z_wanted else None
+        returned = z if self._z_wanted else None
         if support is None:
             del z
             pre = encode_all(u, self.W_enc, self.b_enc, self._centre_of_gradient())
-            return Code(self._dense(pre, starts), pre, None), kept
+            return Code(self._dense(pre, starts), pre, None), returned
         pre = self.encode_at(u, support, z)
-        return Code(self.activation.at(pre, support), pre, support), kept
+        return Code(self.activation.at(pre, support), pre, support), returned
 
     @torch.no_grad()
     def _support(self, z: Tensor, starts: Tensor | None) -> Support | None:
-        """Where the code may be non-zero; None asks for the dense path."""
+        """Selects the pairs at which the code may be non-zero; None asks for the dense path."""
         context = (starts,) if self.activation.needs_contexts else ()
         support = self.activation.support(z, *context)
         if self.ranks.alone or not self.activation.couples_batch:
             return support
-        (dense,) = self.ranks.total(support is None)  # ranks that talk must take one path
+        (dense,) = self.ranks.total(support is None)  # ranks that communicate must take one path
         return None if dense else support
 
     def _dense(self, z: Tensor, starts: Tensor | None) -> Tensor:
+        """Computes the dense code of pre-activations [N, d_sae]."""
         context = (starts,) if self.activation.needs_contexts else ()
         return self.activation.dense(z, *context)
 
@@ -323,23 +341,24 @@ class SAE(nn.Module):
         return self.b_dec if self.config.centre else 0.0
 
     def _encoder_input(self, x: Tensor) -> Tensor:
-        """Without a scaling it is without gradient: `encode_at` gives b_dec's at less cost."""
+        """Computes u of the module's equation; it is detached if there is no scaling, because
+        `encode_at` computes the gradient of b_dec at less cost."""
         if self.scaling is None:
             return (x - self._centre()).detach()
         return self.ranks.spread(self.scaling.apply(x - self._centre()))
 
     def encode_at(self, u: Tensor, support: Support, z: Tensor | None = None) -> Tensor:
-        """Pre-activations [nnz] at the support with all their gradients.
+        """Computes pre-activations [nnz] at the support with all their gradients.
 
         Args:
             u: encoder input of a `Pass`, [N, d_in].
-            support: where.
+            support: the pairs to compute.
             z: all pre-activations of the selection, reused in float32 mode.
         """
         return encode_at(u, self.W_enc, self.b_enc, support, z, self._centre_of_gradient())
 
     def _centre_of_gradient(self) -> Tensor | None:
-        """b_dec where the encoder input is without gradient, see `encode_at`."""
+        """Returns b_dec if the encoder input is detached from it, see `encode_at`, else None."""
         if not self.config.centre or self.scaling is not None:
             return None
         return self.ranks.spread(self.b_dec)
@@ -348,17 +367,17 @@ class SAE(nn.Module):
 
     @property
     def needs_contexts(self) -> bool:
-        """Whether a token's code depends on the tokens before it."""
+        """True if a token's code depends on the tokens before it."""
         return self.activation.needs_contexts
 
     @torch.no_grad()
     def encode(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Raw activations [n, d_in] -> code [n, d_sae], with stored statistics only.
+        """Encodes raw activations [n, d_in] -> code [n, d_sae], with stored statistics only.
 
         Args:
-            starts: as for `forward`; only an SAE that `needs_contexts` looks at it.
+            starts: as for `forward`; ignored unless the SAE `needs_contexts`.
 
-        Raises: SettingError when it needs them and has none.
+        Raises: SettingError when the SAE needs `starts` and gets none.
         """
         self._check_eval()
         if self.ranks.latents > 1:
@@ -367,21 +386,21 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encoder_input(self, x: Tensor) -> Tensor:
-        """Raw activations [n, d_in] -> u of the module's equation [n, d_in]."""
+        """Computes raw activations [n, d_in] -> u of the module's equation [n, d_in]."""
         return self._encoder_input(x / self.scale)
 
     @torch.no_grad()
     def codes(self, x: Tensor, starts: Tensor | None = None) -> Iterator[tuple[slice, Code]]:
-        """The code of `encode` without its zeros, some rows at a time: ROWS, or whole segments.
+        """Yields the code of `encode` without its zeros, in blocks of ROWS rows or whole segments.
 
-        Where the selection is in bfloat16 the floors are lowered by more than its rounding can
-        amount to, so that no active latent is missed; the values are float32. A code that is not
-        sparse comes dense.
+        If the selection is in bfloat16, the floors are lowered by more than its largest rounding
+        error, so that no active latent is missed; the values are float32. A code that is not sparse
+        is yielded dense.
 
         Args:
             x: raw activations [n, d_in].
 
-        Returns: pairs of rows of x and their code.
+        Returns: pairs of a slice of x's rows and their code.
         """
         self._check_eval()
         floor = self.activation.floor()
@@ -391,32 +410,33 @@ class SAE(nn.Module):
         w_enc, b_enc = self.W_enc.to(dtype), self.b_enc.to(dtype)
         norms = torch.linalg.vector_norm(self.W_enc, dim=1)
         inputs = self._encoder_input(x / self.scale)
-        for rows, own in self._blocks(len(x), starts):
+        for rows, block_starts in self._row_blocks(len(x), starts):
             u = inputs[rows]
             z = preactivations(u, w_enc, b_enc, dtype)
             if floor is None or dtype == torch.float32:
-                support = self._support(z, own)
+                support = self._support(z, block_starts)
             else:
                 longest = torch.linalg.vector_norm(u, dim=1).max()
-                off = ROUNDING * (norms * longest + self.b_enc.abs() + floor.abs())
-                support = support_above(z, floor - off)
-            code = self._code_at(u, support, own)
-            shared = self.ranks.latents > 1
-            yield rows, gather_code(code, self.d_sae, self.ranks) if shared else code
+                error = ROUNDING * (norms * longest + self.b_enc.abs() + floor.abs())
+                support = support_above(z, floor - error)
+            code = self._code_at(u, support, block_starts)
+            split = self.ranks.latents > 1
+            yield rows, gather_code(code, self.d_sae, self.ranks) if split else code
 
-    def _blocks(self, n: int, starts: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
-        """Rows that are encoded at once, and where segments begin in them."""
+    def _row_blocks(self, n: int, starts: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+        """Yields the rows that are encoded at once, and the `starts` of the segments in them."""
         if not self.needs_contexts or starts is None:
             yield from ((slice(i, min(i + ROWS, n)), None) for i in range(0, n, ROWS))
             return
         cuts, first = starts.tolist(), 0
         for last in range(1, len(cuts)):
             if last + 1 == len(cuts) or cuts[last + 1] - cuts[first] > CONTEXT_ROWS:
-                own = starts[first : last + 1] - cuts[first]
-                yield slice(cuts[first], cuts[last]), own.to(self.W_enc.device)
+                block_starts = starts[first : last + 1] - cuts[first]
+                yield slice(cuts[first], cuts[last]), block_starts.to(self.W_enc.device)
                 first = last
 
     def _code_at(self, u: Tensor, support: Support | None, starts: Tensor | None) -> Code:
+        """Computes the code at a support, or the dense code if there is none."""
         if support is None:
             values = self._dense(linear(u, self.W_enc, self.b_enc), starts)
             return Code(values, values, None)
@@ -425,40 +445,39 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def decode_code(self, code: Code) -> Tensor:
-        """`decode` of what `codes` gave."""
+        """Decodes a code of `codes`, as `decode` does; [n, d_in]."""
         if code.support is None:
             return self.decode(code.values)
         if self.ranks.latents > 1:
-            code = of_latents(code, self.ranks.own(self.d_sae))
+            code = select_latents(code, self.ranks.own(self.d_sae))
             assert code.support is not None
         product = self.ranks.over_latents(decode_at(code.values, self.W_dec, code.support))
         return (product + self.b_dec) * self.scale
 
     @torch.no_grad()
     def pooled(self, rows: Tensor, cuts: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Sums of the code over segments of rows.
+        """Sums the code over segments of rows.
 
         Args:
             rows: raw activations [n, d_in].
-            cuts: int64 [m + 1], rising; segment i has the rows cuts[i] to cuts[i + 1], which
-                follow each other.
-            starts: as for `forward`; None where every segment begins one.
+            cuts: int64 [m + 1], rising; segment i has the consecutive rows cuts[i] to cuts[i + 1].
+            starts: as for `forward`; None if contexts begin at the cuts.
 
         Returns: float32 [m, d_sae].
         """
         sums = rows.new_zeros(len(cuts) - 1, self.d_sae)
         ends = cuts.new_tensor([0, len(rows)])
         starts = torch.cat([cuts, ends]).unique() if starts is None else starts
-        for here, code in self.codes(rows, starts):
-            first = max(0, int(torch.searchsorted(cuts, here.start, right=True)) - 1)
-            last = int(torch.searchsorted(cuts, here.stop))
-            own = cuts[first : last + 1].clamp(here.start, here.stop) - here.start
-            code.add_to(sums[first:last], own)
+        for block, code in self.codes(rows, starts):
+            first = max(0, int(torch.searchsorted(cuts, block.start, right=True)) - 1)
+            last = int(torch.searchsorted(cuts, block.stop))
+            block_cuts = cuts[first : last + 1].clamp(block.start, block.stop) - block.start
+            code.add_to(sums[first:last], block_cuts)
         return sums
 
     @torch.no_grad()
     def decode(self, f: Tensor) -> Tensor:
-        """Code [n, d_sae] -> reconstruction in raw activation space [n, d_in]."""
+        """Decodes a code [n, d_sae] -> reconstruction in raw activation space [n, d_in]."""
         product = self.ranks.over_latents(f[:, self.ranks.own(self.d_sae)] @ self.W_dec)
         return (product + self.b_dec) * self.scale
 
@@ -467,8 +486,8 @@ class SAE(nn.Module):
             raise RuntimeError("call eval() before encode(): inference uses stored statistics")
 
     @torch.no_grad()
-    def folded(self) -> dict[str, Tensor]:
-        """The same function as a standard SAE on raw activations.
+    def fold(self) -> dict[str, Tensor]:
+        """Returns the weights of a standard SAE on raw activations that computes the same function.
 
         Returns: W_enc [d_sae, d_in], b_enc, W_dec [d_sae, d_in], b_dec with
             f = activation((x - b_dec) W_enc^T + b_enc),  x_hat = f W_dec + b_dec.
@@ -481,7 +500,7 @@ class SAE(nn.Module):
                 raise SettingError("scaling", "batch statistics", "cannot be folded into weights")
             gain, shift = self.scaling.fold()
             b_enc = b_enc + w_enc @ shift
-            w_enc = _through(w_enc, gain)
+            w_enc = _fold_gain(w_enc, gain)
         if not self.config.centre:
             b_enc = b_enc + w_enc @ self.b_dec
         return {
@@ -493,20 +512,22 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def effective_encoder(self) -> Tensor:
-        """W_enc with the input scaling's gain folded in, normalised space; [d_sae, d_in]."""
-        return self.W_enc if self.scaling is None else _through(self.W_enc, self.scaling.fold()[0])
+        """Returns W_enc with the scaling's gain folded in, in normalised space; [d_sae, d_in]."""
+        if self.scaling is None:
+            return self.W_enc
+        return _fold_gain(self.W_enc, self.scaling.fold()[0])
 
     # ---- resets ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def reset_latents(self, reset: Reset) -> None:
-        """Gives the named latents new directions; the folded encoder gets the asked norm.
+        """Gives latents new directions; the rows of the folded encoder get the requested norm.
 
-        All parts forget what they have gathered on these latents.
+        All parts forget their statistics of these latents.
         """
         encoder = reset.directions * reset.encoder_norm
         if self.scaling is not None:
-            encoder = _undone(encoder, self.scaling.fold()[0])
+            encoder = _unfold_gain(encoder, self.scaling.fold()[0])
         if not self.config.tied:
             self.W_enc[reset.latents] = encoder
         self.W_dec[reset.latents] = reset.directions
@@ -515,7 +536,7 @@ class SAE(nn.Module):
             part.forget(reset.latents)
 
     def scalars(self) -> dict[str, float]:
-        """All named values of the parts, for the log."""
+        """Returns all named values of the parts, for the log."""
         return {name: value for part in self.parts() for name, value in part.scalars().items()}
 
 
@@ -526,33 +547,35 @@ def _check_shardable(part: Part, ranks: Ranks) -> None:
 
 
 def _normal_rows(rows: int, width: int, stream: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    """Standard normal rows [m, width] with the number of the first, in order, a bounded number at
-    once: bit by bit those of one draw of [rows, width], which torch makes in blocks of 16 numbers
-    and whose last 16 it makes anew where they fill no block."""
+    """Yields standard normal rows [m, width], each time with the index of the first of them.
+
+    The rows are, bit by bit, those of one draw of [rows, width]: torch draws in blocks of 16
+    numbers, and draws the last 16 again if they do not fill a block.
+    """
     first = 0
     while first < rows:
         left = rows - first
-        count = DRAWN if left >= 2 * DRAWN else left
+        count = ROWS_DRAWN_AT_ONCE if left >= 2 * ROWS_DRAWN_AT_ONCE else left
         yield first, torch.randn(count, width, generator=stream)
         first += count
 
 
-def _through(w: Tensor, gain: Tensor) -> Tensor:
-    """Rows that act before a gain (Scaling.fold) as rows that act on what it is applied to."""
+def _fold_gain(w: Tensor, gain: Tensor) -> Tensor:
+    """Folds a gain (`Scaling.fold`) into rows that act on its output, so they act on its input."""
     return w * gain if gain.dim() == 1 else w @ gain
 
 
-def _undone(w: Tensor, gain: Tensor) -> Tensor:
-    """The inverse of `_through`."""
+def _unfold_gain(w: Tensor, gain: Tensor) -> Tensor:
+    """Inverts `_fold_gain`."""
     return w / gain if gain.dim() == 1 else torch.linalg.solve(gain, w, left=False)
 
 
-def _decode_alone(values: Tensor, w_dec: Tensor, support: Support) -> tuple[Tensor, None]:
+def _decode_without_norms(values: Tensor, w_dec: Tensor, support: Support) -> tuple[Tensor, None]:
     return decode_at(values, w_dec, support), None
 
 
-def _named(configs: Any, dims: Dims) -> nn.ModuleDict:
-    """Builds parts under their kind; a second one of a kind gets a number."""
+def _build_parts(configs: Any, dims: Dims) -> nn.ModuleDict:
+    """Builds parts under the names of their kinds; a second part of a kind gets a number."""
     built = nn.ModuleDict()
     for config in configs:
         name = config.kind

@@ -1,12 +1,12 @@
-"""The plain form that every SAE made elsewhere is read into, and that ours are written from.
+"""The plain form into which SAEs of other tools are read, and from which ours are written.
 
-    z = W_enc (x - b_dec) + b_enc         or W_enc x + b_enc, where the input is not centred
+    z = W_enc (x - b_dec) + b_enc         or W_enc x + b_enc, if the input is not centred
     f = max(z, 0) 1[z > threshold]        or max(z, 0) at the k largest z of a row
     x_hat = f W_dec + b_dec               x, x_hat in raw activation space
 
-A format is a map between its directory and this form; `Plain.build` makes an `SAE` of it, which all
-evaluations take. ReLU has no threshold. A gated SAE (Rajamanoharan et al. 2024a) has this form too,
-because its gate and its magnitude share one encoder: with r > 0 and y = W x
+A format maps its directories to this form; `Plain.build` turns it into an `SAE`, which all
+evaluations accept. ReLU has no threshold. A gated SAE (Rajamanoharan et al. 2024a) has this form
+too, because its gate and its magnitude share one encoder: with r > 0 and y = W x
 
     f = max(r y + b_mag, 0) 1[y + b_gate > 0]     is     z = r y + b_mag, threshold b_mag - r b_gate
 """
@@ -36,14 +36,14 @@ MATRICES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 @dataclass(frozen=True)
 class Plain:
-    """An SAE in the form of the module's equation.
+    """An SAE in the form of this module's equation.
 
     Args:
         W_enc, W_dec: float [d_sae, d_in]; row i belongs to latent i.
         b_enc: [d_sae].
         b_dec: [d_in].
         centre: whether b_dec is subtracted before the encoder.
-        threshold: [d_sae]; None is ReLU, or TopK where there is a k.
+        threshold: [d_sae]; None for ReLU, and for TopK, which has a k.
         k: active latents per row.
     """
 
@@ -57,10 +57,12 @@ class Plain:
 
     @property
     def d_sae(self) -> int:
+        """Number of latents."""
         return self.W_enc.shape[0]
 
     @property
     def d_in(self) -> int:
+        """Width of the activations."""
         return self.W_enc.shape[1]
 
     @property
@@ -73,26 +75,26 @@ class Plain:
     @classmethod
     @torch.no_grad()
     def of(cls, sae: SAE) -> Plain:
-        """Ours, with everything folded that is not of this form.
+        """Converts an SAE; folds everything that does not have this form.
 
-        Raises: SettingError when a part of the SAE has no such form.
+        Raises: SettingError when a part of the SAE can't be folded.
         """
         if type(sae.activation).export is Activation.export:
             part = type(sae.activation).__name__
             raise SettingError("activation", part, "has no export(): other tools can't compute it")
-        own, found = sae.folded(), sae.activation.export()
-        if found["architecture"] not in ("standard", "topk", "jumprelu"):
-            remedy = "is no form that other tools know: standard, topk or jumprelu"
-            raise SettingError("architecture", found["architecture"], remedy)
-        threshold = found.get("threshold")
+        weights, form = sae.fold(), sae.activation.export()
+        if form["architecture"] not in ("standard", "topk", "jumprelu"):
+            remedy = "is not an architecture of other tools: export standard, topk or jumprelu"
+            raise SettingError("architecture", form["architecture"], remedy)
+        threshold = form.get("threshold")
         if threshold is not None:
             threshold = torch.as_tensor(threshold).clamp_min(0).expand(sae.d_sae)
-        w_enc, b_enc, w_dec, b_dec = (own[name] for name in MATRICES)
-        return cls(w_enc, b_enc, w_dec, b_dec, threshold=threshold, k=found.get("k"))
+        w_enc, b_enc, w_dec, b_dec = (weights[name] for name in MATRICES)
+        return cls(w_enc, b_enc, w_dec, b_dec, threshold=threshold, k=form.get("k"))
 
     @torch.no_grad()
     def build(self) -> SAE:
-        """The SAE, float32, in evaluation mode."""
+        """Builds the SAE, float32, in evaluation mode."""
         activation: Any = {"kind": "topk", "k": self.k} if self.k is not None else self.kind
         parts = {"activation": activation, "losses": ["reconstruction"], "controllers": []}
         config = SAEConfig.parse({"d_sae": self.d_sae, "centre": self.centre, **parts})
@@ -104,13 +106,13 @@ class Plain:
             sae.activation.log_threshold.copy_(self.threshold.clamp_min(0).log())
         return sae.eval()
 
-    def checked(self, where: Path) -> Plain:
-        """Itself.
+    def validate(self, where: Path) -> Plain:
+        """Returns itself after a check of shapes and values; `where` is named in the message.
 
-        Raises: SourceError when shapes do not belong together or a weight is not finite.
+        Raises: SourceError when the shapes do not fit together or a weight is not finite.
         """
         if self.W_enc.dim() != 2:
-            raise SourceError(f"{where}: the encoder is no matrix: name an SAE's directory")
+            raise SourceError(f"{where}: the encoder is not a matrix: name an SAE's directory")
         shapes = {"W_enc": (self.d_sae, self.d_in), "W_dec": (self.d_sae, self.d_in)}
         shapes |= {"b_enc": (self.d_sae,), "b_dec": (self.d_in,), "threshold": (self.d_sae,)}
         for name, shape in shapes.items():
@@ -118,18 +120,19 @@ class Plain:
             if tensor is None:
                 continue
             if tuple(tensor.shape) != shape:
-                found = list(tensor.shape)
-                raise SourceError(f"{where}: {name} has the shape {found}, not {list(shape)}")
+                actual = list(tensor.shape)
+                raise SourceError(f"{where}: {name} has the shape {actual}, not {list(shape)}")
             if not bool(tensor.isfinite().all()):
                 raise SourceError(f"{where}: {name} holds a value that is not finite")
         return self
 
-    # ---- folding what other tools keep apart ---------------------------------------------------
+    # ---- folding what other tools store separately ---------------------------------------------
 
     def with_unit_decoder(self) -> Plain:
-        """The same reconstruction with decoder rows of norm 1; the code grows by the old norms.
+        """Returns the same reconstruction with decoder rows of norm 1; the code grows by their old
+        norms.
 
-        A threshold stays as it is: it is taken to be one of the new code.
+        A threshold stays as it is: it is taken to apply to the new code.
         """
         norms = torch.linalg.vector_norm(self.W_dec, dim=1).clamp_min(SMALLEST_NORM)
         return replace(
@@ -139,14 +142,15 @@ class Plain:
             W_dec=self.W_dec / norms[:, None],
         )
 
-    def of_scaled(self, factor: float) -> Plain:
-        """Of an SAE that works on factor * x."""
+    def without_scaling(self, factor: float) -> Plain:
+        """Converts an SAE that works on factor * x to one that works on x."""
         return replace(
             self, W_enc=self.W_enc * factor, W_dec=self.W_dec / factor, b_dec=self.b_dec / factor
         )
 
-    def of_whitened(self, mean: Tensor, matrix: Tensor, inverse: Tensor) -> Plain:
-        """Of an SAE that works on (x - mean) matrix; mean [d_in], matrices [d_in, d_in]."""
+    def without_whitening(self, mean: Tensor, matrix: Tensor, inverse: Tensor) -> Plain:
+        """Converts an SAE that works on (x - mean) matrix to one that works on x; mean [d_in],
+        matrix and inverse [d_in, d_in]."""
         w_enc = self.W_enc @ matrix.T
         return replace(
             self,
@@ -156,8 +160,8 @@ class Plain:
             b_dec=self.b_dec @ inverse + mean,
         )
 
-    def gated(self, r: Tensor, b_gate: Tensor, b_mag: Tensor) -> Plain:
-        """With a gate on the same encoder, see the module's equation; r, b_gate, b_mag [d_sae]."""
+    def with_gate(self, r: Tensor, b_gate: Tensor, b_mag: Tensor) -> Plain:
+        """Adds a gate on the same encoder, see this module's equation; r, b_gate, b_mag [d_sae]."""
         return replace(
             self, W_enc=self.W_enc * r[:, None], b_enc=b_mag, threshold=b_mag - r * b_gate
         )
@@ -165,40 +169,43 @@ class Plain:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an SAE was trained, as far as it says so; '' where it does not.
+    """Model and hook point that an SAE was trained on, as far as its files say; '' if they do not.
 
     Args:
         model: name or folder.
-        hook_name: where its activations were read.
-        unlike: what sets it apart from anything that a model gives here, each as the end of a
-            sentence about the SAE.
+        hook_name: hook point of its activations.
+        peculiarities: differences from all activations that can be harvested here, each as the end
+            of a sentence about the SAE.
     """
 
     model: str = ""
     hook_name: str = ""
-    unlike: tuple[str, ...] = ()
+    peculiarities: tuple[str, ...] = ()
 
     def differences(self, model: str, hook_name: str) -> list[str]:
-        """What is otherwise in the data that it is evaluated on; '' there is not compared.
+        """Lists the differences to the data that the SAE is evaluated on; '' is not compared.
 
         Models are compared by the last part of their names, in lower case.
         """
-        found = []
+        differences = []
         if self.hook_name and hook_name and self.hook_name != hook_name:
-            found.append(f"was trained at {self.hook_name}, but hook_name = {hook_name}")
-        if self.model and model and _last(self.model) != _last(model):
-            found.append(f"was trained on the model {self.model}, but model.path = {model}")
-        return [*found, *(self.unlike if model else ())]
+            differences.append(f"was trained at {self.hook_name}, but hook_name = {hook_name}")
+        if self.model and model and _last_part(self.model) != _last_part(model):
+            differences.append(f"was trained on the model {self.model}, but model.path = {model}")
+        return [*differences, *(self.peculiarities if model else ())]
 
     def check(self, model: str, hook_name: str) -> None:
-        """Raises: MismatchError that names both sides of every difference."""
-        found = self.differences(model, hook_name)
-        if found:
-            remedy = "evaluate it where it was trained, or say --allow-mismatch"
-            raise MismatchError(f"the SAE {', and '.join(found)}: {remedy}")
+        """Checks that the SAE was trained on the data that it is evaluated on.
+
+        Raises: MismatchError, which names both sides of every difference.
+        """
+        differences = self.differences(model, hook_name)
+        if differences:
+            remedy = "evaluate it where it was trained, or use --allow-mismatch"
+            raise MismatchError(f"the SAE {', and '.join(differences)}: {remedy}")
 
 
-def _last(name: str) -> str:
+def _last_part(name: str) -> str:
     return PurePosixPath(name.rstrip("/")).name.lower()
 
 
@@ -209,7 +216,7 @@ class Loaded:
     Args:
         sae: in evaluation mode.
         origin: where it was trained.
-        about: everything that is known of it, as plain data.
+        about: its metadata, as plain data.
     """
 
     sae: SAE
@@ -221,7 +228,10 @@ class Loaded:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Raises: SourceError when the file is missing or holds no names and values."""
+    """Reads a JSON file of names and values.
+
+    Raises: SourceError when the file is missing or holds something else.
+    """
     try:
         data = parse_json(path)
     except FileNotFoundError:
@@ -229,14 +239,17 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise SourceError(f"{path} can't be read ({error.strerror}): name another") from None
     except ValueError as error:
-        raise SourceError(f"{path} is no valid JSON ({error}): save the SAE again") from None
+        raise SourceError(f"{path} is not valid JSON ({error}): save the SAE again") from None
     if not isinstance(data, dict):
         raise SourceError(f"{path} holds no names and values: save the SAE again")
     return data
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Raises: SourceError when the file is missing or is no safetensors file."""
+    """Reads the tensors of a safetensors file.
+
+    Raises: SourceError when the file is missing or is not a safetensors file.
+    """
     if not path.is_file():
         raise SourceError(f"{path} does not exist: name the directory of a saved SAE")
     remedy = "pickles and damaged files are not read, so save the SAE again"
@@ -244,10 +257,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def understood(folder: Path) -> Iterator[None]:
-    """At the border with strangers: whatever their files make a reader stumble on is one sentence.
+def errors_as_source_error(folder: Path) -> Iterator[None]:
+    """Turns any error that files of other tools cause in a reader into one sentence.
 
-    Memory that runs out is told as that.
+    Errors of saelab, and memory that runs out, are raised unchanged.
     """
     try:
         yield
@@ -256,28 +269,28 @@ def understood(folder: Path) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         remedy = "save the SAE again"
-        raise SourceError(f"{folder} holds what no SAE has ({reason}): {remedy}") from error
+        raise SourceError(f"{folder} is not a readable SAE ({reason}): {remedy}") from error
 
 
 @contextmanager
-def fitting(where: Path) -> Iterator[None]:
-    """Turns torch's complaints about shapes into one sentence."""
+def shape_errors_as_source_error(where: Path) -> Iterator[None]:
+    """Turns torch's errors about shapes into one sentence."""
     try:
         yield
     except (RuntimeError, IndexError) as error:
         reason = str(error).splitlines()[0]
         remedy = "save the SAE again"
-        raise SourceError(f"{where}: shapes do not belong together ({reason}): {remedy}") from None
+        raise SourceError(f"{where}: the shapes do not fit together ({reason}): {remedy}") from None
 
 
 def take(tensors: Mapping[str, Tensor], names: Sequence[str], where: Path) -> dict[str, Tensor]:
-    """The named tensors, which must be all there are.
+    """Returns the named tensors, which must be all there are.
 
-    Raises: SourceError for a tensor that is missing or not known: it could change the function.
+    Raises: SourceError for a missing tensor, and for an unknown one: it could change the function.
     """
     missing = [name for name in names if name not in tensors]
     unknown = [name for name in tensors if name not in names]
     if missing or unknown:
-        what = f"lacks {missing[0]!r}" if missing else f"holds {unknown[0]!r}, which is not known"
-        raise SourceError(f"{where} {what}: an SAE of this kind has {', '.join(names)}")
+        problem = f"lacks {missing[0]!r}" if missing else f"has the unknown tensor {unknown[0]!r}"
+        raise SourceError(f"{where} {problem}: an SAE of this kind has {', '.join(names)}")
     return {name: tensors[name] for name in names}

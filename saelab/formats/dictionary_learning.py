@@ -1,7 +1,7 @@
-"""Directories of dictionary_learning (0.1): read only where the format is named.
+"""Directories of dictionary_learning (0.1), which are read only if the format is named.
 
     config.json     trainer: dict_class, k, lm_name, submodule_name
-    ae.pt           a pickled state dict, read by torch.load(weights_only=True): tensors alone
+    ae.pt           a pickled state dict, read by torch.load(weights_only=True): tensors only
 
     AutoEncoder                            ReLU, centred; decoder norms folded, as its loader does
     AutoEncoderNew                         ReLU, not centred
@@ -10,8 +10,8 @@
     BatchTopKSAE, MatryoshkaBatchTopKSAE   ReLU above the stored threshold
     JumpReluAutoEncoder                    thresholds, not centred
 
-Activations that were normalised in training need nothing: its trainer scales biases and thresholds
-back before it saves.
+Activations that were normalised in training need no treatment: the trainer scales biases and
+thresholds back before it saves.
 """
 
 from __future__ import annotations
@@ -26,118 +26,134 @@ import torch
 from torch import Tensor
 
 from saelab.errors import SettingError, SourceError, nearest
-from saelab.formats.base import MATRICES, Loaded, Origin, Plain, fitting, read_config, take
+from saelab.formats.base import (
+    MATRICES,
+    Loaded,
+    Origin,
+    Plain,
+    read_config,
+    shape_errors_as_source_error,
+    take,
+)
 
 FILES = CONFIG, WEIGHTS = "config.json", "ae.pt"
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
-#: The name that its demo gives to the output of a block.
+#: The name that the library's demo gives to the output of a block.
 _BLOCK = re.compile(r"resid_post_layer_(\d+)")
 
 Tensors = Mapping[str, Tensor]
 
 
 def load(folder: Path) -> Loaded:
-    """Raises: SourceError when the files are no SAE's; SettingError for another class."""
+    """Loads a directory of dictionary_learning.
+
+    Raises: SourceError when the files are not those of an SAE; SettingError for an unknown class.
+    """
     where = folder / CONFIG
     trainer = read_config(where).get("trainer")
     if not isinstance(trainer, dict):
         raise SourceError(f"{where} has no 'trainer': name the folder that a trainer has saved")
     kind = str(trainer.get("dict_class"))
     if kind not in CLASSES:
-        known = f"known: {', '.join(CLASSES)}{nearest(kind, CLASSES)}"
-        raise SettingError(f"{where}: trainer.dict_class", kind, known)
-    tensors = _unpickled(folder / WEIGHTS)
-    with fitting(folder / WEIGHTS):
-        plain = CLASSES[kind](tensors, folder / WEIGHTS).checked(folder / WEIGHTS)
+        remedy = f"is not read: use one of {', '.join(CLASSES)}{nearest(kind, CLASSES)}"
+        raise SettingError(f"{where}: trainer.dict_class", kind, remedy)
+    tensors = _unpickle(folder / WEIGHTS)
+    with shape_errors_as_source_error(folder / WEIGHTS):
+        plain = CLASSES[kind](tensors, folder / WEIGHTS).validate(folder / WEIGHTS)
     k = trainer.get("k")
     if plain.k is not None and k is not None and plain.k != k:
         raise SettingError(f"{where}: trainer.k", k, f"the weights have {plain.k}")
     return Loaded(plain.build(), _origin(trainer), trainer)
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """Raises: SourceError when the file is missing or holds more than tensors."""
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """Reads the tensors of a pickled state dict, floats as float32.
+
+    Raises: SourceError when the file is missing, or holds more than tensors or larger ones than its
+        own size.
+    """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist: name the folder of a saved SAE") from None
     except MemoryError:
         raise
-    except Exception as error:  # a damaged pickle makes any kind
+    except Exception as error:  # a damaged pickle may raise anything
         reason = (str(error).splitlines() or ["it is empty"])[0][:200]
         remedy = "only tensors are unpickled, so save the SAE's state dict"
         raise SourceError(f"{path} can't be read ({reason}): {remedy}") from None
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise SourceError(f"{path} is no state dict: save the SAE's state dict")
-    for name, t in found.items():
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise SourceError(f"{path} is not a state dict: save the SAE's state dict")
+    for name, t in tensors.items():
         if t.layout != torch.strided or not 0 < t.numel() * t.element_size() <= path.stat().st_size:
             remedy = "save the SAE's state dict"
             raise SourceError(f"{path}: {name} is larger than the file, or empty: {remedy}")
-    return {str(name): t.float() if t.is_floating_point() else t for name, t in found.items()}
+    return {str(name): t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def _linear(tensors: Tensors, b_dec: str) -> Plain:
+def _from_linear(tensors: Tensors, b_dec: str) -> Plain:
     w_enc, b_enc, decoder = (tensors[name] for name in LINEAR)
     return Plain(w_enc, b_enc, decoder.T, tensors[b_dec])
 
 
-def _relu(tensors: Tensors, where: Path) -> Plain:
-    return _linear(take(tensors, (*LINEAR, "bias"), where), "bias").with_unit_decoder()
+def _read_relu(tensors: Tensors, where: Path) -> Plain:
+    return _from_linear(take(tensors, (*LINEAR, "bias"), where), "bias").with_unit_decoder()
 
 
-def _new_relu(tensors: Tensors, where: Path) -> Plain:
-    found = take(tensors, (*LINEAR, "decoder.bias"), where)
-    return replace(_linear(found, "decoder.bias"), centre=False)
+def _read_new_relu(tensors: Tensors, where: Path) -> Plain:
+    tensors = take(tensors, (*LINEAR, "decoder.bias"), where)
+    return replace(_from_linear(tensors, "decoder.bias"), centre=False)
 
 
-def _gated(tensors: Tensors, where: Path) -> Plain:
+def _read_gated(tensors: Tensors, where: Path) -> Plain:
     names = ("encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias")
     w_enc, decoder, b_dec, r_mag, b_gate, b_mag = take(tensors, names, where).values()
-    return Plain(w_enc, b_mag, decoder.T, b_dec).gated(r_mag.exp(), b_gate, b_mag)
+    return Plain(w_enc, b_mag, decoder.T, b_dec).with_gate(r_mag.exp(), b_gate, b_mag)
 
 
-def _topk(tensors: Tensors, where: Path) -> Plain:
-    found = take(tensors, (*LINEAR, "b_dec", "k", "threshold"), where)
-    return replace(_linear(found, "b_dec"), k=int(found["k"]))
+def _read_topk(tensors: Tensors, where: Path) -> Plain:
+    tensors = take(tensors, (*LINEAR, "b_dec", "k", "threshold"), where)
+    return replace(_from_linear(tensors, "b_dec"), k=int(tensors["k"]))
 
 
-def _batchtopk(tensors: Tensors, where: Path) -> Plain:
-    found = take(tensors, (*LINEAR, "b_dec", "k", "threshold"), where)
-    return _above(_linear(found, "b_dec"), found["threshold"])
+def _read_batchtopk(tensors: Tensors, where: Path) -> Plain:
+    tensors = take(tensors, (*LINEAR, "b_dec", "k", "threshold"), where)
+    return _with_threshold(_from_linear(tensors, "b_dec"), tensors["threshold"])
 
 
-def _matryoshka(tensors: Tensors, where: Path) -> Plain:
-    found = take(tensors, (*MATRICES, "k", "threshold", "group_sizes"), where)
-    return _above(_matrices(found), found["threshold"])
+def _read_matryoshka(tensors: Tensors, where: Path) -> Plain:
+    tensors = take(tensors, (*MATRICES, "k", "threshold", "group_sizes"), where)
+    return _with_threshold(_from_matrices(tensors), tensors["threshold"])
 
 
-def _jumprelu(tensors: Tensors, where: Path) -> Plain:
-    found = take(tensors, (*MATRICES, "threshold"), where)
-    return replace(_matrices(found), threshold=found["threshold"], centre=False)
+def _read_jumprelu(tensors: Tensors, where: Path) -> Plain:
+    tensors = take(tensors, (*MATRICES, "threshold"), where)
+    return replace(_from_matrices(tensors), threshold=tensors["threshold"], centre=False)
 
 
-def _matrices(tensors: Tensors) -> Plain:
+def _from_matrices(tensors: Tensors) -> Plain:
     w_enc, b_enc, w_dec, b_dec = (tensors[name] for name in MATRICES)
     return Plain(w_enc.T, b_enc, w_dec, b_dec)
 
 
-def _above(plain: Plain, threshold: Tensor) -> Plain:
+def _with_threshold(plain: Plain, threshold: Tensor) -> Plain:
     return replace(plain, threshold=threshold.expand(plain.d_sae))
 
 
-#: Class -> what reads its tensors.
+#: Class -> function that reads its tensors.
 CLASSES: dict[str, Callable[[Tensors, Path], Plain]] = {
-    "AutoEncoder": _relu,
-    "AutoEncoderNew": _new_relu,
-    "GatedAutoEncoder": _gated,
-    "AutoEncoderTopK": _topk,
-    "BatchTopKSAE": _batchtopk,
-    "MatryoshkaBatchTopKSAE": _matryoshka,
-    "JumpReluAutoEncoder": _jumprelu,
+    "AutoEncoder": _read_relu,
+    "AutoEncoderNew": _read_new_relu,
+    "GatedAutoEncoder": _read_gated,
+    "AutoEncoderTopK": _read_topk,
+    "BatchTopKSAE": _read_batchtopk,
+    "MatryoshkaBatchTopKSAE": _read_matryoshka,
+    "JumpReluAutoEncoder": _read_jumprelu,
 }
 
 
 def _origin(trainer: Mapping[str, Any]) -> Origin:
+    """Reads model and hook point from a trainer's settings."""
     block = _BLOCK.fullmatch(str(trainer.get("submodule_name") or ""))
     hook = f"blocks.{block[1]}.hook_resid_post" if block else ""
     return Origin(str(trainer.get("lm_name") or ""), hook)

@@ -1,4 +1,4 @@
-"""Our own folder: sae.json and sae.safetensors (`saelab.checkpoint`)."""
+"""Folders that saelab writes: sae.json and sae.safetensors (`saelab.checkpoint`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ FILES = ("sae.json", "sae.safetensors")
 
 
 def load(folder: Path) -> Loaded:
-    """Raises: SourceError, DamageError as `checkpoint.load`."""
+    """Loads a folder of `checkpoint.save`.
+
+    Raises: SourceError and DamageError as `checkpoint.load`.
+    """
     sae, about = checkpoint.load(folder)
     origin = Origin(str(about.get("model") or ""), str(about.get("hook_name") or ""))
     return Loaded(sae, origin, about)

@@ -10,9 +10,9 @@
 
     activation_scaler.json, activation_whitening.safetensors    of a training checkpoint
 
-`RULES` says of every field whether it is honoured, changes nothing, or is refused; docs/formats.md
-shows the table. A field of cfg.json that is not in it is refused, because it may change what the
-SAE computes; metadata that is not in it describes only.
+`RULES` says for every field whether it is honoured, changes nothing, or is refused; docs/formats.md
+shows the table. A field of cfg.json that the table lacks is refused, because it may change what the
+SAE computes; metadata that the table lacks is only descriptive.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from saelab.formats.base import (
     Loaded,
     Origin,
     Plain,
-    fitting,
     read_config,
     read_tensors,
+    shape_errors_as_source_error,
     take,
 )
 from saelab.sae import SAE
@@ -43,8 +43,8 @@ from saelab.version import __version__
 
 FILES = CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
-#: The version whose layout is written. Without one of 6 or later SAELens takes cfg.json for an old
-#: flat one.
+#: The version whose layout is written. SAELens takes a cfg.json without a version of 6 or later for
+#: an old flat one.
 VERSION = "6.54.0"
 DTYPES = {"float32", "float64", "float16", "bfloat16"}
 
@@ -55,26 +55,26 @@ Kind = Literal["honoured", "nothing", "refused"]
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done with a field.
+    """The treatment of a field.
 
     Args:
-        kind: 'honoured'; 'nothing', it does not change the function; or 'refused'.
-        why: what is done, or the reason and the remedy.
-        read: values that a refused field may have, because they mean that it is not used.
+        kind: 'honoured'; 'nothing', if it does not change the function; or 'refused'.
+        reason: what is done, or the reason for the refusal and the remedy.
+        unused: values that a refused field may have, because they mean that it is not used.
     """
 
     kind: Kind
-    why: str
-    read: tuple[Any, ...] = (None, False)
+    reason: str
+    unused: tuple[Any, ...] = (None, False)
 
-    def reads(self, value: Any) -> bool:
-        """Whether an SAE with this value is read; head 0 is not the same as no head."""
-        alike = (type(value) is type(known) and value == known for known in self.read)
-        return self.kind != "refused" or any(alike)
+    def accepts(self, value: Any) -> bool:
+        """Returns whether an SAE with this value is read; head 0 is not the same as no head."""
+        equal = (type(value) is type(other) and value == other for other in self.unused)
+        return self.kind != "refused" or any(equal)
 
 
-def _rules(kind: Kind, why: str, *names: str, **options: Any) -> dict[str, Rule]:
-    return {name: Rule(kind, why, **options) for name in names}
+def _rules(kind: Kind, reason: str, *names: str, **options: Any) -> dict[str, Rule]:
+    return {name: Rule(kind, reason, **options) for name in names}
 
 
 RULES: dict[str, Rule] = {
@@ -85,9 +85,9 @@ RULES: dict[str, Rule] = {
     **_rules("honoured", "whether b_dec is subtracted before the encoder", "apply_b_dec_to_input"),
     **_rules(
         "honoured",
-        "'none' as it is; 'expected_average_only_in' and 'covariance_whitening' are folded with "
-        f"the statistics in {SCALER} or {WHITENING} and refused without; 'layer_norm' and "
-        "'constant_norm_rescale' are refused",
+        "'none' needs nothing; 'expected_average_only_in' and 'covariance_whitening' are folded "
+        f"with the statistics in {SCALER} or {WHITENING} and refused without them; 'layer_norm' "
+        "and 'constant_norm_rescale' are refused",
         "normalize_activations",
     ),
     **_rules(
@@ -95,16 +95,16 @@ RULES: dict[str, Rule] = {
     ),
     **_rules(
         "refused",
-        "is of an SAE on the outputs of attention heads, laid side by side: no activation here "
-        "has heads",
+        "belongs to an SAE on the concatenated outputs of attention heads: activations here have "
+        "no heads",
         "reshape_activations",
-        read=("none", None),
+        unused=("none", None),
     ),
     **_rules(
         "refused",
-        "is none that SAELens 6 computes: only relu and topk are read",
+        "is not an activation of SAELens 6: only relu and topk are read",
         "activation_fn",
-        read=("relu", "topk", None),
+        unused=("relu", "topk", None),
     ),
     **_rules("honoured", "k of an old topk SAE; other entries are refused", "activation_fn_kwargs"),
     **_rules(
@@ -120,25 +120,25 @@ RULES: dict[str, Rule] = {
     ),
     **_rules(
         "refused",
-        "is of a transcoder, which reconstructs other activations than it reads: only "
+        "belongs to a transcoder, which reconstructs other activations than it reads: only "
         "autoencoders are read",
         *("d_out", "hook_name_out", "hook_layer_out", "hook_head_index_out", "hf_hook_name_out"),
     ),
     **_rules(
         "refused",
-        "is one attention head, but activations here are of all heads together",
+        "selects one attention head, but activations here contain all heads",
         "hook_head_index",
     ),
     **_rules(
         "honoured",
-        "'center_writing_weights' is refused: it takes its mean off every activation, so the SAE "
-        "belongs to a processed model; what leaves activations at these hooks as they are is read "
-        "(fold_ln, fold_value_biases, center_unembed, refactor_factored_attn_matrices, dtypes and "
-        "devices); other weights (revision, checkpoint_index) are told as a difference; all else "
-        "is refused",
+        "'center_writing_weights' is refused: it subtracts the mean of every activation, so the "
+        "SAE belongs to a processed model; settings that do not change activations at these hooks "
+        "are read (fold_ln, fold_value_biases, center_unembed, refactor_factored_attn_matrices, "
+        "dtypes and devices); other weights (revision, checkpoint_index) are reported as a "
+        "difference; all else is refused",
         "model_from_pretrained_kwargs",
     ),
-    **_rules("honoured", "compared with the data's", "model_name", "hook_name"),
+    **_rules("honoured", "compared with those of the data", "model_name", "hook_name"),
     **_rules("honoured", "compared: contexts here begin with BOS", "prepend_bos"),
     **_rules("honoured", "compared: all positions count here", "seqpos_slice"),
     **_rules(
@@ -151,7 +151,7 @@ RULES: dict[str, Rule] = {
     **_rules("nothing", "where it was computed", "device"),
     **_rules(
         "nothing",
-        "is used in training alone",
+        "is used only in training",
         *("l1_coefficient", "lp_norm", "l1_warm_up_steps", "decoder_init_norm"),
         *("use_sparse_activations", "aux_loss_coefficient", "topk_threshold_lr"),
         *("matryoshka_widths", "use_matryoshka_aux_loss", "jumprelu_init_threshold"),
@@ -160,23 +160,23 @@ RULES: dict[str, Rule] = {
         *("pre_act_loss_coefficient", "target_l0"),
     ),
 }
-#: Metadata that is kept when such an SAE is written again.
+#: Metadata that is preserved when such an SAE is written again.
 DESCRIBES = {name for name, rule in RULES.items() if rule.kind != "refused"} | {"saelab"}
-#: What a TransformerLens model may be loaded with that leaves the activations at our hook points.
+#: Options for loading a TransformerLens model that do not change activations at our hook points.
 HARMLESS = {
     *("fold_ln", "fold_value_biases", "center_unembed", "refactor_factored_attn_matrices"),
     *("dtype", "torch_dtype", "device", "device_map", "n_devices", "n_ctx", "trust_remote_code"),
     *("first_n_layers", "default_padding_side", "local_files_only"),
 }
-#: What names other weights of the same model: told as a difference.
+#: Options that select other weights of the same model: reported as a difference.
 OTHER_WEIGHTS = ("revision", "checkpoint_index", "checkpoint_value")
 #: Old names of fields, before 6.0.
 OLD_NAMES = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
 OLD_NAMES |= {"activation_fn_str": "activation_fn", "hook_point_layer": "hook_layer"}
 
 
-def _one_form(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bool]:
-    """Fields, metadata, and whether they are of a version before 6.0, which kept both in one."""
+def _as_current_form(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """Returns fields, metadata, and whether it is a version before 6.0, which mixes them."""
     metadata = _entries(config, "metadata")
     version = str(config.get("sae_lens_version") or metadata.get("sae_lens_version") or "0")
     if version.split(".")[0].isdigit() and int(version.split(".")[0]) >= 6:
@@ -187,49 +187,58 @@ def _one_form(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], b
         flat |= {"architecture": "topk", "k": k}
     if "hook_z" in str(flat.get("hook_name", "")):
         flat.setdefault("reshape_activations", "hook_z")
-    named = {True: "expected_average_only_in", False: "none", None: "none"}
-    given = flat.get("normalize_activations")
-    flat["normalize_activations"] = named[given] if given in (True, False, None) else given
+    kinds = {True: "expected_average_only_in", False: "none", None: "none"}
+    value = flat.get("normalize_activations")
+    flat["normalize_activations"] = kinds[value] if value in (True, False, None) else value
     return flat, flat, True
 
 
 def _entries(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A field that holds names and values itself; {} where it is missing.
+    """Returns a field that holds names and values itself; {} if it is missing.
 
     Raises: SettingError when it holds something else.
     """
-    found = values.get(name) or {}
-    if not isinstance(found, dict):
-        raise SettingError(name, found, "should hold names and values: save the SAE again")
-    return found
+    entries = values.get(name) or {}
+    if not isinstance(entries, dict):
+        raise SettingError(name, entries, "should hold names and values: save the SAE again")
+    return entries
 
 
 def _check(where: Path, values: Mapping[str, Any], all_known: bool) -> None:
-    """Raises: SettingError for a field that is refused or, where all must be, not known."""
+    """Checks fields; with `all_known` each of them must be in `RULES`.
+
+    Raises: SettingError for a field that is refused or unknown.
+    """
     for name, value in values.items():
         rule = RULES.get(name)
         if rule is None and all_known:
-            remedy = f"is not known to this reader of SAELens {VERSION}{nearest(name, RULES)}: "
-            remedy += "delete it where it does not change what the SAE computes"
+            remedy = f"is unknown to this reader of SAELens {VERSION}{nearest(name, RULES)}: "
+            remedy += "delete it if it does not change what the SAE computes"
             raise SettingError(f"{where}: {name}", value, remedy)
-        if rule is not None and not rule.reads(value):
-            raise SettingError(f"{where}: {name}", value, rule.why)
+        if rule is not None and not rule.accepts(value):
+            raise SettingError(f"{where}: {name}", value, rule.reason)
     for name, value in _entries(values, "activation_fn_kwargs").items():
         if name != "k":
             setting = f"{where}: activation_fn_kwargs.{name}"
-            raise SettingError(setting, value, "is not known here and may change the activation")
+            remedy = "is unknown and may change the activation: only k is read"
+            raise SettingError(setting, value, remedy)
     for name, value in _entries(values, "model_from_pretrained_kwargs").items():
         if name == "center_writing_weights" and value:
-            remedy = "the SAE is of a model whose activations had their mean taken off"
+            remedy = "the SAE belongs to a model whose activations had their mean subtracted"
             raise SettingError(f"{where}: {name}", value, f"{remedy}; no such model is run here")
-        known = name in HARMLESS or name in OTHER_WEIGHTS or name == "center_writing_weights"
-        if not known and value:
-            remedy = "changes the model in a way that is not known here, and so its activations"
+        accepted = name in HARMLESS or name in OTHER_WEIGHTS or name == "center_writing_weights"
+        if not accepted and value:
+            remedy = "is unknown and may change the model's activations: train on the plain model"
             raise SettingError(f"{where}: model_from_pretrained_kwargs.{name}", value, remedy)
 
 
-def _rounded(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Any:
-    """The tensors as SAELens has them after loading, in float32."""
+def _round_to_dtype(
+    tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path
+) -> dict[str, Tensor]:
+    """Rounds the tensors to their dtype, as SAELens does when it loads them; returns float32.
+
+    Raises: SettingError for a dtype that SAELens does not have.
+    """
     name = str(fields.get("dtype", "float32")).removeprefix("torch.")
     if name not in DTYPES:
         raise SettingError(f"{where}: dtype", name, f"use one of {', '.join(sorted(DTYPES))}")
@@ -240,96 +249,101 @@ def _rounded(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Pa
 
 
 def load(folder: Path) -> Loaded:
-    """An SAELens directory.
+    """Loads an SAELens directory.
 
     Raises: SourceError when the files are not those of an SAE; SettingError for a field that is
         refused.
     """
     where = folder / CONFIG
-    fields, metadata, old = _one_form(read_config(where))
+    fields, metadata, old = _as_current_form(read_config(where))
     _check(where, fields, all_known=not old)
     _check(where, metadata, all_known=False)
     architecture = str(fields.get("architecture", "standard"))
     if architecture not in READERS:
         remedy = f"only autoencoders of these kinds are read: {', '.join(READERS)}"
         raise SettingError(f"{where}: architecture", architecture, remedy)
-    tensors = _rounded(_without_ones(read_tensors(folder / WEIGHTS), folder), fields, where)
-    with fitting(folder / WEIGHTS):
+    tensors = _drop_unused_factor(read_tensors(folder / WEIGHTS), folder)
+    tensors = _round_to_dtype(tensors, fields, where)
+    with shape_errors_as_source_error(folder / WEIGHTS):
         plain = READERS[architecture](tensors, fields, folder / WEIGHTS)
     plain = replace(plain, centre=bool(fields.get("apply_b_dec_to_input", True)))
-    plain = plain.checked(folder / WEIGHTS)
+    plain = plain.validate(folder / WEIGHTS)
     for name, size in (("d_in", plain.d_in), ("d_sae", plain.d_sae)):
         if fields.get(name, size) != size:
             raise SettingError(f"{where}: {name}", fields[name], f"the weights have {size}")
     about = {"context": metadata.get("context_size"), "dataset": metadata.get("dataset_path")}
     about["saelens"] = {name: metadata.get(name) for name in metadata if name in DESCRIBES}
-    return Loaded(_normalised(plain, fields, folder).build(), _origin(metadata, old), about)
+    return Loaded(_fold_normalisation(plain, fields, folder).build(), _origin(metadata, old), about)
 
 
-def _without_ones(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Old files hold a scaling factor even where it is not used: all 1."""
+def _drop_unused_factor(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Removes the scaling factor that old files hold even if it is not used.
+
+    Raises: SettingError when it is used: when it is not all 1.
+    """
     factor = tensors.pop("scaling_factor", None)
     if factor is not None and not bool((factor == 1).all()):
         where = f"{folder / WEIGHTS}: scaling_factor"
-        raise SettingError(where, "not all 1", RULES["finetuning_scaling_factor"].why)
+        raise SettingError(where, "not all 1", RULES["finetuning_scaling_factor"].reason)
     return tensors
 
 
-def _linear(tensors: Mapping[str, Tensor], bias: str = "b_enc") -> Plain:
+def _from_linear(tensors: Mapping[str, Tensor], bias: str = "b_enc") -> Plain:
     w_enc = tensors["W_enc"].mT
     return Plain(w_enc, tensors[bias], tensors["W_dec"], tensors["b_dec"])
 
 
-def _standard(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
-    return _linear(take(tensors, MATRICES, where))
+def _read_standard(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
+    return _from_linear(take(tensors, MATRICES, where))
 
 
-def _topk(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
+def _read_topk(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
     k = fields.get("k")
     if not isinstance(k, int) or k < 1:
-        raise SettingError(f"{where.parent / CONFIG}: k", k, "a topk SAE needs a number from 1 on")
-    return replace(_normed(_linear(take(tensors, MATRICES, where)), fields), k=k)
+        raise SettingError(f"{where.parent / CONFIG}: k", k, "use a whole number of at least 1")
+    return replace(_fold_decoder_norms(_from_linear(take(tensors, MATRICES, where)), fields), k=k)
 
 
-def _jumprelu(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
+def _read_jumprelu(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
     logarithm = "log_threshold" in tensors
     name = "log_threshold" if logarithm else "threshold"
-    found = take(tensors, (*MATRICES, name), where)
-    return replace(_linear(found), threshold=found[name].exp() if logarithm else found[name])
+    tensors = take(tensors, (*MATRICES, name), where)
+    threshold = tensors[name].exp() if logarithm else tensors[name]
+    return replace(_from_linear(tensors), threshold=threshold)
 
 
-def _batchtopk(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
-    found = take(tensors, (*MATRICES, "topk_threshold"), where)
-    plain = _normed(_linear(found), fields)
-    return replace(plain, threshold=found["topk_threshold"].expand(plain.d_sae))
+def _read_batchtopk(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
+    tensors = take(tensors, (*MATRICES, "topk_threshold"), where)
+    plain = _fold_decoder_norms(_from_linear(tensors), fields)
+    return replace(plain, threshold=tensors["topk_threshold"].expand(plain.d_sae))
 
 
-def _gated(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
+def _read_gated(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
     names = ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")
-    found = take(tensors, names, where)
-    plain = _linear(found, "b_mag")
-    return plain.gated(found["r_mag"].exp(), found["b_gate"], found["b_mag"])
+    tensors = take(tensors, names, where)
+    plain = _from_linear(tensors, "b_mag")
+    return plain.with_gate(tensors["r_mag"].exp(), tensors["b_gate"], tensors["b_mag"])
 
 
-def _normed(plain: Plain, fields: Mapping[str, Any]) -> Plain:
+def _fold_decoder_norms(plain: Plain, fields: Mapping[str, Any]) -> Plain:
     return plain.with_unit_decoder() if fields.get("rescale_acts_by_decoder_norm") else plain
 
 
-#: Architecture -> what reads its tensors.
+#: Architecture -> function that reads its tensors.
 READERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], Path], Plain]] = {
-    "standard": _standard,
-    "topk": _topk,
-    "jumprelu": _jumprelu,
-    "gated": _gated,
-    "batchtopk": _batchtopk,
-    "matryoshka_batchtopk": _batchtopk,
+    "standard": _read_standard,
+    "topk": _read_topk,
+    "jumprelu": _read_jumprelu,
+    "gated": _read_gated,
+    "batchtopk": _read_batchtopk,
+    "matryoshka_batchtopk": _read_batchtopk,
 }
 
 
-def _normalised(plain: Plain, fields: Mapping[str, Any], folder: Path) -> Plain:
-    """With the normalisation of activations folded.
+def _fold_normalisation(plain: Plain, fields: Mapping[str, Any], folder: Path) -> Plain:
+    """Folds the normalisation of activations into the weights.
 
-    Raises: SettingError where it is not known, or can't be: it follows each row's own norm.
+    Raises: SettingError when it is unknown, lacks its statistics or depends on each row's norm.
     """
     kind = fields.get("normalize_activations", "none")
     setting = f"{folder / CONFIG}: normalize_activations"
@@ -339,20 +353,20 @@ def _normalised(plain: Plain, fields: Mapping[str, Any], folder: Path) -> Plain:
         scaler = read_config(folder / SCALER) if _has(folder, SCALER) else {}
         factor = scaler.get("scaling_factor")
         if factor is None:
-            remedy = f"its factor is in no {SCALER}: fold it in SAELens before saving"
+            remedy = f"its factor is not in {SCALER}: fold it in SAELens before saving"
             raise SettingError(setting, kind, f"{remedy} (fold_activation_norm_scaling_factor)")
-        return plain.of_scaled(float(factor))
+        return plain.without_scaling(float(factor))
     if kind == "covariance_whitening":
         if not _has(folder, WHITENING):
             remedy = f"there is no {WHITENING}: fold it in SAELens before saving"
             raise SettingError(setting, kind, f"{remedy} (fold_activation_whitening)")
         names = ("mean", "matrix", "inverse_matrix")
-        found = take(read_tensors(folder / WHITENING), names, folder / WHITENING)
-        return plain.of_whitened(*(found[name].float() for name in names))
+        tensors = take(read_tensors(folder / WHITENING), names, folder / WHITENING)
+        return plain.without_whitening(*(tensors[name].float() for name in names))
     if kind in ("layer_norm", "constant_norm_rescale"):
-        remedy = "can't be folded: the reconstruction is rescaled by each row's own norm, which a "
+        remedy = "can't be folded: the reconstruction is rescaled by the norm of each row, which a "
         raise SettingError(setting, kind, f"{remedy}decoder from code to activation never sees")
-    raise SettingError(setting, kind, "is not known here")
+    raise SettingError(setting, kind, "is unknown: fold it in SAELens before saving")
 
 
 def _has(folder: Path, name: str) -> bool:
@@ -363,25 +377,26 @@ def _origin(metadata: Mapping[str, Any], old: bool) -> Origin:
     return Origin(
         str(metadata.get("model_name") or ""),
         str(metadata.get("hook_name") or ""),
-        tuple(dict.fromkeys(_unlike(metadata, old))),
+        tuple(dict.fromkeys(_peculiarities(metadata, old))),
     )
 
 
-def _unlike(metadata: Mapping[str, Any], old: bool) -> Iterator[str]:
-    earlier = _entries(_entries(metadata, "saelab"), "saelens")  # of one that was written again
-    if earlier:
-        yield from _unlike(earlier, _one_form(earlier)[2])
+def _peculiarities(metadata: Mapping[str, Any], old: bool) -> Iterator[str]:
+    """Yields what sets the SAE apart from all activations that can be harvested here."""
+    original = _entries(_entries(metadata, "saelab"), "saelens")  # written again by saelab
+    if original:
+        yield from _peculiarities(original, _as_current_form(original)[2])
     if old and "model_from_pretrained_kwargs" not in metadata:
         # github.com/decoderesearch/SAELens/pull/279: models have come unprocessed only since then
         yield (
             "does not say how its model was loaded, and before September 2024 SAELens trained on "
-            "models whose activations had their mean taken off"
+            "models whose activations had their mean subtracted"
         )
     if metadata.get("prepend_bos") is False:
         yield "was trained without BOS tokens, but contexts here begin with one"
     positions = metadata.get("seqpos_slice") or []
     if any(end not in (None, 0) for end in positions):
-        yield f"was trained on positions {list(positions)} alone, but all count here"
+        yield f"was trained only on positions {list(positions)}, but all count here"
     for name in OTHER_WEIGHTS:
         value = _entries(metadata, "model_from_pretrained_kwargs").get(name)
         if value is not None:
@@ -392,20 +407,20 @@ def _unlike(metadata: Mapping[str, Any], old: bool) -> Iterator[str]:
 
 
 def save(sae: SAE, folder: Path, about: Mapping[str, Any]) -> None:
-    """Writes the SAE with everything folded; decoder norms are left alone, as the code has them.
+    """Writes the SAE with everything folded, except the decoder norms, on which the code depends.
 
     Args:
         folder: to be filled.
-        about: model, hook_name, context, dataset and whatever else is to be kept as metadata.
+        about: model, hook_name, context, dataset and further metadata to be stored.
 
     Raises: SettingError when a part of the SAE can't be folded.
     """
-    plain = Plain.of(sae).checked(folder)
+    plain = Plain.of(sae).validate(folder)
     tensors = {name: getattr(plain, name) for name in MATRICES} | {"W_enc": plain.W_enc.T}
     if plain.threshold is not None:
         tensors["threshold"] = plain.threshold
-    whole = {name: t.detach().float().cpu().clone().contiguous() for name, t in tensors.items()}
-    write_atomically(folder / WEIGHTS, lambda temporary: save_file(whole, temporary))
+    copies = {name: t.detach().float().cpu().clone().contiguous() for name, t in tensors.items()}
+    write_atomically(folder / WEIGHTS, lambda temporary: save_file(copies, temporary))
     write_json(folder / CONFIG, _config(plain) | {"metadata": _metadata(about)})
 
 
@@ -424,16 +439,17 @@ def _config(plain: Plain) -> dict[str, Any]:
     }
 
 
-#: Metadata of an SAE from elsewhere that are written again as they were read.
-APART = ("prepend_bos", "seqpos_slice")
+#: Metadata of another tool's SAE that are written again as they were read.
+METADATA_OF_TRAINING = ("prepend_bos", "seqpos_slice")
 
 
 def _training(about: Mapping[str, Any]) -> dict[str, Any]:
-    """How the SAE was trained; of one from elsewhere what it says itself, and nothing else."""
+    """Returns how the SAE was trained; for another tool's SAE only what it says itself."""
     if "saelens" in about:
-        told = about["saelens"]
-        kwargs = {"model_from_pretrained_kwargs": told.get("model_from_pretrained_kwargs") or {}}
-        return {name: told.get(name) for name in APART} | kwargs
+        original = about["saelens"]
+        kwargs = original.get("model_from_pretrained_kwargs") or {}
+        copied = {name: original.get(name) for name in METADATA_OF_TRAINING}
+        return copied | {"model_from_pretrained_kwargs": kwargs}
     if about.get("model") and "format" not in about:
         return {
             "prepend_bos": True,
@@ -445,7 +461,7 @@ def _training(about: Mapping[str, Any]) -> dict[str, Any]:
 def _metadata(about: Mapping[str, Any]) -> dict[str, Any]:
     hook = str(about.get("hook_name") or "")
     block = hook.removeprefix("blocks.").split(".")[0] if hook.startswith("blocks.") else ""
-    own = {"model", "hook_name", "context", "dataset"}
+    standard = {"model", "hook_name", "context", "dataset"}
     return {
         "sae_lens_version": VERSION,
         "sae_lens_training_version": None,
@@ -458,5 +474,5 @@ def _metadata(about: Mapping[str, Any]) -> dict[str, Any]:
         "context_size": about.get("context"),
         "dataset_path": about.get("dataset") or None,
         "saelab_version": __version__,
-        "saelab": {name: value for name, value in about.items() if name not in own},
+        "saelab": {name: value for name, value in about.items() if name not in standard},
     }

@@ -5,8 +5,8 @@
 
     f = max(W_enc (x - b_dec) + b_enc, 0) at the k largest of a row
 
-The folder's name is the module whose output was read ('layers.3', 'h.3'). The folder above may hold
-the run's config.json with the model's name.
+The folder is named after the module whose output is encoded ('layers.3', 'h.3'). The folder above
+may hold the run's config.json with the model's name.
 """
 
 from __future__ import annotations
@@ -19,53 +19,61 @@ from saelab.formats.base import Loaded, Origin, Plain, read_config, read_tensors
 
 FILES = CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
-#: Fields that are honoured, and those that are used in training alone.
+#: Fields that are honoured, and those that are used only in training.
 HONOURED = ("activation", "k", "d_in")
 TRAINING = ("expansion_factor", "num_latents", "normalize_decoder", "multi_topk")
-#: Field -> why an SAE with it is refused; false means that it is not used.
+#: Field -> why an SAE that uses it is refused; false means that it is not used.
 REFUSED = {
-    "transcode": "is of a transcoder, which reconstructs other activations than it reads",
-    "skip_connection": "adds a linear map of the input, which is no part of the code",
+    "transcode": "belongs to a transcoder, which reconstructs other activations than it reads",
+    "skip_connection": "adds a linear map of the input, which is not part of the code",
     "signed": "selects latents by their magnitude, which no part here computes",
 }
 _BLOCK = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)")
 
 
 def load(folder: Path) -> Loaded:
-    """Raises: SourceError when the files are no SAE's; SettingError for a refused field."""
+    """Loads a directory of sparsify.
+
+    Raises: SourceError when the files are not those of an SAE; SettingError for a refused field.
+    """
     where = folder / CONFIG
     config = read_config(where)
     _check(where, config)
-    found = take(read_tensors(folder / WEIGHTS), TENSORS, folder / WEIGHTS)
-    w_enc, b_enc, w_dec, b_dec = (found[name].float() for name in TENSORS)
-    plain = Plain(w_enc, b_enc, w_dec, b_dec, k=config["k"]).checked(folder / WEIGHTS)
+    tensors = take(read_tensors(folder / WEIGHTS), TENSORS, folder / WEIGHTS)
+    w_enc, b_enc, w_dec, b_dec = (tensors[name].float() for name in TENSORS)
+    plain = Plain(w_enc, b_enc, w_dec, b_dec, k=config["k"]).validate(folder / WEIGHTS)
     if config.get("d_in", plain.d_in) != plain.d_in:
         raise SettingError(f"{where}: d_in", config["d_in"], f"the weights have {plain.d_in}")
     return Loaded(plain.build(), Origin(_model(folder), _hook(folder.resolve().name)), config)
 
 
 def _check(where: Path, config: dict[str, object]) -> None:
+    """Checks all fields.
+
+    Raises: SettingError for a field that is refused or unknown, or has a value that is not read.
+    """
     for name, value in config.items():
         if name in REFUSED and value:
             raise SettingError(f"{where}: {name}", value, f"{REFUSED[name]}: it is not read")
-        known = (*HONOURED, *TRAINING, *REFUSED)
-        if name not in known:
-            remedy = f"is not known{nearest(name, known)}: delete it where it does not change what "
-            raise SettingError(f"{where}: {name}", value, f"{remedy}the SAE computes")
+        fields = (*HONOURED, *TRAINING, *REFUSED)
+        if name not in fields:
+            remedy = f"is unknown{nearest(name, fields)}: delete it if it does not change what the "
+            raise SettingError(f"{where}: {name}", value, f"{remedy}SAE computes")
     if config.get("activation", "topk") != "topk":
         remedy = "no part here takes the largest latent of each group: only topk is read"
         raise SettingError(f"{where}: activation", config["activation"], remedy)
     k = config.get("k")
     if not isinstance(k, int) or k < 1:
-        raise SettingError(f"{where}: k", k, "an SAE of sparsify needs a number from 1 on")
+        raise SettingError(f"{where}: k", k, "use a whole number of at least 1")
 
 
 def _hook(module: str) -> str:
-    """A module's name as our hook point: the output of a block, or the module's own name."""
+    """Converts a module's name to a hook point: the output of a block, or the name itself."""
     block = _BLOCK.fullmatch(module)
     return f"blocks.{block[1]}.hook_resid_post" if block else module if "." in module else ""
 
 
 def _model(folder: Path) -> str:
+    """Returns the model's name from the config.json of the run, '' if there is none."""
     run = folder.resolve().parent / "config.json"
     return str(read_config(run).get("model") or "") if run.is_file() else ""

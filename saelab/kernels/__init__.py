@@ -14,7 +14,7 @@ from saelab.kernels.functions import (
     row_norms,
     with_gradient,
 )
-from saelab.kernels.over_ranks import gather_code, of_latents, topk_over_ranks
+from saelab.kernels.over_ranks import gather_code, select_latents, topk_over_ranks
 from saelab.kernels.straight_through import gate, jump
 from saelab.kernels.table import (
     Precision,
@@ -42,9 +42,9 @@ __all__ = [
     "mean_square",
     "moments",
     "most_pairs",
-    "of_latents",
     "preactivations",
     "row_norms",
+    "select_latents",
     "selection_dtype",
     "support_above",
     "support_of_topk",

@@ -17,15 +17,15 @@ from torch import Tensor
 from saelab.kernels.eager import rows_of
 from saelab.kernels.table import kernels_for
 
-#: Above this share of possible pairs a dense code is cheaper, for codes of up to SMALL entries and
-#: for larger ones, whose gathers miss the cache. Measured where the two steps cost the same: 45% at
-#: N 256, d 192, F 1536 with one thread, 23% at N 2048, d 768, F 12288 with two.
+#: Share of all pairs above which a dense code is cheaper, for codes of up to SMALL entries and for
+#: larger ones, whose gathers miss the cache. Measured share at which both steps cost the same: 45%
+#: at N 256, d 192, F 1536 with one thread, 23% at N 2048, d 768, F 12288 with two.
 DENSEST_SMALL, DENSEST = 0.4, 0.2
 SMALL = 1 << 20
 
 
 def most_pairs(entries: int) -> int:
-    """The number of pairs above which a code of `entries` = N x F is kept dense."""
+    """Returns the number of pairs above which a code of `entries` = N x F is stored dense."""
     return int((DENSEST_SMALL if entries <= SMALL else DENSEST) * entries)
 
 
@@ -34,7 +34,7 @@ class Support:
     """Pairs (row, latent), sorted by row.
 
     Args:
-        offsets: where each row begins in `latents`; int64 [n_rows + 1].
+        offsets: positions in `latents` where the rows begin; int64 [n_rows + 1].
         latents: the latent of each pair, distinct within a row; int64 [nnz].
         d_sae: number of latents.
     """
@@ -48,10 +48,12 @@ class Support:
 
     @property
     def n_rows(self) -> int:
+        """Number of rows."""
         return self.offsets.numel() - 1
 
     @property
     def nnz(self) -> int:
+        """Number of pairs."""
         return self.latents.numel()
 
     @cached_property
@@ -66,12 +68,15 @@ class Support:
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same pairs sorted by latent: (order [nnz], rows [nnz], offsets [d_sae + 1])."""
+        """Pairs sorted by latent: (order [nnz], rows [nnz], offsets [d_sae + 1])."""
         kernels = kernels_for(self.latents.device)
         return kernels.by_latent(self.offsets, self.latents, self.d_sae)
 
     def check(self) -> None:
-        """Raises: ValueError unless offsets and latents describe distinct pairs in range."""
+        """Checks that offsets and latents describe distinct pairs in range.
+
+        Raises: ValueError when they do not.
+        """
         if self.offsets[0] != 0 or self.offsets[-1] != self.nnz or (self.offsets.diff() < 0).any():
             raise ValueError("offsets must rise from 0 to the number of pairs")
         if self.nnz and (self.latents.min() < 0 or self.latents.max() >= self.d_sae):
@@ -81,11 +86,11 @@ class Support:
 
 
 def support_above(z: Tensor, floor: Tensor | None = None) -> Support | None:
-    """The pairs with z_ni > floor_i (0 without floors), or None beyond `most_pairs`.
+    """Selects the pairs with z_ni > floor_i (0 without floors); None beyond `most_pairs`.
 
     Args:
-        z: float32 or bfloat16 [n_rows, d_sae]. Without floors a NaN may count as either; it
-            reaches the loss by the target.
+        z: float32 or bfloat16 [n_rows, d_sae]. Without floors a NaN may or may not be selected; it
+            reaches the loss through the target.
         floor: float32 [d_sae] or 0-dim, compared in float32.
     """
     if floor is not None:
@@ -95,7 +100,7 @@ def support_above(z: Tensor, floor: Tensor | None = None) -> Support | None:
 
 
 def support_of_topk(latents: Tensor, d_sae: int) -> Support:
-    """The support of k given distinct latents per row; latents int64 [n_rows, k]."""
+    """Builds the support of k given distinct latents per row; latents int64 [n_rows, k]."""
     n_rows, k = latents.shape
     offsets = torch.arange(0, n_rows * k + 1, k, device=latents.device)
     return Support(offsets, latents.flatten(), d_sae)
@@ -108,8 +113,8 @@ class Code:
     Args:
         values: float32 [nnz], or [n_rows, d_sae] when dense. Zeros are allowed (a pair inside a
             margin); only non-zero values count as active.
-        pre: the pre-activations at the same places, for losses on thresholds.
-        support: where the values stand.
+        pre: the pre-activations of the same pairs, for losses on thresholds.
+        support: the pairs of the values.
     """
 
     values: Tensor
@@ -117,7 +122,7 @@ class Code:
     support: Support | None
 
     def dense(self, n_rows: int | None = None) -> Tensor:
-        """The code as [n_rows, d_sae]; for evaluation and tests, not for the hot path."""
+        """Returns the code as [n_rows, d_sae]; for evaluation and tests, not for the hot path."""
         if self.support is None:
             return self.values
         support = self.support
@@ -136,14 +141,14 @@ class Code:
         kernels_for(sums.device).pool(self.values, self.support, cuts, sums)
 
     def weighted_sum(self, weight: Tensor) -> Tensor:
-        """sum over pairs of value * weight[latent]; weight [d_sae]; a scalar."""
+        """Computes the sum over pairs of value * weight[latent]; weight [d_sae] -> 0-dim."""
         if self.support is None:
             return (self.values @ weight).sum()
         return torch.dot(self.values, weight.index_select(0, self.support.latents))
 
     @cached_property
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Of each latent over the rows: sum of f and of f^2, each [d_sae], without gradient."""
+        """Sums over rows of f and of f^2 for each latent, each [d_sae], without gradient."""
         values = self.values.detach()
         if self.support is None:
             return values.sum(0), torch.linalg.vector_norm(values, dim=0).square_()
@@ -153,25 +158,25 @@ class Code:
 
     @cached_property
     def active(self) -> Tensor:
-        """Bool, shape of `values`: where a latent fires."""
+        """Mask of the values that are not 0; bool, in the shape of `values`."""
         return self.values.detach() != 0
 
     @property
     def firings(self) -> Tensor:
-        """How many rows each latent fires in; int64 [d_sae]."""
+        """Number of rows in which each latent fires; int64 [d_sae]."""
         return self._counts[0]
 
     @property
     def row_counts(self) -> Tensor:
-        """How many latents fire in each row; int64 [n_rows]."""
+        """Number of latents that fire in each row; int64 [n_rows]."""
         if self.support is None:
             return self.active.float().sum(1).long()  # exact, and faster than counting bools
-        so_far = torch.cat([self.active.new_zeros(1, dtype=torch.int64), self.active.cumsum(0)])
-        return so_far[self.support.offsets].diff()
+        total = torch.cat([self.active.new_zeros(1, dtype=torch.int64), self.active.cumsum(0)])
+        return total[self.support.offsets].diff()
 
     @property
     def active_pairs(self) -> int:
-        """How many pairs of a row and a latent fire."""
+        """Number of active pairs of a row and a latent."""
         return self._counts[1]
 
     @property
@@ -182,7 +187,7 @@ class Code:
 
     @cached_property
     def _counts(self) -> tuple[Tensor, int]:
-        """Firings of each latent, and of all."""
+        """Number of firings of each latent, int64 [d_sae], and of all together."""
         if self.support is None:
             firings = self.active.float().sum(0).long()
             return firings, int(firings.sum())

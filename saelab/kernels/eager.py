@@ -1,7 +1,7 @@
-"""The kernels in plain torch: the reference for the others, and the path of every device.
+"""The kernels in plain torch: the reference for the others, and a fallback on every device.
 
-Pairs (n, i) are sorted by row; `offsets` says where each row begins, `latents` names i (int64). All
-functions are without gradient; `functions.py` builds autograd on them.
+Pairs (n, i) are sorted by row: `offsets` gives the position where each row begins, `latents` the i
+of each pair (both int64). No function has a gradient; `functions.py` builds autograd on them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch.nn.functional import embedding_bag
 if TYPE_CHECKING:
     from saelab.kernels.code import Support
 
-# Torch says so at the first sampled product; tests compare that product with dense autograd.
+# Torch warns at the first sampled product; tests compare that product with dense autograd.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-#: Pairs per slice where a gather is needed (devices without a sampled product): bounds memory.
+#: Pairs that are gathered at once on devices without a sampled product: bounds memory.
 SLICE = 1 << 16
 #: Smallest norm that a row is divided by.
 SMALLEST = 1e-12
 
 
 def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] | None:
-    """The pairs with z_ni > floor_i.
+    """Selects the pairs with z_ni > floor_i.
 
     Args:
-        z: float32 or bfloat16 [N, F]. Where there are no floors a NaN may count as either.
+        z: float32 or bfloat16 [N, F]. Without floors a NaN may or may not be selected.
         floor: float32 [F], compared in float32; None for 0.
         limit: the largest number of pairs.
 
@@ -49,7 +49,7 @@ class Adaptation(NamedTuple):
         thr_t = max(base + slope * a_{t-1}, low)
         a_t   = rho * a_{t-1} + (1 - rho) * (r_t - rest)      r_t = z_t * per_sd where z_t > fire
 
-    A segment begins with a = 0. `margin` is how far below thr a pair is still taken.
+    A segment begins with a = 0. A pair is still selected if it lies less than `margin` below thr.
     """
 
     base: Tensor
@@ -63,20 +63,20 @@ class Adaptation(NamedTuple):
 
 
 def drive(z: Tensor, rule: Adaptation) -> Tensor:
-    """r of `Adaptation`; [N, F] -> [N, F] in the rule's dtype."""
+    """Computes r of `Adaptation`; [N, F] -> [N, F] in the rule's dtype."""
     z = z.to(rule.rho.dtype)
     return torch.where(z > rule.fire, z * rule.per_sd, z.new_zeros(()))
 
 
 def trace(z: Tensor, rule: Adaptation, starts: Tensor, drivers: Tensor) -> tuple[Tensor, Tensor]:
-    """The trace before each row, and its derivative to rho.
+    """Computes the trace before each row and its derivative to rho.
 
     Args:
         z: [N, F].
         rule: of the thresholds.
-        starts: int64 [m + 1], rising from 0 to N: where each segment begins, and N.
-        drivers: int64 [m], the segment whose z drives the trace of each segment; where that one is
-            shorter the trace only decays.
+        starts: int64 [m + 1], rising from 0 to N: the first row of each segment, and N.
+        drivers: int64 [m], the segment whose z drives the trace of each segment; past the end of a
+            shorter driver the trace only decays.
 
     Returns: a and da / drho, each [N, F] in the rule's dtype.
     """
@@ -84,8 +84,8 @@ def trace(z: Tensor, rule: Adaptation, starts: Tensor, drivers: Tensor) -> tuple
     a, slope = torch.zeros_like(centred), torch.zeros_like(centred)
     first, lengths = starts[:-1], starts.diff()
     for t in range(1, int(lengths.max()) if len(lengths) else 0):
-        here = (lengths > t).nonzero().flatten()
-        now, source = first[here] + t, drivers[here]
+        running = (lengths > t).nonzero().flatten()
+        now, source = first[running] + t, drivers[running]
         driven = (lengths[source] >= t).unsqueeze(1)
         r = centred[(first[source] + t - 1).clamp_max(len(z) - 1)] * driven
         slope[now] = a[now - 1] + rule.rho * slope[now - 1] - r
@@ -94,15 +94,15 @@ def trace(z: Tensor, rule: Adaptation, starts: Tensor, drivers: Tensor) -> tuple
 
 
 def moments(z: Tensor, rule: Adaptation) -> Tensor:
-    """Sums over rows of z, z^2 and the drive; [N, F] -> [3, F]."""
+    """Computes the sums over rows of z, z^2 and the drive; [N, F] -> [3, F]."""
     wide = z.to(rule.rho.dtype)
     return torch.stack([wide.sum(0), wide.square().sum(0), drive(z, rule).sum(0)])
 
 
-def traced(
+def trace_above(
     z: Tensor, rule: Adaptation, starts: Tensor, drivers: Tensor, limit: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """The pairs above an adapting threshold less its margin; arguments as for `trace`.
+    """Selects the pairs above an adapting threshold less its margin; arguments as for `trace`.
 
     Args:
         limit: the largest number of pairs.
@@ -121,7 +121,8 @@ def traced(
 
 
 def topk(z: Tensor, k: int) -> Tensor:
-    """The k largest of each row, rising by latent; float32 or bfloat16 [N, F] -> int64 [N, k].
+    """Selects the k largest of each row, by rising latent; z [N, F], float32 or
+    bfloat16, -> int64 [N, k].
 
     Ties at the k-th place go to any of the equal values; `native` takes the lower index.
     """
@@ -129,13 +130,13 @@ def topk(z: Tensor, k: int) -> Tensor:
 
 
 def kth_largest(z: Tensor, rank: int) -> float:
-    """The rank-th largest of all values, or 0 when it is negative; z float32 or bfloat16."""
+    """Returns the rank-th largest of all values, or 0 if it is negative; z float32 or bfloat16."""
     flat = z.flatten()
     return max(0.0, float(torch.kthvalue(flat, flat.numel() - rank + 1).values))
 
 
 def by_latent(offsets: Tensor, latents: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The pairs sorted by latent, rows rising: (order [nnz], rows [nnz], offsets [F + 1])."""
+    """Sorts the pairs by latent, rows rising: (order [nnz], rows [nnz], offsets [F + 1])."""
     order = torch.argsort(latents, stable=True)
     starts = latents.new_zeros(d_sae + 1)
     torch.cumsum(torch.bincount(latents, minlength=d_sae), 0, out=starts[1:])
@@ -143,19 +144,20 @@ def by_latent(offsets: Tensor, latents: Tensor, d_sae: int) -> tuple[Tensor, Ten
 
 
 def rows_of(offsets: Tensor, nnz: int) -> Tensor:
-    """The row of each pair; int64 [nnz]."""
+    """Returns the row of each pair; int64 [nnz]."""
     index = torch.arange(offsets.numel() - 1, device=offsets.device)
     return index.repeat_interleave(offsets.diff(), output_size=nnz)
 
 
 def firings(values: Tensor, support: Support) -> tuple[Tensor, int]:
-    """In how many rows each latent's value is not 0, int64 [F], and their sum; values [nnz]."""
+    """Counts the rows in which each latent's value is not 0, int64 [F], and all such pairs; values
+    [nnz]."""
     active = values != 0
     return torch.bincount(support.latents[active], minlength=support.d_sae), int(active.sum())
 
 
 def encode(u: Tensor, w: Tensor, bias: Tensor | None, support: Support) -> Tensor:
-    """z_ni = <u_n, w_i> + bias_i for every pair; u [N, d], w [F, d], bias [F] -> [nnz]."""
+    """Computes z_ni = <u_n, w_i> + bias_i of every pair; u [N, d], w [F, d], bias [F] -> [nnz]."""
     latents = support.latents
     if u.device.type == "cpu" and torch.backends.mkl.is_available() and support.nnz:
         pattern = torch.sparse_csr_tensor(
@@ -176,27 +178,27 @@ def encode(u: Tensor, w: Tensor, bias: Tensor | None, support: Support) -> Tenso
 
 
 def encode_backward(g: Tensor, u: Tensor, support: Support) -> tuple[Tensor, Tensor]:
-    """sum_n g_ni u_n and sum_n g_ni; g [nnz], u [N, d] -> ([F, d], [F])."""
+    """Computes sum_n g_ni u_n and sum_n g_ni; g [nnz], u [N, d] -> ([F, d], [F])."""
     order, rows, starts = support.by_latent
     g_b = g.new_zeros(support.d_sae).index_add_(0, support.latents, g)
     return _bags(g[order], rows, starts, u), g_b
 
 
 def decode(values: Tensor, w: Tensor, support: Support) -> Tensor:
-    """y_n = sum_i values_ni w_i; values [nnz], w [F, d] -> [N, d]."""
+    """Computes y_n = sum_i values_ni w_i; values [nnz], w [F, d] -> [N, d]."""
     return _bags(values, support.latents, support.offsets, w)
 
 
 def decode_backward(
     g: Tensor, values: Tensor, w: Tensor, support: Support, shares: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """<g_n, w_i> for every pair and sum_n values_ni g_n + shares_i w_i.
+    """Computes <g_n, w_i> of every pair, and sum_n values_ni g_n + shares_i w_i.
 
     Args:
         g: [N, d].
         values: [nnz].
         w: [F, d].
-        shares: [F], or None for none.
+        shares: [F]; None leaves the second term out.
 
     Returns: ([nnz], [F, d]).
     """
@@ -211,9 +213,9 @@ def pool(values: Tensor, support: Support, cuts: Tensor, sums: Tensor) -> None:
     """Adds the values of the rows cuts[s] to cuts[s + 1] to sums[s] [segments, F], in place."""
     bounds = support.offsets[cuts]
     segment = rows_of(bounds, int(bounds[-1] - bounds[0]))
-    here = slice(int(bounds[0]), int(bounds[-1]))
-    places = torch.add(support.latents[here], segment, alpha=support.d_sae)
-    sums.view(-1).index_add_(0, places, values[here])
+    pairs = slice(int(bounds[0]), int(bounds[-1]))
+    places = torch.add(support.latents[pairs], segment, alpha=support.d_sae)
+    sums.view(-1).index_add_(0, places, values[pairs])
 
 
 def project_out(g: Tensor, w: Tensor) -> None:
@@ -227,13 +229,13 @@ def normalise(w: Tensor) -> None:
 
 
 def gram_product(z: Tensor, weights: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Z v and Z^T (weights * Z v); z [n, k], weights [n], v [k] -> ([n], [k])."""
+    """Computes Z v and Z^T (weights * Z v); z [n, k], weights [n], v [k] -> ([n], [k])."""
     along = z @ v
     return along, (weights * along) @ z
 
 
 def _bags(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
-    """Per bag the weighted sum of rows of `table`; weights, index [nnz] -> [bags, d]."""
+    """Sums weighted rows of `table` in each bag; weights and index [nnz] -> [bags, d]."""
     if not index.numel():
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
     return embedding_bag(

@@ -1,4 +1,4 @@
-"""Sparse encode and decode with their gradients, on the kernels of the tensors' device.
+"""Sparse encode and decode with gradients, computed by the kernels of the tensors' device.
 
 With the support S of a code (pairs n, i), encoder input u [N, d], W_enc and W_dec [F, d]:
 
@@ -8,7 +8,7 @@ With the support S of a code (pairs n, i), encoder input u [N, d], W_enc and W_d
              dW_dec_i = sum_n f_ni g_n,   df_ni = <g_n, W_dec_i>
 
 Every sum runs over S only: O(nnz * d) instead of O(N * d * F). Only the selection of S needs all
-pre-activations (one GEMM). Both weight gradients use the one index sorted by latent.
+pre-activations (one GEMM). Both weight gradients use the same index, sorted by latent.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 from saelab.kernels.code import Support
 from saelab.kernels.table import kernels_for
 
-#: Smallest norm that is divided by: a zero row has the gradient 0.
+#: Smallest norm that is divided by, so that a zero row has the gradient 0.
 TINY = 1e-30
 
 
 def preactivations(u: Tensor, w_enc: Tensor, b_enc: Tensor, dtype: torch.dtype) -> Tensor:
-    """All pre-activations for the selection, without gradient.
+    """Computes all pre-activations for the selection, without gradient.
 
     Args:
         u: encoder input, float32 [N, d].
@@ -41,6 +41,8 @@ def preactivations(u: Tensor, w_enc: Tensor, b_enc: Tensor, dtype: torch.dtype) 
 
 
 class _EncodeAt(torch.autograd.Function):
+    """Pre-activations at a support."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -76,6 +78,8 @@ class _EncodeAt(torch.autograd.Function):
 
 
 class _EncodeAll(torch.autograd.Function):
+    """All pre-activations."""
+
     @staticmethod
     def forward(ctx: Any, u: Tensor, w_enc: Tensor, b_enc: Tensor, centre: Tensor | None) -> Tensor:
         ctx.save_for_backward(u, w_enc)
@@ -96,6 +100,8 @@ class _EncodeAll(torch.autograd.Function):
 
 
 class _Decode(torch.autograd.Function):
+    """Weighted sums of decoder rows, and the norms of these rows if they are given."""
+
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, w_dec: Tensor, support: Support, norms: Tensor | None
@@ -113,9 +119,9 @@ class _Decode(torch.autograd.Function):
         if g is None:
             return None, None if shares is None else w_dec * shares[:, None], None, None
         kernels = kernels_for(w_dec.device)
-        found = kernels.decode_backward(g.contiguous(), values, w_dec, ctx.support, shares)
+        g_values, g_w = kernels.decode_backward(g.contiguous(), values, w_dec, ctx.support, shares)
         needs_values, needs_w = ctx.needs_input_grad[:2]
-        return found[0] if needs_values else None, found[1] if needs_w else None, None, None
+        return g_values if needs_values else None, g_w if needs_w else None, None, None
 
 
 def encode_at(
@@ -126,34 +132,36 @@ def encode_at(
     z: Tensor | None = None,
     centre: Tensor | None = None,
 ) -> Tensor:
-    """Pre-activations at the support, float32 [nnz], with gradients to u, W_enc and b_enc.
+    """Computes pre-activations at the support, float32 [nnz], with gradients to u, W_enc and b_enc.
 
     Args:
-        z: [N, F], saves the products when it has them in u's dtype already (float32 mode).
-        centre: [d], where u is x - centre without a gradient of its own: the centre's gradient is
+        z: [N, F]; if it has u's dtype (float32 mode), its entries are used instead of new products.
+        centre: [d], if u is x - centre, detached: the gradient of the centre is then
             -(sum_n g_n) W_enc, one product with W_enc instead of a gather.
     """
     return _EncodeAt.apply(u, w_enc, b_enc, centre, support, z)  # type: ignore[return-value]
 
 
 def encode_all(u: Tensor, w_enc: Tensor, b_enc: Tensor, centre: Tensor | None = None) -> Tensor:
-    """All pre-activations, float32 [N, F]; gradients and `centre` as in `encode_at`."""
+    """Computes all pre-activations, float32 [N, F]; gradients and `centre` as in `encode_at`."""
     return _EncodeAll.apply(u, w_enc, b_enc, centre)  # type: ignore[return-value]
 
 
 def decode_at(values: Tensor, w_dec: Tensor, support: Support) -> Tensor:
-    """Weighted sums of decoder rows, [N, d], with gradients to values and W_dec."""
+    """Computes weighted sums of decoder rows, [N, d], with gradients to values and W_dec."""
     return _Decode.apply(values, w_dec, support, None)[0]  # type: ignore[index]
 
 
 def decode_with_norms(values: Tensor, w_dec: Tensor, support: Support) -> tuple[Tensor, Tensor]:
-    """As `decode_at`, and the norms of the decoder's rows [F], whose gradient to W_dec costs no
-    pass of its own. A zero row gets none from its norm."""
+    """Computes `decode_at` and the norms of the decoder rows [F], whose gradient to W_dec needs no
+    further pass over it. A zero row gets no gradient from its norm."""
     norms = torch.linalg.vector_norm(w_dec.detach(), dim=1)
     return _Decode.apply(values, w_dec, support, norms)  # type: ignore[return-value]
 
 
 class _MeanSquare(torch.autograd.Function):
+    """The mean squared difference of two tensors."""
+
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         difference = a - b
@@ -170,11 +178,13 @@ class _MeanSquare(torch.autograd.Function):
 
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:
-    """mean |a - b|^2 over all entries of two tensors of one shape, in few passes over them."""
+    """Computes the mean of (a - b)^2 over all entries; a and b have one shape."""
     return _MeanSquare.apply(a, b)  # type: ignore[return-value]
 
 
-class _Known(torch.autograd.Function):
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradient was computed together with it."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
@@ -187,11 +197,13 @@ class _Known(torch.autograd.Function):
 
 
 def with_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    """The 0-dim `value` as a function of x whose gradient, of the shape of x, is known already."""
-    return _Known.apply(x, value, gradient)  # type: ignore[return-value]
+    """Returns the 0-dim `value` as a function of x with the given gradient, of the shape of x."""
+    return _WithGradient.apply(x, value, gradient)  # type: ignore[return-value]
 
 
 class _RowNorms(torch.autograd.Function):
+    """Norms of the rows of a matrix."""
+
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(w, dim=1)
@@ -206,5 +218,6 @@ class _RowNorms(torch.autograd.Function):
 
 
 def row_norms(w: Tensor) -> Tensor:
-    """|w_i| of each row, [F, d] -> [F]; its gradient in one pass over w, and 0 at a zero row."""
+    """Computes |w_i| of each row, [F, d] -> [F]; the gradient takes one pass over w, and is 0 at a
+    zero row."""
     return _RowNorms.apply(w)  # type: ignore[return-value]

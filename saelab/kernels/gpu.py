@@ -1,10 +1,10 @@
-"""The kernels for GPUs, in Triton; imported by `table` only, where Triton can be imported.
+"""The kernels for GPUs, in Triton; imported only by `table`, and only if Triton is installed.
 
 Checked against `eager` in Triton's interpreter and compiled for sm_80 and sm_90; not yet run on a
-GPU. Each output element is made by one program in a fixed order, without atomics, so that the same
-tensors give the same bits; tile sizes follow from the shapes, never from a timing. Values are
-float32 and are added in float32; other dtypes go to `eager`, and so does whatever is already exact
-and fast in torch: the selections and the counts.
+GPU. Each output element is computed by one program in a fixed order, without atomics, so that the
+same tensors give the same bits; tile sizes follow from the shapes, never from a timing. Values are
+float32 and are added in float32. Other dtypes are left to `eager`, and so are the selections and
+the counts, which are already exact and fast in torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from saelab.kernels.eager import (
     normalise,
     project_out,
     topk,
-    traced,
+    trace_above,
 )
 
 if TYPE_CHECKING:
@@ -47,22 +47,22 @@ __all__ = [
     "pool",
     "project_out",
     "topk",
-    "traced",
-    "why_not",
+    "trace_above",
+    "unavailable_reason",
 ]
 
-#: Pairs that a program gathers at once, the widest piece of their rows, and latents pooled at once.
+#: Pairs that a program gathers at once, the most columns of their rows, and latents pooled at once.
 #: Our choice, not tuned on a GPU: 16 floats of a tile per thread at Triton's four warps.
 PAIRS, WIDEST, LATENTS = 8, 256, 128
 
 
-def why_not() -> str:
-    """Why Triton can't start kernels here, '' where it can: it needs a driver and a C compiler."""
+def unavailable_reason() -> str:
+    """Returns why Triton can't start kernels, '' if it can: it needs a driver and a C compiler."""
     if knobs.runtime.interpret:
         return ""
     try:
         triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # whatever the driver, the compiler or the loader raises
+    except Exception as error:  # driver, compiler and loader may raise anything
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -71,13 +71,14 @@ def why_not() -> str:
 def _bags_kernel(
     weights, order, index, offsets, table, out, totals, d, PAIRS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """One piece of out[bag] = sum_j weights[order[j]] * table[index[j]], and sum_j of the weights.
+    """Computes WIDTH columns of out[bag] = sum_j weights[order[j]] * table[index[j]], and the sum
+    of the weights.
 
-    Without `order` the weights are in the order of the pairs; without `totals` none is stored.
+    Without `order` the weights are in the order of the pairs; without `totals` no sum is stored.
     """
     bag = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    wanted = columns < d
+    valid = columns < d
     end = tl.load(offsets + bag + 1)
     parts = tl.zeros([PAIRS, WIDTH], tl.float32)
     weight_parts = tl.zeros([PAIRS], tl.float32)
@@ -89,12 +90,12 @@ def _bags_kernel(
         weight = tl.load(weights + place, mask=exists, other=0.0)
         piece = tl.load(
             table + row[:, None] * d + columns[None, :],
-            mask=exists[:, None] & wanted[None, :],
+            mask=exists[:, None] & valid[None, :],
             other=0.0,
         )
         parts += weight[:, None] * piece
         weight_parts += weight
-    tl.store(out + bag * d + columns, tl.sum(parts, axis=0), mask=wanted)
+    tl.store(out + bag * d + columns, tl.sum(parts, axis=0), mask=valid)
     if totals is not None and tl.program_id(1) == 0:
         tl.store(totals + bag, tl.sum(weight_parts, axis=0))
 
@@ -103,7 +104,7 @@ def _bags_kernel(
 def _products_kernel(
     u, w, bias, rows, latents, out, nnz, d, PAIRS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """out[j] = <u[rows[j]], w[latents[j]]>, plus bias[latents[j]] if there is one; PAIRS pairs."""
+    """Computes PAIRS times out[j] = <u[rows[j]], w[latents[j]]>, plus bias[latents[j]] if given."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     exists = pair < nnz
     row = tl.load(rows + pair, mask=exists, other=0)
@@ -111,9 +112,9 @@ def _products_kernel(
     parts = tl.zeros([PAIRS, WIDTH], tl.float32)
     for start in range(0, d, WIDTH):
         columns = start + tl.arange(0, WIDTH)
-        wanted = exists[:, None] & (columns < d)[None, :]
-        one = tl.load(u + row[:, None] * d + columns[None, :], mask=wanted, other=0.0)
-        other = tl.load(w + latent[:, None] * d + columns[None, :], mask=wanted, other=0.0)
+        valid = exists[:, None] & (columns < d)[None, :]
+        one = tl.load(u + row[:, None] * d + columns[None, :], mask=valid, other=0.0)
+        other = tl.load(w + latent[:, None] * d + columns[None, :], mask=valid, other=0.0)
         parts += one * other
     products = tl.sum(parts, axis=1)
     if bias is not None:
@@ -123,8 +124,8 @@ def _products_kernel(
 
 @triton.jit
 def _pool_kernel(values, order, bounds, sums, d_sae, LATENTS: tl.constexpr):
-    """Adds to one segment's sums, for LATENTS latents, values[order[j]] of the pairs that
-    bounds[segment] and bounds[segment + 1] enclose for each latent."""
+    """Adds to one segment's sums, for LATENTS latents, values[order[j]] of the pairs between
+    bounds[segment] and bounds[segment + 1] of each latent."""
     segment = tl.program_id(0).to(tl.int64)
     latent = tl.program_id(1) * LATENTS + tl.arange(0, LATENTS)
     exists = latent < d_sae
@@ -133,15 +134,15 @@ def _pool_kernel(values, order, bounds, sums, d_sae, LATENTS: tl.constexpr):
     end = tl.load(bounds + place + d_sae, mask=exists, other=0)
     total = tl.load(sums + place, mask=exists, other=0.0)
     for _ in range(tl.max(end - pair, axis=0)):
-        left = pair < end
-        value = tl.load(values + tl.load(order + pair, mask=left, other=0), mask=left, other=0.0)
+        more = pair < end
+        value = tl.load(values + tl.load(order + pair, mask=more, other=0), mask=more, other=0.0)
         total += value
         pair += 1
     tl.store(sums + place, total, mask=exists)
 
 
 def encode(u: Tensor, w: Tensor, bias: Tensor | None, support: Support) -> Tensor:
-    """As `eager.encode`."""
+    """Computes `eager.encode`."""
     if u.dtype != torch.float32:
         return eager.encode(u, w, bias, support)
     out = u.new_empty(support.nnz)
@@ -157,7 +158,7 @@ def encode(u: Tensor, w: Tensor, bias: Tensor | None, support: Support) -> Tenso
 
 
 def encode_backward(g: Tensor, u: Tensor, support: Support) -> tuple[Tensor, Tensor]:
-    """As `eager.encode_backward`, both from one read of g."""
+    """Computes `eager.encode_backward`, both results from one read of g."""
     if u.dtype != torch.float32:
         return eager.encode_backward(g, u, support)
     order, rows, starts = support.by_latent
@@ -166,7 +167,7 @@ def encode_backward(g: Tensor, u: Tensor, support: Support) -> tuple[Tensor, Ten
 
 
 def decode(values: Tensor, w: Tensor, support: Support) -> Tensor:
-    """As `eager.decode`."""
+    """Computes `eager.decode`."""
     if w.dtype != torch.float32:
         return eager.decode(values, w, support)
     return _bags(values, None, support.latents, support.offsets, w)
@@ -175,7 +176,7 @@ def decode(values: Tensor, w: Tensor, support: Support) -> Tensor:
 def decode_backward(
     g: Tensor, values: Tensor, w: Tensor, support: Support, shares: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `eager.decode_backward`."""
+    """Computes `eager.decode_backward`."""
     if w.dtype != torch.float32:
         return eager.decode_backward(g, values, w, support, shares)
     order, rows, starts = support.by_latent
@@ -187,7 +188,7 @@ def decode_backward(
 
 
 def pool(values: Tensor, support: Support, cuts: Tensor, sums: Tensor) -> None:
-    """As `eager.pool`, latent by latent, where torch would add in no fixed order."""
+    """Computes `eager.pool` latent by latent, because torch would add in no fixed order."""
     if values.dtype != torch.float32 or not sums.is_contiguous():
         eager.pool(values, support, cuts, sums)
         return
@@ -211,9 +212,17 @@ def _bags(
     table: Tensor,
     totals: Tensor | None = None,
 ) -> Tensor:
-    """Per bag the weighted sum of rows of `table`; index [nnz], weights [nnz] in their own order.
+    """Computes the weighted sum of rows of `table` in each bag.
 
-    Returns: [bags, d]; fills `totals` [bags] with the sums of the weights.
+    Args:
+        weights: [nnz], in the order of the pairs; `order` sorts them like `index`.
+        order: int64 [nnz]; None if the weights are already sorted.
+        index: rows of `table`, int64 [nnz], sorted by bag.
+        offsets: positions where the bags begin, int64 [bags + 1].
+        table: [rows, d].
+        totals: [bags], filled with the sums of the weights.
+
+    Returns: [bags, d].
     """
     weights, table = weights.contiguous(), table.contiguous()
     bags, d = offsets.numel() - 1, table.shape[1]
@@ -233,9 +242,10 @@ def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **tiles: int) ->
 
 
 def _width(d: int) -> int:
-    """Columns of a tile: a power of two, as Triton's tiles must be."""
+    """Returns the columns of a tile: a power of two, as Triton requires."""
     return min(WIDEST, 1 << (d - 1).bit_length())
 
 
 def _tiles(length: int, size: int) -> int:
+    """Returns how many tiles of `size` cover `length`."""
     return -(-length // size)

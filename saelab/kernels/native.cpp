@@ -1,9 +1,10 @@
 // Sparse kernels for CPUs; native.py compiles this file and loads it with ctypes.
 //
-// Every function computes what its namesake in eager.py computes. Tensors are contiguous and
-// row-major; each output element is made by one thread in a fixed order, so that the bits do not
-// depend on the number of threads. Memory access dominates: rows are gathered once, whole, and the
-// next row is prefetched while the present one is worked on.
+// Every function computes what the function of the same name in eager.py computes (`traced` is
+// `trace_above` there, `combine` is `decode`). Tensors are contiguous and row-major. Each output
+// element is computed by one thread in a fixed order, so that the bits do not depend on the number
+// of threads. Memory access dominates: rows are gathered once, as a whole, and the next row is
+// prefetched while the current one is processed.
 
 #include <algorithm>
 #include <cmath>
@@ -23,7 +24,7 @@
 namespace {
 
 using i64 = std::int64_t;
-constexpr i64 WIDE = 16;  // floats of a vector register
+constexpr i64 WIDE = 16;  // floats in a vector register
 constexpr i64 BLOCK = 64;  // values compared at once
 
 typedef float Vec __attribute__((vector_size(WIDE * sizeof(float)), aligned(4)));
@@ -43,8 +44,8 @@ inline float sum(Vec v) {
 
 // ---------------------------------------------------------------- gathers
 //
-// A strip is V vectors of every row: few enough that sums and one row stay in registers. A row of d
-// floats is worked through in strips, then in single floats.
+// A strip is V vectors of every row: few enough that the sums and one row stay in registers. A row
+// of d floats is processed in strips, and the rest float by float.
 
 constexpr int WIDEST = 12;
 
@@ -52,7 +53,7 @@ inline void prefetch(const float* row, int vectors) {
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(row + v * WIDE, 0, 3);
 }
 
-// Calls work(width, start) for each strip of d floats: width vectors from start, or 0 for one float.
+// Calls work(width, start) for each strip of d floats: width vectors from start; 0 means one float.
 template <typename Work>
 inline void strips(i64 d, Work work) {
     i64 at = 0;
@@ -64,7 +65,8 @@ inline void strips(i64 d, Work work) {
     for (; at < d; ++at) work(0, at);
 }
 
-// Turns a width known at run time into a template argument: run(integral_constant<int, width>).
+// Turns a width that is known at run time into a template argument: calls
+// run(integral_constant<int, width>).
 template <int V = WIDEST, typename Run>
 inline void with_width(int width, Run run) {
     if constexpr (V > 0) {
@@ -75,7 +77,7 @@ inline void with_width(int width, Run run) {
     }
 }
 
-// out = sum_j weight(j) * table[index[j]] over one strip of a bag.
+// Computes out = sum_j weight(j) * table[index[j]] over one strip of a bag.
 template <int V, typename Weight>
 inline void gather_strip(Weight weight, const i64* index, i64 begin, i64 end, const float* table,
                          i64 d, float* out) {
@@ -104,8 +106,8 @@ void gather(Weight weight, const i64* index, i64 begin, i64 end, const float* ta
     });
 }
 
-// For one latent: products[order[j]] += <a[rows[j]], w> over one strip and, if wanted, the sum
-// share * w + sum_j values[order[j]] * a[rows[j]]; both from one read of a.
+// Computes, for one latent and over one strip, products[order[j]] += <a[rows[j]], w> and, if
+// WithSum, the sum share * w + sum_j values[order[j]] * a[rows[j]]; both from one read of a.
 template <int V, bool WithSum>
 inline void product_strip(const float* a, i64 d, const float* w, const float* values,
                           const i64* order, const i64* rows, i64 begin, i64 end, float* products,
@@ -162,7 +164,7 @@ inline float row_dot(const float* a, const float* b, i64 d) {
     return sum(even + odd) + rest;
 }
 
-// y += scale * x
+// Computes y += scale * x.
 inline void add_scaled(float scale, const float* x, float* y, i64 d) {
     i64 i = 0;
     for (; i + WIDE <= d; i += WIDE) store(y + i, load(y + i) + scale * load(x + i));
@@ -171,7 +173,7 @@ inline void add_scaled(float scale, const float* x, float* y, i64 d) {
 
 constexpr int TOGETHER = 4;  // rows that share each read of v and of the sum
 
-// along[r] = <x[r], v> for R rows.
+// Computes along[r] = <x[r], v> for R rows.
 template <int R>
 inline void products_of_rows(const float* x, const float* v, i64 d, float* along) {
     Vec sums[R] = {};
@@ -186,7 +188,7 @@ inline void products_of_rows(const float* x, const float* v, i64 d, float* along
     for (int r = 0; r < R; ++r) along[r] = sum(sums[r]) + rest[r];
 }
 
-// y += sum_r weights[r] * along[r] * x[r] over R rows.
+// Computes y += sum_r weights[r] * along[r] * x[r] over R rows.
 template <int R>
 inline void add_rows(const float* x, const float* weights, const float* along, i64 d, float* y) {
     float scale[R];
@@ -201,7 +203,7 @@ inline void add_rows(const float* x, const float* weights, const float* along, i
         for (int r = 0; r < R; ++r) y[i] += scale[r] * x[r * d + i];
 }
 
-// y[rows[j]] += values[order[j]] * w for the pairs of one latent.
+// Computes y[rows[j]] += values[order[j]] * w for the pairs of one latent.
 inline void scatter_latent(const float* w, const float* values, const i64* order, const i64* rows,
                            i64 begin, i64 end, i64 d, float* y) {
     for (i64 j = begin; j < end; ++j) add_scaled(values[order[j]], w, y + rows[j] * d, d);
@@ -217,7 +219,7 @@ inline float widen(std::uint16_t z) {
     return out;
 }
 
-// One bit for each of 64 flags that are 0 or 1.
+// Packs 64 flags that are 0 or 1 into one bit each.
 inline std::uint64_t bits_of(const std::uint8_t* flag) {
 #ifdef __AVX512BW__
     return _mm512_test_epi8_mask(_mm512_load_si512(flag), _mm512_set1_epi8(1));
@@ -232,7 +234,8 @@ inline std::uint64_t bits_of(const std::uint8_t* flag) {
 #endif
 }
 
-// Calls found(i) for every i in [0, n) with above(i), in rising order; `above` is vectorised.
+// Calls found(i) for every i in [0, n) for which above(i) is true, in rising order; `above` is
+// vectorised.
 template <typename Above, typename Found>
 inline void scan(i64 n, Above above, Found found) {
     alignas(64) std::uint8_t flag[BLOCK];
@@ -247,7 +250,7 @@ inline void scan(i64 n, Above above, Found found) {
     }
 }
 
-// Larger keys are larger values; NaN is above all.
+// Maps values to integers of the same order; NaN is larger than all numbers.
 inline std::int32_t key(float z) {
     std::int32_t bits;
     std::memcpy(&bits, &z, sizeof bits);
@@ -265,7 +268,7 @@ struct Scratch {
     std::vector<i64> places;
 };
 
-// The k largest of one row, ties to the lower index, in rising order of index.
+// Writes the indices of the k largest of one row in rising order; ties go to the lower index.
 template <typename T>
 void topk_row(const T* z, i64 n, i64 k, i64* out, Scratch<T>& s) {
     using Key = typename Scratch<T>::Key;
@@ -305,7 +308,7 @@ void topk_row(const T* z, i64 n, i64 k, i64* out, Scratch<T>& s) {
     }
 }
 
-// The bit pattern of a positive value, which rises with it; 0 for anything else.
+// Returns the bit pattern of a positive value, which rises with the value; 0 for anything else.
 inline std::uint32_t pattern(float z) {
     std::uint32_t bits;
     std::memcpy(&bits, &z, sizeof bits);
@@ -315,8 +318,8 @@ inline std::uint32_t pattern(std::uint16_t z) { return z < 0x8000 ? std::uint32_
 
 constexpr i64 BINS = 1 << 15;  // upper halves of the patterns of positive floats
 
-// Counts the positive values by the upper half of their pattern or, given `upper`, by the lower
-// half of those that have this upper one. Values with a pattern below `least` are passed over.
+// Counts positive values by the upper half of their pattern. If `upper` is given, counts only those
+// with this upper half, by their lower half. Patterns below `least` are skipped.
 template <typename T>
 std::vector<i64> histogram(const T* z, i64 n, std::uint32_t least, i64 upper, int threads) {
     const i64 bins = upper < 0 ? BINS : 2 * BINS;
@@ -342,7 +345,7 @@ std::vector<i64> histogram(const T* z, i64 n, std::uint32_t least, i64 upper, in
     return counts;
 }
 
-// The bin that holds the rank-th value from above, or 0; rank becomes the one within the bin.
+// Returns the bin that holds the rank-th largest value, or 0; rank becomes the rank in that bin.
 inline i64 bin_of(const std::vector<i64>& counts, i64& rank) {
     for (i64 bin = static_cast<i64>(counts.size()) - 1; bin > 0; --bin) {
         if (counts[bin] >= rank) return bin;
@@ -353,8 +356,8 @@ inline i64 bin_of(const std::vector<i64>& counts, i64& rank) {
 
 template <typename T>
 float kth_largest(const T* z, i64 n, i64 rank, int threads) {
-    // A part of the values tells below which pattern nothing need be counted; if it misleads, all
-    // are counted.
+    // A sample of the values gives a pattern below which nothing need be counted; if the sample
+    // misleads, all values are counted.
     std::uint32_t least = 1;
     i64 expected = rank / 16 * 2 + 64;
     if (n / 16 > expected) {
@@ -377,14 +380,14 @@ float kth_largest(const T* z, i64 n, i64 rank, int threads) {
     return out;
 }
 
-// Whether a pre-activation lies above its latent's floor, or above 0 where there are no floors.
+// Returns whether a pre-activation lies above its latent's floor, or above 0 without floors.
 inline bool passes(float z, const float* floor, i64 i) { return z > floor[i]; }
 inline bool passes(std::uint16_t z, const float* floor, i64 i) { return widen(z) > floor[i]; }
 inline bool passes(float z) { return z > 0; }
 inline bool passes(std::uint16_t z) { return static_cast<std::int16_t>(z) > 0; }  // same sign
 
-// Appends the latents of rows [first, last) to `latents` as far as there is room; returns how many
-// there are and leaves in offsets[n + 1] how many there are up to row n.
+// Writes the latents of rows [first, last) to `latents` as far as there is room. Returns the number
+// of pairs; offsets[n + 1] becomes their number up to and including row n.
 template <typename T>
 i64 above_rows(const T* z, const float* floor, i64 first, i64 last, i64 d_sae, i64 room,
                i64* offsets, i64* latents) {
@@ -404,8 +407,8 @@ i64 above_rows(const T* z, const float* floor, i64 first, i64 last, i64 d_sae, i
     return count;
 }
 
-// Each thread fills its own part of `latents`; the parts are then moved together. Returns how many
-// pairs there are; beyond `room` the latents are left undefined.
+// Each thread fills its own part of `latents`; the parts are then moved together. Returns the number
+// of pairs; if it exceeds `room`, the latents are undefined.
 template <typename T>
 i64 above(const T* z, const float* floor, i64 rows, i64 d_sae, i64 room, int threads,
           i64* offsets, i64* latents) {
@@ -435,7 +438,7 @@ i64 above(const T* z, const float* floor, i64 rows, i64 d_sae, i64 room, int thr
 
 // ---------------------------------------------------------------- adapting thresholds
 
-// Per latent, in the order of eager.Adaptation's fields.
+// The fields of eager.Adaptation, in its order; each has one value per latent.
 struct Rule {
     const float *base, *slope, *low, *margin, *fire, *per_sd, *rest, *rho;
 };
@@ -445,8 +448,8 @@ Rule rule_of(const float* rules, i64 d_sae) {
     return {row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
 }
 
-// Pairs of one range of latents: row by row, with the trace and its derivative before the row.
-// There is room for some; those beyond it are only counted.
+// The pairs of a range of latents, row by row, with the trace and its derivative before the row.
+// Pairs beyond `room` are only counted.
 struct Traced {
     i64 room, *ends, *latents;
     float *trace, *slope;
@@ -470,7 +473,7 @@ __attribute__((noinline)) void add_moments(const T* __restrict z, const Rule& ru
     }
 }
 
-// One position of the trace and of its derivative; weight 0 lets the trace decay.
+// Advances the trace and its derivative by one position; with weight 0 the trace only decays.
 template <typename T>
 __attribute__((noinline)) void advance(const T* __restrict z, const Rule& rule, float weight, i64 first, i64 last,
              float* __restrict a, float* __restrict s) {
@@ -481,8 +484,8 @@ __attribute__((noinline)) void advance(const T* __restrict z, const Rule& rule, 
     }
 }
 
-// All segments for the latents [first, last); moments are sums of z, z^2 and the drive.
-// Returns how many pairs there are; out.ends[n] is how many up to and with row n.
+// Processes all segments for the latents [first, last); moments are sums of z, z^2 and the drive.
+// Returns the number of pairs; out.ends[n] becomes their number up to and including row n.
 template <typename T>
 i64 trace_range(const T* z, const Rule& rule, const i64* starts, const i64* drivers, i64 segments,
                 i64 d_sae, i64 first, i64 last, float* moments, const Traced& out) {
@@ -521,8 +524,8 @@ i64 trace_range(const T* z, const Rule& rule, const i64* starts, const i64* driv
     return count;
 }
 
-// Each thread takes a range of latents; the ranges of a row are then put side by side. Returns how
-// many pairs there are: where that is more than there is room for they are not all there.
+// Each thread takes a range of latents; the ranges of a row are then joined. Returns the number of
+// pairs; if it exceeds `room`, not all of them are stored.
 template <typename T>
 i64 traced(const T* z, const Rule& rule, const i64* starts, const i64* drivers, i64 segments,
            i64 d_sae, i64 room, int threads, float* moments, i64* offsets, i64* latents,
@@ -646,7 +649,8 @@ void combine(const float* values, const i64* offsets, const i64* latents, const 
                out + n * d);
 }
 
-// The same sums in the order of latents: for outputs that stay in the cache when w does not.
+// Computes the sums of `combine` in the order of latents, for outputs that fit the cache if w does
+// not.
 void combine_by_latent(const float* values, const i64* order, const i64* rows, const i64* starts,
                        const float* w, i64 d_sae, i64 n_rows, i64 d, float* out) {
     std::fill(out, out + n_rows * d, 0.0f);

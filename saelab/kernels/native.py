@@ -1,8 +1,8 @@
 """The kernels for CPUs: `native.cpp`, compiled on the machine where it runs and called by ctypes.
 
-It is compiled once (about 3 s) with the machine's own C++ compiler and kept in the user's cache
-under a hash of source, compiler and CPU. Where that fails, `library()` is None, `why_not()` says
-why, and the eager kernels are used. `SAELAB_KERNELS=eager` asks for them.
+It is compiled once (about 3 s) with the machine's own C++ compiler and stored in the user's cache
+under a hash of source, compiler and CPU. If that fails, `library()` is None, `unavailable_reason()`
+says why, and the eager kernels are used. `SAELAB_KERNELS=eager` asks for those.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
 COMPILERS = ("g++", "clang++", "c++")
 TIMEOUT = 120  # seconds for the compiler
-#: Bytes that stay in a core's own cache beside other things. Our choice: half of 1 MiB.
-CACHE = 1 << 19
-#: Share of all pairs that the first scan for a code has room for. Our choice: several times the
-#: usual code's; the room, 8 bytes a pair, is then an eighth to a quarter of the pre-activations'.
-ROOM = 1 / 16
+#: Bytes that stay in a core's own cache together with other data. Our choice: half of 1 MiB.
+CACHE_BYTES = 1 << 19
+#: Share of all pairs that the first scan for a code has room for. Our choice: several times that of
+#: a usual code; with 8 bytes a pair it is an eighth to a quarter of the pre-activations' memory.
+ROOM_SHARE = 1 / 16
 
 _POINTER, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -71,15 +71,16 @@ for _suffix in ("float32", "bfloat16"):
 
 
 class Unavailable(Exception):
-    """Why the kernels can't be built or loaded here."""
+    """The kernels can't be built or loaded on this machine; the message says why."""
 
 
 @functools.cache
-def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    if eager_wanted():
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """Builds and loads the library; returns it, or None and the reason why there is none."""
+    if eager_requested():
         return None, "SAELAB_KERNELS=eager asks for the plain ones"
     try:
-        library = ctypes.CDLL(str(_built()))
+        library = ctypes.CDLL(str(_build()))
     except (Unavailable, OSError) as error:
         return None, str(error)
     for name, (result, arguments) in _SIGNATURES.items():
@@ -88,22 +89,26 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-def eager_wanted() -> bool:
-    """Whether the environment asks for the plain kernels, on any device."""
+def eager_requested() -> bool:
+    """Returns whether the environment asks for the eager kernels, on any device."""
     return os.environ.get("SAELAB_KERNELS") == "eager"
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, built at the first call; None where they can't be."""
-    return _loaded()[0]
+    """Returns the compiled kernels, built at the first call, or None if they are unavailable."""
+    return _load()[0]
 
 
-def why_not() -> str:
-    """Why `library()` is None; '' where it is not."""
-    return _loaded()[1]
+def unavailable_reason() -> str:
+    """Returns the reason why `library()` is None, '' if it is not."""
+    return _load()[1]
 
 
-def _built() -> Path:
+def _build() -> Path:
+    """Returns the compiled library's file, which is compiled if the cache does not have it.
+
+    Raises: Unavailable when there is no compiler, it fails, or no folder can be written.
+    """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
     if compiler is None:
         raise Unavailable(f"no C++ compiler ({', '.join(COMPILERS)}) is installed")
@@ -120,20 +125,20 @@ def _built() -> Path:
             return _compile(compiler, file)
         except OSError as error:
             reason = str(error)
-    raise Unavailable(f"no folder to keep the compiled kernels in ({reason})")
+    raise Unavailable(f"no folder to store the compiled kernels in ({reason})")
 
 
 def _folders() -> list[Path]:
-    """Where the compiled file may lie: the user's cache or, where that can't be written, a
-    temporary folder of the user's own."""
+    """Lists the folders for the compiled file: the user's cache and, in case that can't be written,
+    a temporary folder that only this user can write."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     user = os.getuid() if hasattr(os, "getuid") else "user"
     temporary = Path(tempfile.gettempdir()) / f"saelab-kernels-{user}"
-    return [cache / "saelab", *([temporary] if _is_ours(temporary) else [])]
+    return [cache / "saelab", *([temporary] if _is_private(temporary) else [])]
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a shared place holds nothing that another user could have put there."""
+def _is_private(folder: Path) -> bool:
+    """Returns whether no other user could have put anything into the folder."""
     if not folder.exists():
         return True
     status = folder.lstat()
@@ -141,11 +146,12 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _version(compiler: str) -> str:
+    """Returns the first line of what the compiler says of its version."""
     return _output([compiler, "--version"]).splitlines()[0]
 
 
 def _cpu() -> str:
-    """What -march=native depends on."""
+    """Describes the CPU as far as -march=native depends on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -154,22 +160,29 @@ def _cpu() -> str:
 
 
 def _compile(compiler: str, file: Path) -> Path:
+    """Compiles the source to `file`, which appears complete or not at all."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = Path(folder) / file.name
-        _output([compiler, *FLAGS, str(SOURCE), "-o", str(made)])
-        made.replace(file)
+        temporary = Path(folder) / file.name
+        _output([compiler, *FLAGS, str(SOURCE), "-o", str(temporary)])
+        temporary.replace(file)
     return file
 
 
 def _output(command: list[str]) -> str:
+    """Runs a command and returns what it printed.
+
+    Raises: Unavailable when it does not run or fails.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} does not run ({error})") from error
-    if done.returncode:
-        said = (done.stderr.strip() or "no message").splitlines()[0]
-        raise Unavailable(f"{command[0]} failed: {said}")
-    return done.stdout or done.stderr or " "
+    if result.returncode:
+        message = (result.stderr.strip() or "no message").splitlines()[0]
+        raise Unavailable(f"{command[0]} failed: {message}")
+    return result.stdout or result.stderr or " "
 
 
 # ---------------------------------------------------------------- calls
@@ -178,29 +191,30 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def _function(name: str, dtype: torch.dtype | None = None) -> Any:
-    loaded = library()
-    assert loaded is not None
-    return getattr(loaded, name if dtype is None else f"{name}_{DTYPES[dtype]}")
+    """Returns the compiled function of that name, for elements of that dtype if there is one."""
+    kernels = library()
+    assert kernels is not None
+    return getattr(kernels, name if dtype is None else f"{name}_{DTYPES[dtype]}")
 
 
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _scanned(
+def _scan_with_retry(
     z: Tensor, limit: int, scan: Callable[[int], tuple[list[Tensor], int]]
 ) -> list[Tensor] | None:
-    """With room for a usual code first, and a second scan for a denser one.
+    """Scans z with room for a usual code, and again with more room if the code is denser.
 
     Args:
         z: [N, F].
         limit: the largest number of pairs.
-        scan: room -> arrays of that length, and how many pairs there are; the arrays hold them
-            where they fit.
+        scan: room -> arrays of that length, and the number of pairs; the arrays hold all pairs if
+            there is room.
 
-    Returns: the arrays without what is not used, None beyond the limit.
+    Returns: the arrays cut to the number of pairs; None beyond the limit.
     """
-    room = min(limit, int(ROOM * z.numel()) + 1)
+    room = min(limit, int(ROOM_SHARE * z.numel()) + 1)
     arrays, nnz = scan(room)
     if nnz > limit:
         return None
@@ -210,7 +224,7 @@ def _scanned(
 
 
 def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] | None:
-    """As `eager.above`."""
+    """Computes `eager.above`."""
     if z.dtype not in DTYPES:
         return eager.above(z, floor, limit)
     z, floor = z.contiguous(), None if floor is None else floor.contiguous()
@@ -229,16 +243,16 @@ def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] 
         )
         return [latents], nnz
 
-    found = _scanned(z, limit, scan)
-    return None if found is None else (offsets, found[0])
+    arrays = _scan_with_retry(z, limit, scan)
+    return None if arrays is None else (offsets, arrays[0])
 
 
-def traced(
+def trace_above(
     z: Tensor, rule: Adaptation, starts: Tensor, drivers: Tensor, limit: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """As `eager.traced`, in one pass over z; the trace is held for one row at a time."""
+    """Computes `eager.trace_above` in one pass over z; the trace is held for one row at a time."""
     if z.dtype not in DTYPES or rule.rho.dtype != torch.float32:
-        return eager.traced(z, rule, starts, drivers, limit)
+        return eager.trace_above(z, rule, starts, drivers, limit)
     z, rules = z.contiguous(), torch.stack(rule)
     starts, drivers = starts.contiguous(), drivers.contiguous()
     offsets = torch.empty(z.shape[0] + 1, dtype=torch.int64)
@@ -264,12 +278,12 @@ def traced(
         )
         return [latents, trace, slope], nnz
 
-    found = _scanned(z, limit, scan)
-    return None if found is None else (offsets, found[0], found[1], found[2], moments)
+    arrays = _scan_with_retry(z, limit, scan)
+    return None if arrays is None else (offsets, arrays[0], arrays[1], arrays[2], moments)
 
 
 def topk(z: Tensor, k: int) -> Tensor:
-    """As `eager.topk`; ties at the k-th place go to the lower index."""
+    """Computes `eager.topk`; ties at the k-th place go to the lower index."""
     if z.dtype not in DTYPES:
         return eager.topk(z, k)
     z = z.contiguous()
@@ -279,7 +293,7 @@ def topk(z: Tensor, k: int) -> Tensor:
 
 
 def kth_largest(z: Tensor, rank: int) -> float:
-    """As `eager.kth_largest`, by counting bit patterns: no sort."""
+    """Computes `eager.kth_largest` by counting bit patterns instead of sorting."""
     if z.dtype not in DTYPES:
         return eager.kth_largest(z, rank)
     z = z.contiguous()
@@ -287,7 +301,7 @@ def kth_largest(z: Tensor, rank: int) -> float:
 
 
 def by_latent(offsets: Tensor, latents: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `eager.by_latent`, by counting."""
+    """Computes `eager.by_latent` by counting."""
     order, rows = torch.empty_like(latents), torch.empty_like(latents)
     starts = torch.empty(d_sae + 1, dtype=torch.int64)
     _function("by_latent")(
@@ -303,7 +317,7 @@ def by_latent(offsets: Tensor, latents: Tensor, d_sae: int) -> tuple[Tensor, Ten
 
 
 def firings(values: Tensor, support: Support) -> tuple[Tensor, int]:
-    """As `eager.firings`."""
+    """Computes `eager.firings`."""
     if values.dtype != torch.float32:
         return eager.firings(values, support)
     values, out = values.contiguous(), torch.empty(support.d_sae, dtype=torch.int64)
@@ -314,7 +328,7 @@ def firings(values: Tensor, support: Support) -> tuple[Tensor, int]:
 
 
 def encode(u: Tensor, w: Tensor, bias: Tensor | None, support: Support) -> Tensor:
-    """As `eager.encode`; latent by latent, so that w is read once and in order."""
+    """Computes `eager.encode` latent by latent, so that w is read once and in order."""
     if u.dtype != torch.float32:
         return eager.encode(u, w, bias, support)
     u, w, bias = u.contiguous(), w.contiguous(), None if bias is None else bias.contiguous()
@@ -332,7 +346,7 @@ def encode(u: Tensor, w: Tensor, bias: Tensor | None, support: Support) -> Tenso
 
 
 def encode_backward(g: Tensor, u: Tensor, support: Support) -> tuple[Tensor, Tensor]:
-    """As `eager.encode_backward`."""
+    """Computes `eager.encode_backward`."""
     if u.dtype != torch.float32:
         return eager.encode_backward(g, u, support)
     g, u = g.contiguous(), u.contiguous()
@@ -350,15 +364,15 @@ def encode_backward(g: Tensor, u: Tensor, support: Support) -> tuple[Tensor, Ten
 
 
 def decode(values: Tensor, w: Tensor, support: Support) -> Tensor:
-    """As `eager.decode`; in the order of latents where the output fits the cache and w does not.
+    """Computes `eager.decode`, in the order of latents if the output fits the cache and w does not.
 
-    Both orders add the same terms of a row in the same order: by rising latent.
+    Both orders add the terms of a row in the same order: by rising latent.
     """
     if w.dtype != torch.float32:
         return eager.decode(values, w, support)
     values, w = values.contiguous(), w.contiguous()
     out = torch.empty(support.n_rows, w.shape[1])
-    if torch.get_num_threads() == 1 and 4 * out.numel() <= CACHE < 4 * w.numel():
+    if torch.get_num_threads() == 1 and 4 * out.numel() <= CACHE_BYTES < 4 * w.numel():
         shape = w.shape[0], *out.shape
         _function("combine_by_latent")(
             values.data_ptr(), *_index(support), w.data_ptr(), *shape, out.data_ptr()
@@ -379,7 +393,7 @@ def decode(values: Tensor, w: Tensor, support: Support) -> Tensor:
 def decode_backward(
     g: Tensor, values: Tensor, w: Tensor, support: Support, shares: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `eager.decode_backward`, both from one read of g."""
+    """Computes `eager.decode_backward`, both results from one read of g."""
     if w.dtype != torch.float32:
         return eager.decode_backward(g, values, w, support, shares)
     g, values, w = g.contiguous(), values.contiguous(), w.contiguous()
@@ -400,7 +414,7 @@ def decode_backward(
 
 
 def project_out(g: Tensor, w: Tensor) -> None:
-    """As `eager.project_out`."""
+    """Computes `eager.project_out`."""
     if not _in_place(g) or w.dtype != torch.float32:
         eager.project_out(g, w)
         return
@@ -409,7 +423,7 @@ def project_out(g: Tensor, w: Tensor) -> None:
 
 
 def normalise(w: Tensor) -> None:
-    """As `eager.normalise`."""
+    """Computes `eager.normalise`."""
     if not _in_place(w):
         eager.normalise(w)
         return
@@ -417,11 +431,12 @@ def normalise(w: Tensor) -> None:
 
 
 def _in_place(x: Tensor) -> bool:
+    """Returns whether the compiled functions can work on the tensor's own memory."""
     return x.dtype == torch.float32 and x.is_contiguous()
 
 
 def gram_product(z: Tensor, weights: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """As `eager.gram_product`, from one read of z, on one thread."""
+    """Computes `eager.gram_product` from one read of z, on one thread."""
     if z.dtype != torch.float32:
         return eager.gram_product(z, weights, v)
     z, weights, v = z.contiguous(), weights.contiguous(), v.contiguous()
@@ -438,7 +453,7 @@ def gram_product(z: Tensor, weights: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 
 
 def pool(values: Tensor, support: Support, cuts: Tensor, sums: Tensor) -> None:
-    """As `eager.pool`."""
+    """Computes `eager.pool`."""
     if values.dtype != torch.float32 or not sums.is_contiguous():
         eager.pool(values, support, cuts, sums)
         return
@@ -455,4 +470,5 @@ def pool(values: Tensor, support: Support, cuts: Tensor, sums: Tensor) -> None:
 
 
 def _index(support: Support) -> list[int]:
+    """Returns pointers to the support sorted by latent: order, rows, offsets."""
     return [part.data_ptr() for part in support.by_latent]

@@ -1,4 +1,4 @@
-"""Straight-through gradients of a step. Rajamanoharan et al. 2024b, eq. 11-12.
+"""Straight-through gradients of a step function. Rajamanoharan et al. 2024b, eq. 11-12.
 
     d1[z > t]/dt   = -(1 / h) K((z - t) / h)      K the box kernel of width h
     dz 1[z > t]/dt = -(t / h) K((z - t) / h)
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class _Gate(torch.autograd.Function):
-    """1[z > t] with the pseudo-derivative to t; z gets no gradient from the step."""
+    """1[z > t] with the pseudo-derivative to t; z gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:
@@ -32,7 +32,7 @@ class _Gate(torch.autograd.Function):
 
 
 class _Jump(torch.autograd.Function):
-    """z * 1[z > t]: exact in z away from the step, pseudo-derivative in t."""
+    """z * 1[z > t] with the derivative to z away from the step and the pseudo-derivative to t."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:
@@ -49,10 +49,10 @@ class _Jump(torch.autograd.Function):
 
 
 def gate(z: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:
-    """1[z > t] as z's dtype; threshold, and width where it is a tensor, in the shape of z."""
+    """Computes 1[z > t] in z's dtype; the threshold, and the width if a tensor, have z's shape."""
     return _Gate.apply(z, threshold, width)  # type: ignore[return-value]
 
 
 def jump(z: Tensor, threshold: Tensor, width: Tensor | float) -> Tensor:
-    """z 1[z > t]; arguments as for `gate`."""
+    """Computes z 1[z > t]; arguments as for `gate`."""
     return _Jump.apply(z, threshold, width)  # type: ignore[return-value]

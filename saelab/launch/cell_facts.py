@@ -16,7 +16,8 @@ from saelab.evals.core import CoreData
 from saelab.evals.training_stability import LARGE, spikes
 from saelab.parts.losses.similarity import LEARNED, Similarity
 from saelab.sae import SAE
-from saelab.training.loop import Cell, Log
+from saelab.training.cell import Log, TrainingCell
+from saelab.training.loop import Cell
 
 #: What the gate compares with the random controls.
 PROBED = "sae_top_5_test_accuracy"
@@ -43,7 +44,7 @@ def code_std(subject: Any, data: CoreData) -> float:
     return float(code.float().std(0, correction=0).max())
 
 
-def removes_mean(cell: Cell) -> bool:
+def removes_mean(cell: TrainingCell) -> bool:
     """Whether the cell's SAE takes a mean off its input; a user's own module is not asked."""
     sae = cell.sae
     return isinstance(sae, SAE) and (sae.config.centre or sae.scaling is not None)
@@ -92,10 +93,10 @@ def _curve_facts(log: Log) -> dict[str, float | None]:
     return {"last_tenth_improvement": float(1 - last / before), "spikes": large}
 
 
-def _balance_facts(cell: Cell) -> dict[str, float]:
+def _balance_facts(cell: TrainingCell) -> dict[str, float]:
     """Of a similarity penalty: its mean share of the gradient while it acts, and whether a learned
     alpha collapsed or hardly moved."""
-    if not isinstance(cell.sae, SAE) or not cell.log.length:
+    if not isinstance(cell, Cell) or not cell.log.length:
         return {}
     facts: dict[str, float] = {}
     columns = {name: values[: cell.log.length] for name, values in cell.log.columns.items()}

@@ -31,8 +31,8 @@ from saelab.seeding import study_seeds
 from saelab.storage.atomic import digest, write_json
 from saelab.storage.cache import cache_folder, package_digest
 from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
+from saelab.training.cell import TrainingCell
 from saelab.training.curves import write_curves
-from saelab.training.loop import Cell
 from saelab.training.resume import remove_checkpoints
 from saelab.training.train import train_one
 
@@ -98,7 +98,7 @@ def _key(base: BaseConfig, prepared: LaunchData, seed: int) -> str:
     return digest([*settings, seed, *place])
 
 
-def _train(base: BaseConfig, source: Source, seed: int, ranks: Ranks, folder: Path) -> Cell:
+def _train(base: BaseConfig, source: Source, seed: int, ranks: Ranks, folder: Path) -> TrainingCell:
     """The cell, trained from its last checkpoint on."""
     return train_one(
         source,
@@ -113,7 +113,7 @@ def _train(base: BaseConfig, source: Source, seed: int, ranks: Ranks, folder: Pa
 
 
 @torch.no_grad()
-def _evaluated(base: BaseConfig, prepared: LaunchData, cell: Cell) -> list[Row]:
+def _evaluated(base: BaseConfig, prepared: LaunchData, cell: TrainingCell) -> list[Row]:
     """Each rank runs the language model; reconstructions are put together from all latents."""
     device = str(cell.sae.ranks.device)
     model = None
@@ -123,6 +123,6 @@ def _evaluated(base: BaseConfig, prepared: LaunchData, cell: Cell) -> list[Row]:
     return evaluate_core(cell.sae, core)
 
 
-def _write(out_dir: Path, cell: Cell, rows: list[Row]) -> None:
+def _write(out_dir: Path, cell: TrainingCell, rows: list[Row]) -> None:
     write_curves(out_dir / "curves.parquet", cell)
     write_json(out_dir / "metrics.json", [row.as_dict() for row in rows])

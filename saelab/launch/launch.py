@@ -60,7 +60,7 @@ from saelab.study.plan import (
 )
 from saelab.study.registry import register
 from saelab.study.task import GROUP, Launch
-from saelab.training.curves import curve
+from saelab.training.curves import read_curve
 from saelab.verdict.arms import ArmResult
 from saelab.verdict.final_info import CORE, final_info
 from saelab.verdict.gate import check_expected
@@ -176,7 +176,7 @@ def _value(found: FromArm, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -
     """
     own = [spec for spec in folders if spec.id.arm == found.arm and spec.is_at_target(plan)]
     if found.path:
-        points = curve(folders[own[-1]] / "curves.parquet", found.name)
+        points = read_curve(folders[own[-1]] / "curves.parquet", found.name)
     else:
         last = [read_sealed(folders[spec] / "cell.json")["last"].get(found.name) for spec in own]
         points = [value for value in last if value is not None]

@@ -22,7 +22,7 @@ from saelab.evals.base import Row
 from saelab.launch.executors import Advance
 from saelab.progress.state import DONE, EVALUATE, TRAIN
 from saelab.runs.schema import CellId
-from saelab.training.loop import Cell
+from saelab.training.cell import TrainingCell
 
 #: Lines of a cell over its training.
 POINTS = 100
@@ -48,15 +48,17 @@ class Reports:
         advance: takes token-steps, and a line.
     """
 
-    def __init__(self, cells: Sequence[Cell], ids: Iterable[CellId], advance: Advance) -> None:
+    def __init__(
+        self, cells: Sequence[TrainingCell], ids: Iterable[CellId], advance: Advance
+    ) -> None:
         self._advance, self._start = advance, time.monotonic()
         self._ids = {cell.name: id for cell, id in zip(cells, ids, strict=True)}
-        #: Cell -> its steps, tokens and time at its last line.
+        #: TrainingCell -> its steps, tokens and time at its last line.
         self._last = {cell.name: (cell.steps_done, cell.tokens, self._start) for cell in cells}
         for cell in cells:
             self._say(cell, TRAIN, from_step=cell.steps_done)
 
-    def steps(self, steps: int, living: Sequence[Cell]) -> None:
+    def steps(self, steps: int, living: Sequence[TrainingCell]) -> None:
         """After some steps of the living cells, see `training.loop.train`."""
         self._advance(sum(steps * cell.config.batch_size for cell in living))
         for cell in living:
@@ -68,22 +70,22 @@ class Reports:
             rate = round((cell.tokens - tokens) / max(now - then, 1e-9), 1)
             self._say(cell, TRAIN, rate=rate, values=means(cell, last))
 
-    def evaluating(self, cell: Cell) -> None:
+    def evaluating(self, cell: TrainingCell) -> None:
         self._say(cell, EVALUATE)
 
-    def done(self, cell: Cell, rows: Iterable[Row], failure: CellFailure | None) -> None:
+    def done(self, cell: TrainingCell, rows: Iterable[Row], failure: CellFailure | None) -> None:
         """The cell is written, or has stopped."""
         known = {row.metric: row.value for row in rows if not row.slice}
         values = {name: known.get(metric) for name, metric in MEASURED.items()}
         self._say(cell, DONE, values=values, failure=str(failure or "")[:REASON])
 
-    def _say(self, cell: Cell, stage: str, **values: Any) -> None:
+    def _say(self, cell: TrainingCell, stage: str, **values: Any) -> None:
         where = {"step": cell.steps_done, "steps": cell.config.steps, "tokens": cell.tokens}
         seconds = round(time.monotonic() - self._start, 3)
         self._advance(0.0, line(self._ids[cell.name], stage, **where, seconds=seconds, **values))
 
 
-def means(cell: Cell, since: int) -> dict[str, float]:
+def means(cell: TrainingCell, since: int) -> dict[str, float]:
     """Means of what a cell has logged since a step; NaN where a step's value was."""
     columns, length = cell.log.columns, cell.log.length
     names = {name: column for name, column in LOGGED.items() if column in columns}

@@ -33,7 +33,7 @@ from saelab.seeding import study_seeds
 from saelab.study.plan import at_level, check_layout
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
-from saelab.training.resume import Kept
+from saelab.training.resume import ResumableCell
 from saelab.training.sample import initial_sample
 from saelab.training.train import train_members
 
@@ -118,7 +118,9 @@ def train_on(
             members = []
             for arm, level, config in places:
                 name = CellId(arm, seed, level).name
-                members.append(Kept(Cell(name, config, trainings[arm], sample, seed), None))
+                members.append(
+                    ResumableCell(Cell(name, config, trainings[arm], sample, seed), None)
+                )
             failures = train_members(
                 members, source, seed, layout, lambda steps, _: bar.advance(steps)
             )

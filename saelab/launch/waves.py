@@ -17,7 +17,7 @@ from saelab.evals import probing_rows
 from saelab.launch import controls, progress_lines
 from saelab.launch.cell_key import Key, cell_folder, cell_key, resume_folder
 from saelab.launch.cell_store import finish, is_finished
-from saelab.launch.executors import executor
+from saelab.launch.executors import JobSet, executor
 from saelab.launch.executors.local import worker_count
 from saelab.launch.jobs import Job, JobCell, WorkerData, evaluation_cost
 from saelab.launch.prepare import LaunchData, prepare, source_path
@@ -225,9 +225,9 @@ def _run(task: Launch, waves: Sequence[_Wave], workers: int, logs: Path) -> None
     bar = progress(f"{task.name}: train and evaluate", tokens, "tokens")
     with ExitStack() as harvests:
         steps = [harvests.enter_context(closing(wave.ready.prepared.steps)) for wave in waves]
-        beside = itertools.chain.from_iterable(steps)
+        harvest = itertools.chain.from_iterable(steps)
         device = waves[0].ready.data.device
-        executor(task.executor)(_work, jobs, workers, logs, bar, beside, device)
+        executor(task.executor)(JobSet(_work, jobs, workers, logs, bar, harvest, device))
 
 
 def _job(ready: PreparedLaunch, members: list[JobCell]) -> Job:

@@ -65,10 +65,11 @@ from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
 from saelab.study.experiment_file import load_experiment
-from saelab.training.curves import _logged, write_curves
+from saelab.training.cell import TrainingCell
+from saelab.training.curves import logged_columns, write_curves
 from saelab.training.loop import Cell
 from saelab.training.module_cell import ModuleCell
-from saelab.training.resume import Kept, remove_checkpoints, restore_cell
+from saelab.training.resume import ResumableCell, remove_checkpoints, restore_cell
 from saelab.training.sample import initial_sample
 from saelab.training.train import train_members
 from saelab.verdict.gate import REACH
@@ -135,7 +136,7 @@ class Worker:
             advance(evaluation_cost(cell.config))
             reports.done(cell, rows, failure)
 
-    def _restored(self, job: Job, sent: JobCell) -> Kept:
+    def _restored(self, job: Job, sent: JobCell) -> ResumableCell:
         """A cell where it stopped, or at its start."""
         folder = self._resume_folder(job, sent)
         return restore_cell(lambda: self._build(job, sent), folder, shared_twin(job.cache, folder))
@@ -152,14 +153,14 @@ class Worker:
         """Core metrics, and all others where the cell is at the plan's L0."""
         return evaluate(subject, self.evaluation, AT_TARGET if probe else ("core",))
 
-    def _rows(self, cell: Cell, probe: bool, largest: Tensor | None) -> list[Row]:
+    def _rows(self, cell: TrainingCell, probe: bool, largest: Tensor | None) -> list[Row]:
         """All rows of a trained cell."""
         rows = self.evaluate(cell.sae, probe) + convergence(cell.log)
         if probe:
             rows += [*decoder_rows(largest), *survival_rows(cell.sae), *self._agreement(cell)]
         return rows
 
-    def _agreement(self, cell: Cell) -> list[Row]:
+    def _agreement(self, cell: TrainingCell) -> list[Row]:
         """The decoder beside its own snapshots, and what chance gives."""
         if cell.snapshots is None:
             reason = "only an SAE made of parts has decoder rows"
@@ -170,7 +171,7 @@ class Worker:
         rows = snapshot_rows(kept.tokens, kept.decoders, settled, expected[0])
         return rows + chance_rows(expected)
 
-    def _write_latents(self, folder: Path, cell: Cell) -> None:
+    def _write_latents(self, folder: Path, cell: TrainingCell) -> None:
         density = self.evaluation.core.density
         if cell.snapshots is None or density is None:
             return
@@ -178,7 +179,7 @@ class Worker:
         if cell.snapshots.tokens:
             cell.snapshots.save(folder / "snapshots.safetensors")
 
-    def _build(self, job: Job, sent: JobCell) -> Cell:
+    def _build(self, job: Job, sent: JobCell) -> TrainingCell:
         name, sae, config = sent.id.name, sent.sae_config, sent.train_config
         if sent.own_module:
             assert job.experiment is not None
@@ -189,7 +190,7 @@ class Worker:
         return Cell(name, sae, config, self.sample, job.seed, snapshots)
 
     def _facts(
-        self, cell: Cell, sent: JobCell, rows: list[Row], largest: Tensor | None
+        self, cell: TrainingCell, sent: JobCell, rows: list[Row], largest: Tensor | None
     ) -> dict[str, Any]:
         values = {row.metric: row.value for row in rows if not row.slice and row.value is not None}
         constant = [row.value for row in rows if row.metric == "probing_constant"]
@@ -214,14 +215,14 @@ class Worker:
             **self.input_facts,
             **_weights_facts(cell.sae, largest),
             **_curve_facts(cell.log),
-            **{f"{REACH}{name}": share for name, share in cell.moved().items()},
+            **{f"{REACH}{name}": share for name, share in cell.scalar_reach().items()},
             **_balance_facts(cell),
         }
 
     def _write(
         self,
         folder: Path,
-        cell: Cell,
+        cell: TrainingCell,
         sent: JobCell,
         rows: list[Row],
         facts: dict[str, Any],
@@ -237,7 +238,9 @@ class Worker:
             write_atomically(file, lambda temporary: save_file(tensors, temporary))
         own = [row.of_cell(sent.id).as_dict() for row in rows]
         write_curves(folder / "curves.parquet", cell)
-        last = {name: _finite(values[cell.log.length - 1]) for name, values in _logged(cell.log)}
+        last = {
+            name: _finite(values[cell.log.length - 1]) for name, values in logged_columns(cell.log)
+        }
         record = {
             "settings": {
                 "sae": sent.sae,

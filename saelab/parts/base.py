@@ -444,7 +444,7 @@ def fresh_start(p: Pass, latents: Tensor, encoder_norm: float, draw: torch.Gener
     rows = torch.multinomial(error, count, replacement=True, generator=draw)
     rows = rows[first : first + latents.numel()].to(p.x.device)
     directions = normalize(_rows_of(p, rows) - p.sae.b_dec.detach(), dim=1)
-    others = torch.ones(p.sae.own, dtype=torch.bool, device=latents.device)
+    others = torch.ones(p.sae.local_latents, dtype=torch.bool, device=latents.device)
     others[latents] = False
     norms = torch.linalg.vector_norm(p.sae.effective_encoder(), dim=1)
     left = ranks.total_over_latents(int(others.sum()))[0]

@@ -41,6 +41,7 @@ from saelab.preflight.cost import (
 from saelab.preflight.memory import harvest_bytes, process
 from saelab.seeding import torch_stream
 from saelab.study.plan import BaseConfig
+from saelab.training.cell import TrainingCell
 from saelab.training.loop import Cell, train
 from saelab.training.sample import SAMPLE_ROWS
 
@@ -253,7 +254,7 @@ def _step_seconds(base: BaseConfig, n: int, d: int, width: int, steps: int) -> f
     cell = Cell("trial", base.sae.patched(changes), settings, rows[:, 0], seed=0)
     start, turns = time.process_time(), []
 
-    def count(done: int, living: list[Cell]) -> None:
+    def count(done: int, living: list[TrainingCell]) -> None:
         nonlocal start
         turns.append((time.process_time() - start) / done)
         start = time.process_time()

@@ -1,19 +1,19 @@
-"""A cell whose SAE is the user's own torch module: slower, but paired like the others.
+"""A cell whose SAE is the user's own torch module: slower, but compared in pairs like all others.
 
 The module is made by a callable (d_in, d_sae, seed) and has
 
     encode(x [n, d_in]) -> code [n, d_sae],  decode(f) -> x_hat [n, d_in],  loss(x) -> scalar
 
-in raw activation space. Everything else (batches, schedule, log, evaluation) is the study's. What
-it keeps from step to step in buffers, or as attributes that are numbers, tensors or a
-torch.Generator, is part of its checkpoint; it must keep nothing elsewhere.
+in raw activation space. Everything else (batches, schedule, log, evaluation) is done as for other
+cells. A checkpoint holds the module's parameters and buffers, and its attributes that are numbers,
+tensors or torch generators; it must keep running state nowhere else.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from saelab.data.activations.stream import Batch
 from saelab.distributed.sharded_file import WHOLE, Shards
 from saelab.errors import CellFailure, SettingError
-from saelab.training.loop import Cell, Log
+from saelab.training.cell import TrainingCell
 from saelab.training.optim import TrainConfig
 from saelab.training.state import State
 
 
-class ModuleCell(Cell):
-    """Trains `build(d_in, d_sae, seed)` on its own loss with Adam.
+@final
+class ModuleCell(TrainingCell):
+    """Trains the module `build(d_in, d_sae, seed)` on its own loss with Adam.
 
-    Raises: SettingError when the module lacks encode, decode or loss, or owns no parameters.
+    Raises: SettingError when the module lacks encode, decode or loss, or has nothing to train.
     """
 
     def __init__(
@@ -47,39 +48,39 @@ class ModuleCell(Cell):
             if not callable(getattr(module, method, None)):
                 raise SettingError(f"{name}: module", type(module).__name__, f"needs {method}(x)")
         module.d_in, module.d_sae = d_in, d_sae
-        self.device = sample.device
-        self.name, self.config, self.sae = name, config, module.to(sample.device).train()
+        module = module.to(sample.device).train()
+        super().__init__(name, module, config, sample.device)
         parameters = [p for p in module.parameters() if p.requires_grad]
         if not parameters:
             raise SettingError(f"{name}: module", type(module).__name__, "has nothing to train")
         self.parameters = parameters
         self.adam = torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True)
-        self.log = Log(config.steps)
-        self.steps_done = self.tokens = 0
 
     def shards(self) -> Shards:
+        """Returns that no tensor is split: a module is trained in one process."""
         return WHOLE
 
-    def moved(self) -> dict[str, float]:
+    def scalar_reach(self) -> dict[str, float]:
+        """Returns nothing: which scalars of a module are learned is not known."""
         return {}
 
-    def _add_own(self, state: State) -> None:
+    def _add_training_state(self, state: State) -> None:
         for i, moments in self.adam.state_dict()["state"].items():
             state.add(f"adam/{i}", State(moments))
 
-    def _restore_own(self, state: State) -> None:
-        kept: dict[int, dict[str, Tensor]] = {}
+    def _restore_training_state(self, state: State) -> None:
+        moments: dict[int, dict[str, Tensor]] = {}
         for name, moment in state.part("adam").tensors.items():
             i, _, which = name.partition("/")
-            kept.setdefault(int(i), {})[which] = moment
+            moments.setdefault(int(i), {})[which] = moment
         groups = self.adam.state_dict()["param_groups"]
-        self.adam.load_state_dict({"state": kept, "param_groups": groups})
+        self.adam.load_state_dict({"state": moments, "param_groups": groups})
 
     def _drop_gradients(self) -> None:
         self.adam.zero_grad(set_to_none=True)
 
     def _step(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step on the module's own loss."""
+        """Takes one optimiser step on the module's own loss."""
         x = self.rows(batch).x
         loss = self.sae.loss(x)
         self._drop_gradients()

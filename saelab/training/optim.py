@@ -15,19 +15,19 @@ from saelab.sae import SAE
 from saelab.training.state import State, as_number, as_plain
 
 WEIGHTS = "weights"
-#: Added to the root of the second moment; Adam's usual value.
+#: Added to the square root of the second moment; Adam's usual value.
 EPSILON = 1e-8
 
 
 class TrainConfig(Frozen):
-    """How a cell is trained.
+    """Settings of a cell's training.
 
     Args:
         tokens: rows of activations that the stream hands out.
         batch_size: rows per step.
-        lr: Adam's learning rate of the weights.
-        warmup: share of the run with a linearly rising rate.
-        decay: share of the run, at its end, with a rate that falls linearly to 0.
+        lr: Adam's learning rate for the weights.
+        warmup: share of the run, at its start, in which the rate rises linearly.
+        decay: share of the run, at its end, in which the rate falls linearly to 0.
         grad_clip: largest norm of the weights' gradient.
         positions: train on token positions [low, high) only.
     """
@@ -43,10 +43,11 @@ class TrainConfig(Frozen):
 
     @property
     def steps(self) -> int:
+        """Number of optimiser steps."""
         return max(1, self.tokens // self.batch_size)
 
     def rate(self, step: int) -> float:
-        """Share of the full learning rate at a step, in (0, 1]."""
+        """Returns the share of the full learning rate at a step, in (0, 1]."""
         rise = (step + 1) / max(1.0, self.warmup * self.steps)
         fall = (self.steps - step) / max(1.0, self.decay * self.steps)
         return min(1.0, rise, fall)
@@ -54,7 +55,7 @@ class TrainConfig(Frozen):
 
 @dataclass(eq=False)
 class Group:
-    """Parameters with one learning rate, and Adam's moments of each.
+    """Parameters that share one learning rate, with Adam's moments of each.
 
     `travel` is the sum of the rates of all steps: about as far as Adam can move an entry.
     """
@@ -73,25 +74,25 @@ class Group:
         self.second = [torch.zeros_like(p) for p in self.parameters]
         self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
 
-    def with_gradient(self) -> list[int]:
+    def _indices_with_gradient(self) -> list[int]:
         return [i for i, p in enumerate(self.parameters) if p.grad is not None]
 
     @torch.no_grad()
     def step(self, lr: float, betas: tuple[float, float]) -> None:
-        """Torch's fused kernel, called as `torch.optim.Adam(fused=True)` calls it, without that
-        class's bookkeeping, which costs a sixth of a small step."""
-        here = self.with_gradient()
+        """Takes one step with torch's fused kernel, called as `torch.optim.Adam(fused=True)` calls
+        it but without that class's bookkeeping, which costs a sixth of a small step."""
+        indices = self._indices_with_gradient()
         self.travel += lr
-        if not here:
+        if not indices:
             return
-        steps = [self.steps[i] for i in here]
+        steps = [self.steps[i] for i in indices]
         for count in steps:
             count.add_(1)
         torch._fused_adam_(  # type: ignore[attr-defined]
-            [self.parameters[i] for i in here],
-            [cast(Tensor, self.parameters[i].grad) for i in here],
-            [self.first[i] for i in here],
-            [self.second[i] for i in here],
+            [self.parameters[i] for i in indices],
+            [cast(Tensor, self.parameters[i].grad) for i in indices],
+            [self.first[i] for i in indices],
+            [self.second[i] for i in indices],
             [],
             steps,
             lr=lr,
@@ -110,27 +111,28 @@ def _sum_of_squares(x: Tensor) -> float:
 
 
 class Optimiser:
-    """Adam (Kingma and Ba 2015) over the weights and, in a group each, every part's parameters."""
+    """Adam (Kingma and Ba 2015) with one group for the weights and further groups for the parts."""
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         self.config, self.ranks = config, sae.ranks
-        named = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+        weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
         if sae.config.tied:  # one parameter for both
-            del named["W_enc"]
-        weights = {name: weight for name, weight in named.items() if weight.requires_grad}
+            del weights["W_enc"]
+        weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
         self.groups = [Group(WEIGHTS, list(weights.values()), config.lr, maximise=False)]
         self.weights = list(weights)
-        #: Norm of each weight's gradient before the last clip.
+        #: Norm of the gradient of each weight before the last clip.
         self.norms: dict[str, float] = {}
         for part in sae.parts():
-            for name, own, lr in part.groups():
+            for name, parameters, lr in part.groups():
                 rate = lr if lr is not None else config.lr
-                self.groups.append(Group(name, own, rate, part.maximise))
+                self.groups.append(Group(name, parameters, rate, part.maximise))
 
     def clip(self) -> float:
-        """Clips the weights' gradient; returns its norm before, and inf or NaN as it is."""
-        named = zip(self.weights, self.groups[0].parameters, strict=True)
-        grads = {name: p.grad for name, p in named if p.grad is not None}
+        """Clips the gradient of the weights; returns its norm before the clip, also if that is inf
+        or NaN."""
+        weights = zip(self.weights, self.groups[0].parameters, strict=True)
+        grads = {name: p.grad for name, p in weights if p.grad is not None}
         squares = self._over_ranks({name: _sum_of_squares(g) for name, g in grads.items()})
         self.norms = {name: math.sqrt(square) for name, square in squares.items()}
         norm = math.sqrt(sum(squares.values()))
@@ -140,31 +142,34 @@ class Optimiser:
         return norm
 
     def _over_ranks(self, squares: dict[str, float]) -> dict[str, float]:
-        """Squared norms of whole gradients from those of this rank's rows; b_dec is on all."""
+        """Returns the squared norms of whole gradients from those of this rank's latents; b_dec is
+        whole on every rank."""
         if self.ranks.latents == 1:
             return squares
-        own = [name for name in squares if name != "b_dec"]
-        whole = self.ranks.total_over_latents(*(squares[name] for name in own))
-        return squares | dict(zip(own, whole, strict=True))
+        split = [name for name in squares if name != "b_dec"]
+        totals = self.ranks.total_over_latents(*(squares[name] for name in split))
+        return squares | dict(zip(split, totals, strict=True))
 
     def gather(self) -> None:
-        """Adds up the gradients of the ranks with other rows."""
+        """Adds up the gradients of the ranks that have other rows of the batch."""
         if self.ranks.data == 1:
             return
         parameters = [p for group in self.groups for p in group.parameters]
         self.ranks.add_gradients([p.grad for p in parameters if p.grad is not None])
 
     def step(self, step: int) -> None:
+        """Moves all groups, with the learning rates of that step."""
         for group in self.groups:
             group.step(group.lr * self.config.rate(step), self.config.betas)
 
     def zero_grad(self) -> None:
+        """Frees the gradients of all parameters."""
         for group in self.groups:
             for parameter in group.parameters:
                 parameter.grad = None
 
     def moments(self) -> dict[nn.Parameter, dict[str, Tensor]]:
-        """Adam's state of each parameter: exp_avg, exp_avg_sq and step; not copies."""
+        """Returns Adam's state of each parameter: exp_avg, exp_avg_sq and step; not copies."""
         return {
             parameter: {"exp_avg": first, "exp_avg_sq": second, "step": steps}
             for group in self.groups
@@ -174,33 +179,36 @@ class Optimiser:
         }
 
     def state(self) -> State:
-        """Moments and travels of all groups; the tensors are the optimiser's own."""
+        """Returns the moments and travels of all groups; the tensors are not copies."""
         state = State({}, {"travel": [as_plain(group.travel) for group in self.groups]})
         for i, moments in enumerate(self.moments().values()):
             state.add(str(i), State(moments))
         return state
 
     def restore(self, state: State) -> None:
-        """Raises: DamageError when the state is one of other parameters."""
+        """Restores moments and travels.
+
+        Raises: DamageError when the state belongs to other parameters.
+        """
         for group, travel in zip(self.groups, state.value("travel"), strict=True):
             group.travel = as_number(travel)
         for i, moments in enumerate(self.moments().values()):
             for name, moment in moments.items():
-                state.into(f"{i}/{name}", moment)
+                state.copy_into(f"{i}/{name}", moment)
 
     def travel(self, parameter: nn.Parameter) -> float:
-        """The sum of the learning rates that the parameter was trained with so far."""
+        """Returns the sum of the learning rates of all steps of the parameter so far."""
         return next(g.travel for g in self.groups if any(p is parameter for p in g.parameters))
 
     def rates(self, step: int) -> dict[str, float]:
-        """The learning rate of each group at a step."""
+        """Returns the learning rate of each group at a step."""
         return {group.name: group.lr * self.config.rate(step) for group in self.groups}
 
     @torch.no_grad()
     def clear(self, sae: SAE, latents: Tensor) -> None:
-        """Clears the moments of the given latents; all others stay bitwise as they were."""
+        """Clears the moments of the given latents and leaves all others bitwise unchanged."""
         cleared = {id(p) for p in (sae.W_enc, sae.b_enc, sae.W_dec, *sae.activation.parameters())}
         for parameter, state in self.moments().items():
-            if id(parameter) in cleared and parameter.dim() and len(parameter) == sae.own:
+            if id(parameter) in cleared and parameter.dim() and len(parameter) == sae.local_latents:
                 state["exp_avg"][latents] = 0
                 state["exp_avg_sq"][latents] = 0

@@ -1,14 +1,14 @@
-"""Checkpoints of cells in training: what was interrupted goes on where it stopped, bit for bit.
+"""Checkpoints of cells in training: interrupted work resumes where it stopped, bit for bit.
 
     <folder>/00000120.safetensors   tensors of the cell's state after 120 steps
-             00000120.json          its numbers, the stream's position, the tensors' checksum;
+             00000120.json          its numbers, the stream's position, the checksum of the tensors;
                                     sealed, written last
 
-Every cell has a folder of its own, named after all that its bits depend on, so that cells may be
-grouped otherwise when they go on. A cell on several ranks goes on on any number of them; only the
-last bits depend on it. When a checkpoint is written depends on the clock; what is in it, and so
-what comes of it, does not. The folder may have a twin at a URL, where each checkpoint is copied as
-it is written, and from where a machine that has none takes them.
+Every cell has its own folder, named after everything that its bits depend on, so that cells may be
+grouped differently when they resume. A cell on several ranks can resume on any number of ranks;
+only its last bits depend on that number. The clock decides when a checkpoint is written, but not
+what is in it, and so it changes no result. The folder may have a twin at a URL: each checkpoint is
+copied there when it is written, and a machine without checkpoints copies them from there.
 """
 
 from __future__ import annotations
@@ -36,21 +36,23 @@ from saelab.storage.atomic import (
     write_sealed,
 )
 from saelab.storage.remote import Remote
-from saelab.training.loop import Cell, train
+from saelab.training.cell import TrainingCell
+from saelab.training.loop import train
 from saelab.training.state import State
 
 FORMAT = 1
 START = Position()
-#: Checkpoints of a cell that are kept: the last one, and one for the case that it is damaged.
-KEPT = 2
-#: Seconds from one checkpoint to the next, whatever they cost; 0 writes one after every round.
-SECONDS = "SAELAB_CHECKPOINT_SECONDS"
-#: The largest share of the time that checkpoints may take, and how long the first one is thought
-#: to take, in seconds for a file and for a byte. Our choice: a slow disk.
-SHARE, FILE_COST, BYTE_COST = 0.02, 0.02, 1 / 100e6
+#: Checkpoints stored of each cell: the last one, and the one before in case the last is damaged.
+CHECKPOINTS_PER_CELL = 2
+#: Environment variable: seconds from one checkpoint to the next, whatever they cost; 0 writes one
+#: after every round.
+INTERVAL_VARIABLE = "SAELAB_CHECKPOINT_SECONDS"
+#: The largest share of the time that checkpoints may take, and the assumed cost of the first one,
+#: in seconds for each file and each byte. Our choice: a slow disk.
+TIME_SHARE, FILE_COST, BYTE_COST = 0.02, 0.02, 1 / 100e6
 #: Time from one checkpoint to the next: a share of the time so far, between bounds in seconds. Our
 #: choice: an interruption costs at most a tenth of the work, and never more than a minute of it.
-APART, LEAST, MOST = 0.1, 1.0, 60.0
+INTERVAL_SHARE, SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.1, 1.0, 60.0
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -64,14 +66,14 @@ def write_checkpoint(
     seconds: float = 0.0,
     shards: Shards = WHOLE,
 ) -> None:
-    """Writes one checkpoint and removes all but the last `KEPT`.
+    """Writes one checkpoint and removes all but the last `CHECKPOINTS_PER_CELL`.
 
     Args:
         state: of a cell between two steps.
-        step: steps done.
+        step: number of steps done.
         position: of the stream, after the last batch that the cell took.
         seconds: spent on training the cell so far.
-        shards: how the state's tensors lie on the cell's ranks, all of which call this.
+        shards: how the state's tensors are split over the cell's ranks, all of which call this.
     """
     file = folder / f"{step:08d}.safetensors"
     record = {
@@ -85,18 +87,19 @@ def write_checkpoint(
 
 
 def _seal(file: Path, record: dict[str, Any]) -> None:
+    """Writes a checkpoint's JSON, which completes it, and removes the oldest checkpoints."""
     write_sealed(file, record)
-    for old in _files(file.parent)[KEPT:]:
+    for old in _files(file.parent)[CHECKPOINTS_PER_CELL:]:
         _remove(old)
 
 
 def read_checkpoint(file: Path, shards: Shards = WHOLE) -> tuple[State, Position, float]:
-    """State, position and seconds as `write_checkpoint` had them.
+    """Reads state, position and seconds as they were given to `write_checkpoint`.
 
     Args:
         file: a checkpoint's JSON.
 
-    Raises: DamageError when a byte of either file is not what was written.
+    Raises: DamageError when a byte of either file has changed.
     """
     record = shards.ranks.on_first(lambda: read_record(file))
     state = State(shards.read(file.with_suffix(".safetensors")), record["plain"])
@@ -104,9 +107,9 @@ def read_checkpoint(file: Path, shards: Shards = WHOLE) -> tuple[State, Position
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """A checkpoint's JSON, after both files were compared with their checksums.
+    """Reads a checkpoint's JSON after comparing both files with their checksums.
 
-    Raises: DamageError when one of them is not what was written.
+    Raises: DamageError when one of them has changed.
     """
     record, tensors = read_sealed(file), file.with_suffix(".safetensors")
     if record.get("format") != FORMAT:
@@ -117,24 +120,24 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def drop_damaged(folder: Path) -> None:
-    """Removes the checkpoints of a cell that are damaged, and says so on stderr."""
+    """Removes the damaged checkpoints of a cell and reports each on stderr."""
     for file in _files(folder):
-        with _dropping(file):
+        with _drop_if_damaged(file):
             read_record(file)
 
 
 def push(folder: Path, twin: Remote) -> None:
-    """Copies the last checkpoint to a URL, its JSON last, and removes there what is gone here."""
-    there, last = twin.sizes(), _files(folder)[0]
+    """Copies the last checkpoint to a URL, its JSON last, and removes files there that the folder
+    no longer has."""
+    remote_names, last = twin.sizes().keys(), _files(folder)[0]
     for file in (last.with_suffix(".safetensors"), last):
         (twin / file.name).put(file)
-    for name in sorted(there.keys() - {file.name for file in folder.iterdir()}):
+    for name in sorted(remote_names - {file.name for file in folder.iterdir()}):
         (twin / name).unlink(missing_ok=True)
 
 
 def pull(folder: Path, twin: Remote) -> None:
-    """Copies the checkpoints at a URL to a folder that has none; they are checked when they are
-    read."""
+    """Copies the checkpoints at a URL to the folder if it has none; reading checks them."""
     if not _files(folder):
         for name in sorted(twin.sizes(), reverse=True):  # tensors before their JSON
             with suppress(FileNotFoundError):  # another machine has removed it
@@ -143,8 +146,8 @@ def pull(folder: Path, twin: Remote) -> None:
 
 
 def remove_checkpoints(folder: Path, twin: Remote | None = None) -> None:
-    """Removes a cell's folder, and what is at the URL; what another process may have in the folder
-    stays."""
+    """Removes a cell's checkpoints, also those at the URL, and the folder unless another process
+    has files in it."""
     for file in folder.glob("[0-9]*"):
         file.unlink(missing_ok=True)
     remove_leftovers(folder)
@@ -156,24 +159,24 @@ def remove_checkpoints(folder: Path, twin: Remote | None = None) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The checkpoints' JSON files, the last one first."""
+    """Lists the JSON files of the checkpoints, the last one first."""
     return sorted(folder.glob("[0-9]*.json"), reverse=True)
 
 
 def _remove(file: Path) -> None:
-    for part in (file, file.with_suffix(".safetensors")):  # the JSON first: it makes it complete
+    for part in (file, file.with_suffix(".safetensors")):  # without JSON it counts as incomplete
         part.unlink(missing_ok=True)
 
 
 @contextmanager
-def _dropping(file: Path) -> Iterator[None]:
-    """A checkpoint that turns out to be damaged within the block is named and removed."""
+def _drop_if_damaged(file: Path) -> Iterator[None]:
+    """Reports and removes the checkpoint if the block finds it damaged."""
     try:
         yield
     except SaelabError as error:
         _remove(file)
-        others = _files(file.parent)
-        instead = "the checkpoint before it is used" if others else "the cell starts afresh"
+        older = _files(file.parent)
+        instead = "the checkpoint before it is used" if older else "the cell starts afresh"
         print(f"{error}: {instead}", file=sys.stderr, flush=True)
 
 
@@ -181,72 +184,77 @@ def _dropping(file: Path) -> Iterator[None]:
 
 
 @dataclass(eq=False)
-class Kept:
-    """A cell and where it stands.
+class ResumableCell:
+    """A cell in training with its checkpoints.
 
     Args:
-        cell: which.
-        folder: of its checkpoints; None for a module of a user's own whose state no file can hold.
-        position: of the stream, from which it goes on.
-        seconds: spent on training it.
-        twin: of the folder, at a URL.
+        cell: in the state of its last checkpoint, or fresh.
+        folder: of its checkpoints; None for a user's own module whose state no file can hold.
+        position: of the stream, from which the cell continues.
+        seconds: spent on training it until then.
+        twin: copy of the folder at a URL.
     """
 
-    cell: Cell
+    cell: TrainingCell
     folder: Path | None
     position: Position = START
     seconds: float = 0.0
     twin: Remote | None = None
 
     def write(self, position: Position, seconds: float) -> None:
-        """Writes a checkpoint after `seconds` more."""
+        """Writes a checkpoint after another `seconds` of training."""
         if self.folder is None:
             return
         state, step = self.cell.state(), self.cell.steps_done
         try:
-            took, shards = self.seconds + seconds, self.cell.shards()
-            write_checkpoint(self.folder, state, step, position, took, shards)
+            total, shards = self.seconds + seconds, self.cell.shards()
+            write_checkpoint(self.folder, state, step, position, total, shards)
             if self.twin is not None:
                 shards.ranks.on_first(functools.partial(push, self.folder, self.twin))
-        except (TypeError, ValueError, KeyError) as error:  # of JSON, and of `KINDS`
+        except (TypeError, ValueError, KeyError) as error:  # not JSON, or a dtype that no file has
             name, self.folder = self.cell.name, None
-            print(f"{name} has no checkpoints, its state can't be kept: {error}", file=sys.stderr)
+            print(f"{name} has no checkpoints, its state can't be saved: {error}", file=sys.stderr)
 
 
-def restore_cell(build: Callable[[], Cell], folder: Path, twin: Remote | None = None) -> Kept:
-    """The cell as its last checkpoint that is intact has it, a fresh one where there is none."""
+def restore_cell(
+    build: Callable[[], TrainingCell], folder: Path, twin: Remote | None = None
+) -> ResumableCell:
+    """Builds a cell and restores its last intact checkpoint; without one the cell is fresh."""
     cell = build()
-    for file in cell.ranks.on_first(lambda: _found(folder, twin)):
-        with _dropping(file):
+    for file in cell.ranks.on_first(lambda: _checkpoint_files(folder, twin)):
+        with _drop_if_damaged(file):
             state, position, seconds = read_checkpoint(file, cell.shards())
             cell.restore(state)
-            return Kept(cell, folder, position, seconds, twin)
+            return ResumableCell(cell, folder, position, seconds, twin)
         cell = build()
-    return Kept(cell, folder, twin=twin)
+    return ResumableCell(cell, folder, twin=twin)
 
 
-def _found(folder: Path, twin: Remote | None) -> list[Path]:
+def _checkpoint_files(folder: Path, twin: Remote | None) -> list[Path]:
+    """Lists the checkpoints' JSON files, copied from the URL if need be, the last one first."""
     if twin is not None:
         pull(folder, twin)
     return _files(folder)
 
 
-def train_kept(
-    members: Sequence[Kept],
+def train_with_checkpoints(
+    members: Sequence[ResumableCell],
     stream: Callable[[Position], Iterable[tuple[Batch, Position]]],
-    on_step: Callable[[int, list[Cell]], None],
+    on_step: Callable[[int, list[TrainingCell]], None],
 ) -> dict[str, CellFailure]:
-    """`train` with checkpoints; cells whose streams stand at the same position go on together.
+    """Trains cells as `train` does, with checkpoints; cells at one position are trained together.
 
-    An `Interrupted` leaves a checkpoint behind before it goes on its way.
+    If an `Interrupted` is raised meanwhile, a checkpoint is written before it propagates.
 
     Args:
-        members: of one seed.
-        stream: that goes on from a position.
-        on_step: as for `train`; called first with the steps done before.
+        members: cells of one seed.
+        stream: position -> batches from there on.
+        on_step: as for `train`; called first with the steps that a cell had done before.
+
+    Returns: failures by cell name.
     """
     failures: dict[str, CellFailure] = {}
-    groups: dict[Position, list[Kept]] = {}
+    groups: dict[Position, list[ResumableCell]] = {}
     for member in members:
         groups.setdefault(member.position, []).append(member)
         if member.cell.steps_done:
@@ -257,19 +265,20 @@ def train_kept(
 
 
 def _train_group(
-    group: Sequence[Kept],
+    group: Sequence[ResumableCell],
     stream: Iterable[tuple[Batch, Position]],
-    on_step: Callable[[int, list[Cell]], None],
+    on_step: Callable[[int, list[TrainingCell]], None],
 ) -> dict[str, CellFailure]:
+    """Trains cells that are at the same position of the stream."""
     pace, start, ranks = Pace(), time.monotonic(), group[0].cell.ranks
-    last: tuple[Position, list[Kept]] | None = None
+    last: tuple[Position, list[ResumableCell]] | None = None
 
-    def write(position: Position, living: Sequence[Kept]) -> None:
-        with pace.spending():
+    def write(position: Position, living: Sequence[ResumableCell]) -> None:
+        with pace.count_writing():
             for member in living:
                 member.write(position, (time.monotonic() - start) / len(group))
 
-    def look(position: Position, living: list[Cell]) -> None:
+    def on_round(position: Position, living: list[TrainingCell]) -> None:
         nonlocal last
         members = [member for member in group if member.cell in living]
         last = position, members
@@ -278,9 +287,10 @@ def _train_group(
             last = None
 
     try:
-        failures = train([member.cell for member in group], stream, on_step, look)
+        failures = train([member.cell for member in group], stream, on_step, on_round)
     except Interrupted as stop:
-        if last is not None and not stop.at_once and ranks.alone:  # others may be elsewhere
+        # not on several ranks: the others may be in another round
+        if last is not None and not stop.at_once and ranks.alone:
             with defer_signals():
                 write(*last)
         raise
@@ -290,28 +300,30 @@ def _train_group(
 
 
 class Pace:
-    """When checkpoints are due: they take at most `SHARE` of the time."""
+    """Decides when checkpoints are due; they take at most `TIME_SHARE` of the time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock, self.every = clock, _seconds()
+        self.clock, self.interval = clock, _fixed_interval()
         self.start = self.last = clock()
         self.spent, self.cost = 0.0, math.nan
 
-    def due(self, members: Sequence[Kept]) -> bool:
-        """Whether to write checkpoints of these cells now."""
+    def due(self, members: Sequence[ResumableCell]) -> bool:
+        """Returns whether to write checkpoints of these cells now."""
         now = self.clock()
-        if self.every is not None:
-            return now - self.last >= self.every
-        so_far = now - self.start
-        if now - self.last < min(max(LEAST, APART * so_far), MOST):
+        if self.interval is not None:
+            return now - self.last >= self.interval
+        elapsed = now - self.start
+        if now - self.last < min(
+            max(SHORTEST_INTERVAL, INTERVAL_SHARE * elapsed), LONGEST_INTERVAL
+        ):
             return False
         if math.isnan(self.cost):
             self.cost = sum(_first_cost(member.cell.state()) for member in members)
-        return self.spent + self.cost <= SHARE * so_far
+        return self.spent + self.cost <= TIME_SHARE * elapsed
 
     @contextmanager
-    def spending(self) -> Iterator[None]:
-        """Within it checkpoints are written."""
+    def count_writing(self) -> Iterator[None]:
+        """Counts the time of the block, which writes checkpoints."""
         before = self.clock()
         yield
         self.last = self.clock()
@@ -320,17 +332,22 @@ class Pace:
 
 
 def _first_cost(state: State) -> float:
+    """Estimates the seconds that the first checkpoint of a state takes."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
     return 2 * FILE_COST + BYTE_COST * size
 
 
-def _seconds() -> float | None:
-    """Raises: SettingError when the variable is no number of seconds."""
-    named = os.environ.get(SECONDS, "")
+def _fixed_interval() -> float | None:
+    """Returns the seconds between checkpoints that the environment asks for, None if it does not.
+
+    Raises: SettingError when the variable is not a number of seconds.
+    """
+    value = os.environ.get(INTERVAL_VARIABLE, "")
     try:
-        seconds = float(named) if named else None
+        seconds = float(value) if value else None
     except ValueError:
         seconds = math.nan
     if seconds is not None and not seconds >= 0:
-        raise SettingError(SECONDS, named, "use a number of seconds, 0 for after every round")
+        remedy = "use a number of seconds, 0 for after every round"
+        raise SettingError(INTERVAL_VARIABLE, value, remedy)
     return seconds

@@ -11,9 +11,9 @@ SAMPLE_ROWS = 65_536
 
 
 def initial_sample(source: Source) -> torch.Tensor:
-    """Raw rows [n, d_in] of the first shard: they initialise every cell of a launch.
+    """Returns raw rows, float32 [n, d_in], of the first shard.
 
-    One that is not finite is left out: the cell that meets it in training stops there.
+    Rows that are not finite are left out: a cell that meets one in training stops there.
     """
     rows = source.shard(0).rows()[0][:SAMPLE_ROWS].float()
     return rows[rows.isfinite().all(1)]

@@ -1,10 +1,11 @@
-"""Decoders kept during training, to see later how long features last.
+"""Decoders stored during training, which show later how long features last.
 
-`points` steps, evenly spaced in the logarithm from `FIRST` of the run to its end. Of each: the
-decoder's rows at length 1 in float16 (a cosine of two is then within 1e-3 of the true one, and two
-that were equal stay so), what a pre-activation must pass to fire where the activation has such a
-threshold, and the encoder's bias, both in float32. That is d_sae (2 d_in + 8) bytes a point. A
-latent keeps its index for the whole run, also when it is resampled. Taking one reads only.
+A snapshot is taken after `points` steps, evenly spaced on a logarithmic scale from `FIRST` of the
+run to its end. It holds the decoder rows at length 1 in float16 (the cosine of two rows is then
+within 1e-3 of the true one, and equal rows stay equal), the threshold that a pre-activation must
+pass to fire, if the activation has one, and the encoder bias, both in float32. That is
+d_sae (2 d_in + 8) bytes per snapshot. A latent keeps its index for the whole run, even when it is
+resampled. Taking a snapshot changes nothing.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from saelab.storage.atomic import write_atomically
 from saelab.training.state import State
 
 #: Share of the run after which the first snapshot is taken. Our choice: 10 snapshots are then 0.22
-#: decades apart, and some come before the end of a usual warm-up.
+#: decades apart, and some precede the end of a usual warm-up.
 FIRST = 0.01
 
 
 def snapshot_steps(points: int, steps: int) -> list[int]:
-    """The steps after which a snapshot is taken, rising; the last is the end. Fewer than `points`
-    where two would fall on one step."""
+    """Returns the steps after which a snapshot is taken, in rising order; the last is the end of
+    the run. There are fewer than `points` if two would fall on one step."""
     if points == 0:
         return []
     spaced = np.geomspace(steps, max(1.0, FIRST * steps), points)
@@ -36,11 +37,11 @@ def snapshot_steps(points: int, steps: int) -> list[int]:
 
 
 class Snapshots:
-    """What is kept of one SAE.
+    """The snapshots of one SAE.
 
     Args:
-        points: how many.
-        steps: of the run.
+        points: how many are taken.
+        steps: number of steps of the run.
         batch_size: rows that the stream hands out per step.
     """
 
@@ -53,8 +54,8 @@ class Snapshots:
         self.thresholds: list[Tensor] = []
 
     @torch.no_grad()
-    def look(self, sae: SAE, step: int) -> None:
-        """Keeps a snapshot if one is due after `step` steps."""
+    def take_if_due(self, sae: SAE, step: int) -> None:
+        """Takes a snapshot if one is due after `step` steps."""
         if step not in self.due:
             return
         self.tokens.append(step * self.batch_size)
@@ -64,22 +65,29 @@ class Snapshots:
         if threshold is not None:
             self.thresholds.append(threshold.detach().cpu().float().expand(sae.d_sae).clone())
 
-    def _kept(self) -> dict[str, list[Tensor]]:
+    def _columns(self) -> dict[str, list[Tensor]]:
+        """Returns the lists themselves, one tensor per snapshot, under their names in a state."""
         return {"decoder": self.decoders, "b_enc": self.biases, "threshold": self.thresholds}
 
     def state(self) -> State:
-        tensors = {f"{n}/{i}": t for n, kept in self._kept().items() for i, t in enumerate(kept)}
+        """Returns all snapshots taken so far, not copied."""
+        columns = self._columns()
+        tensors = {f"{n}/{i}": t for n, column in columns.items() for i, t in enumerate(column)}
         return State(tensors, {"tokens": self.tokens})
 
     def restore(self, state: State) -> None:
+        """Replaces the snapshots by those of a state.
+
+        Raises: DamageError when the state holds none.
+        """
         self.tokens = list(state.value("tokens"))
-        for name, kept in self._kept().items():
-            own = state.part(name).tensors
-            kept[:] = [own[str(i)] for i in range(len(own))]
+        for name, column in self._columns().items():
+            stored = state.part(name).tensors
+            column[:] = [stored[str(i)] for i in range(len(stored))]
 
     def save(self, path: Path) -> None:
-        """Tensors decoder float16 [points, d_sae, d_in], b_enc and, where there is one, threshold,
-        float32 [points, d_sae], in the order of tokens int64 [points]."""
+        """Writes a safetensors file: decoder, float16 [points, d_sae, d_in]; b_enc and, if there is
+        one, threshold, float32 [points, d_sae]; all in the order of tokens, int64 [points]."""
         tensors = {
             "tokens": torch.tensor(self.tokens),
             "decoder": torch.stack(self.decoders),
@@ -91,5 +99,5 @@ class Snapshots:
 
 
 def snapshot_bytes(points: int, d_sae: int, d_in: int) -> int:
-    """Memory, and disk, of one SAE's snapshots."""
+    """Returns the bytes that the snapshots of one SAE take, in memory as on disk."""
     return points * d_sae * (2 * d_in + 8)

@@ -17,17 +17,18 @@ from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import CellFailure
 from saelab.progress import progress
 from saelab.sae import SAEConfig
+from saelab.training.cell import TrainingCell
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
-from saelab.training.resume import Kept, restore_cell, train_kept
+from saelab.training.resume import ResumableCell, restore_cell, train_with_checkpoints
 from saelab.training.sample import initial_sample
 
 #: Called with the steps done since the last call and the cells that took part; changes nothing.
-OnStep = Callable[[int, list[Cell]], None]
+OnStep = Callable[[int, list[TrainingCell]], None]
 
 
 def train_members(
-    members: Sequence[Kept], source: Source, seed: int, layout: Layout, on_step: OnStep
+    members: Sequence[ResumableCell], source: Source, seed: int, layout: Layout, on_step: OnStep
 ) -> dict[str, CellFailure]:
     """Trains cells of one seed and one batch size on the batches of that seed.
 
@@ -38,7 +39,9 @@ def train_members(
     Returns: failures by cell name.
     """
     size = members[0].cell.config.batch_size
-    return train_kept(members, lambda start: batches(source, seed, size, layout, start), on_step)
+    return train_with_checkpoints(
+        members, lambda start: batches(source, seed, size, layout, start), on_step
+    )
 
 
 def train_one(
@@ -51,7 +54,7 @@ def train_one(
     device: str | torch.device = "cpu",
     ranks: Ranks = ALONE,
     checkpoints: Path | None = None,
-) -> Cell:
+) -> TrainingCell:
     """Trains one SAE with a progress bar.
 
     Args:
@@ -66,7 +69,7 @@ def train_one(
     def build() -> Cell:
         return Cell(f"seed {seed}", sae, train, sample, seed, ranks=ranks)
 
-    member = restore_cell(build, checkpoints) if checkpoints else Kept(build(), None)
+    member = restore_cell(build, checkpoints) if checkpoints else ResumableCell(build(), None)
     with progress("training", train.steps, "steps") if ranks.first else nullcontext() as bar:
         advance = bar.advance if bar else (lambda steps: None)
         failures = train_members([member], source, seed, layout, lambda steps, _: advance(steps))

@@ -44,7 +44,7 @@ from saelab.sae import SAEConfig
 from saelab.storage.atomic import read_json, write_json, write_sealed
 from saelab.study.plan import BaseConfig, PlanConfig, base_of_run
 from saelab.study.registry import attempts, deviations, register
-from saelab.training.curves import curve
+from saelab.training.curves import read_curve
 from saelab.verdict.review import review, text
 
 #: Cases of one file in the fast tests, and in the slow ones.
@@ -165,7 +165,7 @@ def read_cell(folder: Path) -> Any:
     rows = read_json(folder / "cell.json")["rows"]
     return (
         rows,
-        curve(folder / "curves.parquet", "loss"),
+        read_curve(folder / "curves.parquet", "loss"),
         read_density(folder / OF_CELL[1]).tolist(),
     )
 

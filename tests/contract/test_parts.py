@@ -277,7 +277,7 @@ class TestLife:
             assert whole.step(batch(x)) == cut.step(batch(x))
         states = whole.state(), cut.state()
         assert same(states[0].tensors, states[1].tensors) and states[0].plain == states[1].plain
-        assert whole.moved() == cut.moved()
+        assert whole.scalar_reach() == cut.scalar_reach()
         assert whole.log.last(RESETS[observer["kind"]]) > 0
 
     def test_every_parameter_of_the_part_is_trained(
@@ -434,7 +434,7 @@ def test_export_names_an_architecture(kind: str, global_random_seed: int) -> Non
 
 def agrees_with_folded(sae: SAE, x: Tensor) -> None:
     """f = activation((x - b_dec) W_enc^T + b_enc), x_hat = f W_dec + b_dec."""
-    w = sae.folded()
+    w = sae.fold()
     z = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
     own = sae._encoder_input(x / sae.scale) @ sae.W_enc.T + sae.b_enc
     rows_close(z, own.detach())
@@ -525,7 +525,7 @@ def test_batch_statistics_couple_rows_and_do_not_fold(global_random_seed: int) -
     sae, x = trained(config, global_random_seed).sae.eval(), data(global_random_seed)
     assert sae.scaling is not None and not sae.scaling.foldable
     with pytest.raises(SettingError, match="cannot be folded"):
-        sae.folded()
+        sae.fold()
     assert not torch.allclose(sae.encode(x)[:8], sae.encode(x[:8]), rtol=1e-3)
     assert sae.encode(x[:1]).isfinite().all()  # one row has no variance
 

@@ -25,10 +25,10 @@ from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import CellFailure, SettingError, SourceError
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.kernels import Code, Support, kernels_for, support_of_topk, topk_over_ranks
-from saelab.kernels.over_ranks import gather_code, of_latents
+from saelab.kernels.over_ranks import gather_code, select_latents
 from saelab.parts import TABLE
 from saelab.parts.base import Dims
-from saelab.sae import DRAWN, SAEConfig, _normal_rows
+from saelab.sae import ROWS_DRAWN_AT_ONCE, SAEConfig, _normal_rows
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
@@ -237,11 +237,16 @@ class TestWhole:
         assert (tmp_path / "sae.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
 
     def test_initial_rows_are_one_draw(self, global_random_seed: int) -> None:
-        for rows, width in ((3 * DRAWN + 5, 7), (5, 3), (2 * DRAWN - 1, 16), (DRAWN, 1)):
+        for rows, width in (
+            (3 * ROWS_DRAWN_AT_ONCE + 5, 7),
+            (5, 3),
+            (2 * ROWS_DRAWN_AT_ONCE - 1, 16),
+            (ROWS_DRAWN_AT_ONCE, 1),
+        ):
             whole = torch.randn(rows, width, generator=torch_stream(global_random_seed, "rows"))
             pieces = list(_normal_rows(rows, width, torch_stream(global_random_seed, "rows")))
             assert torch.equal(torch.cat([drawn for _, drawn in pieces]), whole)
-            assert max(len(drawn) for _, drawn in pieces) < 2 * DRAWN
+            assert max(len(drawn) for _, drawn in pieces) < 2 * ROWS_DRAWN_AT_ONCE
 
 
 def stretch(ranks: Ranks, case: str, folder: Path, until: int) -> np.ndarray:
@@ -281,7 +286,7 @@ def primitives(ranks: Ranks) -> dict[str, Any]:
     support = topk_over_ranks(mine, 2, ranks)
     code = Code(mine.flatten()[support.flat], mine.flatten()[support.flat], support)
     whole = gather_code(code, 7, ranks)
-    part = of_latents(whole, own)
+    part = select_latents(whole, own)
     x = torch.tensor([2.0], requires_grad=True)
     ranks.over_latents(ranks.spread(x) * (ranks.part_of_latents + 1)).sum().backward()
     before = ranks.payload
@@ -368,7 +373,7 @@ def test_parts_that_are_not_shardable_are_refused(data: int, latents: int) -> No
 def test_a_batch_has_a_row_for_every_rank() -> None:
     one = cell(Ranks(), config("relu"), source())
     one.ranks = Ranks(4, 1, 3)
-    with pytest.raises(CellFailure, match="a batch of 2 rows has none for some of 4 ranks"):
+    with pytest.raises(CellFailure, match="a batch of 2 rows is too small for 4 ranks"):
         one.step(Batch(torch.zeros(2, D_IN), torch.zeros(2, dtype=torch.int64)))
 
 

@@ -119,6 +119,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from saelab.progress import Progress
 from saelab.runtime.signals import defer_signals
+from saelab.launch.executors import JobSet
 from saelab.launch.executors.local import run_jobs
 
 def work(job, advance, state):
@@ -132,7 +133,7 @@ def work(job, advance, state):
         Path("said").touch()
 
 if __name__ == "__main__":
-    run_jobs(work, [0], 1, Path("logs"), nullcontext(Progress("", 1)))
+    run_jobs(JobSet(work, [0], 1, Path("logs"), nullcontext(Progress("", 1))))
 """
 
 

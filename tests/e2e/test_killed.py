@@ -19,7 +19,7 @@ from projects import BASE, BASELINE, PLAN, Project, reached
 
 from saelab.seeding import numpy_stream
 from saelab.storage.atomic import FAILPOINT
-from saelab.training.resume import SECONDS
+from saelab.training.resume import INTERVAL_VARIABLE
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of a process are forks")
 
@@ -65,7 +65,7 @@ def study(project: Project) -> None:
 def traced(project: Project, trace: Path, pattern: str = "*", n: int = 0) -> int:
     """Starts it with a checkpoint after every round; gives the process's id."""
     trace.write_text("")
-    variables = {FAILPOINT: f"{trace}:{pattern}:{n}", SECONDS: "0"}
+    variables = {FAILPOINT: f"{trace}:{pattern}:{n}", INTERVAL_VARIABLE: "0"}
     return project.forked(study, **variables)
 
 

@@ -19,7 +19,7 @@ from saelab.study.plan import (
     resolve,
     resolve_with_placeholders,
 )
-from saelab.training.curves import curve
+from saelab.training.curves import read_curve
 
 PLAN = """\
 study = "small"
@@ -70,7 +70,7 @@ def test_an_arm_is_fixed_at_what_another_learned(tmp_path: Path) -> None:
     assert means["found"]["tau"] == pytest.approx(means["learned"]["tau"], rel=1e-6)
     assert means["learned"]["tau"] != pytest.approx(0.5, abs=1e-4)
     files = (cell.with_name("curves.parquet") for cell in project.finished_cells())
-    curves = [curve(file, "tau") for file in files if file.exists()]  # controls have none
+    curves = [read_curve(file, "tau") for file in files if file.exists()]  # controls have none
     moving = [taus for taus in curves if len(set(taus)) > 1]
     assert len(moving) == 2 and all(len(taus) > 50 for taus in moving)
     assert all(taus[0] == pytest.approx(0.5, abs=0.02) for taus in moving)

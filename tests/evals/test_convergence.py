@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saelab.evals.convergence import convergence, settling_share, steps_to_final
-from saelab.training.loop import Log
+from saelab.training.cell import Log
 
 
 def log_of(**columns: np.ndarray) -> Log:

@@ -13,7 +13,7 @@ from saelab.evals.training_stability import (
     spikes,
     stability,
 )
-from saelab.training.loop import Log
+from saelab.training.cell import Log
 
 N = 1000
 U = np.arange(N) / N

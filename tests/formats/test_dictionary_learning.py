@@ -165,7 +165,7 @@ def test_other_contents_are_told(tmp_path: Path) -> None:
         formats.load(tmp_path, "dictionary_learning")
     changed()
     torch.save([1], tmp_path / "ae.pt")
-    with pytest.raises(SourceError, match="no state dict"):
+    with pytest.raises(SourceError, match="not a state dict"):
         formats.load(tmp_path, "dictionary_learning")
     torch.save(tensors | {"W_skip": torch.eye(D_IN)}, tmp_path / "ae.pt")
     with pytest.raises(SourceError, match="W_skip"):

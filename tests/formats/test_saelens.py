@@ -104,7 +104,7 @@ def test_what_sets_an_sae_apart_is_written_again(name: str, tmp_path: Path) -> N
     )
     found = formats.load(tmp_path / "a")
     formats.saver("saelens")(found.sae, tmp_path / "b", about(found, tmp_path / "a"))
-    assert len(found.origin.unlike) == 1
+    assert len(found.origin.peculiarities) == 1
     assert formats.load(tmp_path / "b").origin == found.origin
     metadata = json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]
     assert apart[name].items() <= metadata.items()
@@ -117,7 +117,7 @@ def test_nothing_is_claimed_of_a_training_that_is_not_known(
     formats.saver("saelens")(trained(), tmp_path, about)
     metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
     assert metadata["prepend_bos"] is None and metadata["model_from_pretrained_kwargs"] == {}
-    assert formats.load(tmp_path).origin.unlike == ()
+    assert formats.load(tmp_path).origin.peculiarities == ()
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
@@ -437,7 +437,7 @@ def test_old_directories_may_be_of_a_processed_model(tmp_path: Path) -> None:
     place = ("gpt2-small", "blocks.8.hook_resid_pre")
     write(tmp_path / "a", old(), WEIGHTS, random_weights(0, *LINEAR))
     (told,) = formats.load(tmp_path / "a").origin.differences(*place)
-    assert "mean taken off" in told
+    assert "mean subtracted" in told
     found = formats.load(tmp_path / "a")
     formats.saver("saelens")(found.sae, tmp_path / "again", about(found, tmp_path / "a"))
     assert formats.load(tmp_path / "again").origin == found.origin
@@ -487,7 +487,7 @@ def test_broken_weights_are_told(case: str, tmp_path: Path) -> None:
 def test_broken_gates_are_told(tmp_path: Path) -> None:
     tensors = random_weights(0, *GATED) | {"r_mag": torch.zeros(D_SAE + 1)}
     write(tmp_path, config("gated"), WEIGHTS, tensors)
-    with pytest.raises(SourceError, match="shapes do not belong together"):
+    with pytest.raises(SourceError, match="shapes do not fit together"):
         formats.load(tmp_path)
 
 
@@ -509,7 +509,7 @@ def test_what_is_no_directory_of_an_sae_is_told(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"cfg.json alone is not enough"):
         formats.load(folder)
     (folder / WEIGHTS).write_bytes(b"\x80\x04pickle")
-    with pytest.raises(SourceError, match=r"no valid JSON"):
+    with pytest.raises(SourceError, match=r"not valid JSON"):
         formats.load(folder)
     (folder / "cfg.json").write_text(json.dumps(config("standard")))
     with pytest.raises(SourceError, match=r"not a safetensors file"):

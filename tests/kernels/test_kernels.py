@@ -101,7 +101,7 @@ def close(got: Tensor | None, wanted: Tensor | None) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-needs_native = pytest.mark.skipif(native.library() is None, reason=native.why_not())
+needs_native = pytest.mark.skipif(native.library() is None, reason=native.unavailable_reason())
 
 
 @pytest.fixture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 
 from saelab.errors import SettingError, SourceError
 from saelab.launch import executors
-from saelab.launch.executors import EXECUTORS, executor, local
-from saelab.launch.executors.remote import Tally, Task, Words
+from saelab.launch.executors import EXECUTORS, JobSet, executor, local
+from saelab.launch.executors.remote import FileReporter, Tally, Task
 from saelab.launch.executors.slurm import settings
 from saelab.progress import progress
 
@@ -22,10 +23,8 @@ def square(job: int, advance, state: dict) -> None:
 
 def test_every_executor_is_called_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SAELAB_EXECUTOR", raising=False)
-    names = {name: executor(name).__code__.co_varnames[:7] for name in EXECUTORS}
-    assert set(names.values()) == {
-        ("function", "jobs", "workers", "logs", "bar", "beside", "device")
-    }
+    signatures = {name: str(inspect.signature(executor(name))) for name in EXECUTORS}
+    assert set(signatures.values()) == {"(job_set: 'JobSet') -> 'None'"}
     assert executor() is local.run_jobs
 
 
@@ -45,7 +44,7 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SettingError, match=rf"pip install 'saelab\[{name}\]'"):
-        executor(name)(square, [1], 1, tmp_path, progress("", 1))
+        executor(name)(JobSet(square, [1], 1, tmp_path, progress("", 1)))
 
 
 def test_a_task_does_its_job_in_its_folder_and_tells_how_far_it_is(
@@ -57,25 +56,25 @@ def test_a_task_does_its_job_in_its_folder_and_tells_how_far_it_is(
         Task.of(square, job, number, folder)()
     with progress("", 10) as bar:
         tally = Tally(folder, bar)
-        tally.hear()
+        tally.read_new()
         assert bar.done == 7
-        again = Words(folder / "0.jsonl")  # the job has started again: it counts from zero
-        tally.hear()
+        again = FileReporter(folder / "0.jsonl")  # the job has started again: it counts from zero
+        tally.read_new()
         assert bar.done == 4
         again(2)
         again.close()
-        tally.hear()
+        tally.read_new()
         assert bar.done == 6
 
 
 def test_what_a_job_says_of_a_cell_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
     monkeypatch.setattr("saelab.launch.executors.remote.log_progress", told.append)
-    words = Words(tmp_path / "0.jsonl")
+    words = FileReporter(tmp_path / "0.jsonl")
     words(1.0, {"stage": "train", "values": {"loss": 0.5}})
     words.close()
     with progress("", 10) as bar:
-        Tally(tmp_path, bar).hear()
+        Tally(tmp_path, bar).read_new()
     assert told == [{"stage": "train", "values": {"loss": 0.5}}]
 
 

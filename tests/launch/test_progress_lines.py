@@ -16,6 +16,7 @@ from saelab.errors import CellFailure
 from saelab.evals.base import Row
 from saelab.launch import progress_lines
 from saelab.launch.cell_key import Key
+from saelab.launch.executors import JobSet
 from saelab.launch.executors.local import run_jobs
 from saelab.launch.jobs import JobCell
 from saelab.launch.progress_lines import LOGGED, POINTS, Reports
@@ -153,7 +154,7 @@ def test_whatever_workers_say_arrives_in_order(tmp_path, monkeypatch, workers: i
     heard: list[dict[str, Any]] = []
     monkeypatch.setattr(executor, "log_progress", heard.append)
     bar = Progress("x", 1)
-    run_jobs(job, [1, 2, 3], workers, tmp_path, nullcontext(bar))
+    run_jobs(JobSet(job, [1, 2, 3], workers, tmp_path, nullcontext(bar)))
     assert bar.done == 1501.5
     for number in (1, 2, 3):
         steps = [line["step"] for line in heard if line["seed"] == number]

@@ -213,10 +213,10 @@ def test_native_equals_eager(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = native.traced(z, rule, starts, drivers, z.numel())
+        found = native.trace_above(z, rule, starts, drivers, z.numel())
     finally:
         torch.set_num_threads(before)
-    wanted = eager.traced(z, rule, starts, drivers, z.numel())
+    wanted = eager.trace_above(z, rule, starts, drivers, z.numel())
     assert found is not None and wanted is not None
     if found[1].numel() == wanted[1].numel():  # a value on the edge of its threshold may differ
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
@@ -225,7 +225,7 @@ def test_native_equals_eager(
     else:
         assert abs(found[1].numel() - wanted[1].numel()) <= 1
     if wanted[1].numel():
-        assert native.traced(z, rule, starts, drivers, found[1].numel() - 1) is None
+        assert native.trace_above(z, rule, starts, drivers, found[1].numel() - 1) is None
 
 
 def test_a_segment_starts_afresh(global_random_seed: int) -> None:
@@ -301,7 +301,7 @@ def test_without_beta_it_is_a_jumprelu() -> None:
     sae.eval()
     assert not sae.needs_contexts
     x = rows_of(1)
-    export, w = sae.activation.export(), sae.folded()
+    export, w = sae.activation.export(), sae.fold()
     z = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
     expected = z * (z > export["threshold"])
     torch.testing.assert_close(sae.encode(x), expected, rtol=1e-4, atol=1e-4)

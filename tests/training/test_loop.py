@@ -22,6 +22,7 @@ from saelab.parts.base import Pass
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training import loop
+from saelab.training.cell import Log
 from saelab.training.loop import Cell, train
 from saelab.training.module_cell import ModuleCell
 from saelab.training.optim import TrainConfig
@@ -272,7 +273,7 @@ class TestBitwise:
             plain.step(batch)
             measured.sae.eval()
             measured.sae.decode(measured.sae.encode(batch.x))
-            measured.sae.folded()
+            measured.sae.fold()
             measured.sae.train()
             measured.step(batch)
         assert_bitwise(plain, measured)
@@ -332,7 +333,7 @@ class TestLearning:
         assert cell.tokens == cell.config.tokens
 
     def test_log_last(self) -> None:
-        log = loop.Log(5)
+        log = Log(5)
         for i in range(4):
             log.append({"a": float(i)} | ({"late": 1.0} if i > 1 else {}))
         assert log.last("a") == 3 and log.last("a", 0.5) == 2.5

@@ -27,13 +27,13 @@ from saelab.training import loop, resume
 from saelab.training.loop import Cell
 from saelab.training.module_cell import ModuleCell
 from saelab.training.resume import (
-    Kept,
     Pace,
+    ResumableCell,
     drop_damaged,
     read_checkpoint,
     remove_checkpoints,
     restore_cell,
-    train_kept,
+    train_with_checkpoints,
     write_checkpoint,
 )
 
@@ -51,7 +51,7 @@ def activations() -> MemorySource:
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three batches a round, and a checkpoint after each."""
     monkeypatch.setattr(loop, "LONGEST_TURN", 3)
-    monkeypatch.setenv(resume.SECONDS, "0")
+    monkeypatch.setenv(resume.INTERVAL_VARIABLE, "0")
 
 
 def build(source: MemorySource, name: str = "a") -> Cell:
@@ -61,19 +61,23 @@ def build(source: MemorySource, name: str = "a") -> Cell:
     return Cell(name, SAEConfig.parse(data), TRAIN, source.shard(0).rows()[0], 3, 4)
 
 
-def kept(source: MemorySource, folder: Path, names: Sequence[str] = "ab") -> list[Kept]:
+def kept(source: MemorySource, folder: Path, names: Sequence[str] = "ab") -> list[ResumableCell]:
     return [restore_cell(lambda n=n: build(source, n), folder / n) for n in names]
 
 
 def trained(
-    source: MemorySource, members: Sequence[Kept], at: Callable[[int], None] = lambda steps: None
-) -> list[Kept]:
+    source: MemorySource,
+    members: Sequence[ResumableCell],
+    at: Callable[[int], None] = lambda steps: None,
+) -> list[ResumableCell]:
     """`at` is called with the steps done, after each round."""
 
     def on_step(steps: int, living: list[Cell]) -> None:
         at(living[0].steps_done)
 
-    assert not train_kept(members, lambda start: batches(source, 3, SIZE, "rows", start), on_step)
+    assert not train_with_checkpoints(
+        members, lambda start: batches(source, 3, SIZE, "rows", start), on_step
+    )
     return list(members)
 
 
@@ -86,7 +90,9 @@ def signalled(number: int, step: int) -> Callable[[int], None]:
 
 
 @pytest.fixture(scope="module")
-def whole_run(activations: MemorySource, tmp_path_factory: pytest.TempPathFactory) -> list[Kept]:
+def whole_run(
+    activations: MemorySource, tmp_path_factory: pytest.TempPathFactory
+) -> list[ResumableCell]:
     return trained(activations, kept(activations, tmp_path_factory.mktemp("whole")))
 
 
@@ -95,12 +101,12 @@ def test_a_signal_leaves_a_checkpoint_and_the_rest_follows_exactly(
     number: int,
     code: int,
     activations: MemorySource,
-    whole_run: list[Kept],
+    whole_run: list[ResumableCell],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv(resume.SECONDS, "1000")  # the signal's is the only one
+    monkeypatch.setenv(resume.INTERVAL_VARIABLE, "1000")  # the signal's is the only one
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended, exit_on_signal():
         trained(activations, kept(activations, tmp_path), signalled(number, 9))
@@ -114,7 +120,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_rest_follows_exactly(
 
 
 def test_cells_may_be_grouped_otherwise(
-    activations: MemorySource, whole_run: list[Kept], tmp_path: Path
+    activations: MemorySource, whole_run: list[ResumableCell], tmp_path: Path
 ) -> None:
     """One cell stopped early, one late, one not begun."""
     for name, step in (("a", 6), ("b", 15)):
@@ -174,7 +180,7 @@ def test_at_once_writes_nothing(
     activations: MemorySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of a round there is no state to go on from."""
-    monkeypatch.setenv(resume.SECONDS, "1000")
+    monkeypatch.setenv(resume.INTERVAL_VARIABLE, "1000")
 
     def twice(steps: int) -> None:
         for _ in range(2):
@@ -235,7 +241,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     end: str,
     harm: str,
     activations: MemorySource,
-    whole_run: list[Kept],
+    whole_run: list[ResumableCell],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -299,7 +305,7 @@ def test_a_module_whose_state_no_file_holds_has_no_checkpoints(
 
     sample = activations.shard(0).rows()[0]
     cell = ModuleCell("odd", Odd, D_SAE, TRAIN, sample, 3)
-    trained(activations, [Kept(cell, tmp_path / "odd")])
+    trained(activations, [ResumableCell(cell, tmp_path / "odd")])
     assert cell.done and not list(tmp_path.glob("odd/*.json"))
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("odd has no checkpoints")
@@ -320,13 +326,13 @@ class Clock:
 def test_checkpoints_take_no_more_than_their_share(
     cost: float, activations: MemorySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(resume.SECONDS)
-    clock, member = Clock(), Kept(build(activations), tmp_path)
+    monkeypatch.delenv(resume.INTERVAL_VARIABLE)
+    clock, member = Clock(), ResumableCell(build(activations), tmp_path)
     pace, written = Pace(clock), []
     while clock.now < 2100:
         clock.now += 0.25
         if pace.due([member]):
-            with pace.spending():
+            with pace.count_writing():
                 clock.now += cost
             written.append(clock.now)
     assert cost * (len(written) - 1) <= 0.02 * 2000 + cost
@@ -337,6 +343,6 @@ def test_checkpoints_take_no_more_than_their_share(
 
 def test_a_pace_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     for named in ("often", "-1", "nan"):
-        monkeypatch.setenv(resume.SECONDS, named)
+        monkeypatch.setenv(resume.INTERVAL_VARIABLE, named)
         with pytest.raises(SettingError, match="number of seconds"):
             Pace()

@@ -112,7 +112,7 @@ def test_every_state_of_every_part(variant: str, cut: int, activations: MemorySo
         lambda: cell_of(activations, **VARIANTS[variant]), activations, layout, cut
     )
     assert_same(whole.state(), cut_.state())
-    assert whole.moved() == cut_.moved()
+    assert whole.scalar_reach() == cut_.scalar_reach()
 
 
 def test_a_state_is_not_that_of_another_cell(activations: MemorySource) -> None:

@@ -19,7 +19,8 @@ from saelab.evals.dictionary_matching import largest_cosines
 from saelab.launch import cell_facts
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
-from saelab.training.loop import Cell, Log
+from saelab.training.cell import Log
+from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
 from saelab.verdict.gate import gate
 

@@ -1,4 +1,4 @@
-"""Where the jobs of a launch run: one function per executor, all called alike.
+"""Executors run the jobs of a launch; each is one function, and all are called alike.
 
 local    worker processes of this machine
 ray      tasks of a Ray cluster                     (extra `ray`)
@@ -14,8 +14,9 @@ import importlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from saelab.errors import SettingError, nearest
 from saelab.progress import Progress
@@ -24,54 +25,53 @@ LOCAL = "local"
 #: Name -> module with a function `run_jobs`.
 EXECUTORS = {name: f"{__name__}.{name}" for name in (LOCAL, "ray", "slurm")}
 
-#: What a job says how far it is with: an amount of work done since it last did, and a line for
-#: metrics.jsonl or none.
+#: How a job reports its progress: with the amount of work done since its last call, and optionally
+#: a line for metrics.jsonl.
 Advance = Callable[..., None]
 Work = Callable[[Any, Advance, dict[str, Any]], None]
 
 
-class RunJobs(Protocol):
-    """What an executor is."""
+@dataclass(frozen=True)
+class JobSet:
+    """Jobs of a launch, and how they are run: `function(job, advance, state)` for every job.
 
-    def __call__(
-        self,
-        function: Work,
-        jobs: Sequence[Any],
-        workers: int,
-        logs: Path,
-        bar: AbstractContextManager[Progress],
-        beside: Iterable[None] = (),
-        device: str = "cpu",
-    ) -> None:
-        """Calls `function(job, advance, state)` for every job.
+    Args:
+        function: importable; `state` is a dictionary that a worker keeps between its jobs.
+        jobs: picklable, the longest first.
+        workers: how many work at a time, if this machine decides that.
+        logs: folder for what workers print.
+        bar: advanced by the amounts that the jobs pass to `advance`; their lines are reported.
+        local_work: work for this process while the jobs run, in steps.
+        device: what a job needs: a core ('cpu') or a GPU.
+    """
 
-        Args:
-            function: importable; `state` is a dictionary that a worker keeps between its jobs.
-            jobs: picklable, the longest first.
-            workers: how many work at a time, where this machine decides that.
-            logs: folder for what workers print.
-            bar: advanced by the amounts that the jobs pass to `advance`; their lines are told.
-            beside: work for this process meanwhile, in steps.
-            device: what a job needs: a core ('cpu') or a GPU.
+    function: Work
+    jobs: Sequence[Any]
+    workers: int
+    logs: Path
+    bar: AbstractContextManager[Progress]
+    local_work: Iterable[None] = ()
+    device: str = "cpu"
 
-        Raises: what a job or a step raises; StudyFailure when workers die.
-        """
-        ...
+
+#: An executor: does all jobs and the local work. It raises what a job or a step of the local work
+#: raises, and StudyFailure when workers die.
+RunJobs = Callable[[JobSet], None]
 
 
 def executor(name: str = "") -> RunJobs:
-    """The executor of that name, by default SAELAB_EXECUTOR or the local one.
+    """Returns the executor of that name, by default that of SAELAB_EXECUTOR, else the local one.
 
-    Raises: SettingError for an unknown one.
+    Raises: SettingError for an unknown name.
     """
     setting = "executor" if name else "SAELAB_EXECUTOR"
     name = name or executor_name()
     if name not in EXECUTORS:
-        known = f"use one of {', '.join(EXECUTORS)}{nearest(name, EXECUTORS)}"
-        raise SettingError(setting, name, known)
+        remedy = f"use one of {', '.join(EXECUTORS)}{nearest(name, EXECUTORS)}"
+        raise SettingError(setting, name, remedy)
     return importlib.import_module(EXECUTORS[name]).run_jobs
 
 
 def executor_name() -> str:
-    """What SAELAB_EXECUTOR names, else 'local'."""
+    """Returns the value of SAELAB_EXECUTOR, or 'local' if it is not set."""
     return os.environ.get("SAELAB_EXECUTOR") or LOCAL

@@ -1,9 +1,9 @@
-"""Runs jobs in local worker processes, each with one thread, and reports their progress.
+"""Runs jobs in local worker processes and reports their progress.
 
 Workers end with their parent and write their stderr to a log file. A signal to end reaches them as
-SIGTERM from their parent, whoever else got it: what they do is cut short at its next safe place,
-with a checkpoint where they train (training/resume.py). One thread per worker on a CPU:
-the bits of a result then do not depend on how many workers there are.
+SIGTERM from their parent, whoever else received it; a worker then stops at the next safe place,
+with a checkpoint if it is training (training/resume.py). On a CPU each worker has one thread, so
+the bits of a result do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from saelab.errors import SettingError, StudyFailure
-from saelab.launch.executors import Work
+from saelab.launch.executors import JobSet
 from saelab.progress import Progress
 from saelab.progress.run import log_progress
 from saelab.runtime import signals
 
-#: Seconds between two looks at the workers, and between two words of a worker about its tokens.
+#: Seconds between two checks of the workers, and between two reports of a worker about its tokens.
 POLL = 0.25
-#: Seconds that the last words of the workers may take to arrive.
-PATIENCE = 5.0
-#: Seconds that workers have for the end of their round and a checkpoint before they are killed. Our
+#: Seconds that the last messages of the workers may take to arrive.
+LAST_MESSAGES_SECONDS = 5.0
+#: Seconds that workers have to end their round and write a checkpoint before they are killed. Our
 #: choice: what schedulers give.
-GRACE = 30.0
+GRACE_SECONDS = 30.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _channel: Any = None
@@ -44,47 +44,38 @@ _busy = False
 _state: dict[str, Any] = {}
 
 
-def run_jobs(
-    function: Work,
-    jobs: Sequence[Any],
-    workers: int,
-    logs: Path,
-    bar: AbstractContextManager[Progress],
-    beside: Iterable[None] = (),
-    device: str = "cpu",
-) -> None:
-    """See `executors.RunJobs`.
+def run_jobs(job_set: JobSet) -> None:
+    """Runs the jobs in worker processes, each with its own log file.
 
-    Without workers the jobs run one after the other in this process, after `beside`, with the same
-    bits. What workers print goes into a file each.
+    With 0 workers the jobs run one after the other in this process, after the local work, with the
+    same bits.
 
-    Raises: what a job or a step raises; StudyFailure when a worker dies.
+    Raises: what a job or a step of the local work raises; StudyFailure when a worker dies.
     """
-    if workers == 0:
-        for _ in beside:
+    if job_set.workers == 0:
+        for _ in job_set.local_work:
             pass
-        with bar as shown:
-            _inline(function, jobs, shown)
+        with job_set.bar as bar:
+            _run_inline(job_set, bar)
         return
-    logs.mkdir(parents=True, exist_ok=True)
+    job_set.logs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    heard, said = context.Pipe(duplex=False)
-    channel = (said, context.Lock())
-    pool = ProcessPoolExecutor(
-        min(workers, max(1, len(jobs))), context, _initialise, (channel, logs, os.getpid())
-    )
+    receiver, sender = context.Pipe(duplex=False)
+    channel = (sender, context.Lock())
+    workers = min(job_set.workers, max(1, len(job_set.jobs)))
+    pool = ProcessPoolExecutor(workers, context, _initialise, (channel, job_set.logs, os.getpid()))
     futures: list[Future[None]] = []
     try:
-        with bar as shown, _listening(heard, shown):
-            with _keyboard_blocked():  # workers inherit that
-                futures = [pool.submit(_run, function, job) for job in jobs]
-            for _ in beside:
+        with job_set.bar as bar, _listen_to_workers(receiver, bar):
+            with _block_keyboard_interrupts():  # inherited by the workers
+                futures = [pool.submit(_run_job, job_set.function, job) for job in job_set.jobs]
+            for _ in job_set.local_work:
                 _raise_failures(futures)
             _wait(futures)
     except BrokenProcessPool:
         raise StudyFailure(
-            f"a worker process died (out of memory?): see {logs}; free memory or lower the number "
-            "of workers with SAELAB_WORKERS, then run the same command again"
+            f"a worker process died (out of memory?): see {job_set.logs}; free memory or lower the "
+            "number of workers with SAELAB_WORKERS, then run the same command again"
         ) from None
     finally:
         for future in futures:
@@ -93,9 +84,9 @@ def run_jobs(
 
 
 @contextmanager
-def _keyboard_blocked() -> Iterator[None]:
-    """Holds SIGINT back, also from processes started within: a terminal sends it to all of them,
-    and the parent decides."""
+def _block_keyboard_interrupts() -> Iterator[None]:
+    """Blocks SIGINT in this process and in those started within the block: a terminal sends it to
+    all of them, but the parent decides what happens."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -104,6 +95,7 @@ def _keyboard_blocked() -> Iterator[None]:
 
 
 def _wait(futures: Sequence[Future[None]]) -> None:
+    """Waits for all jobs; raises what the first failed one raised."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=POLL, return_when=FIRST_EXCEPTION)
@@ -111,15 +103,15 @@ def _wait(futures: Sequence[Future[None]]) -> None:
 
 
 @contextmanager
-def _listening(heard: Connection, bar: Progress) -> Iterator[None]:
-    """A thread takes what the workers say, this process being busy with a harvest; when the block
-    ends, after what they said before."""
+def _listen_to_workers(receiver: Connection, bar: Progress) -> Iterator[None]:
+    """Reports the workers' messages from a thread, because this process may be busy with a harvest;
+    when the block ends, waits until all messages sent before are reported."""
     over = threading.Event()
 
     def listen() -> None:
-        while heard.poll(0 if over.is_set() else POLL) or not over.is_set():
-            if heard.poll(0):
-                take(bar, *heard.recv())
+        while receiver.poll(0 if over.is_set() else POLL) or not over.is_set():
+            if receiver.poll(0):
+                report_progress(bar, *receiver.recv())
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
@@ -127,36 +119,34 @@ def _listening(heard: Connection, bar: Progress) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join(PATIENCE)
+        thread.join(LAST_MESSAGES_SECONDS)
 
 
-def take(bar: Progress, amount: float, line: Mapping[str, Any] | None = None) -> None:
-    """What a job said, in the process of the launch."""
+def report_progress(bar: Progress, amount: float, line: Mapping[str, Any] | None = None) -> None:
+    """Shows a job's message in the process of the launch."""
     bar.advance(amount)
     if line is not None:
         log_progress(line)
 
 
 def _raise_failures(futures: Iterable[Future[None]]) -> None:
+    """Raises what a job that has ended raised."""
     for future in futures:
         if future.done():
             future.result()
 
 
-def _inline(
-    function: Work,
-    jobs: Sequence[Any],
-    bar: Progress,
-) -> None:
+def _run_inline(job_set: JobSet, bar: Progress) -> None:
+    """Runs the jobs one after the other in this process."""
     state: dict[str, Any] = {}
     with one_thread():
-        for job in jobs:
-            function(job, functools.partial(take, bar), state)
+        for job in job_set.jobs:
+            job_set.function(job, functools.partial(report_progress, bar), state)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch on one thread, as in a worker, so that the bits are a worker's."""
+    """Limits torch to one thread within the block, as in a worker, so that the bits are equal."""
     import torch
 
     threads = torch.get_num_threads()
@@ -168,26 +158,27 @@ def one_thread() -> Iterator[None]:
 
 
 def _stop(pool: ProcessPoolExecutor, unfinished: bool) -> None:
-    """Ends the workers; none is left behind."""
+    """Ends all workers and waits for them; those that do not end in time are killed."""
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
     try:
         if unfinished:
             for process in processes:
                 process.terminate()
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + GRACE_SECONDS
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
-    finally:  # also when a second interrupt ends the waiting
+    finally:  # even if a second interrupt ends the waiting
         for process in processes:
             if process.is_alive():
                 process.kill()
 
 
 def _initialise(channel: Any, logs: Path, parent: int) -> None:
+    """Prepares a worker process: signals, log file, allocator, one thread."""
     global _channel
     _channel = channel
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _on_terminate)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
@@ -203,31 +194,36 @@ def _initialise(channel: Any, logs: Path, parent: int) -> None:
     torch.set_num_threads(1)
 
 
-def _terminated(number: int, frame: Any) -> None:
+def _on_terminate(number: int, frame: Any) -> None:
+    """Ends an idle worker at once; a busy one stops at its next safe place."""
     if not _busy:
         os._exit(128 + number)
     signals.handle_signal(number, frame)
 
 
-def _run(function: Callable[..., None], job: Any) -> None:
+def _run_job(function: Callable[..., None], job: Any) -> None:
+    """Does one job in a worker process."""
     global _busy
-    words = _Words(*_channel)
+    advance = _PipeReporter(*_channel)
     try:
         _busy = True
-        function(job, words, _state)
-        words.send()
+        function(job, advance, _state)
+        advance.send()
     finally:
         _busy = False
-        # whether it was raised, or the job ended before its turn
+        # whether the signal was raised in the job, or the job ended before that
         if number := signals.pending_signal():
             os._exit(128 + number)
 
 
-class _Words:
-    """`advance` in a worker: lines go at once, amounts together with the next of them or after a
-    while. A message is shorter than a pipe's buffer of 4096 bytes, so it arrives whole or not at
-    all, also from a worker that is killed. Where nobody listens any more, the worker ends as by a
-    signal, with a checkpoint."""
+class _PipeReporter:
+    """The `advance` of a job in a worker process; sends what the job reports through a pipe.
+
+    Lines are sent at once, amounts together with the next line or after POLL seconds. A message is
+    shorter than a pipe's buffer of 4096 bytes, so it arrives whole or not at all, even from a
+    worker that is killed. If nobody listens any more, the worker ends as by a signal, with a
+    checkpoint.
+    """
 
     def __init__(self, connection: Connection, lock: Any) -> None:
         self._connection, self._lock = connection, lock
@@ -239,9 +235,10 @@ class _Words:
             self.send(line)
 
     def send(self, line: Mapping[str, Any] | None = None) -> None:
+        """Sends the amount since the last message, and the line if there is one."""
         amount, self._amount, self._sent = self._amount, 0.0, time.monotonic()
         try:
-            # the lock is given back before the worker ends
+            # deferred, so that the lock is released before the worker ends
             with signals.defer_signals(), self._lock:
                 self._connection.send((amount, line))
         except BrokenPipeError:
@@ -249,15 +246,16 @@ class _Words:
 
 
 def worker_count(device: str) -> int:
-    """Workers of a launch: SAELAB_WORKERS (0: none, in this process), else one per core or GPU.
+    """Returns the number of workers of a launch: SAELAB_WORKERS (0 runs all jobs in this process),
+    else one per core or GPU.
 
-    Raises: SettingError when the variable is no number.
+    Raises: SettingError when the variable is not a number.
     """
-    named = os.environ.get("SAELAB_WORKERS", "")
-    if named.isdigit():
-        return int(named)
-    if named:
-        raise SettingError("SAELAB_WORKERS", named, "use a number of processes, 0 for none")
+    value = os.environ.get("SAELAB_WORKERS", "")
+    if value.isdigit():
+        return int(value)
+    if value:
+        raise SettingError("SAELAB_WORKERS", value, "use a number of processes, 0 for none")
     if device != "cpu":
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

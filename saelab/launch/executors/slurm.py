@@ -1,8 +1,8 @@
-"""Jobs as one job array of a Slurm cluster, through submitit: `--executor slurm` (extra `slurm`).
+"""Runs jobs as one job array of a Slurm cluster: `--executor slurm` (extra `slurm`, submitit).
 
-SAELAB_SLURM holds what the cluster wants to know, as `name=value` with commas between them:
+SAELAB_SLURM holds parameters for the cluster as `name=value` with commas between them:
 partition=gpu,account=me,timeout_min=240,mem_gb=16. A job that Slurm preempts, or that reaches its
-time limit, is put into the queue again and goes on from its last checkpoint.
+time limit, is put into the queue again and resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -11,38 +11,29 @@ import importlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from saelab.errors import SettingError, StudyFailure
+from saelab.launch.executors import JobSet
 from saelab.launch.executors.remote import Tally, Task
-from saelab.progress import Progress
 
-#: Seconds between two looks at the queue, and minutes that a job may take unless told. Our choice.
+#: Seconds between two checks of the queue, and the default time limit of a job in minutes. Our
+#: choice.
 POLL, MINUTES = 2.0, 240
-#: Names that submitit takes for every cluster; all others are Slurm's own.
+#: Parameters that submitit knows for every kind of cluster; all others are specific to Slurm.
 COMMON = ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "name")
 
 
-class Requeued(Task):
-    """A task that submitit hands in again when it is preempted."""
+class RequeuedTask(Task):
+    """A task that submitit submits again when it is preempted."""
 
     def checkpoint(self) -> Any:
+        """Returns what submitit submits again."""
         return importlib.import_module("submitit.helpers").DelayedSubmission(self)
 
 
-def run_jobs(
-    function: Any,
-    jobs: Sequence[Any],
-    workers: int,
-    logs: Path,
-    bar: AbstractContextManager[Progress],
-    beside: Iterable[None] = (),
-    device: str = "cpu",
-) -> None:
-    """See `executors.RunJobs`; `beside` ends before the first job starts.
+def run_jobs(job_set: JobSet) -> None:
+    """Runs the jobs as one job array; the local work ends before the first job starts.
 
     Raises: SettingError without submitit or for a bad SAELAB_SLURM; StudyFailure when a job ends
         without a result.
@@ -54,34 +45,39 @@ def run_jobs(
     except ImportError:
         remedy = "submitit is not installed: pip install 'saelab[slurm]'"
         raise SettingError("executor", "slurm", remedy) from None
-    for _ in beside:
+    for _ in job_set.local_work:
         pass
-    folder = (logs / f"slurm-{os.getpid()}").absolute()
+    folder = (job_set.logs / f"slurm-{os.getpid()}").absolute()
     queue = submitit.AutoExecutor(folder=folder, cluster=cluster)
-    needs = {"cpus_per_task": 1, "gpus_per_node": int(device != "cpu"), "timeout_min": MINUTES}
+    gpus = int(job_set.device != "cpu")
+    needs = {"cpus_per_task": 1, "gpus_per_node": gpus, "timeout_min": MINUTES}
     queue.update_parameters(**needs | parameters)
     tally = folder / "tally"
     with queue.batch():
-        handed = [
-            queue.submit(Requeued.of(function, job, number, tally))
-            for number, job in enumerate(jobs)
+        submitted = [
+            queue.submit(RequeuedTask.of(job_set.function, job, number, tally))
+            for number, job in enumerate(job_set.jobs)
         ]
     try:
-        with bar as shown:
-            _wait(handed, Tally(tally, shown))
+        with job_set.bar as bar:
+            _wait(submitted, Tally(tally, bar))
     except BaseException:
-        for job in handed:
+        for job in submitted:
             job.cancel(check=False)
         raise
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait(pending: list[Any], tally: Tally) -> None:
+    """Waits for all submitted jobs and reports their progress.
+
+    Raises: StudyFailure when one ends without a result.
+    """
     while pending:
         time.sleep(POLL)
         done = [job for job in pending if job.done()]
         pending = [job for job in pending if job not in done]
-        tally.hear()
+        tally.read_new()
         for job in done:
             error = job.exception()
             if error is not None:
@@ -92,15 +88,15 @@ def _wait(pending: list[Any], tally: Tally) -> None:
 
 
 def settings(text: str) -> dict[str, Any]:
-    """`partition=gpu,timeout_min=240` as submitit's parameters.
+    """Parses text such as `partition=gpu,timeout_min=240` into submitit's parameters.
 
-    Raises: SettingError when it is written otherwise.
+    Raises: SettingError when the text has another form.
     """
-    found: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
     for pair in filter(None, text.split(",")):
         name, equals, value = pair.strip().partition("=")
         if not equals or not name.isidentifier() or not value:
             raise SettingError("SAELAB_SLURM", text, "write name=value, with commas between them")
         full = name if name in (*COMMON, "cluster") else f"slurm_{name}"
-        found[full] = int(value) if value.isdigit() else value
-    return found
+        parameters[full] = int(value) if value.isdigit() else value
+    return parameters

@@ -265,7 +265,7 @@ class TiedThreshold(Activation):
     def support(self, z: Tensor, starts: Tensor | None = None) -> Support:
         """Never asks for the dense path, which would keep a trace of every latent at every row."""
         starts, drivers, rule = self._segments(len(z), starts, z.device)
-        found = kernels_for(z.device).traced(z, rule, starts, drivers, z.numel())
+        found = kernels_for(z.device).trace_above(z, rule, starts, drivers, z.numel())
         assert found is not None
         offsets, latents, a, slope, sums = found
         return TracedSupport(offsets, latents, z.shape[1], a, slope, sums)

@@ -36,7 +36,7 @@ class L0(LossTerm):
 
     def check(self, sae: SAE) -> None:
         super().check(sae)
-        sae.activation.gate(sae.W_enc.new_empty(0, sae.own), None)
+        sae.activation.gate(sae.W_enc.new_empty(0, sae.local_latents), None)
 
     def loss(self, p: Pass) -> Tensor:
         gates = p.sae.activation.gate(p.code.pre, p.code.support)

@@ -20,7 +20,7 @@ from saelab.data.language_model import LanguageModel
 from saelab.errors import SettingError
 from saelab.evals import latent_examples
 from saelab.evals.latent_examples import Example, Lens
-from saelab.launch.latent_table import FILE, LIVES
+from saelab.launch.latent_table import COMMON, FILE
 from saelab.launch.prepare import held_out
 from saelab.runs.cells import CELLS, Member, RunFolder
 from saelab.runs.folder import GATE
@@ -212,14 +212,16 @@ def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int)
 
 
 def _lives(run: RunFolder, cell: Member) -> dict[str, list[int]]:
-    """What `latents.parquet` holds of lifetimes; {} without any."""
+    """The whole numbers that parts left of each latent in `latents.parquet`; {} without any."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = run.files.file(f"{CELLS}/{cell.place.as_posix()}/{FILE}")
     if not path.is_file():
         return {}
     table = pq.read_table(path)
-    return {name: table[name].to_pylist() for name in LIVES if name in table.column_names}
+    names = [f.name for f in table.schema if f.name not in COMMON and pa.types.is_integer(f.type)]
+    return {name: table[name].to_pylist() for name in names}
 
 
 def _steps(run: RunFolder, cell: Member) -> int | None:

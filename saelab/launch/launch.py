@@ -319,9 +319,7 @@ def _collect(
         shared: facts for the gate that are the same for all cells at the target.
     """
     arms = {
-        arm.name: ArmResult(
-            arm.name, arm_settings(task.base, task.run, arm).model_dump(mode="json"), arm.against
-        )
+        arm.name: ArmResult(arm.name, arm_settings(task.base, task.run, arm), arm.against)
         for arm in task.run.arms
     }
     rows: list[dict[str, Any]] = []

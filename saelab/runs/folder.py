@@ -54,6 +54,11 @@ class _Comparison(Loose):
     detectable: Number | None = None
 
 
+class _Scalar(Loose):
+    meaning: str = ""
+    unit: str = ""
+
+
 class _Manifest(Loose):
     """Names that are there are of these types."""
 
@@ -65,6 +70,7 @@ class _Manifest(Loose):
     purpose: str = ""
     target_l0: Number | None = None
     arms: dict[Name, _Arm] = Field(default_factory=dict)
+    scalars: dict[str, _Scalar] = Field(default_factory=dict)
     plan: dict[str, Any] = Field(default_factory=dict)
     base: dict[str, Any] = Field(default_factory=dict)
     deviations: list[str] = Field(default_factory=list)

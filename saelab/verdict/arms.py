@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saelab.evals.base import check_one_definition
-from saelab.study.plan import BASELINE
+from saelab.parts.base import Scalar
+from saelab.study.plan import BASELINE, BaseConfig
 from saelab.verdict.gate import GateResult, gate
-
-#: Logged values whose last entry is reported.
-SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k", "threshold", "sparsity", "penalty_share")
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,13 @@ class CellGate:
 
 @dataclass
 class ArmResult:
-    """All cells of one arm at the target L0, by seed; of its further levels the values alone."""
+    """All cells of one arm at the target L0, by seed; of its further levels the values alone.
+
+    `settings` are those of the launch, None where cells are read again from a run folder.
+    """
 
     name: str
-    settings: dict[str, Any]
+    settings: BaseConfig | None = None
     against: str = BASELINE
     values: dict[int, dict[str, float]] = field(default_factory=dict)
     gates: dict[int, GateResult] = field(default_factory=dict)
@@ -57,11 +58,16 @@ class ArmResult:
             earlier = self.definitions.setdefault(row["metric"], row["definition"])
             both = {"an earlier seed": earlier, f"seed {seed}": row["definition"]}
             check_one_definition(row["metric"], both)
-        last = {k: v for k, v in cell["last"].items() if k in SCALARS and v is not None}
+        reported = {name for name, scalar in self._logged.items() if scalar.reported}
+        last = {k: v for k, v in cell["last"].items() if k in reported and v is not None}
         loss = cell["last"].get("loss")
         self.facts[seed] = cell["facts"]
         self.gates[seed] = gate(cell["facts"], expected)
         self.values[seed] = values | last | ({} if loss is None else {"final_loss": loss})
+
+    @property
+    def _logged(self) -> Mapping[str, Scalar]:
+        return self.settings.sae.logged if self.settings else {}
 
     def valid(self, seed: int) -> bool:
         return self.gates[seed].outcome != "invalid"

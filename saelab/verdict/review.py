@@ -193,7 +193,7 @@ def _arms(
     for row in rows:
         by_cell.setdefault((row["arm"], row["seed"], row["level"]), []).append(row)
     arms = {
-        name: ArmResult(name, {}, known.get("against", BASELINE)) for name, known in names.items()
+        name: ArmResult(name, None, known.get("against", BASELINE)) for name, known in names.items()
     }
     for cell in gates.values():
         own = by_cell.get((cell.arm, cell.seed, cell.level), [])

@@ -3,10 +3,10 @@
     python benchmarks/same_numbers.py record before      # on the old commit
     python benchmarks/same_numbers.py compare before     # on the new one
 
-Trains small copies of the shipped run_0 and run_1, and a run with one cell of every registered
-part. Records a digest of each tensor, each value of each table, and the whole of `plan check`,
-`verdict`, gate.json and final_info.json. `compare` prints every item that differs, and ends with
-exit code 1 if one was changed or removed; additions are listed and allowed.
+Trains small copies of the shipped run_0 and run_1, and runs with one cell of every registered
+part; a digest of each tensor and each value of each table is kept, and `plan check`, `verdict`,
+gate.json and final_info.json as they are. `compare` prints every item that differs, and ends with
+exit code 1 where one was changed or removed; additions are listed, and allowed.
 
 Texts are left out by default, because a reworded sentence changes no number (`--texts` compares
 them too). Takes about three minutes on two cores.
@@ -106,7 +106,6 @@ ARMS = {
                                            "learned": ["theta", "beta", "gamma", "rho", "T"]}},
     "similarity": {"sae.losses+": {"kind": "similarity", "balance": "minimax"}},
     "literal": {"sae.losses+": {"kind": "similarity_literal"}},
-    "ramp": {"sae.controllers": [{"kind": "ramp", "value": 0.02}]},
     "rounded": TOPK | {"sae.activation": {"kind": "topk", "k": "k"},
                        "sae.controllers": [{"kind": "rounded_k"}], "sae.observers": [EVENTS]},
     "annealed": TOPK | {"sae.activation": {"kind": "topk", "k": "k"},
@@ -115,10 +114,20 @@ ARMS = {
 }
 ARMS |= {f"alone {kind}": {"sae.scaling": {"kind": kind}} for kind in TABLE["scaling"]
          if kind not in ("variance", "centring", "whitening")}
-USED = repr(ARMS) + "relu l1 reconstruction resampling l0_target"
+USED = repr(ARMS) + "relu l1 reconstruction resampling l0_target ramp"
 MISSING = [kind for seam in TABLE.values() for kind in seam if kind not in USED]
 assert not MISSING, f"no arm trains {MISSING}"
 RUNS = {"run_1": Run("Every part", [Arm(name, changes) for name, changes in ARMS.items()])}
+"""
+
+#: The same study without a target: a fixed penalty sets no L0.
+FIXED = """\
+import saelab
+from saelab.api import settings
+
+saelab.compare(settings("configs/base.toml"),
+               {"ramp": {"sae.controllers": [{"kind": "ramp", "value": 0.02}]}}, seeds=2,
+               out_dir="run_2", study="same numbers", target_l0=None)
 """
 
 #: Columns of tables and names in records that differ between two launches or are prose.
@@ -135,13 +144,21 @@ def project(folder: Path, experiment: str, layout: str, seeds: int) -> Path:
 
 
 def saelab(folder: Path, *arguments: str) -> str:
+    return python(folder, "-m", "saelab", *arguments)
+
+
+def python(folder: Path, *arguments: str) -> str:
     known = os.environ | {"PYTHONPATH": str(ROOT), "SAELAB_CACHE": str(folder.parent / "cache")}
-    command = [sys.executable, "-m", "saelab", *arguments]
     done = subprocess.run(
-        command, cwd=folder, env=known, stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=known,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     if done.returncode:
-        sys.exit(f"saelab {' '.join(arguments)} ended with {done.returncode} in {folder}")
+        sys.exit(f"python {' '.join(arguments)} ended with {done.returncode} in {folder}")
     return done.stdout
 
 
@@ -210,7 +227,9 @@ def record(out: Path) -> None:
         found["plan check"] = cleaned(plans)
         saelab(small, "run", "run_0", "run_1")
         saelab(every, "run", "run_1")
-        for folder, runs in ((small, ("run_0", "run_1")), (every, ("run_1",))):
+        (every / "fixed.py").write_text(FIXED, encoding="utf-8")
+        python(every, "fixed.py")
+        for folder, runs in ((small, ("run_0", "run_1")), (every, ("run_1", "run_2"))):
             for name in runs:
                 for item, known in of_run(folder / name).items():
                     found[f"{folder.name}/{name}/{item}"] = known

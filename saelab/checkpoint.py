@@ -18,7 +18,8 @@ from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import DamageError, SourceError
 from saelab.sae import SAE, SAEConfig
 from saelab.storage.atomic import read_json, read_sealed, sha256, write_sealed
-from saelab.storage.validation import Loose
+from saelab.storage.safetensors_file import read_shapes
+from saelab.storage.validation import Loose, validate
 
 FORMAT = 1
 REMEDY = "train the cell again, or take the folder from where it was copied"

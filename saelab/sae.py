@@ -42,6 +42,9 @@ from saelab.kernels import (
     support_above,
 )
 from saelab.parts import (
+    DEFAULT_ACTIVATION,
+    DEFAULT_CONTROLLERS,
+    DEFAULT_LOSSES,
     ActivationField,
     ConstraintField,
     ControllerField,
@@ -49,22 +52,21 @@ from saelab.parts import (
     ObserverField,
     ScalingField,
 )
-from saelab.parts.activations.relu import ReLUConfig
 from saelab.parts.base import (
     Activation,
     Constraint,
     Controller,
     Dims,
+    L0Rule,
     LossTerm,
     Observer,
     Part,
+    PartConfig,
     Pass,
     Reset,
+    Scalar,
     Scaling,
 )
-from saelab.parts.controllers.l0_target import L0TargetConfig
-from saelab.parts.losses.l1 import L1Config
-from saelab.parts.losses.reconstruction import ReconstructionConfig
 from saelab.seeding import torch_stream
 
 #: The most latents of an SAE: twice as many as any published SAE has. Our choice; parts are built
@@ -99,10 +101,10 @@ class SAEConfig(Frozen):
     """
 
     d_sae: int = Field(default=1536, gt=0, le=MOST_LATENTS)
-    activation: ActivationField = ReLUConfig()
+    activation: ActivationField = DEFAULT_ACTIVATION
     scaling: ScalingField | None = None
-    losses: tuple[LossField, ...] = (ReconstructionConfig(), L1Config())
-    controllers: tuple[ControllerField, ...] = (L0TargetConfig(),)
+    losses: tuple[LossField, ...] = DEFAULT_LOSSES
+    controllers: tuple[ControllerField, ...] = DEFAULT_CONTROLLERS
     constraints: tuple[ConstraintField, ...] = ()
     observers: tuple[ObserverField, ...] = ()
     encoder_bias: bool = True
@@ -118,14 +120,62 @@ class SAEConfig(Frozen):
         """
         return SAE(self, Dims(d_in, self.d_sae, steps, seed, ranks))
 
+    def parts(self) -> dict[str, tuple[PartConfig, ...]]:
+        """Name of each field that holds parts -> its parts, in the order of `SAE.parts`."""
+        scaling = () if self.scaling is None else (self.scaling,)
+        return {
+            "activation": (self.activation,),
+            "scaling": scaling,
+            "losses": self.losses,
+            "controllers": self.controllers,
+            "constraints": self.constraints,
+            "observers": self.observers,
+        }
+
+    def all_parts(self) -> list[PartConfig]:
+        """All parts in the order of `SAE.parts`."""
+        return [part for parts in self.parts().values() for part in parts]
+
     @property
-    def wanted_l0(self) -> float | None:
-        """Active latents per row that the settings ask for, None if they do not: the activation's
-        k, the target of a controller, or `initial_l0`."""
-        values = [getattr(self.activation, "k", None)]
-        values += [getattr(controller, "target", None) for controller in self.controllers]
-        values.append(self.initial_l0)
-        return next((float(value) for value in values if isinstance(value, (int, float))), None)
+    def target_l0(self) -> float | None:
+        """The L0 that the settings name, in latents per row: a part's or else that of the start;
+        None where they name none."""
+        named = [part.target_l0 for part in self.all_parts()]
+        return next((float(l0) for l0 in [*named, self.initial_l0] if l0 is not None), None)
+
+    def at_l0(self, level: float) -> SAEConfig:
+        """The settings with `level` active latents per row, as far as their parts set the L0."""
+        changes: dict[str, Any] = {}
+        for field, parts in self.parts().items():
+            changed = tuple(part.at_l0(level, self) for part in parts)
+            if changed != parts:
+                whole = isinstance(getattr(self, field), tuple)
+                changes[field] = changed if whole else changed[0]
+        return self.patched(changes) if changes else self
+
+    def l0_rules(self, level: float) -> frozenset[L0Rule]:
+        """The ways in which the parts decide the L0; empty where none does.
+
+        Args:
+            level: in latents per row. A part that says 'set' counts if `at_l0` tells this level
+                from a higher one.
+        """
+        rules: set[L0Rule] = set()
+        for part in self.all_parts():
+            rule, ends = part.l0_rule(self), [part.at_l0(l0, self) for l0 in (level, level + 2)]
+            if rule == "found" or (rule and ends[0] != ends[1]):
+                rules.add(rule)
+        return frozenset(rules)
+
+    def has_user(self, setting: str) -> bool:
+        """True where a part takes the value of a controller's setting."""
+        others = [part for part in self.all_parts() if part not in self.controllers]
+        return any(value == setting for part in others for _, value in part)
+
+    @property
+    def logged(self) -> dict[str, Scalar]:
+        """Every scalar that the parts may log, by its name in the log."""
+        return {name: scalar for part in self.all_parts() for name, scalar in part.logged.items()}
 
     def shapes(self, d_in: int) -> dict[str, tuple[int, ...]]:
         """Returns name -> shape of every tensor of such an SAE, without allocating any."""
@@ -243,7 +293,7 @@ class SAE(nn.Module):
             self._initialise_code(sample[:BIAS_ROWS] / self.scale - self._centre())
         if self.scaling is not None:
             self.scaling.fit(sample / self.scale - self._centre())
-            if getattr(self.config.scaling, "start", "function") == "function":
+            if self.scaling.keeps_start:
                 gain, shift = self.scaling.fold()
                 if not self.config.tied:
                     self.W_enc.copy_(_unfold_gain(self.W_enc, gain))
@@ -538,6 +588,12 @@ class SAE(nn.Module):
     def scalars(self) -> dict[str, float]:
         """Returns all named values of the parts, for the log."""
         return {name: value for part in self.parts() for name, value in part.scalars().items()}
+
+
+def learned_scalars(subject: object) -> list[str]:
+    """Names in the log of the scalars that training finds; [] for anything but an SAE of parts."""
+    logged = subject.config.logged if isinstance(subject, SAE) else {}
+    return [name for name, scalar in logged.items() if scalar.role == "learned"]
 
 
 def _check_shardable(part: Part, ranks: Ranks) -> None:

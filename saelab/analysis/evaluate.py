@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from saelab import formats
-from saelab.analysis.export import still
+from saelab.analysis.export import without_context
 from saelab.analysis.saebench import result_of
 from saelab.data import language_model
 from saelab.data.probing.activations import ProbingData
@@ -131,7 +131,7 @@ def evaluate_choice(
             found.origin.check(*place)
         bench = bench or Bench(base, cache, seed)  # after the first checks: a harvest takes long
         differences = "; ".join(found.origin.differences(*place))
-        subject = still(found.sae) if choice.without_trace else found.sae
+        subject = without_context(found.sae) if choice.without_trace else found.sae
         subject = subject.to(torch.device(base.model.device))
         for row in bench.rows(subject, evals):
             own = row.of_cell(member.id).as_dict()

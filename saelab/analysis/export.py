@@ -19,7 +19,6 @@ import torch
 from saelab import formats
 from saelab.errors import SettingError, SourceError
 from saelab.formats import Loaded
-from saelab.parts.activations.tied_threshold import TiedThreshold
 from saelab.runs.folder import RunFolder, run_cells
 from saelab.sae import SAE
 from saelab.storage.atomic import explain_write_errors
@@ -55,8 +54,8 @@ def export(
     with _whole(out) as fresh:
         for place, folder in places.items():
             found = formats.load(folder, source)
-            with _named(folder):
-                sae = still(found.sae) if without_trace else found.sae
+            with _named(folder, found.sae):
+                sae = without_context(found.sae) if without_trace else found.sae
                 save(sae, fresh / place, about(found, folder, without_trace))
     return [out / place for place in places]
 
@@ -73,23 +72,26 @@ def about(found: Loaded, folder: Path, without_trace: bool = False) -> dict[str,
 
 
 @torch.no_grad()
-def still(sae: SAE) -> SAE:
-    """The same SAE with beta = 0 where its thresholds follow the context; else itself."""
-    if not (isinstance(sae.activation, TiedThreshold) and sae.needs_contexts):
+def without_context(sae: SAE) -> SAE:
+    """The SAE with codes that don't follow the context, where its activation has such a form (beta
+    = 0 of adapting thresholds); else the SAE itself."""
+    activation = sae.activation.without_context() if sae.needs_contexts else None
+    if activation is None:
         return sae
-    twin = sae.config.patched({"activation.trace": "mean"}).build(sae.d_in)
+    twin = sae.config.patched({"activation": activation}).build(sae.d_in)
     twin.load_state_dict(sae.state_dict())
     return twin.eval()
 
 
 @contextmanager
-def _named(folder: Path) -> Iterator[None]:
+def _named(folder: Path, sae: SAE) -> Iterator[None]:
     """Names the SAE in what can't be written of it."""
     try:
         yield
     except SettingError as error:
         remedy = error.remedy
-        if error.value == "tied_threshold":
+        follows = sae.needs_contexts and sae.activation.without_context() is not None
+        if follows and error.setting == "activation":
             remedy += "; --without-trace writes it with beta = 0, which is another function"
         raise SettingError(f"{folder}: {error.setting}", error.value, remedy) from None
 

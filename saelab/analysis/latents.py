@@ -20,11 +20,11 @@ from saelab.data.language_model import LanguageModel
 from saelab.errors import SettingError
 from saelab.evals import latent_examples
 from saelab.evals.latent_examples import Example, Lens
-from saelab.launch.latent_table import FILE, LIVES
+from saelab.launch.latent_table import COMMON, FILE
 from saelab.launch.prepare import held_out
 from saelab.runs.folder import GATE, Member, RunFolder
 from saelab.runs.schema import CELLS, CellId
-from saelab.storage.parquet import column_names, read_columns
+from saelab.storage.parquet import column_types, read_columns
 from saelab.study.plan import base_of_run
 
 #: Tokens shown before and after the strongest one. Our choice: two or three lines of code.
@@ -209,12 +209,12 @@ def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int)
 
 
 def _lives(run: RunFolder, cell: Member) -> dict[str, list[int]]:
-    """What `latents.parquet` holds of lifetimes; {} without any."""
+    """Whole numbers that parts recorded of each latent in `latents.parquet`; {} without any."""
     path = run.file(f"{CELLS}/{cell.id.folder}/{FILE}")
     if not path.is_file():
         return {}
-    present = [name for name in column_names(path) if name in LIVES]
-    return read_columns(path, dict.fromkeys(present, "whole")).to_pydict() if present else {}
+    names = [name for name, whole in column_types(path).items() if whole and name not in COMMON]
+    return read_columns(path, dict.fromkeys(names, "whole")).to_pydict() if names else {}
 
 
 def _steps(run: RunFolder, cell: Member) -> int | None:

@@ -24,6 +24,10 @@ from saelab.runs.schema import CellId
 NOT_FINITE = "not finite"
 
 
+#: Scalars that every cell has rows for, if only to say that it has none.
+ALWAYS_NAMED = ("beta", "theta", "tau")
+
+
 @dataclass(frozen=True)
 class Row:
     """One measured number.

@@ -14,26 +14,29 @@ the way: a code that starts dense reconstructs well before it is made sparse.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
-from saelab.evals.base import Row, TrainingLog, missing, number
+from saelab.evals.base import ALWAYS_NAMED, Row, TrainingLog, missing, number
 
 DEFINITION = "convergence/1"
 #: How near is settled: share of a scalar's final value, and of the loss's.
 NEAR, NEAR_LOSS = 0.05, 0.02
 #: Shares of the run that the loss is smoothed over, and that its final value is the mean of.
 SMOOTH, FINAL = 0.02, 0.05
-#: Logged scalars that may be learned; every cell has a row for the first three.
-SCALARS = ("beta", "theta", "tau", "rho", "gamma", "T", "tau_end", "tau_rate", "alpha", "k")
-NAMED = SCALARS[:3]
 #: Fewest steps whose loss can be smoothed, or looked over for spikes.
 FEWEST = 50
 
 
-def convergence(log: TrainingLog) -> list[Row]:
-    """The rows of one finished cell."""
+def convergence(log: TrainingLog, scalars: Iterable[str] = ()) -> list[Row]:
+    """The rows of one finished cell.
+
+    Args:
+        scalars: names of its logged scalars that are learned (`saelab.sae.learned_scalars`).
+    """
     rows = [_steps(log)]
-    for name in SCALARS:
+    for name in dict.fromkeys((*ALWAYS_NAMED, *scalars)):
         column = log.columns.get(name, np.zeros(0))[: log.length].astype(np.float64)
         if len(column) and np.isfinite(column).all() and np.ptp(column) > 0:
             rows += [
@@ -41,7 +44,7 @@ def convergence(log: TrainingLog) -> list[Row]:
                 number(f"drift.{name}", column[-1] - column[_tenth_before(column)], DEFINITION),
                 number(f"moved.{name}", column[-1] - column[0], DEFINITION),
             ]
-        elif len(column) or name in NAMED:
+        elif len(column) or name in ALWAYS_NAMED:
             reason = f"{name} does not change" if len(column) else f"the cell has no {name}"
             rows.append(missing(f"convergence.{name}", DEFINITION, reason))
     return rows

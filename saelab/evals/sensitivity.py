@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from saelab.errors import SettingError
-from saelab.evals.base import Row, Subject, missing, number
+from saelab.evals.base import ALWAYS_NAMED, Row, Subject, missing, number
 from saelab.evals.core import CoreData, loss_recovered, measure_reconstruction
 from saelab.parts.base import Part
 from saelab.sae import SAE
@@ -25,8 +25,6 @@ CHANGES = (-0.10, -0.01, 0.01, 0.10)
 LARGE = (-0.10, 0.10)
 #: Held-out rows of an FVU and an L0. Our choice: all changes see the same rows, so few are enough.
 ROWS = 2048
-#: Scalars that every subject has a row for, if only to say that it has none.
-NAMED = ("beta", "theta", "tau")
 
 
 @torch.no_grad()
@@ -36,7 +34,7 @@ def evaluate_sensitivity(subject: Subject, data: CoreData) -> list[Row]:
     scalars = scalars_of(subject)
     rows = [
         missing(f"sensitivity.{name}", DEFINITION, f"the subject has no {name}")
-        for name in NAMED
+        for name in ALWAYS_NAMED
         if name not in scalars
     ]
     if not scalars:

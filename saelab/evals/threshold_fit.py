@@ -23,10 +23,7 @@ from torch import Tensor
 
 from saelab.evals.base import Row, Subject, missing, number
 from saelab.evals.core import CoreData
-from saelab.parts.activations.tied_threshold import TiedThreshold
-from saelab.parts.base import Scaling
-from saelab.parts.scalings.temperature import log_spread
-from saelab.parts.scalings.variance_scaling import VarianceScaling
+from saelab.parts.base import log_spread
 from saelab.sae import SAE
 
 DEFINITION = "consistency/1"
@@ -102,10 +99,8 @@ def _thresholds(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
 
 def _gains(sae: SAE) -> tuple[Tensor, Tensor, float] | None:
     """Variance of each input dimension, what it is multiplied by, and -1; as `_thresholds`."""
-    scaling = sae.scaling
-    if not isinstance(scaling, VarianceScaling) or scaling.config.tying != "per_feature":
-        return None
-    return scaling.variance, scaling.beta * scaling.gain(scaling.variance), -1.0
+    gains = None if sae.scaling is None else sae.scaling.learned_gains()
+    return None if gains is None else (*gains, -1.0)
 
 
 def _preactivations(sae: SAE, x: Tensor) -> Tensor:
@@ -116,10 +111,11 @@ def _preactivations(sae: SAE, x: Tensor) -> Tensor:
 
 
 def _spread(sae: SAE, x: Tensor) -> Iterator[Row]:
-    if isinstance(sae.activation, TiedThreshold):
+    unit = sae.activation.latent_scale()
+    if unit is not None:
         before = _preactivations(sae, x)
-        after = before / sae.activation.unit()
-    elif isinstance(sae.scaling, Scaling):
+        after = before / unit
+    elif sae.scaling is not None:
         before, after = x, sae.encoder_input(x)
     else:
         yield from _no_spread("nothing is scaled in this SAE")

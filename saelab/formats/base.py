@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from saelab.errors import MismatchError, SaelabError, SettingError, SourceError
-from saelab.parts.activations.jumprelu import JumpReLU
-from saelab.parts.base import Activation
+from saelab.parts import DEFAULT_LOSSES, activation_of
+from saelab.parts.base import Form
 from saelab.sae import SAE, SAEConfig
 from saelab.storage.atomic import parse_json
 from saelab.storage.safetensors_file import read_weights
@@ -66,11 +66,9 @@ class Plain:
         return self.W_enc.shape[1]
 
     @property
-    def kind(self) -> str:
-        """'topk', 'jumprelu' or 'relu'."""
-        if self.k is not None:
-            return "topk"
-        return "relu" if self.threshold is None else "jumprelu"
+    def form(self) -> Form:
+        """The activation."""
+        return Form(threshold=self.threshold, k=self.k)
 
     @classmethod
     @torch.no_grad()
@@ -79,31 +77,34 @@ class Plain:
 
         Raises: SettingError when a part of the SAE can't be folded.
         """
-        if type(sae.activation).export is Activation.export:
+        form = sae.activation.export()
+        if form is None:
             part = type(sae.activation).__name__
             raise SettingError("activation", part, "has no export(): other tools can't compute it")
-        weights, form = sae.fold(), sae.activation.export()
-        if form["architecture"] not in ("standard", "topk", "jumprelu"):
-            remedy = "is not an architecture of other tools: export standard, topk or jumprelu"
-            raise SettingError("architecture", form["architecture"], remedy)
-        threshold = form.get("threshold")
+        folded, threshold = sae.fold(), form.threshold
+        w_enc, b_enc, w_dec, b_dec = (folded[name] for name in MATRICES)
+        if form.affine is not None:
+            gain, shift = form.affine
+            w_enc, b_enc = w_enc * gain[:, None], b_enc * gain + shift
+            threshold = None if threshold is None else threshold * gain + shift
         if threshold is not None:
-            threshold = torch.as_tensor(threshold).clamp_min(0).expand(sae.d_sae)
-        w_enc, b_enc, w_dec, b_dec = (weights[name] for name in MATRICES)
-        return cls(w_enc, b_enc, w_dec, b_dec, threshold=threshold, k=form.get("k"))
+            threshold = threshold.clamp_min(0).expand(sae.d_sae)
+        return cls(w_enc, b_enc, w_dec, b_dec, threshold=threshold, k=form.k)
 
     @torch.no_grad()
     def build(self) -> SAE:
         """Builds the SAE, float32, in evaluation mode."""
-        activation: Any = {"kind": "topk", "k": self.k} if self.k is not None else self.kind
-        parts = {"activation": activation, "losses": ["reconstruction"], "controllers": []}
-        config = SAEConfig.parse({"d_sae": self.d_sae, "centre": self.centre, **parts})
+        config = SAEConfig(
+            d_sae=self.d_sae,
+            centre=self.centre,
+            activation=activation_of(self.form),
+            losses=DEFAULT_LOSSES[:1],
+            controllers=(),
+        )
         sae = config.build(self.d_in)
         for name in MATRICES:
             getattr(sae, name).copy_(getattr(self, name))
-        if isinstance(sae.activation, JumpReLU):
-            assert self.threshold is not None
-            sae.activation.log_threshold.copy_(self.threshold.clamp_min(0).log())
+        sae.activation.load_form(self.form)
         return sae.eval()
 
     def validate(self, where: Path) -> Plain:

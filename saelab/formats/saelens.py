@@ -424,10 +424,15 @@ def save(sae: SAE, folder: Path, about: Mapping[str, Any]) -> None:
     write_json(folder / CONFIG, _config(plain) | {"metadata": _metadata(about)})
 
 
+def _architecture(plain: Plain) -> str:
+    if plain.k is not None:
+        return "topk"
+    return "standard" if plain.threshold is None else "jumprelu"
+
+
 def _config(plain: Plain) -> dict[str, Any]:
-    names = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}
     return {
-        "architecture": names[plain.kind],
+        "architecture": _architecture(plain),
         "d_in": plain.d_in,
         "d_sae": plain.d_sae,
         "dtype": "float32",

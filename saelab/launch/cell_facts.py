@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab import stats
 from saelab.data.activations.store import Source
 from saelab.evals.base import NOT_FINITE, Row, needs_contexts
 from saelab.evals.convergence import FEWEST
 from saelab.evals.core import CoreData
 from saelab.evals.training_stability import LARGE, spikes
-from saelab.parts.losses.similarity import LEARNED, Similarity
 from saelab.sae import SAE
 from saelab.training.cell import Log, TrainingCell
 from saelab.training.loop import Cell
@@ -93,23 +91,12 @@ def _curve_facts(log: Log) -> dict[str, float | None]:
     return {"last_tenth_improvement": float(1 - last / before), "spikes": large}
 
 
-def _balance_facts(cell: TrainingCell) -> dict[str, float]:
-    """Of a similarity penalty: its mean share of the gradient while it acts, and whether a learned
-    alpha collapsed or hardly moved."""
+def part_facts(cell: TrainingCell) -> dict[str, float]:
+    """Facts that the parts of the SAE declare of themselves, see `Part.facts`."""
     if not isinstance(cell, Cell) or not cell.log.length:
         return {}
-    facts: dict[str, float] = {}
     columns = {name: values[: cell.log.length] for name, values in cell.log.columns.items()}
-    for term in cell.sae.loss_terms().values():
-        if not isinstance(term, Similarity):
-            continue
-        share, alpha = columns["penalty_share"], columns["alpha"]
-        if (share > 0).any():
-            facts["penalty_share"] = float(share[share > 0].mean())
-        if term.config.balance in LEARNED:
-            facts["alpha_outside_share"] = stats.outside_share(alpha)
-        learned = list(term.balance.parameters())
-        if learned:
-            reach = sum(own.numel() * cell.optimiser.travel(own) for own in learned)
-            facts["scalar_reach.alpha"] = stats.moved_share(alpha, reach)
+    facts: dict[str, float] = {}
+    for part in cell.sae.parts():
+        facts |= part.facts(columns, cell.optimiser.travel)
     return facts

@@ -22,7 +22,6 @@ from saelab.runs.schema import SCALAR, SCALARS_DEFINITION
 from saelab.storage.atomic import read_sealed
 from saelab.study.plan import BASELINE, CellSpec
 from saelab.verdict.arms import CellGate
-from saelab.verdict.final_info import SCALARS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ def collect(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> Collecte
     for spec, folder in folders.items():
         cell = read_sealed(folder / "cell.json")
         others = [folders[other] for other in partners.get(spec, ())]
-        measured = [*cell["rows"], *(row.as_dict() for row in _scalar_rows(cell["last"]))]
+        measured = [*cell["rows"], *(row.as_dict() for row in _scalar_rows(spec, cell["last"]))]
         if spec in partners:
             measured += _seed_rows(ready.cache, folder, others)
         rows += [row | spec.id.as_dict() for row in measured]
@@ -66,10 +65,10 @@ def collect(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> Collecte
     return Collected(rows=rows + of_controls, controls=of_controls, gates=gates)
 
 
-def _scalar_rows(last: Mapping[str, float | None]) -> Iterator[Row]:
-    """Rows of the last logged value of each scalar, and of the loss."""
-    names = {name: f"{SCALAR}{name}" for name in SCALARS} | {"loss": "final_loss"}
-    for name, metric in names.items():
+def _scalar_rows(spec: CellSpec, last: Mapping[str, float | None]) -> Iterator[Row]:
+    """Rows of the last logged value of each scalar that the parts report, and of the loss."""
+    names = {name: f"{SCALAR}{name}" for name, s in spec.sae.logged.items() if s.reported}
+    for name, metric in (names | {"loss": "final_loss"}).items():
         if name in last:
             value = last[name]
             reason = "it was not finite at the last step"

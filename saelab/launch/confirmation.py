@@ -29,6 +29,7 @@ from saelab.study.plan import (
     PlanConfig,
     Run,
     arm_settings,
+    has_levels,
     references,
     resolve_with_placeholders,
 )
@@ -77,7 +78,8 @@ def resolve_confirmation(
     _check_unchanged(chosen, root / best.run)
     label = f"{best.arm} ({best.run})"
     comment = f"the best valid arm, {best.word} in {best.run}"
-    arm = replace(chosen, name=label, comment=comment, primary=True, twin_of=None)
+    levels = chosen.levels and _has_levels(chosen, earlier, base)
+    arm = replace(chosen, name=label, comment=comment, primary=True, twin_of=None, levels=levels)
     needed = [_arm(earlier, replace(best, arm=other)) for other in _needed(chosen)]
     arms = [*run.arms, *(replace(other, primary=False) for other in needed), arm]
     tuned = {arm: known for arm, known in _tuned(root).get(name, {}).items() if _is_arm(known)}
@@ -85,6 +87,13 @@ def resolve_confirmation(
         arms += _tuned_arms(arms, arm, tuned)
     changes = dict(earlier.changes) | dict(run.changes)
     return declare_twins(Run(run.title, arms, changes), base)
+
+
+def _has_levels(arm: Arm, run: Run, base: BaseConfig) -> bool:
+    """Says whether an arm of the run can be trained at further levels, as a primary one is."""
+    shown = next(other for other in resolve_with_placeholders(run).arms if other.name == arm.name)
+    sae = arm_settings(base, run, shown).sae
+    return has_levels(arm, sae, sae.target_l0 or 1.0)
 
 
 def declare_twins(run: Run, base: BaseConfig) -> Run:

@@ -31,6 +31,7 @@ from torch.nn.functional import normalize
 from saelab import checkpoint
 from saelab.evals.base import Row, Subject, number
 from saelab.evals.core import DEFINITION, CoreData, measure_reconstruction
+from saelab.parts import FROZEN_DECODER
 from saelab.runs.schema import FROZEN, PLANTED, CellId, control_arm
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
@@ -64,7 +65,7 @@ class Setting:
         """Directions of a control's own: the target L0, else what the baseline's settings name,
         else an eighth of the channels."""
         width = self.sample.shape[1]
-        return min(width, max(1, round(self.level or self.sae.wanted_l0 or width / 8)))
+        return min(width, max(1, round(self.level or self.sae.target_l0 or width / 8)))
 
 
 class Zero:
@@ -133,8 +134,8 @@ SUBJECTS: dict[str, Callable[[Setting], Subject]] = {
 
 def frozen_spec(baseline: CellSpec) -> CellSpec:
     """The baseline's cell with a decoder that stays random; nothing resets its rows."""
-    kept = [part for part in baseline.sae.constraints if part.kind != "unit_norm"]
-    changes: dict[str, Any] = {"constraints": [*kept, {"kind": "frozen"}], "observers": []}
+    others = [part for part in baseline.sae.constraints if not part.moves_decoder]
+    changes: dict[str, Any] = {"constraints": [*others, FROZEN_DECODER], "observers": []}
     cell = replace(baseline.id, arm=control_arm(FROZEN))
     return replace(baseline, id=cell, sae=baseline.sae.patched(changes), expected=())
 

@@ -3,8 +3,7 @@
 latent                                  its index, int64
 density                                 share of the held-out rows in which it fires, float64
 threshold                               what its pre-activation must pass, where each has one
-birth, last_fired, firings,             as `parts/lifetimes` keeps them (in steps; firings since
-resamplings                             birth), where the SAE has that part
+others                                  what parts know of each latent (`Part.latent_columns`)
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saelab.parts.observers.lifetimes import Lifetimes
 from saelab.sae import SAE
 from saelab.storage.parquet import read_columns, write_columns
 
 FILE = "latents.parquet"
-LIVES = ("birth", "last_fired", "firings", "resamplings")
+#: Columns of every SAE; all others are of its parts.
+COMMON = ("latent", "density", "threshold")
 
 
 def write_latents(path: Path, sae: SAE, density: Tensor) -> None:
@@ -27,11 +26,11 @@ def write_latents(path: Path, sae: SAE, density: Tensor) -> None:
     columns = {"latent": torch.arange(sae.d_sae), "density": density}
     threshold = sae.activation.initial_floor()
     if threshold is not None and threshold.shape == (sae.d_sae,):
-        columns["threshold"] = threshold.detach()
-    for part in sae.observer_parts():
-        if isinstance(part, Lifetimes):
-            columns |= {name: part.get_buffer(name) for name in LIVES}
-    write_columns(path, {name: column.cpu().numpy() for name, column in columns.items()})
+        columns["threshold"] = threshold
+    for part in sae.parts():
+        columns |= part.latent_columns()
+    arrays = {name: column.detach().cpu().numpy() for name, column in columns.items()}
+    write_columns(path, arrays)
 
 
 def read_density(path: Path) -> Tensor:

@@ -158,6 +158,11 @@ class Record:
                 }
                 for arm in task.run.arms
             },
+            "scalars": {
+                name: {"meaning": scalar.meaning, "unit": scalar.unit}
+                for spec in self.folders
+                for name, scalar in spec.sae.logged.items()
+            },
             "cells": {spec.id.name: folder.name for spec, folder in self.folders.items()},
             "plan": plan.model_dump(mode="json"),
             "plan_hash": plan_hash(plan),

@@ -30,7 +30,7 @@ from saelab.progress import progress
 from saelab.runs.schema import CellId, level_of
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import study_seeds
-from saelab.study.plan import at_level, check_layout
+from saelab.study.plan import check_layout
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
 from saelab.training.resume import ResumableCell
@@ -88,7 +88,8 @@ def train_on(
         source, held_out: activations, for example two parts of `generate`.
         arms: name -> settings of the SAE.
         seeds: of initialisation and data order; the arms of a seed see the same batches.
-        levels: L0 that the arms are trained for, as in `at_level`; none leaves them as they are.
+        levels: L0 that the arms are trained for, see `SAEConfig.at_l0`; none leaves them as they
+            are.
         layout: 'rows', or 'contexts' for parts that need whole contexts.
         otherwise: arm -> its own training, on the same batches.
 
@@ -104,7 +105,7 @@ def train_on(
     if not arms:
         raise SettingError("arms", dict(arms), "at least one is needed")
     places = [
-        (arm, level, at_level(config, level) if level else config)
+        (arm, level, config.at_l0(level) if level else config)
         for level in levels or (level_of(None),)
         for arm, config in arms.items()
     ]

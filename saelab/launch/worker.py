@@ -45,12 +45,12 @@ from saelab.evals.training_stability import stability
 from saelab.launch.cell_facts import (
     MEASURED,
     PROBED,
-    _balance_facts,
     _curve_facts,
     _weights_facts,
     code_std,
     input_facts,
     not_finite,
+    part_facts,
     removes_mean,
 )
 from saelab.launch.cell_key import Key, cell_folder, resume_folder
@@ -61,7 +61,7 @@ from saelab.launch.latent_table import FILE, write_latents
 from saelab.launch.prepare import open_source
 from saelab.launch.progress_lines import Reports
 from saelab.launch.seed_pairs import compare
-from saelab.sae import SAE
+from saelab.sae import SAE, learned_scalars
 from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
 from saelab.study.experiment_file import load_experiment
@@ -155,7 +155,7 @@ class Worker:
 
     def _rows(self, cell: TrainingCell, probe: bool, largest: Tensor | None) -> list[Row]:
         """All rows of a trained cell."""
-        rows = self.evaluate(cell.sae, probe) + convergence(cell.log)
+        rows = self.evaluate(cell.sae, probe) + convergence(cell.log, learned_scalars(cell.sae))
         if probe:
             rows += [*decoder_rows(largest), *survival_rows(cell.sae), *self._agreement(cell)]
         return rows
@@ -216,7 +216,7 @@ class Worker:
             **_weights_facts(cell.sae, largest),
             **_curve_facts(cell.log),
             **{f"{REACH}{name}": share for name, share in cell.scalar_reach().items()},
-            **_balance_facts(cell),
+            **part_facts(cell),
         }
 
     def _write(

@@ -16,7 +16,7 @@ from saelab.parts.activations.jumprelu import JumpReLUConfig
 from saelab.parts.activations.relu import ReLUConfig
 from saelab.parts.activations.tied_threshold import TiedThresholdConfig
 from saelab.parts.activations.topk import TopKConfig
-from saelab.parts.base import PartConfig
+from saelab.parts.base import Form, PartConfig
 from saelab.parts.constraints.frozen import FrozenConfig
 from saelab.parts.constraints.unit_norm import UnitNormConfig
 from saelab.parts.controllers.annealed_k import AnnealedKConfig
@@ -66,6 +66,17 @@ def register(seam: str, config: type[PartConfig]) -> type[PartConfig]:
 
 SEAMS = ("scaling", "activation", "loss", "controller", "constraint", "observer")
 
+#: What an SAE is made of where its settings don't say it.
+DEFAULT_ACTIVATION: PartConfig = ReLUConfig()
+DEFAULT_LOSSES: tuple[PartConfig, ...] = (ReconstructionConfig(), L1Config())
+DEFAULT_CONTROLLERS: tuple[PartConfig, ...] = (L0TargetConfig(),)
+#: The constraint of the control whose decoder stays random.
+FROZEN_DECODER: PartConfig = FrozenConfig(weight="decoder")
+#: A remedy for settings whose L0 no part decides.
+HOW_TO_SET_L0 = (
+    "add the controller 'l0_target' and a penalty with its coefficient, or an activation with a k"
+)
+
 for _seam, _configs in {
     "scaling": (VarianceScalingConfig, CentringConfig, WhiteningConfig),
     "activation": (ReLUConfig, TopKConfig, BatchTopKConfig, JumpReLUConfig, TiedThresholdConfig),
@@ -105,6 +116,17 @@ def parse_part(seam: str, data: Any) -> PartConfig:
         remedy = f"no such {seam}{nearest(str(kind), known)}; known: {', '.join(known)}"
         raise SettingError(f"{seam}.kind", kind, remedy)
     return known[kind].parse(data, where=f"{seam}[{kind}]")
+
+
+def activation_of(form: Form) -> PartConfig:
+    """The first registered activation that computes a form, see `PartConfig.of_form`.
+
+    Raises: SettingError when there is none.
+    """
+    for config in TABLE["activation"].values():
+        if (found := config.of_form(form)) is not None:
+            return found
+    raise SettingError("activation", form, "no activation computes this form: register one")
 
 
 def _field(seam: str) -> Any:

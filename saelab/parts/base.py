@@ -17,12 +17,13 @@ place where running statistics change. Measuring and evaluating never call it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from saelab.errors import SettingError
 from saelab.kernels import Code, Support, row_norms
 
 if TYPE_CHECKING:
-    from saelab.sae import SAE
+    from saelab.sae import SAE, SAEConfig
 
 
 @dataclass(frozen=True)
@@ -155,17 +156,113 @@ class Pass:
         return self.settings[value] if isinstance(value, str) else value
 
 
+#: Ways in which a part decides the L0, the number of active latents per row.
+L0Rule = Literal["set", "found"]
+#: What a logged scalar is, in the order in which reports name them.
+Role = Literal["learned", "state", "measured"]
+ROLES: tuple[Role, ...] = ("learned", "state", "measured")
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A scalar that a part may log at every step, declared once for all that shows it.
+
+    Args:
+        meaning: one phrase.
+        role: 'learned', found by training: when it settles is measured, and its path is drawn;
+            'state', a value that the part holds or a rule sets; 'measured', a number about the run.
+        reported: whether its last value stands in final_info.json.
+        unit: '' for a number without one.
+    """
+
+    meaning: str
+    role: Role = "learned"
+    reported: bool = True
+    unit: str = ""
+
+
+def measured(meaning: str, unit: str = "") -> Scalar:
+    """A scalar about the run that stays in the log and its curves."""
+    return Scalar(meaning, "measured", False, unit)
+
+
 class PartConfig(Frozen):
     """Base of all part configurations; subclasses fix `kind` as a Literal with a default.
 
     `lr` is the learning rate of the part's own parameters; None means the run's rate.
+
+    The rest of the program never asks for a kind. It asks the questions below; the answers here
+    are those of a part that logs nothing, needs nothing and sets no L0.
     """
 
     kind: str
     lr: float | None = None
 
     def build(self, dims: Dims) -> Part:
+        """Builds the part.
+
+        Raises: SettingError when the settings are impossible at these dimensions.
+        """
         raise SettingError("kind", self.kind, "this part has no build()")
+
+    @property
+    def logged(self) -> Mapping[str, Scalar]:
+        """Every scalar that the part may log, by its name in the log."""
+        return {}
+
+    @property
+    def companions(self) -> Mapping[str, Any]:
+        """Settings of the SAE that must stand beside the part for it to work."""
+        return {}
+
+    # ---- sparsity ------------------------------------------------------------------------------
+
+    @property
+    def target_l0(self) -> float | None:
+        """The L0 that the settings name, in latents per row; None where they name none."""
+        return None
+
+    @property
+    def l0_setting(self) -> str | None:
+        """Name of the controller's setting that the part takes its L0 from."""
+        return None
+
+    def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
+        """Says how the part decides the L0.
+
+        Args:
+            sae: the settings that the part stands in.
+
+        Returns: 'set' where `at_l0` changes the settings so that the L0 follows; 'found' where the
+            part's rule, or a number that its settings name, ends at an L0 that no level changes;
+            None where the part does not decide the L0.
+        """
+        return None
+
+    def at_l0(self, level: float, sae: SAEConfig) -> Self:
+        """The settings with `level` active latents per row; these where the part does not set it.
+
+        Args:
+            sae: the settings that the part stands in.
+        """
+        return self
+
+    @property
+    def fixed_penalty(self) -> float | None:
+        """The coefficient that a sparsity penalty ends with, where the settings fix it."""
+        return None
+
+    # ---- what it does to an SAE ----------------------------------------------------------------
+
+    @property
+    def moves_decoder(self) -> bool:
+        """True where the part itself changes decoder rows, and so would fight a frozen decoder."""
+        return False
+
+    @classmethod
+    def of_form(cls, form: Form) -> PartConfig | None:
+        """The settings of an activation that computes the form; None where this one doesn't."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -206,6 +303,13 @@ def _positive(k: int | str) -> int | str:
 
 #: A number of latents, or the name of the controller that sets it.
 Latents = Annotated[int | str, AfterValidator(_positive)]
+#: Unit of a logged number of latents that is an L0.
+PER_TOKEN = "latents per token"
+
+
+def whole(level: float) -> int:
+    """The number of latents per row that is nearest to a level, at least 1."""
+    return max(1, round(level))
 
 
 class Part(nn.Module):
@@ -276,7 +380,25 @@ class Part(nn.Module):
         """Clears running statistics of latents that start afresh; int64 [m]."""
 
     def scalars(self) -> dict[str, float]:
-        """Named values for the log, read after the step."""
+        """Named values for the log, read after the step; all of them are in the settings' `logged`,
+        which says what each is."""
+        return {}
+
+    def facts(
+        self, columns: Mapping[str, np.ndarray], travel: Callable[[nn.Parameter], float]
+    ) -> dict[str, float]:
+        """Facts of a trained cell for the gate (`saelab/verdict/gate.py`), by their names there.
+
+        Args:
+            columns: the log of every step, name -> float32 [steps done].
+            travel: the sum of the learning rates that a parameter was trained with, which is about
+                as far as Adam could move it.
+        """
+        return {}
+
+    def latent_columns(self) -> dict[str, Tensor]:
+        """What the part knows of each latent after training, [d_sae] each: columns of the cell's
+        latents.parquet."""
         return {}
 
 
@@ -284,6 +406,8 @@ class Scaling(Part):
     """Maps the centred input to the encoder's input."""
 
     foldable: ClassVar[bool] = True
+    #: The SAE starts as the same function that it would be without the scaling.
+    keeps_start: bool = True
 
     def fit(self, sample: Tensor) -> None:
         """Sets the statistics from centred, normalised rows [n, d_in] before training."""
@@ -304,6 +428,11 @@ class Scaling(Part):
         """
         remedy = "has no scale for each dimension to measure errors in: use 'variance'"
         raise SettingError("scaling", type(self).__name__, remedy)
+
+    def learned_gains(self) -> tuple[Tensor, Tensor] | None:
+        """Variance of each input dimension and the gain learned for it, [d_in] each; None where no
+        dimension has a gain of its own."""
+        return None
 
 
 class Activation(Part):
@@ -359,9 +488,50 @@ class Activation(Part):
             "activation", type(self).__name__, "has no thresholds to penalise: choose jumprelu"
         )
 
-    def export(self) -> dict[str, Any]:
-        """What another tool needs: 'architecture' and, for jumprelu, 'threshold' [d_sae]."""
-        raise TypeError(f"{type(self).__name__} has no export()")
+    def latent_scale(self) -> Tensor | None:
+        """The unit that each latent's pre-activation is measured in, [d_sae]; None without any."""
+        return None
+
+    def without_context(self) -> PartConfig | None:
+        """Settings of the same activation with codes that don't follow the context, for which the
+        tensors of this one fit; None where there is no such activation."""
+        return None
+
+    def export(self) -> Form | None:
+        """The activation in the form that other tools compute; None where it has no such form.
+
+        Raises: SettingError with the reason, where it depends on the settings.
+        """
+        return None
+
+    def load_form(self, form: Form) -> None:
+        """Takes over a form's tensors; called on a part that `PartConfig.of_form` configured."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """An activation as other tools know it, a function of one row's pre-activations z:
+
+        f = gain z + shift      where it is above 0 and z above the threshold, else 0
+        f = max(z, 0)           at the k largest z of the row, else 0
+
+    Args:
+        threshold: [d_sae] or 0-dim; None where 0 is the only one.
+        k: active latents per row; then there is nothing else.
+        affine: gain (> 0) and shift, [d_sae] each; None for 1 and 0.
+    """
+
+    threshold: Tensor | None = None
+    k: int | None = None
+    affine: tuple[Tensor, Tensor] | None = None
+
+    def code(self, z: Tensor) -> Tensor:
+        """The code of pre-activations; [n, d_sae] both."""
+        if self.k is not None:
+            values, latents = z.topk(self.k, dim=-1)
+            return torch.zeros_like(z).scatter(-1, latents, torch.relu(values))
+        f = torch.relu(z if self.affine is None else z * self.affine[0] + self.affine[1])
+        return f if self.threshold is None else f * (z > self.threshold)
 
 
 def check_setting(name: str, value: float | str, sae: SAE) -> None:
@@ -422,11 +592,36 @@ class Reset:
     encoder_norm: float
 
 
+@dataclass(frozen=True)
+class Lives:
+    """How long the latents of a run lived.
+
+    Args:
+        survival: share of lives that outlast each bin of age, float64 [bins]; the bins have equal
+            widths and cover the run.
+        at_risk: lives observed up to the beginning of each bin; int64 [bins].
+        deaths, resamplings: numbers over the run.
+    """
+
+    survival: Tensor
+    at_risk: Tensor
+    deaths: int
+    resamplings: int
+
+
 class Observer(Part):
     """Watches the run; may ask the loop to reset latents."""
 
     def observe(self, p: Pass) -> Reset | None:
         """Called after `update`; the loop carries out the reset, optimiser moments included."""
+
+    def lives(self) -> Lives | None:
+        """The lives of the latents so far; None where the part does not follow them."""
+        return None
+
+    def resampled(self) -> int | None:
+        """Number of resets of latents that the part has counted; None where it counts none."""
+        return None
 
 
 @torch.no_grad()
@@ -471,6 +666,11 @@ def _rows_of(p: Pass, rows: Tensor) -> Tensor:
     found = p.x.new_zeros(len(rows), p.x.shape[1])
     found[here] = p.x[rows[here] - own.start]
     return p.sae.ranks.over_rows(found)
+
+
+def log_spread(variance: Tensor) -> Tensor:
+    """Standard deviation of log variance, what a temperature of 0.5 takes off; [n] -> 0-dim."""
+    return variance.clamp_min(torch.finfo(variance.dtype).tiny).log().std(correction=0)
 
 
 @torch.no_grad()

@@ -248,7 +248,8 @@ def _step_seconds(base: BaseConfig, n: int, d: int, width: int, steps: int) -> f
     rows = torch.randn(n * steps, 1, d, generator=torch_stream(0, "trial rows"))
     source = MemorySource([Shard(rows, torch.ones(rows.shape[:2], dtype=torch.bool))], {})
     changes: dict[str, Any] = {"d_sae": width, "initial_l0": min(active_latents(base), width / 4)}
-    if getattr(base.sae.activation, "k", None) is not None:
+    activation = base.sae.activation
+    if activation.target_l0 is not None or activation.l0_setting is not None:
         changes["initial_l0"] = None
     settings = base.train.patched({"batch_size": n, "tokens": n * steps})
     cell = Cell("trial", base.sae.patched(changes), settings, rows[:, 0], seed=0)

@@ -229,7 +229,7 @@ def shard_memory(base: BaseConfig, d: int) -> float:
 
 def active_latents(base: BaseConfig) -> float:
     """The L0 that the settings name, or our choice."""
-    return base.sae.wanted_l0 or float(L0)
+    return base.sae.target_l0 or float(L0)
 
 
 def cost(

@@ -24,6 +24,7 @@ import numpy as np
 
 from saelab.runs.folder import RunFolder
 from saelab.runs.schema import CONTROL
+from saelab.runtime.safe_text import visible
 
 if TYPE_CHECKING:
     from saelab.verdict.judge import Comparison
@@ -100,6 +101,25 @@ class Run:
         """The L0 at which arms are compared, in latents per token; None where nothing says it."""
         named = self.manifest.get("target_l0")
         return _target(named, (v.level for rows in self.values.values() for v in rows))
+
+    @cached_property
+    def scalars(self) -> list[str]:
+        """Names of the learned scalars that some arm's training was followed by, in the order of
+        the file: those that have rows `convergence.<name>`."""
+        begins = "convergence."
+        names = [name.removeprefix(begins) for name, _ in self.values if name.startswith(begins)]
+        return [name for name in names if any(n == name for n, _ in self.curves)]
+
+    def meaning(self, scalar: str) -> str:
+        """The meaning of a logged scalar; its name where the manifest has none."""
+        return self._declared(scalar, "meaning") or visible(scalar)
+
+    def unit(self, scalar: str) -> str:
+        """The unit of a logged scalar; '' without one."""
+        return self._declared(scalar, "unit")
+
+    def _declared(self, scalar: str, what: str) -> str:
+        return visible(self.manifest.get("scalars", {}).get(scalar, {}).get(what, ""))
 
     def is_target(self, level: float) -> bool:
         return _same(level, self.target_l0)

@@ -40,7 +40,7 @@ from saelab.storage.atomic import (
     write_sealed,
     write_text,
 )
-from saelab.storage.parquet import Kind, column_names, read_rows
+from saelab.storage.parquet import Kind, column_types, read_rows
 from saelab.storage.validation import Int64, Loose, Name, Number, validate
 
 MANIFEST, INFO, GATE = "manifest.json", "final_info.json", "gate.json"
@@ -66,6 +66,11 @@ class _Comparison(Loose):
     detectable: Number | None = None
 
 
+class _Scalar(Loose):
+    meaning: str = ""
+    unit: str = ""
+
+
 class _Manifest(Loose):
     """Names that are there are of these types."""
 
@@ -77,6 +82,7 @@ class _Manifest(Loose):
     purpose: str = ""
     target_l0: Number | None = None
     arms: dict[Name, _Arm] = Field(default_factory=dict)
+    scalars: dict[str, _Scalar] = Field(default_factory=dict)
     plan: dict[str, Any] = Field(default_factory=dict)
     base: dict[str, Any] = Field(default_factory=dict)
     deviations: list[str] = Field(default_factory=list)
@@ -190,7 +196,7 @@ class RunFolder:
         path = self.file(name)
         if not path.is_file():
             return []
-        absent = OPTIONAL - set(column_names(path, REMEDY))
+        absent = OPTIONAL - set(column_types(path, REMEDY))
         present: dict[str, Kind] = {n: kind for n, kind in columns.items() if n not in absent}
         empty = dict.fromkeys(absent & columns.keys())
         return [row | empty for row in read_rows(path, present, remedy=REMEDY)]

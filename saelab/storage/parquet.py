@@ -8,6 +8,7 @@ to a limit. Tables of others are streamed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,20 +72,15 @@ def read_columns(path: Path, columns: Mapping[str, Kind], remedy: str = REMEDY) 
     return pa.Table.from_batches(batches) if batches else pa.table({name: [] for name in columns})
 
 
-def column_names(path: Path, remedy: str = REMEDY) -> list[str]:
-    """Names of a table's columns.
+def column_types(path: Path, remedy: str = REMEDY) -> dict[str, bool]:
+    """Names of a table's columns, each with whether it holds whole numbers.
 
     Raises: DamageError when the file can't be read.
     """
-    names: list[str] = []
+    import pyarrow as pa
 
-    def take_none(present: Sequence[str]) -> list[str]:
-        names.extend(present)
-        return []
-
-    for _ in _batches(path, take_none, remedy, DamageError, CODECS):
-        pass
-    return names
+    with _opened(path, remedy, DamageError, CODECS) as table:
+        return {f.name: pa.types.is_integer(f.type) for f in table.schema_arrow}
 
 
 def read_rows(
@@ -148,20 +144,33 @@ def _batches(
     codecs: tuple[str, ...] = (),
 ) -> Iterator[pa.RecordBatch]:
     """Yields the batches of a table after their values were validated."""
+    with _opened(path, remedy, error, codecs) as table:
+        names = table.schema_arrow.names
+        wanted = columns(names) if callable(columns) else columns
+        if absent := [name for name in wanted if names.count(name) != 1]:
+            raise error(f"{path} has no column {absent[0]!r}: {remedy}")
+        for batch in table.iter_batches(BATCH_ROWS, columns=wanted) if wanted else ():
+            batch.validate(full=True)
+            yield batch
+
+
+@contextmanager
+def _opened(
+    path: Path, remedy: str, error: type[SaelabError], codecs: tuple[str, ...]
+) -> Iterator[Any]:
+    """Opens a Parquet file; whatever goes wrong with it inside the block is one sentence.
+
+    Args:
+        codecs: that its pages may be compressed by; () for any.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path, pre_buffer=False) as table:
-            names = table.schema_arrow.names
-            wanted = columns(names) if callable(columns) else columns
-            if absent := [name for name in wanted if names.count(name) != 1]:
-                raise error(f"{path} has no column {absent[0]!r}: {remedy}")
             if codecs and (other := _codecs(table) - set(codecs)):
                 raise error(f"{path} is compressed by {sorted(other)[0]}: {remedy}")
-            for batch in table.iter_batches(BATCH_ROWS, columns=wanted) if wanted else ():
-                batch.validate(full=True)
-                yield batch
+            yield table
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as cause:
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise error(f"{path} can't be read ({reason[:200]}): {remedy}") from None

@@ -7,13 +7,13 @@ settings of the base and nothing else. A cell is an arm at one seed and one spar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from saelab.config import Frozen, read_toml
 from saelab.data.activations.harvest import HarvestConfig
@@ -22,6 +22,7 @@ from saelab.data.language_model import ModelConfig
 from saelab.data.probing.saebench import Definition, SourceConfig
 from saelab.data.text.corpus import TextConfig
 from saelab.errors import SettingError, nearest
+from saelab.parts import HOW_TO_SET_L0
 from saelab.runs.folder import MANIFEST, RunFolder
 from saelab.runs.schema import CONTROL, CellId, level_of
 from saelab.sae import SAEConfig
@@ -30,6 +31,8 @@ from saelab.storage.validation import is_name
 from saelab.training.optim import TrainConfig
 
 BASELINE = "baseline"
+#: The remedy for an arm that is to have no common L0.
+NO_TARGET = "set target_l0 = 'none' in the plan"
 #: Stands for what another arm ends with, before it is known: possible for every setting.
 PREVIEWED = 0.4375
 
@@ -121,6 +124,11 @@ class BaseConfig(Frozen):
     parallel: ParallelConfig = ParallelConfig()
 
 
+def _none(value: Any) -> Any:
+    """None from the word for it, which TOML has none for."""
+    return None if value == "none" else value
+
+
 class PlanConfig(Frozen):
     """What is pre-registered (plan.toml).
 
@@ -129,8 +137,9 @@ class PlanConfig(Frozen):
         base: path of the base settings, relative to plan.toml.
         primary, direction, sesoi: the metric that is judged, which way is better, and the smallest
             effect of interest in the metric's units.
-        target_l0, levels, tolerance: sparsity at which arms are compared (None leaves every arm at
-            its own), further levels of the frontier, and the allowed relative distance.
+        target_l0, levels, tolerance: sparsity at which arms are compared ('none', or None in
+            Python, leaves every arm at its own), further levels of the frontier, and the allowed
+            relative distance.
         seeds, seeds_other, seeds_levels: number of seeds of the baseline and of the run's primary
             arm, of the other arms, and of the two main arms at the further levels.
         alpha: level of the verdict.
@@ -143,7 +152,7 @@ class PlanConfig(Frozen):
     primary: str = "fvu"
     direction: Literal["lower", "higher"] = "lower"
     sesoi: PositiveFloat = 0.005
-    target_l0: PositiveFloat | None = 32
+    target_l0: Annotated[PositiveFloat | None, BeforeValidator(_none)] = 32
     levels: tuple[PositiveFloat, ...] = (16, 64)
     tolerance: PositiveFloat = 0.05
     seeds: int = Field(default=8, gt=0, le=MOST_SEEDS)
@@ -164,6 +173,7 @@ class Arm:
             {"sae.scaling": {"kind": "variance"}, "train.lr": 1e-3}.
         comment: one sentence on what the arm isolates.
         primary: the run's primary arm gets as many seeds as the baseline, and further levels.
+        levels: False leaves out the further levels of the baseline or of a primary arm.
         twin_of: the arm whose settings this one repeats on purpose.
         against: the arm that it is compared with.
         expected: gate checks that this arm is expected to fail.
@@ -179,6 +189,7 @@ class Arm:
     expected: tuple[str, ...] = ()
     module: Callable[..., Any] | None = None
     against: str = BASELINE
+    levels: bool = True
 
 
 @dataclass(frozen=True)
@@ -311,25 +322,6 @@ def find_run(runs: Mapping[str, Run], name: str) -> Run:
     return runs[name]
 
 
-def at_level(sae: SAEConfig, level: float) -> SAEConfig:
-    """The settings with their sparsity at `level` latents per row: controller's target, or k.
-
-    A k that a controller anneals ends there, unless its settings say where; one that a controller
-    finds is left to it.
-    """
-    changes: dict[str, Any] = {}
-    k = getattr(sae.activation, "k", None)
-    for i, controller in enumerate(sae.controllers):
-        if controller.kind == "l0_target":
-            changes[f"controllers.{i}.target"] = level
-        anneals = controller.kind == "annealed_k" and getattr(controller, "name", None) == k
-        if anneals and getattr(controller, "end", None) is None:
-            changes[f"controllers.{i}.end"] = max(1, round(level))
-    if isinstance(k, int):
-        changes["activation.k"] = max(1, round(level))
-    return sae.patched(changes) if changes else sae
-
-
 def arm_settings(base: BaseConfig, run: Run, arm: Arm) -> BaseConfig:
     """The base with the run's and the arm's changes.
 
@@ -354,7 +346,8 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
     The baseline and the primary arm have `plan.seeds` seeds at the target L0 and `seeds_levels`
     seeds at each further level; the other arms `seeds_other` seeds at the target.
 
-    Raises: SettingError for a run without baseline, equal arms, or impossible settings.
+    Raises: SettingError for a run without baseline, equal arms, impossible settings, or an arm
+        whose L0 would not be that of its cells.
     """
     _check_arms(run)
     seeds = study_seeds(plan.study, purpose, plan.seeds)
@@ -366,13 +359,12 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
             _check_settings(settings)
         _check_equal(arm, settings.digest(), digests)
         main = arm.name == BASELINE or arm.primary
-        further = [level for level in dict.fromkeys(plan.levels) if level != plan.target_l0]
-        further = further if main and plan.target_l0 else []
+        further = _further_levels(plan) if main and arm.levels else []
         count = plan.seeds if main else min(plan.seeds, plan.seeds_other)
         places = [(level_of(plan.target_l0), seed) for seed in seeds[:count]]
         places += [(level, seed) for level in further for seed in seeds[: plan.seeds_levels]]
         for level, seed in places:
-            sae = at_level(settings.sae, level) if level else settings.sae
+            sae = settings.sae.at_l0(level) if level else settings.sae
             check_layout(arm.name, sae, settings.layout)
             specs.append(
                 CellSpec(
@@ -383,7 +375,40 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
                     module=arm.module,
                 )
             )
+        if plan.target_l0:
+            _check_l0(arm, settings.sae, plan.target_l0, further)
     return specs
+
+
+def _further_levels(plan: PlanConfig) -> list[float]:
+    """The plan's levels besides the target that have cells; none without a target."""
+    if not plan.target_l0 or not plan.seeds_levels:
+        return []
+    return [level for level in dict.fromkeys(plan.levels) if level != plan.target_l0]
+
+
+def _check_l0(arm: Arm, sae: SAEConfig, target: float, further: Sequence[float]) -> None:
+    """Raises: SettingError where cells would be named by an L0 that nothing gives them."""
+    if arm.module is None and not sae.l0_rules(target):
+        remedy = f"no part of this arm sets or finds its L0: {HOW_TO_SET_L0}, or {NO_TARGET}"
+        raise SettingError(f"{arm.name}: target_l0", target, remedy)
+    if further and not has_levels(arm, sae, target):
+        levels = ", ".join(f"{level:g}" for level in further)
+        remedy = (
+            f"its L0 does not follow the level, so cells at L0 {levels} would be trained like "
+            f"those at {target:g}: give this arm levels=False"
+        )
+        raise SettingError(f"{arm.name}: levels", further[0], remedy)
+
+
+def has_levels(arm: Arm, sae: SAEConfig, level: float) -> bool:
+    """Says whether the cells of an arm at several levels differ.
+
+    Args:
+        sae: its settings.
+        level: one of them.
+    """
+    return arm.module is None and sae.l0_rules(level) == {"set"}
 
 
 @contextmanager

@@ -11,9 +11,6 @@ from saelab.runs.schema import SCALAR, CellId
 from saelab.study.plan import BASELINE
 from saelab.verdict.gate import GateResult, gate
 
-#: Logged values whose last entry is reported.
-SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k", "threshold", "sparsity", "penalty_share")
-
 
 @dataclass(frozen=True, kw_only=True)
 class CellGate:

@@ -4,17 +4,19 @@
 
 at the matched L0. An invalid seed is null everywhere; the standard error is sd (ddof 1) / sqrt(n),
 null for one seed. `means` holds at most 40 entries: verdict, gate and settings, and of the metrics
-those that come first in `METRICS`, the same ones for every arm of a run. The other two groups hold
-all of them; everything else is in metrics.parquet.
+those that come first in `metric_order`, the same ones for every arm of a run. The other two groups
+hold all of them; everything else is in metrics.parquet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from saelab import stats
+from saelab.evals.base import ALWAYS_NAMED
+from saelab.parts.base import ROLES, Scalar
 from saelab.runs import schema
 from saelab.study.plan import BASELINE, BaseConfig, PlanConfig
 from saelab.verdict.arms import ArmResult
@@ -25,27 +27,9 @@ from saelab.verdict.l0_adjustment import Moves, move_values, value_moves
 MOST_MEANS = 40
 #: Metrics that every launch measures.
 CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")
-#: Logged values whose last entry is reported.
-SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k", "threshold", "sparsity", "penalty_share")
-#: Metrics in the order in which `means` takes them while there is room.
-METRICS = (
-    *("fvu", "l0", "loss_recovered", "dead_share"),
-    *("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy"),
-    *SCALARS,
-    "final_loss",
-    *("position.fvu_early", "position.fvu_late", "convergence.steps", "spikes", "stability.rise"),
-    *("convergence.beta", "sensitivity.beta", "convergence.theta", "sensitivity.theta"),
-    *("convergence.tau", "sensitivity.tau", "consistency.temperature", "consistency.r2"),
-    *("convergence.rho", "sensitivity.rho"),
-    *("consistency.seeds", "consistency.chance", "consistency.half_life"),
-    *("consistency.seeds_signed", "resampling.count", "lifetime.resamplings", "lifetime.median"),
-    *("explained_variance", "cosine"),
-    *(f"sae_top_{k}_test_accuracy" for k in (20, 2, 10, 50)),
-    *("position.l0_early", "position.l0_late"),
-    *("position.dead_share_early", "position.dead_share_late"),
-    *("consistency.chance_signed", "decoder.max_cosine", "lifetime.deaths"),
-    *("stability.detrended", "stability.gradient_cv", "stability.nonfinite"),
-)
+#: Fields of an SAE whose parts make the code: `means` says of their scalars when they settle and
+#: how sensitive the SAE is to them.
+MAKE_CODE = ("activation", "scaling")
 #: Secondary metrics whose paired difference is shown, without a word.
 SECONDARY = ("loss_recovered", "sae_top_5_test_accuracy")
 #: Least change of a difference by which it is said that values were moved.
@@ -198,9 +182,67 @@ def final_info(
         for name, arm in arms.items()
     }
     measured = {m for arm in arms.values() for values in arm.values.values() for m in values}
-    metrics = [metric for metric in METRICS if metric in measured]
+    metrics = [metric for metric in metric_order(settings.values()) if metric in measured]
     room = MOST_MEANS - max(map(len, others.values()))
     return {name: _group(arm, metrics, metrics[:room], others[name]) for name, arm in arms.items()}
+
+
+def metric_order(settings: Collection[BaseConfig]) -> list[str]:
+    """Metrics in the order in which `means` takes them while there is room.
+
+    Args:
+        settings: of the arms.
+    """
+    scalars = reported_scalars(settings)
+    later = [name for name in reported_scalars(settings, MAKE_CODE) if name not in ALWAYS_NAMED]
+    return [
+        *("fvu", "l0", "loss_recovered", "dead_share"),
+        *("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy"),
+        *scalars,
+        "final_loss",
+        *("position.fvu_early", "position.fvu_late", "convergence.steps", "spikes"),
+        "stability.rise",
+        *_course(ALWAYS_NAMED),
+        *("consistency.temperature", "consistency.r2"),
+        *_course(name for name in later if scalars[name].role == "learned"),
+        *("consistency.seeds", "consistency.chance", "consistency.half_life"),
+        *("consistency.seeds_signed", "resampling.count"),
+        *("lifetime.resamplings", "lifetime.median"),
+        *("explained_variance", "cosine"),
+        *(f"sae_top_{k}_test_accuracy" for k in (20, 2, 10, 50)),
+        *("position.l0_early", "position.l0_late"),
+        *("position.dead_share_early", "position.dead_share_late"),
+        *("consistency.chance_signed", "decoder.max_cosine", "lifetime.deaths"),
+        *("stability.detrended", "stability.gradient_cv", "stability.nonfinite"),
+    ]
+
+
+def _course(scalars: Iterable[str]) -> list[str]:
+    return [f"{metric}.{name}" for name in scalars for metric in ("convergence", "sensitivity")]
+
+
+def reported_scalars(
+    settings: Collection[BaseConfig], fields: Collection[str] = ()
+) -> dict[str, Scalar]:
+    """The scalars whose last value is reported, as the arms' parts declare them, in one order for
+    all arms: those that every cell has rows for, then by role, then by the part's place in an SAE.
+
+    Args:
+        fields: of an SAE, whose parts are asked; () for all.
+    """
+    parts = [arm.sae.parts() for arm in settings]
+    found: dict[str, Scalar] = {}
+    for field in fields or (parts[0] if parts else ()):
+        for part in (part for by_field in parts for part in by_field[field]):
+            for name, scalar in part.logged.items():
+                if scalar.reported:
+                    found.setdefault(name, scalar)
+    place = {name: i for i, name in enumerate(ALWAYS_NAMED)}
+
+    def order(name: str) -> tuple[int, int]:
+        return place.get(name, len(place)), ROLES.index(found[name].role)
+
+    return {name: found[name] for name in sorted(found, key=order)}
 
 
 def _others(arm: ArmResult, verdict: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,13 +269,13 @@ def _group(
 def _settings(arm: ArmResult, settings: BaseConfig, hook_name: str) -> dict[str, Any]:
     facts = next(iter(arm.facts.values()))
     layer = "".join(c for c in hook_name.split("hook")[0] if c.isdigit())
-    controllers = settings.model_dump()["sae"]["controllers"]
-    sparsity = [c.get("value") for c in controllers if c["kind"] == "ramp"]
+    penalties = [part.fixed_penalty for part in settings.sae.all_parts()]
+    penalty = next((value for value in penalties if value is not None), "L0 target")
     return {
         "training_steps": facts["steps"],
         "tokens": facts["tokens"],
         "layer": int(layer) if layer else None,
         "dict_size": facts["d_sae"],
         "learning_rate": settings.train.lr,
-        "sparsity_penalty": sparsity[0] if sparsity else "L0 target",
+        "sparsity_penalty": penalty,
     }

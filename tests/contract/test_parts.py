@@ -1,21 +1,24 @@
 """One battery for every registered part, steered by what the part declares.
 
-A new part is picked up from the table; nothing has to be added here.
+A new part is picked up from the table; nothing has to be added here. Four published variants that
+the package does not have (`variants.py`) pass through it as well.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from variants import VARIANTS
 
 from saelab.data.activations.stream import Batch
 from saelab.errors import SettingError, UsageError
+from saelab.formats.base import Plain
 from saelab.kernels import preactivations
 from saelab.parts import SEAMS, TABLE, base, parse_part, register
 from saelab.parts.base import Dims, Part, PartConfig, Pass
@@ -43,18 +46,48 @@ CLASSES = {
     "constraint": base.Constraint,
     "observer": base.Observer,
 }
-EVERY = [(seam, kind) for seam in SEAMS for kind in TABLE[seam]]
+#: Seam -> kind -> settings of all parts that are tested.
+PARTS = {
+    seam: TABLE[seam]
+    | {config.model_fields["kind"].default: config for config in VARIANTS.get(seam, ())}
+    for seam in SEAMS
+}
+EVERY = [(seam, kind) for seam in SEAMS for kind in PARTS[seam]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """Registers the variants for this module alone."""
+    for seam, configs in VARIANTS.items():
+        for config in configs:
+            register(seam, config)
+    yield
+    for seam, configs in VARIANTS.items():
+        for config in configs:
+            del TABLE[seam][config.model_fields["kind"].default]
 
 
 def of(seam: str) -> Any:
-    return pytest.mark.parametrize("kind", list(TABLE[seam]))
+    return pytest.mark.parametrize("kind", list(PARTS[seam]))
+
+
+#: Parts that set the L0 wherever they stand.
+SETS_L0 = {("activation", kind) for kind in ("topk", "batchtopk", "abs_topk")}
+
+
+def l0_rule(part: PartConfig, config: SAEConfig) -> str | None:
+    return part.l0_rule(config)
+
+
+def at_l0(level: float) -> Any:
+    return lambda part, config: part.at_l0(level, config)
 
 
 every_part = pytest.mark.parametrize(("seam", "kind"), EVERY)
 
 
 def composed(seam: str, kind: str, **changes: Any) -> SAEConfig:
-    """An SAE with the part in its place and whatever that part needs beside it."""
+    """An SAE with the part in its place and the companions that it declares."""
     data: dict[str, Any] = {
         "d_sae": D_SAE,
         "losses": ["reconstruction"],
@@ -68,14 +101,9 @@ def composed(seam: str, kind: str, **changes: Any) -> SAEConfig:
     if seam == "loss":
         data["losses"] = ["reconstruction"] if kind == "reconstruction" else data["losses"]
         data["scaling"] = "variance"
-    config = SAEConfig.parse(data | changes)
-    needs: list[dict[str, Any]] = [{"constraints": ["unit_norm"]}]
-    needs += [{"activation": {"kind": "jumprelu"}}] if seam == "loss" else []
-    for need in ({}, *needs):  # a loss may need thresholds, thresholds unit norms
-        with contextlib.suppress(SettingError):
-            config.patched(need).build(D_IN)
-            return config.patched(need)
-    raise AssertionError(f"{seam} {kind} fits nowhere")
+    for name, value in parse_part(seam, kind).companions.items():
+        data[name] = [*data.get(name, []), *value] if isinstance(value, list) else value
+    return SAEConfig.parse(data | changes)
 
 
 def part_of(sae: SAE, seam: str, kind: str) -> Part:
@@ -182,6 +210,22 @@ class TestConfiguration:
         part = TABLE[seam][kind].parse({}).build(Dims(D_IN, D_SAE, STEPS, 0))
         assert isinstance(part, CLASSES[seam])
 
+    def test_companions_are_all_it_needs(self, seam: str, kind: str) -> None:
+        assert composed(seam, kind).build(D_IN).parts()
+
+    def test_what_it_says_of_the_l0_is_what_it_does(self, seam: str, kind: str) -> None:
+        config = composed(seam, kind)
+        part = parse_part(seam, kind)
+        rule, low, high = (f(part, config) for f in (l0_rule, at_l0(3.0), at_l0(9.0)))
+        assert rule in ("set", "found", None)
+        if rule == "set":
+            assert low != high and all(type(at) is type(part) for at in (low, high))
+            assert {low.target_l0, high.target_l0} in ({3, 9}, {None})
+        if rule == "found":
+            assert low == high == part
+        assert config.at_l0(3.0).at_l0(9.0) == config.at_l0(9.0)
+        assert (seam, kind) not in SETS_L0 or rule == "set"
+
 
 # ---- life in a run ---------------------------------------------------------------------------
 
@@ -263,7 +307,8 @@ class TestLife:
     ) -> None:
         """Cut anywhere, resets and snapshots included, every bit is that of the whole run."""
         observer = eager(kind)
-        config = composed(seam, kind, observers=[observer])
+        others = [kind] if seam == "observer" and kind not in RESETS else []
+        config = composed(seam, kind, observers=[observer, *others])
         whole, cut = (cell(config, global_random_seed, snapshots=4) for _ in range(2))
         for one in (whole, cut):
             with torch.no_grad():
@@ -293,6 +338,36 @@ class TestLife:
         for parameter in part.parameters():
             assert not parameter.requires_grad or float(moments[parameter]["step"]) == 1
             assert parameter.grad is None  # gradients live as long as the step
+
+
+# ---- what it says of itself ------------------------------------------------------------------
+
+
+@every_part
+class TestDeclarations:
+    def test_every_scalar_is_declared(self, seam: str, kind: str, global_random_seed: int) -> None:
+        one = trained(composed(seam, kind), global_random_seed)
+        config, part = parse_part(seam, kind), part_of(one.sae, seam, kind)
+        assert part.scalars().keys() == config.logged.keys()
+        assert config.logged.keys() <= one.log.columns.keys()
+        assert {*part.learned(), *part.stored()} <= config.logged.keys()
+        for name, scalar in config.logged.items():
+            assert scalar.meaning and scalar.role in base.ROLES, name
+        assert all(config.logged[name].role == "learned" for name in part.learned())
+
+    def test_facts_and_columns(self, seam: str, kind: str, global_random_seed: int) -> None:
+        one = trained(composed(seam, kind), global_random_seed, STEPS)
+        part = part_of(one.sae, seam, kind)
+        before = snapshot(one.sae)
+        facts = part.facts(one.log.columns, one.optimiser.travel)
+        assert all(math.isfinite(value) for value in facts.values())
+        columns = part.latent_columns()
+        assert all(column.shape == (D_SAE,) for column in columns.values())
+        if isinstance(part, base.Observer):
+            lives, resets = part.lives(), part.resampled()
+            assert lives is None or lives.survival.shape == lives.at_risk.shape
+            assert resets is None or resets >= 0
+        assert same(snapshot(one.sae), before)
 
 
 # ---- activations -----------------------------------------------------------------------------
@@ -417,16 +492,33 @@ class TestActivation:
 
 
 @of("activation")
-def test_export_names_an_architecture(kind: str, global_random_seed: int) -> None:
-    sae = sparse_sae(kind, global_random_seed).eval()
-    exported = sae.activation.export()
-    assert exported["architecture"] in {"standard", "topk", "jumprelu"}
-    if exported["architecture"] == "jumprelu":
-        x = data(global_random_seed)
-        f = sae.encode(x)
-        z = (sae._encoder_input(x / sae.scale) @ sae.W_enc.T + sae.b_enc).detach()
-        keep = (z - exported["threshold"]).abs() > 1e-5
-        assert torch.equal((f != 0)[keep], (z > exported["threshold"])[keep])
+def test_an_exported_form_is_the_same_function(kind: str, global_random_seed: int) -> None:
+    sae, x = sparse_sae(kind, global_random_seed).eval(), data(global_random_seed)
+    form = sae.activation.export()
+    if form is None:
+        with pytest.raises(SettingError, match=r"has no export\(\)"):
+            Plain.of(sae)
+        return
+    keep = ~near_threshold(sae, x).any(1)
+    assert keep.any()
+    z = (sae.encoder_input(x) @ sae.W_enc.T + sae.b_enc).detach()
+    rows_close(form.code(z)[keep], sae.encode(x)[keep])
+    plain = Plain.of(sae)
+    again = plain.build()
+    rows_close(again.encode(x)[keep], sae.encode(x)[keep], 1e-4)
+    rows_close(again.decode(again.encode(x))[keep], sae.decode(sae.encode(x))[keep], 1e-4)
+
+
+@of("activation")
+def test_without_the_context_the_tensors_fit(kind: str) -> None:
+    part = composed("activation", kind).build(D_IN).activation
+    config = part.without_context()
+    if config is None:
+        assert not part.needs_contexts
+        return
+    twin = config.build(Dims(D_IN, D_SAE, STEPS))
+    assert not twin.needs_contexts
+    twin.load_state_dict(part.state_dict())
 
 
 # ---- scalings --------------------------------------------------------------------------------
@@ -652,7 +744,9 @@ class TestBatchTopK:
         p = one.sae(data(global_random_seed))
         one.step(batch(data(global_random_seed)))
         smallest = p.code.values.detach()[p.code.active].min()
-        torch.testing.assert_close(one.sae.activation.export()["threshold"], smallest)
+        form = one.sae.activation.export()
+        assert form is not None and form.threshold is not None
+        torch.testing.assert_close(form.threshold, smallest)
 
 
 class TestUnitNorm:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saelab import formats
-from saelab.analysis.export import about, still
+from saelab.analysis.export import about, without_context
 from saelab.errors import SettingError, SourceError, UsageError
 from saelab.formats.saelens import RULES
 from saelab.parts import TABLE
@@ -142,13 +142,6 @@ def test_an_activation_without_export_is_refused(tmp_path: Path) -> None:
         exported(sae, tmp_path)
 
 
-def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
-    sae = trained()
-    sae.activation.export = lambda: {"architecture": "absolute"}
-    with pytest.raises(SettingError, match="absolute"):
-        exported(sae, tmp_path)
-
-
 def test_batch_statistics_are_refused(tmp_path: Path) -> None:
     sae = trained(scaling={"kind": "variance", "statistics": "batch"})
     with pytest.raises(SettingError, match="batch statistics"):
@@ -163,7 +156,7 @@ def test_an_adapting_threshold_is_refused_unless_without_its_trace(
     with pytest.raises(SettingError, match="follows the context"):
         exported(sae, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    x, quiet = rows(global_random_seed + 1), still(sae)
+    x, quiet = rows(global_random_seed + 1), without_context(sae)
     same_function(exported(quiet, tmp_path / "b"), quiet, x)
     each_alone = sae.encode(x, torch.arange(len(x) + 1))  # no row has a past: the trace is 0
     same(quiet.encode(x), each_alone)

@@ -26,6 +26,8 @@ ENTRIES = (
 ARMS = ("baseline", "A1 core", "A1 scaled start", "A literal", "baseline lr x2")
 TARGET, LEVELS = 32.0, (16.0, 32.0, 64.0)
 TOKENS, STEPS = 524_288, 2048
+#: Learned scalars.
+SCALARS = ("beta", "theta", "tau")
 CHANNELS, UNTRAINED = "control:model channels", "control:untrained"
 
 
@@ -86,6 +88,7 @@ def write_run(
                 lost = "loss not finite at step 120" if (arm, seed) in invalid else ""
                 value = 0.17 * (TARGET / level) ** 0.45 + shift[arm] + luck
                 _metrics(table, rng, arm, seed, level, value, lost, loss_recovered)
+                _settling(table, arm, seed, level, scalars and i > 0)
                 if level == TARGET:
                     fvu[arm].append(None if lost else value)
                     five = _probing(table, rng, arm, seed, entries, 0.3 * shift[arm], lost)
@@ -118,6 +121,7 @@ def _manifest(name: str, arms: Sequence[str]) -> dict[str, Any]:
         "direction": "lower",
         "sesoi": 0.005,
         "arms": {arm: {"comment": f"what {arm} is"} for arm in arms},
+        "scalars": {name: {"meaning": f"what {name} is", "unit": ""} for name in SCALARS},
         "units": {"fvu": "share of variance"},
     }
 
@@ -159,6 +163,14 @@ def _metrics(
             _row(table, metric, value, definition, "", reason, cell)
     for where, share in histogram.items():
         _row(table, "density_histogram", share, "core/1", f"log10_density={where}", lost, cell)
+
+
+def _settling(table: Rows, arm: str, seed: int, level: float, scalars: bool) -> None:
+    """Rows that say when each scalar settles."""
+    cell = {"arm": arm, "seed": seed, "level": level}
+    for name in SCALARS:
+        still = "" if scalars and name != "tau" else f"{name} does not change"
+        _row(table, f"convergence.{name}", 0.8, "convergence/1", "", still, cell)
 
 
 def _density(rng: np.random.Generator, level: float, dead: float) -> dict[str, float]:

@@ -132,7 +132,8 @@ def test_first_step_by_hand(global_random_seed: int) -> None:
 
 def test_penalty_moves_thresholds_and_l0(global_random_seed: int) -> None:
     free, pressed = (train_step_l0(c, 60, global_random_seed) for c in (0.0, 0.1))
-    thresholds = [cell.sae.activation.export()["threshold"] for cell in (free, pressed)]
+    forms = [cell.sae.activation.export() for cell in (free, pressed)]
+    thresholds = [form.threshold for form in forms if form and form.threshold is not None]
     start = torch.full_like(thresholds[0], 0.5)
     assert (thresholds[1] - start).abs().mean() > 0.05
     assert thresholds[1].mean() > thresholds[0].mean() + 0.05

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelab.data.activations.stream import Batch
 from saelab.errors import SettingError
-from saelab.parts.base import Controller, Dims
+from saelab.parts.base import Controller, Dims, Form
 from saelab.parts.controllers.rounded_k import RoundedK, RoundedKConfig, covering
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
@@ -131,7 +131,7 @@ def test_annealed_k_ends_where_it_should() -> None:
     run(one, 60)
     one.sae.eval()
     assert int((one.sae.encode(rows(99)) != 0).sum(1).max()) == 8
-    assert one.sae.activation.export() == {"architecture": "topk", "k": 8}
+    assert one.sae.activation.export() == Form(k=8)
 
 
 def test_the_last_k_is_saved() -> None:

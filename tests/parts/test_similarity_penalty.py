@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saelab.data.activations.stream import Batch
-from saelab.launch.cell_facts import _balance_facts
+from saelab.launch.cell_facts import part_facts
 from saelab.parts.losses.similarity import LEARNED, Similarity
 from saelab.parts.losses.similarity.literal import SimilarityLiteral
 from saelab.sae import SAEConfig
@@ -163,7 +163,7 @@ class TestFacts:
 
     def test_a_runaway_is_called_collapsed(self) -> None:
         one = run(cell({"balance": "descent", "lr": 0.5, "alpha": 0.4}), STEPS)
-        facts = _balance_facts(one)
+        facts = part_facts(one)
         assert facts["alpha_outside_share"] > 0.1 and facts["scalar_reach.alpha"] > 0.05
         findings = {f.check: f.subject for f in gate(facts).findings}
         assert findings["collapsed_balance"] == "alpha" and "inert_scalar" not in findings
@@ -171,15 +171,15 @@ class TestFacts:
     def test_an_inert_alpha(self) -> None:
         """A balance that starts where it settles has a rate and no use for it."""
         one = run(cell({"balance": "uncertainty", "warmup": 0.9}), STEPS)
-        facts = _balance_facts(one)
+        facts = part_facts(one)
         assert facts["alpha_outside_share"] == 0 and facts["scalar_reach.alpha"] < 0.05
         assert "inert_scalar" in {f.check for f in gate(facts).findings}
 
     def test_share_while_it_acts(self) -> None:
         one = acting()
         share = one.log.columns["penalty_share"][START : one.log.length]
-        assert _balance_facts(one) == {"penalty_share": pytest.approx(float(share.mean()))}
-        assert _balance_facts(run(cell(None), 3)) == {}
+        assert part_facts(one) == {"penalty_share": pytest.approx(float(share.mean()))}
+        assert part_facts(run(cell(None), 3)) == {}
 
 
 @pytest.mark.parametrize("statistics", ["per_latent", "per_product", "batch"])

@@ -301,9 +301,10 @@ def test_without_beta_it_is_a_jumprelu() -> None:
     sae.eval()
     assert not sae.needs_contexts
     x = rows_of(1)
-    export, w = sae.activation.export(), sae.fold()
+    form, w = sae.activation.export(), sae.fold()
+    assert form is not None
     z = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
-    expected = z * (z > export["threshold"])
+    expected = form.code(z)
     torch.testing.assert_close(sae.encode(x), expected, rtol=1e-4, atol=1e-4)
     l0 = float((sae.encode(rows_of(0)) != 0).sum(1).float().mean())
     assert l0 == pytest.approx(8, rel=0.15)

@@ -43,14 +43,14 @@ def changes(found: RunCheck, arm: str) -> dict[str, tuple[object, object]]:
 
 
 def test_each_arm_says_exactly_what_it_changes(tmp_path: Path) -> None:
-    losses = Arm("losses", {"sae.losses+": {"kind": "auxk"}, "sae.losses.1.coefficient": 0.3})
+    losses = Arm("losses", {"sae.losses+": {"kind": "auxk"}, "sae.controllers.0.warmup": 0.3})
     kind = Arm("kind", {"sae.activation": {"kind": "jumprelu", "threshold": 0.7}})
     found = checked_run(tmp_path, RATE, losses, kind)
     assert changes(found, "baseline") == {}
     assert changes(found, "rate") == {"train.lr": (BASE.train.lr, 2e-3)}
     added = changes(found, "losses")
-    assert list(added) == ["sae.losses.1.coefficient", "sae.losses.2"]
-    assert added["sae.losses.1.coefficient"] == ("sparsity", 0.3)
+    assert list(added) == ["sae.losses.2", "sae.controllers.0.warmup"]
+    assert added["sae.controllers.0.warmup"] == (0.15, 0.3)
     assert added["sae.losses.2"][0] == "absent" and added["sae.losses.2"][1]["kind"] == "auxk"
     assert list(changes(found, "kind")) == ["sae.activation"]
     said = text(found)

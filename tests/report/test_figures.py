@@ -95,7 +95,7 @@ def test_plot_py_draws_every_picture_of_the_labelled_runs(tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.glob("*.png")} == expected
     assert {path.stem for path in tmp_path.glob("*.svg")} == {Path(name).stem for name in expected}
     assert done.stderr.splitlines() == [
-        "run_10: no scalars picture, none of beta, theta, tau, rho, alpha, k moves in any arm"
+        "run_10: no scalars picture, no learned scalar moves in any arm (logged: none)"
     ]
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
     for path in tmp_path.glob("*.png"):
@@ -289,6 +289,8 @@ def test_scalars_draw_what_moves_and_name_what_does_not(run: Run) -> None:
     assert len(thin) == 8 + 3 * 3  # a line for every seed of the four arms
     assert legend(figure) == list(ARMS[1:])  # the baseline has none
     assert "not drawn: tau (0.1 to 1, by arm)" in words(figure)
+    assert "beta: what beta is; theta: what theta is" in words(figure)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["beta (no unit)", "theta (no unit)"]
 
 
 def test_verdict_places_differences_intervals_and_words(run: Run) -> None:

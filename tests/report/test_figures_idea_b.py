@@ -12,10 +12,12 @@ import pytest
 from pictures import marked, panel, picture, words
 from run_folders import STEPS, TARGET, TOKENS, write_run
 
+from saelab.parts.activations.topk import TopKConfig
 from saelab.parts.losses.similarity import SimilarityConfig
 from saelab.report.figures import common, style
 from saelab.report.figures.idea_b import B_PICTURES, REFERENCE
 from saelab.report.run_data import Run, load
+from saelab.storage.atomic import read_json, write_json
 
 ARMS = ("baseline", "B full", "B neither", "B weight 0", "adaptive topk")
 WITH_B = ARMS[1:4]
@@ -85,6 +87,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
                     curves.append(cell | step | {"name": name, "value": float(value)})
     pq.write_table(pa.Table.from_pylist(table), folder / "metrics.parquet")
     pq.write_table(pa.Table.from_pylist(curves), folder / "curves.parquet")
+    manifest = read_json(folder / "manifest.json")
+    for config in (SimilarityConfig(), TopKConfig(k="k")):
+        for name, scalar in config.logged.items():
+            manifest["scalars"][name] = {"meaning": scalar.meaning, "unit": scalar.unit}
+    write_json(folder / "manifest.json", manifest)
     return load(folder)
 
 
@@ -146,10 +153,16 @@ def test_both_terms_are_drawn_raw_and_over_their_reference(run: Run) -> None:
 
 def test_the_two_ks_have_a_panel_each(run: Run) -> None:
     figure = picture(run, "latents")
-    _, y = marked(panel(figure, "Per token"), "adaptive topk", run)
+    per_token = panel(figure, "Latents per token, of TopK")
+    _, y = marked(per_token, "adaptive topk", run)
     assert y[-1] == pytest.approx(33, abs=1)
-    _, y = marked(panel(figure, "In the similarity"), "B full", run)
+    of_codes = panel(figure, "Latents in the similarity of codes")
+    _, y = marked(of_codes, "B full", run)
     assert y[-1] == 250
+    assert ["L0 32" in [text.get_text() for text in a.texts] for a in (per_token, of_codes)] == [
+        True,
+        False,
+    ]
 
 
 def test_survival_starts_whole_and_shows_who_is_left(run: Run) -> None:

@@ -18,7 +18,6 @@ from saelab.study.plan import (
     PlanConfig,
     Run,
     arm_settings,
-    at_level,
     cells,
     find_run,
     read_base,
@@ -248,22 +247,22 @@ class TestPlan:
         assert count["other"][0].sae.activation.model_dump()["k"] == 32  # at the level compared
         assert len({s.name for s in specs}) == len(specs)
 
-    def test_at_level_of_a_named_k(self) -> None:
-        """An annealed k ends at the level; one whose end is said, or that follows the data, does
+    def test_at_l0_of_a_named_k(self) -> None:
+        """An annealed k ends at the level; one whose end is given, or that follows the data, does
         not."""
         said = {"kind": "annealed_k", "end": 31.5}
         for controller, end in (("annealed_k", 12), (said, 31.5), ("rounded_k", None)):
             activation = {"kind": "topk", "k": "k"}
             data = {"d_sae": 64, "activation": activation, "controllers": [controller]}
-            sae = at_level(BaseConfig.parse({"sae": data}).sae, 12)
+            sae = BaseConfig.parse({"sae": data}).sae.at_l0(12)
             assert sae.activation.model_dump()["k"] == "k"
             assert sae.controllers[0].model_dump().get("end") == end
 
-    def test_at_level_without_sparsity_setting(self) -> None:
+    def test_at_l0_without_sparsity_setting(self) -> None:
         sae = BaseConfig().sae.patched(
             {"controllers": [], "losses": ["reconstruction", {"kind": "l1", "coefficient": 0.1}]}
         )
-        assert at_level(sae, 7) is sae
+        assert sae.at_l0(7) is sae and not sae.l0_rules(7)
 
     @pytest.mark.parametrize(
         ("arms", "text"),

@@ -9,7 +9,7 @@ The stored threshold makes a token's code independent of its batch.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -17,7 +17,19 @@ from torch import Tensor
 
 from saelab.errors import SettingError
 from saelab.kernels import Support, kernels_for, support_above
-from saelab.parts.base import Activation, Dims, PartConfig, Pass, bias_corrected
+from saelab.parts.base import (
+    Activation,
+    Dims,
+    Form,
+    L0Rule,
+    PartConfig,
+    Pass,
+    bias_corrected,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from saelab.sae import SAEConfig
 
 
 class BatchTopKConfig(PartConfig):
@@ -29,6 +41,16 @@ class BatchTopKConfig(PartConfig):
 
     def build(self, dims: Dims) -> BatchTopK:
         return BatchTopK(self, dims)
+
+    @property
+    def target_l0(self) -> float:
+        return self.k
+
+    def l0_rule(self, sae: SAEConfig) -> L0Rule:
+        return "set"
+
+    def at_l0(self, level: float, sae: SAEConfig) -> BatchTopKConfig:
+        return self.patched({"k": whole(level)})
 
 
 class BatchTopK(Activation):
@@ -50,7 +72,7 @@ class BatchTopK(Activation):
         return bias_corrected(self.ema, self.momentum, int(self.count))
 
     def _floor(self, z: Tensor) -> Tensor:
-        """What a selected value lies above; float32, 0-dim."""
+        """The value that selected ones lie above; float32, 0-dim."""
         if not self.training:
             return self.floor()
         if not self.ranks.alone:
@@ -81,7 +103,11 @@ class BatchTopK(Activation):
         return values * keep
 
     def _most(self, rows: int) -> int:
-        """Active pairs of the batch, from how many of its rows this rank has."""
+        """Active pairs of the batch at most.
+
+        Args:
+            rows: of the batch that this rank has.
+        """
         return self.k * int(self.ranks.total_over_rows(rows)[0])
 
     def update(self, p: Pass) -> None:
@@ -92,5 +118,5 @@ class BatchTopK(Activation):
             self.ema.mul_(self.momentum).add_(least, alpha=1 - self.momentum)
             self.count += 1
 
-    def export(self) -> dict[str, Any]:
-        return {"architecture": "jumprelu", "threshold": self.threshold}
+    def export(self) -> Form:
+        return Form(threshold=self.threshold)

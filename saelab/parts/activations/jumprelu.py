@@ -13,14 +13,15 @@ threshold, where only the pseudo-derivative is non-zero.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from saelab.kernels import Support, gate, jump, support_above
-from saelab.parts.base import Activation, Dims, PartConfig, Stored
+from saelab.parts.base import Activation, Dims, Form, PartConfig, Scalar, Stored
 
 
 class JumpReLUConfig(PartConfig):
@@ -33,6 +34,14 @@ class JumpReLUConfig(PartConfig):
 
     def build(self, dims: Dims) -> JumpReLU:
         return JumpReLU(self, dims)
+
+    @property
+    def logged(self) -> Mapping[str, Scalar]:
+        return {"threshold": Scalar("geometric mean of the thresholds", "state")}
+
+    @classmethod
+    def of_form(cls, form: Form) -> JumpReLUConfig | None:
+        return cls() if form.threshold is not None and form.affine is None else None
 
 
 class JumpReLU(Activation):
@@ -74,11 +83,15 @@ class JumpReLU(Activation):
         return gate(z, threshold.expand_as(z), self.bandwidth)
 
     def stored(self) -> dict[str, tuple[Stored, ...]]:
-        """All thresholds together."""
+        """Returns where all thresholds are kept, scaled together."""
         return {"threshold": (Stored(self.log_threshold, "log"),)}
 
     def scalars(self) -> dict[str, float]:
         return {"threshold": float(self.ranks.mean_over_latents(self.log_threshold).exp())}
 
-    def export(self) -> dict[str, Any]:
-        return {"architecture": "jumprelu", "threshold": self.threshold.detach()}
+    def export(self) -> Form:
+        return Form(threshold=self.threshold.detach())
+
+    def load_form(self, form: Form) -> None:
+        assert form.threshold is not None
+        self.log_threshold.data.copy_(form.threshold.clamp_min(0).log())

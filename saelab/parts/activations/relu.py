@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from saelab.kernels import Support, support_above
-from saelab.parts.base import Activation, Dims, PartConfig
+from saelab.parts.base import Activation, Dims, Form, PartConfig
 
 
 class ReLUConfig(PartConfig):
+    """Has no settings."""
+
     kind: Literal["relu"] = "relu"
 
     def build(self, dims: Dims) -> ReLU:
         return ReLU()
+
+    @classmethod
+    def of_form(cls, form: Form) -> ReLUConfig | None:
+        return cls() if form.threshold is None and form.k is None and form.affine is None else None
 
 
 class ReLU(Activation):
@@ -33,5 +39,5 @@ class ReLU(Activation):
     def floor(self) -> Tensor:
         return torch.zeros(())
 
-    def export(self) -> dict[str, Any]:
-        return {"architecture": "standard"}
+    def export(self) -> Form:
+        return Form()

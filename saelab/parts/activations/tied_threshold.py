@@ -27,6 +27,7 @@ from the trace into the encoder is cut.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -36,13 +37,22 @@ from torch import Tensor, nn
 
 from saelab.errors import SettingError
 from saelab.kernels import Adaptation, Support, gate, kernels_for, moments, trace
-from saelab.parts.base import Activation, Dims, Pass, Stored
-from saelab.parts.scalings.temperature import Temperature, TemperatureFields, log_spread
+from saelab.parts.base import (
+    Activation,
+    Dims,
+    Form,
+    Pass,
+    Scalar,
+    Stored,
+    log_spread,
+    measured,
+)
+from saelab.parts.scalings.temperature import Temperature, TemperatureFields
 
 if TYPE_CHECKING:
     from saelab.sae import SAE
 
-Scalar = Literal["theta", "beta", "gamma", "rho", "T"]
+Learnable = Literal["theta", "beta", "gamma", "rho", "T"]
 #: Lowest threshold, as a share of theta u.
 LOWEST = 0.25
 #: Latents whose mean drive is above this share of the average one count as living.
@@ -74,7 +84,7 @@ class TiedThresholdConfig(TemperatureFields):
     gamma: float = 0.0
     rho: float = Field(default=0.8, gt=0, lt=1)
     T: float = 0.0
-    learned: tuple[Scalar, ...] = ("theta",)
+    learned: tuple[Learnable, ...] = ("theta",)
     tying: Literal["global", "per_feature"] = "global"
     trace: Literal["own", "permuted", "mean"] = "own"
     bandwidth: PositiveFloat = 0.5
@@ -84,6 +94,23 @@ class TiedThresholdConfig(TemperatureFields):
 
     def build(self, dims: Dims) -> TiedThreshold:
         return TiedThreshold(self, dims)
+
+    @property
+    def logged(self) -> Mapping[str, Scalar]:
+        return {
+            "beta": Scalar("how strongly the trace moves the thresholds"),
+            "theta": Scalar("threshold in units of each latent's spread"),
+            "tau": self.temperature_scalar,
+            "rho": Scalar("decay of the trace per token"),
+            "gamma": Scalar("how strongly the mean drive moves the thresholds", reported=False),
+            "T": Scalar("how the decay depends on the variance", reported=False),
+            **self.schedule_scalars,
+            "spread": measured("standard deviation of log variance over living latents"),
+        }
+
+    @property
+    def companions(self) -> Mapping[str, Any]:
+        return {"constraints": [{"kind": "unit_norm", "weight": "decoder"}]}
 
 
 @dataclass(eq=False)
@@ -131,7 +158,7 @@ class TiedThreshold(Activation):
         self.config, self.lr, self.dims = config, config.lr, dims
         shape = (dims.d_sae,) if config.tying == "per_feature" else ()
 
-        def scalar(name: Scalar, value: float, shape: tuple[int, ...] = ()) -> nn.Parameter:
+        def scalar(name: Learnable, value: float, shape: tuple[int, ...] = ()) -> nn.Parameter:
             return nn.Parameter(torch.full(shape, value), requires_grad=name in config.learned)
 
         self.log_theta = scalar("theta", math.log(config.theta), shape)
@@ -346,12 +373,19 @@ class TiedThreshold(Activation):
         found["spread"] = float(log_spread(self.variance[self._living()]))
         return found | self.temperature.scalars()
 
-    def export(self) -> dict[str, Any]:
+    def latent_scale(self) -> Tensor:
+        return self.unit()
+
+    def without_context(self) -> TiedThresholdConfig:
+        """The trace is replaced by its mean, as with beta = 0."""
+        return self.config.patched({"trace": "mean"})
+
+    def export(self) -> Form:
         """Raises: SettingError when the thresholds move: no standard SAE computes that."""
         floor = self.floor()
         if floor is None:
             raise SettingError("activation", "tied_threshold", "follows the context: no export")
-        return {"architecture": "jumprelu", "threshold": floor}
+        return Form(threshold=floor)
 
 
 @dataclass(frozen=True)

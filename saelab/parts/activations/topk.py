@@ -8,17 +8,31 @@ for inference.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from saelab.errors import SettingError
 from saelab.kernels import Support, kernels_for, support_of_topk, topk_over_ranks
-from saelab.parts.base import Activation, Dims, Latents, PartConfig, Pass, check_setting
+from saelab.parts.base import (
+    PER_TOKEN,
+    Activation,
+    Dims,
+    Form,
+    L0Rule,
+    Latents,
+    PartConfig,
+    Pass,
+    Scalar,
+    check_setting,
+    measured,
+    whole,
+)
 
 if TYPE_CHECKING:
-    from saelab.sae import SAE
+    from saelab.sae import SAE, SAEConfig
 
 
 class TopKConfig(PartConfig):
@@ -29,6 +43,30 @@ class TopKConfig(PartConfig):
 
     def build(self, dims: Dims) -> TopK:
         return TopK(self.k, dims)
+
+    @property
+    def logged(self) -> Mapping[str, Scalar]:
+        moves = isinstance(self.k, str)
+        return {"topk.k": measured("latents per token, of TopK", PER_TOKEN)} if moves else {}
+
+    @property
+    def target_l0(self) -> float | None:
+        return self.k if isinstance(self.k, int) else None
+
+    @property
+    def l0_setting(self) -> str | None:
+        return self.k if isinstance(self.k, str) else None
+
+    def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
+        """Leaves it to the controller, where one moves k."""
+        return "set" if isinstance(self.k, int) else None
+
+    def at_l0(self, level: float, sae: SAEConfig) -> TopKConfig:
+        return self.patched({"k": whole(level)}) if isinstance(self.k, int) else self
+
+    @classmethod
+    def of_form(cls, form: Form) -> TopKConfig | None:
+        return None if form.k is None else cls(k=form.k)
 
 
 class TopK(Activation):
@@ -74,5 +112,5 @@ class TopK(Activation):
     def at(self, values: Tensor, support: Support) -> Tensor:
         return torch.relu(values)
 
-    def export(self) -> dict[str, Any]:
-        return {"architecture": "topk", "k": self.k}
+    def export(self) -> Form:
+        return Form(k=self.k)

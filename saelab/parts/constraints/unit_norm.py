@@ -25,6 +25,10 @@ class UnitNormConfig(PartConfig):
     def build(self, dims: Dims) -> UnitNorm:
         return UnitNorm(self.weight)
 
+    @property
+    def moves_decoder(self) -> bool:
+        return self.weight == "decoder"
+
 
 class UnitNorm(Constraint):
     shardable = True

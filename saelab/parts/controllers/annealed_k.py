@@ -5,11 +5,14 @@ k(u) = round( start * (end / start)^min(1, u / until) )      u: share of the run
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from saelab.parts.base import Controller, Dims, PartConfig
+from saelab.parts.base import Controller, Dims, L0Rule, PartConfig, whole
+
+if TYPE_CHECKING:
+    from saelab.sae import SAEConfig
 
 #: Where k ends when neither the settings nor a study's plan say it, as `topk` has it.
 END = 32
@@ -32,6 +35,15 @@ class AnnealedKConfig(PartConfig):
 
     def build(self, dims: Dims) -> AnnealedK:
         return AnnealedK(self, dims)
+
+    def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
+        """Decides the L0 where the activation follows it: the level's, or an `end` of its own."""
+        if self.name != sae.activation.l0_setting:
+            return None
+        return "set" if self.end is None else "found"
+
+    def at_l0(self, level: float, sae: SAEConfig) -> AnnealedKConfig:
+        return self.patched({"end": whole(level)}) if self.l0_rule(sae) == "set" else self
 
 
 class AnnealedK(Controller):

@@ -14,13 +14,17 @@ that neither overshoot nor oscillate on the embedded model.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from saelab.parts.base import Controller, Dims, PartConfig, Pass
+from saelab.parts.base import Controller, Dims, L0Rule, PartConfig, Pass, Scalar
+
+if TYPE_CHECKING:
+    from saelab.sae import SAEConfig
 
 #: Steps below which the integral term no longer quickens. Our choice: in runs of 117 to 512 steps
 #: the weights can follow this, and L0 still arrives within 3% of the target.
@@ -48,6 +52,21 @@ class L0TargetConfig(PartConfig):
 
     def build(self, dims: Dims) -> L0Target:
         return L0Target(self, dims)
+
+    @property
+    def logged(self) -> Mapping[str, Scalar]:
+        return {self.name: Scalar("coefficient that holds the L0 at its target", "state")}
+
+    @property
+    def target_l0(self) -> float:
+        return self.target
+
+    def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
+        """Sets nothing where no part has the coefficient."""
+        return "set" if sae.has_user(self.name) else None
+
+    def at_l0(self, level: float, sae: SAEConfig) -> L0TargetConfig:
+        return self.patched({"target": level})
 
 
 class L0Target(Controller):

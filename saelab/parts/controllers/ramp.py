@@ -20,6 +20,10 @@ class RampConfig(PartConfig):
     def build(self, dims: Dims) -> Ramp:
         return Ramp(self, dims)
 
+    @property
+    def fixed_penalty(self) -> float:
+        return self.value
+
 
 class Ramp(Controller):
     shardable = True

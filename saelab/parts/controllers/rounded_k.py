@@ -12,14 +12,18 @@ would fall to its lower bound.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from saelab.errors import SettingError
-from saelab.parts.base import Controller, Dims, PartConfig, Pass
+from saelab.parts.base import Controller, Dims, L0Rule, PartConfig, Pass, Scalar, measured
+
+if TYPE_CHECKING:
+    from saelab.sae import SAEConfig
 
 #: Rows of a batch whose numbers are averaged.
 SOME_ROWS = 32
@@ -48,6 +52,17 @@ class RoundedKConfig(PartConfig):
 
     def build(self, dims: Dims) -> RoundedK:
         return RoundedK(self, dims)
+
+    @property
+    def logged(self) -> Mapping[str, Scalar]:
+        return {
+            self.name: Scalar("number of latents that carry the energy", unit="latents"),
+            f"{self.name}.kappa": measured("the same before it is rounded", "latents"),
+        }
+
+    def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
+        """Finds the L0 where the activation follows it."""
+        return "found" if self.name == sae.activation.l0_setting else None
 
 
 class RoundedK(Controller):

@@ -7,7 +7,8 @@ Its gradient reaches the thresholds through the pseudo-derivative of the step.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -25,6 +26,10 @@ class L0Config(PartConfig):
 
     def build(self, dims: Dims) -> L0:
         return L0(self)
+
+    @property
+    def companions(self) -> Mapping[str, Any]:
+        return {"activation": {"kind": "jumprelu"}}
 
 
 class L0(LossTerm):

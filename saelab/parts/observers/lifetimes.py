@@ -13,13 +13,24 @@ death counts as revived; it enters no second life.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from saelab.parts.base import Dims, Observer, PartConfig, Pass, Reset, fresh_start
+from saelab.parts.base import (
+    Dims,
+    Lives,
+    Observer,
+    PartConfig,
+    Pass,
+    Reset,
+    Scalar,
+    fresh_start,
+    measured,
+)
 from saelab.seeding import torch_stream
 
 #: Bins of age over the run. Our choice: finer than any curve shows.
@@ -50,6 +61,19 @@ class LifetimesConfig(PartConfig):
 
     def build(self, dims: Dims) -> Lifetimes:
         return Lifetimes(self, dims)
+
+    @property
+    def logged(self) -> Mapping[str, Scalar]:
+        return {
+            "lifetime.ended": measured("share of latents whose life has ended"),
+            "lifetime.revived": measured("share of latents that fire again after their life ended"),
+            "lifetime.mean_age": measured("mean age of the latents' lives", "steps"),
+            "lifetime.resamplings": measured("resets of latents so far", "latents"),
+        }
+
+    @property
+    def moves_decoder(self) -> bool:
+        return self.resample
 
 
 class Lifetimes(Observer):
@@ -97,6 +121,19 @@ class Lifetimes(Observer):
         at_risk = leave.flip(0).cumsum(0).flip(0)
         survival = (1 - self.deaths.double() / at_risk.double()).cumprod(0)
         return survival, at_risk
+
+    def lives(self) -> Lives:
+        survival, at_risk = self.survival()
+        return Lives(survival, at_risk, int(self.deaths.sum()), self.resampled())
+
+    def resampled(self) -> int:
+        """Counts every reset, whichever part asked for it."""
+        return int(self.resamplings.sum())
+
+    def latent_columns(self) -> dict[str, Tensor]:
+        """Birth and last firing in steps, firings and resamplings; firings since birth."""
+        names = ("birth", "last_fired", "firings", "resamplings")
+        return {name: self.get_buffer(name) for name in names}
 
     def update(self, p: Pass) -> None:
         self.now.fill_(p.step + 1)

@@ -7,13 +7,23 @@ proportion to its squared error, its encoder has `encoder_norm` of the mean livi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from saelab.parts.base import Dims, Observer, PartConfig, Pass, Reset, fresh_start
+from saelab.parts.base import (
+    Dims,
+    Observer,
+    PartConfig,
+    Pass,
+    Reset,
+    Scalar,
+    fresh_start,
+    measured,
+)
 from saelab.seeding import torch_stream
 
 
@@ -21,7 +31,7 @@ class ResamplingConfig(PartConfig):
     """Settings of fixed-interval resampling.
 
     Args:
-        every: share of the run between two looks.
+        every: share of the run between two resamplings.
         patience: rows without a firing after which a latent is dead.
         until: share of the run after which nothing is reset.
         encoder_norm: of the new encoder rows, relative to the mean living norm.
@@ -35,6 +45,14 @@ class ResamplingConfig(PartConfig):
 
     def build(self, dims: Dims) -> Resampling:
         return Resampling(self, dims)
+
+    @property
+    def logged(self) -> Mapping[str, Scalar]:
+        return {"resampled": measured("resets of latents so far", "latents")}
+
+    @property
+    def moves_decoder(self) -> bool:
+        return True
 
 
 class Resampling(Observer):
@@ -64,6 +82,9 @@ class Resampling(Observer):
         self.resets += count
         generator = torch_stream(self.seed, "resampling", step)
         return fresh_start(p, dead, self.config.encoder_norm, generator)
+
+    def resampled(self) -> int:
+        return int(self.resets)
 
     def forget(self, latents: Tensor) -> None:
         self.silent[latents] = 0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from saelab.errors import SettingError
-from saelab.parts.base import PartConfig, Stored, inverse_softplus
+from saelab.parts.base import PartConfig, Scalar, Stored, inverse_softplus
 
 Schedule = Literal["fixed", "annealed", "learned", "learned_schedule"]
 
@@ -39,6 +39,21 @@ class TemperatureFields(PartConfig):
     tau_end: NonNegativeFloat = 0.0
     rate: NonNegativeFloat = 5.0
     tau_lr: PositiveFloat = 1e-2
+
+    @property
+    def temperature_scalar(self) -> Scalar:
+        """The declaration of 'tau' in the log."""
+        return Scalar("temperature of the variance")
+
+    @property
+    def schedule_scalars(self) -> dict[str, Scalar]:
+        """The declarations of a learned schedule's scalars."""
+        if self.temperature != "learned_schedule":
+            return {}
+        return {
+            "tau_end": Scalar("temperature that the schedule falls to", reported=False),
+            "tau_rate": Scalar("rate at which the temperature falls", reported=False),
+        }
 
 
 class Temperature(nn.Module):
@@ -100,11 +115,6 @@ class Temperature(nn.Module):
                 "tau_rate": float(softplus(self.raw_rate.detach())),
             }
         return values
-
-
-def log_spread(variance: Tensor) -> Tensor:
-    """Standard deviation of log variance, what a temperature of 0.5 takes off; [n] -> 0-dim."""
-    return variance.clamp_min(torch.finfo(variance.dtype).tiny).log().std(correction=0)
 
 
 def _started(name: str, value: float) -> Tensor:

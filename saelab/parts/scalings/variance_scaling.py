@@ -12,15 +12,26 @@ so what it can change is the optimisation, not the set of functions.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from saelab.errors import SettingError
-from saelab.parts.base import Dims, LossTerm, PartConfig, Pass, Scaling, Stored
-from saelab.parts.scalings.temperature import Temperature, TemperatureFields, log_spread
+from saelab.parts.base import (
+    Dims,
+    LossTerm,
+    PartConfig,
+    Pass,
+    Scalar,
+    Scaling,
+    Stored,
+    log_spread,
+    measured,
+)
+from saelab.parts.scalings.temperature import Temperature, TemperatureFields
 
 
 class VarianceScalingConfig(TemperatureFields):
@@ -51,6 +62,16 @@ class VarianceScalingConfig(TemperatureFields):
     def build(self, dims: Dims) -> VarianceScaling:
         return VarianceScaling(self, dims)
 
+    @property
+    def logged(self) -> Mapping[str, Scalar]:
+        return {
+            "beta": Scalar("factor of the scaled input"),
+            "theta": Scalar("shift of the scaled input"),
+            "tau": self.temperature_scalar,
+            **self.schedule_scalars,
+            "spread": measured("standard deviation of log variance over input dimensions"),
+        }
+
 
 class VarianceScaling(Scaling):
     variance: Tensor
@@ -60,6 +81,7 @@ class VarianceScaling(Scaling):
         if config.start == "function" and config.beta == 0:
             raise SettingError("scaling.beta", 0, "can't start as a function: set start = 'scaled'")
         self.config, self.lr = config, config.lr
+        self.keeps_start = config.start == "function"
         self.register_buffer("variance", torch.ones(dims.d_in))
         shape = (dims.d_in,) if config.tying == "per_feature" else ()
         learned = config.tying != "off"
@@ -117,6 +139,11 @@ class VarianceScaling(Scaling):
     def metric(self) -> Tensor:
         return self.gain(self.variance).detach()
 
+    def learned_gains(self) -> tuple[Tensor, Tensor] | None:
+        if self.config.tying != "per_feature":
+            return None
+        return self.variance, self.beta * self.gain(self.variance)
+
     def scalars(self) -> dict[str, float]:
         """`spread` is the standard deviation of log v_j; batch statistics keep no v."""
         values = {
@@ -144,6 +171,10 @@ class ScalarPriorConfig(PartConfig):
 
     def build(self, dims: Dims) -> ScalarPrior:
         return ScalarPrior(self)
+
+    @property
+    def companions(self) -> Mapping[str, Any]:
+        return {"scaling": {"kind": "variance"}}
 
 
 class ScalarPrior(LossTerm):

@@ -39,7 +39,7 @@ class Whitening(Scaling):
 
     def __init__(self, config: WhiteningConfig, dims: Dims) -> None:
         super().__init__()
-        self.tau = config.tau
+        self.tau, self.keeps_start = config.tau, config.start == "function"
         self.register_buffer("matrix", torch.eye(dims.d_in))
 
     def fit(self, sample: Tensor) -> None:

@@ -72,8 +72,8 @@ if TYPE_CHECKING:
 BIN = 0.25
 #: The k that is shown entry by entry.
 ENTRY_K = 5
-#: Scalars drawn over training.
-SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k")
+#: Panels of scalars at most: more can't be read on one page.
+MOST_SCALARS = 12
 #: Title and axis label of the metrics drawn against L0.
 RECOVERED = "loss_recovered"
 FRONTIER = {
@@ -249,9 +249,9 @@ def _l0_over_training(axes: Axes, run: Run) -> None:
 
 
 def scalars(run: Run) -> Figure | str:
-    """Learned scalars over training; one that stays constant is told in words."""
+    """Learned scalars over training; one that stays constant is named in words."""
     moving, still = [], []
-    for name in SCALARS:
+    for name in run.scalars:
         values = [
             curve.values
             for (n, arm), cells in run.curves.items()
@@ -264,7 +264,8 @@ def scalars(run: Run) -> Figure | str:
             low, high = (f(of_cell[0] for of_cell in values) for f in (min, max))
             still.append(f"{name} ({low:.3g}{f' to {high:.3g}, by arm' if high > low else ''})")
     if not moving:
-        return f"none of {', '.join(SCALARS)} moves in any arm"
+        return f"no learned scalar moves in any arm (logged: {', '.join(run.scalars) or 'none'})"
+    moving, others = moving[:MOST_SCALARS], moving[MOST_SCALARS:]
     rows = -(-len(moving) // 3)
     columns = -(-len(moving) // rows)
     cells = [*moving, *["."] * (rows * columns - len(moving))]
@@ -274,11 +275,13 @@ def scalars(run: Run) -> Figure | str:
     for name, axes in page.panels.items():
         last = over_training(axes, run, name)
         thin_lines(axes, run, name)
-        axes.set_title(name)
-        axes.set_ylabel("k (latents)" if name == "k" else f"{name} (no unit)")
+        axes.set_title(visible(name))
+        axes.set_ylabel(f"{visible(name)} ({run.unit(name) or 'no unit'})")
         arms |= dict.fromkeys(last)
         ends.append(f"{name} {values_of(run, last, '.3g').removeprefix('others ')}")
     counts = [count for name in moving for count in counts_of(run, name)]
+    texts = {visible(name): run.meaning(name) for name in moving}
+    said = [f"{name}: {text}" for name, text in texts.items() if text != name]
     return page.finish(
         f"{run.title} – learned scalars over training",
         [
@@ -286,7 +289,11 @@ def scalars(run: Run) -> Figure | str:
             f"At the end: {'; '.join(ends)}.",
         ],
         [handle(arm, arm_styles(run)[arm]) for arm in run.arms if arm in arms],
-        [f"Constant over training and not drawn: {', '.join(still)}."] if still else [],
+        [
+            *[f"Constant over training and not drawn: {', '.join(still)}."] * bool(still),
+            *[f"Not drawn for lack of room: {visible(', '.join(others))}."] * bool(others),
+            *[f"{'; '.join(said)}."] * bool(said),
+        ],
     )
 
 

@@ -334,9 +334,8 @@ def regulariser(run: Run) -> Figure | str:
     strengths = _strengths(run)
     if len({c for of_arm in strengths.values() for c in of_arm.values()}) < 2:
         return ""
-    panels = {
-        name: points for name in ("beta", "theta") if (points := _moved(run, name, strengths))
-    }
+    names = dict.fromkeys(name for of_arm in strengths.values() for name in of_arm)
+    panels = {name: points for name in names if (points := _moved(run, name, strengths))}
     if not panels:
         return "no arm with a regulariser has two seeds whose scalars moved"
     page = Page([list(panels)], 3.6)
@@ -351,7 +350,8 @@ def regulariser(run: Run) -> Figure | str:
         axes.set_ylim(bottom=0)
         axes.set(title=name, xlabel="distance moved (mean)", ylabel="sd over seeds at the end")
     arms = [arm for arm in run.arms if any(arm in points for points in panels.values())]
-    counts = [len(cells) for (n, arm), cells in run.curves.items() if n == "beta" and arm in arms]
+    drawn = {(name, arm) for name, points in panels.items() for arm in points}
+    counts = [len(cells) for key, cells in run.curves.items() if key in drawn]
     return page.finish(
         f"{run.title} – what the strength of the regulariser does to its scalars",
         [
@@ -364,12 +364,14 @@ def regulariser(run: Run) -> Figure | str:
 
 
 def _strengths(run: Run) -> dict[str, dict[str, float]]:
-    """Arm -> scalar -> strength of its prior, for arms that the manifest says have one."""
-    found = {}
+    """Arm -> scalar -> strength of its prior, for arms in whose changes the manifest has a part
+    with a setting c_<scalar>."""
+    found: dict[str, dict[str, float]] = {}
     for arm in run.arms:
         for part in _parts(changes_of(run, arm)):
-            if part.get("kind") == "scalar_prior":
-                found[arm] = {s: float(part.get(f"c_{s}", 1e-3)) for s in ("beta", "theta")}
+            own = {s: float(part[f"c_{s}"]) for s in run.scalars if f"c_{s}" in part}
+            if own:
+                found[arm] = own
     return found
 
 
@@ -387,7 +389,7 @@ def _moved(run: Run, name: str, arms: Mapping[str, Any]) -> dict[str, tuple[floa
     found = {}
     for arm, moved in run.numbers(f"moved.{name}").items():
         last = [curve.values[-1] for curve in run.curves.get((name, arm), {}).values()]
-        if arm in arms and len(last) > 1:
+        if name in arms.get(arm, {}) and len(last) > 1:
             found[arm] = (mean([abs(value) for value in moved]), float(np.std(last, ddof=1)))
     return {arm: found[arm] for arm in run.arms if arm in found}
 

@@ -53,7 +53,10 @@ INSIDE = (0.02, 0.98)
 REFERENCE = (0.15, 0.2)
 #: The two terms by the end of their names in the log.
 TERMS = {"decoder": "decoder rows, S_w", "code": "codes, S_act"}
-LATENTS = {"similarity.k": "In the similarity of codes", "topk.k": "Per token, of TopK"}
+#: End of the names of logged numbers of latents, and unit of those that are an L0.
+LATENTS, PER_TOKEN = ".k", "latents per token"
+#: Panels of them at most.
+MOST_LATENTS = 3
 #: Ages whose numbers at risk are written, at most.
 AGES = 6
 GREY = "#555555"
@@ -250,7 +253,9 @@ def _percent(curves: Curves) -> Curves:
 
 def latents(run: Run) -> Figure | str:
     """A panel for each k that moves in some arm."""
-    found = {name: curves for name in LATENTS if _moves(curves := _curves(run, name))}
+    names = sorted({name for name, _ in run.curves if name.endswith(LATENTS)})
+    moving = [name for name in names if _moves(_curves(run, name))]
+    found = {name: _curves(run, name) for name in moving[:MOST_LATENTS]}
     if not found:
         return ""
     page = Page([list(found)], 3.6)
@@ -259,14 +264,13 @@ def latents(run: Run) -> Figure | str:
         axes = page.panels[name]
         last = over_training(axes, run, name, curves)
         thin_lines(axes, run, name)
-        axes.set(title=LATENTS[name], ylabel="k (latents)")
+        meaning = run.meaning(name)
+        axes.set(title=f"{meaning[0].upper()}{meaning[1:]}", ylabel="k (latents)")
         axes.set_ylim(bottom=0)
-        ends.append(
-            f"{LATENTS[name][0].lower()}{LATENTS[name][1:]}: {without_baseline(run, last, '.0f')}"
-        )
+        ends.append(f"{meaning}: {without_baseline(run, last, '.0f')}")
         arms += list(curves)
-    if "topk.k" in found and run.target_l0:
-        _shared_line(page.panels["topk.k"], run.target_l0, f"L0 {run.target_l0:g}")
+        if run.unit(name) == PER_TOKEN and run.target_l0:
+            _shared_line(axes, run.target_l0, f"L0 {run.target_l0:g}")
     counts = [count for name in found for count in counts_of(run, name)]
     return page.finish(
         f"{run.title} – k over training",

@@ -10,16 +10,28 @@ before, the terms are only measured.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
+from saelab import stats
 from saelab.errors import SettingError
-from saelab.parts.base import Dims, Latents, LossTerm, PartConfig, Pass, check_setting
+from saelab.parts.base import (
+    Dims,
+    Latents,
+    LossTerm,
+    PartConfig,
+    Pass,
+    Scalar,
+    check_setting,
+    measured,
+)
 from saelab.parts.losses.similarity.balance import Terms, build_balance
 from saelab.parts.losses.similarity.code import (
     Gradient,
@@ -38,17 +50,17 @@ if TYPE_CHECKING:
 
 #: Smallest norm of a term. Our choice: correlations of a hundredth, which are nobody's concern.
 FLOOR = 1e-4
-#: What a step's record shows of the penalty. A share is the norm of the penalty's gradient over
-#: that of the whole gradient before clipping: of S_act at W_enc, of S_w at W_dec, and of both.
-SHOWN = (
-    "alpha",
-    "similarity.code",
-    "similarity.decoder",
-    "penalty_share.code",
-    "penalty_share.decoder",
-    "penalty_share",
-    "similarity.k",
-)
+#: Scalars of a step's record. A share is the norm of the penalty's gradient over that of the whole
+#: gradient before clipping: of S_act at W_enc, of S_w at W_dec, and of both.
+LOGGED = {
+    "alpha": Scalar("share of codes in the penalty, against decoder rows"),
+    "similarity.code": measured("similarity of codes, S_act"),
+    "similarity.decoder": measured("similarity of decoder rows, S_w"),
+    "penalty_share.code": measured("share of S_act in the gradient at W_enc"),
+    "penalty_share.decoder": measured("share of S_w in the gradient at W_dec"),
+    "penalty_share": Scalar("share of the penalty in the gradient", "measured"),
+    "similarity.k": measured("latents in the similarity of codes", "latents"),
+}
 
 Statistics = Literal["per_latent", "per_product", "batch"]
 Norm = Literal["reference", "running", "none"]
@@ -109,6 +121,10 @@ class SimilarityConfig(PartConfig):
     def build(self, dims: Dims) -> Similarity:
         return Similarity(self, dims)
 
+    @property
+    def logged(self) -> Mapping[str, Scalar]:
+        return LOGGED
+
 
 @dataclass(frozen=True)
 class Look:
@@ -153,7 +169,7 @@ class Similarity(LossTerm):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         # sums of both terms over the reference window, and its steps
         self.register_buffer("window", torch.zeros(3, dtype=torch.float64))
-        self.register_buffer("shown", torch.zeros(len(SHOWN), dtype=torch.float64))
+        self.register_buffer("shown", torch.zeros(len(LOGGED), dtype=torch.float64))
 
     def check(self, sae: SAE) -> None:
         super().check(sae)
@@ -197,7 +213,24 @@ class Similarity(LossTerm):
         self.moments.forget(latents)
 
     def scalars(self) -> dict[str, float]:
-        return dict(zip(SHOWN, self.shown.tolist(), strict=True))
+        return dict(zip(LOGGED, self.shown.tolist(), strict=True))
+
+    def facts(
+        self, columns: Mapping[str, np.ndarray], travel: Callable[[nn.Parameter], float]
+    ) -> dict[str, float]:
+        """The mean share of the gradient while the penalty acts, and whether a learned alpha
+        collapsed or hardly moved."""
+        facts: dict[str, float] = {}
+        share, alpha = columns["penalty_share"], columns["alpha"]
+        if (share > 0).any():
+            facts["penalty_share"] = float(share[share > 0].mean())
+        if self.config.balance in LEARNED:
+            facts["alpha_outside_share"] = stats.outside_share(alpha)
+        learned = list(self.balance.parameters())
+        if learned:
+            reach = sum(own.numel() * travel(own) for own in learned)
+            facts["scalar_reach.alpha"] = stats.moved_share(alpha, reach)
+        return facts
 
     def _acts(self, p: Pass) -> bool:
         return p.step >= self.start and float(self.window[2]) > 0

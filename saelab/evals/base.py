@@ -145,6 +145,39 @@ class TrainingLog(Protocol):
     def loss(self) -> np.ndarray: ...
 
 
+class Snapshots(Protocol):
+    """Decoders saved during a training.
+
+    `tokens` of the run when each was taken, rising, the last at the end; `decoders` are their rows
+    [d_sae, d_in], of any length. Both are empty where none were taken.
+    """
+
+    tokens: list[int]
+    decoders: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of one cell, as its launch has it.
+
+    Args:
+        log: of its steps.
+        stopped: step at which training failed; None for a finished cell.
+        snapshots: None for a subject without decoder rows.
+        settled: tokens at which warm-up ends.
+    """
+
+    log: TrainingLog
+    stopped: int | None = None
+    snapshots: Snapshots | None = None
+    settled: float = 0.0
+
+
+#: One cell's side of a comparison with another seed: metric -> bin of firing frequency -> sum and
+#: number of its latents' matched cosines.
+SeedPair = Mapping[str, Mapping[str, tuple[float, int]]]
+
+
 def needs_contexts(subject: object) -> bool:
     """Whether a token's code depends on the tokens before it.
 

@@ -9,12 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saelab.evals.base import Row, missing, number
+from saelab.evals.base import Row, Subject, missing, number
+from saelab.evals.dictionary_matching import largest_cosines
+from saelab.evals.measure import EvalData
+from saelab.sae import SAE
 
 DEFINITION = "decoder/1"
 METRIC = "decoder.max_cosine"
 #: Bins from 0 to 1. Our choice.
 BINS = 20
+
+
+def evaluate_decoder(subject: Subject, _: EvalData) -> list[Row]:
+    """Rows of one subject."""
+    return decoder_rows(largest_cosines(subject.W_dec) if isinstance(subject, SAE) else None)
 
 
 def decoder_rows(largest: Tensor | None) -> list[Row]:

@@ -24,8 +24,9 @@ from functools import cache
 
 from torch import Tensor
 
-from saelab.evals.base import Row, missing, number
-from saelab.evals.dictionary_matching import matched_cosines, same_index_mean
+from saelab.evals.base import Row, SeedPair, Subject, Training, missing, number
+from saelab.evals.dictionary_matching import chance, matched_cosines, same_index_mean
+from saelab.evals.measure import EvalData
 
 DEFINITION = "agreement/1"
 OF_SNAPSHOTS = ("consistency.snapshots", "consistency.snapshots_signed", "consistency.half_life")
@@ -33,6 +34,18 @@ OF_CHANCE = ("consistency.chance", "consistency.chance_signed")
 OF_SEEDS = ("consistency.seeds", "consistency.seeds_signed")
 #: Width of the frequency bins in log10, and the lowest edge, below which nothing is told apart.
 BIN, LOWEST = 0.5, -5.0
+
+
+def evaluate_snapshots(subject: Subject, data: EvalData, training: Training) -> list[Row]:
+    """Rows of one cell: its decoder next to its earlier states, and what chance gives."""
+    snapshots = training.snapshots
+    if snapshots is None:
+        reason = "only an SAE made of parts has decoder rows"
+        return no_agreement(reason, (*OF_SNAPSHOTS, *OF_CHANCE))
+    expected = chance(subject.d_sae, subject.d_in, data.seed)
+    tokens, decoders = snapshots.tokens, snapshots.decoders
+    rows = snapshot_rows(tokens, decoders, training.settled, expected[0])
+    return rows + chance_rows(expected)
 
 
 def chance_rows(chance: tuple[float, float]) -> list[Row]:
@@ -126,7 +139,12 @@ def sums_by_frequency(values: Tensor, density: Tensor) -> dict[str, tuple[float,
     }
 
 
-def seed_rows(parts: Sequence[dict[str, dict[str, tuple[float, int]]]]) -> list[Row]:
+def evaluate_seeds(pairs: Sequence[SeedPair] | str) -> list[Row]:
+    """Rows of one cell next to other seeds; `pairs` as in `seed_rows`, or why there are none."""
+    return no_agreement(pairs, OF_SEEDS) if isinstance(pairs, str) else seed_rows(pairs)
+
+
+def seed_rows(parts: Sequence[SeedPair]) -> list[Row]:
     """The rows of one cell.
 
     Args:

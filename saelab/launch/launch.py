@@ -139,9 +139,8 @@ def _launched(
     places = [ready.place(control["key"]) for control in ready.beside]
     places += _planted(ready, folders)
     of_controls = _control_rows(places)
-    arms, rows, gates = _collect(
-        task, folders, random_band(of_controls, base.evaluation.probing.test_size), cache
-    )
+    shared = random_band(of_controls, base.evaluation.probing.test_size)
+    arms, rows, gates = _collect(task, folders, shared, cache, base.evaluation.extra)
     rows += of_controls
     comparisons, differences = judge_run(arms, task.plan, task.purpose != "confirm")
     info = final_info(arms, comparisons, differences, prepared.provenance)
@@ -311,12 +310,17 @@ def _trained(ready: PreparedLaunch, later: Sequence[CellSpec] = ()) -> dict[Cell
 
 
 def _collect(
-    task: Launch, folders: Mapping[CellSpec, Path], shared: Mapping[str, Any], cache: Path
+    task: Launch,
+    folders: Mapping[CellSpec, Path],
+    shared: Mapping[str, Any],
+    cache: Path,
+    extra: Sequence[str],
 ) -> tuple[dict[str, ArmResult], list[dict[str, Any]], dict[str, CellGate]]:
     """Results per arm at the target L0, all rows of all cells, and what the gate sees of each.
 
     Args:
         shared: facts for the gate that are the same for all cells at the target.
+        extra: `evaluation.extra` of the launch.
     """
     arms = {
         arm.name: ArmResult(
@@ -331,7 +335,7 @@ def _collect(
         cell = read_sealed(folder / "cell.json")
         if spec in other_seeds:
             others = [folders[other] for other in other_seeds[spec]]
-            cell["rows"] += _against(cache, folder, others)
+            cell["rows"] += _against(cache, folder, others, extra)
         own = {"arm": spec.arm, "seed": spec.seed, "level": spec.level}
         rows += [row | own for row in cell["rows"]]
         if _at_target(spec, task.plan):
@@ -362,13 +366,15 @@ def random_band(rows: Sequence[dict[str, Any]], texts: int) -> dict[str, float]:
     return {"random_control_low": whole[0] - error, "random_control_high": whole[0] + error}
 
 
-def _against(cache: Path, folder: Path, others: Sequence[Path]) -> list[dict[str, Any]]:
+def _against(
+    cache: Path, folder: Path, others: Sequence[Path], extra: Sequence[str]
+) -> list[dict[str, Any]]:
     """The rows of a cell beside other seeds. Its worker has compared most pairs: not those of cells
     that other launches left in the cache, nor after an interruption."""
     with one_thread():
         for other in others:
             compare(cache, folder, other)
-    return [row.as_dict() for row in rows_of_seeds(cache, folder, others)]
+    return [row.as_dict() for row in rows_of_seeds(cache, folder, others, extra)]
 
 
 def _control_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:

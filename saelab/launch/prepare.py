@@ -27,7 +27,7 @@ from saelab.data.probing.embedded import Entry, embedded_entries, entries_from_t
 from saelab.data.probing.saebench import saebench_entries, why_missing
 from saelab.data.text.corpus import TextConfig, documents, manifest, tokenize
 from saelab.errors import DamageError, SettingError, SourceError
-from saelab.evals import PROBING
+from saelab.evals.measure import PROBING
 from saelab.storage.cache import activations_folder, fetch, share
 from saelab.storage.lock import lock_folder
 from saelab.storage.remote import Place, RemoteError, place_of

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from saelab.evals import probing_rows
+from saelab.evals import of_control
+from saelab.evals.measure import probing_rows
 from saelab.launch import controls, progress_lines
 from saelab.launch import worker as celljob
 from saelab.launch.cell_key import Key, cell_folder, cell_key, resume_folder
@@ -112,12 +113,14 @@ def _data(base: BaseConfig, prepared: LaunchData, task: Launch) -> WorkerData:
         device=base.model.device,
         provenance=prepared.provenance,
         read_ahead=base.harvest.read_ahead,
+        extra=base.evaluation.extra,
     )
 
 
 def _data_content(base: BaseConfig, prepared: LaunchData, data: WorkerData) -> dict[str, Any]:
     """What the numbers of a cell depend on besides its settings and training activations."""
-    return {
+    extra = {"extra": sorted(data.extra)} if data.extra else {}  # keys without it stay as they were
+    return extra | {
         "held_out": prepared.held_out.digest,
         "probing": prepared.probing.name if prepared.probing else None,
         "layout": data.layout,
@@ -292,7 +295,7 @@ def _control(worker: Worker, control: dict[str, Any], cache: Path) -> None:
     else:
         config = SAEConfig.parse(control["sae"])
         setting = controls.Setting(worker.sample, config, control["level"], control["seed"])
-        rows = worker.evaluate(controls.SUBJECTS[name](setting), probe=True)
+        rows = worker.evaluate(controls.SUBJECTS[name](setting), of_control(worker.data.extra))
     arm = f"{schema.PREFIX}{name}"
     own = [row.of_cell(arm, -1, control["level"]).as_dict() for row in rows]
     folder = worker.folder(cache, control["key"])

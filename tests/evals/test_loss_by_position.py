@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from saelab.data.language_model import LanguageModel, ModelConfig, load
-from saelab.evals import EvalData, core, evaluate
+from saelab.evals import core
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData
 from saelab.evals.loss_by_position import METRICS, _deciles, evaluate_positions
+from saelab.evals.measure import EvalData, evaluate
 from saelab.seeding import torch_stream
 
 HOOK = "blocks.1.hook_resid_post"

@@ -27,9 +27,9 @@ from saelab.data.probing import saebench as entries
 from saelab.data.probing.activations import ProbingData, ProbingEntry
 from saelab.data.probing.saebench import NAMES, RECIPES, SourceConfig, load_entry, saebench_entries
 from saelab.errors import MismatchError, SettingError, SourceError
-from saelab.evals import EvalData, probing_rows
 from saelab.evals.base import Row, check_one_definition
 from saelab.evals.core import CoreData
+from saelab.evals.measure import EvalData, probing_rows
 from saelab.evals.probing import DEFINITION as OURS
 from saelab.evals.probing import evaluate_probing
 from saelab.evals.saebench import (

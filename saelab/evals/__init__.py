@@ -48,12 +48,12 @@ class Evaluation:
     controls: bool = True
 
     def load(self) -> Callable[..., list[Any]]:
-        """The function."""
+        """Imports the function."""
         module, name = self.function.split(":")
         return getattr(importlib.import_module(module), name)
 
     def runs(self, at_target: bool, extra: Collection[str]) -> bool:
-        """True if a launch measures a cell with it.
+        """Returns True if a launch measures a cell with it.
 
         Args:
             at_target: the cell is at the plan's L0.
@@ -111,11 +111,11 @@ _ONLY_IN_LAUNCH: dict[Needs, str] = {
 
 
 def check_names(names: Sequence[str], given: Collection[Needs] = ("subject",)) -> None:
-    """Refuses what can't be evaluated.
+    """Refuses evaluations that can't be computed.
 
     Args:
-        names: evaluations asked for.
-        given: what there is to compute them from.
+        names: of the evaluations.
+        given: data that they can be computed from.
 
     Raises: SettingError for an unknown evaluation (the nearest one is suggested), and for one that
         needs more than is given.
@@ -131,7 +131,7 @@ def check_names(names: Sequence[str], given: Collection[Needs] = ("subject",)) -
 
 
 def check_extra(names: Sequence[str]) -> None:
-    """Refuses names in `evaluation.extra` that a launch does not wait to be asked for.
+    """Refuses names in `evaluation.extra` other than those of evaluations at 'asked'.
 
     Raises: SettingError.
     """
@@ -150,12 +150,12 @@ def _unknown(setting: str, name: str) -> SettingError:
 
 
 def of_subject() -> list[Evaluation]:
-    """Entries that can be computed for any subject, a saved SAE for example."""
+    """Returns the entries that need a subject alone, a saved SAE for example."""
     return [evaluation for evaluation in EVALUATIONS.values() if evaluation.needs == "subject"]
 
 
 def of_cell(at_target: bool, extra: Collection[str] = (), failed: bool = False) -> list[str]:
-    """Names of the evaluations of a trained cell of a launch, in the order of its rows.
+    """Names the evaluations of a trained cell of a launch, in the order of its rows.
 
     Args:
         at_target, extra: as in `Evaluation.runs`.
@@ -170,7 +170,7 @@ def of_cell(at_target: bool, extra: Collection[str] = (), failed: bool = False) 
 
 
 def of_control(extra: Collection[str] = ()) -> list[str]:
-    """Names of the evaluations of a control subject, which is measured at the plan's L0."""
+    """Names the evaluations of a control subject, which is measured at the plan's L0."""
     return [
         evaluation.name
         for evaluation in of_subject()
@@ -179,7 +179,7 @@ def of_control(extra: Collection[str] = ()) -> list[str]:
 
 
 def of_seeds(extra: Collection[str] = ()) -> list[str]:
-    """Names of the evaluations of a cell at the plan's L0 next to other seeds of its arm."""
+    """Names the evaluations of a cell at the plan's L0 next to other seeds of its arm."""
     return [
         name
         for name, evaluation in EVALUATIONS.items()
@@ -188,7 +188,7 @@ def of_seeds(extra: Collection[str] = ()) -> list[str]:
 
 
 def evals_help() -> str:
-    """Help of `saelab eval --evals`."""
+    """Writes the help of `saelab eval --evals`."""
     possible = "; ".join(f"{one.name}: {one.description}" for one in of_subject())
     launch = [name for name, one in EVALUATIONS.items() if one.needs != "subject"]
     return f"Comma-separated. {possible}. Only a launch measures {', '.join(launch)}."

@@ -13,7 +13,7 @@ from saelab.evals.absorption import evaluate_absorption
 from saelab.evals.base import Row, SeedPair, Subject, Training, missing
 from saelab.evals.convergence import convergence
 from saelab.evals.core import CoreData, evaluate_core
-from saelab.evals.known_features import evaluate_truth, no_truth
+from saelab.evals.known_features import evaluate_truth, missing_truth
 from saelab.evals.latent_lifetimes import survival_rows
 from saelab.evals.loss_by_position import evaluate_positions
 from saelab.evals.probing import DEFINITION, K_VALUES, evaluate_probing
@@ -31,7 +31,7 @@ class EvalData:
         core: held-out activations and their model.
         probing: activations of the probing texts, or None with the reason in `why_no_probing`.
         seed: of the probing examples and of random dictionaries, the same for all subjects that are
-            compared. Probing by definition 1 has SAEBench's own, 42.
+            compared. Probing by definition 1 uses SAEBench's, 42.
         k_values: numbers of latents that probes may use.
         definition: of sparse probing: 2, or 1 for SAEBench's.
         missing_entries: probing entries that can't be had, with the reasons.
@@ -49,7 +49,7 @@ class EvalData:
 def evaluate(
     subject: Subject, data: EvalData, names: Sequence[str], training: Training | None = None
 ) -> list[Row]:
-    """Rows of the named evaluations, in the order of the names.
+    """Computes the rows of the named evaluations, in the order of the names.
 
     Core is computed first, because others use its passes.
 
@@ -62,18 +62,18 @@ def evaluate(
     if training is not None:
         given += ("log", "snapshots")
     check_names(names, given)
-    data.core.kept, data.core.with_kl = None, "positions" in names
+    data.core.last_losses, data.core.with_kl = None, "positions" in names
     rows: dict[str, list[Row]] = {}
     for name in sorted(names, key="core".__ne__):
         evaluation = EVALUATIONS[name]
         further = () if evaluation.needs == "subject" else (training,)
         rows[name] = evaluation.load()(subject, data, *further)
-    data.core.kept = None
+    data.core.last_losses = None
     return [row for name in names for row in rows[name]]
 
 
 def evaluate_seeds(pairs: Sequence[SeedPair] | str, names: Sequence[str]) -> list[Row]:
-    """Rows of the named evaluations of a cell next to other seeds of its arm.
+    """Computes the rows of the named evaluations of a cell next to other seeds of its arm.
 
     Args:
         pairs: its comparisons with them, or the reason why there are none.
@@ -81,7 +81,7 @@ def evaluate_seeds(pairs: Sequence[SeedPair] | str, names: Sequence[str]) -> lis
     return [row for name in names for row in EVALUATIONS[name].load()(pairs)]
 
 
-# ---- entries of the table whose functions take less ------------------------------------------
+# ---- entries of the table whose functions take other arguments -------------------------------
 
 
 def core_rows(subject: Subject, data: EvalData) -> list[Row]:
@@ -93,16 +93,16 @@ PROBING = {1: saebench_probing.DEFINITION, 2: DEFINITION}
 
 
 def probing_rows(subject: Subject | None, data: EvalData, prefix: str = "sae") -> list[Row]:
-    """Sparse probing by the definition that is set; None probes the model's channels ('llm')."""
+    """Sparse probing by the definition in `data`; None probes the model's channels ('llm')."""
     definition = PROBING[data.definition]
     names = [f"{prefix}_top_{k}_test_accuracy" for k in data.k_values] + [f"{prefix}_test_accuracy"]
     if data.probing is None:
         return [missing(name, definition, data.why_no_probing) for name in names]
-    of, k, device = data.probing, data.k_values, data.core.device
+    texts, k, device = data.probing, data.k_values, data.core.device
     if data.definition == 1:
-        rows = evaluate_as_saebench(subject, of, k_values=k, prefix=prefix, device=device)
+        rows = evaluate_as_saebench(subject, texts, k_values=k, prefix=prefix, device=device)
     else:
-        rows = evaluate_probing(subject, of, data.seed, k, prefix, device)
+        rows = evaluate_probing(subject, texts, data.seed, k, prefix, device)
     absent = data.missing_entries.items()
     return rows + [missing(n, definition, why, f"entry={e}") for e, why in absent for n in names]
 
@@ -127,7 +127,7 @@ def position_rows(subject: Subject, data: EvalData) -> list[Row]:
 def truth_rows(subject: Subject, data: EvalData) -> list[Row]:
     truth = truth_of(data.core.source)
     if truth is None:
-        return no_truth()
+        return missing_truth()
     return evaluate_truth(subject, data.core.source, truth, data.seed, data.core.device)
 
 

@@ -27,7 +27,7 @@ from saelab.errors import DamageError
 from saelab.evals import of_seeds
 from saelab.evals.base import Row, SeedPair
 from saelab.evals.dictionary_consistency import OF_SEEDS, sums_by_frequency
-from saelab.evals.dictionary_matching import Agreement, agree
+from saelab.evals.dictionary_matching import Agreement, match_dictionaries
 from saelab.evals.measure import evaluate_seeds
 from saelab.launch.latent_table import FILE, read_density
 from saelab.storage.atomic import read_sealed, write_sealed
@@ -54,8 +54,8 @@ def compare(cache: Path, one: Path, other: Path) -> None:
     if _known(file) or not (_comparable(one) and _comparable(other)):
         return
     first, second = sorted((one, other), key=lambda folder: folder.name)
-    found = agree(_decoder(first), _decoder(second))
-    sides = {first: found, second: found.turned()}
+    found = match_dictionaries(_decoder(first), _decoder(second))
+    sides = {first: found, second: found.transpose()}
     sums = {cell.name: _sums(side, read_density(cell / FILE)) for cell, side in sides.items()}
     write_sealed(file, sums)
 

@@ -17,8 +17,8 @@ from common import Section, Target, parser, run, save, table
 
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.language_model import ModelConfig, load
-from saelab.evals import EvalData, evaluate
 from saelab.evals.core import CoreData
+from saelab.evals.measure import EvalData, evaluate
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 

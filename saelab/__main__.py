@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from saelab.evals import evals_help
+
 app = typer.Typer(
     help="Train sparse autoencoder variants side by side and learn whether an idea helps.",
     epilog="Runs on the CPU. The path for CUDA (model.device = 'cuda') has not run on a GPU yet.",
@@ -524,10 +526,7 @@ def evaluate(
     ] = None,
     evals: Annotated[
         str,
-        typer.Option(
-            help="Comma-separated: core, probing, model_channels, truth, absorption, positions, "
-            "sensitivity, consistency."
-        ),
+        typer.Option(help=evals_help()),
     ] = "core,probing",
     definition: Annotated[
         int | None, typer.Option(help="Of sparse probing: 2, or 1 for SAEBench's.")

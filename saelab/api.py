@@ -9,6 +9,7 @@ for c in saelab.compare(base, {"A1": {"sae.scaling": {"kind": "variance"}}}, see
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from saelab.analysis.evaluate import Bench
 from saelab.analysis.saebench import result_of
 from saelab.config import read_toml
 from saelab.data.probing.saebench import Definition
-from saelab.evals import check_names
+from saelab.evals import check_names, of_subject
 from saelab.evals.base import Row, Subject
 from saelab.launch.launch import launch
 from saelab.launch.prepare import prepare
@@ -98,12 +99,13 @@ def evaluate(
 
     Args:
         subject: an SAE, or any object with d_in, d_sae, encode and decode in raw activation space.
-        evals: names of `saelab.evals.EVALUATIONS`: 'core', 'probing', 'model_channels' (probing of
-            the model itself), 'truth', 'absorption', 'positions', 'sensitivity', 'consistency'.
+        evals: names of evaluations, from this table:
+            {evals}
         seed: of the probing examples.
         definition: of sparse probing, 2 or 1 (SAEBench's); None for that of `base`.
 
-    Raises: SettingError for an unknown evaluation; MismatchError for activations of another width.
+    Raises: SettingError for an evaluation that is unknown or needs more than the subject;
+        MismatchError for activations of another width.
     """
     check_names(evals)
     if definition is not None:
@@ -112,6 +114,10 @@ def evaluate(
     scores = Scores({r.metric: r.value for r in rows if not r.slice and r.value is not None})
     scores.rows = rows
     return scores
+
+
+_TABLE = "\n        ".join(f"'{one.name}': {one.description}" for one in of_subject())
+evaluate.__doc__ = inspect.cleandoc(evaluate.__doc__ or "").replace("{evals}", _TABLE)
 
 
 def saebench_result(

@@ -20,9 +20,10 @@ from saelab.analysis.saebench import result_of
 from saelab.data import language_model
 from saelab.data.probing.activations import ProbingData
 from saelab.errors import MismatchError, SettingError
-from saelab.evals import EvalData, check_names, evaluate
+from saelab.evals import check_names
 from saelab.evals.base import Row, Subject
 from saelab.evals.core import CoreData
+from saelab.evals.measure import EvalData, evaluate
 from saelab.formats import Loaded
 from saelab.launch.prepare import prepare
 from saelab.runs.folder import Member, RunFolder, run_cells

@@ -15,7 +15,7 @@ from typing import Any
 from saelab.data.probing.embedded import SAMPLING_SEED
 from saelab.errors import MismatchError, SettingError, SourceError, nearest
 from saelab.evals.base import Row, Subject, check_one_definition
-from saelab.evals.saebench import About, as_result, definition_of, read_result, rows_of
+from saelab.evals.saebench import About, build_result, definition_of, read_result, rows_of
 from saelab.evals.saebench_probing import DEFINITION
 from saelab.runs import schema
 from saelab.runs.folder import MANIFEST, METRICS, RunFolder
@@ -89,7 +89,7 @@ def result_of(
         sae["architecture"] = subject.config.activation.kind
         sae["saelab"] = subject.config.model_dump(mode="json")
     of_saebench = DEFINITION in {row.definition for row in rows}
-    return as_result(rows, about(base, sae, name, SAMPLING_SEED if of_saebench else seed))
+    return build_result(rows, about(base, sae, name, SAMPLING_SEED if of_saebench else seed))
 
 
 def run_result(folder: Path, arm: str = "baseline", seed: int | None = None) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def run_result(folder: Path, arm: str = "baseline", seed: int | None = None) -> 
     examples = SAMPLING_SEED if as_saebench else run.probing_seed
     told = about(base, sae, f"{folder.name}/{arm}/seed {chosen}", examples)
     channels = [row for row in rows if row.arm == CHANNELS]
-    return as_result([row for row in own if row.seed == chosen] + channels, told)
+    return build_result([row for row in own if row.seed == chosen] + channels, told)
 
 
 def result_at(path: Path, arm: str = "baseline", seed: int | None = None) -> dict[str, Any]:

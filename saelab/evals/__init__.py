@@ -1,108 +1,194 @@
-"""The table of evaluations: name -> function of a subject and the data of a launch.
+"""The table of evaluations. A new one is one file in this folder and one entry in `EVALUATIONS`.
 
-A new evaluation is one file here and one line in `EVALUATIONS`.
+Importing this module loads no torch, so that `saelab eval --help` is quick: an entry names its
+function, which is loaded on first use (`saelab.evals.measure` runs them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import importlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from saelab.data.probing.activations import ProbingData
-from saelab.data.probing.saebench import Definition
-from saelab.data.synthetic.chains import truth_of
 from saelab.errors import SettingError, nearest
-from saelab.evals import probing as _probing
-from saelab.evals import saebench_probing as _saebench
-from saelab.evals.absorption import evaluate_absorption
-from saelab.evals.base import Row, Subject, missing
-from saelab.evals.core import CoreData, evaluate_core
-from saelab.evals.known_features import evaluate_truth, no_truth
-from saelab.evals.loss_by_position import evaluate_positions
-from saelab.evals.probing import evaluate_probing
-from saelab.evals.saebench_probing import evaluate_as_saebench
-from saelab.evals.sensitivity import evaluate_sensitivity
-from saelab.evals.threshold_fit import evaluate_consistency
+
+At = Literal["every cell", "target", "asked"]
+Needs = Literal["subject", "log", "snapshots", "seeds"]
 
 
-@dataclass
-class EvalData:
-    """What evaluations are given besides the subject.
+@dataclass(frozen=True)
+class Evaluation:
+    """One entry of the table.
+
+    `needs` says what the function is given:
+
+        subject      (subject, data): anything with `encode` and `decode`, and an `EvalData`
+        log          (subject, data, training): a `Training` with the log of every step, too
+        snapshots    the same, for its decoders saved during training
+        seeds        (pairs): comparisons with other seeds of the arm, or why there are none
 
     Args:
-        core: held-out activations and their model.
-        probing: activations of the probing texts, or None with the reason in `why_no_probing`.
-        seed: of the probing examples and of random dictionaries, the same for all subjects that are
-            compared. Probing by definition 1 has SAEBench's own, 42.
-        k_values: numbers of latents that probes may use.
-        definition: of sparse probing: 2, or 1 for SAEBench's.
-        missing_entries: probing entries that can't be had, with the reasons.
+        name: as `--evals` and `evaluation.extra` take it.
+        function: 'module:name' of a function that returns a list of `Row`.
+        at: the cells of a launch that are measured: every cell, those at the plan's L0 ('target'),
+            or those at the plan's L0 where `evaluation.extra` names it ('asked').
+        needs: what it is computed from; only 'subject' can be had from a saved SAE.
+        description: what it measures, in a few words.
+        failed: measures cells whose training failed too.
+        controls: measures the control subjects of a launch too, where it needs a subject alone.
     """
 
-    core: CoreData
-    probing: ProbingData | None
-    seed: int = 0
-    k_values: Sequence[int] = _probing.K_VALUES
-    why_no_probing: str = ""
-    definition: Definition = 2
-    missing_entries: Mapping[str, str] = field(default_factory=dict)
+    name: str
+    function: str
+    at: At
+    needs: Needs
+    description: str
+    failed: bool = False
+    controls: bool = True
+
+    def load(self) -> Callable[..., list[Any]]:
+        """Imports the function."""
+        module, name = self.function.split(":")
+        return getattr(importlib.import_module(module), name)
+
+    def runs(self, at_target: bool, extra: Collection[str]) -> bool:
+        """Returns True if a launch measures a cell with it.
+
+        Args:
+            at_target: the cell is at the plan's L0.
+            extra: `evaluation.extra` of the launch.
+        """
+        if self.at == "every cell":
+            return True
+        return at_target and (self.at == "target" or self.name in extra)
 
 
-PROBING = {1: _saebench.DEFINITION, 2: _probing.DEFINITION}
+# fmt: off
+#: In the order of a launch's rows.
+_ENTRIES = (
+    Evaluation("stability", "saelab.evals.measure:stability_rows", "every cell", "log",
+               "spikes and rises of the training loss, variation of the gradient's norm",
+               failed=True),
+    Evaluation("core", "saelab.evals.measure:core_rows", "every cell", "subject",
+               "FVU, explained variance, MSE, cosine, L0, dead latents, loss recovered, densities"),
+    Evaluation("probing", "saelab.evals.measure:probing_rows", "target", "subject",
+               "accuracy of probes for the class of a text, on few latents and on all"),
+    Evaluation("model_channels", "saelab.evals.measure:channel_rows", "asked", "subject",
+               "the same probes on the channels of the language model", controls=False),
+    Evaluation("sensitivity", "saelab.evals.measure:sensitivity_rows", "target", "subject",
+               "change of FVU, L0 and loss recovered when a learned scalar is changed"),
+    Evaluation("consistency", "saelab.evals.measure:consistency_rows", "target", "subject",
+               "share of the differences between thresholds that variance alone explains"),
+    Evaluation("positions", "saelab.evals.measure:position_rows", "target", "subject",
+               "KL divergence and loss recovered by position and by token frequency"),
+    Evaluation("truth", "saelab.evals.measure:truth_rows", "target", "subject",
+               "known features: MCC, uniqueness, F1 of firing"),
+    Evaluation("absorption", "saelab.evals.measure:absorption_rows", "target", "subject",
+               "known features with parents: splitting and absorption"),
+    Evaluation("convergence", "saelab.evals.measure:convergence_rows", "every cell", "log",
+               "share of the run after which the loss and each learned scalar have settled"),
+    Evaluation("decoder", "saelab.evals.decoder_cosines:evaluate_decoder", "target", "subject",
+               "largest cosine of each decoder row with another one", controls=False),
+    Evaluation("survival", "saelab.evals.measure:lifetime_rows", "target", "subject",
+               "lifetimes and resamplings of latents, counted during training", controls=False),
+    Evaluation("snapshots", "saelab.evals.dictionary_consistency:evaluate_snapshots",
+               "target", "snapshots",
+               "matched cosines of the decoder with its earlier states, and its half-life"),
+    Evaluation("seeds", "saelab.evals.dictionary_consistency:evaluate_seeds",
+               "target", "seeds",
+               "matched cosines of the decoder with those of the arm's other seeds"),
+)
+# fmt: on
+EVALUATIONS = {evaluation.name: evaluation for evaluation in _ENTRIES}
 
-
-def probing_rows(subject: Subject | None, data: EvalData, prefix: str = "sae") -> list[Row]:
-    """Sparse probing by the definition that is set; None probes the model's channels ('llm')."""
-    definition = PROBING[data.definition]
-    names = [f"{prefix}_top_{k}_test_accuracy" for k in data.k_values] + [f"{prefix}_test_accuracy"]
-    if data.probing is None:
-        return [missing(name, definition, data.why_no_probing) for name in names]
-    of, k, device = data.probing, data.k_values, data.core.device
-    if data.definition == 1:
-        rows = evaluate_as_saebench(subject, of, k_values=k, prefix=prefix, device=device)
-    else:
-        rows = evaluate_probing(subject, of, data.seed, k, prefix, device)
-    absent = data.missing_entries.items()
-    return rows + [missing(n, definition, why, f"entry={e}") for e, why in absent for n in names]
-
-
-def _evaluate_truth(subject: Subject, data: EvalData) -> list[Row]:
-    truth = truth_of(data.core.source)
-    if truth is None:
-        return no_truth()
-    return evaluate_truth(subject, data.core.source, truth, data.seed, data.core.device)
-
-
-def _evaluate_absorption(subject: Subject, data: EvalData) -> list[Row]:
-    source = data.core.source
-    return evaluate_absorption(subject, source, truth_of(source), data.seed, data.core.device)
-
-
-EVALUATIONS: dict[str, Callable[[Subject, EvalData], list[Row]]] = {
-    "core": lambda subject, data: evaluate_core(subject, data.core),
-    "probing": probing_rows,
-    "model_channels": lambda _, data: probing_rows(None, data, prefix="llm"),
-    "truth": _evaluate_truth,
-    "absorption": _evaluate_absorption,
-    "positions": lambda subject, data: evaluate_positions(subject, data.core),
-    "sensitivity": lambda subject, data: evaluate_sensitivity(subject, data.core),
-    "consistency": lambda subject, data: evaluate_consistency(subject, data.core),
+#: Why an evaluation can't be computed where only a subject is at hand.
+_ONLY_IN_LAUNCH: dict[Needs, str] = {
+    "log": "needs the log of every training step",
+    "snapshots": "needs the decoders saved during training",
+    "seeds": "needs the SAEs of the arm's other seeds",
 }
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises: SettingError for an unknown evaluation (the nearest one is suggested)."""
+def check_names(names: Sequence[str], given: Collection[Needs] = ("subject",)) -> None:
+    """Refuses evaluations that can't be computed.
+
+    Args:
+        names: of the evaluations.
+        given: data that they can be computed from.
+
+    Raises: SettingError for an unknown evaluation (the nearest one is suggested), and for one that
+        needs more than is given.
+    """
     for name in names:
         if name not in EVALUATIONS:
-            known = ", ".join(EVALUATIONS)
-            raise SettingError("evals", name, f"known: {known}{nearest(name, EVALUATIONS)}")
+            raise _unknown("evals", name)
+        needs = EVALUATIONS[name].needs
+        if needs not in given:
+            reason = f"{_ONLY_IN_LAUNCH[needs]}, which a saved SAE does not bring"
+            remedy = f"{reason}: take its rows from metrics.parquet of the run"
+            raise SettingError("evals", name, remedy)
 
 
-def evaluate(subject: Subject, data: EvalData, names: Sequence[str]) -> list[Row]:
-    """The rows of the named evaluations, core first, whose passes others use; raises as
-    `check_names`."""
-    check_names(names)
-    data.core.kept, data.core.with_kl = None, "positions" in names
-    found = {name: EVALUATIONS[name](subject, data) for name in sorted(names, key="core".__ne__)}
-    data.core.kept = None
-    return [row for name in names for row in found[name]]
+def check_extra(names: Sequence[str]) -> None:
+    """Refuses names in `evaluation.extra` other than those of evaluations at 'asked'.
+
+    Raises: SettingError.
+    """
+    for name in names:
+        if name not in EVALUATIONS:
+            raise _unknown("evaluation.extra", name)
+        if EVALUATIONS[name].at != "asked":
+            remedy = "is measured in every launch: leave it out"
+            raise SettingError("evaluation.extra", name, remedy)
+
+
+def _unknown(setting: str, name: str) -> SettingError:
+    return SettingError(
+        setting, name, f"known: {', '.join(EVALUATIONS)}{nearest(name, EVALUATIONS)}"
+    )
+
+
+def of_subject() -> list[Evaluation]:
+    """Returns the entries that need a subject alone, a saved SAE for example."""
+    return [evaluation for evaluation in EVALUATIONS.values() if evaluation.needs == "subject"]
+
+
+def of_cell(at_target: bool, extra: Collection[str] = (), failed: bool = False) -> list[str]:
+    """Names the evaluations of a trained cell of a launch, in the order of its rows.
+
+    Args:
+        at_target, extra: as in `Evaluation.runs`.
+        failed: training stopped early.
+    """
+    return [
+        name
+        for name, evaluation in EVALUATIONS.items()
+        if evaluation.needs != "seeds" and evaluation.runs(at_target, extra)
+        if evaluation.failed or not failed
+    ]
+
+
+def of_control(extra: Collection[str] = ()) -> list[str]:
+    """Names the evaluations of a control subject, which is measured at the plan's L0."""
+    return [
+        evaluation.name
+        for evaluation in of_subject()
+        if evaluation.controls and evaluation.runs(True, extra)
+    ]
+
+
+def of_seeds(extra: Collection[str] = ()) -> list[str]:
+    """Names the evaluations of a cell at the plan's L0 next to other seeds of its arm."""
+    return [
+        name
+        for name, evaluation in EVALUATIONS.items()
+        if evaluation.needs == "seeds" and evaluation.runs(True, extra)
+    ]
+
+
+def evals_help() -> str:
+    """Writes the help of `saelab eval --evals`."""
+    possible = "; ".join(f"{one.name}: {one.description}" for one in of_subject())
+    launch = [name for name, one in EVALUATIONS.items() if one.needs != "subject"]
+    return f"Comma-separated. {possible}. Only a launch measures {', '.join(launch)}."

@@ -6,9 +6,9 @@ D_p) the latent of a parent p. Of the rows where p and at least one of its child
     absorption.rate           the share in which main(p) is silent and some latent j that fires
                               stands for both: f_j a_jp >= v_p / 2 and f_j a_jc >= v_c / 2 for a
                               child c that is on, with W_j ~ a_jp D_p + a_jc D_c by least squares
-    absorption.silent         the share in which main(p) is silent, whoever stands in
-    absorption.silent_alone   the same of the rows where p is on without any child: what main(p)
-                              misses anyway
+    absorption.silent         the share in which main(p) is silent, with or without a substitute
+    absorption.silent_alone   the share of silent main(p) in the rows where p is on without any
+                              child: what main(p) misses anyway
     absorption.main_cosine    cos(W_main(p), D_p)
 
 and, with the latents that are best for p by F1 of firing in order, and F_k the F1 of "any of the
@@ -18,11 +18,11 @@ first k fires",
     splitting.share           1 where that is more than one
 
 each the mean over the parents that have such rows. An SAE that writes the parent into its
-children's latents has rate 1; latents of the true features that fire with them, 0. Beside each
-stands the same of random directions with as large a code (`chance_`) and of the truth (`oracle_`).
-A parent that is split over its children's latents is also absorbed by them, since here every child
-is a large share of its parent; the rate asks for a silent main latent, so it tells the two apart
-where there is one.
+children's latents has rate 1; latents of the true features that fire with them, 0. Each is also
+given for random directions with as large a code (`chance_`) and for the truth (`oracle_`). A parent
+that is split over its children's latents is also absorbed by them, since here every child is a
+large share of its parent; the rate requires a silent main latent, so it separates the two cases
+where a main latent exists.
 
 Sources: feature splitting, Bricken et al. 2023; absorption and the F1 rule for splitting, Chanin et
 al. 2024 ("A is for Absorption"), whose probe of a letter is the true direction here.
@@ -40,7 +40,7 @@ from saelab.data.activations.store import Source
 from saelab.data.synthetic.chains import KnownTruth
 from saelab.evals.base import Row, Subject, missing, number
 from saelab.evals.dictionary_matching import DRAWS, random_directions
-from saelab.evals.known_features import coded_rows, paired_rows, written
+from saelab.evals.known_features import coded_rows, decoder_vectors, paired_rows
 
 DEFINITION = "absorption/1"
 ABSORPTION = tuple(
@@ -48,13 +48,13 @@ ABSORPTION = tuple(
 )
 SPLITTING = ("splitting.latents", "splitting.share")
 SCORES = (*ABSORPTION, *SPLITTING)
-METRICS = tuple(f"{whose}{name}" for whose in ("", "chance_", "oracle_") for name in SCORES)
+METRICS = tuple(f"{prefix}{name}" for prefix in ("", "chance_", "oracle_") for name in SCORES)
 #: A latent stands for a feature from this share of its value on. Our choice.
 SHARE = 0.5
-#: What a further latent must add to F1 to count as a part of a split feature, and how many are
-#: tried. Chanin et al.; our choice.
+#: Increase of F1 that makes a further latent a part of a split feature (Chanin et al.), and the
+#: number of latents that are tried (our choice).
 GAIN, TRIED = 0.03, 8
-#: Held-out rows that are looked at, and entries of a gathered table. Our choice: bounds the memory.
+#: Held-out rows that are used, and entries of a gathered table. Our choice: bounds the memory.
 ROWS, ENTRIES = 32_768, 1 << 22
 
 
@@ -62,58 +62,59 @@ ROWS, ENTRIES = 32_768, 1 << 22
 def evaluate_absorption(
     subject: Subject, source: Source, truth: KnownTruth | None, seed: int = 0, device: str = "cpu"
 ) -> list[Row]:
-    """The rows of one subject.
+    """Computes the rows of one subject.
 
     Args:
-        source: held-out activations that `truth` is the truth of; None where it is not known.
+        source: held-out activations.
+        truth: their known features; None where these are not known.
         seed: of the random dictionaries.
         device: of the subject.
 
     Raises: MismatchError for a subject of another width.
     """
     if truth is None:
-        return _none("the true features of these activations are not known")
+        return _missing_rows("the true features of these activations are not known")
     family = _family(truth)
     if not len(family.children):
-        return _none("the true features of these activations have no children")
+        return _missing_rows("the true features of these activations have no children")
     true = truth.directions
-    own = _Counts(written(subject, device), true, family)
+    counts = _Counts(decoder_vectors(subject, device), true, family)
     oracle = _Counts(true, true, family)
     seen = active = 0
     for _, f, codes in coded_rows(subject, source, truth, device):
-        own.count(f, codes)
+        counts.count(f, codes)
         oracle.count(codes, codes)
         seen, active = seen + len(f), active + int((f != 0).sum())
         if seen >= ROWS:
             break
-    if not bool(own.with_child.any()):
-        return _none(f"no parent is on together with a child in {seen} held-out rows")
+    if not bool(counts.with_child.any()):
+        return _missing_rows(f"no parent is on together with a child in {seen} held-out rows")
     k = min(subject.d_sae, max(1, round(active / seen)))
     chance = [
-        _random(source, truth, family, subject.d_sae, k, seed, draw).scores()
+        _count_random(source, truth, family, subject.d_sae, k, seed, draw).scores()
         for draw in range(DRAWS)
     ]
     mean = {name: sum(scores[name] for scores in chance) / DRAWS for name in SCORES}
-    found = {"": own.scores(), "chance_": mean, "oracle_": oracle.scores()}
+    by_prefix = {"": counts.scores(), "chance_": mean, "oracle_": oracle.scores()}
     return [
-        number(f"{whose}{name}", scores[name], DEFINITION)
-        for whose, scores in found.items()
+        number(f"{prefix}{name}", scores[name], DEFINITION)
+        for prefix, scores in by_prefix.items()
         for name in SCORES
     ]
 
 
-def _none(reason: str) -> list[Row]:
+def _missing_rows(reason: str) -> list[Row]:
     return [missing(name, DEFINITION, reason) for name in METRICS]
 
 
 @dataclass(frozen=True, eq=False)
 class _Family:
-    """Who is whose child.
+    """Parents and children among the features.
 
     Args:
         parents: features that have children, int64 [p].
         children: features that have a parent, int64 [c].
-        of: place in `parents` of each child's parent, int64 [c].
+        of: index in `parents` of each child's parent, int64 [c].
     """
 
     parents: Tensor
@@ -122,6 +123,7 @@ class _Family:
 
 
 def _family(truth: KnownTruth) -> _Family:
+    """Builds the family of the true features."""
     parent = truth.config.parent_of
     children = (parent != torch.arange(len(parent))).nonzero().squeeze(1)
     parents, place = parent[children].unique(return_inverse=True)
@@ -129,10 +131,10 @@ def _family(truth: KnownTruth) -> _Family:
 
 
 class _Counts:
-    """Firings of latents beside those of parents and children.
+    """Firings of latents next to those of parents and children.
 
     Args:
-        weights: what each latent writes at 1, float32 [m, d].
+        weights: decoder vector of each latent, float32 [m, d].
         true: directions of the features, float32 [features, d].
     """
 
@@ -163,22 +165,24 @@ class _Counts:
         self.alone += alone.sum(0)
         self.silent_alone += (alone & silent).sum(0)
         rows, kids = (child_on & silent[:, family.of]).nonzero().T
-        taken = torch.zeros_like(on)
-        stands = self._stands_in(f, v, rows, kids)
-        taken[rows[stands], family.of[kids[stands]]] = True
-        self.absorbed += taken.sum(0)
+        absorbed = torch.zeros_like(on)
+        replaced = self._are_replaced(f, v, rows, kids)
+        absorbed[rows[replaced], family.of[kids[replaced]]] = True
+        self.absorbed += absorbed.sum(0)
         self.fires.append(f != 0)
         self.on.append(on)
 
-    def _stands_in(self, f: Tensor, v: Tensor, rows: Tensor, kids: Tensor) -> Tensor:
-        """Whether some latent stands for child and parent, of each pair; bool [pairs].
+    def _are_replaced(self, f: Tensor, v: Tensor, rows: Tensor, kids: Tensor) -> Tensor:
+        """Finds the pairs of a row and a child whose child and parent one latent stands for.
 
-        The main latent is silent in these rows, so that it is none of them.
+        The main latent is silent in these rows, so that it is not that latent.
+
+        Returns: bool [pairs].
         """
         width = max(1, int((f != 0).sum(1).max()))
         values, which = f.abs().topk(width, dim=1, sorted=False)
         values = f.gather(1, which) * (values != 0)
-        found = []
+        parts = []
         step = max(1, ENTRIES // width)
         for row, kid in zip(rows.split(step), kids.split(step), strict=True):
             family, latents, code = self.family, which[row], values[row]
@@ -190,26 +194,27 @@ class _Counts:
             of_child = code * (c - r * p) / (1 - r * r)
             enough = of_parent >= SHARE * v[row, family.parents[place]][:, None]
             enough &= of_child >= SHARE * v[row, family.children[kid]][:, None]
-            found.append(enough.any(1))
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.bool)
+            parts.append(enough.any(1))
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
 
     def scores(self) -> dict[str, float]:
-        there = self.with_child > 0
+        """Means over the parents of each score."""
+        seen = self.with_child > 0
         rate, silent = self.absorbed / self.with_child, self.silent / self.with_child
-        lonely = there & (self.alone > 0)
-        alone = (self.silent_alone / self.alone)[lonely]
-        parts = self._parts()[there].double()
+        seen_alone = seen & (self.alone > 0)
+        alone = (self.silent_alone / self.alone)[seen_alone]
+        parts = self._count_parts()[seen].double()
         return {
-            "absorption.rate": float(rate[there].double().mean()),
-            "absorption.silent": float(silent[there].double().mean()),
+            "absorption.rate": float(rate[seen].double().mean()),
+            "absorption.silent": float(silent[seen].double().mean()),
             "absorption.silent_alone": float(alone.double().mean()),
-            "absorption.main_cosine": float(self.main_cosine[there].double().mean()),
+            "absorption.main_cosine": float(self.main_cosine[seen].double().mean()),
             "splitting.latents": float(parts.mean()),
             "splitting.share": float((parts > 1).double().mean()),
         }
 
-    def _parts(self) -> Tensor:
-        """Over how many latents each parent is split, int64 [parents]."""
+    def _count_parts(self) -> Tensor:
+        """Counts the latents that each parent is split over, int64 [parents]."""
         fires, on = torch.cat(self.fires), torch.cat(self.on)
         both = fires.float().T @ on.float()  # counts: exact below 2^24 rows
         count, wanted = fires.sum(0)[:, None], on.sum(0)
@@ -225,7 +230,7 @@ class _Counts:
         return parts
 
 
-def _random(
+def _count_random(
     source: Source,
     truth: KnownTruth,
     family: _Family,
@@ -234,12 +239,12 @@ def _random(
     seed: int,
     draw: int,
 ) -> _Counts:
-    """What n random unit directions make of it, with the k largest projections as a code."""
-    found = random_directions(n, truth.config.d, seed, draw)
-    counts = _Counts(found, truth.directions, family)
+    """Counts for n random unit directions, with the k largest projections as a code."""
+    directions = random_directions(n, truth.config.d, seed, draw)
+    counts = _Counts(directions, truth.directions, family)
     seen = 0
     for x, codes in paired_rows(source, truth):
-        top = (x @ found.T).topk(k, dim=1, sorted=False)
+        top = (x @ directions.T).topk(k, dim=1, sorted=False)
         f = torch.zeros(len(x), n).scatter_(1, top.indices, top.values.clamp(min=0))
         counts.count(f, codes)
         seen += len(x)

@@ -1,10 +1,9 @@
-"""What an evaluation is: subject and data in, rows out.
+"""The interface of evaluations: subject and data in, rows out.
 
 A subject is anything with `encode` and `decode` in raw activation space: our SAE, a control, a
-peer's checkpoint. One that is also a `SparseSubject` is asked for codes without their zeros. An
-evaluation never changes its subject and draws random numbers only from the named stream
-'evaluation'. Every number leaves as a `Row`; a missing number is a row without a value and with a
-reason.
+checkpoint of another tool. A `SparseSubject` gives codes without their zeros too. An evaluation
+never changes its subject and draws random numbers only from the named stream 'evaluation'. Every
+number leaves as a `Row`; a missing number is a row without a value and with a reason.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from saelab.errors import MismatchError
 from saelab.kernels import Code
 from saelab.runs.schema import CellId
 
-#: What the reason of a row begins with whose number came out infinite or undefined.
+#: Begins the reason of a row whose number came out infinite or undefined.
 NOT_FINITE = "not finite"
 
 
@@ -36,9 +35,10 @@ class Row:
         metric: its name, for example 'fvu' or 'sae_top_5_test_accuracy'.
         value: the number; None when it is missing.
         definition: id and version of how it is computed, for example 'core/1'.
-        slice: what part of the data it covers ('' for all), for example 'entry=docs,class=email'.
-        reason: why the value is missing; '' when it is there.
-        arm, seed, level: the cell it belongs to, filled in by the study.
+        slice: the part of the data that it covers ('' for all), for example
+            'entry=docs,class=email'.
+        reason: why the value is missing; '' when it is present.
+        arm, seed, level: the cell it belongs to, filled in by the launch.
     """
 
     metric: str
@@ -51,6 +51,7 @@ class Row:
     level: float = 0.0
 
     def of_cell(self, cell: CellId) -> Row:
+        """Returns the row with its cell filled in."""
         return replace(self, arm=cell.arm, seed=cell.seed, level=cell.level)
 
     def as_dict(self) -> dict[str, object]:
@@ -58,7 +59,7 @@ class Row:
 
 
 def number(metric: str, value: float, definition: str, slice: str = "") -> Row:
-    """A row for `value`; a value that is not finite becomes a missing one with that reason."""
+    """Builds the row of a value; one that is not finite becomes missing with that reason."""
     value = float(value)
     if value != value or value in (float("inf"), float("-inf")):
         return Row(metric, None, definition, slice, reason=f"{NOT_FINITE} ({value})")
@@ -66,26 +67,29 @@ def number(metric: str, value: float, definition: str, slice: str = "") -> Row:
 
 
 def missing(metric: str, definition: str, reason: str, slice: str = "") -> Row:
+    """Builds the row of a number that can't be had."""
     return Row(metric, None, definition, slice, reason=reason)
 
 
-def other_definition(own: str | None, reference: str | None, who: str = "the baseline") -> str:
-    """Why two numbers of one metric are not compared; '' when both have one definition."""
-    if own == reference and own is not None:
+def other_definition(
+    definition: str | None, reference: str | None, who: str = "the baseline"
+) -> str:
+    """Says why two numbers of one metric are not compared; '' when both have one definition."""
+    if definition == reference and definition is not None:
         return ""
     return (
-        f"measured as {own!r}, {who} as {reference!r}: numbers of different definitions "
+        f"measured as {definition!r}, {who} as {reference!r}: numbers of different definitions "
         "are not compared, so evaluate both in the same way"
     )
 
 
 def check_one_definition(metric: str, definitions: Mapping[str, str]) -> None:
-    """To be called wherever numbers of one metric are put beside each other.
+    """Refuses to compare numbers of one metric that are defined differently.
 
     Args:
-        definitions: who is compared -> definition id; whoever has no number is left out.
+        definitions: name of a subject -> definition id; subjects without a number are left out.
 
-    Raises: MismatchError that names the metric, who differs and the definitions.
+    Raises: MismatchError that names the metric, the subject that differs and the definitions.
     """
     first = next(iter(definitions), "")
     for name, definition in definitions.items():
@@ -93,51 +97,51 @@ def check_one_definition(metric: str, definitions: Mapping[str, str]) -> None:
             raise MismatchError(f"{metric} of {name} is {why}")
 
 
-def number_or_reason(metric: str, found: float | str, definition: str, slice: str = "") -> Row:
-    """A row for what was found: a number, or the reason why there is none."""
-    if isinstance(found, str):
-        return missing(metric, definition, found, slice)
-    return number(metric, found, definition, slice)
+def number_or_reason(metric: str, value: float | str, definition: str, slice: str = "") -> Row:
+    """Builds the row of a number, or of the reason (a str) why there is none."""
+    if isinstance(value, str):
+        return missing(metric, definition, value, slice)
+    return number(metric, value, definition, slice)
 
 
 @runtime_checkable
 class Subject(Protocol):
-    """Anything that can be evaluated. All tensors are in raw activation space, float32."""
+    """Any object that can be evaluated. All tensors are in raw activation space, float32."""
 
     d_in: int
     d_sae: int
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """x [n, d_in] -> dense code [n, d_sae]."""
+        """Encodes x [n, d_in] into a dense code [n, d_sae]."""
         ...
 
     def decode(self, f: torch.Tensor) -> torch.Tensor:
-        """f [n, d_sae] -> reconstruction [n, d_in]."""
+        """Decodes f [n, d_sae] into a reconstruction [n, d_in]."""
         ...
 
 
 @runtime_checkable
 class SparseSubject(Subject, Protocol):
-    """A subject that gives its code without zeros too, and so is evaluated faster."""
+    """Subject that also gives its code without zeros, and so is evaluated faster."""
 
     def codes(self, x: torch.Tensor) -> Iterator[tuple[slice, Code]]:
-        """x [n, d_in] -> rows of x, in order, and their code; some rows at a time."""
+        """Encodes x [n, d_in] in blocks; yields each block's rows of x, in order, and its code."""
         ...
 
     def decode_code(self, code: Code) -> torch.Tensor:
-        """What `codes` gave -> reconstruction in raw activation space [rows, d_in]."""
+        """Decodes a code of `codes` into a reconstruction [rows, d_in]."""
         ...
 
     def pooled(self, rows: torch.Tensor, cuts: torch.Tensor) -> torch.Tensor:
-        """Rows [n, d_in] and rising cuts int64 [m + 1] -> sums of the code over each segment.
+        """Sums the code of rows [n, d_in] over segments; cuts int64 [m + 1] rise.
 
-        Row i of the result, float32 [m, d_sae], is the sum of encode(rows)[cuts[i] : cuts[i + 1]].
+        Returns: float32 [m, d_sae]; row i is the sum of encode(rows)[cuts[i] : cuts[i + 1]].
         """
         ...
 
 
 class TrainingLog(Protocol):
-    """What an evaluation may read of a training: the named values of every step.
+    """Named values of every step of a training.
 
     `columns` holds arrays [steps] of which the first `length` entries are filled; `loss` is the
     reconstruction loss, float64 [length].
@@ -150,10 +154,43 @@ class TrainingLog(Protocol):
     def loss(self) -> np.ndarray: ...
 
 
-def needs_contexts(subject: object) -> bool:
-    """Whether a token's code depends on the tokens before it.
+class Snapshots(Protocol):
+    """Decoders saved during a training.
 
-    Such a subject is a `SparseSubject` whose `codes` and `pooled` take `starts` too: where each run
-    of tokens that follow each other begins in the rows, and their number; int64 [m + 1].
+    `tokens` of the run when each was taken, rising, the last at the end; `decoders` are their rows
+    [d_sae, d_in], of any length. Both are empty where none were taken.
+    """
+
+    tokens: list[int]
+    decoders: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of one cell, as its launch has it.
+
+    Args:
+        log: of its steps.
+        stopped: step at which training failed; None for a finished cell.
+        snapshots: None for a subject without decoder rows.
+        settled: tokens at which warm-up ends.
+    """
+
+    log: TrainingLog
+    stopped: int | None = None
+    snapshots: Snapshots | None = None
+    settled: float = 0.0
+
+
+#: One cell's side of a comparison with another seed: metric -> bin of firing frequency -> sum and
+#: number of its latents' matched cosines.
+SeedPair = Mapping[str, Mapping[str, tuple[float, int]]]
+
+
+def needs_contexts(subject: object) -> bool:
+    """Returns True if a token's code depends on the tokens before it.
+
+    Such a subject is a `SparseSubject` whose `codes` and `pooled` take `starts` too: the first row
+    of each run of consecutive tokens, and the number of rows; int64 [m + 1].
     """
     return bool(getattr(subject, "needs_contexts", False))

@@ -1,4 +1,4 @@
-"""When a cell's loss and its scalars settle, from the log of every step.
+"""Settling of a cell's loss and its scalars, from the log of every step.
 
     convergence.<scalar>   share of the run after which it stays within 5% of its final value
     drift.<scalar>         its change over the last tenth of the run, in its own unit
@@ -51,13 +51,13 @@ def convergence(log: TrainingLog, scalars: Iterable[str] = ()) -> list[Row]:
 
 
 def settling_share(values: np.ndarray, final: float, near: float = NEAR) -> float:
-    """Share of the run after which values [n] stay within `near` of `final`; 0 for always."""
+    """Share of the run after which values [n] stay within `near` of `final`; 0: from the start."""
     away = np.flatnonzero(np.abs(values - final) > near * abs(final))
     return float(away[-1] + 1) / len(values) if len(away) else 0.0
 
 
 def smooth(loss: np.ndarray) -> np.ndarray:
-    """At each step of loss [n] the mean over the `SMOOTH` of the run that ends there."""
+    """Averages loss [n] at each step over the `SMOOTH` of the run that ends there."""
     width = max(1, round(SMOOTH * len(loss)))
     sums = np.concatenate([[0.0], loss.cumsum()])
     ends = np.arange(1, len(loss) + 1)

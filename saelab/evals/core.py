@@ -4,10 +4,10 @@
     loss recovered = (CE_zero - CE_spliced) / (CE_zero - CE_clean)
 
 CE_spliced runs the language model with the reconstruction in place of the activation, CE_zero with
-zeros (primary), CE_mean with the mean activation (beside it). Only counted positions are replaced:
-BOS and padding keep the model's own activation in every condition.
+zeros (primary), CE_mean with the mean activation (secondary). Only counted positions are replaced:
+BOS and padding keep the model's activation in every condition.
 
-SAEBench 0.6.0's own formula of explained variance is wrong; this is the one SAELens uses.
+SAEBench 0.6.0's formula of explained variance is wrong; this is the one SAELens uses.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ CONTEXTS = 32
 QUICK = 8
 #: Width of the density histogram's bins in log10, and its lowest edge. Our choice.
 BIN, LOWEST = 0.25, -5.0
-#: Numbers of the model's own predictions that are kept for the KL divergence, which bounds the
+#: Log-probabilities of the unchanged model that are stored for the KL divergence, which bounds the
 #: contexts it is measured on. Our choice: 67 MB.
-KEPT = 1 << 24
+STORED_LOG_PROBS = 1 << 24
 #: Positions per bucket of the by-position slices.
 BUCKET = 32
-#: Positions [low, high) that an arm may be trained on alone, and those that it has then never seen.
+#: Positions [low, high) that an arm may be trained on alone, and positions it has then not seen.
 EARLY, LATE = (0, 64), (64, 128)
-#: What is also given by position.
+#: Metrics that are also given by position.
 POSITION_METRICS = ("fvu", "l0", "dead_share")
 
-#: Rows [n, d] and where runs of tokens begin in them [m + 1] -> what takes their place [n, d].
+#: Rows [n, d] and the starts of their runs of tokens [m + 1] -> replacements of the rows [n, d].
 Replace = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class TokenLosses:
-    """Of each next token, on the CPU; entry p is the prediction made at position p.
+    """Losses of each next token, on the CPU; entry p is the prediction made at position p.
 
     Args:
         ce: cross entropy in nats, float32 [contexts, positions - 1].
-        kl: KL(clean || spliced) in nats of the first contexts, float32 [some, positions - 1]; none
-            where it was not asked for.
+        kl: KL(clean || spliced) in nats of the first contexts, float32 [first, positions - 1];
+            first = 0 where it was not measured.
     """
 
     ce: Tensor
@@ -74,18 +74,18 @@ class TokenLosses:
 
 @dataclass
 class CoreData:
-    """Held-out activations and, where there is one, the language model they came from.
+    """Held-out activations and, if present, the language model they came from.
 
     Args:
         source: held-out activations with token ids.
         model: None when the activations were made elsewhere.
-        loss_contexts: how many contexts loss recovered is measured on.
+        loss_contexts: number of contexts that loss recovered is measured on.
         device: of the subjects.
         density: share of the held-out rows in which each latent fires, of the subject that
             `evaluate_core` measured last; float64 [d_sae].
-        with_kl: whether `evaluate_core` keeps the KL divergence along with its losses.
-        kept: the subject that `evaluate_core` measured last and its losses, for the evaluations
-            that follow in one call of `saelab.evals.evaluate`, which forgets them first.
+        with_kl: makes `evaluate_core` measure the KL divergence along with its losses.
+        last_losses: the subject that `evaluate_core` measured last and its losses, for evaluations
+            that follow in one call of `measure.evaluate`, which clears them at its start and end.
     """
 
     source: Source
@@ -94,7 +94,7 @@ class CoreData:
     device: str = "cpu"
     density: Tensor | None = field(default=None, init=False)
     with_kl: bool = field(default=False, init=False)
-    kept: tuple[Subject, TokenLosses] | None = field(default=None, init=False)
+    last_losses: tuple[Subject, TokenLosses] | None = field(default=None, init=False)
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -103,8 +103,8 @@ class CoreData:
         return torch.cat([x for x, _ in shards]), torch.cat([p for _, p in shards])
 
     @cached_property
-    def apart(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same rows with their runs of tokens in another order, and where each run begins.
+    def shuffled_runs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Counted rows with their runs of tokens in another order, and the start of each run.
 
         A control that drives one run's trace by another's must not find it in the same document:
         neighbours here come from places far from each other.
@@ -142,62 +142,65 @@ class CoreData:
 
     @property
     def why_no_loss(self) -> str:
-        """Why loss recovered does not exist here; '' when it does."""
+        """Reason why loss recovered can't be measured; '' when it can."""
         if self.model is None:
             return str(self.source.header.get("reason") or FOREIGN_REASON)
         return "" if self.model.has_head else "the model has no language-model head"
 
     @cached_property
     def starts(self) -> list[Start | None]:
-        """Where the model's pass over each batch of `contexts` can start; None at the beginning.
+        """Starting points of the model's pass over each batch of `contexts`; None: from the input.
 
-        Kept for all subjects: contexts x positions x d numbers on the model's device.
+        Stored for all subjects: contexts x positions x d numbers on the model's device.
         """
         assert self.model is not None
         ids, _ = self.contexts
         if not self.model.starts_agree(ids[:2], None, self.hook_name):
             return [None] * len(ids.split(CONTEXTS))
-        return [self.model.start(some, None, self.hook_name) for some in ids.split(CONTEXTS)]
+        return [self.model.start(batch, None, self.hook_name) for batch in ids.split(CONTEXTS)]
 
     def token_losses(self, instead: Replace | None, with_kl: bool = False) -> TokenLosses:
-        """Next-token losses with `instead` at the hook."""
+        """Measures next-token losses with the rows that `instead` returns at the hook."""
         assert self.model is not None
         ids, mask = self.contexts
         ce: list[Tensor] = []
         kl: list[Tensor] = [torch.zeros(0, ids.shape[1] - 1)]
         batches = zip(ids.split(CONTEXTS), mask.split(CONTEXTS), self.starts, strict=True)
-        for i, (some, counted, start) in enumerate(batches):
-            splice = (self.hook_name, _masked(instead, counted)) if instead else None
-            logits = self.model.logits(some, None, splice, start)
-            ce.append(next_token_losses(logits, some).cpu())
+        for i, (batch, counted, start) in enumerate(batches):
+            splice = (self.hook_name, _splice_counted(instead, counted)) if instead else None
+            logits = self.model.logits(batch, None, splice, start)
+            ce.append(next_token_losses(logits, batch).cpu())
             if with_kl:
-                clean = self.clean[i * CONTEXTS : (i + 1) * CONTEXTS]
-                kl += [_divergence(own, now)[None] for own, now in zip(clean, logits, strict=False)]
+                clean = self.clean_log_probs[i * CONTEXTS : (i + 1) * CONTEXTS]
+                pairs = zip(clean, logits, strict=False)
+                kl += [_divergence(before, after)[None] for before, after in pairs]
         return TokenLosses(torch.cat(ce), torch.cat(kl))
 
     @cached_property
-    def clean(self) -> Tensor:
-        """The model's own log-probabilities in the first contexts, as many as `KEPT` allows and at
-        least one; float32 [some, positions - 1, vocabulary], on the CPU."""
+    def clean_log_probs(self) -> Tensor:
+        """Log-probabilities of the unchanged model in the first contexts, as many as
+        `STORED_LOG_PROBS` allows and at least one; float32 [first, positions - 1, vocabulary], on
+        the CPU."""
         assert self.model is not None
         ids, _ = self.contexts
-        kept: list[Tensor] = []
-        for some, start in zip(ids.split(CONTEXTS), self.starts, strict=True):
-            for row in self.model.logits(some, None, None, start):
-                if kept and (len(kept) + 1) * kept[0].numel() > KEPT:
-                    return torch.stack(kept)
-                kept.append(row[:-1].float().log_softmax(-1).cpu())
-        return torch.stack(kept)
+        stored: list[Tensor] = []
+        for batch, start in zip(ids.split(CONTEXTS), self.starts, strict=True):
+            for row in self.model.logits(batch, None, None, start):
+                if stored and (len(stored) + 1) * stored[0].numel() > STORED_LOG_PROBS:
+                    return torch.stack(stored)
+                stored.append(row[:-1].float().log_softmax(-1).cpu())
+        return torch.stack(stored)
 
     def mean_loss(self, tokens: Tensor) -> float:
-        """Mean of losses [contexts, positions - 1] over the targets that count."""
+        """Mean of losses [contexts, positions - 1] over the counted targets."""
         targets = self.contexts[1][:, 1:]
         parts = zip(tokens.split(CONTEXTS), targets.split(CONTEXTS), strict=True)
-        return sum(float(part[here].double().sum()) for part, here in parts) / int(targets.sum())
+        total = sum(float(part[counted].double().sum()) for part, counted in parts)
+        return total / int(targets.sum())
 
     @cached_property
     def reference_tokens(self) -> dict[str, Tensor]:
-        """CE of each token without a splice, with zeros, and with the mean activation."""
+        """Cross entropy of each token, unchanged, with zeros, and with the mean activation."""
         replaced: dict[str, Replace | None] = {
             "ce_clean": None,
             "ce_zero": lambda x, _: torch.zeros_like(x),
@@ -207,30 +210,37 @@ class CoreData:
 
     @cached_property
     def reference_losses(self) -> dict[str, float]:
-        """Their means."""
+        """Means of `reference_tokens`."""
         return {name: self.mean_loss(tokens) for name, tokens in self.reference_tokens.items()}
 
-    def spliced(self, subject: Subject, with_kl: bool) -> TokenLosses:
-        """Losses with the subject's reconstruction at the hook."""
+    def spliced_losses(self, subject: Subject, with_kl: bool) -> TokenLosses:
+        """Measures next-token losses with the subject's reconstruction at the hook."""
         return self.token_losses(
-            lambda x, starts: torch.cat([x_hat for _, x_hat, _ in _coded(subject, x, starts)]),
+            lambda x, starts: torch.cat(
+                [x_hat for _, x_hat, _ in _reconstruct(subject, x, starts)]
+            ),
             with_kl,
         )
 
     @cached_property
     def quick(self) -> CoreData:
-        """The same with a loss on `QUICK` contexts, for comparing many variants of one subject."""
+        """Copy with a loss on `QUICK` contexts, to compare many variants of one subject."""
         return replace(self, loss_contexts=min(QUICK, self.loss_contexts))
 
 
 def _divergence(clean: Tensor, logits: Tensor) -> Tensor:
-    """KL(clean || spliced) of one context: log-probabilities [positions - 1, vocabulary] and logits
-    [positions, vocabulary] -> float32 [positions - 1]."""
+    """Returns KL(clean || spliced) of one context, float32 [positions - 1].
+
+    Args:
+        clean: log-probabilities [positions - 1, vocabulary].
+        logits: spliced, [positions, vocabulary].
+    """
     after = logits[:-1].float().log_softmax(-1).cpu()
     return (clean.exp() * (clean - after)).sum(-1)
 
 
-def _masked(instead: Replace, mask: Tensor) -> Callable[[Tensor], Tensor]:
+def _splice_counted(instead: Replace, mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """Builds a splice that replaces the rows where mask [contexts, positions] is True."""
     rows = Batch(mask.unsqueeze(-1), torch.zeros_like(mask).long(), mask).rows()
     assert rows.starts is not None
     starts = rows.starts
@@ -245,26 +255,26 @@ def _masked(instead: Replace, mask: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def evaluate_core(subject: Subject, data: CoreData) -> list[Row]:
-    """All core metrics of one subject.
+    """Computes all core metrics of one subject.
 
     Returns: rows l0, fvu, explained_variance, mse, cosine, dead_share, loss_recovered,
         loss_recovered_mean, ce_*; fvu, l0 and dead_share by position, and of positions 0-63 and
         64-127 as position.<metric>_early and _late; the density histogram.
     """
-    return [*_reconstruction(subject, data), *_loss_recovered(subject, data)]
+    return [*_reconstruction_rows(subject, data), *_loss_rows(subject, data)]
 
 
 @dataclass(frozen=True)
-class Errors:
-    """What a subject makes of rows.
+class Reconstruction:
+    """Errors and firings of a subject on rows.
 
     Args:
         error, power: squared distance of each row from its reconstruction and from the mean row;
             float32 [n].
-        active: how many latents fire in each row, float32 [n].
+        active: number of latents that fire in each row, float32 [n].
         cosine: of row and reconstruction, float32 [n].
         groups: of each row, int64 [n].
-        firings: in how many rows of each group each latent fires; int64 [groups, d_sae].
+        firings: number of rows of each group in which each latent fires; int64 [groups, d_sae].
     """
 
     error: Tensor
@@ -276,6 +286,7 @@ class Errors:
 
     @property
     def fvu(self) -> float:
+        """Fraction of variance unexplained."""
         return float(self.error.double().sum() / self.power.double().sum())
 
     @property
@@ -288,10 +299,10 @@ class Errors:
         """Share of latents that fire in none of the rows."""
         return float((self.firings.sum(0) == 0).double().mean())
 
-    def of(self, low: int, high: int) -> Errors:
-        """The same of the rows in groups low to high - 1."""
+    def in_groups(self, low: int, high: int) -> Reconstruction:
+        """Returns the part of the rows in groups low to high - 1."""
         rows = (self.groups >= low) & (self.groups < high)
-        return Errors(
+        return Reconstruction(
             self.error[rows],
             self.power[rows],
             self.active[rows],
@@ -303,14 +314,14 @@ class Errors:
 
 def measure_reconstruction(
     subject: Subject, data: CoreData, most: int | None = None, by_position: bool = False
-) -> Errors:
+) -> Reconstruction:
     """Encodes and decodes the held-out rows.
 
     Args:
-        most: about how many rows; None for all.
-        by_position: count firings for each `BUCKET` of positions instead of all together.
+        most: approximate number of rows; None for all.
+        by_position: counts firings for each `BUCKET` of positions instead of all together.
     """
-    x, positions, starts = data.apart if needs_contexts(subject) else (*data.rows, None)
+    x, positions, starts = data.shuffled_runs if needs_contexts(subject) else (*data.rows, None)
     if most is not None:
         if starts is not None:
             runs = max(1, int(torch.searchsorted(starts, most, right=True)) - 1)
@@ -320,20 +331,21 @@ def measure_reconstruction(
     groups = positions // BUCKET if by_position else torch.zeros_like(positions)
     error, active, cosine = (torch.empty(len(x)) for _ in range(3))
     firings = torch.zeros(int(groups.max()) + 1, subject.d_sae, dtype=torch.int64)
-    chunk = _chunk(subject, data.device) if starts is None else len(x)
+    chunk = _rows_at_once(subject, data.device) if starts is None else len(x)
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk].to(data.device)
-        for part, x_hat, code in _coded(subject, rows, starts):
-            here = slice(start + part.start, start + part.stop)
-            error[here] = (rows[part] - x_hat).square().sum(1)
-            active[here] = code.row_counts.float()
-            cosine[here] = torch.cosine_similarity(rows[part], x_hat, dim=1)
-            firings += _firings(code, groups[here], firings.shape).cpu()
-    return Errors(error, (x - data.mean).square().sum(1), active, cosine, groups, firings)
+        for part, x_hat, code in _reconstruct(subject, rows, starts):
+            block = slice(start + part.start, start + part.stop)
+            error[block] = (rows[part] - x_hat).square().sum(1)
+            active[block] = code.row_counts.float()
+            cosine[block] = torch.cosine_similarity(rows[part], x_hat, dim=1)
+            firings += _count_firings(code, groups[block], firings.shape).cpu()
+    return Reconstruction(error, (x - data.mean).square().sum(1), active, cosine, groups, firings)
 
 
-def _firings(code: Code, groups: Tensor, shape: torch.Size) -> Tensor:
-    """In how many rows of each group each latent fires; groups [rows] -> int64 [groups, d_sae]."""
+def _count_firings(code: Code, groups: Tensor, shape: torch.Size) -> Tensor:
+    """Counts the rows of each group in which each latent fires; groups [rows] -> int64 [groups,
+    d_sae]."""
     if shape[0] == 1:
         return code.firings[None]
     groups = groups.to(code.values.device)
@@ -344,7 +356,7 @@ def _firings(code: Code, groups: Tensor, shape: torch.Size) -> Tensor:
     return torch.bincount(pairs[code.active], minlength=shape.numel()).view(shape)
 
 
-def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
+def _reconstruction_rows(subject: Subject, data: CoreData) -> Iterator[Row]:
     whole = measure_reconstruction(subject, data, by_position=True)
     yield number("fvu", whole.fvu, DEFINITION)
     yield number("explained_variance", 1 - whole.fvu, DEFINITION)
@@ -354,39 +366,39 @@ def _reconstruction(subject: Subject, data: CoreData) -> Iterator[Row]:
     yield number("dead_share", whole.dead_share, DEFINITION)
     for i in range(len(whole.firings)):
         if bool((whole.groups == i).any()):
-            some = whole.of(i, i + 1)
+            part = whole.in_groups(i, i + 1)
             name = f"position={i * BUCKET}-{(i + 1) * BUCKET - 1}"
             for metric in POSITION_METRICS:
-                yield number(metric, getattr(some, metric), DEFINITION, name)
+                yield number(metric, getattr(part, metric), DEFINITION, name)
     for half, (low, high) in {"early": EARLY, "late": LATE}.items():
-        some = whole.of(low // BUCKET, high // BUCKET)
+        part = whole.in_groups(low // BUCKET, high // BUCKET)
         for metric in POSITION_METRICS:
             name = f"position.{metric}_{half}"
-            if len(some.error):
-                yield number(name, getattr(some, metric), DEFINITION)
+            if len(part.error):
+                yield number(name, getattr(part, metric), DEFINITION)
             else:
                 reason = f"no held-out row has a position from {low} to {high - 1}"
                 yield missing(name, DEFINITION, reason)
     firings, rows = whole.firings.sum(0), len(whole.error)
     data.density = firings.double() / rows
-    yield from _density(firings, rows)
+    yield from _density_rows(firings, rows)
 
 
-def _chunk(subject: Subject, device: str) -> int:
-    """Rows given to the subject at once."""
+def _rows_at_once(subject: Subject, device: str) -> int:
+    """Returns the number of rows that are given to the subject at once."""
     sparse, cpu = isinstance(subject, SparseSubject), torch.device(device).type == "cpu"
     return CHUNK if cpu and not sparse else LARGE_CHUNK
 
 
-def _coded(
+def _reconstruct(
     subject: Subject, rows: Tensor, starts: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Code]]:
-    """Parts of the rows [n, d], in order, with what the subject makes of them.
+    """Encodes and decodes rows [n, d] in blocks, in order.
 
     Args:
         starts: of runs of tokens in the rows, for a subject that needs them.
 
-    Returns: the part; x_hat [part, d]; the code.
+    Returns: of each block its rows, x_hat [block, d] and the code.
     """
     if isinstance(subject, SparseSubject):
         context = (starts,) if needs_contexts(subject) else ()
@@ -397,8 +409,8 @@ def _coded(
     yield slice(0, len(rows)), subject.decode(f), Code(f, f, None)
 
 
-def _density(firings: Tensor, rows: int) -> Iterator[Row]:
-    """Share of latents per bin of log10 firing frequency; those that never fire apart."""
+def _density_rows(firings: Tensor, rows: int) -> Iterator[Row]:
+    """Rows of the share of latents per bin of log10 firing frequency; silent ones separately."""
     yield number(
         "density_histogram",
         float((firings == 0).double().mean()),
@@ -415,12 +427,12 @@ def _density(firings: Tensor, rows: int) -> Iterator[Row]:
 
 
 def loss_recovered(subject: Subject, data: CoreData) -> float | None:
-    """Against zeros; None where there is nothing to measure it by."""
-    rows = {row.metric: row.value for row in _loss_recovered(subject, data)}
+    """Loss recovered against zeros; None where it can't be measured."""
+    rows = {row.metric: row.value for row in _loss_rows(subject, data)}
     return rows["loss_recovered"]
 
 
-def _loss_recovered(subject: Subject, data: CoreData) -> Iterator[Row]:
+def _loss_rows(subject: Subject, data: CoreData) -> Iterator[Row]:
     names = (
         "loss_recovered",
         "loss_recovered_mean",
@@ -433,8 +445,8 @@ def _loss_recovered(subject: Subject, data: CoreData) -> Iterator[Row]:
         yield from (missing(name, DEFINITION, data.why_no_loss) for name in names)
         return
     losses = dict(data.reference_losses)
-    tokens = data.spliced(subject, data.with_kl)
-    data.kept = subject, tokens
+    tokens = data.spliced_losses(subject, data.with_kl)
+    data.last_losses = subject, tokens
     losses["ce_spliced"] = data.mean_loss(tokens.ce)
     yield from (number(name, value, DEFINITION) for name, value in losses.items())
     for name, ablated in (("loss_recovered", "ce_zero"), ("loss_recovered_mean", "ce_mean")):

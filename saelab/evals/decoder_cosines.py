@@ -1,4 +1,4 @@
-"""How near each latent's decoder row is to another one's: the largest cosine over all other rows.
+"""Largest cosine of each latent's decoder row with another one's.
 
 Rows: decoder.max_cosine, its mean over latents, and with a slice ('cosine=0.35') the share of
 latents whose largest cosine lies in [0.35, 0.40); the lowest bin holds all below it too.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saelab.evals.base import Row, missing, number
+from saelab.evals.base import Row, Subject, missing, number
+from saelab.evals.dictionary_matching import largest_cosines
+from saelab.evals.measure import EvalData
+from saelab.sae import SAE
 
 DEFINITION = "decoder/1"
 METRIC = "decoder.max_cosine"
@@ -17,12 +20,17 @@ METRIC = "decoder.max_cosine"
 BINS = 20
 
 
+def evaluate_decoder(subject: Subject, _: EvalData) -> list[Row]:
+    """Computes the rows of one subject."""
+    return decoder_rows(largest_cosines(subject.W_dec) if isinstance(subject, SAE) else None)
+
+
 def decoder_rows(largest: Tensor | None) -> list[Row]:
-    """Rows for the largest cosines [d_sae] of `matching.largest_cosines`; None without a decoder
-    made of rows."""
+    """Builds the rows of the largest cosines [d_sae] of `largest_cosines`; None for a subject whose
+    decoder is not made of rows."""
     if largest is None:
         return [missing(METRIC, DEFINITION, "only an SAE made of parts has decoder rows")]
-    # a cosine that is 0.35 but for rounding is 0.35
+    # a cosine that is 0.35 up to rounding belongs to the bin at 0.35
     index = (largest.double() * BINS + 1e-6).floor().long().clamp(0, BINS - 1)
     counts = torch.bincount(index, minlength=BINS).tolist()
     rows = [number(METRIC, float(largest.double().mean()), DEFINITION)]

@@ -1,16 +1,16 @@
-"""Which row of one dictionary stands for which of another, and how alike they are.
+"""Matching of the rows of two dictionaries, and the cosines of matched rows.
 
     C_ij = cos(a_i, b_j)
 
-Row i stands for row pi(i), pi an assignment of distinct rows with the largest sum of C (signed) or
-of |C| (absolute), C in float32. Up to `EXACT` rows pi is optimal (scipy's `linear_sum_assignment`,
-Crouse 2016, which is faster where each column's share in the sum is guessed first, by an auction,
-Bertsekas 1988: a constant per column changes no optimum). Beyond, it is the best among each row's
-and each column's `CANDIDATES` largest entries and the pairs of a greedy assignment, which make sure
-that there is one: a sparse problem (scipy's `min_weight_full_bipartite_matching`) made in blocks,
-so that C is never held as a whole. That can only fall short of the optimum, by no more than the
-rows' largest entries lie above what it finds. Rows that are the same in another order are matched
-as such, without cosines.
+Row i is matched with row pi(i), where pi assigns distinct rows with the largest sum of C (signed)
+or of |C| (absolute), C in float32. Up to `EXACT` rows pi is optimal (scipy's
+`linear_sum_assignment`, Crouse 2016, which is faster where each column's share in the sum is
+guessed first, by an auction, Bertsekas 1988: a constant per column changes no optimum). Beyond, it
+is the best among each row's and each column's `CANDIDATES` largest entries and the pairs of a
+greedy assignment, which make sure that one exists: a sparse problem (scipy's
+`min_weight_full_bipartite_matching`) built in blocks, so that C is never held as a whole. Its sum
+is at most the optimum, and below it by no more than the rows' largest entries exceed the matched
+ones. Rows that are equal in another order are matched as such, without cosines.
 
 A matched cosine is 1 - |u - v|^2 / 2 of the unit rows in float64 (its negative, with u + v, for
 rows that point apart), so that equal rows give exactly 1. Its mean between SAEs of two seeds is the
@@ -37,12 +37,12 @@ EXACT = 8192
 #: tests/evals/test_dictionary_matching.py holds the mean cosine within 5e-4 of the optimum on
 #: random, noisy, half-shared and clustered dictionaries.
 CANDIDATES = 32
-#: Rounds of the auction, and by how much a bid goes beyond the second choice. Our choice: the
-#: fastest of some on real dictionaries; they change no result.
+#: Rounds of the auction, and how far a bid exceeds the second choice. Our choice: the fastest of
+#: those tried on real dictionaries; they change no result.
 ROUNDS, STEP = 40, 3e-3
-#: Rows whose cosines are held at once where not all are. Our choice.
+#: Rows whose cosines are held at once in larger problems. Our choice.
 BLOCK = 1024
-#: Pairs of random dictionaries that chance is the mean of. Our choice.
+#: Pairs of random dictionaries that chance is averaged over. Our choice.
 DRAWS = 3
 
 
@@ -60,66 +60,72 @@ class Agreement:
     absolute_partner: Tensor
     signed_partner: Tensor
 
-    def turned(self) -> Agreement:
-        """The same of each row of the other dictionary."""
-        there, back = self.absolute_partner.argsort(), self.signed_partner.argsort()
-        return Agreement(self.absolute[there], self.signed[back], there, back)
+    def transpose(self) -> Agreement:
+        """Returns the matched cosines of each row of the other dictionary."""
+        absolute, signed = self.absolute_partner.argsort(), self.signed_partner.argsort()
+        return Agreement(self.absolute[absolute], self.signed[signed], absolute, signed)
 
 
-def agree(a: Tensor, b: Tensor) -> Agreement:
-    """How alike two dictionaries are, up to the order of their rows.
+def match_dictionaries(a: Tensor, b: Tensor) -> Agreement:
+    """Matches the rows of two dictionaries.
 
     Args:
         a, b: rows [n, d] each, of any length. A row of zeros has cosine 0 with every other.
 
     Raises: MismatchError for other shapes.
     """
-    a, b = unit(a), unit(b)
-    values, partner, cosines = _absolute(a, b)
+    a, b = unit_rows(a), unit_rows(b)
+    values, partner, cosines = _match_absolute(a, b)
     if bool((values >= 0).all()):  # sum C <= sum |C| for any assignment, and here they are equal
         return Agreement(values, values, partner, partner)
-    other = _candidates(a, b, signed=True) if cosines is None else assign(cosines)[1]
-    return Agreement(values.abs(), _paired(a, b[other]), partner, other)
+    other = _match_candidates(a, b, signed=True) if cosines is None else assign(cosines)[1]
+    return Agreement(values.abs(), _row_cosines(a, b[other]), partner, other)
 
 
 def matched_cosines(a: Tensor, b: Tensor) -> Tensor:
-    """The cosines, with their signs, of the pairs that are best for |C|; float64 [n].
+    """Returns the cosines, with signs, of the pairs that are best for |C|; float64 [n].
 
-    Their absolute values are those of `agree`, without the search for the pairs best for C."""
-    return _absolute(unit(a), unit(b))[0]
+    Their absolute values are those of `match_dictionaries`; the pairs best for C are left out.
+    """
+    return _match_absolute(unit_rows(a), unit_rows(b))[0]
 
 
 def same_index_mean(a: Tensor, b: Tensor) -> float:
-    """Mean |cosine| of row i with row i: never above that of matched rows, and cheap."""
-    return float(_paired(unit(a), unit(b)).abs().mean())
+    """Mean |cosine| of row i with row i: never above that of matched rows, and cheap to compute."""
+    return float(_row_cosines(unit_rows(a), unit_rows(b)).abs().mean())
 
 
 def matching_bytes(n: int, d: int) -> int:
-    """Memory of a comparison of two dictionaries of n rows: their unit rows in both precisions and
-    the cosines (with their signs, without, and twice as costs in float64 at most), or those of a
-    block and the candidates of all rows."""
+    """Bytes that a comparison of two dictionaries of n rows needs.
+
+    These are their unit rows in both precisions and the cosines (with signs, without, and twice as
+    costs in float64 at most), or the cosines of a block and the candidates of all rows.
+    """
     cosines = 24 * n * n if n <= EXACT else 16 * BLOCK * n + 128 * CANDIDATES * n
     return 24 * n * d + cosines
 
 
-def unit(rows: Tensor) -> Tensor:
-    """Rows of length 1, float64; zeros stay."""
+def unit_rows(rows: Tensor) -> Tensor:
+    """Scales rows to length 1, float64; zeros stay zero."""
     return normalize(rows.detach().double(), dim=1)
 
 
 def assign(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """The assignment of rows to columns with the largest sum: two int64 [min(rows, columns)]."""
+    """Assigns rows to columns with the largest sum; two int64 [min(rows, columns)]."""
     from scipy.optimize import linear_sum_assignment
 
     square = similarity.shape[0] == similarity.shape[1]
-    prices = _prices(similarity) if square else 0  # where a column stays free its price would count
+    prices = _auction_prices(similarity) if square else 0  # the price of a free column would count
     rows, columns = linear_sum_assignment((prices - similarity.double()).numpy())
     return torch.from_numpy(np.asarray(rows)), torch.from_numpy(np.asarray(columns))
 
 
-def _prices(similarity: Tensor) -> Tensor:
-    """What columns cost after some rounds of an auction in which each row without a column bids for
-    the one that gives it most, up to where its second choice would be as good; [columns]."""
+def _auction_prices(similarity: Tensor) -> Tensor:
+    """Prices of the columns after `ROUNDS` of an auction, [columns].
+
+    Each row without a column bids for the one that gives it most, up to the price at which its
+    second choice would be as good.
+    """
     values, n = similarity.float(), similarity.shape[1]
     prices, owner, free = torch.zeros(n), np.full(n, -1), np.arange(n)
     for _ in range(ROUNDS if n > 1 else 0):
@@ -129,7 +135,7 @@ def _prices(similarity: Tensor) -> Tensor:
         gap, wanted = (top.values[:, 0] - top.values[:, 1]).numpy(), top.indices[:, 0].numpy()
         order = np.argsort(gap, kind="stable")
         best = np.full(n, -1)
-        best[wanted[order]] = order  # of several bids the last stays, which is the highest
+        best[wanted[order]] = order  # the last of several bids remains, which is the highest
         columns = np.flatnonzero(best >= 0)
         winners = best[columns]
         prices.numpy()[columns] += gap[winners] + STEP
@@ -140,54 +146,59 @@ def _prices(similarity: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def chance(n: int, d: int, seed: int) -> tuple[float, float]:
+def chance_cosines(n: int, d: int, seed: int) -> tuple[float, float]:
     """Mean matched cosine of random dictionaries of n rows in d dimensions: absolute and signed.
 
-    Kept for the subjects that come after; the draws are of the seed's stream 'evaluation'.
+    Cached for subjects of the same shape; draws are from the seed's stream 'evaluation'.
     """
-    found = []
+    draws = []
     for draw in range(DRAWS):
         pair = (random_directions(n, d, seed, 2 * draw + side) for side in (0, 1))
-        found.append(agree(*pair))
-    absolute = sum(float(one.absolute.mean()) for one in found) / DRAWS
-    return absolute, sum(float(one.signed.mean()) for one in found) / DRAWS
+        draws.append(match_dictionaries(*pair))
+    absolute = sum(float(one.absolute.mean()) for one in draws) / DRAWS
+    return absolute, sum(float(one.signed.mean()) for one in draws) / DRAWS
 
 
 def random_directions(n: int, d: int, seed: int, draw: int = 0) -> Tensor:
-    """Random unit rows, float32 [n, d]."""
+    """Draws random unit rows, float32 [n, d]."""
     return normalize(torch.randn(n, d, generator=torch_stream(seed, "evaluation", "chance", draw)))
 
 
 def largest_cosines(rows: Tensor) -> Tensor:
-    """The largest cosine of each row [n, d] with another one, with its sign; [n]. A row of zeros,
-    and a row alone, has 0."""
+    """Largest cosine of each row [n, d] with another row, signed; [n]. A row of zeros has 0, and so
+    does a single row."""
     rows = normalize(rows.detach(), dim=1)
     largest = rows.new_zeros(len(rows))
     if len(rows) == 1:
         return largest
     for block in _blocks(len(rows)):
         cosine = rows[block] @ rows.T
-        here = torch.arange(block.start, block.stop, device=rows.device)
-        cosine[here - block.start, here] = -2  # below any cosine
+        index = torch.arange(block.start, block.stop, device=rows.device)
+        cosine[index - block.start, index] = -2  # below any cosine
         largest[block] = cosine.max(1).values
     return largest
 
 
-def _absolute(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of unit rows: the matched cosines, with their signs, and the other's rows of the assignment
-    that is best for |C|; and C where it is held."""
+def _match_absolute(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Matches unit rows for |C|.
+
+    Returns: matched cosines with signs, the row of b for each row of a, and C where it is held as a
+        whole.
+    """
     if a.shape != b.shape:
         raise MismatchError(f"dictionaries of shapes {[*a.shape]} and {[*b.shape]} are compared")
     cosines = a.float() @ b.float().T if len(a) <= EXACT else None
-    partner = _reordered(a, b)
+    partner = _find_reordering(a, b)
     if partner is None:
-        partner = _candidates(a, b) if cosines is None else assign(cosines.abs())[1]
-    return _paired(a, b[partner]), partner, cosines
+        partner = _match_candidates(a, b) if cosines is None else assign(cosines.abs())[1]
+    return _row_cosines(a, b[partner]), partner, cosines
 
 
-def _reordered(a: Tensor, b: Tensor) -> Tensor | None:
-    """Which row of b each row of a is, where b is a in another order, else None; int64 [n]. Found
-    without cosines, which can't tell very similar rows apart."""
+def _find_reordering(a: Tensor, b: Tensor) -> Tensor | None:
+    """Finds the row of b that equals each row of a, int64 [n]; None unless b is a in another order.
+
+    Cosines are not used, since they can't distinguish very similar rows.
+    """
     if not torch.equal(a[:, 0].sort().values, b[:, 0].sort().values):  # quick, and mostly enough
         return None
     first, second = (np.lexsort(rows.T.numpy()) for rows in (a, b))
@@ -198,54 +209,57 @@ def _reordered(a: Tensor, b: Tensor) -> Tensor | None:
     return partner
 
 
-def _paired(u: Tensor, v: Tensor) -> Tensor:
-    """Cosines of unit rows [n, d] with those beside them, exactly 1 for equal rows; [n]."""
+def _row_cosines(u: Tensor, v: Tensor) -> Tensor:
+    """Cosines of unit rows u and v [n, d], row by row, exactly 1 for equal rows; [n]."""
     sign = (u * v).sum(1).sign()
     return sign * (1 - (u - sign.unsqueeze(1) * v).square().sum(1) / 2)
 
 
 def _blocks(n: int) -> Iterator[slice]:
+    """Yields slices of `BLOCK` rows that cover n."""
     return (slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK))
 
 
-def _candidates(a: Tensor, b: Tensor, signed: bool = False) -> Tensor:
-    """The row of b for each of a, int64 [n], from the most similar ones alone."""
+def _match_candidates(a: Tensor, b: Tensor, signed: bool = False) -> Tensor:
+    """Assigns a row of b to each row of a, int64 [n], among the most similar ones alone."""
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
     n = len(a)
-    rows, columns, values = (part.numpy() for part in _edges(a, b, signed))
-    partner = _greedy(n, rows, columns, values)
-    own = (a * b[torch.from_numpy(partner)]).sum(1)
-    values = np.concatenate([values, (own if signed else own.abs()).numpy()])
+    rows, columns, values = (part.numpy() for part in _largest_entries(a, b, signed))
+    partner = _match_greedily(n, rows, columns, values)
+    greedy = (a * b[torch.from_numpy(partner)]).sum(1)
+    values = np.concatenate([values, (greedy if signed else greedy.abs()).numpy()])
     places = np.concatenate([rows * n + columns, np.arange(n) * n + partner])
     places, first = np.unique(places, return_index=True)
     # a stored 0 would be no edge: costs lie in [1, 3]
     costs = csr_array((2 - values[first], (places // n, places % n)), shape=(n, n))
-    found, columns = min_weight_full_bipartite_matching(costs)
-    partner[found] = columns
+    rows, columns = min_weight_full_bipartite_matching(costs)
+    partner[rows] = columns
     return torch.from_numpy(partner)
 
 
-def _edges(a: Tensor, b: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and values of the `CANDIDATES` largest entries of each row and each column."""
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for one, other, turned in ((a, b, False), (b, a, True)):
+def _largest_entries(a: Tensor, b: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the `CANDIDATES` largest entries of each row and column: rows, columns and values."""
+    edges: list[tuple[Tensor, Tensor, Tensor]] = []
+    for one, other, swapped in ((a, b, False), (b, a, True)):
         most = min(CANDIDATES, len(other))
         for block in _blocks(len(one)):
             cosine = one[block] @ other.T
             top = (cosine if signed else cosine.abs_()).topk(most, dim=1)
-            here = torch.arange(block.start, block.stop).repeat_interleave(most)
-            there = top.indices.flatten()
-            pair = (there, here) if turned else (here, there)
-            found.append((*pair, top.values.flatten()))
-    rows, columns, values = (torch.cat(part) for part in zip(*found, strict=True))
+            first = torch.arange(block.start, block.stop).repeat_interleave(most)
+            second = top.indices.flatten()
+            pair = (second, first) if swapped else (first, second)
+            edges.append((*pair, top.values.flatten()))
+    rows, columns, values = (torch.cat(part) for part in zip(*edges, strict=True))
     return rows, columns, values
 
 
-def _greedy(n: int, rows: np.ndarray, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """An assignment int64 [n]: the largest pair of what is free, again and again; what is left
-    without one in any order."""
+def _match_greedily(
+    n: int, rows: np.ndarray, columns: np.ndarray, values: np.ndarray
+) -> np.ndarray:
+    """Assigns greedily, int64 [n]: the largest pair whose row and column are both free, repeatedly;
+    then the remaining rows in any order."""
     partner, free = np.full(n, -1), np.ones(n, dtype=bool)
     for edge in np.argsort(-values, kind="stable"):
         row, column = rows[edge], columns[edge]

@@ -1,4 +1,4 @@
-"""Against known features: are they found, each by one latent, and does it fire when they do?
+"""Recovery of known features: each by one latent, which fires when the feature does.
 
 With C_ji = cos(decoder row j, true direction i), and pi an assignment of distinct latents to
 features that is optimal for the whole (Hungarian algorithm):
@@ -14,11 +14,11 @@ features that is optimal for the whole (Hungarian algorithm):
                  mean, as detectors of near_j; 0 where a denominator is
 
 There are min(latents, features) pairs. All but mcc_signed and firing_f1 are SAELens' (its mcc,
-uniqueness, precision, recall and f1_score; benchmarks/synthetic_parity.py). Beside each stands what
-it is for `chance`, random unit directions of the same shape (mean of `DRAWS`; as a code
-for firing_f1 the largest projections, as many per row as the subject has on average), and `oracle`
-rows are for the true directions with the true code: the noise floor of FVU, and the true L0. FVU,
-explained variance, L0 and dead latents of the subject are the rows of `core`.
+uniqueness, precision, recall and f1_score; benchmarks/synthetic_parity.py). Each is also given for
+`chance`, random unit directions of the same shape (mean of `DRAWS`; as a code for firing_f1 the
+largest projections, as many per row as the subject has on average). `oracle` rows are for the true
+directions with the true code: the noise floor of FVU, and the true L0. FVU, explained variance, L0
+and dead latents of the subject are rows of `core`.
 
 Sources: MCC, Hyvarinen and Morioka 2016; for dictionaries, Sharkey et al. 2022, who average the
 largest cosine of each feature instead of assigning.
@@ -58,10 +58,11 @@ CHUNK = 2048
 def evaluate_truth(
     subject: Subject, source: Source, truth: KnownTruth, seed: int = 0, device: str = "cpu"
 ) -> list[Row]:
-    """The rows of one subject.
+    """Computes the rows of one subject.
 
     Args:
-        source: held-out activations that `truth` is the truth of.
+        source: held-out activations.
+        truth: their known features.
         seed: of the random dictionaries.
         device: of the subject.
 
@@ -71,22 +72,22 @@ def evaluate_truth(
     if subject.d_in != d:
         raise MismatchError(f"the subject has d_in = {subject.d_in}, the activations have d = {d}")
     true = truth.directions
-    own = _Firings(_match(directions(subject, device), true))
-    oracle = _Firings(_itself(true))
+    firings = _Firings(_match(directions(subject, device), true))
+    oracle = _Firings(_match_truth(true))
     active = error = power = rows = 0.0
     mean = _mean(source)
     for x, f, codes in coded_rows(subject, source, truth, device):
         fires, f = codes != 0, f != 0
-        own.count(f, fires)
+        firings.count(f, fires)
         oracle.count(fires, fires)
         active, rows = active + float(f.sum()), rows + len(x)
         error += float((x - codes @ true - truth.offset).square().sum(dtype=torch.float64))
         power += float((x - mean).square().sum(dtype=torch.float64))
     k = min(subject.d_sae, max(1, round(active / rows)))
     values = {
-        **own.scores(),
-        **_named("chance", _chance(source, truth, subject.d_sae, k, seed)),
-        **_named("oracle", oracle.scores()),
+        **firings.scores(),
+        **_add_prefix("chance", _chance(source, truth, subject.d_sae, k, seed)),
+        **_add_prefix("oracle", oracle.scores()),
         "oracle_fvu": error / power,
         "oracle_explained_variance": 1 - error / power,
         "oracle_l0": float(oracle.fires.sum()) / rows,
@@ -94,27 +95,27 @@ def evaluate_truth(
     return [number(name, values[name], DEFINITION) for name in METRICS]
 
 
-def _named(prefix: str, scores: dict[str, float]) -> dict[str, float]:
+def _add_prefix(prefix: str, scores: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}_{name}": value for name, value in scores.items()}
 
 
-def no_truth() -> list[Row]:
-    """The rows for data whose features are not known."""
+def missing_truth() -> list[Row]:
+    """Builds the rows for data whose features are not known."""
     reason = "the true features of these activations are not known"
     return [missing(name, DEFINITION, reason) for name in METRICS]
 
 
 @torch.no_grad()
 def directions(subject: Subject, device: str = "cpu") -> Tensor:
-    """Unit directions that a subject's latents write, float32 [d_sae, d_in]; 0 for one of none."""
-    return normalize(written(subject, device), dim=1)
+    """Unit decoder vectors of a subject's latents, float32 [d_sae, d_in]; zeros stay zero."""
+    return normalize(decoder_vectors(subject, device), dim=1)
 
 
 @torch.no_grad()
-def written(subject: Subject, device: str = "cpu") -> Tensor:
-    """What a subject's latents write at 1, float32 [d_sae, d_in].
+def decoder_vectors(subject: Subject, device: str = "cpu") -> Tensor:
+    """Decoder vectors of a subject's latents, float32 [d_sae, d_in].
 
-    For any decoder that is affine, ours or not: row j is decode(e_j) - decode(0).
+    Row j is decode(e_j) - decode(0), for any affine decoder.
     """
     origin = subject.decode(torch.zeros(1, subject.d_sae, device=device))
     parts = []
@@ -126,60 +127,62 @@ def written(subject: Subject, device: str = "cpu") -> Tensor:
     return torch.cat(parts).float().cpu()
 
 
-def mcc(found: Tensor, true: Tensor, signed: bool = False) -> float:
+def mcc(rows: Tensor, true: Tensor, signed: bool = False) -> float:
     """Mean correlation coefficient of rows [m, d] with true rows [features, d], over the pairs."""
-    cosine = _cosine(found, true)
+    cosine = _cosine(rows, true)
     similarity = cosine if signed else cosine.abs()
     return float(similarity[assign(similarity)].mean())
 
 
-def _cosine(found: Tensor, true: Tensor) -> Tensor:
-    return normalize(found.double(), dim=1) @ normalize(true.double(), dim=1).T
+def _cosine(rows: Tensor, true: Tensor) -> Tensor:
+    return normalize(rows.double(), dim=1) @ normalize(true.double(), dim=1).T
 
 
-def uniqueness(found: Tensor, true: Tensor) -> float:
-    """Distinct rows of `true` that are nearest, up to sign, to some row of `found`; see above."""
-    return len(_cosine(found, true).abs().argmax(1).unique()) / len(found)
+def uniqueness(rows: Tensor, true: Tensor) -> float:
+    """Number of distinct rows of `true` [features, d] that are nearest, up to sign, to any of the
+    rows [m, d], over m."""
+    return len(_cosine(rows, true).abs().argmax(1).unique()) / len(rows)
 
 
 def paired_rows(source: Source, truth: KnownTruth) -> Iterator[tuple[Tensor, Tensor]]:
-    """Activations [n, d] and true codes [n, features] of rows, some contexts at a time."""
+    """Yields activations [n, d] and true codes [n, features] of the rows, in blocks of contexts."""
     contexts = max(1, CHUNK // truth.config.positions)
     for i in range(source.n_shards):
         rest = source.shard(i).x
         for codes in truth.chunks(i):
             x, rest = rest[: len(codes)], rest[len(codes) :]
             pair = zip(x.split(contexts), codes.split(contexts), strict=True)
-            yield from ((some.flatten(0, 1), true.flatten(0, 1)) for some, true in pair)
+            yield from ((block.flatten(0, 1), true.flatten(0, 1)) for block, true in pair)
 
 
 def coded_rows(
     subject: Subject, source: Source, truth: KnownTruth, device: str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """`paired_rows` with the subject's code [n, d_sae] between, all on the CPU."""
+    """Yields activations [n, d], the subject's code [n, d_sae] and the true code [n, features] of
+    the rows, in blocks of contexts, on the CPU."""
     for x, codes in paired_rows(source, truth):
         context = (_starts(x, truth).to(device),) if needs_contexts(subject) else ()
         yield x, subject.encode(x.to(device), *context).cpu(), codes
 
 
 def _starts(x: Tensor, truth: KnownTruth) -> Tensor:
-    """Where the contexts of rows begin, and their number; int64 [contexts + 1]."""
+    """First rows of the contexts, and the number of rows; int64 [contexts + 1]."""
     return torch.arange(0, len(x) + 1, truth.config.positions)
 
 
 @dataclass(frozen=True, eq=False)
 class _Match:
-    """Which latent stands for which feature, and the scores that need no data.
+    """Pairs of latents and features, and the scores that need no data.
 
     Args:
-        found: unit directions [d_sae, d].
+        directions: unit directions [d_sae, d].
         latents, features: the pairs, int64 [min(d_sae, features)].
         nearest: the feature that each latent is most like, int64 [d_sae].
-        n_features: how many there are.
+        n_features: number of features.
         scores: mcc, mcc_signed and uniqueness.
     """
 
-    found: Tensor
+    directions: Tensor
     latents: Tensor
     features: Tensor
     nearest: Tensor
@@ -187,21 +190,22 @@ class _Match:
     scores: dict[str, float]
 
 
-def _match(found: Tensor, true: Tensor) -> _Match:
-    cosine = _cosine(found, true)
+def _match(directions: Tensor, true: Tensor) -> _Match:
+    """Assigns unit directions [d_sae, d] to true ones [features, d]."""
+    cosine = _cosine(directions, true)
     signed = float(cosine[assign(cosine)].mean())
     similarity = cosine.abs_()
     pairs, nearest = assign(similarity), similarity.argmax(1)
     scores = {
         "mcc": float(similarity[pairs].mean()),
         "mcc_signed": signed,
-        "uniqueness": len(nearest.unique()) / len(found),
+        "uniqueness": len(nearest.unique()) / len(directions),
     }
-    return _Match(found, *pairs, nearest, len(true), scores)
+    return _Match(directions, *pairs, nearest, len(true), scores)
 
 
-def _itself(true: Tensor) -> _Match:
-    """The true directions as their own latents: no assignment can be better than the identity."""
+def _match_truth(true: Tensor) -> _Match:
+    """Matches the true directions with themselves: no assignment is better than the identity."""
     same = torch.arange(len(true))
     cosine = float(normalize(true.double(), dim=1).square().sum(1).mean())
     scores = {"mcc": cosine, "mcc_signed": cosine, "uniqueness": 1.0}
@@ -214,12 +218,12 @@ class _Firings:
     def __init__(self, match: _Match) -> None:
         self.match = match
         self.both = torch.zeros(len(match.features), dtype=torch.int64)
-        self.hits = torch.zeros(len(match.found), dtype=torch.int64)
-        self.latent_fires = torch.zeros(len(match.found), dtype=torch.int64)
+        self.hits = torch.zeros(len(match.directions), dtype=torch.int64)
+        self.latent_fires = torch.zeros(len(match.directions), dtype=torch.int64)
         self.fires = torch.zeros(match.n_features, dtype=torch.int64)
 
     def count(self, f: Tensor, fires: Tensor) -> None:
-        """Adds rows: which latents fire, bool [n, d_sae], and which features, [n, features]."""
+        """Adds rows: firings of the latents, bool [n, d_sae], and features, bool [n, features]."""
         match = self.match
         self.both += (f[:, match.latents] & fires[:, match.features]).sum(0)
         self.hits += (f & fires[:, match.nearest]).sum(0)
@@ -227,6 +231,7 @@ class _Firings:
         self.fires += fires.sum(0)
 
     def scores(self) -> dict[str, float]:
+        """Each of `SCORES`."""
         match, latent_fires = self.match, self.latent_fires
         f1 = torch.zeros(match.n_features, dtype=torch.float64)
         f1[match.features] = _share(
@@ -238,31 +243,31 @@ class _Firings:
             _share(self.hits, near),
             _share(2 * self.hits, latent_fires + near),
         )
-        own = {name: float(share.mean()) for name, share in zip(LATENT, shares, strict=True)}
-        return {**match.scores, "firing_f1": float(f1[self.fires > 0].mean()), **own}
+        means = {name: float(share.mean()) for name, share in zip(LATENT, shares, strict=True)}
+        return {**match.scores, "firing_f1": float(f1[self.fires > 0].mean()), **means}
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, 0 where there is no whole; float64."""
+    """Returns part / whole, 0 where the whole is 0; float64."""
     return part.double() / whole.clamp(min=1)
 
 
 @lru_cache(maxsize=8)
 def _random_matches(truth: KnownTruth, n: int, seed: int) -> list[_Match]:
-    """Kept for the subjects that come after: assignments of large dictionaries take seconds."""
+    """Matches random dictionaries; cached, as assignments of large dictionaries take seconds."""
     draws = (random_directions(n, truth.config.d, seed, draw) for draw in range(DRAWS))
-    return [_match(found, truth.directions) for found in draws]
+    return [_match(rows, truth.directions) for rows in draws]
 
 
 def _chance(source: Source, truth: KnownTruth, n: int, k: int, seed: int) -> dict[str, float]:
-    """The scores of random dictionaries, mean over the draws."""
+    """Scores of random dictionaries, mean over the draws."""
     firings = [_Firings(match) for match in _random_matches(truth, n, seed)]
     for x, codes in paired_rows(source, truth):
-        for some in firings:
-            top = (x @ some.match.found.T).topk(k, dim=1, sorted=False)
+        for one in firings:
+            top = (x @ one.match.directions.T).topk(k, dim=1, sorted=False)
             f = torch.zeros(len(x), n, dtype=torch.bool).scatter_(1, top.indices, top.values > 0)
-            some.count(f, codes != 0)
-    scores = [some.scores() for some in firings]
+            one.count(f, codes != 0)
+    scores = [one.scores() for one in firings]
     return {name: sum(score[name] for score in scores) / DRAWS for name in SCORES}
 
 

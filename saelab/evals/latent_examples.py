@@ -1,14 +1,14 @@
-"""What single latents of an SAE stand for, on held-out text.
+"""Statistics, examples and logit lens of single latents of an SAE on held-out text.
 
     density       share of the counted tokens at which the latent fires
-    loss share    share of the variance that is lost when the latent alone is left out:
+    loss share    share of the variance that is lost when only the latent is left out:
                   sum_t (|r_t + f_t d|^2 - |r_t|^2) / sum_t |x_t - mean(x)|^2
                   with the errors r = x - x_hat, the latent's code f and its decoder row d
     examples      the contexts in which it fires most strongly, each once, at their strongest token
     logit lens    what its decoder row, put after the model's last block, adds to each next-token
                   logit over an empty row: the final norm and the unembedding of d (nostalgebraist
                   2020), for any hook whose activation lives in the residual stream's basis
-    neighbours    the other latents whose decoder rows have the largest cosines with its own
+    neighbours    the other latents whose decoder rows have the largest cosines with its row
 
 Everything is in raw activation space and counts the same tokens as the core metrics. Loss shares
 do not add up to the explained variance, since latents that fire together share what they explain.
@@ -31,7 +31,7 @@ from saelab.seeding import torch_stream
 
 #: Contexts encoded at once. Our choice: bounds the dense maxima to that x d_sae floats.
 CONTEXTS = 16
-#: Why a code can be picked for a browser, in the order in which picks are made.
+#: Groups of latents that are picked for a browser, in the order in which they are picked.
 GROUPS = ("densest", "rarest", "largest loss share", "random")
 #: Directions pushed through the head at once; bounds the logits to that x vocabulary.
 AT_ONCE = 64
@@ -42,11 +42,11 @@ class Survey:
     """All latents of an SAE on held-out text.
 
     Args:
-        tokens: how many were counted.
+        tokens: number of counted tokens.
         density, loss_share: float64 [d_sae], as in the module's docstring.
         strongest: the largest activation in each of the best contexts, falling; float32
             [n, d_sae]; 0 where a latent fires in fewer contexts.
-        contexts, peaks: which context, counted over the source, and which position in it; int64.
+        contexts, peaks: index of the context in the source, and position in it; int64.
     """
 
     tokens: int
@@ -63,12 +63,12 @@ class Survey:
 
 @dataclass(frozen=True)
 class Example:
-    """A latent in one context.
+    """Activations of a latent in one context.
 
     Args:
-        context: counted over the source.
+        context: index in the source.
         start: position of the first token that is shown.
-        peak: position of the strongest.
+        peak: position of the strongest token.
         values: the latent's activation at every token shown; 0 at tokens that do not count.
     """
 
@@ -88,12 +88,12 @@ class Lens:
 
 @torch.no_grad()
 def survey(sae: SAE, source: Source, examples: int = 8) -> Survey:
-    """Looks at every latent.
+    """Surveys every latent.
 
     Args:
         sae: in evaluation mode.
         source: held-out activations.
-        examples: contexts that are kept of each latent.
+        examples: number of contexts that are stored for each latent.
     """
     mean, tokens = _mean(source)
     firings, gain = (torch.zeros(sae.d_sae, dtype=torch.float64) for _ in range(2))
@@ -107,13 +107,14 @@ def survey(sae: SAE, source: Source, examples: int = 8) -> Survey:
         error = block.x - f @ rows - (sae.b_dec * sae.scale).cpu()
         gain += (2 * (f * (error @ rows.T)).sum(0) + f.square().sum(0) * norms).double()
         power += float((block.x - mean).square().sum(dtype=torch.float64))
-        best = _merged(best, block.strongest(), examples)
+        best = _keep_largest(best, block.strongest(), examples)
     return Survey(tokens, firings / tokens, gain / power, best[0], best[1], best[2])
 
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Some contexts: x [n, d_in] and code [n, d_sae] of their counted rows, and where these are."""
+    """Consecutive contexts: x [n, d_in] and code [n, d_sae] of their counted rows; `first` is the
+    index of the first context, mask bool [contexts, positions]."""
 
     first: int
     mask: Tensor
@@ -121,7 +122,7 @@ class _Block:
     code: Tensor
 
     def strongest(self) -> list[Tensor]:
-        """Of each context: largest activation, context and position; [contexts, d_sae] each."""
+        """Largest activation in each context, its context and position; [contexts, d_sae] each."""
         values, peaks, d_sae = [], [], self.code.shape[1]
         parts = self.code.split(self.mask.sum(1).tolist())
         for mask, code in zip(self.mask, parts, strict=True):
@@ -136,7 +137,7 @@ class _Block:
 
 
 def _blocks(sae: SAE, source: Source) -> Iterator[_Block]:
-    """The source some contexts at a time, in order."""
+    """Encodes the source in blocks of contexts, in order."""
     first, device = 0, sae.W_dec.device
     for i in range(source.n_shards):
         shard = source.shard(i)
@@ -145,21 +146,21 @@ def _blocks(sae: SAE, source: Source) -> Iterator[_Block]:
             batch = Batch(x, positions, mask).rows()
             if batch.n:
                 rows = batch.x.float()
-                own = (batch.starts,) if sae.needs_contexts else ()
-                codes = [code.dense() for _, code in sae.codes(rows.to(device), *own)]
+                starts = (batch.starts,) if sae.needs_contexts else ()
+                codes = [code.dense() for _, code in sae.codes(rows.to(device), *starts)]
                 yield _Block(first, mask, rows, torch.cat(codes).cpu())
             first += len(x)
 
 
-def _merged(best: Sequence[Tensor], new: Sequence[Tensor], n: int) -> list[Tensor]:
-    """The n largest of both along the first axis; of equal ones the earlier."""
+def _keep_largest(best: Sequence[Tensor], new: Sequence[Tensor], n: int) -> list[Tensor]:
+    """Returns the n largest of both along the first axis; the earlier one of equal values."""
     both = [torch.cat(pair) for pair in zip(best, new, strict=True)]
     order = both[0].sort(dim=0, descending=True, stable=True).indices[:n]
     return [part.gather(0, order) for part in both]
 
 
 def _mean(source: Source) -> tuple[Tensor, int]:
-    """The mean counted row, and how many there are."""
+    """Mean and number of the counted rows."""
     total, tokens = torch.zeros(source.d, dtype=torch.float64), 0
     for i in range(source.n_shards):
         x, _ = source.shard(i).rows()
@@ -168,20 +169,21 @@ def _mean(source: Source) -> tuple[Tensor, int]:
     return (total / tokens).float(), tokens
 
 
-def pick(found: Survey, n: int, seed: int) -> dict[int, str]:
-    """About a quarter of n latents for each of `GROUPS`, none twice.
+def pick(surveyed: Survey, n: int, seed: int) -> dict[int, str]:
+    """Picks about a quarter of n latents for each of `GROUPS`, none twice.
 
     Args:
-        n: how many; all latents where there are fewer.
+        n: number of latents; all where there are fewer.
         seed: of the named stream 'evaluation', for the random ones.
 
-    Returns: latent -> group, in the order of the groups. The rarest are those that fire at all.
+    Returns: latent -> group, in the order of the groups. The rarest are chosen among those that
+        fire at all.
     """
-    n = min(n, found.d_sae)
-    fires = found.density > 0
-    draw = torch.rand(found.d_sae, generator=torch_stream(seed, "evaluation", "features"))
-    rare = torch.where(fires, found.density, torch.inf)
-    keys = (-found.density, rare, -found.loss_share, draw.double())
+    n = min(n, surveyed.d_sae)
+    fires = surveyed.density > 0
+    draw = torch.rand(surveyed.d_sae, generator=torch_stream(seed, "evaluation", "features"))
+    rare = torch.where(fires, surveyed.density, torch.inf)
+    keys = (-surveyed.density, rare, -surveyed.loss_share, draw.double())
     picked: dict[int, str] = {}
     for i, (group, key) in enumerate(zip(GROUPS, keys, strict=True)):
         wanted = n * (i + 1) // len(GROUPS)
@@ -195,37 +197,40 @@ def pick(found: Survey, n: int, seed: int) -> dict[int, str]:
 
 @torch.no_grad()
 def examples(
-    sae: SAE, source: Source, found: Survey, latents: Sequence[int], before: int, after: int
+    sae: SAE, source: Source, surveyed: Survey, latents: Sequence[int], before: int, after: int
 ) -> dict[int, list[Example]]:
-    """The strongest contexts of some latents, with the activations around their strongest token.
+    """Collects the strongest contexts of latents, with activations around the strongest token.
 
     Args:
         before, after: tokens shown on each side of the strongest, where the context has them.
+
+    Returns: latent -> examples, the strongest first.
     """
     wanted: dict[int, list[tuple[int, int, int]]] = {}
     for latent in latents:
-        for i, value in enumerate(found.strongest[:, latent].tolist()):
+        for i, value in enumerate(surveyed.strongest[:, latent].tolist()):
             if value > 0:
-                context, peak = int(found.contexts[i, latent]), int(found.peaks[i, latent])
+                context = int(surveyed.contexts[i, latent])
+                peak = int(surveyed.peaks[i, latent])
                 wanted.setdefault(context, []).append((latent, i, peak))
-    kept: dict[int, dict[int, Example]] = {latent: {} for latent in latents}
+    ranked: dict[int, dict[int, Example]] = {latent: {} for latent in latents}
     for block in _blocks(sae, source):
-        where = block.mask.flatten().cumsum(0).view_as(block.mask) - 1
-        for own, mask in enumerate(block.mask):
-            for latent, i, peak in wanted.get(block.first + own, ()):
+        row = block.mask.flatten().cumsum(0).view_as(block.mask) - 1
+        for j, mask in enumerate(block.mask):
+            for latent, i, peak in wanted.get(block.first + j, ()):
                 start, stop = max(0, peak - before), min(len(mask), peak + after + 1)
-                values = block.code[where[own, start:stop].clamp_min(0), latent]
+                values = block.code[row[j, start:stop].clamp_min(0), latent]
                 shown = torch.where(mask[start:stop], values, 0.0).tolist()
-                kept[latent][i] = Example(block.first + own, start, peak, tuple(shown))
-    return {latent: [of[i] for i in sorted(of)] for latent, of in kept.items()}
+                ranked[latent][i] = Example(block.first + j, start, peak, tuple(shown))
+    return {latent: [of[i] for i in sorted(of)] for latent, of in ranked.items()}
 
 
 def neighbours(sae: SAE, latents: Sequence[int], n: int = 5) -> list[list[tuple[int, float]]]:
-    """The n other latents with the largest cosines of decoder rows, falling."""
+    """Finds the n other latents with the largest cosines of decoder rows, in falling order."""
     rows = normalize(sae.W_dec.detach().cpu().float(), dim=1)
-    own = torch.tensor(list(latents), dtype=torch.int64)
-    cosines = rows[own] @ rows.T
-    cosines[torch.arange(len(own)), own] = -torch.inf
+    index = torch.tensor(list(latents), dtype=torch.int64)
+    cosines = rows[index] @ rows.T
+    cosines[torch.arange(len(index)), index] = -torch.inf
     largest = cosines.topk(min(n, len(rows) - 1), dim=1)
     return [
         list(zip(indices, values, strict=True))
@@ -234,7 +239,7 @@ def neighbours(sae: SAE, latents: Sequence[int], n: int = 5) -> list[list[tuple[
 
 
 def why_no_lens(sae: SAE, model: LanguageModel | None) -> str:
-    """Why decoder rows have no tokens; '' where they have."""
+    """Says why there is no logit lens; '' where there is one."""
     if model is None:
         return "the activations were made elsewhere, without a model"
     if not model.has_head:
@@ -246,10 +251,10 @@ def why_no_lens(sae: SAE, model: LanguageModel | None) -> str:
 
 @torch.no_grad()
 def lenses(sae: SAE, latents: Sequence[int], model: LanguageModel, n: int = 8) -> list[Lens]:
-    """The logit lens of some latents; see `why_no_lens` first.
+    """Computes the logit lens of latents; call `why_no_lens` first.
 
-    A row takes the place of the last block's output, so that exactly the model's own final norm
-    and head act on it; the empty row's logits are taken off.
+    A row replaces the last block's output, so that exactly the model's final norm and head act on
+    it; the empty row's logits are subtracted.
     """
     rows = (sae.W_dec.detach() * sae.scale)[list(latents)]
     hook = f"blocks.{model.n_layers - 1}.hook_resid_post"
@@ -260,7 +265,7 @@ def lenses(sae: SAE, latents: Sequence[int], model: LanguageModel, n: int = 8) -
         logits = model.logits(ids, splice=(hook, lambda x: shown.to(x)))[:, 0].float().cpu()
         return logits[1:] - logits[:1]
 
-    logits = torch.cat([added(some) for some in rows.split(AT_ONCE)])
+    logits = torch.cat([added(part) for part in rows.split(AT_ONCE)])
     raised, lowered = logits.topk(n, dim=1), (-logits).topk(n, dim=1)
     return [
         Lens(

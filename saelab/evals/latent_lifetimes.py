@@ -1,4 +1,4 @@
-"""How long latents live, from the counts that the observers of a trained SAE kept.
+"""Lifetimes of latents, from the counts of a trained SAE's observers.
 
     lifetime.survival     share of lives that outlast an age (a share of the run, 'age=0.25'): the
                           Kaplan-Meier estimate of the observer

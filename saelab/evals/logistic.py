@@ -2,18 +2,18 @@
 
     L(w, b) = 1/2 |w|^2 + sum_i log(1 + exp(eta_i)) - y_i eta_i     eta_i = w z_i + b, y_i 0 or 1
 
-Newton's method with a line search, in two forms that share the minimum and nothing else:
+Newton's method with a line search, in two forms that share nothing but the minimum:
 
     few columns    many problems at once, each step by a Cholesky factor of its own k x k Hessian
     many columns   one problem, each step by conjugate gradients: one read of z an iteration,
                    no matrix of columns x columns or texts x texts, float32
 
-Where conjugate gradients are slow (columns of very different sizes), they go on with the Hessian's
-diagonal as preconditioner, and where that is slow too, the first form takes over; with more columns
-than texts it works on n columns with the same inner products.
+Where conjugate gradients are slow (columns of very different sizes), they continue with the
+Hessian's diagonal as preconditioner, and where that is slow too, the first form takes over; with
+more columns than texts it works on n columns with the same inner products.
 
-Both measure their distance from the minimum by the gradient of what remains when b is eliminated:
-the penalty makes that function 1-strongly convex, so L - min L <= |gradient|^2 / 2.
+Both measure their distance from the minimum by the gradient of L with b eliminated: the penalty
+makes that function 1-strongly convex, so L - min L <= |gradient|^2 / 2.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from torch.nn.functional import softplus
 
 from saelab.kernels import kernels_for
 
-#: The direct form stops after a step that promised to lower the loss by less than this share of
-#: it. Our choice: it converges quadratically there, and accuracies no longer move.
+#: The direct form stops after a step predicted to lower the loss by less than this share of it.
+#: Our choice: it converges quadratically there, and accuracies no longer move.
 TOLERANCE = 1e-5
 #: Conjugate gradients stop where |gradient|^2 is below this share of the loss. Our choice: on codes
 #: of a trained SAE all test texts keep the side that the exact minimum gives them.
 SMALL_GRADIENT = 1e-6
 #: Residual of a step, as a share of the gradient, unless half of SMALL_GRADIENT's gradient is more.
-#: Our choice: little time in all.
+#: Our choice: takes little time in total.
 FORCING = 0.2
-#: Iterations of conjugate gradients in all, and how many at first without a preconditioner. Our
+#: Iterations of conjugate gradients in total, and those at first without a preconditioner. Our
 #: choice: a trained SAE's codes take 40, where it would cost more than it gains, and the same codes
 #: times 100 take 600; columns whose sizes differ by 1e5 take 3,000 without it and 300 with it.
 MAX_PASSES, PLAIN_PASSES = 1000, 100
 MAX_STEPS = 100
 #: Weights p (1 - p) below this are raised to it: they only shape the step, never the solution.
 LEAST_WEIGHT = 1e-8
-#: A step is halved until it lowers the loss by this share of what its slope promises.
+#: A step is halved until it lowers the loss by this share of what its slope predicts.
 DECREASE = 1e-4
 LEAST_STEP = 1e-9
-#: Added to the inner products of texts, as a share of their trace; moves no log-odds by more than
+#: Added to the inner products of texts, as a share of their trace; no log-odds change by more than
 #: it adds, since no text's coefficient exceeds 1.
 RIDGE = 1e-13
 
 
 def logistic_regression(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """The minimum for one problem of any size.
+    """Finds the minimum of one problem of any size.
 
     Args:
         z: float32 or float64 [n, k]; columns near mean zero converge fastest.
@@ -57,11 +57,11 @@ def logistic_regression(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns: coefficients [k] and intercept [] in z's dtype.
     """
-    found = _by_gradients(z, positive)
-    if found is None:
-        w, b = _directly(z.double(), positive)
-        found = w.to(z.dtype), b.to(z.dtype)
-    return found
+    solution = _solve_by_gradients(z, positive)
+    if solution is None:
+        w, b = _solve_directly(z.double(), positive)
+        solution = w.to(z.dtype), b.to(z.dtype)
+    return solution
 
 
 def logistic_regressions(
@@ -70,59 +70,60 @@ def logistic_regressions(
     counted: Tensor | None = None,
     start: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The minima of many problems with few columns, solved together.
+    """Finds the minima of many problems with few columns together.
 
     Args:
         z: float64 [problems, k, n], columns first.
         positive: bool [problems, n].
         counted: bool [problems, n], False where a problem has fewer than n texts; None for all.
-        start: a solution for the first columns alone, to start from.
+        start: solution for the first columns alone, to start from.
 
     Returns: coefficients float64 [problems, k] and intercepts float64 [problems].
     """
     y = positive.to(z.dtype)
-    there = torch.ones_like(y) if counted is None else counted.to(z.dtype)
+    present = torch.ones_like(y) if counted is None else counted.to(z.dtype)
     w, b, eta = z.new_zeros(z.shape[:2]), z.new_zeros(len(z)), torch.zeros_like(y)
     if start is not None:
         w[:, : start[0].shape[1]], b = start
         eta = _products(z, w) + b[:, None]
-    current = _losses(w, eta, y, there)
+    current = _losses(w, eta, y, present)
     open_ = torch.ones(len(z), dtype=torch.bool, device=z.device)
     for _ in range(MAX_STEPS):
-        dw, db, deta, promise = _newton_steps(z, w, eta, y, there)
+        dw, db, deta, predicted = _newton_steps(z, w, eta, y, present)
         step = open_.to(z.dtype)
         while True:
-            new = _losses(w + step[:, None] * dw, eta + step[:, None] * deta, y, there)
-            short = (step > 0) & ~(new <= current - DECREASE * step * promise)
+            new = _losses(w + step[:, None] * dw, eta + step[:, None] * deta, y, present)
+            short = (step > 0) & ~(new <= current - DECREASE * step * predicted)
             if not short.any():
                 break
             step = torch.where(short, step / 2, step)
             step = torch.where(step < LEAST_STEP, 0, step)
         w, b, eta = w + step[:, None] * dw, b + step * db, eta + step[:, None] * deta
         current = torch.where(step > 0, new, current)
-        open_ = open_ & (step > 0) & ~(promise < TOLERANCE * current)
+        open_ = open_ & (step > 0) & ~(predicted < TOLERANCE * current)
         if not open_.any():
             break
     return w, b
 
 
-def _losses(w: Tensor, eta: Tensor, y: Tensor, there: Tensor) -> Tensor:
-    return 0.5 * w.square().sum(1) + ((softplus(eta) - y * eta) * there).sum(1)
+def _losses(w: Tensor, eta: Tensor, y: Tensor, present: Tensor) -> Tensor:
+    """Loss of each problem, [problems]."""
+    return 0.5 * w.square().sum(1) + ((softplus(eta) - y * eta) * present).sum(1)
 
 
 def _products(z: Tensor, w: Tensor) -> Tensor:
-    """w z: [problems, n]."""
+    """Returns w z, [problems, n]."""
     return (w[:, None] @ z)[:, 0]
 
 
 def _newton_steps(
-    z: Tensor, w: Tensor, eta: Tensor, y: Tensor, there: Tensor
+    z: Tensor, w: Tensor, eta: Tensor, y: Tensor, present: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The steps of w [problems, k], b [problems] and eta [problems, n], and what they promise."""
+    """Steps of w [problems, k], b [problems] and eta [problems, n], and the predicted decrease."""
     p = torch.sigmoid(eta)
-    weight = (p * (1 - p)).clamp_min(LEAST_WEIGHT) * there
+    weight = (p * (1 - p)).clamp_min(LEAST_WEIGHT) * present
     total = weight.sum(1)
-    rest = (p - y) * there
+    rest = (p - y) * present
     surplus = rest.sum(1) / total
     rest = rest - surplus[:, None] * weight
     sums, uphill = (torch.stack([weight, rest], dim=1) @ z.mT).unbind(1)
@@ -134,8 +135,8 @@ def _newton_steps(
     return dw, db, _products(z, dw) + db[:, None], surplus.square() * total - (slope * dw).sum(1)
 
 
-def _directly(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """One problem of any size by the direct form; more columns than texts become as many."""
+def _solve_directly(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """Solves one problem of any size by the direct form, on at most as many columns as texts."""
     n, k = z.shape
     if k <= n:
         w, b = logistic_regressions(z.T[None].contiguous(), positive[None])
@@ -150,8 +151,8 @@ def _directly(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- many columns
 
 
-def _by_gradients(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The minimum by Newton's method with conjugate gradients; None when it takes too long."""
+def _solve_by_gradients(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Minimises by Newton's method with conjugate gradients; None when it takes too long."""
     y, used = positive.to(z.dtype), 0
     w, b, eta = z.new_zeros(z.shape[1]), z.new_zeros(()), torch.zeros_like(y)
     loss = _loss(w, eta, y)
@@ -176,10 +177,11 @@ def _by_gradients(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor] | None:
         used += taken
         db = -surplus - weight @ fit / total
         deta = fit + db
-        promise = float(surplus.square() * total - slope @ dw)
+        predicted = float(surplus.square() * total - slope @ dw)
         step = 1.0
         while not (
-            (new := _loss(w + step * dw, eta + step * deta, y)) <= loss - DECREASE * step * promise
+            (new := _loss(w + step * dw, eta + step * deta, y))
+            <= loss - DECREASE * step * predicted
         ):
             step /= 2
             if step < LEAST_STEP:
@@ -196,12 +198,12 @@ def _loss(w: Tensor, eta: Tensor, y: Tensor) -> float:
 def _conjugate_gradients(
     z: Tensor, weight: Tensor, right: Tensor, scale: Tensor | None, enough: float, most: int
 ) -> tuple[Tensor, Tensor, int]:
-    """x with (1 + Z^T (D - d d^T / sum d) Z) x = right, where D = diag(d).
+    """Solves (1 + Z^T (D - d d^T / sum d) Z) x = right for x, where D = diag(d).
 
     Args:
         scale: about the inverse of the matrix's diagonal, [k]; None for ones.
-        enough: |residual|^2 where it stops.
-        most: iterations; x is a way down after any number of them.
+        enough: |residual|^2 at which it stops.
+        most: iterations; x is a descent direction after any number of them.
 
     Returns: x [k], Z x [n] and the number of iterations.
     """

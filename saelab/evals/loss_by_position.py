@@ -12,9 +12,9 @@ over all predicted tokens of core's contexts, and over those of a slice:
                                      text, ordered by how often they occur there: tokens of
                                      equal count share a decile, so that deciles differ in size
 
-Spliced and ablated are what they are in `core`, whose passes are used where it ran before: the CE
-of the slices, weighted by their shares, is core's. KL is measured on the first contexts alone, as
-many as fit into `core.KEPT` numbers: all of them where positions x vocabulary is small.
+Splices and ablations are those of `core`, whose passes are used where it ran before: the CE of the
+slices, weighted by their shares, is core's. KL is measured on the first contexts alone, as
+many as fit into `core.STORED_LOG_PROBS` numbers: all of them where positions x vocabulary is small.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ from saelab.evals.core import CoreData, TokenLosses
 
 DEFINITION = "positions/1"
 METRICS = ("kl", "ce_clean", "ce_zero", "ce_spliced", "loss_recovered", "share")
-#: Where the slices by position begin. Our choice: each four times as long as the one before, since
-#: what is special about a position wears off.
+#: First positions of the slices by position. Our choice: each is four times as long as the one
+#: before, since differences between positions become smaller along the context.
 EDGES = (0, 8, 32, 128, 512, 2048, 8192)
 DECILES = 10
 
 
 @torch.no_grad()
 def evaluate_positions(subject: Subject, data: CoreData) -> list[Row]:
-    """The rows of one subject; missing with the reason where the model has no head, or is none."""
+    """Computes the rows of one subject; missing without a model that has a head."""
     if data.why_no_loss:
         return [missing(f"token.{name}", DEFINITION, data.why_no_loss) for name in METRICS]
-    own = data.kept[1] if data.kept and data.kept[0] is subject else None
-    if own is None or not len(own.kl):
-        own = data.spliced(subject, with_kl=True)
-    counts = data.contexts[1][:, 1:]
-    rows = list(_of_slice(data, own, counts, counts, ""))
-    for name, here in _slices(data):
-        rows += _of_slice(data, own, counts, here & counts, name)
+    last = data.last_losses
+    losses = last[1] if last and last[0] is subject else None
+    if losses is None or not len(losses.kl):
+        losses = data.spliced_losses(subject, with_kl=True)
+    counted = data.contexts[1][:, 1:]
+    rows = list(_slice_rows(data, losses, counted, counted, ""))
+    for name, inside in _slices(data):
+        rows += _slice_rows(data, losses, counted, inside & counted, name)
     return rows
 
 
 def _slices(data: CoreData) -> Iterator[tuple[str, Tensor]]:
-    """Names and bool [contexts, positions - 1]."""
+    """Yields each slice's name and its predicted tokens, bool [contexts, positions - 1]."""
     ids, _ = data.contexts
     n = ids.shape[1] - 1
     positions = torch.arange(n).expand(len(ids), n)
@@ -65,7 +66,7 @@ def _slices(data: CoreData) -> Iterator[tuple[str, Tensor]]:
 
 
 def _deciles(data: CoreData) -> Tensor:
-    """Of each token id, by its count in the held-out text; int64 [largest id + 1]."""
+    """Decile of each token id, by its count in the held-out text; int64 [largest id + 1]."""
     counts = torch.zeros(0, dtype=torch.int64)
     for i in range(data.source.n_shards):
         shard = data.source.shard(i)
@@ -74,7 +75,7 @@ def _deciles(data: CoreData) -> Tensor:
         more[: len(counts)] += counts
         counts = more
     largest = int(data.contexts[0].max())
-    if largest >= len(counts):  # a token that stands only where nothing counts
+    if largest >= len(counts):  # a token that occurs only at positions that are not counted
         counts = torch.cat([counts, counts.new_zeros(largest + 1 - len(counts))])
     kinds, which, each = counts.unique(return_inverse=True, return_counts=True)
     mass = kinds * each  # tokens of the text, from the rarest kind on
@@ -83,23 +84,32 @@ def _deciles(data: CoreData) -> Tensor:
     return place[which]
 
 
-def _of_slice(
-    data: CoreData, own: TokenLosses, counts: Tensor, here: Tensor, name: str
+def _slice_rows(
+    data: CoreData, losses: TokenLosses, counted: Tensor, inside: Tensor, name: str
 ) -> Iterator[Row]:
-    n = int(here.sum())
+    """Yields the rows of one slice.
+
+    Args:
+        losses: with the subject's reconstruction.
+        counted, inside: predicted tokens that count, and those of them in the slice; bool
+            [contexts, positions - 1].
+        name: of the slice.
+    """
+    n = int(inside.sum())
     if not n:
         reason = "no predicted token of core's contexts is in this slice"
         yield from (missing(f"token.{m}", DEFINITION, reason, name) for m in METRICS[:-1])
         yield number("token.share", 0.0, DEFINITION, name)
         return
-    within = here[: len(own.kl)]
-    if bool(within.any()):
-        yield number("token.kl", _mean(own.kl, within), DEFINITION, name)
+    measured = inside[: len(losses.kl)]
+    if bool(measured.any()):
+        yield number("token.kl", _mean(losses.kl, measured), DEFINITION, name)
     else:
-        reason = f"none of its tokens is in the first {len(own.kl)} contexts, which KL is kept for"
+        contexts = f"the first {len(losses.kl)} contexts"
+        reason = f"none of its tokens is in {contexts}, on which KL is measured"
         yield missing("token.kl", DEFINITION, reason, name)
-    clean, zero = (_mean(data.reference_tokens[key], here) for key in ("ce_clean", "ce_zero"))
-    spliced = _mean(own.ce, here)
+    clean, zero = (_mean(data.reference_tokens[key], inside) for key in ("ce_clean", "ce_zero"))
+    spliced = _mean(losses.ce, inside)
     yield number("token.ce_clean", clean, DEFINITION, name)
     yield number("token.ce_zero", zero, DEFINITION, name)
     yield number("token.ce_spliced", spliced, DEFINITION, name)
@@ -109,8 +119,8 @@ def _of_slice(
     else:
         reason = f"ablation does not hurt the model (ce_zero - ce_clean = {zero - clean:.4f} nats)"
         yield missing("token.loss_recovered", DEFINITION, reason, name)
-    yield number("token.share", n / int(counts.sum()), DEFINITION, name)
+    yield number("token.share", n / int(counted.sum()), DEFINITION, name)
 
 
-def _mean(tokens: Tensor, here: Tensor) -> float:
-    return float(tokens[here].double().mean())
+def _mean(losses: Tensor, inside: Tensor) -> float:
+    return float(losses[inside].double().mean())

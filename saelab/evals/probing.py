@@ -1,4 +1,4 @@
-"""Sparse probing: can few latents tell the class of a text? Definition 'sparse_probing/2'.
+"""Sparse probing: the class of a text from few latents. Definition 'sparse_probing/2'.
 
     z_i = mean over the counted positions of text i of encode(x), zeros included
     task: one class against the rest, as many negatives as positives, evenly from the other classes
@@ -7,11 +7,12 @@
     both: logistic regression, min over w, b of  1/2 |w|^2 + sum_i log(1 + exp(-s_i (w z_i + b)))
         with s_i = +-1, which is scikit-learn's with C = 1
 
-Source: SAEBench's sparse_probing (https://github.com/adamkarvonen/SAEBench), definition 1. What
-definition 2 changes: the examples depend on the seed alone, so that all subjects see the same ones;
-the full probe is the same regression instead of the best of 100 epochs on the test set; beside the
-probes on columns chosen by raw scale stand some on columns divided by their standard deviation; the
-mean over entries has an interval; what can't be measured is a row with a reason.
+Source: SAEBench's sparse_probing (https://github.com/adamkarvonen/SAEBench), definition 1.
+Definition 2 differs from it: the examples depend on the seed alone, so that all subjects see the
+same ones; the full probe is the same regression instead of the best of 100 epochs on the test set;
+besides the probes on columns chosen by raw scale there are probes on columns divided by their
+standard deviation; the mean over entries has an interval; what can't be measured is a row with a
+reason.
 
 The regressions are solved to convergence (`logistic`): the k-sparse probes of all classes of an
 entry together in float64, the full ones in float32 without any matrix but the codes themselves.
@@ -49,18 +50,15 @@ K_VALUES = (1, 2, 5, 10, 20, 50)
 #: Rows encoded at once into a dense code. Our choice: a CPU keeps such a chunk in its caches at
 #: 3,000 latents (6 MB), and is slower beyond; a GPU wants large ones.
 CHUNK, GPU_CHUNK = 512, 8192
-#: Rows given at once to a subject that pools by itself: float32 rows, not codes. Our choice.
+#: Rows given at once to a subject that sums its codes itself: float32 rows, not codes. Our choice.
 POOLED_CHUNK = 8192
-#: Texts are also probed on their first and on their later positions alone, at one k, where each
-#: class has at least so many that are longer on either side. Our choice.
+#: Texts are also probed on their first positions and on their later ones alone, at one k, if each
+#: class has at least `LEAST_LONG` longer texts both in train and in test. Our choice.
 SPLIT, POSITION_K, LEAST_LONG = 32, 5, 20
 #: Numbers of columns that are also chosen and fitted with every column at standard deviation 1. Our
-#: choice: the two that reports show, which hardly cost time.
+#: choice: the two that reports show, which cost little time.
 STANDARDISED_K = (1, 5)
 HALVES = ("position=0-31", "position=32-63")
-
-# ---------------------------------------------------------------- data
-
 
 # ---------------------------------------------------------------- tasks
 
@@ -83,7 +81,7 @@ class Task:
 
 
 def build_tasks(entry: ProbingEntry, seed: int) -> tuple[Task, ...]:
-    """The one-vs-rest tasks of an entry; they depend on its labels and the seed alone.
+    """Builds the one-vs-rest tasks of an entry, which depend on its labels and the seed alone.
 
     Raises: SourceError when a class has no texts on one side.
     """
@@ -98,21 +96,21 @@ def build_tasks(entry: ProbingEntry, seed: int) -> tuple[Task, ...]:
 
 
 def _examples(entry: ProbingEntry, label: int, side: Tensor, rng: np.random.Generator) -> Examples:
-    """Positives and as many negatives, whose shares of the other classes differ by one at most."""
+    """Draws positives and as many negatives, as evenly as possible from the other classes."""
     pools = [
         ((entry.labels == c) & side).nonzero()[:, 0].numpy() for c in range(len(entry.classes))
     ]
-    own, others = pools[label], [pool for c, pool in enumerate(pools) if c != label]
+    positives, others = pools[label], [pool for c, pool in enumerate(pools) if c != label]
     rarest = min(map(len, others), default=0)
-    n = min(len(own), rarest * len(others))
+    n = min(len(positives), rarest * len(others))
     if n == 0:
         raise SourceError(
             f"entry {entry.name} has no train or test texts for class {entry.classes[label]!r} "
-            "or for another: give every class some"
+            "or for another: give every class texts on both sides"
         )
     shares = [n // len(others) + (c < n % len(others)) for c in range(len(others))]
     negatives = [rng.choice(pool, k, replace=False) for pool, k in zip(others, shares, strict=True)]
-    index = torch.from_numpy(np.concatenate([rng.choice(own, n, replace=False), *negatives]))
+    index = torch.from_numpy(np.concatenate([rng.choice(positives, n, replace=False), *negatives]))
     return Examples(index, torch.arange(2 * n) < n)
 
 
@@ -127,24 +125,25 @@ def mean_codes(
     chunk: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Mean code of every text over its counted positions, zeros included.
+    """Averages the code of every text over its counted positions, zeros included.
 
     Args:
-        subject: whose codes; a `SparseSubject` sums them by itself. None for the rows themselves.
+        subject: encodes the rows; a `SparseSubject` sums its codes itself. None for the rows
+            themselves.
         rows: [tokens, d], one text after the other.
         offsets: int64 [texts + 1].
-        chunk: rows encoded at once; texts may lie across chunks. None for what suits subject and
-            device.
+        chunk: rows encoded at once; texts may extend over several chunks. None for a number that
+            suits subject and device.
         device: of the subject.
 
     Returns: float32 [texts, F] on that device.
     Raises: SourceError when a text has no counted position.
     """
-    total = _sums(subject, rows, offsets, offsets, chunk, device)
+    total = _sum_code(subject, rows, offsets, offsets, chunk, device)
     return total.div_(offsets.diff().to(device, torch.float32)[:, None])
 
 
-def _sums(
+def _sum_code(
     subject: Subject | None,
     rows: Tensor,
     offsets: Tensor,
@@ -152,41 +151,40 @@ def _sums(
     chunk: int | None,
     device: torch.device | str,
 ) -> Tensor:
-    """Sums of the code over segments of rows; as `pooled`, but for
+    """Sums the code over segments of rows; arguments as for `mean_codes`, but for two.
 
     Args:
         offsets: of the segments, which may be parts of texts.
-        texts: where the texts begin, and the number of rows.
+        texts: first rows of the texts, and the number of rows.
     """
-    sums, suited = _code_sums(subject, texts, device)
+    sums, suited = _choose_sums(subject, texts, device)
     chunk = len(rows) if needs_contexts(subject) else chunk or suited  # no text is cut in two
     lengths = offsets.diff()
     if len(lengths) == 0 or int(lengths.min()) == 0:
-        where = int(lengths.argmin()) if len(lengths) else 0
-        raise SourceError(f"text {where} has no counted position to average: leave it out")
+        text = int(lengths.argmin()) if len(lengths) else 0
+        raise SourceError(f"text {text} has no counted position to average: leave it out")
     total: Tensor | None = None
     for start in range(0, int(offsets[-1]), chunk):
         stop = min(start + chunk, int(offsets[-1]))
         first = int(torch.searchsorted(offsets, start, right=True)) - 1
         last = int(torch.searchsorted(offsets, stop))
         cuts = offsets[first : last + 1].clamp(start, stop).sub(start).to(device)
-        found = sums(rows[start:stop].to(device, torch.float32), cuts)
+        part = sums(rows[start:stop].to(device, torch.float32), cuts)
         if total is None:
-            total = found.new_zeros(len(lengths), found.shape[1])
-        total[first:last] += found
+            total = part.new_zeros(len(lengths), part.shape[1])
+        total[first:last] += part
     assert total is not None
     return total
 
 
 @dataclass(frozen=True)
 class ByPosition:
-    """Mean codes of an entry's texts; `early` and `late` are those of the texts that are longer
-    than `SPLIT`, over the positions before and after it.
+    """Mean codes of an entry's texts over all positions, and before and after `SPLIT`.
 
     Args:
-        whole: float32 [texts, F].
-        long: int64 [m], which texts are longer.
-        early, late: float32 [m, F].
+        whole: of all texts, float32 [texts, F].
+        long: indices of the texts that are longer than `SPLIT`, int64 [m].
+        early, late: of these texts, float32 [m, F].
     """
 
     whole: Tensor
@@ -196,17 +194,17 @@ class ByPosition:
 
 
 @torch.inference_mode()
-def pooled_by_position(
+def pool_by_position(
     subject: Subject | None,
     entry: ProbingEntry,
     chunk: int | None = None,
     device: torch.device | str = "cpu",
 ) -> ByPosition:
-    """`pooled` and its parts from one pass over the rows."""
+    """Averages the code of every text as a whole and by position, in one pass over the rows."""
     offsets, lengths = entry.offsets, entry.offsets.diff()
     long = (lengths > SPLIT).nonzero()[:, 0]
     fine = torch.cat([offsets, offsets[long] + SPLIT]).sort().values
-    sums = _sums(subject, entry.rows, fine, offsets, chunk, device)
+    sums = _sum_code(subject, entry.rows, fine, offsets, chunk, device)
     first = torch.searchsorted(fine, offsets[:-1])
     early, late = sums[first[long].to(device)], sums[first[long].to(device) + 1]
     whole = sums[first.to(device)].index_add_(0, long.to(device), late)
@@ -216,10 +214,10 @@ def pooled_by_position(
     )
 
 
-def _code_sums(
+def _choose_sums(
     subject: Subject | None, texts: Tensor, device: torch.device | str
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
-    """`SparseSubject.pooled` for any subject, and how many rows it is best given at once."""
+    """Returns `SparseSubject.pooled` for any subject, and a suitable number of rows for a call."""
     if isinstance(subject, SparseSubject):
         if needs_contexts(subject):
             pool: Any = subject.pooled
@@ -250,10 +248,10 @@ def evaluate_probing(
     standardised_k: Sequence[int] = STANDARDISED_K,
     chunk: int | None = None,
 ) -> list[Row]:
-    """Accuracies of k-sparse and full probes on the test texts.
+    """Computes accuracies of k-sparse and full probes on the test texts.
 
     Args:
-        subject: what is probed, None for the language model's own channels (prefix 'llm').
+        subject: probed; None for the language model's channels (prefix 'llm').
         data: the language model's activations.
         seed: chooses the examples; the same for all subjects that are compared.
         k_values: numbers of columns.
@@ -262,16 +260,17 @@ def evaluate_probing(
         standardised_k: those of `k_values` at which columns are also chosen and fitted divided by
             their standard deviation on train, as `<prefix>_standardised_top_<k>_test_accuracy`:
             no column is large there by scale alone.
-        chunk: rows encoded at once, which bounds the memory at chunk x d_sae numbers; None for what
-            suits subject and device.
+        chunk: rows encoded at once, which bounds the memory at chunk x d_sae numbers; None for a
+            number that suits subject and device.
 
     Returns: `<prefix>_top_<k>_test_accuracy` and `<prefix>_test_accuracy` (all columns) of each
         class (slice 'entry=..,class=..'), their mean over the classes of an entry ('entry=..') and
         the plain mean over entries (''), with its 95% interval as `<metric>.low` and
         `<metric>.high` where there are two entries or more; and for a subject `probing_constant`,
-        1 where all texts of an entry have the same code, so that its probes are at 0.5 and mean
-        nothing. The accuracy at k = 5 also from positions 0-31 and 32-63 alone, of entries with
-        enough texts that have both ('position=0-31,entry=..'), and their mean ('position=0-31').
+        1 where all texts of an entry have the same code, so that the accuracies of its probes are
+        0.5 and meaningless. The accuracy at k = 5 also from positions 0-31 and 32-63 alone, of
+        entries with enough texts that have both ('position=0-31,entry=..'), and their mean
+        ('position=0-31').
     """
     for k in k_values:
         if k < 1:
@@ -280,13 +279,13 @@ def evaluate_probing(
     by_position: list[Row] = []
     with progress(f"probing {prefix}", len(data.entries), "entries") as bar:
         for entry in data.entries:
-            codes = pooled_by_position(subject, entry, chunk, device)
+            codes = pool_by_position(subject, entry, chunk, device)
             by_position += _rows_by_position(codes, entry, seed, prefix)
             code = codes.whole
-            same = None if subject is None else constant_row(code, entry)
+            constant = None if subject is None else constant_row(code, entry)
             rows += probe_rows(code, entry, seed, k_values, prefix, standardised_k)
             rows += mean_rows(rows, f"entry={entry.name},class=", f"entry={entry.name}")
-            rows += [] if same is None else [same]
+            rows += [] if constant is None else [constant]
             bar.advance()
     entry_slices = {f"entry={entry.name}" for entry in data.entries}
     of_entries = [row for row in rows if row.slice in entry_slices]
@@ -295,10 +294,11 @@ def evaluate_probing(
 
 
 def _rows_by_position(codes: ByPosition, entry: ProbingEntry, seed: int, prefix: str) -> list[Row]:
-    """Accuracy of an entry at `POSITION_K` from each half alone: the mean over its classes."""
+    """Computes the accuracy of an entry at `POSITION_K` from each half alone, the mean over its
+    classes."""
     metric = f"{prefix}_top_{POSITION_K}_test_accuracy"
     labels, is_train = entry.labels[codes.long], entry.is_train[codes.long]
-    places = {f"{name},entry={entry.name}": name for name in HALVES}
+    slices = {f"{name},entry={entry.name}": name for name in HALVES}
     fewest = min(
         int(((labels == c) & (is_train == side)).sum())
         for c in range(len(entry.classes))
@@ -306,31 +306,27 @@ def _rows_by_position(codes: ByPosition, entry: ProbingEntry, seed: int, prefix:
     )
     if fewest < LEAST_LONG:
         reason = f"a class has {fewest} texts of more than {SPLIT} tokens (least: {LEAST_LONG})"
-        return [missing(metric, DEFINITION, reason, where) for where in places]
-    some = replace(entry, labels=labels, is_train=is_train)
-    tasks, rows = build_tasks(some, seed), []
-    for where, name in places.items():
+        return [missing(metric, DEFINITION, reason, where) for where in slices]
+    long_texts = replace(entry, labels=labels, is_train=is_train)
+    tasks, rows = build_tasks(long_texts, seed), []
+    for where, name in slices.items():
         code = codes.early if name == HALVES[0] else codes.late
-        found = _accuracies(code, some, tasks, _probes((POSITION_K,)))
-        values = [value for accuracies in found for value in accuracies.values()]
-        said = [value for value in values if isinstance(value, str)]
-        mean = 0.0 if said else sum(map(float, values)) / len(values)
-        rows.append(
-            missing(metric, DEFINITION, said[0], where)
-            if said
-            else number(metric, mean, DEFINITION, where)
-        )
+        by_task = _accuracies(code, long_texts, tasks, _probes((POSITION_K,)))
+        values = [value for accuracies in by_task for value in accuracies.values()]
+        reasons = [value for value in values if isinstance(value, str)]
+        mean = 0.0 if reasons else sum(map(float, values)) / len(values)
+        rows.append(number_or_reason(metric, reasons[0] if reasons else mean, DEFINITION, where))
     return rows
 
 
 def _means_by_position(rows: Sequence[Row]) -> list[Row]:
-    """The plain mean over the entries that have enough long texts, for each half."""
-    made = []
+    """Averages over the entries that have enough long texts, for each half."""
+    means = []
     for name in HALVES:
-        own = [row for row in rows if row.slice.startswith(name)]
-        found = [row for row in own if row.value is not None]
-        made += mean_rows(found or own[:1], name, name)
-    return made
+        of_half = [row for row in rows if row.slice.startswith(name)]
+        measured = [row for row in of_half if row.value is not None]
+        means += mean_rows(measured or of_half[:1], name, name)
+    return means
 
 
 @torch.inference_mode()
@@ -342,18 +338,18 @@ def probe_rows(
     prefix: str = "sae",
     standardised_k: Sequence[int] = STANDARDISED_K,
 ) -> list[Row]:
-    """The rows of every class of one entry.
+    """Computes the rows of every class of one entry.
 
     Args:
-        code: `pooled` of the entry, float32 [texts, F]; it is changed: the mean over the training
-            texts is subtracted in place, where a copy would cost as much as some of the probes.
+        code: `mean_codes` of the entry, float32 [texts, F]; it is changed: the mean over the
+            training texts is subtracted in place, since a copy would cost as much as some probes.
         entry, seed, k_values, prefix, standardised_k: as in `evaluate_probing`.
     """
     tasks = build_tasks(entry, seed)
     scaled_k = [k for k in standardised_k if k in k_values]
-    found = _accuracies(code, entry, tasks, _probes(k_values, scaled_k, full=True))
+    by_task = _accuracies(code, entry, tasks, _probes(k_values, scaled_k, full=True))
     rows = []
-    for task, accuracies in zip(tasks, found, strict=True):
+    for task, accuracies in zip(tasks, by_task, strict=True):
         where = f"entry={entry.name},class={task.name}"
         for probe, value in accuracies.items():
             metric = f"{prefix}_{probe}test_accuracy"
@@ -361,7 +357,7 @@ def probe_rows(
     return rows
 
 
-#: Part of a metric's name -> number of columns (0 for all) and whether they are standardised.
+#: Part of a metric's name -> number of columns (0 for all), and True if they are standardised.
 Probes = dict[str, tuple[int, bool]]
 
 
@@ -374,16 +370,16 @@ def _probes(k_values: Sequence[int], scaled_k: Sequence[int] = (), full: bool = 
 def _accuracies(
     code: Tensor, entry: ProbingEntry, tasks: Sequence[Task], probes: Probes
 ) -> list[dict[str, float | str]]:
-    """For each task the test accuracy of each probe; or why there is none.
+    """Computes each task's test accuracy of each probe, or the reason why there is none.
 
     The code is centred in place.
     """
     finite = code.sum(1).isfinite()
-    here = finite.cpu()
-    sound = [t for t in tasks if bool(here[t.train.index].all() and here[t.test.index].all())]
-    if not here.all():
+    usable = finite.cpu()
+    sound = [t for t in tasks if bool(usable[t.train.index].all() and usable[t.test.index].all())]
+    if not usable.all():
         code.masked_fill_(~finite[:, None], 0)
-    is_train = entry.is_train & here
+    is_train = entry.is_train & usable
     train = is_train.to(code)
     code.sub_((train / train.sum()) @ code)
     log_odds: dict[str, list[Tensor]] = {}
@@ -391,34 +387,36 @@ def _accuracies(
         possible = {n: k for n, (k, s) in probes.items() if s == scaled and 0 < k <= code.shape[1]}
         if possible:
             scale = _inverse_spread(code, is_train) if scaled else None
-            found = _sparse(code, sound, list(possible.values()), scale)
-            log_odds |= {name: found[k] for name, k in possible.items()}
+            by_k = _sparse_log_odds(code, sound, list(possible.values()), scale)
+            log_odds |= {name: by_k[k] for name, k in possible.items()}
     for name in (name for name, (k, _) in probes.items() if k == 0):
-        log_odds[name] = [_full(code, task) for task in sound]
-    made: list[dict[str, float | str]] = []
+        log_odds[name] = [_full_log_odds(code, task) for task in sound]
+    by_task: list[dict[str, float | str]] = []
     for task in tasks:
         if task not in sound:
-            made.append(dict.fromkeys(probes, "the code is not finite"))
+            by_task.append(dict.fromkeys(probes, "the code is not finite"))
             continue
-        own: dict[str, float | str] = {}
+        accuracies: dict[str, float | str] = {}
         for name, (k, _) in probes.items():
             if name in log_odds:
                 right = (log_odds[name][sound.index(task)].cpu() > 0) == task.test.positive
-                own[name] = float(right.double().mean())
+                accuracies[name] = float(right.double().mean())
             else:
-                own[name] = f"the code has {code.shape[1]} columns, fewer than k = {k}"
-        made.append(own)
-    return made
+                accuracies[name] = f"the code has {code.shape[1]} columns, fewer than k = {k}"
+        by_task.append(accuracies)
+    return by_task
 
 
-def _sparse(
+def _sparse_log_odds(
     code: Tensor, tasks: Sequence[Task], k_values: Sequence[int], scale: Tensor | None = None
 ) -> dict[int, list[Tensor]]:
-    """By k, the k-sparse probes' log-odds for the test texts of each task, float64.
+    """Fits the k-sparse probes.
 
     Args:
         code: float32 [texts, F], of mean zero.
         scale: float32 [F] by which columns are multiplied; None for ones.
+
+    Returns: k -> log-odds for the test texts of each task, float64.
     """
     best = _best_columns(code, tasks, max(k_values), scale)
     columns = code.index_select(1, best.flatten()).T.reshape(*best.shape, len(code)).double()
@@ -434,16 +432,16 @@ def _sparse(
     index, positive, counted = (part.to(code.device) for part in (index, positive, counted))
     train = columns.gather(2, index[:, None].expand(-1, best.shape[1], -1))
     test = [z[:, task.test.index.to(code.device)] for z, task in zip(columns, tasks, strict=True)]
-    found: dict[int, list[Tensor]] = {}
+    log_odds: dict[int, list[Tensor]] = {}
     w, b = columns.new_zeros(len(tasks), 0), columns.new_zeros(len(tasks))
     for k in sorted(k_values):
         w, b = logistic_regressions(train[:, :k], positive, counted, start=(w, b))
-        found[k] = [w[i] @ z[:k] + b[i] for i, z in enumerate(test)]
-    return found
+        log_odds[k] = [w[i] @ z[:k] + b[i] for i, z in enumerate(test)]
+    return log_odds
 
 
 def _best_columns(code: Tensor, tasks: Sequence[Task], k: int, scale: Tensor | None) -> Tensor:
-    """The k columns whose scaled class means differ most, best first: int64 [tasks, k]."""
+    """Finds the k columns whose scaled class means differ most, best first; int64 [tasks, k]."""
     sign = torch.zeros(len(tasks), len(code))
     for i, task in enumerate(tasks):
         positive = task.train.positive
@@ -454,19 +452,19 @@ def _best_columns(code: Tensor, tasks: Sequence[Task], k: int, scale: Tensor | N
 
 
 def _inverse_spread(code: Tensor, is_train: Tensor) -> Tensor:
-    """1 / standard deviation of each column over the training texts, 1 where it is constant.
+    """Returns 1 / standard deviation of each column over the training texts; 1 for constant ones.
 
     Args:
         code: float32 [texts, F], of mean zero there.
     """
     n = int(is_train.sum())
-    train = code[:n] if is_train[:n].all() else code[is_train.to(code.device)]  # hardly ever a copy
+    train = code[:n] if is_train[:n].all() else code[is_train.to(code.device)]  # rarely a copy
     spread = torch.linalg.vector_norm(train, dim=0) / max(1, n - 1) ** 0.5
     return 1 / torch.where(spread > 0, spread, 1)
 
 
-def _full(code: Tensor, task: Task) -> Tensor:
-    """The full probe's log-odds for the test texts, float32."""
+def _full_log_odds(code: Tensor, task: Task) -> Tensor:
+    """Fits the full probe; returns its log-odds for the test texts, float32."""
     train, test = (
         code.index_select(0, side.index.to(code.device)) for side in (task.train, task.test)
     )
@@ -475,46 +473,49 @@ def _full(code: Tensor, task: Task) -> Tensor:
 
 
 def _intervals(rows: Sequence[Row]) -> list[Row]:
-    """The 95% t interval of each mean over entries, which are its units.
+    """Computes the 95% t interval of each mean over entries, which are its units.
 
-    The tasks of an entry share their texts, so that they are no draws of their own.
+    The tasks of an entry share their texts, so that they are not independent draws.
     """
     values: dict[str, list[float | None]] = {}
     for row in rows:
         if row.metric.endswith("accuracy"):
             values.setdefault(row.metric, []).append(row.value)
-    made = []
-    for metric, found in values.items():
-        numbers = [value for value in found if value is not None]
-        if len(numbers) == len(found) > 1:
+    intervals = []
+    for metric, of_entries in values.items():
+        numbers = [value for value in of_entries if value is not None]
+        if len(numbers) == len(of_entries) > 1:
             low, high = stats.t_interval(numbers)
-            made += [
+            intervals += [
                 number(f"{metric}.low", float(low), DEFINITION),
                 number(f"{metric}.high", float(high), DEFINITION),
             ]
-    return made
+    return intervals
 
 
 def constant_row(code: Tensor, entry: ProbingEntry, definition: str = DEFINITION) -> Row:
-    """1 where all texts of an entry have the same code."""
-    same = float((code == code[0]).all())
-    return number("probing_constant", same, definition, f"entry={entry.name}")
+    """Builds the row that is 1 where all texts of an entry have the same code, else 0."""
+    constant = float((code == code[0]).all())
+    return number("probing_constant", constant, definition, f"entry={entry.name}")
 
 
 def mean_rows(
     rows: Sequence[Row], begins: str, where: str, definition: str = DEFINITION
 ) -> list[Row]:
-    """One row for each metric: the mean over the rows whose slice begins so."""
+    """Averages each metric over the rows whose slice starts with `begins`.
+
+    Returns: a row of slice `where` for each metric, missing where one of its rows is.
+    """
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.slice.startswith(begins):
             groups.setdefault(row.metric, []).append(row)
-    made = []
+    means = []
     for metric, group in groups.items():
         values = [row.value for row in group if row.value is not None]
         if len(values) == len(group):
-            made.append(number(metric, sum(values) / len(values), definition, where))
+            means.append(number(metric, sum(values) / len(values), definition, where))
         else:
             first = next(row for row in group if row.value is None)
-            made.append(missing(metric, definition, f"{first.slice}: {first.reason}", where))
-    return made
+            means.append(missing(metric, definition, f"{first.slice}: {first.reason}", where))
+    return means

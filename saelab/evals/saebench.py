@@ -1,15 +1,15 @@
-"""SAEBench's own result files of sparse probing: rows -> file, file -> rows, and their schema.
+"""Result files of sparse probing in SAEBench's schema: rows -> file, and file -> rows.
 
     eval_result_metrics   {"llm": {...}, "sae": {...}}: means over the entries
     eval_result_details   one object an entry, "dataset_name": "<entry>_results": means over classes
     eval_result_unstructured  {"<entry>_results": {metric: {class: accuracy}}}
 
-A k that was not run is null. What the schema has no place for (the definition, entries that are
-missing, other k, intervals) stands in `eval_result_unstructured` under "saelab". A file without it
-was written by SAEBench and holds numbers of definition 1; it does not tell SAEBench's version.
+A k that was not run is null. Fields that the schema lacks (the definition, entries that are
+missing, other k, intervals) are in `eval_result_unstructured` under "saelab". A file without it
+was written by SAEBench and holds numbers of definition 1; it does not give SAEBench's version.
 
-Source of the schema: SAEBench 0.6.0's SparseProbingEvalOutput, to which
-tests/evals/test_saebench.py holds what is written here.
+Source of the schema: SAEBench 0.6.0's SparseProbingEvalOutput; tests/evals/test_saebench.py
+compares the files written here with it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OURS = "saelab"
 
 
 def metric_names(prefix: str) -> tuple[str, ...]:
-    """The schema's fields of one side, 'llm' or 'sae'."""
+    """Names the schema's fields of one side, 'llm' or 'sae'."""
     return (f"{prefix}_test_accuracy", *(f"{prefix}_top_{k}_test_accuracy" for k in SCHEMA_K))
 
 
@@ -71,19 +71,20 @@ _TOP: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class About:
-    """What a result file says besides its numbers.
+    """Content of a result file besides its numbers.
 
     Args:
         model_name: of the language model.
         dtype: it ran in.
         sae: the SAE's configuration; d_in, d_sae, hook_name, hook_layer by SAELens' names.
-        release, sae_id: what the SAE is called.
+        release, sae_id: names of the SAE.
         train_size, test_size: texts per class that were asked for; a task has twice as many.
         context: tokens per text, BOS included.
         k_values: numbers of columns.
         seed: of the examples.
-        millis: when it was measured, milliseconds since 1970.
+        millis: time of the measurement, milliseconds since 1970.
         version: of the package.
+        further: added under "saelab".
     """
 
     model_name: str
@@ -101,30 +102,31 @@ class About:
     further: Mapping[str, Any] = field(default_factory=dict)
 
 
-def as_result(rows: Sequence[Row], about: About) -> dict[str, Any]:
-    """The content of SAEBench's result file.
+def build_result(rows: Sequence[Row], about: About) -> dict[str, Any]:
+    """Builds the content of SAEBench's result file.
 
     Args:
         rows: of one subject (prefix 'sae') and of the model's channels ('llm'), as `probing_rows`
-            gives them; others are passed over.
+            gives them; others are ignored.
 
-    Raises: SourceError when they lack what the schema asks for, or have several definitions.
+    Raises: SourceError when they lack required numbers, or have several definitions.
     """
     rows = [row for row in rows if row.definition.startswith(f"{TYPE}/")]
     definitions = sorted({row.definition for row in rows})
     if len(definitions) != 1:
-        told = " and ".join(definitions) or "no sparse probing"
-        raise SourceError(f"a SAEBench result holds one definition, these rows have {told}")
+        present = " and ".join(definitions) or "no sparse probing"
+        raise SourceError(f"a SAEBench result holds one definition, these rows have {present}")
     values: dict[str, dict[str, float | None]] = {}
     for row in rows:
         values.setdefault(row.slice, {})[row.metric] = row.value
     names = [where.removeprefix("entry=") for where in values if _is_entry(where)]
-    found = [name for name in names if values[f"entry={name}"].get("llm_test_accuracy") is not None]
+    accuracies = {name: values[f"entry={name}"].get("llm_test_accuracy") for name in names}
+    measured = [name for name in names if accuracies[name] is not None]
     overall = values.get("", {})
     named = {*_LLM, *_SAE}
     result = {
         "eval_type_id": TYPE,
-        "eval_config": _config(about, found),
+        "eval_config": _config(about, measured),
         "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, digest([row.as_dict() for row in rows]))),
         "datetime_epoch_millis": about.millis,
         "eval_result_metrics": {
@@ -134,7 +136,7 @@ def as_result(rows: Sequence[Row], about: About) -> dict[str, Any]:
         "eval_result_details": [
             {"dataset_name": f"{name}_results"}
             | {metric: values[f"entry={name}"].get(metric) for metric in (*_LLM, *_SAE)}
-            for name in found
+            for name in measured
         ],
         "sae_bench_commit_hash": f"none: saelab {about.version}",
         "sae_lens_id": about.sae_id,
@@ -146,7 +148,7 @@ def as_result(rows: Sequence[Row], about: About) -> dict[str, Any]:
             OURS: {
                 "definition": definitions[0],
                 "version": about.version,
-                "missing": _missing(rows, set(names) - set(found)),
+                "missing": _missing(rows, set(names) - set(measured)),
                 "metrics": {name: v for name, v in overall.items() if name not in named},
                 **about.further,
             }
@@ -154,10 +156,10 @@ def as_result(rows: Sequence[Row], about: About) -> dict[str, Any]:
     }
     if overall.get("llm_test_accuracy") is None:
         raise SourceError(
-            "a SAEBench result needs the accuracy of the model's own channels, which these rows "
-            f"lack ({_why(rows, 'llm_test_accuracy')}): evaluate 'model_channels' too"
+            "a SAEBench result needs the accuracy of the model's channels, which these rows "
+            f"lack ({_reason(rows, 'llm_test_accuracy')}): evaluate 'model_channels' too"
         )
-    check_result(result, "what was to be written")
+    check_result(result, "the new result")
     return result
 
 
@@ -196,33 +198,33 @@ def _missing(rows: Sequence[Row], names: set[str]) -> dict[str, str]:
     return {slices[row.slice]: row.reason for row in rows if row.slice in slices and row.reason}
 
 
-def _why(rows: Sequence[Row], metric: str) -> str:
+def _reason(rows: Sequence[Row], metric: str) -> str:
     reasons = (row.reason for row in rows if row.metric == metric and not row.slice)
     return next((reason for reason in reasons if reason), "they were not measured")
 
 
 def write_result(path: Path, rows: Sequence[Row], about: About) -> None:
-    """Writes `as_result`."""
-    write_json(path, as_result(rows, about))
+    """Writes the result file of `build_result`."""
+    write_json(path, build_result(rows, about))
 
 
 # ---------------------------------------------------------------- reading
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result file, checked.
+    """Reads a result file and checks it.
 
-    Raises: SourceError when it is missing or not of the schema; DamageError when it is no JSON.
+    Raises: SourceError when it is missing or not of the schema; DamageError when it is not JSON.
     """
     data = read_json(path)
     if not isinstance(data, dict) or data.get("eval_type_id") != TYPE:
-        raise SourceError(f"{path} is no SAEBench sparse_probing result: name the file it wrote")
+        raise SourceError(f"{path} is not a SAEBench sparse_probing result: name the file it wrote")
     check_result(data, str(path))
     return data
 
 
 def check_result(data: Mapping[str, Any], where: str) -> None:
-    """Holds a result to the fields and types of SAEBench 0.6.0.
+    """Checks a result against the fields and types of SAEBench 0.6.0.
 
     Raises: SourceError that names the first field that is missing or of another type.
     """
@@ -244,7 +246,7 @@ def check_result(data: Mapping[str, Any], where: str) -> None:
 
 
 class _Gate(Loose):
-    """What the gate asks of the SAE's configuration."""
+    """Fields of the SAE's configuration that the gate reads."""
 
     d_in: Number | None = None
     d_sae: Number | None = None
@@ -254,12 +256,14 @@ class _Gate(Loose):
 
 
 class _Ours(Loose):
+    """Fields under "saelab"."""
+
     definition: str = DEFINITION
     missing: dict[str, str] = Field(default_factory=dict)
 
 
 def _check_further(data: Mapping[str, Any], where: str) -> None:
-    """What the schema leaves open and is read here all the same."""
+    """Checks values that the schema leaves open but that are read here."""
     remedy = "take the file that SAEBench wrote"
     steps = data.get("training_steps")
     validate(data["sae_cfg_dict"] or {}, _Gate, f"{where}: sae_cfg_dict", remedy, SourceError)
@@ -276,19 +280,19 @@ def _check_further(data: Mapping[str, Any], where: str) -> None:
 
 def _check(data: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
     if not isinstance(data, Mapping):
-        raise SourceError(f"{where} is no object: SAEBench 0.6.0's schema asks for one")
+        raise SourceError(f"{where} is not an object: SAEBench 0.6.0's schema requires one")
     for name, kinds in fields.items():
         if name not in data:
-            raise SourceError(f"{where} lacks {name!r}, which SAEBench 0.6.0's schema asks for")
+            raise SourceError(f"{where} lacks {name!r}, which SAEBench 0.6.0's schema requires")
         value = data[name]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            told = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-            remedy = f"SAEBench 0.6.0's schema has {told}"
+            expected = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            remedy = f"SAEBench 0.6.0's schema has {expected}"
             raise SourceError(f"{where}: {name} = {repr(value)[:60]}: {remedy}")
 
 
 def definition_of(result: Mapping[str, Any]) -> str:
-    """The definition id of a file's numbers; SAEBench's own files hold those of definition 1."""
+    """Definition id of a file's numbers; files of SAEBench have definition 1."""
     return str(_ours(result).get("definition", DEFINITION))
 
 
@@ -298,9 +302,9 @@ def _ours(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rows_of(result: Mapping[str, Any]) -> list[Row]:
-    """The rows of a checked result: means over entries, of entries, and of classes if it has them.
+    """Reads the rows of a checked result: means over entries, of entries, and of classes.
 
-    What is null, or -1 as SAEBench writes under `lower_vram_usage`, is a row with that reason.
+    A value of null, or -1 as SAEBench writes under `lower_vram_usage`, becomes a missing one.
     """
     definition = definition_of(result)
 
@@ -308,13 +312,13 @@ def rows_of(result: Mapping[str, Any]) -> list[Row]:
         return [_row(name, group[name], definition, where) for name in names if name in group]
 
     metrics = result["eval_result_metrics"]
-    found = rows(metrics["llm"], _LLM, "") + rows(metrics["sae"], _SAE, "")
+    made = rows(metrics["llm"], _LLM, "") + rows(metrics["sae"], _SAE, "")
     for detail in result["eval_result_details"]:
         name = str(detail["dataset_name"]).removesuffix("_results")
-        found += rows(detail, (*_LLM, *_SAE), f"entry={name}")
+        made += rows(detail, (*_LLM, *_SAE), f"entry={name}")
     for name, reason in _ours(result).get("missing", {}).items():
-        found += [missing(metric, definition, reason, f"entry={name}") for metric in _SAE[:1]]
-    return found + _class_rows(result.get("eval_result_unstructured"), definition)
+        made += [missing(metric, definition, reason, f"entry={name}") for metric in _SAE[:1]]
+    return made + _class_rows(result.get("eval_result_unstructured"), definition)
 
 
 def _class_rows(further: Any, definition: str) -> list[Row]:

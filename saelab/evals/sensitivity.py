@@ -1,10 +1,10 @@
-"""What a small change of a scalar does to a trained SAE, without training it again.
+"""Effect of a small change of a scalar on a trained SAE, without training it again.
 
     elasticity of m to s at change c:   (m(s (1 + c)) / m(s) - 1) / c
 
 for FVU and L0 at each of `CHANGES`, for loss recovered at the two large ones. An elasticity of 1
 means that 1% more of s gives 1% more of m. `sensitivity.<scalar>` sums up: the FVU's elasticity
-that is largest in size. Each scalar is put back bit for bit.
+that is largest in size. Each scalar is restored bit for bit.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _of_scalar(
 
 
 def _metrics(subject: Subject, data: CoreData, with_loss: bool) -> dict[str, float]:
-    some = measure_reconstruction(subject, data, ROWS)
-    found = {"fvu": some.fvu, "l0": some.l0}
+    measured = measure_reconstruction(subject, data, ROWS)
+    metrics = {"fvu": measured.fvu, "l0": measured.l0}
     recovered = loss_recovered(subject, data.quick) if with_loss else None
-    return found if recovered is None else found | {"loss_recovered": recovered}
+    return metrics if recovered is None else metrics | {"loss_recovered": recovered}

@@ -1,6 +1,6 @@
-"""How much of what features do apart is told by their variance alone?
+"""Share of the differences between features' thresholds or gains that variance alone explains.
 
-    log |t_i| = a + s log v_i        over features with a threshold (or gain) of their own
+    log |t_i| = a + s log v_i        over features that each have a threshold (or gain)
 
 At the threshold t_i is that of latent i, v_i the variance of its pre-activation, and the implied
 temperature is s; at the input t_j multiplies dimension j, v_j is its variance, and the temperature
@@ -29,16 +29,19 @@ from saelab.sae import SAE
 DEFINITION = "consistency/1"
 FIT = ("temperature", "r2", "slope", "intercept")
 SPREAD = ("before", "after")
-#: Held-out rows that variances are taken over, and points of a fit that are kept. Our choice.
+#: Held-out rows that variances are taken over, and points of a fit that get rows. Our choice.
 ROWS, POINTS = 8192, 128
 
 
 @torch.no_grad()
 def evaluate_consistency(subject: Subject, data: CoreData) -> list[Row]:
-    """Rows consistency.temperature, .r2, .slope and .intercept, `POINTS` features of the fit as
-    consistency.variance and .threshold (slice 'latent=7'), spread.before and spread.after."""
+    """Computes the rows of the fit and of the spread.
+
+    Returns: consistency.temperature, .r2, .slope and .intercept; `POINTS` features of the fit as
+        consistency.variance and .threshold (slice 'latent=7'); spread.before and spread.after.
+    """
     if not isinstance(subject, SAE):
-        reason = "only an SAE made of parts has thresholds and scalings to look at"
+        reason = "only an SAE made of parts has thresholds and scalings"
         return [*_no_fit(reason), *_no_spread(reason)]
     x = data.rows[0][:ROWS].to(data.device)
     return [*_fit(subject, x), *_spread(subject, x)]
@@ -56,13 +59,13 @@ def _no_spread(reason: str) -> list[Row]:
 
 
 def _fit(sae: SAE, x: Tensor) -> list[Row]:
-    found = _thresholds(sae, x) or _gains(sae)
-    if found is None:
+    fitted = _thresholds(sae, x) or _gains(sae)
+    if fitted is None:
         return _no_fit("no threshold or gain of this SAE is learned feature by feature")
-    variance, own, sign = found
-    kept = (variance > 0) & (own != 0)
-    features = kept.nonzero()[:, 0]
-    log_v, log_t = (part[kept].double().abs().log() for part in (variance, own))
+    variance, threshold, sign = fitted
+    usable = (variance > 0) & (threshold != 0)
+    features = usable.nonzero()[:, 0]
+    log_v, log_t = (part[usable].double().abs().log() for part in (variance, threshold))
     if len(features) < 3 or float(log_v.std()) == 0:
         return _no_fit(f"{len(features)} features have a variance: a line needs 3 different ones")
     slope, intercept, r2 = _line(log_v, log_t)
@@ -87,10 +90,11 @@ def _line(x: Tensor, y: Tensor) -> tuple[float, float, float]:
 
 def _thresholds(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
     """Variance of each latent's pre-activation, its threshold (0 for one that never fires here),
-    and 1: [d_sae] each; None where the thresholds are not learned latent by latent."""
-    own = [p for p in sae.activation.parameters() if p.requires_grad and p.shape == (sae.d_sae,)]
+    both [d_sae], and 1; None where the thresholds are not learned latent by latent."""
+    parameters = sae.activation.parameters()
+    learned = [p for p in parameters if p.requires_grad and p.shape == (sae.d_sae,)]
     floor = sae.activation.initial_floor()
-    if not own or floor is None or floor.dim() == 0:
+    if not learned or floor is None or floor.dim() == 0:
         return None
     z = _preactivations(sae, x)
     fires = (z > floor).any(0)

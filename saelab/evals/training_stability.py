@@ -1,4 +1,4 @@
-"""How steady a cell's training was, from the log of every step.
+"""Stability of a cell's training, from the log of every step.
 
     spikes                   runs of `LASTING` steps or more in which the log loss lies more than 5
                              MAD above its running median
@@ -9,12 +9,12 @@
                              half of the run
     stability.nonfinite      1 where training stopped at a step that was not finite, else 0
 
-The loss is the reconstruction loss. The first three look at the run from `SETTLED` on, since the
-loss moves by design before; an arm whose k still falls then, or whose latents are resampled, has
+The loss is the reconstruction loss. The first three use the run from `SETTLED` on, since the loss
+moves by design before; an arm whose k still falls then, or whose latents are resampled, has
 rises by design later too. MADs are of the residuals from the running median, without a factor for
-normal data: 5 are 3.4 standard deviations of normal noise. The gate warns of `LARGE` ones alone
-(10 MAD), which it counts in the same way. A cell that stopped early has the last row and no other:
-its log is of another share of the run.
+normal data: 5 are 3.4 standard deviations of normal noise. The gate warns only of `LARGE` ones
+(10 MAD), which it counts in the same way. A cell that stopped early has only the last row: its log
+covers another share of the run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OF_LOSS = ("spikes", "stability.rise", "stability.detrended")
 
 
 def stability(log: TrainingLog, stopped: int | None = None) -> list[Row]:
-    """The rows of one cell.
+    """Computes the rows of one cell.
 
     Args:
         log: of its steps.
@@ -55,10 +55,10 @@ def stability(log: TrainingLog, stopped: int | None = None) -> list[Row]:
 
 
 def spikes(loss: np.ndarray, factor: float = SPIKE) -> int:
-    """How often the log of loss [n] is above its running median by `factor` MAD, for `LASTING`
-    steps or more."""
+    """Counts the runs of `LASTING` steps or more in which the log of loss [n] is above its running
+    median by `factor` MAD."""
     logs = _log(loss)
-    padded = np.pad(logs, WINDOW // 2, mode="reflect")  # the last value may be a spike's
+    padded = np.pad(logs, WINDOW // 2, mode="reflect")  # the last value may belong to a spike
     median = np.median(np.lib.stride_tricks.sliding_window_view(padded, WINDOW), axis=1)
     residual = _settled(logs - median)
     high = np.pad(residual > factor * max(stats.mad(residual), 1e-9), 1).astype(np.int8)

@@ -34,7 +34,7 @@ CODE_ROWS, INPUT_CONTEXTS = 512, 512
 def code_std(subject: Any, data: CoreData) -> float:
     """The largest standard deviation of a latent over some held-out rows; 0 is a constant code."""
     if needs_contexts(subject):
-        x, _, starts = data.apart
+        x, _, starts = data.shuffled_runs
         starts = starts[: 1 + max(1, int((starts <= CODE_ROWS).sum()) - 1)]
         code = subject.encode(x[: int(starts[-1])].to(data.device), starts.to(data.device))
     else:

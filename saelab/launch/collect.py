@@ -58,7 +58,7 @@ def collect(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> Collecte
         others = [folders[other] for other in partners.get(spec, ())]
         measured = [*cell["rows"], *(row.as_dict() for row in _scalar_rows(spec, cell["last"]))]
         if spec in partners:
-            measured += _seed_rows(ready.cache, folder, others)
+            measured += _seed_rows(ready.cache, folder, others, ready.base.evaluation.extra)
         rows += [row | spec.id.as_dict() for row in measured]
         facts = cell["facts"] | (band if spec.is_at_target(plan) else {})
         gates[spec.id.name] = CellGate(id=spec.id, expected=spec.expected, facts=facts)
@@ -112,13 +112,15 @@ def random_band(rows: Sequence[dict[str, Any]], texts: int) -> dict[str, float]:
     return {"random_control_low": whole[0] - error, "random_control_high": whole[0] + error}
 
 
-def _seed_rows(cache: Path, folder: Path, others: Sequence[Path]) -> list[dict[str, Any]]:
+def _seed_rows(
+    cache: Path, folder: Path, others: Sequence[Path], extra: Sequence[str]
+) -> list[dict[str, Any]]:
     """The rows of a cell beside other seeds. Its worker has compared most pairs: not those of cells
     that other launches left in the cache, nor after an interruption."""
     with one_thread():
         for other in others:
             compare(cache, folder, other)
-    return [row.as_dict() for row in rows_of_seeds(cache, folder, others)]
+    return [row.as_dict() for row in rows_of_seeds(cache, folder, others, extra)]
 
 
 def _control_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:

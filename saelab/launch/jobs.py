@@ -26,7 +26,7 @@ class WorkerData:
     """What every job of a launch shares; plain data, so that it can be sent to a worker.
 
     `train_digest` is None while the activations to train on are still being harvested; `read_ahead`
-    is in bytes, see `HarvestConfig`.
+    is in bytes, see `HarvestConfig`; `extra` names evaluations, see `EvalConfig`.
     """
 
     train: Place
@@ -46,6 +46,7 @@ class WorkerData:
     device: str
     provenance: dict[str, Any]
     read_ahead: int
+    extra: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

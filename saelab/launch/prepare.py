@@ -28,7 +28,7 @@ from saelab.data.probing.saebench import describe_missing, saebench_entries
 from saelab.data.text.corpus import TextConfig, documents, manifest
 from saelab.data.text.tokens import tokenize
 from saelab.errors import DamageError, SettingError, SourceError
-from saelab.evals import PROBING
+from saelab.evals.measure import PROBING
 from saelab.storage.cache import activations_folder, fetch, share
 from saelab.storage.lock import lock_folder
 from saelab.storage.remote import Place, RemoteError, place_of

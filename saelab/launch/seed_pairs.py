@@ -24,9 +24,11 @@ from torch import Tensor
 
 from saelab.config import digest
 from saelab.errors import DamageError
-from saelab.evals.base import Row
-from saelab.evals.dictionary_consistency import OF_SEEDS, no_agreement, seed_rows, sums_by_frequency
-from saelab.evals.dictionary_matching import Agreement, agree
+from saelab.evals import of_seeds
+from saelab.evals.base import Row, SeedPair
+from saelab.evals.dictionary_consistency import OF_SEEDS, sums_by_frequency
+from saelab.evals.dictionary_matching import Agreement, match_dictionaries
+from saelab.evals.measure import evaluate_seeds
 from saelab.launch.latent_table import FILE, read_density
 from saelab.storage.atomic import read_sealed, write_sealed
 
@@ -52,29 +54,34 @@ def compare(cache: Path, one: Path, other: Path) -> None:
     if _known(file) or not (_comparable(one) and _comparable(other)):
         return
     first, second = sorted((one, other), key=lambda folder: folder.name)
-    found = agree(_decoder(first), _decoder(second))
-    sides = {first: found, second: found.turned()}
+    found = match_dictionaries(_decoder(first), _decoder(second))
+    sides = {first: found, second: found.transpose()}
     sums = {cell.name: _sums(side, read_density(cell / FILE)) for cell, side in sides.items()}
     write_sealed(file, sums)
 
 
-def rows_of_seeds(cache: Path, own: Path, others: Sequence[Path]) -> list[Row]:
+def rows_of_seeds(
+    cache: Path, own: Path, others: Sequence[Path], extra: Sequence[str] = ()
+) -> list[Row]:
     """The rows of one cell, whose pairs have been compared.
 
     Args:
         own: its folder.
         others: those of the other seeds that it is compared with.
+        extra: `evaluation.extra` of the launch.
     """
+    return evaluate_seeds(_pairs(cache, own, others), of_seeds(extra))
+
+
+def _pairs(cache: Path, own: Path, others: Sequence[Path]) -> list[SeedPair] | str:
+    """A cell's side of each of its pairs, or the reason why there are none."""
     if not others:
-        return no_agreement("the arm has one seed", OF_SEEDS)
+        return "the arm has one seed"
     if not _comparable(own):
-        reason = "the cell failed, or is no SAE made of parts"
-        return no_agreement(reason, OF_SEEDS)
+        return "the cell failed, or is no SAE made of parts"
     files = [_file(cache, own, other) for other in others]
     pairs = [read_sealed(file)[own.name] for file in files if file.is_file()]
-    if not pairs:
-        return no_agreement("no other seed of the arm has a trained SAE", OF_SEEDS)
-    return seed_rows(pairs)
+    return pairs or "no other seed of the arm has a trained SAE"
 
 
 def _known(file: Path) -> bool:

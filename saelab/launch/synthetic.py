@@ -23,9 +23,10 @@ from saelab.data.activations.stream import Layout
 from saelab.data.language_model import check_device
 from saelab.data.synthetic.chains import Process, SyntheticConfig, generate, parse_process
 from saelab.errors import CellFailure, SettingError, nearest
-from saelab.evals import EvalData, check_names, evaluate
+from saelab.evals import check_names
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData
+from saelab.evals.measure import EvalData, evaluate
 from saelab.progress import progress
 from saelab.runs.schema import CellId, level_of
 from saelab.sae import SAE, SAEConfig

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from saelab.evals import probing_rows
+from saelab.evals import of_control
+from saelab.evals.measure import probing_rows
 from saelab.launch import controls, progress_lines
 from saelab.launch.cell_key import Key, cell_folder, cell_key, resume_folder
 from saelab.launch.cell_store import finish, is_finished
@@ -117,12 +118,14 @@ def _data(base: BaseConfig, prepared: LaunchData, task: Launch) -> WorkerData:
         device=base.model.device,
         provenance=prepared.provenance,
         read_ahead=base.harvest.read_ahead,
+        extra=base.evaluation.extra,
     )
 
 
 def _data_content(base: BaseConfig, prepared: LaunchData, data: WorkerData) -> dict[str, Any]:
     """What the numbers of a cell depend on besides its settings and training activations."""
-    return {
+    extra = {"extra": sorted(data.extra)} if data.extra else {}  # keys without it stay as they were
+    return extra | {
         "held_out": prepared.held_out.digest,
         "probing": prepared.probing.name if prepared.probing else None,
         "layout": data.layout,
@@ -304,7 +307,7 @@ def _control(worker: Worker, control: JobCell, cache: Path) -> None:
         rows = probing_rows(None, worker.evaluation, prefix="llm")
     else:
         setting = controls.Setting(worker.sample, control.sae_config, level, control.id.seed)
-        rows = worker.evaluate(controls.SUBJECTS[name](setting), probe=True)
+        rows = worker.evaluate(controls.SUBJECTS[name](setting), of_control(worker.data.extra))
     cell = replace(control.shown, seed=-1)
     folder = worker.folder(cache, control.key)
     finish(folder, {"rows": [row.of_cell(cell).as_dict() for row in rows]})

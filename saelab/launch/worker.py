@@ -16,6 +16,7 @@ A finished cell at the plan's L0 is then compared with those of its arm's other 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,12 @@ from torch import Tensor
 from saelab import checkpoint
 from saelab.data import language_model
 from saelab.data.probing.activations import ProbingData
-from saelab.evals import EvalData, evaluate
-from saelab.evals.base import Row, Subject
-from saelab.evals.convergence import convergence
+from saelab.errors import CellFailure
+from saelab.evals import of_cell
+from saelab.evals.base import Row, Subject, Training
 from saelab.evals.core import CoreData
-from saelab.evals.decoder_cosines import decoder_rows
-from saelab.evals.dictionary_consistency import (
-    OF_CHANCE,
-    OF_SNAPSHOTS,
-    chance_rows,
-    no_agreement,
-    snapshot_rows,
-)
-from saelab.evals.dictionary_matching import chance, largest_cosines
-from saelab.evals.latent_lifetimes import survival_rows
-from saelab.evals.training_stability import stability
+from saelab.evals.dictionary_matching import largest_cosines
+from saelab.evals.measure import EvalData, evaluate
 from saelab.launch.cell_facts import (
     MEASURED,
     PROBED,
@@ -61,7 +53,7 @@ from saelab.launch.latent_table import FILE, write_latents
 from saelab.launch.prepare import open_source
 from saelab.launch.progress_lines import Reports
 from saelab.launch.seed_pairs import compare
-from saelab.sae import SAE, learned_scalars
+from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
 from saelab.study.experiment_file import load_experiment
@@ -73,17 +65,6 @@ from saelab.training.resume import ResumableCell, remove_checkpoints, restore_ce
 from saelab.training.sample import initial_sample
 from saelab.training.train import train_members
 from saelab.verdict.gate import REACH
-
-#: What is measured of a cell at the plan's L0.
-AT_TARGET = (
-    "core",
-    "probing",
-    "sensitivity",
-    "consistency",
-    "positions",
-    "truth",
-    "absorption",
-)
 
 
 class Worker:
@@ -118,9 +99,7 @@ class Worker:
             cell, failure = member.cell, failures.get(member.cell.name)
             reports.evaluating(cell)
             largest = largest_cosines(cell.sae.W_dec) if isinstance(cell.sae, SAE) else None
-            rows = stability(cell.log, failure.step if failure else None)
-            if not failure:
-                rows += self._rows(cell, sent.at_target, largest)
+            rows = self._rows(cell, sent.at_target, failure)
             facts = self._facts(cell, sent, rows, largest)
             if failure:
                 facts["nonfinite_step"] = failure.step
@@ -149,27 +128,22 @@ class Worker:
         return cell_folder(cache, key, self.data.train_digest or self.train.digest)
 
     @torch.no_grad()
-    def evaluate(self, subject: Subject, probe: bool) -> list[Row]:
-        """Core metrics, and all others where the cell is at the plan's L0."""
-        return evaluate(subject, self.evaluation, AT_TARGET if probe else ("core",))
+    def evaluate(
+        self, subject: Subject, names: Sequence[str], training: Training | None = None
+    ) -> list[Row]:
+        """Rows of the named evaluations; of a cell's own training where it is given."""
+        return evaluate(subject, self.evaluation, names, training)
 
-    def _rows(self, cell: TrainingCell, probe: bool, largest: Tensor | None) -> list[Row]:
-        """All rows of a trained cell."""
-        rows = self.evaluate(cell.sae, probe) + convergence(cell.log, learned_scalars(cell.sae))
-        if probe:
-            rows += [*decoder_rows(largest), *survival_rows(cell.sae), *self._agreement(cell)]
-        return rows
-
-    def _agreement(self, cell: TrainingCell) -> list[Row]:
-        """The decoder beside its own snapshots, and what chance gives."""
-        if cell.snapshots is None:
-            reason = "only an SAE made of parts has decoder rows"
-            return no_agreement(reason, (*OF_SNAPSHOTS, *OF_CHANCE))
-        kept, config = cell.snapshots, cell.config
-        expected = chance(cell.sae.d_sae, cell.sae.d_in, self.data.probing_seed)
-        settled = config.warmup * config.tokens
-        rows = snapshot_rows(kept.tokens, kept.decoders, settled, expected[0])
-        return rows + chance_rows(expected)
+    def _rows(self, cell: TrainingCell, at_target: bool, failure: CellFailure | None) -> list[Row]:
+        """All rows of a cell that can be had before other seeds are trained."""
+        training = Training(
+            cell.log,
+            failure.step if failure else None,
+            cell.snapshots,
+            cell.config.warmup * cell.config.tokens,
+        )
+        names = of_cell(at_target, self.data.extra, failed=failure is not None)
+        return self.evaluate(cell.sae, names, training)
 
     def _write_latents(self, folder: Path, cell: TrainingCell) -> None:
         density = self.evaluation.core.density

@@ -22,6 +22,7 @@ from saelab.data.language_model import ModelConfig
 from saelab.data.probing.saebench import Definition, SourceConfig
 from saelab.data.text.corpus import TextConfig
 from saelab.errors import SettingError, nearest
+from saelab.evals import check_extra
 from saelab.parts import HOW_TO_SET_L0
 from saelab.runs.folder import MANIFEST, RunFolder
 from saelab.runs.schema import CONTROL, CellId, level_of
@@ -75,13 +76,26 @@ MOST_SEEDS = 1000
 
 
 class EvalConfig(Frozen):
-    """Core evaluation: tokens for reconstruction, contexts for loss recovered; decoders kept over
-    the training of each cell at the plan's L0, evenly spaced in log tokens (0: none)."""
+    """Evaluation of the cells of a launch.
+
+    Args:
+        tokens: held-out tokens for reconstruction.
+        loss_contexts: contexts for loss recovered.
+        snapshots: decoders saved over the training of each cell at the plan's L0, evenly spaced in
+            log tokens (0: none).
+        extra: names of evaluations that a launch runs only when asked; cells at the plan's L0 get
+            them, and the controls.
+        probing: sparse probing.
+    """
 
     tokens: PositiveInt = 65_024
     loss_contexts: PositiveInt = 128
     snapshots: int = Field(default=10, ge=0)
+    extra: tuple[str, ...] = ()
     probing: ProbingConfig = ProbingConfig()
+
+    def model_post_init(self, _: Any) -> None:
+        check_extra(self.extra)
 
 
 class ParallelConfig(Frozen):

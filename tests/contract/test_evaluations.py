@@ -1,5 +1,5 @@
 """Every entry of EVALUATIONS, on every kind of subject and data: the same bits again, nothing
-changed, rows that are rows. A new entry of the table is picked up unasked."""
+changed, rows that are rows. A new entry of the table is tested without another edit here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from saelab import api
 from saelab.__main__ import app
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.language_model import LanguageModel, ModelConfig, load
 from saelab.data.probing.activations import ProbingData, ProbingEntry
 from saelab.data.synthetic.chains import SyntheticConfig, generate
-from saelab.evals import EVALUATIONS, PROBING, EvalData, evaluate
-from saelab.evals.base import Row, Subject
+from saelab.errors import SettingError
+from saelab.evals import EVALUATIONS, evals_help, of_cell, of_seeds, of_subject
+from saelab.evals.base import Row, Subject, Training
 from saelab.evals.core import CoreData
 from saelab.evals.dictionary_matching import random_directions
+from saelab.evals.measure import PROBING, EvalData, evaluate, evaluate_seeds
 from saelab.launch.controls import SUBJECTS, Setting
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
@@ -37,6 +40,7 @@ SAE = SAEConfig.parse(
         "d_sae": D_SAE,
         "activation": {"kind": "tied_threshold", "learned": ["theta"]},
         "constraints": ["unit_norm"],
+        "observers": ["lifetimes"],
         "initial_l0": 8,
     }
 )
@@ -95,8 +99,11 @@ def on_text_as_saebench(model: LanguageModel) -> EvalData:
 
 
 DATA = {"text": on_text, "truth": on_truth}
+#: Those that any subject can have, and those that need its training.
+NAMES = [evaluation.name for evaluation in of_subject()]
+OF_TRAINING = [name for name, e in EVALUATIONS.items() if e.needs in ("log", "snapshots")]
 #: Name of an evaluation and what makes its data.
-CASES = [(name, where) for name in EVALUATIONS for where in DATA.values()]
+CASES = [(name, where) for name in NAMES for where in DATA.values()]
 CASES += [(name, on_text_as_saebench) for name in ("probing", "model_channels")]
 KINDS = ("SAE", "plain", *SUBJECTS)
 
@@ -191,7 +198,7 @@ def assert_rows(rows: list[Row]) -> None:
         assert (row.arm, row.seed, row.level) == ("", -1, 0.0), row
 
 
-@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_value_is_there_where_its_data_are(name: str, model: LanguageModel) -> None:
     """No evaluation is missing everywhere."""
     found: list[Row] = []
@@ -205,8 +212,8 @@ def test_a_value_is_there_where_its_data_are(name: str, model: LanguageModel) ->
 def test_together_they_are_what_they_are_alone(where: str, model: LanguageModel) -> None:
     data = DATA[where](model)
     subject = subject_of("SAE", data)
-    alone = [row for name in EVALUATIONS for row in evaluate(subject, data, [name])]
-    assert evaluate(subject, data, list(EVALUATIONS)) == alone
+    alone = [row for name in NAMES for row in evaluate(subject, data, [name])]
+    assert evaluate(subject, data, NAMES) == alone
     names = Counter((row.metric, row.slice) for row in alone)
     assert max(names.values()) == 1  # no two evaluations share a name
 
@@ -216,7 +223,7 @@ def test_metrics_of_one_name_have_one_definition(model: LanguageModel) -> None:
     for make in DATA.values():
         data = make(model)
         for kind in KINDS:
-            for row in evaluate(subject_of(kind, data), data, list(EVALUATIONS)):
+            for row in evaluate(subject_of(kind, data), data, NAMES):
                 assert definitions.setdefault(row.metric, row.definition) == row.definition, row
 
 
@@ -224,12 +231,92 @@ def test_every_definition_is_described(model: LanguageModel) -> None:
     text = DOCS.read_text(encoding="utf-8")
     for make in DATA.values():
         data = make(model)
-        rows = evaluate(subject_of("SAE", data), data, list(EVALUATIONS))
+        rows = evaluate(subject_of("SAE", data), data, [*NAMES, *OF_TRAINING], training())
         missing = {row.definition for row in rows if f"`{row.definition}`" not in text}
         assert not missing
-    assert all(f"`{name}`" in text for name in EVALUATIONS)
 
 
-def test_the_command_names_them_all() -> None:
-    shown = CliRunner().invoke(app, ["eval", "--help"], env={"COLUMNS": "400"}).output
+# ---- what only a launch has --------------------------------------------------------------------
+
+
+@dataclass
+class Log:
+    """A loss that falls, with the norm of its gradient and one learned scalar."""
+
+    columns: dict[str, np.ndarray]
+    length: int
+
+    @property
+    def loss(self) -> np.ndarray:
+        return self.columns["loss"][: self.length]
+
+
+@dataclass
+class Decoders:
+    tokens: list[int]
+    decoders: list[Tensor]
+
+
+def training(stopped: int | None = None) -> Training:
+    steps = np.arange(1, 201)
+    columns = {"loss": 1 + 1 / steps, "grad_norm": 1 / steps, "theta": 1 - 1 / steps}
+    rows = [random_directions(D_SAE, 16, 5, draw) for draw in range(3)]
+    return Training(Log(columns, 200), stopped, Decoders([10, 100, 1000], rows), 50.0)
+
+
+@pytest.mark.parametrize("name", OF_TRAINING)
+def test_an_evaluation_of_the_training_gives_rows(name: str, model: LanguageModel) -> None:
+    data = on_truth(model)
+    subject = subject_of("SAE", data)
+    rows = evaluate(subject, data, [name], training())
+    assert_rows(rows)
+    assert any(row.value is not None for row in rows)
+    assert evaluate(subject, data, [name], training()) == rows
+
+
+def test_only_some_evaluations_measure_a_cell_that_failed(model: LanguageModel) -> None:
+    data = on_truth(model)
+    names = of_cell(at_target=True, failed=True)
+    rows = evaluate(subject_of("SAE", data), data, names, training(stopped=120))
+    assert_rows(rows)
+    assert {row.reason for row in rows} == {"", "training stopped at step 120"}
+
+
+def test_comparisons_with_other_seeds_give_rows() -> None:
+    names = ("consistency.seeds", "consistency.seeds_signed")
+    pair = {name: {"-1.0": (3.0, 4), "never": (0.5, 2)} for name in names}
+    rows = evaluate_seeds([pair, pair], of_seeds())
+    assert_rows(rows)
+    assert rows[0].value == pytest.approx(3.5 / 6)
+    assert {row.reason for row in evaluate_seeds("the arm has one seed", of_seeds())} == {
+        "the arm has one seed"
+    }
+
+
+@pytest.mark.parametrize("name", sorted({*EVALUATIONS} - {*NAMES}))
+def test_what_needs_a_training_is_refused_by_name(name: str, model: LanguageModel) -> None:
+    data = on_truth(model)
+    with pytest.raises(SettingError, match=rf"'{name}': needs the .* a saved SAE"):
+        evaluate(subject_of("plain", data), data, ["core", name])
+
+
+# ---- the table in help and documents -----------------------------------------------------------
+
+
+def test_the_command_and_the_api_describe_them_all() -> None:
+    shown = CliRunner().invoke(app, ["eval", "--help"], env={"COLUMNS": "4000"}).output
+    assert " ".join(evals_help().split()) in " ".join(shown.split())
     assert all(re.search(rf"\b{name}\b", shown) for name in EVALUATIONS)
+    text = api.evaluate.__doc__ or ""
+    assert all(f"'{one.name}': {one.description}\n" in text for one in of_subject())
+
+
+def test_the_list_in_the_documents_is_the_table() -> None:
+    """A failure prints the lines to put into docs/evaluations.md."""
+    expected = [
+        f"| `{one.name}` | {one.at} | {one.needs} | {one.description} |"
+        for one in EVALUATIONS.values()
+    ]
+    _, _, rest = DOCS.read_text(encoding="utf-8").partition("| name | measures | needs |")
+    listed = [line for line in rest.partition("\n\n")[0].splitlines() if line.startswith("| `")]
+    assert listed == expected, "\n".join(expected)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from saelab.data.activations.store import MemorySource, Source
 from saelab.data.synthetic.chains import SyntheticConfig, Truth, generate, truth_of
-from saelab.evals import EvalData, evaluate
 from saelab.evals.absorption import METRICS, evaluate_absorption
 from saelab.evals.core import CoreData
 from saelab.evals.dictionary_matching import random_directions
+from saelab.evals.measure import EvalData, evaluate
 
 #: Orthogonal features, so that a code can be read off without error: 4 parents, 2 children each.
 CHILDREN, PARENTS = 2, 4

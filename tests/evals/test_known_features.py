@@ -21,7 +21,6 @@ from saelab.data.synthetic.chains import (
     truth_of,
 )
 from saelab.errors import MismatchError
-from saelab.evals import EVALUATIONS, EvalData, evaluate
 from saelab.evals import known_features as scores
 from saelab.evals.core import CoreData
 from saelab.evals.dictionary_matching import DRAWS, random_directions
@@ -32,6 +31,7 @@ from saelab.evals.known_features import (
     mcc,
     uniqueness,
 )
+from saelab.evals.measure import EvalData, evaluate, truth_rows
 from saelab.seeding import torch_stream
 
 D, FEATURES = 16, 40
@@ -232,6 +232,6 @@ def test_the_table_of_evaluations_has_it(global_random_seed: int) -> None:
 def test_unknown_features_are_missing_with_the_reason() -> None:
     shard = Truth(config(), 0, "train", 3).shard(0)
     data = EvalData(CoreData(MemorySource([shard], {}), None), None)
-    rows = EVALUATIONS["truth"](Linear(torch.eye(D)), data)
+    rows = truth_rows(Linear(torch.eye(D)), data)
     assert [row.metric for row in rows] == list(METRICS)
     assert all(row.value is None and "not known" in row.reason for row in rows)

@@ -99,7 +99,7 @@ def test_conjugate_gradients_and_the_direct_form_agree(
     n: int, k: int, scale: float, global_random_seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     z, positive = examples(n, k, scale, global_random_seed)
-    direct = logistic._directly(z, positive)
+    direct = logistic._solve_directly(z, positive)
     least = loss(z, positive, *direct)
     for found in (logistic_regression(z, positive), single(z, positive)):
         assert loss(z, positive, *found) <= least * (1 + logistic.SMALL_GRADIENT) + 1e-9
@@ -110,9 +110,9 @@ def test_conjugate_gradients_and_the_direct_form_agree(
 def test_columns_of_very_different_sizes_need_no_direct_form(global_random_seed: int) -> None:
     z, positive = examples(300, 400, 1.0, global_random_seed)
     z = (z - z.mean(0)) * torch.logspace(-3, 1.5, 400).flip(0)
-    found = logistic._by_gradients(z.float(), positive)
+    found = logistic._solve_by_gradients(z.float(), positive)
     assert found is not None
-    least = loss(z, positive, *logistic._directly(z, positive))
+    least = loss(z, positive, *logistic._solve_directly(z, positive))
     assert loss(z, positive, found[0].double(), found[1].double()) <= least * (1 + 1e-6) + 1e-9
 
 

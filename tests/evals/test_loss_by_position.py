@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from saelab.data.language_model import LanguageModel, ModelConfig, load
-from saelab.evals import EvalData, core, evaluate
+from saelab.evals import core
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData
 from saelab.evals.loss_by_position import METRICS, _deciles, evaluate_positions
+from saelab.evals.measure import EvalData, evaluate
 from saelab.seeding import torch_stream
 
 HOOK = "blocks.1.hook_resid_post"
@@ -131,7 +132,7 @@ def test_core_lends_its_pass(model: LanguageModel, source: Any) -> None:
     both = evaluate(subject, data, ["positions", "core"])
     assert passes > 0 and subject.passes == core_alone
     assert both[: len(alone)] == alone
-    assert data.core.kept is None
+    assert data.core.last_losses is None
 
 
 def test_kl_is_kept_for_as_many_contexts_as_fit(
@@ -139,10 +140,10 @@ def test_kl_is_kept_for_as_many_contexts_as_fit(
 ) -> None:
     data = CoreData(source, model)
     vocabulary = model.logits(source.shard(0).ids[:1], None).shape[-1]
-    monkeypatch.setattr(core, "KEPT", 2 * (LENGTH - 1) * vocabulary)
-    assert len(data.clean) == 2
-    monkeypatch.setattr(core, "KEPT", 1)
-    assert len(CoreData(source, model).clean) == 1
+    monkeypatch.setattr(core, "STORED_LOG_PROBS", 2 * (LENGTH - 1) * vocabulary)
+    assert len(data.clean_log_probs) == 2
+    monkeypatch.setattr(core, "STORED_LOG_PROBS", 1)
+    assert len(CoreData(source, model).clean_log_probs) == 1
     found = values(evaluate_positions(Half(model.d_model), data))
     assert 0 < found[""]["kl"] < 20 and found[""]["share"] == 1
 

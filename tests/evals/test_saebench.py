@@ -33,21 +33,21 @@ from saelab.data.probing.saebench import (
     saebench_entries,
 )
 from saelab.errors import MismatchError, SettingError, SourceError
-from saelab.evals import EvalData, probing_rows
 from saelab.evals.base import Row, check_one_definition
 from saelab.evals.core import CoreData
+from saelab.evals.measure import EvalData, probing_rows
 from saelab.evals.probing import DEFINITION as OURS
 from saelab.evals.probing import evaluate_probing
 from saelab.evals.saebench import (
     About,
-    as_result,
+    build_result,
     check_result,
     definition_of,
     read_result,
     rows_of,
     write_result,
 )
-from saelab.evals.saebench_probing import DEFINITION, evaluate_as_saebench, examples
+from saelab.evals.saebench_probing import DEFINITION, draw_examples, evaluate_as_saebench
 from saelab.seeding import torch_stream
 from saelab.study.plan import BaseConfig
 from saelab.verdict.judge import compare_secondary
@@ -243,12 +243,12 @@ def test_examples_are_all_positives_and_as_many_spread_negatives() -> None:
     entry = planted().entries[0]
     generator = torch.Generator().manual_seed(42)
     before = torch.random.get_rng_state()
-    some = examples(entry, 1, True, generator)
+    some = draw_examples(entry, 1, True, generator)
     assert not isinstance(some, str)
     labels = entry.labels[some.index]
     assert Counter(labels.tolist()) == {0: 30, 1: 60, 2: 30}
     assert torch.equal(some.positive, labels == 1) and entry.is_train[some.index].all()
-    again = examples(entry, 1, True, generator)
+    again = draw_examples(entry, 1, True, generator)
     assert not isinstance(again, str) and not torch.equal(some.index, again.index)  # drawn anew
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -256,7 +256,7 @@ def test_examples_are_all_positives_and_as_many_spread_negatives() -> None:
 def test_examples_follow_the_order_of_saebenchs_draws() -> None:
     """One permutation of each other class, one of those kept, one of all of them."""
     entry = planted().entries[0]
-    some = examples(entry, 0, False, torch.Generator().manual_seed(42))
+    some = draw_examples(entry, 0, False, torch.Generator().manual_seed(42))
     assert not isinstance(some, str)
     generator = torch.Generator().manual_seed(42)
     pools = [((entry.labels == c) & ~entry.is_train).nonzero()[:, 0] for c in (1, 2)]
@@ -374,7 +374,7 @@ def test_rows_come_back_from_a_result(tmp_path: Path, definition: int) -> None:
             assert back[row.metric, row.slice].value == row.value
     assert back["sae_test_accuracy", "entry=c/gone"].reason == "not there"
     assert back["sae_top_50_test_accuracy", ""].reason == "not run"
-    assert result == {**as_result(rows, ABOUT)}
+    assert result == {**build_result(rows, ABOUT)}
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_rows_come_back_from_a_result(tmp_path: Path, definition: int) -> None:
     ],
 )
 def test_the_schema_names_what_is_wrong(change: Any, told: str) -> None:
-    result = as_result(measured(), ABOUT)
+    result = build_result(measured(), ABOUT)
     check_result(result, "it")
     change(result)
     with pytest.raises(SourceError, match=told):
@@ -402,9 +402,9 @@ def test_the_schema_names_what_is_wrong(change: Any, told: str) -> None:
 def test_a_result_needs_the_models_channels_and_one_definition() -> None:
     rows = [row for row in measured() if row.metric.startswith("sae")]
     with pytest.raises(SourceError, match="model_channels"):
-        as_result(rows, ABOUT)
+        build_result(rows, ABOUT)
     with pytest.raises(SourceError, match="one definition"):
-        as_result([*measured(1), *measured(2)], ABOUT)
+        build_result([*measured(1), *measured(2)], ABOUT)
 
 
 @pytest.mark.peers

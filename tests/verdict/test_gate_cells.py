@@ -12,10 +12,10 @@ from torch import Tensor
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.activations.stream import Batch
 from saelab.errors import CellFailure
-from saelab.evals import EvalData, evaluate
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, measure_reconstruction
 from saelab.evals.dictionary_matching import largest_cosines
+from saelab.evals.measure import EvalData, evaluate
 from saelab.launch import cell_facts
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream

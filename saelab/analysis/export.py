@@ -1,8 +1,8 @@
-"""Trained SAEs in the directories of other tools, whole or not at all.
+"""Writes trained SAEs as directories of other tools, all of them or none.
 
-Of a run its cells at the plan's L0 are written, each in a folder of its arm and seed; anything else
-that `formats` reads is written as it is. Everything is written beside the target folder first and
-renamed at the end.
+Of a run, the cells at the plan's L0 are written, each in a folder of its arm and seed; any other
+SAE that `formats` reads is written as it is. Everything is written next to the target folder first
+and renamed at the end.
 """
 
 from __future__ import annotations
@@ -39,40 +39,40 @@ def export(
     Args:
         path: a run folder, or the directory of one SAE.
         out: new or empty.
-        to, source: formats; '' finds the source's.
-        arms, seeds: of a run, which; all by default.
+        to, source: formats; '' recognises that of the source.
+        arms, seeds: of a run, which cells; all by default.
         without_trace: write an adapting threshold with beta = 0, which is another function.
 
-    Returns: the folders that hold an SAE now.
+    Returns: the folders that now hold an SAE.
     Raises: SettingError when a part can't be written, SourceError when `out` is not empty.
     """
     save = formats.saver(to)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SourceError(f"{out} is there and not empty: name a new folder")
+        raise SourceError(f"{out} exists and is not empty: name a new folder")
     cells = members(path, arms, seeds)
     places = {cell.place: cell.folder for cell in cells} if cells else {Path(): path}
-    with _whole(out) as fresh:
+    with _all_or_nothing(out) as fresh:
         for place, folder in places.items():
-            found = formats.load(folder, source)
-            with _named(folder):
-                sae = still(found.sae) if without_trace else found.sae
-                save(sae, fresh / place, about(found, folder, without_trace))
+            loaded = formats.load(folder, source)
+            with _naming(folder):
+                sae = drop_trace(loaded.sae) if without_trace else loaded.sae
+                save(sae, fresh / place, about(loaded, folder, without_trace))
     return [out / place for place in places]
 
 
-def about(found: Loaded, folder: Path, without_trace: bool = False) -> dict[str, Any]:
-    """What is known of an SAE: model, hook_name, context and dataset where they are."""
+def about(loaded: Loaded, folder: Path, without_trace: bool = False) -> dict[str, Any]:
+    """Metadata of an SAE: model, hook_name, context and dataset, as far as they are recorded."""
     run = RunFolder.of(folder)
     text = run.base.train_text if run and run.base.activations is None else None
-    dataset = str(text.path or text.kind) if text else found.about.get("dataset", "")
-    named = {"model": found.origin.model, "hook_name": found.origin.hook_name, "dataset": dataset}
-    mark = {"without_trace": True} if without_trace and found.sae.needs_contexts else {}
-    return {**found.about, **named, **mark}
+    dataset = str(text.path or text.kind) if text else loaded.about.get("dataset", "")
+    named = {"model": loaded.origin.model, "hook_name": loaded.origin.hook_name, "dataset": dataset}
+    mark = {"without_trace": True} if without_trace and loaded.sae.needs_contexts else {}
+    return {**loaded.about, **named, **mark}
 
 
 @torch.no_grad()
-def still(sae: SAE) -> SAE:
-    """The same SAE with beta = 0 where its thresholds follow the context; else itself."""
+def drop_trace(sae: SAE) -> SAE:
+    """Returns the SAE with beta = 0 if its thresholds follow the context, else the SAE itself."""
     if not (isinstance(sae.activation, TiedThreshold) and sae.needs_contexts):
         return sae
     twin = sae.config.patched({"activation.trace": "mean"}).build(sae.d_in)
@@ -81,8 +81,8 @@ def still(sae: SAE) -> SAE:
 
 
 @contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """Names the SAE in what can't be written of it."""
+def _naming(folder: Path) -> Iterator[None]:
+    """Names the SAE in the error about a part that can't be written."""
     try:
         yield
     except SettingError as error:
@@ -93,8 +93,8 @@ def _named(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A folder to be filled that becomes `out` at the end, and is gone on failure."""
+def _all_or_nothing(out: Path) -> Iterator[Path]:
+    """Yields a folder to fill; it becomes `out` at the end and is removed on failure."""
     fresh = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
     try:
         yield fresh

@@ -1,7 +1,8 @@
 """Latents of finished cells for a feature browser, from the saved SAEs and the held-out text.
 
-Cells are the baseline's and the primary arms' first seed at the target L0, or what is asked for.
-Nothing is trained; the held-out activations are taken from the cache or made again.
+Cells are the first seeds of the baseline and of the primary arms at the target L0, or of the arms
+that are asked for. Nothing is trained; the held-out activations are taken from the cache or
+harvested again.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ BEFORE, AFTER = 16, 8
 
 @dataclass(frozen=True)
 class Latent:
-    """One latent; see `evals/features` for what its numbers mean.
+    """One latent; see `evals/latent_examples` for what its numbers mean.
 
     Args:
-        index, group: which, and why it was picked.
+        index, group: its index, and why it was picked.
         largest: its strongest activation on the held-out text.
-        lens: None where the model gives none.
+        lens: None if the model gives none.
         neighbours: other latents and their cosines.
-        life: birth and last firing in steps, firings and resamplings, where the SAE kept them.
+        life: birth and last firing in steps, firings and resamplings, if the SAE recorded them.
     """
 
     index: int
@@ -54,14 +55,14 @@ class Latent:
 
 @dataclass(frozen=True)
 class Browsed:
-    """One cell.
+    """One cell with some of its latents.
 
     Args:
-        run, arm, seed, level: which.
-        d_sae, tokens: latents in all, and held-out tokens that were looked at.
+        run, arm, seed, level: the cell.
+        d_sae, tokens: number of all latents, and of the held-out tokens that were encoded.
         latents: in the order of their groups.
-        steps: of its training; None where the run does not say.
-        why_no_lens, why_no_text, why_no_life: the reason why that is missing; '' where it is there.
+        steps: of its training; None if the run does not say.
+        why_no_lens, why_no_text, why_no_life: the reason why that is missing; '' if it is there.
         texts: of the examples.
     """
 
@@ -88,12 +89,12 @@ class HeldOut:
     key: str
 
     def ids(self, context: int) -> list[int]:
-        """The token ids of one context; [] where they are not known."""
+        """Returns the token ids of one context; [] if they were not stored."""
         return self._ids[context].tolist() if len(self._ids) else []
 
     @cached_property
     def _ids(self) -> Tensor:
-        """Of all contexts; empty where they are not known."""
+        """Token ids of all contexts; empty if they were not stored."""
         shards = (self.source.shard(i) for i in range(self.source.n_shards))
         return torch.cat([torch.zeros(0) if s.ids is None else s.ids for s in shards])
 
@@ -102,7 +103,7 @@ class HeldOut:
         return "" if len(self._ids) and self.model is not None else FOREIGN_REASON
 
     def token(self, token: int) -> str:
-        """A token as text, with its leading space."""
+        """Decodes a token, with its leading space."""
         assert self.model is not None
         tokenizer = self.model.tokenizer
         piece = str(tokenizer.convert_ids_to_tokens(token))
@@ -112,9 +113,9 @@ class HeldOut:
 
 
 def primary_arms(run: RunFolder) -> list[str]:
-    """The arms that have as many seeds at the target L0 as the baseline: the plan's primary ones.
+    """Returns the arms that have as many seeds at the target L0 as the baseline.
 
-    Every arm where the plan gives all the same number.
+    Those are the plan's primary arms, or every arm if the plan gives all the same number of seeds.
     """
     seeds: dict[str, int] = {}
     for cell in run.chosen():
@@ -126,33 +127,33 @@ def primary_arms(run: RunFolder) -> list[str]:
 def chosen_cells(
     folders: Sequence[Path], arms: Sequence[str], cells: int
 ) -> list[tuple[RunFolder, Member]]:
-    """Which cells are browsed: of each run the first seed of these arms, each content once.
+    """Chooses the cells to browse: of each run the first seed of these arms, each content once.
 
     Args:
         arms: names; () for the baseline, then the primary arms.
-        cells: of a run, at most; named arms are never left out.
+        cells: most cells of a run; named arms are never left out.
 
     Raises: SettingError for an arm that no run has.
     """
     runs = [run for folder in folders if (run := RunFolder.of(folder)) is not None]
-    known = dict.fromkeys(cell.arm for run in runs for cell in run.chosen())
+    names = dict.fromkeys(cell.arm for run in runs for cell in run.chosen())
     for arm in arms:
-        if arm not in known:
-            raise SettingError("--features", arm, f"no run has it; there are {', '.join(known)}")
-    found: dict[str, tuple[RunFolder, Member]] = {}
+        if arm not in names:
+            raise SettingError("--features", arm, f"no run has it; there are {', '.join(names)}")
+    chosen: dict[str, tuple[RunFolder, Member]] = {}
     for run in runs:
         wanted = list(arms) or [run.manifest["baseline"], *primary_arms(run)][:cells]
         first = {cell.arm: cell for cell in reversed(run.chosen())}
         for cell in (first[arm] for arm in wanted if arm in first):
             name = f"{cell.arm}/seed {cell.seed}/L0 {cell.level:g}"
-            found.setdefault(run.manifest["cells"].get(name, str(cell.folder)), (run, cell))
-    return list(found.values())
+            chosen.setdefault(run.manifest["cells"].get(name, str(cell.folder)), (run, cell))
+    return list(chosen.values())
 
 
 def browse(
     chosen: Sequence[tuple[RunFolder, Member]], n: int, examples: int, cache: Path
 ) -> Iterator[Browsed]:
-    """Looks into each cell.
+    """Loads each cell and picks latents of it, with texts on which they fire.
 
     Args:
         n: latents per cell.
@@ -172,15 +173,15 @@ def browse(
 def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int) -> Browsed:
     sae = formats.load(cell.folder).sae
     sae = sae.to(torch.device(run.base.model.device)).eval()
-    found = latent_examples.survey(sae, data.source, examples)
-    picked = latent_examples.pick(found, n, cell.seed)
+    survey = latent_examples.survey(sae, data.source, examples)
+    picked = latent_examples.pick(survey, n, cell.seed)
     latents = list(picked)
-    shown = latent_examples.examples(sae, data.source, found, latents, BEFORE, AFTER)
+    texts = latent_examples.examples(sae, data.source, survey, latents, BEFORE, AFTER)
     near = latent_examples.neighbours(sae, latents)
     why_no_lens = latent_examples.why_no_lens(sae, data.model)
-    seen: Sequence[Lens | None] = [None] * len(latents)
+    lenses: Sequence[Lens | None] = [None] * len(latents)
     if not why_no_lens and data.model is not None:
-        seen = latent_examples.lenses(sae, latents, data.model)
+        lenses = latent_examples.lenses(sae, latents, data.model)
     lives = _lives(run, cell)
     return Browsed(
         run.folder.name,
@@ -188,16 +189,16 @@ def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int)
         cell.seed,
         cell.level,
         sae.d_sae,
-        found.tokens,
+        survey.tokens,
         [
             Latent(
                 latent,
                 picked[latent],
-                float(found.density[latent]),
-                float(found.loss_share[latent]),
-                float(found.strongest[0, latent]),
-                shown[latent],
-                seen[i],
+                float(survey.density[latent]),
+                float(survey.loss_share[latent]),
+                float(survey.strongest[0, latent]),
+                texts[latent],
+                lenses[i],
                 near[i],
                 {name: int(column[latent]) for name, column in lives.items()},
             )
@@ -206,13 +207,13 @@ def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int)
         _steps(run, cell),
         why_no_lens,
         data.why_no_text,
-        "" if lives else "this SAE has no part that follows lifetimes",
+        "" if lives else "this SAE has no part that records lifetimes",
         data,
     )
 
 
 def _lives(run: RunFolder, cell: Member) -> dict[str, list[int]]:
-    """What `latents.parquet` holds of lifetimes; {} without any."""
+    """Columns of `latents.parquet` about lifetimes; {} without any."""
     import pyarrow.parquet as pq
 
     path = run.files.file(f"{CELLS}/{cell.place.as_posix()}/{FILE}")
@@ -223,6 +224,6 @@ def _lives(run: RunFolder, cell: Member) -> dict[str, list[int]]:
 
 
 def _steps(run: RunFolder, cell: Member) -> int | None:
-    known = run.files.gates() if (run.folder / GATE).is_file() else {}
-    facts = known.get(f"{cell.arm}/seed {cell.seed}/L0 {cell.level:g}", {}).get("facts", {})
+    gates = run.files.gates() if (run.folder / GATE).is_file() else {}
+    facts = gates.get(f"{cell.arm}/seed {cell.seed}/L0 {cell.level:g}", {}).get("facts", {})
     return int(facts["steps"]) if facts.get("steps") else None

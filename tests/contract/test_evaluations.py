@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from saelab.__main__ import app
+from saelab.cli import app
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.language_model import LanguageModel, ModelConfig, load
 from saelab.data.probing.activations import ProbingData, ProbingEntry

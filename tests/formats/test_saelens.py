@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saelab import formats
-from saelab.analysis.export import about, still
+from saelab.analysis.export import about, drop_trace
 from saelab.errors import SettingError, SourceError, UsageError
 from saelab.formats.saelens import RULES
 from saelab.parts import TABLE
@@ -163,7 +163,7 @@ def test_an_adapting_threshold_is_refused_unless_without_its_trace(
     with pytest.raises(SettingError, match="follows the context"):
         exported(sae, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    x, quiet = rows(global_random_seed + 1), still(sae)
+    x, quiet = rows(global_random_seed + 1), drop_trace(sae)
     same_function(exported(quiet, tmp_path / "b"), quiet, x)
     each_alone = sae.encode(x, torch.arange(len(x) + 1))  # no row has a past: the trace is 0
     same(quiet.encode(x), each_alone)

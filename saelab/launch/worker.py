@@ -64,6 +64,7 @@ from saelab.launch.latent_table import FILE, write_latents
 from saelab.launch.prepare import open_source
 from saelab.launch.progress_lines import Reports
 from saelab.launch.seed_pairs import compare
+from saelab.runs.schema import REACH
 from saelab.sae import SAE, SAEConfig
 from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
@@ -76,7 +77,6 @@ from saelab.training.module_cell import ModuleCell
 from saelab.training.optim import TrainConfig
 from saelab.training.resume import Kept, remove_checkpoints, restore_cell, train_kept
 from saelab.training.sample import initial_sample
-from saelab.verdict.gate import REACH
 
 #: What is measured of a cell at the plan's L0.
 AT_TARGET = (

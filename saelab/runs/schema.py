@@ -10,6 +10,9 @@ PREFIX = "control:"
 
 CHANNELS, FROZEN, PLANTED = "model channels", "frozen decoder", "planted effect"
 
+#: Facts of one learned scalar begin with this; the scalar's name follows.
+REACH = "scalar_reach."
+
 
 def names_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The controls among evaluation rows, in their order."""

@@ -36,8 +36,23 @@ from saelab.storage.remote import Place, Remote, place_of
 if TYPE_CHECKING:
     from importlib.metadata import PackagePath
 
-#: Parts of the package whose change never alters a number.
-NO_NUMBERS = ("report", "formats", "__main__.py", "progress", "remote.py")
+#: The folder of the package.
+PACKAGE = Path(__file__).parent.parent
+#: Rooms and modules whose code can't alter a number in the cache, so that rewording them trains no
+#: cell again. A worker loads none of them but `progress` (bars and lines on a terminal) and
+#: `storage/remote.py` (moves bytes; what reads them compares checksums): tests/architecture.
+NO_NUMBERS = (
+    "__main__.py",
+    "analysis",
+    "api.py",
+    "cli",
+    "formats",
+    "preflight",
+    "progress",
+    "report",
+    "storage/remote.py",
+    "verdict",
+)
 #: The last object of a folder that was copied to a URL.
 CONTENT = "files.json"
 #: Said of code that no installer has put where it is.
@@ -133,13 +148,26 @@ def shared_twin(cache: Path, folder: Path) -> Remote | None:
 @functools.cache
 def package_digest() -> str:
     """A hash of the installed package's source, so that changed code never reuses old cells."""
-    root = Path(__file__).parent
+    return digest_of_code(PACKAGE)
+
+
+def digest_of_code(root: Path) -> str:
+    """Returns 16 hexadecimal digits for the code under `root` that can alter a number."""
     content = hashlib.sha256()
-    for file in sorted([*root.rglob("*.py"), *root.rglob("*.cpp")]):
-        relative = file.relative_to(root)
-        if relative.parts[0] not in NO_NUMBERS:
-            content.update(relative.as_posix().encode() + b"\0" + file.read_bytes())
+    for file in _code_files(root):
+        name = file.relative_to(root).as_posix()
+        if can_alter_numbers(name):
+            content.update(name.encode() + b"\0" + file.read_bytes())
     return content.hexdigest()[:16]
+
+
+def can_alter_numbers(name: str) -> bool:
+    """Returns True if a file of the package, 'storage/cache.py', counts for its digest."""
+    return not any(name == room or name.startswith(f"{room}/") for room in NO_NUMBERS)
+
+
+def _code_files(root: Path) -> list[Path]:
+    return sorted([*root.rglob("*.py"), *root.rglob("*.cpp")])
 
 
 @functools.cache
@@ -151,12 +179,12 @@ def package_state() -> str:
         released = distribution("saelab")
     except PackageNotFoundError:
         return SOURCE_TREE
-    return _package_state(Path(__file__).parent, released.files or ())
+    return _package_state(PACKAGE, released.files or ())
 
 
 def _package_state(root: Path, files: Iterable[PackagePath]) -> str:
     known = {Path(file.locate()).resolve(): file.hash for file in files if file.hash}
-    code = {file.resolve() for file in [*root.rglob("*.py"), *root.rglob("*.cpp")]}
+    code = {file.resolve() for file in _code_files(root)}
     if not code & known.keys():
         return SOURCE_TREE
     gone = {file for file in known if file.is_relative_to(root.resolve()) and not file.is_file()}

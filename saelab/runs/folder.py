@@ -1,11 +1,11 @@
-"""The files of a finished run, read with care: unchanged since the launch, and of their types.
+"""Reads the files of a finished run and checks them: unchanged since the launch, expected types.
 
-    manifest.json     is sealed (`files.write_sealed`) and holds the checksums of the others
+    manifest.json     sealed (`atomic.write_sealed`); holds the checksums of the others
     final_info.json, metrics.parquet, curves.parquet, gate.json, summary.md, cells/...
 
-A file that is missing is as its reader takes it: a driver may copy final_info.json alone. One that
-is there must be as it was written. A manifest without a seal is of an older version or was made by
-hand; `sealed` tells, and `saelab verdict` says so.
+Each reader decides what a missing file means, since a driver may copy final_info.json alone. A file
+that is there must be as it was written. A manifest without a seal was written by an older version
+or by hand; `RunFiles.sealed` is then False, and `saelab verdict` says so.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from saelab.storage.validation import Loose, Name, Number, Whole, check
 
 MANIFEST, INFO, GATE = "manifest.json", "final_info.json", "gate.json"
 METRICS, CURVES = "metrics.parquet", "curves.parquet"
-#: What the manifest answers for, beside files of single cells that carry no checksum themselves.
+#: Files with checksums in the manifest, besides those of single cells that carry none themselves.
 SEALED = (INFO, METRICS, CURVES, GATE, "summary.md")
 OF_CELLS = ("latents.parquet", "module.safetensors")
-#: Where the manifest has file -> checksum. One with sums and without a digest has lost it.
+#: Key of file -> checksum in the manifest. A manifest with it and without a digest was changed.
 SUMS = "sha256"
 REMEDY = "make the run again, or take the folder from where it was copied"
 
@@ -55,7 +55,7 @@ class _Comparison(Loose):
 
 
 class _Manifest(Loose):
-    """Names that are there are of these types."""
+    """Types of the entries that a manifest may have."""
 
     run: str = ""
     title: str = ""
@@ -91,13 +91,13 @@ class _Cell(Loose):
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run folder; every method raises DamageError for a file that is not as it was written."""
+    """Folder of a run; every method raises DamageError for a file that is not as it was written."""
 
     folder: Path
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """{} where there is none."""
+        """Content of manifest.json; {} if there is none."""
         path = self.folder / MANIFEST
         if not path.is_file():
             return {}
@@ -112,11 +112,11 @@ class RunFiles:
 
     @property
     def sealed(self) -> bool:
-        """Whether the manifest answers for the other files."""
+        """True if the manifest holds the checksums of the other files."""
         return bool(self._sums)
 
     def needed(self, *names: str) -> dict[str, Any]:
-        """The manifest; raises SourceError when it lacks one of the names."""
+        """Returns the manifest; raises SourceError when it lacks one of the names."""
         for name in names:
             if name not in self.manifest:
                 remedy = "name the folder of a complete run of this version"
@@ -124,37 +124,38 @@ class RunFiles:
         return self.manifest
 
     def file(self, name: str) -> Path:
-        """Where a file lies that is as it was written, or that the manifest knows nothing of."""
+        """Returns the path of a file that is as it was written or has no checksum here."""
         path, expected = self.folder / name, self._sums.get(name)
         if expected is not None and path.is_file() and sha256(path) != expected:
             raise DamageError(f"{path} was changed after the run wrote it: {REMEDY}")
         return path
 
     def info(self) -> dict[str, dict[str, Any]]:
-        """final_info.json; raises SourceError without it."""
+        """Reads final_info.json; raises SourceError when it is missing."""
         path = self.file(INFO)
         return check(read_json(path), dict[str, _Group], path, REMEDY)
 
     def gates(self) -> dict[str, dict[str, Any]]:
-        """gate.json: cell -> what the gate looked at; raises SourceError without it."""
+        """Reads gate.json, the facts of each cell by its name; raises SourceError when it is
+        missing."""
         path = self.file(GATE)
         return check(read_json(path), dict[str, _Cell], path, REMEDY)
 
     def rows(
         self, name: str, columns: Mapping[str, Kind], only: Mapping[str, str] | None = None
     ) -> list[dict[str, Any]]:
-        """Rows of a table, as `read_rows` takes them; none without the file."""
+        """Reads rows of a table, see `read_rows`; none if the file is missing."""
         path = self.file(name)
         return read_rows(path, columns, only, REMEDY) if path.is_file() else []
 
 
 def seal_run(folder: Path, manifest: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Writes the manifest of a run whose other files are all there, then final_info.json, with
-    which the run is complete."""
+    """Writes the manifest of a run whose other files are all there, then final_info.json, which
+    makes the run complete."""
     cells = sorted(p for name in OF_CELLS for p in (folder / "cells").glob(f"*/*/{name}"))
     names = [*SEALED, *(file.relative_to(folder).as_posix() for file in cells)]
-    there = [name for name in names if name != INFO and (folder / name).is_file()]
-    sums = {name: sha256(folder / name) for name in there}
+    present = [name for name in names if name != INFO and (folder / name).is_file()]
+    sums = {name: sha256(folder / name) for name in present}
     text = json_text(info)
     sums[INFO] = hashlib.sha256(text.encode()).hexdigest()
     write_sealed(folder / MANIFEST, json.loads(json.dumps(manifest)) | {SUMS: sums})

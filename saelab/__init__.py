@@ -1,6 +1,6 @@
-"""saelab: train sparse autoencoder variants side by side and say honestly whether they help.
+"""saelab: trains sparse autoencoder variants side by side and says honestly whether they help.
 
-Importing it is quick: everything below is loaded on first use.
+Importing it is quick, since every public name is loaded on first use.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from saelab.version import __version__ as __version__
 if TYPE_CHECKING:
     from saelab.api import compare, evaluate, load, saebench_result, save, settings, train
     from saelab.data.synthetic.chains import SyntheticConfig, generate, truth_of
+    from saelab.launch.entry import main
     from saelab.launch.synthetic import at_target, train_on
     from saelab.parts import register
     from saelab.sae import SAE, SAEConfig
-    from saelab.study.plan import Arm, Run
+    from saelab.study.plan import Arm, Confirmation, FromArm, Run
 
 #: Public name -> module that defines it.
 _PLACES = {
@@ -29,7 +30,10 @@ _PLACES = {
     "register": "saelab.parts",
     "SAE": "saelab.sae",
     "SAEConfig": "saelab.sae",
+    "main": "saelab.launch.entry",
     "Arm": "saelab.study.plan",
+    "Confirmation": "saelab.study.plan",
+    "FromArm": "saelab.study.plan",
     "Run": "saelab.study.plan",
     "SyntheticConfig": "saelab.data.synthetic.chains",
     "generate": "saelab.data.synthetic.chains",
@@ -38,9 +42,15 @@ _PLACES = {
     "train_on": "saelab.launch.synthetic",
 }
 
+#: Names of an experiment.py: the entry loads torch for them, so that a signal that comes meanwhile
+#: ends the process with one sentence.
+_OF_EXPERIMENT = {"Arm", "Confirmation", "FromArm", "Run"}
+
 __all__ = [
     "SAE",
     "Arm",
+    "Confirmation",
+    "FromArm",
     "Run",
     "SAEConfig",
     "SyntheticConfig",
@@ -49,6 +59,7 @@ __all__ = [
     "evaluate",
     "generate",
     "load",
+    "main",
     "register",
     "saebench_result",
     "save",
@@ -64,4 +75,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'saelab' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _OF_EXPERIMENT:
+        import_module("saelab.launch.entry")
     return getattr(import_module(_PLACES[name]), name)

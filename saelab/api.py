@@ -39,7 +39,7 @@ class Scores(dict[str, float]):
 
 
 def settings(path: str | Path, changes: Mapping[str, Any] | None = None) -> BaseConfig:
-    """Base settings from a TOML file, with dotted settings changed.
+    """Reads base settings from a TOML file and changes dotted settings.
 
     Raises: SourceError for a missing file; SettingError for an unknown or impossible setting.
     """
@@ -53,7 +53,7 @@ def train(base: BaseConfig, seed: int = 0, cache: str | Path = ".") -> SAE:
     Args:
         base: model, texts, hook, SAE and training.
         seed: of initialisation, data order and resampling.
-        cache: harvested activations are kept in `<cache>/.saelab`.
+        cache: harvested activations are stored in `<cache>/.saelab`.
 
     Returns: the SAE in evaluation mode.
     Raises: CellFailure when the loss is not finite; UsageError for bad input.
@@ -64,10 +64,11 @@ def train(base: BaseConfig, seed: int = 0, cache: str | Path = ".") -> SAE:
 
 
 def load(path: str | Path, format: str = "") -> SAE:
-    """The SAE in a directory of ours, SAELens or sparsify, in evaluation mode.
+    """Loads the SAE in a directory of ours, SAELens or sparsify, in evaluation mode.
 
     Args:
-        format: 'dictionary_learning' must be named, since it holds a pickle; '' finds the others.
+        format: '' recognises the format by its files; 'dictionary_learning' must be named, since
+            its directory holds a pickle.
 
     Raises: SourceError, SettingError when the directory holds no SAE that can be read.
     """
@@ -77,12 +78,12 @@ def load(path: str | Path, format: str = "") -> SAE:
 def save(
     sae: SAE, folder: str | Path, format: str = "saelens", about: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes an SAE as another tool reads it.
+    """Writes an SAE in the format of another tool.
 
     Args:
-        about: metadata: model, hook_name, context, dataset, and whatever else is to be kept.
+        about: metadata to store: model, hook_name, context, dataset and anything else.
 
-    Raises: SettingError when a part of the SAE can't be folded into that form.
+    Raises: SettingError when a part of the SAE can't be folded into that format.
     """
     formats.saver(format)(sae, Path(folder), about or {})
 
@@ -95,14 +96,14 @@ def evaluate(
     cache: str | Path = ".",
     definition: Definition | None = None,
 ) -> Scores:
-    """Evaluates anything with encode and decode on the held-out text of `base`.
+    """Evaluates any object with encode and decode on the held-out text of `base`.
 
     Args:
         subject: an SAE, or any object with d_in, d_sae, encode and decode in raw activation space.
         evals: names of evaluations, from this table:
             {evals}
         seed: of the probing examples.
-        definition: of sparse probing, 2 or 1 (SAEBench's); None for that of `base`.
+        definition: of sparse probing, 2 or 1 (SAEBench's); None takes that of `base`.
 
     Raises: SettingError for an evaluation that is unknown or needs more than the subject;
         MismatchError for activations of another width.
@@ -123,12 +124,12 @@ evaluate.__doc__ = inspect.cleandoc(evaluate.__doc__ or "").replace("{evals}", _
 def saebench_result(
     scores: Scores, subject: Subject, base: BaseConfig, name: str = "custom_sae", seed: int = 0
 ) -> dict[str, Any]:
-    """SAEBench's result file of an evaluation, as plain data.
+    """Builds SAEBench's result file of an evaluation, as plain data.
 
     Args:
-        scores: of `evaluate` with 'probing' and 'model_channels'.
-        subject, base: as given to it.
-        name: what the SAE is called.
+        scores: from `evaluate` with 'probing' and 'model_channels'.
+        subject, base: as given to `evaluate`.
+        name: of the SAE.
         seed: of the probing examples; definition 1 has SAEBench's own.
 
     Raises: SourceError when the scores lack what the schema asks for.
@@ -145,15 +146,15 @@ def compare(
     workers: int = 0,
     **plan: Any,
 ) -> list[Comparison]:
-    """Trains arms beside the baseline, paired by seed, and gives the verdict on each.
+    """Trains arms and the baseline, paired by seed, and returns the verdict on each arm.
 
     Args:
         base: settings of the baseline.
         arms: name -> dotted settings that the arm changes.
         seeds: per arm; fewer than 6 can't reach p < 0.05 by the exact test.
-        out_dir: folder for the run's files; None keeps none of them.
-        study: its name decides the seeds.
-        workers: processes; 0 works in this one.
+        out_dir: folder for the run's files; None stores none of them.
+        study: name of the study, from which the seeds are derived.
+        workers: number of processes; 0 trains in this one.
         plan: further settings of the plan, such as primary, sesoi or target_l0.
 
     Returns: one `Comparison` per arm.

@@ -1,8 +1,8 @@
 """The paired difference of any two arms of a finished run, from its final_info.json.
 
 The verdict compares arms with the baseline; what an arm isolates may show against another arm (an
-adapting threshold against the same one driven by a strange context). There is no word for it: it is
-not in the family of comparisons that was declared.
+adapting threshold against the same one driven by a foreign context). Such a difference gets none of
+the four words, since it is not in the family of comparisons that was declared.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from saelab.verdict.judge import Difference, compare_secondary
 
 
 def difference(folder: Path, arm: str, other: str, metric: str = "fvu") -> Difference:
-    """arm - other at the matched L0, over the seeds that both have.
+    """Computes arm - other at the matched L0, over the seeds that both have.
 
     Args:
         folder: of the run.
+        metric: its name in final_info.json.
 
     Raises: SourceError when the run is not complete; SettingError for an unknown arm or metric;
         MismatchError when the two were measured by different definitions.
@@ -31,9 +32,9 @@ def difference(folder: Path, arm: str, other: str, metric: str = "fvu") -> Diffe
     info = run.info
     for name in (arm, other):
         if name not in info:
-            known = f"the run has {', '.join(info)}"
-            raise SettingError("arm", name, f"no such arm{nearest(name, info)}; {known}")
-    values = {name: _lists(info[name]) for name in (arm, other)}
+            names = f"the run has {', '.join(info)}"
+            raise SettingError("arm", name, f"no such arm{nearest(name, info)}; {names}")
+    values = {name: _values_by_seed(info[name]) for name in (arm, other)}
     common = [name for name in values[arm] if name in values[other]]
     if metric not in common:
         remedy = f"not measured in both{nearest(metric, common)}; both have {', '.join(common)}"
@@ -45,12 +46,20 @@ def difference(folder: Path, arm: str, other: str, metric: str = "fvu") -> Diffe
     return compare_secondary(metric, by_seed[other], own, definitions=definitions)[0]
 
 
-def _lists(group: Mapping[str, Any]) -> dict[str, list[float | None]]:
-    """The values of each metric, seed by seed."""
-    found = group.get("final_info_dict", {}).items()
+def difference_line(result: Difference, arm: str, other: str) -> str:
+    """One line of text: the mean difference with its interval, or the reason why it is missing."""
+    title = f"{arm} - {other}, {result.metric}"
+    if result.low is None or result.high is None or result.mean_diff is None:
+        return f"{title}: {result.reason}"
+    interval = f"95% interval {result.low:+.4f} to {result.high:+.4f}, {result.n} pairs"
+    return f"{title}: {result.mean_diff:+.4f}  ({interval})"
+
+
+def _values_by_seed(group: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """Metric -> its values, seed by seed."""
     return {
         name: values
-        for name, values in found
+        for name, values in group.get("final_info_dict", {}).items()
         if isinstance(values, list) and not any(isinstance(v, (str, bool)) for v in values)
     }
 

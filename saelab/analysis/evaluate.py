@@ -1,8 +1,8 @@
-"""Evaluating saved SAEs: the data of a base opened once, for any number of subjects.
+"""Evaluates saved SAEs: the data of a base is opened once, for any number of SAEs.
 
     rows = [what every evaluation gives] + provenance of the data + which SAE it was
 
-The training activations of the base are not harvested: no evaluation reads them.
+The training activations of the base are not harvested, since no evaluation reads them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ from saelab.formats import Loaded
 from saelab.launch.prepare import prepare
 from saelab.runs.folder import Member, RunFolder, run_cells
 from saelab.runs.schema import CellId
-from saelab.study.plan import BaseConfig
+from saelab.storage.atomic import write_json
+from saelab.storage.parquet import write_rows
+from saelab.study.plan import BaseConfig, base_of_run, read_base
+
+#: Evaluations that SAEBench's result file is made from.
+FOR_SAEBENCH = ("probing", "model_channels")
 
 
 class Bench:
@@ -58,7 +63,10 @@ class Bench:
 
     @torch.no_grad()
     def rows(self, subject: Subject, evals: Sequence[str]) -> list[Row]:
-        """Raises: SettingError for an unknown evaluation; MismatchError for another width."""
+        """Evaluates a subject.
+
+        Raises: SettingError for an unknown evaluation; MismatchError for another width.
+        """
         check_names(evals)
         d = self.data.core.source.d
         if subject.d_in != d:
@@ -69,14 +77,14 @@ class Bench:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which SAEs of a path are evaluated, and how.
+    """The SAEs of a path that are evaluated, and how they are read.
 
     Args:
         path: a run folder, or the directory of one SAE.
-        format: of the directory; '' finds it.
+        format: of the directory; '' recognises it.
         arms, seeds: of a run, which of the cells at the plan's L0; all by default.
         allow_mismatch: evaluate an SAE on another model or hook than it was trained on.
-        without_trace: take beta = 0 in an adapting threshold.
+        without_trace: set beta = 0 in a threshold that follows the context.
     """
 
     path: Path
@@ -92,32 +100,73 @@ class Choice:
         return [Member(self.path, CellId("", -1, 0.0))] if found is None else found
 
 
-def settings_of(path: Path, config: Path | None) -> tuple[dict[str, Any] | Path, int]:
-    """Where the base settings are, and the seed of the probing examples.
+def evaluate_to_files(
+    choice: Choice,
+    config: Path | None,
+    evals: Sequence[str],
+    changes: Mapping[str, Any],
+    cache: Path,
+    *,
+    out: Path | None = None,
+    saebench_json: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluates the chosen SAEs and writes their rows where asked, see `saelab eval`.
 
     Args:
-        path: what is evaluated; a part of a run brings its settings along.
+        config: base settings, see `settings_of`.
+        evals: names of evaluations; those of SAEBench's file are added if it is written.
+        changes: dotted settings of the base and their values.
+        cache: folder of harvested activations.
+        out: file for the rows, .parquet or .json.
+        saebench_json: file for SAEBench's result of the one SAE that is chosen.
+
+    Returns: the rows of `evaluate_choice`.
+    Raises: SettingError for an `out` of another kind, an unknown evaluation, or a result file of
+        several SAEs; what `settings_of` and `evaluate_choice` raise.
+    """
+    if out is not None and out.suffix not in (".json", ".parquet"):
+        raise SettingError("--out", str(out), "name a file that ends in .parquet or .json")
+    if saebench_json is not None:
+        if len(choice.members()) > 1:
+            remedy = "is of one SAE: choose it by --arm and --seed"
+            raise SettingError("--saebench-json", str(saebench_json), remedy)
+        evals = [*evals, *(name for name in FOR_SAEBENCH if name not in evals)]
+    base, seed = settings_of(choice.path, config)
+    base = base.patched(dict(changes))
+    rows = list(evaluate_choice(choice, base, cache, evals, seed))
+    if saebench_json is not None:
+        write_json(saebench_json, saebench_file(choice, base, rows, seed))
+    if out is not None:
+        (write_json if out.suffix == ".json" else write_rows)(out, rows)
+    return rows
+
+
+def settings_of(path: Path, config: Path | None) -> tuple[BaseConfig, int]:
+    """Finds the base settings to evaluate on, and the seed of the probing examples.
+
+    Args:
+        path: what is evaluated; a run, or a cell of one, has settings of its own.
         config: a TOML file, or a run folder whose settings and probing examples are taken.
 
-    Returns: settings as plain data or the TOML file that holds them; the seed.
-    Raises: SettingError when there is nothing to take them from.
+    Raises: SettingError when there are no settings.
     """
-    if config is not None and config.is_file():
-        run = RunFolder.of(path)
-        return config, run.probing_seed if run else 0
-    run = RunFolder.of(config or path)
-    if run is not None:
-        return run.required("base")["base"], run.probing_seed
+    is_file = config is not None and config.is_file()
+    run = RunFolder.of(path if config is None or is_file else config)
+    seed = run.probing_seed if run is not None else 0
+    if run is not None and not is_file:
+        return base_of_run(run), seed
     if config is not None:
-        return config, 0
-    remedy = f"{path} is no part of a run: name a TOML file (configs/embedded.toml) or a run folder"
+        return read_base(config), seed
+    remedy = (
+        f"{path} is not part of a run: name a TOML file (configs/embedded.toml) or a run folder"
+    )
     raise SettingError("--config", None, remedy)
 
 
 def evaluate_choice(
     choice: Choice, base: BaseConfig, cache: Path, evals: Sequence[str], seed: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """All rows of all chosen SAEs, as plain data with their provenance.
+    """Evaluates the chosen SAEs; yields their rows as plain data with provenance.
 
     Raises: MismatchError for an SAE of another width, model or hook; what loading raises.
     """
@@ -127,50 +176,49 @@ def evaluate_choice(
     if bench is not None:
         place = ("", bench.provenance["hook_name"])
     for member in choice.members():
-        found = formats.load(member.folder, choice.format)
+        loaded = formats.load(member.folder, choice.format)
         if not choice.allow_mismatch:
-            found.origin.check(*place)
+            loaded.origin.check(*place)
         bench = bench or Bench(base, cache, seed)  # after the first checks: a harvest takes long
-        differences = "; ".join(found.origin.differences(*place))
-        subject = without_context(found.sae) if choice.without_trace else found.sae
+        mismatch = "; ".join(loaded.origin.differences(*place))
+        subject = without_context(loaded.sae) if choice.without_trace else loaded.sae
         subject = subject.to(torch.device(base.model.device))
+        columns = {**_identity(member, loaded, choice), "mismatch": mismatch}
         for row in bench.rows(subject, evals):
-            own = row.of_cell(member.id).as_dict()
-            about = {**_about(member, found, choice), "mismatch": differences}
-            yield own | about | bench.provenance_of(row.definition)
+            values = row.of_cell(member.id).as_dict()
+            yield values | columns | bench.provenance_of(row.definition)
 
 
 def saebench_file(
     choice: Choice, base: BaseConfig, rows: Sequence[Mapping[str, Any]], seed: int
 ) -> dict[str, Any]:
-    """SAEBench's result file of one SAE, from its rows and those of the model's channels."""
+    """Builds SAEBench's result of one SAE from its rows and those of the model's channels."""
     (member,) = choice.members()
-    found = [Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in rows]
-    return result_of(
-        found, formats.load(member.folder, choice.format).sae, base, choice.path.name, seed
-    )
+    sae = formats.load(member.folder, choice.format).sae
+    plain = [Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in rows]
+    return result_of(plain, sae, base, choice.path.name, seed)
 
 
-def _about(member: Member, found: Loaded, choice: Choice) -> dict[str, Any]:
+def _identity(member: Member, loaded: Loaded, choice: Choice) -> dict[str, Any]:
     """Columns that say which SAE it was."""
     kind = formats.find(member.folder, choice.format)
-    mark = choice.without_trace and found.sae.needs_contexts
-    return {"subject": str(member.folder), "format": kind, "without_trace": mark}
+    changed = choice.without_trace and loaded.sae.needs_contexts
+    return {"subject": str(member.folder), "format": kind, "without_trace": changed}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines for a terminal: of every arm the mean over its seeds of each value over all data, or
+    """Lines for a terminal: for each arm the mean over its seeds of each value over all data, or
     the reason why it is missing."""
     lines: list[str] = []
     arms = dict.fromkeys(str(row["arm"]) for row in rows)
     for arm in arms:
-        own = [row for row in rows if row["arm"] == arm and not row["slice"]]
+        of_arm = [row for row in rows if row["arm"] == arm and not row["slice"]]
         if arm:
-            seeds = len({row["seed"] for row in own})
+            seeds = len({row["seed"] for row in of_arm})
             lines.append(f"{arm} ({seeds} seed{'s' * (seeds > 1)})")
-        for metric in dict.fromkeys(row["metric"] for row in own):
-            rows_of = [row for row in own if row["metric"] == metric]
-            present = [row["value"] for row in rows_of if row["value"] is not None]
+        for metric in dict.fromkeys(row["metric"] for row in of_arm):
+            of_metric = [row for row in of_arm if row["metric"] == metric]
+            present = [row["value"] for row in of_metric if row["value"] is not None]
             mean = f"{sum(present) / len(present):.4f}" if present else ""
-            lines.append(f"{metric:32s} {mean or 'missing: ' + rows_of[0]['reason']}")
+            lines.append(f"{metric:32s} {mean or 'missing: ' + of_metric[0]['reason']}")
     return lines

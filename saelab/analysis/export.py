@@ -1,8 +1,8 @@
-"""Trained SAEs in the directories of other tools, whole or not at all.
+"""Writes trained SAEs as directories of other tools, all of them or none.
 
-Of a run its cells at the plan's L0 are written, each in a folder of its arm and seed; anything else
-that `formats` reads is written as it is. Everything is written beside the target folder first and
-renamed at the end.
+Of a run, the cells at the plan's L0 are written, each in a folder of its arm and seed; any other
+SAE that `formats` reads is written as it is. Everything is written next to the target folder first
+and renamed at the end.
 """
 
 from __future__ import annotations
@@ -39,36 +39,36 @@ def export(
     Args:
         path: a run folder, or the directory of one SAE.
         out: new or empty.
-        to, source: formats; '' finds the source's.
-        arms, seeds: of a run, which; all by default.
+        to, source: formats; '' recognises that of the source.
+        arms, seeds: of a run, which cells; all by default.
         without_trace: write an adapting threshold with beta = 0, which is another function.
 
-    Returns: the folders that hold an SAE now.
+    Returns: the folders that now hold an SAE.
     Raises: SettingError when a part can't be written, SourceError when `out` is not empty.
     """
     save = formats.saver(to)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SourceError(f"{out} is there and not empty: name a new folder")
+        raise SourceError(f"{out} exists and is not empty: name a new folder")
     cells = run_cells(path, arms, seeds)
     places = {Path(cell.id.folder): cell.folder for cell in cells} if cells else {Path(): path}
-    with _whole(out) as fresh:
+    with _all_or_nothing(out) as fresh:
         for place, folder in places.items():
-            found = formats.load(folder, source)
-            with _named(folder, found.sae):
-                sae = without_context(found.sae) if without_trace else found.sae
-                save(sae, fresh / place, about(found, folder, without_trace))
+            loaded = formats.load(folder, source)
+            with _naming(folder, loaded.sae):
+                sae = without_context(loaded.sae) if without_trace else loaded.sae
+                save(sae, fresh / place, about(loaded, folder, without_trace))
     return [out / place for place in places]
 
 
-def about(found: Loaded, folder: Path, without_trace: bool = False) -> dict[str, Any]:
-    """What is known of an SAE: model, hook_name, context and dataset where they are."""
+def about(loaded: Loaded, folder: Path, without_trace: bool = False) -> dict[str, Any]:
+    """Metadata of an SAE: model, hook_name, context and dataset, as far as they are recorded."""
     run = RunFolder.of(folder)
     base = base_of_run(run) if run else None
     text = base.train_text if base and base.activations is None else None
-    dataset = str(text.path or text.kind) if text else found.about.get("dataset", "")
-    named = {"model": found.origin.model, "hook_name": found.origin.hook_name, "dataset": dataset}
-    mark = {"without_trace": True} if without_trace and found.sae.needs_contexts else {}
-    return {**found.about, **named, **mark}
+    dataset = str(text.path or text.kind) if text else loaded.about.get("dataset", "")
+    named = {"model": loaded.origin.model, "hook_name": loaded.origin.hook_name, "dataset": dataset}
+    mark = {"without_trace": True} if without_trace and loaded.sae.needs_contexts else {}
+    return {**loaded.about, **named, **mark}
 
 
 @torch.no_grad()
@@ -84,8 +84,8 @@ def without_context(sae: SAE) -> SAE:
 
 
 @contextmanager
-def _named(folder: Path, sae: SAE) -> Iterator[None]:
-    """Names the SAE in what can't be written of it."""
+def _naming(folder: Path, sae: SAE) -> Iterator[None]:
+    """Names the SAE in the error about a part that can't be written."""
     try:
         yield
     except SettingError as error:
@@ -97,8 +97,8 @@ def _named(folder: Path, sae: SAE) -> Iterator[None]:
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A folder to be filled that becomes `out` at the end, and is gone on failure."""
+def _all_or_nothing(out: Path) -> Iterator[Path]:
+    """Yields a folder to fill; it becomes `out` at the end and is removed on failure."""
     fresh = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
     try:
         yield fresh

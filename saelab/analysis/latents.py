@@ -1,7 +1,8 @@
 """Latents of finished cells for a feature browser, from the saved SAEs and the held-out text.
 
-Cells are the baseline's and the primary arms' first seed at the target L0, or what is asked for.
-Nothing is trained; the held-out activations are taken from the cache or made again.
+Cells are the first seeds of the baseline and of the primary arms at the target L0, or of the arms
+that are asked for. Nothing is trained; the held-out activations are taken from the cache or
+harvested again.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ BEFORE, AFTER = 16, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Latent:
-    """One latent; see `evals/features` for what its numbers mean.
+    """One latent; see `evals/latent_examples` for what its numbers mean.
 
     Args:
-        index, group: which, and why it was picked.
+        index, group: its index, and why it was picked.
         largest: its strongest activation on the held-out text.
-        lens: None where the model gives none.
+        lens: None if the model gives none.
         neighbours: other latents and their cosines.
-        life: birth and last firing in steps, firings and resamplings, where the SAE kept them.
+        life: birth and last firing in steps, firings and resamplings, if the SAE recorded them.
     """
 
     index: int
@@ -56,14 +57,14 @@ class Latent:
 
 @dataclass(frozen=True, kw_only=True)
 class Browsed:
-    """One cell.
+    """One cell with some of its latents.
 
     Args:
-        run, id: which cell of which run.
-        d_sae, tokens: latents in all, and held-out tokens that were looked at.
+        run, id: the run and its cell.
+        d_sae, tokens: number of all latents, and of the held-out tokens that were encoded.
         latents: in the order of their groups.
-        steps: of its training; None where the run does not say.
-        why_no_lens, why_no_text, why_no_life: the reason why that is missing; '' where it is there.
+        steps: of its training; None if the run does not say.
+        why_no_lens, why_no_text, why_no_life: the reason why that is missing; '' if it is there.
         texts: of the examples.
     """
 
@@ -88,12 +89,12 @@ class HeldOut:
     key: str
 
     def ids(self, context: int) -> list[int]:
-        """The token ids of one context; [] where they are not known."""
+        """Returns the token ids of one context; [] if they were not stored."""
         return self._ids[context].tolist() if len(self._ids) else []
 
     @cached_property
     def _ids(self) -> Tensor:
-        """Of all contexts; empty where they are not known."""
+        """Token ids of all contexts; empty if they were not stored."""
         shards = (self.source.shard(i) for i in range(self.source.n_shards))
         return torch.cat([torch.zeros(0) if s.ids is None else s.ids for s in shards])
 
@@ -102,7 +103,7 @@ class HeldOut:
         return "" if len(self._ids) and self.model is not None else FOREIGN_REASON
 
     def token(self, token: int) -> str:
-        """A token as text, with its leading space."""
+        """Decodes a token, with its leading space."""
         assert self.model is not None
         tokenizer = self.model.tokenizer
         piece = str(tokenizer.convert_ids_to_tokens(token))
@@ -112,9 +113,9 @@ class HeldOut:
 
 
 def primary_arms(run: RunFolder) -> list[str]:
-    """The arms that have as many seeds at the target L0 as the baseline: the plan's primary ones.
+    """Returns the arms that have as many seeds at the target L0 as the baseline.
 
-    Every arm where the plan gives all the same number.
+    Those are the plan's primary arms, or every arm if the plan gives all the same number of seeds.
     """
     seeds: dict[str, int] = {}
     for cell in run.choose():
@@ -126,32 +127,32 @@ def primary_arms(run: RunFolder) -> list[str]:
 def chosen_cells(
     runs: Sequence[RunFolder], arms: Sequence[str], cells: int
 ) -> list[tuple[RunFolder, Member]]:
-    """Which cells are browsed: of each run the first seed of these arms, each content once.
+    """Chooses the cells to browse: of each run the first seed of these arms, each content once.
 
     Args:
         arms: names; () for the baseline, then the primary arms.
-        cells: of a run, at most; named arms are never left out.
+        cells: most cells of a run; named arms are never left out.
 
     Raises: SettingError for an arm that no run has.
     """
-    known = dict.fromkeys(cell.id.arm for run in runs for cell in run.choose())
+    names = dict.fromkeys(cell.id.arm for run in runs for cell in run.choose())
     for arm in arms:
-        if arm not in known:
-            raise SettingError("--features", arm, f"no run has it; there are {', '.join(known)}")
-    found: dict[str, tuple[RunFolder, Member]] = {}
+        if arm not in names:
+            raise SettingError("--features", arm, f"no run has it; there are {', '.join(names)}")
+    chosen: dict[str, tuple[RunFolder, Member]] = {}
     for run in runs:
         wanted = list(arms) or [run.manifest["baseline"], *primary_arms(run)][:cells]
         first = {cell.id.arm: cell for cell in reversed(run.choose())}
         for cell in (first[arm] for arm in wanted if arm in first):
             place = run.manifest["cells"].get(cell.id.name, str(cell.folder))
-            found.setdefault(place, (run, cell))
-    return list(found.values())
+            chosen.setdefault(place, (run, cell))
+    return list(chosen.values())
 
 
 def browse(
     chosen: Sequence[tuple[RunFolder, Member]], n: int, examples: int, cache: Path
 ) -> Iterator[Browsed]:
-    """Looks into each cell.
+    """Loads each cell and picks latents of it, with texts on which they fire.
 
     Args:
         n: latents per cell.
@@ -171,30 +172,30 @@ def browse(
 def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int) -> Browsed:
     sae = formats.load(cell.folder).sae
     sae = sae.to(torch.device(base_of_run(run).model.device)).eval()
-    found = latent_examples.survey(sae, data.source, examples)
-    picked = latent_examples.pick(found, n, cell.id.seed)
+    survey = latent_examples.survey(sae, data.source, examples)
+    picked = latent_examples.pick(survey, n, cell.id.seed)
     latents = list(picked)
-    shown = latent_examples.examples(sae, data.source, found, latents, BEFORE, AFTER)
+    texts = latent_examples.examples(sae, data.source, survey, latents, BEFORE, AFTER)
     near = latent_examples.neighbours(sae, latents)
     why_no_lens = latent_examples.why_no_lens(sae, data.model)
-    seen: Sequence[Lens | None] = [None] * len(latents)
+    lenses: Sequence[Lens | None] = [None] * len(latents)
     if not why_no_lens and data.model is not None:
-        seen = latent_examples.lenses(sae, latents, data.model)
+        lenses = latent_examples.lenses(sae, latents, data.model)
     lives = _lives(run, cell)
     return Browsed(
         run=run.folder.name,
         id=cell.id,
         d_sae=sae.d_sae,
-        tokens=found.tokens,
+        tokens=survey.tokens,
         latents=[
             Latent(
                 index=latent,
                 group=picked[latent],
-                density=float(found.density[latent]),
-                loss_share=float(found.loss_share[latent]),
-                largest=float(found.strongest[0, latent]),
-                examples=shown[latent],
-                lens=seen[i],
+                density=float(survey.density[latent]),
+                loss_share=float(survey.loss_share[latent]),
+                largest=float(survey.strongest[0, latent]),
+                examples=texts[latent],
+                lens=lenses[i],
                 neighbours=near[i],
                 life={name: int(column[latent]) for name, column in lives.items()},
             )
@@ -203,7 +204,7 @@ def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int)
         steps=_steps(run, cell),
         why_no_lens=why_no_lens,
         why_no_text=data.why_no_text,
-        why_no_life="" if lives else "this SAE has no part that follows lifetimes",
+        why_no_life="" if lives else "this SAE has no part that records lifetimes",
         texts=data,
     )
 

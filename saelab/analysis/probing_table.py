@@ -2,8 +2,8 @@
 
     mean +- half width of the 95% t interval over the seeds of an arm, at the plan's L0
 
-The summary of a run has means over entries only; whether few latents tell the class of a text is
-another question in each of them.
+The summary of a run has means over entries only; whether a few latents predict the class of a text
+is another question in each entry.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ ACCURACIES = {
 
 
 def by_entry(folder: Path) -> dict[str, Any]:
-    """What `shown` prints, as plain data with every seed's value and the run's settings.
+    """Sums up a run's probing as plain data: every seed's value, means, and the run's settings.
 
     Raises: SourceError when the run is not complete, DamageError when it is not as it was written,
-        MismatchError when a metric was not computed by one definition.
+        MismatchError when a metric was computed by several definitions.
     """
     run = RunFolder(folder)
     if not run.has(METRICS, MANIFEST):
@@ -44,7 +44,7 @@ def by_entry(folder: Path) -> dict[str, Any]:
 
 
 def _summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One row for each subject, metric and slice: the whole, and each entry."""
+    """Yields one row for each subject, metric and slice: over all data, and for each entry."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         metric, where = row["metric"], row["slice"]
@@ -52,27 +52,29 @@ def _summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         entry = where.startswith("entry=") and "," not in where
         if (metric in CORE and not where) or (probed and (entry or not where)):
             groups.setdefault((row["arm"], metric, where), []).append(row)
-    for metric, named in _definitions(groups.values()).items():
-        check_one_definition(metric, named)
-    for (arm, metric, where), own in groups.items():
-        values = [row["value"] for row in own]
-        found = {"subject": arm, "metric": metric, "slice": where, "values": values}
-        found["definition"] = own[0]["definition"]
-        yield (
-            found | _mean(values) | {"reason": next((r["reason"] for r in own if r["reason"]), "")}
-        )
+    for metric, definitions in _definitions(groups.values()).items():
+        check_one_definition(metric, definitions)
+    for (arm, metric, where), group in groups.items():
+        values = [row["value"] for row in group]
+        yield {
+            **{"subject": arm, "metric": metric, "slice": where, "values": values},
+            "definition": group[0]["definition"],
+            **_mean(values),
+            "reason": next((row["reason"] for row in group if row["reason"]), ""),
+        }
 
 
 def _definitions(groups: Iterable[list[dict[str, Any]]]) -> dict[str, dict[str, str]]:
-    """Metric -> who has a number of it -> its definition."""
-    found: dict[str, dict[str, str]] = {}
-    for row in (row for own in groups for row in own if row["value"] is not None):
-        found.setdefault(row["metric"], {})[f"{row['arm']}, seed {row['seed']}"] = row["definition"]
-    return found
+    """Metric -> cell that has a number of it -> definition of that number."""
+    by_metric: dict[str, dict[str, str]] = {}
+    for row in (row for group in groups for row in group if row["value"] is not None):
+        cells = by_metric.setdefault(row["metric"], {})
+        cells[f"{row['arm']}, seed {row['seed']}"] = row["definition"]
+    return by_metric
 
 
 def _mean(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Missing where a seed's value is missing; one seed has no interval."""
+    """Mean and half width, both None if a seed's value is missing; one seed has no interval."""
     numbers = [value for value in values if value is not None]
     if not numbers or len(numbers) < len(values):
         return {"mean": None, "half_width": None}
@@ -81,11 +83,12 @@ def _mean(values: Sequence[float | None]) -> dict[str, float | None]:
     return {"mean": sum(numbers) / len(numbers), "half_width": half}
 
 
-def table_lines(found: dict[str, Any]) -> list[str]:
-    """Lines of text: metrics over all data, accuracies by entry, and why others are missing."""
-    values = {(r["subject"], r["metric"], r["slice"]): r for r in found["rows"]}
-    subjects = list(dict.fromkeys(row["subject"] for row in found["rows"]))
-    slices = list(dict.fromkeys(r["slice"] for r in found["rows"] if r["slice"]))
+def table_lines(data: dict[str, Any]) -> list[str]:
+    """Formats `by_entry` as text: metrics over all data, accuracies by entry, and the reasons why
+    others are missing."""
+    values = {(r["subject"], r["metric"], r["slice"]): r for r in data["rows"]}
+    subjects = list(dict.fromkeys(row["subject"] for row in data["rows"]))
+    slices = list(dict.fromkeys(r["slice"] for r in data["rows"] if r["slice"]))
     core = [["over all data", *CORE]]
     core += [
         [subject, *(_cell(values.get((subject, metric, ""))) for metric in CORE)]
@@ -97,10 +100,10 @@ def table_lines(found: dict[str, Any]) -> list[str]:
     for subject in subjects:
         prefix = "llm" if subject == CHANNELS else "sae"
         for name, label in ACCURACIES.items():
-            own = [values.get((subject, f"{prefix}_{name}", where)) for where in ("", *slices)]
-            if any(own):
-                probing.append([subject, label, *map(_cell, own)])
-    why = dict.fromkeys(f"{r['metric']}: {r['reason']}" for r in found["rows"] if r["reason"])
+            cells = [values.get((subject, f"{prefix}_{name}", where)) for where in ("", *slices)]
+            if any(cells):
+                probing.append([subject, label, *map(_cell, cells)])
+    why = dict.fromkeys(f"{r['metric']}: {r['reason']}" for r in data["rows"] if r["reason"])
     return [*align_right(core), "", *align_right(probing), *(["", *why] if why else [])]
 
 

@@ -1,7 +1,7 @@
-"""SAEBench results beside ours: a recorded file, a run's rows, and what either of them is.
+"""SAEBench results next to ours: a recorded file, a run's rows, and what kind of SAE each is.
 
-A recorded file is shown with its own numbers, with what the gate says of its SAE, and beside ours.
-Differences are only taken between numbers of one definition.
+A recorded file is shown with its own numbers, with what the gate says about its SAE, and next to
+ours. Differences are only taken between numbers of one definition.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ UNTRAINED = {"no_steps", "no_tokens"}
 
 
 def about(base: BaseConfig, sae: Mapping[str, Any], name: str, seed: int) -> About:
-    """What a result file says of a measurement with these settings.
+    """Describes a measurement with these settings as a result file does.
 
     Args:
         sae: further entries of the SAE's configuration.
-        name: what the SAE is called.
+        name: of the SAE.
         seed: of the examples.
     """
     probing = base.evaluation.probing
     layer = re.search(r"\d+", base.hook_name)
-    own = {
+    subject = {
         "model_name": base.model.path,
         "hook_name": base.hook_name,
         "hook_layer": int(layer[0]) if layer else None,
@@ -51,7 +51,7 @@ def about(base: BaseConfig, sae: Mapping[str, Any], name: str, seed: int) -> Abo
         "dtype": "float32",
     }
     entries = {"train_size": probing.train_size, "test_size": probing.test_size}
-    own_sizes = {
+    sizes = {
         name: {side: value for side in entries if (value := getattr(source, side))}
         for name, source in probing.sources.items()
         if source.train_size or source.test_size
@@ -59,7 +59,7 @@ def about(base: BaseConfig, sae: Mapping[str, Any], name: str, seed: int) -> Abo
     return About(
         model_name=base.model.path,
         dtype=base.model.dtype,
-        sae=own | dict(sae),
+        sae=subject | dict(sae),
         release="saelab",
         sae_id=name,
         train_size=probing.train_size,
@@ -69,17 +69,17 @@ def about(base: BaseConfig, sae: Mapping[str, Any], name: str, seed: int) -> Abo
         seed=seed,
         millis=int(time.time() * 1000),
         version=__version__,
-        further={"sizes": own_sizes},
+        further={"sizes": sizes},
     )
 
 
 def result_of(
     rows: Sequence[Row], subject: Subject, base: BaseConfig, name: str, seed: int
 ) -> dict[str, Any]:
-    """SAEBench's result of a subject, from its rows and those of the model's channels.
+    """Builds SAEBench's result of a subject, from its rows and those of the model's channels.
 
     Args:
-        name: what the SAE is called.
+        name: of the SAE.
         seed: of the examples; definition 1 has SAEBench's own.
 
     Raises: SourceError when the rows lack what the schema asks for.
@@ -93,7 +93,7 @@ def result_of(
 
 
 def run_result(folder: Path, arm: str = "baseline", seed: int | None = None) -> dict[str, Any]:
-    """SAEBench's result of one cell of a complete run, from its metrics.parquet.
+    """Builds SAEBench's result of one cell of a complete run, from its metrics.parquet.
 
     Args:
         arm, seed: of the cell at the plan's L0; None for the arm's first seed.
@@ -108,8 +108,8 @@ def run_result(folder: Path, arm: str = "baseline", seed: int | None = None) -> 
     arms = [name for name in dict.fromkeys(row.arm for row in rows) if name != CHANNELS]
     if arm not in arms:
         raise SettingError("arm", arm, f"no such arm{nearest(arm, arms)}; has {', '.join(arms)}")
-    own = [row for row in rows if row.arm == arm and row.level == level]
-    seeds = list(dict.fromkeys(row.seed for row in own))
+    at_target = [row for row in rows if row.arm == arm and row.level == level]
+    seeds = list(dict.fromkeys(row.seed for row in at_target))
     if not seeds or (seed is not None and seed not in seeds):
         raise SettingError("seed", seed, f"{arm} has the seeds {', '.join(map(str, seeds))}")
     chosen = seeds[0] if seed is None else seed
@@ -124,21 +124,21 @@ def run_result(folder: Path, arm: str = "baseline", seed: int | None = None) -> 
     }
     as_saebench = base.evaluation.probing.definition == 1
     examples = SAMPLING_SEED if as_saebench else run.probing_seed
-    told = about(base, sae, f"{folder.name}/{arm}/seed {chosen}", examples)
+    description = about(base, sae, f"{folder.name}/{arm}/seed {chosen}", examples)
     channels = [row for row in rows if row.arm == CHANNELS]
-    return build_result([row for row in own if row.seed == chosen] + channels, told)
+    return build_result([row for row in at_target if row.seed == chosen] + channels, description)
 
 
 def result_at(path: Path, arm: str = "baseline", seed: int | None = None) -> dict[str, Any]:
-    """A result file, or that of a run's cell."""
+    """Reads a result file, or builds that of a run's cell."""
     return run_result(path, arm, seed) if path.is_dir() else read_result(path)
 
 
-def what_it_is(found: GateResult) -> list[str]:
-    """The gate's word on a recorded SAE, and below it what the gate found."""
-    wrong = {finding.check: finding.sentence for finding in found.findings}
-    if found.outcome != "invalid":
-        word = "The gate has nothing against this SAE, as far as the file tells."
+def gate_lines(result: GateResult) -> list[str]:
+    """Sums up the gate's view of a recorded SAE; its findings follow, one per line."""
+    wrong = {finding.check: finding.sentence for finding in result.findings}
+    if result.outcome != "invalid":
+        word = "The gate has nothing against this SAE, as far as the file says."
     elif "probing_constant" in wrong and UNTRAINED & set(wrong):
         word = "An untrained SAE: all its accuracies are exactly .5, the class prior."
     elif "probing_constant" in wrong:
@@ -148,49 +148,49 @@ def what_it_is(found: GateResult) -> list[str]:
     return [word, *(f"  {check}: {sentence}" for check, sentence in wrong.items())]
 
 
-def comparison_lines(path: Path, beside: Mapping[str, Any] | None = None) -> list[str]:
-    """A recorded file as lines of text: what it is, its means and entries, and ours beside them.
+def comparison_lines(path: Path, other: Mapping[str, Any] | None = None) -> list[str]:
+    """Lines of text for a recorded file: kind of SAE, means and entries, with ours next to them.
 
     Args:
         path: the file.
-        beside: another result, as `result_at` gives it.
+        other: another result, as `result_at` gives it.
     """
     result = read_result(path)
     config = result["eval_config"]
     tasks = f"{config['probe_train_set_size']} / {config['probe_test_set_size']}"
-    found = gate(read_saebench_result(path))
+    checked = gate(read_saebench_result(path))
     lines = [
         f"{path.name}: {config['model_name']}, {_hook(result)}, {tasks} texts a task, "
         f"{config['context_length']} tokens a text, definition {definition_of(result)}",
-        *what_it_is(found),
+        *gate_lines(checked),
     ]
     theirs = rows_of(result)
-    ours = rows_of(beside) if beside else []
-    why_not = "" if beside is None else _why_not_compared(found, result, beside)
-    lines += ["", *_means(theirs, ours, differences=bool(beside) and not why_not)]
-    if beside is not None:
-        lines += ["", f"No differences: {why_not}." if why_not else _compared(result, beside)]
+    ours = rows_of(other) if other else []
+    why_not = "" if other is None else _why_not_compared(checked, result, other)
+    lines += ["", *_means(theirs, ours, differences=bool(other) and not why_not)]
+    if other is not None:
+        lines += ["", f"No differences: {why_not}." if why_not else _compared(result, other)]
     return [*lines, "", *_entries(theirs)]
 
 
 def _hook(result: Mapping[str, Any]) -> str:
-    return str((result.get("sae_cfg_dict") or {}).get("hook_name") or "hook not told")
+    return str((result.get("sae_cfg_dict") or {}).get("hook_name") or "hook not recorded")
 
 
 def _why_not_compared(
-    found: GateResult, result: Mapping[str, Any], other: Mapping[str, Any]
+    checked: GateResult, result: Mapping[str, Any], other: Mapping[str, Any]
 ) -> str:
-    """Why no difference of the two is taken; '' when it may be."""
+    """Reason why no difference between the two is taken; '' if one may be."""
     definitions = {"the file": definition_of(result), "ours": definition_of(other)}
     try:
         check_one_definition("sparse probing", definitions)
     except MismatchError as error:
         return str(error)
-    return "the file's SAE is invalid, as said above" if found.outcome == "invalid" else ""
+    return "the file's SAE is invalid, as said above" if checked.outcome == "invalid" else ""
 
 
 def _compared(result: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What a difference is a difference of."""
+    """Sentence that says between which models, hooks and entries the differences are."""
     places = [(r["eval_config"]["model_name"], _hook(r)) for r in (result, other)]
     sets = [set(r["eval_config"]["dataset_names"]) for r in (result, other)]
     notes = []
@@ -223,9 +223,9 @@ def _entries(rows: Sequence[Row]) -> list[str]:
     values = {(row.slice, row.metric): row for row in rows}
     cells = [["entry", *(m.removesuffix("_test_accuracy") for m in SHOWN)]]
     for where in slices:
-        found = [values.get((where, metric)) for metric in SHOWN]
+        shown = [values.get((where, metric)) for metric in SHOWN]
         name = where.removeprefix("entry=")
-        cells.append([name, *(_number(row.value if row else None) for row in found)])
+        cells.append([name, *(_number(row.value if row else None) for row in shown)])
     return align_right(cells)
 
 
@@ -234,7 +234,7 @@ def _number(value: float | None) -> str:
 
 
 def align_right(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
+    """Formats a table as lines: the first column aligned left, the others right."""
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return [
         "  ".join(
@@ -246,17 +246,18 @@ def align_right(cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def read_saebench_result(path: Path) -> dict[str, float | str | None]:
-    """The facts that a SAEBench `sparse_probing` result file holds about its SAE.
+    """Reads the facts that a SAEBench `sparse_probing` result file holds about its SAE.
 
-    Places are told by layer: the SAE's own configuration, the hook that SAEBench read for the
-    evaluation, and the layer that the experiment wrote beside the result. SAEBench writes -100000
-    training tokens where nobody recorded any.
+    Hooks are given by layer: that of the SAE's own configuration, that of the hook which SAEBench
+    read for the evaluation, and that which the experiment wrote next to the result. SAEBench writes
+    -100000 training tokens where nobody recorded any.
 
-    Raises: SourceError when the file is missing or no such result; DamageError when it is no JSON.
+    Raises: SourceError when the file is missing or not such a result; DamageError when it is not
+        JSON.
     """
     data = read_json(path)
     if not isinstance(data, dict) or data.get("eval_type_id") != "sparse_probing":
-        raise SourceError(f"{path} is no SAEBench sparse_probing result: name the file it wrote")
+        raise SourceError(f"{path} is not a SAEBench sparse_probing result: name the file it wrote")
     config: dict[str, Any] = data.get("sae_cfg_dict") or {}
     scores = (data.get("eval_result_metrics") or {}).get("sae") or {}
     layer_of_hook = re.search(r"\d+", str(config.get("hook_name") or ""))
@@ -278,7 +279,8 @@ def _layer(value: object) -> str | None:
 
 
 def _all_at_chance(details: list[dict[str, Any]], chance: float = 0.5) -> float | None:
-    """1 when every accuracy of the SAE is exactly the class prior, None without any accuracy."""
+    """Returns 1 if every accuracy of the SAE is exactly the class prior, else 0; None without any
+    accuracy."""
     accuracies = [
         value
         for entry in details

@@ -53,6 +53,7 @@ from saelab.launch.latent_table import FILE, write_latents
 from saelab.launch.prepare import open_source
 from saelab.launch.progress_lines import Reports
 from saelab.launch.seed_pairs import compare
+from saelab.runs.schema import REACH
 from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
@@ -64,7 +65,6 @@ from saelab.training.module_cell import ModuleCell
 from saelab.training.resume import ResumableCell, remove_checkpoints, restore_cell
 from saelab.training.sample import initial_sample
 from saelab.training.train import train_members
-from saelab.verdict.gate import REACH
 
 
 class Worker:

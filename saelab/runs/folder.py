@@ -49,7 +49,7 @@ METRICS, CURVES = "metrics.parquet", "curves.parquet"
 #: What the manifest answers for, beside files of single cells that carry no checksum themselves.
 SEALED = (INFO, METRICS, CURVES, GATE, SUMMARY)
 OF_CELLS = ("latents.parquet", "module.safetensors")
-#: Where the manifest has file -> checksum. One with sums and without a digest has lost it.
+#: Key of file -> checksum in the manifest. A manifest with it and without a digest was changed.
 SUMS = "sha256"
 REMEDY = "make the run again, or take the folder from where it was copied"
 
@@ -72,7 +72,7 @@ class _Scalar(Loose):
 
 
 class _Manifest(Loose):
-    """Names that are there are of these types."""
+    """Types of the entries that a manifest may have."""
 
     run: str = ""
     title: str = ""
@@ -172,7 +172,7 @@ class RunFolder:
 
     @cached_property
     def info(self) -> dict[str, dict[str, Any]]:
-        """final_info.json; raises SourceError without it."""
+        """Reads final_info.json; raises SourceError when it is missing."""
         path = self.file(INFO)
         return validate(read_json(path), dict[str, _Group], path, REMEDY)
 
@@ -266,8 +266,8 @@ def seal_run(folder: Path, manifest: Mapping[str, Any], info: Mapping[str, Any])
     which the run is complete."""
     cells = sorted(p for name in OF_CELLS for p in (folder / CELLS).glob(f"*/*/{name}"))
     names = [*SEALED, *(file.relative_to(folder).as_posix() for file in cells)]
-    there = [name for name in names if name != INFO and (folder / name).is_file()]
-    sums = {name: sha256(folder / name) for name in there}
+    present = [name for name in names if name != INFO and (folder / name).is_file()]
+    sums = {name: sha256(folder / name) for name in present}
     text = json_text(info)
     sums[INFO] = hashlib.sha256(text.encode()).hexdigest()
     write_sealed(folder / MANIFEST, json.loads(json.dumps(manifest)) | {SUMS: sums})

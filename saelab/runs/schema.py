@@ -21,6 +21,9 @@ CONTROL = "control:"
 CHANNELS, FROZEN, PLANTED = "model channels", "frozen decoder", "planted effect"
 _FOLDER = re.compile(r"seed(\d+)-l0_(.+)")
 
+#: Facts of one learned scalar begin with this; the scalar's name follows.
+REACH = "scalar_reach."
+
 
 def control_arm(name: str) -> str:
     """Name of a control subject in the column `arm`."""

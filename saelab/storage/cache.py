@@ -1,19 +1,20 @@
-"""Layout of the cache next to plan.toml and of the folder of a run.
+"""Where things are kept: the cache beside plan.toml, and the folder of a run.
 
 .saelab/activations/<key>/     harvested activations            (SAELAB_CACHE names another cache)
 .saelab/probing/<key>/         activations of the probing texts
 .saelab/cells/<key>/           finished cells, by content hash
 .saelab/pairs/                 comparisons of finished cells
-.saelab/resume/<key>/          checkpoints of cells in training, deleted when the cell is finished
-.saelab/logs/                  stderr of the workers
+.saelab/resume/<key>/          checkpoints of cells in training, gone when the cell is finished
+.saelab/logs/                  what workers wrote to stderr
 run_i/                         final_info.json, manifest.json, metrics.parquet, curves.parquet,
                                summary.md, cells/<arm>/seed<s>-l0_<level>/
-run_i/metrics.jsonl            written while the launch runs; with it alone a run is not complete
+run_i/metrics.jsonl            written while the launch is going on; alone, it is no complete run
 
-If SAELAB_CACHE is a URL (s3://bucket/prefix), activations are stored and read there only; probing
-activations, finished cells and the checkpoints of cells in training are copied to it when they are
-made, and from it if another machine has made them. Everything else stays in .saelab. The last
-object of a finished folder, `files.json`, lists its files with the checksum of each.
+Where SAELAB_CACHE is a URL (s3://bucket/prefix), activations lie there alone and are read from
+there; probing activations, finished cells and the checkpoints of those in training are copied to it
+when they are made, and from it when another machine has made them. Everything else stays in
+.saelab. The last object of a finished folder, `files.json`, says what is in it, with the checksum
+of each file.
 """
 
 from __future__ import annotations
@@ -36,39 +37,52 @@ if TYPE_CHECKING:
     from importlib.metadata import PackagePath
 
 #: The folder of the package.
-PACKAGE = Path(__file__).parents[1]
-#: Parts of the package whose change never alters a number: folders and modules, by their path.
-NO_NUMBERS = ("report", "formats", "progress", "__main__.py", "storage/remote.py")
+PACKAGE = Path(__file__).parent.parent
+#: Rooms and modules whose code can't alter a number in the cache, so that rewording them trains no
+#: cell again. A worker loads none of them but `progress` (bars and lines on a terminal) and
+#: `storage/remote.py` (moves bytes; what reads them compares checksums): tests/architecture.
+NO_NUMBERS = (
+    "__main__.py",
+    "analysis",
+    "api.py",
+    "cli",
+    "formats",
+    "preflight",
+    "progress",
+    "report",
+    "storage/remote.py",
+    "verdict",
+)
 #: The last object of a folder that was copied to a URL.
 CONTENT = "files.json"
-#: State of code that was not put in its place by an installer.
+#: Said of code that no installer has put where it is.
 SOURCE_TREE = "a source tree, not a release"
 
 
 def cache_folder(root: Path) -> Path:
-    """Returns the cache of the study in `root`, on this machine."""
-    configured = _configured_cache()
-    return configured if isinstance(configured, Path) else root / ".saelab"
+    """The cache of the study in `root`, on this machine."""
+    named = _named_cache()
+    return named if isinstance(named, Path) else root / ".saelab"
 
 
 def remote_cache() -> Remote | None:
-    """Returns the cache that machines share, if SAELAB_CACHE is a URL."""
-    configured = _configured_cache()
-    return configured if isinstance(configured, Remote) else None
+    """The cache that machines share, where SAELAB_CACHE is a URL."""
+    named = _named_cache()
+    return named if isinstance(named, Remote) else None
 
 
-def _configured_cache() -> Place | None:
-    text = os.environ.get("SAELAB_CACHE")
-    return place_of(text) if text else None
+def _named_cache() -> Place | None:
+    named = os.environ.get("SAELAB_CACHE")
+    return place_of(named) if named else None
 
 
 def activations_folder(cache: Path) -> Place:
-    """Returns the folder of harvested activations, in the shared cache if there is one."""
+    """Where harvested activations lie: at the URL of the shared cache, or in the cache."""
     return (remote_cache() or cache) / "activations"
 
 
 def has_activations(cache: Path) -> bool:
-    """Returns whether any harvest is complete."""
+    """Whether any harvest is complete."""
     if (shared := remote_cache()) is not None:
         return shared.has("activations/*/*/header.json")
     return any(cache.glob("activations/*/*/header.json"))
@@ -76,52 +90,47 @@ def has_activations(cache: Path) -> bool:
 
 def share(cache: Path, folder: Path) -> None:
     """Copies a finished folder of the cache to the shared one, if there is one."""
-    twin = shared_twin(cache, folder)
-    if twin is None or (twin / CONTENT).is_file():
+    there = shared_twin(cache, folder)
+    if there is None or (there / CONTENT).is_file():
         return
     files = [file for file in sorted(folder.glob("[!.]*")) if file.is_file()]
     for file in files:
-        (twin / file.name).put(file)
-    write_sealed(twin / CONTENT, {"sha256": {file.name: sha256(file) for file in files}})
+        (there / file.name).put(file)
+    write_sealed(there / CONTENT, {"sha256": {file.name: sha256(file) for file in files}})
 
 
 def fetch(cache: Path, folder: Path, last: str) -> bool:
-    """Copies a folder of the cache from the shared one if needed; returns whether it is finished.
+    """Whether a folder of the cache is finished; copies it from the shared cache if it is there.
 
-    An object that does not match its checksum is reported on stderr; the folder then counts as
-    unfinished.
+    An object that is not what was written is named on stderr, and the folder is not finished then.
 
     Args:
-        cache: the local cache.
-        folder: a folder in it.
-        last: name of the file without which the folder is not finished; it is copied last.
+        last: the file without which the folder is not finished; it is put there last.
     """
     if (folder / last).is_file():
         return True
-    twin = shared_twin(cache, folder)
-    if twin is None or not (twin / CONTENT).is_file():
+    there = shared_twin(cache, folder)
+    if there is None or not (there / CONTENT).is_file():
         return False
     try:
-        content = _read_content(twin / CONTENT)
+        content = _content(there / CONTENT)
         for name in sorted(content, key=lambda name: name == last):
-            write_atomically(folder / name, _copier(twin / name, content[name]))
+            write_atomically(folder / name, _copy(there / name, content[name]))
     except (DamageError, FileNotFoundError) as error:
-        print(f"{error} (the folder is made again now)", file=sys.stderr)
-        (twin / CONTENT).unlink(missing_ok=True)
+        print(f"{error} (what was there is made again now)", file=sys.stderr)
+        (there / CONTENT).unlink(missing_ok=True)
         return False
     return True
 
 
-def _read_content(file: Remote) -> dict[str, str]:
-    """Reads name -> checksum of the files that `share` has uploaded next to this one."""
-    from saelab.storage.validation import Name, validate  # these load pydantic
+def _content(file: Remote) -> dict[str, str]:
+    """Name -> checksum of what `share` put beside the file."""
+    from saelab.storage.validation import Name, validate  # which load pydantic
 
     return validate(read_sealed(file).get("sha256"), dict[Name, str], file)
 
 
-def _copier(source: Remote, checksum: str) -> Callable[[Path], object]:
-    """Returns a function that downloads an object to a path and compares its checksum."""
-
+def _copy(source: Remote, checksum: str) -> Callable[[Path], object]:
     def write(temporary: Path) -> None:
         temporary.write_bytes(source.read_bytes())
         if sha256(temporary) != checksum:
@@ -131,32 +140,39 @@ def _copier(source: Remote, checksum: str) -> Callable[[Path], object]:
 
 
 def shared_twin(cache: Path, folder: Path) -> Remote | None:
-    """Returns the counterpart of a folder of the cache in the shared cache, if there is one."""
+    """The place of a folder of the cache in the shared one, if there is one."""
     shared = remote_cache()
     return None if shared is None else shared / folder.relative_to(cache).as_posix()
 
 
 @functools.cache
 def package_digest() -> str:
-    """Returns a hash of the installed package's source; changed code never reuses old cells."""
-    return _source_digest(PACKAGE)
+    """A hash of the installed package's source, so that changed code never reuses old cells."""
+    return digest_of_code(PACKAGE)
 
 
-def _source_digest(root: Path) -> str:
+def digest_of_code(root: Path) -> str:
+    """Returns 16 hexadecimal digits for the code under `root` that can alter a number."""
     content = hashlib.sha256()
-    for file in sorted([*root.rglob("*.py"), *root.rglob("*.cpp")]):
-        relative = file.relative_to(root).as_posix()
-        if relative.split("/")[0] not in NO_NUMBERS and relative not in NO_NUMBERS:
-            content.update(relative.encode() + b"\0" + file.read_bytes())
+    for file in _code_files(root):
+        name = file.relative_to(root).as_posix()
+        if can_alter_numbers(name):
+            content.update(name.encode() + b"\0" + file.read_bytes())
     return content.hexdigest()[:16]
+
+
+def can_alter_numbers(name: str) -> bool:
+    """Returns True if a file of the package, 'storage/cache.py', counts for its digest."""
+    return not any(name == room or name.startswith(f"{room}/") for room in NO_NUMBERS)
+
+
+def _code_files(root: Path) -> list[Path]:
+    return sorted([*root.rglob("*.py"), *root.rglob("*.cpp")])
 
 
 @functools.cache
 def package_state() -> str:
-    """Compares the package's code with the checksums in its installer's RECORD.
-
-    Returns: one phrase: as released, the files that differ, or `SOURCE_TREE`.
-    """
+    """Whether the package's code is what was released, by the checksums that its installer kept."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:
@@ -167,19 +183,18 @@ def package_state() -> str:
 
 
 def _package_state(root: Path, files: Iterable[PackagePath]) -> str:
-    released = {Path(file.locate()).resolve(): file.hash for file in files if file.hash}
-    root = root.resolve()
-    code = {file.resolve() for file in [*root.rglob("*.py"), *root.rglob("*.cpp")]}
-    if not code & released.keys():
+    known = {Path(file.locate()).resolve(): file.hash for file in files if file.hash}
+    code = {file.resolve() for file in _code_files(root)}
+    if not code & known.keys():
         return SOURCE_TREE
-    missing = {file for file in released if file.is_relative_to(root) and not file.is_file()}
-    edited = {f for f in code if _checksum(f) != getattr(released.get(f), "value", "")}
-    names = sorted(file.relative_to(root).as_posix() for file in missing | edited)
-    return f"differs from the released files: {', '.join(names)}" if names else "as released"
+    gone = {file for file in known if file.is_relative_to(root.resolve()) and not file.is_file()}
+    off = gone | {file for file in code if _checksum(file) != getattr(known.get(file), "value", "")}
+    names = ", ".join(sorted(file.relative_to(root.resolve()).as_posix() for file in off))
+    return f"differs from the released files: {names}" if off else "as released"
 
 
 def _checksum(file: Path) -> str:
-    """Returns a file's sha256 in the notation of RECORD (PEP 376)."""
+    """As RECORD holds it (PEP 376)."""
     digest = hashlib.sha256(file.read_bytes()).digest()
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 

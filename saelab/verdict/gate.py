@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from saelab.errors import SettingError, nearest
+from saelab.runs.schema import REACH
 
 Facts = Mapping[str, float | str | None]
 Outcome = Literal["invalid", "failed", "relabelled", "warning"]
@@ -30,8 +31,6 @@ Hits = Iterator[tuple[str, str]]
 
 #: Outcomes from worst to mildest.
 ORDER: tuple[Outcome, ...] = ("invalid", "failed", "relabelled", "warning")
-#: Facts of one learned scalar begin with this; the scalar's name follows.
-REACH = "scalar_reach."
 
 
 @dataclass(frozen=True)

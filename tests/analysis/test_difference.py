@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from saelab import stats
-from saelab.__main__ import app
 from saelab.analysis.difference import difference
+from saelab.cli import app
 from saelab.errors import SettingError, SourceError
 
 

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from saelab import stats
-from saelab.__main__ import app
 from saelab.analysis.probing_table import by_entry
+from saelab.cli import app
 from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.runs.folder import seal_run
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import saelab
+from saelab.storage.cache import NO_NUMBERS, can_alter_numbers
 
 ROOT = Path(saelab.__file__).parent
 #: From the bottom up: rooms (folders) and the few modules at the root. Rooms of one line may import
@@ -36,6 +37,7 @@ LAYERS = [
     {"analysis"},
     {"report"},
     {"api"},
+    {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -137,6 +139,65 @@ def test_no_cycles() -> None:
 
     for name in MODULES:
         visit(name, ())
+
+
+#: Modules that what a worker runs loads although the package digest leaves them out, and why none
+#: of them decides a number.
+DECIDE_NOTHING = {
+    "saelab.progress": "names the bars",
+    "saelab.progress.bar": "bars that probing and harvesting show: they take numbers and give none",
+    "saelab.progress.state": "names of stages in the lines that a job sends while it trains",
+    "saelab.storage.remote": "moves the bytes of files whose readers compare checksums",
+}
+#: What the launch loads besides, to say how long its jobs will take and how far they are.
+OF_LAUNCH = {
+    "saelab.preflight": "names nothing",
+    "saelab.preflight.estimate": "seconds that are printed, and compared with the time limit",
+    "saelab.preflight.memory": "how many workers fit; a cell's bits are those of any number",
+    "saelab.preflight.preview": "refuses a launch; settings of cells are in their keys",
+    "saelab.progress.journal": "lines of metrics.jsonl",
+    "saelab.progress.run": "sends them to the journal and the view",
+    "saelab.progress.trackers": "sends them to TensorBoard, Weights & Biases or Trackio",
+    "saelab.progress.view": "draws them",
+}
+
+
+def all_imports(*modules: str) -> set[str]:
+    """The modules with everything that they import, and all packages on the way."""
+    loaded: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name not in loaded:
+            loaded.add(name)
+            parent = name.rpartition(".")[0]
+            waiting += [parent] if parent in MODULES else []
+            waiting += [target for source, target in EDGES if source == name]
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("modules", "excused"),
+    [
+        # cells, pairs, checkpoints, controls and harvested activations, and `saelab train` on ranks
+        ("worker seed_pairs controls prepare distributed", DECIDE_NOTHING),
+        ("waves", DECIDE_NOTHING | OF_LAUNCH),  # hands out the jobs and evaluates the controls
+    ],
+)
+def test_what_stores_numbers_counts_for_the_package_digest(
+    modules: str, excused: dict[str, str]
+) -> None:
+    loaded = all_imports(*(f"saelab.launch.{name}" for name in modules.split()))
+    assert len(loaded) > 100
+    left_out = {
+        name for name in loaded if not can_alter_numbers(MODULES[name].relative_to(ROOT).as_posix())
+    }
+    assert left_out == set(excused)
+
+
+def test_rooms_without_numbers_exist() -> None:
+    for room in NO_NUMBERS:
+        assert (ROOT / room).exists(), room
 
 
 def loaded(statement: str) -> set[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from saelab import api
-from saelab.__main__ import app
+from saelab.cli import app
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.language_model import LanguageModel, ModelConfig, load
 from saelab.data.probing.activations import ProbingData, ProbingEntry

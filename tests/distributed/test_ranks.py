@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from saelab import checkpoint
-from saelab.__main__ import app
+from saelab.cli import app
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.activations.stream import Batch, Position, batches
 from saelab.distributed.ranks import ALONE, Ranks

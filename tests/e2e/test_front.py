@@ -38,17 +38,20 @@ class Finder:
             os.kill(os.getpid(), {number})
 sys.meta_path.insert(0, Finder())
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from saelab.launch.entry import main
+{statement}
 """
 
 
 @pytest.mark.parametrize(
+    "statement", ["from saelab.launch.entry import main", "from saelab import Arm, main"]
+)
+@pytest.mark.parametrize(
     ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
 )
 def test_a_signal_while_torch_is_loaded_is_one_sentence(
-    tmp_path: Path, number: int, word: str
+    tmp_path: Path, number: int, word: str, statement: str
 ) -> None:
-    ended = run(tmp_path, "-c", LOADING.format(number=int(number)))
+    ended = run(tmp_path, "-c", LOADING.format(number=int(number), statement=statement))
     assert ended.code == 128 + number
     assert ended.err == f"{word}: the same command goes on where it stopped\n"
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from saelab.__main__ import app
 from saelab.analysis.difference import difference
 from saelab.analysis.saebench import comparison_lines, result_at
+from saelab.cli import app
 from saelab.config import read_toml
 from saelab.data.probing import saebench as entries
 from saelab.data.probing.activations import ProbingData, ProbingEntry

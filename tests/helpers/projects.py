@@ -230,7 +230,7 @@ class Project:
 
 def cli(folder: Path, *arguments: str) -> Ended:
     """`saelab ...` in this process, without workers."""
-    from saelab.__main__ import main
+    from saelab.cli import main
 
     return called(folder, main, *arguments)
 

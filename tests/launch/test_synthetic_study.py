@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from saelab import stats
-from saelab.__main__ import app
+from saelab.cli import app
 from saelab.data.activations.store import Source
 from saelab.data.activations.stream import batches
 from saelab.data.synthetic.chains import SyntheticConfig, generate

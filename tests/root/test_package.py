@@ -64,3 +64,23 @@ def test_code_that_was_not_installed_is_a_source_tree(installed: Path, tmp_path:
     other.mkdir()
     (other / "gate.py").touch()
     assert cache._package_state(other, files) == cache.SOURCE_TREE
+
+
+def test_code_that_can_alter_a_number_changes_the_digest(tmp_path: Path) -> None:
+    for name in ("sae.py", "kernels/native.cpp", "storage/cache.py", "report/page.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("# one\n", encoding="utf-8")
+    digests = [cache.digest_of_code(tmp_path)]
+    for name in ("sae.py", "kernels/native.cpp", "storage/cache.py"):
+        (tmp_path / name).write_text("# another\n", encoding="utf-8")
+        digests.append(cache.digest_of_code(tmp_path))
+    assert len(set(digests)) == 4
+    for name in ("report/page.py", "storage/remote.py", "cli/run.py", "api.py", "__main__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("# another\n", encoding="utf-8")
+    assert cache.digest_of_code(tmp_path) == digests[-1]
+
+
+def test_the_digest_is_of_this_package() -> None:
+    assert (cache.PACKAGE / "training" / "loop.py").is_file()
+    assert cache.package_digest() == cache.digest_of_code(Path(saelab.__file__).parent)

@@ -1,0 +1,55 @@
+"""The command line, `saelab COMMAND`: one module per group of commands.
+
+Heavy packages are imported inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import typer
+
+from saelab.cli import plan, results, run, saes, train
+from saelab.cli.common import Guarded
+
+#: Plain help, and errors whose last line says what is wrong.
+Group = partial(typer.Typer, no_args_is_help=True, rich_markup_mode=None)
+app = Group(
+    cls=Guarded,
+    help="Train sparse autoencoder variants side by side and learn whether an idea helps.",
+    epilog="Runs on the CPU. The path for CUDA (model.device = 'cuda') has not run on a GPU yet.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+lm_group = Group(help="The embedded language model.")
+plan_group = Group(help="The plan of a study, before anything is trained.")
+app.add_typer(lm_group, name="lm")
+app.add_typer(plan_group, name="plan")
+
+#: Every command in the order of `saelab --help`: group, name, function.
+COMMANDS = (
+    (app, "run", run.run),
+    (plan_group, "check", plan.check),
+    (plan_group, "cost", plan.cost),
+    (app, "tune", run.tune),
+    (app, "verdict", results.verdict),
+    (app, "report", results.report),
+    (app, "template", run.template),
+    (app, "watch", run.watch),
+    (app, "attempts", run.attempts),
+    (app, "train", train.train),
+    (app, "difference", results.difference),
+    (app, "probing", results.probing),
+    (app, "eval", saes.evaluate),
+    (app, "export", saes.export),
+    (app, "saebench", saes.saebench),
+    (app, "synthetic", train.synthetic),
+    (lm_group, "train", train.language_model),
+)
+for group, name, command in COMMANDS:
+    group.command(name)(command)
+
+
+def main() -> None:
+    """Runs the command that the arguments of the process name."""
+    app()

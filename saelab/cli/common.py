@@ -1,0 +1,142 @@
+"""What the commands share: options, how they read the run table, print and end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from saelab.study.plan import Run
+
+#: The file with the run table.
+EXPERIMENT = Path("experiment.py")
+RunTable = Annotated[Path, Option("--experiment", help="File with the run table.")]
+OwnParts = Annotated[
+    Path | None,
+    Option("--experiment", help="The experiment.py that defines parts of the SAE."),
+]
+Set = Annotated[
+    list[str] | None,
+    Option("--set", help="Change one setting: --set train.lr=1e-3. May be repeated."),
+]
+Arms = Annotated[
+    list[str] | None,
+    Option("--arm", help="Only this arm of a run. May be repeated; all arms by default."),
+]
+Seeds = Annotated[
+    list[int] | None,
+    Option("--seed", help="Only this seed of a run. May be repeated; all seeds by default."),
+]
+WithoutTrace = Annotated[
+    bool,
+    Option(
+        "--without-trace",
+        help="Set beta = 0 in a threshold that follows the context. The function is then not the "
+        "trained one, but one that other tools know.",
+    ),
+]
+Folders = Annotated[
+    list[Path] | None,
+    Argument(help="Complete runs; by default every run_* in this folder."),
+]
+Json = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
+
+
+class Guarded(TyperGroup):
+    """A group whose commands end as `cli_errors` says."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with cli_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def cli_errors() -> Iterator[None]:
+    """Ends bad input with one sentence and exit code 2, a failed study with 1, SIGINT with 130 and
+    SIGTERM with 143."""
+    from saelab.errors import SaelabError
+    from saelab.runtime import exhaustion
+    from saelab.runtime.signals import exit_on_signal
+
+    with exit_on_signal():
+        try:
+            with exhaustion.as_usage_error():
+                yield
+        except SaelabError as error:
+            if is_first_process():
+                typer.echo(str(error), err=True)
+            raise typer.Exit(error.exit_code) from None
+
+
+def is_first_process() -> bool:
+    """Returns False in all but one of the processes that torchrun starts on a machine."""
+    import os
+
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def say(text: str, err: bool = False) -> None:
+    """Prints text that may hold names and texts of others."""
+    from saelab.runtime.safe_text import visible
+
+    typer.echo(visible(text, keep="\n"), err=err)
+
+
+def show(as_json: bool, data: Any, lines: Iterable[str], between: str = "\n") -> None:
+    """Prints the data of a result as JSON, or its lines as text."""
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(data, indent=1))
+    elif text := between.join(lines):
+        say(text)
+
+
+def messages_on_stderr(as_json: bool) -> AbstractContextManager[object]:
+    """Keeps stdout for JSON: whatever prints inside the block then prints on stderr."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
+
+
+def read_runs(experiment: Path) -> tuple[Mapping[str, Run], Path]:
+    """Returns the run table and the absolute path of its file.
+
+    Raises: SourceError when the file is missing or defines no RUNS.
+    """
+    from saelab.study.experiment_file import load_experiment
+
+    file = experiment.resolve()
+    return load_experiment(file).RUNS, file
+
+
+def register_parts(experiment: Path | None) -> None:
+    """Registers the parts that an experiment.py defines."""
+    if experiment is not None:
+        read_runs(experiment)
+
+
+def parse_changes(pairs: list[str] | None) -> dict[str, Any]:
+    """Parses 'train.lr=1e-3' into {"train.lr": 0.001}; values are TOML, plain words are text.
+
+    Raises: SettingError for a pair without name or '='.
+    """
+    import tomllib
+
+    from saelab.errors import SettingError
+
+    changes: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise SettingError("--set", pair, "use NAME=VALUE, for example train.lr=1e-3")
+        try:
+            changes[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[name] = value
+    return changes

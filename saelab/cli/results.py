@@ -1,0 +1,113 @@
+"""Commands that show finished runs: verdict, difference, probing, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from saelab.cli.common import Folders, Json, OwnParts, register_parts, say, show
+
+
+def verdict(
+    folders: Folders = None,
+    json_: Json = False,
+    simulate: Annotated[
+        bool, Option("--simulate", help="Check the rules on simulated cells instead.")
+    ] = False,
+    simulations: Annotated[int, Option(help="Simulated runs per row, at least 100.")] = 20_000,
+) -> None:
+    """Judge finished runs from their files: differences, intervals, p and the four words."""
+    if simulate:
+        _simulate(simulations, json_)
+        return
+    from saelab.verdict.review import complete_runs, review_all, text
+
+    reviews = review_all(folders or complete_runs(Path()))
+    show(json_, [review.as_dict() for review in reviews], map(text, reviews), "\n\n")
+
+
+def _simulate(simulations: int, json_: bool) -> None:
+    from dataclasses import asdict
+
+    from saelab.errors import SettingError, StudyFailure
+    from saelab.verdict.simulation import HEADING, validation_table
+
+    if simulations < 100:
+        raise SettingError("simulations", simulations, "at least 100 are needed")
+    rows = validation_table(simulations)
+    show(json_, [asdict(row) for row in rows], [HEADING, *(row.line() for row in rows)])
+    if any(row.kept is False for row in rows):
+        raise StudyFailure("a promise of the verdict is broken: see the row that says so")
+
+
+def difference(
+    folder: Annotated[Path, Argument(help="A complete run, 'run_4'.")],
+    arm: Annotated[str, Argument(help="The arm in question.")],
+    other: Annotated[str, Argument(help="The arm that it is compared with.")],
+    metric: Annotated[str, Option(help="A metric's name in final_info.json.")] = "fvu",
+) -> None:
+    """Print the paired difference of two arms of a run, over the seeds that both have."""
+    from saelab.analysis.difference import difference, difference_line
+
+    say(difference_line(difference(folder, arm, other, metric), arm, other))
+
+
+def probing(
+    folder: Annotated[Path, Argument(help="A complete run, 'run_1'.")],
+    table: Annotated[
+        Path | None, Option(help="JSON file for what is printed, with every seed's value.")
+    ] = None,
+) -> None:
+    """Print a run's sparse probing by entry: arms, controls, the model's own channels."""
+    from saelab.analysis.probing_table import by_entry, table_lines
+    from saelab.storage.atomic import write_json
+
+    data = by_entry(folder)
+    if table is not None:
+        write_json(table, data)
+    say("\n".join(table_lines(data)))
+
+
+def report(
+    folders: Folders = None,
+    out: Annotated[Path, Option(help="File of the page.")] = Path("report.html"),
+    features: Annotated[
+        list[str] | None,
+        Option(
+            help="An arm whose first seed the feature browser shows. May be repeated; see --cells."
+        ),
+    ] = None,
+    cells: Annotated[
+        int,
+        Option(
+            min=0, help="Cells of each run in the feature browser: baseline, then primary arms."
+        ),
+    ] = 2,
+    latents: Annotated[
+        int, Option(min=1, help="Latents of each cell in the feature browser.")
+    ] = 200,
+    json_: Json = False,
+    experiment: OwnParts = None,
+) -> None:
+    """Write report.html: verdicts, figures, gate, controls, plan and latents on one page.
+
+    saelab report run_1 run_3 --out x.html
+
+    One file that needs no network. Nothing is trained; the held-out activations for the latents
+    are harvested again if they are not cached.
+    """
+    from saelab.analysis.latents import browse, chosen_cells
+    from saelab.report.page import Study, ledger, write
+    from saelab.runs.folder import RunFolder
+    from saelab.storage.cache import cache_folder
+    from saelab.verdict.review import complete_runs
+
+    register_parts(experiment)
+    runs = [RunFolder(folder) for folder in folders or complete_runs(Path())]
+    chosen = chosen_cells(runs, features or (), cells)
+    why_not = "none was asked for" if not (cells or features) else "the runs keep no cells"
+    browsed = list(browse(chosen, latents, 8, cache_folder(Path())))
+    content = write(Study(runs, browsed, "" if browsed else why_not, ledger(runs)), out)
+    show(json_, content, [f"{out}: {len(runs)} runs, {content['bytes'] / 1e6:.1f} MB"])

@@ -1,0 +1,124 @@
+"""Commands that carry a study out: run, tune, template, watch, attempts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from saelab.cli.common import EXPERIMENT, Json, RunTable, messages_on_stderr, read_runs, show
+
+
+def run(
+    names: Annotated[
+        list[str],
+        Argument(
+            help="Runs of the table in experiment.py, 'run_1'. The cells of several runs are "
+            "trained together, each once."
+        ),
+    ],
+    force: Annotated[bool, Option(help="Replace a complete run.")] = False,
+    executor: Annotated[
+        str,
+        Option(
+            help="Where cells are trained: local, ray (RAY_ADDRESS) or slurm (SAELAB_SLURM); by "
+            "default the one that SAELAB_EXECUTOR names, else local."
+        ),
+    ] = "",
+    json_: Json = False,
+    experiment: RunTable = EXPERIMENT,
+) -> None:
+    """Train, evaluate and judge all arms of a run (as `python experiment.py --out_dir=NAME`)."""
+    from saelab.launch.entry import run_one, train_all
+    from saelab.verdict.review import review
+
+    runs, file = read_runs(experiment)
+    folders = [Path(name) for name in names]
+    with messages_on_stderr(json_):
+        train_all(runs, file, folders, force, executor)
+        for folder in folders:
+            run_one(runs, file, folder, force, executor=executor)
+    if json_:
+        verdicts = [review(folder).as_dict() for folder in folders]
+        show(json_, verdicts[0] if len(verdicts) == 1 else verdicts, ())
+
+
+def tune(
+    name: Annotated[str, Argument(help="A run of the table, 'run_10'.")] = "run_10",
+    json_: Json = False,
+    experiment: RunTable = EXPERIMENT,
+) -> None:
+    """Try three learning rates for baseline and primary arm each, for the confirming run.
+
+    The trials use seeds that no verdict uses; the best rate of each arm is written to tuned.json.
+    """
+    from saelab.launch.entry import tune_one
+
+    runs, file = read_runs(experiment)
+    with messages_on_stderr(json_):
+        tuned = tune_one(runs, file, name)
+    show(json_, tuned, _tuned_lines(tuned))
+
+
+def _tuned_lines(tuned: Mapping[str, Any]) -> Iterator[str]:
+    for arm, best in tuned.items():
+        if isinstance(best, dict):
+            yield f"{arm}: train.lr = {best['train.lr']:g} of {best['trials']}"
+            for rate, reason in best["left_out"].items():
+                yield f"  {rate} is left out: {reason}"
+
+
+def template(
+    folder: Annotated[Path, Argument(help="The folder to make.")],
+    run_0: Annotated[
+        Path | None, Option("--run-0", help="A complete run of the baselines, copied there.")
+    ] = None,
+    train: Annotated[
+        bool, Option("--train", help="Train run_0 there now, as `saelab run run_0` would.")
+    ] = False,
+) -> None:
+    """Write a folder for a study: run table, plan, pictures, and what an autonomous driver reads.
+
+    Without an option it copies run_0 from this folder, if there is one.
+    """
+    from saelab.launch.entry import run_one
+    from saelab.launch.template import BASELINE_RUN, write_template
+
+    here = Path(BASELINE_RUN)
+    if run_0 is None and not train and (here / "final_info.json").is_file():
+        run_0 = here
+    write_template(folder, run_0)
+    if train:
+        runs, file = read_runs(folder / EXPERIMENT)
+        run_one(runs, file, folder / BASELINE_RUN)
+    elif run_0 is None:
+        typer.echo(f"{folder} has no run_0 yet: python experiment.py --out_dir=run_0 makes it")
+
+
+def watch(
+    folder: Annotated[
+        Path, Argument(help="Folder of a run that is running or has ended, 'run_3'.")
+    ],
+    json_: Json = False,
+) -> None:
+    """Follow a run: stage, cells, tokens/s, losses, time left. With --json its state now."""
+    from saelab.progress.watch import WatchedRun
+    from saelab.progress.watch import watch as follow
+
+    if json_:
+        watched = WatchedRun(folder)
+        show(json_, watched.as_dict(watched.update()), ())
+    else:
+        follow(folder)
+
+
+def attempts(json_: Json = False) -> None:
+    """List every attempt at a run of the study in this folder."""
+    from saelab.study.registry import as_dicts
+    from saelab.study.registry import attempts as read_attempts
+
+    rows = read_attempts(Path())
+    show(json_, as_dicts(rows), (attempt.line() for attempt in rows))

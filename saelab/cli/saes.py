@@ -1,0 +1,156 @@
+"""Commands on saved SAEs: eval, export, saebench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from saelab.cli.common import (
+    Arms,
+    OwnParts,
+    Seeds,
+    Set,
+    WithoutTrace,
+    parse_changes,
+    register_parts,
+    say,
+    show,
+)
+
+
+def evaluate(
+    path: Annotated[
+        Path,
+        Argument(
+            help="A run folder (run_1: every arm at the plan's L0), one of its cells, or the "
+            "directory of an SAE: ours, SAELens, sparsify, dictionary_learning."
+        ),
+    ],
+    config: Annotated[
+        Path | None,
+        Option(
+            help="The data to measure on: a TOML file that names model, hook and texts, or a run "
+            "folder. By default a run, or a cell of one, is measured on its own data."
+        ),
+    ] = None,
+    evals: Annotated[
+        str,
+        Option(
+            help="Comma-separated: core, probing, model_channels, truth, absorption, positions, "
+            "sensitivity, consistency."
+        ),
+    ] = "core,probing",
+    definition: Annotated[
+        int | None, Option(help="Definition of sparse probing: 2, or 1 for SAEBench's.")
+    ] = None,
+    format: Annotated[
+        str,
+        Option(
+            help="saelab, saelens and sparsify are recognised by their files. dictionary_learning "
+            "must be named: its ae.pt is a pickle, of which only tensors are read."
+        ),
+    ] = "",
+    arm: Arms = None,
+    seed: Seeds = None,
+    allow_mismatch: Annotated[
+        bool,
+        Option(
+            "--allow-mismatch",
+            help="Evaluate on another model or hook than the SAE was trained on; the rows say so.",
+        ),
+    ] = False,
+    without_trace: WithoutTrace = False,
+    out: Annotated[
+        Path | None,
+        Option(help="File for all rows with definition and provenance: .parquet or .json."),
+    ] = None,
+    json: Annotated[bool, Option("--json", help="Print the rows, not the table.")] = False,
+    saebench_json: Annotated[
+        Path | None, Option(help="Also write SAEBench's result file of the one SAE.")
+    ] = None,
+    experiment: OwnParts = None,
+    set_: Set = None,
+) -> None:
+    """Evaluate saved SAEs on held-out text.
+
+    saelab eval run_1
+
+    saelab eval run_1/cells/baseline/seed7-l0_32 --evals core --json
+
+    saelab eval downloaded_sae --config configs/pythia-70m.toml --out rows.parquet
+    """
+    from saelab.analysis.evaluate import Choice, evaluate_to_files, table
+    from saelab.storage.cache import cache_folder
+
+    register_parts(experiment)
+    choice = Choice(
+        path, format, tuple(arm or ()), tuple(seed or ()), allow_mismatch, without_trace
+    )
+    changes = parse_changes(set_)
+    if definition is not None:
+        changes["evaluation.probing.definition"] = definition
+    cache = cache_folder(Path())
+    rows = evaluate_to_files(
+        choice, config, evals.split(","), changes, cache, out=out, saebench_json=saebench_json
+    )
+    show(json, rows, table(rows))
+
+
+def export(
+    path: Annotated[Path, Argument(help="A run folder (run_1), one of its cells, or a saved SAE.")],
+    out: Annotated[Path, Option(help="New folder.")],
+    format: Annotated[
+        str, Option(help="Format to write; saelens: sae_lens.SAE.load_from_disk.")
+    ] = "saelens",
+    arm: Arms = None,
+    seed: Seeds = None,
+    without_trace: WithoutTrace = False,
+    source: Annotated[
+        str, Option(help="Format of PATH if it must be named, as --format of eval.")
+    ] = "",
+    experiment: OwnParts = None,
+) -> None:
+    """Write trained SAEs for another tool: the same code and reconstruction from raw activations.
+
+    saelab export run_1 --out for_saelens --arm baseline
+
+    Of a run every cell at the plan's L0 is written, as OUT/<arm>/seed<s>-l0_<level>. Input scaling,
+    centring, beta, theta and the activations' norm are folded into the weights; what can't be
+    folded is refused, and then nothing is written (docs/formats.md).
+    """
+    from saelab.analysis.export import export
+
+    register_parts(experiment)
+    for folder in export(path, out, format, source, arm or (), seed or (), without_trace):
+        say(str(folder))
+
+
+def saebench(
+    path: Annotated[Path, Argument(help="A SAEBench result file, or a complete run.")],
+    beside: Annotated[
+        Path | None, Option(help="Another result file, or a complete run of ours.")
+    ] = None,
+    arm: Annotated[str, Option(help="Arm of a run.")] = "baseline",
+    seed: Annotated[
+        int | None, Option(help="Seed of a run; the arm's first one by default.")
+    ] = None,
+    out: Annotated[
+        Path | None, Option(help="Write a run's cell as SAEBench's result file.")
+    ] = None,
+) -> None:
+    """Show a SAEBench sparse probing result, what it is, and ours next to it."""
+    from saelab.analysis.saebench import comparison_lines, result_at, run_result
+    from saelab.errors import SettingError
+    from saelab.storage.atomic import write_json
+
+    if path.is_dir():
+        if out is None:
+            raise SettingError("--out", None, "a run becomes a file: say which")
+        write_json(out, run_result(path, arm, seed))
+        path = out
+    elif out is not None:
+        raise SettingError("--out", str(out), f"{path} is a result file already: leave it out")
+    other = result_at(beside, arm, seed) if beside else None
+    say("\n".join(comparison_lines(path, other)))

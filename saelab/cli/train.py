@@ -1,0 +1,109 @@
+"""Commands that train without a run table: train, synthetic, lm train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+from saelab.cli.common import Set, is_first_process, parse_changes, say
+
+if TYPE_CHECKING:
+    from saelab.study.plan import BaseConfig
+
+
+def train(
+    config: Annotated[Path, Argument(help="Base settings, for example configs/embedded.toml.")],
+    out_dir: Annotated[Path, Option("--out_dir", "--out-dir", help="Folder for the results.")],
+    seeds: Annotated[int, Option(help="Number of seeds.")] = 1,
+    set_: Set = None,
+) -> None:
+    """Train and evaluate the SAE that a config file describes.
+
+    On CUDA it trains during the harvest (harvest.overlap; not run on a GPU yet).
+
+    On several processes, each with a part of the rows or of the latents:
+
+    torchrun --nproc-per-node 4 -m saelab train CONFIG --out_dir DIR --set parallel.latents=4
+    """
+    from saelab.api import settings
+    from saelab.launch import distributed
+    from saelab.launch.launch import launch
+    from saelab.study.plan import BASELINE, Arm, PlanConfig, Run
+    from saelab.study.task import Launch
+
+    base = settings(config, parse_changes(set_))
+    if distributed.wants_ranks(base):
+        _train_over_ranks(base, out_dir, config.stem, seeds)
+        return
+    launch(
+        Launch(
+            name=out_dir.name,
+            run=Run(config.stem, [Arm(BASELINE, comment=f"as {config.name} says")]),
+            plan=PlanConfig.parse({"study": config.stem, "seeds": seeds, "target_l0": None}),
+            base=base,
+            out_dir=out_dir,
+            root=Path(),
+            limit=float("inf"),
+        )
+    )
+
+
+def _train_over_ranks(base: BaseConfig, out_dir: Path, study: str, seeds: int) -> None:
+    from saelab.analysis.evaluate import table
+    from saelab.errors import SettingError
+    from saelab.launch.distributed import train_over_ranks
+
+    if seeds != 1:
+        raise SettingError("--seeds", seeds, "several processes train one SAE: leave it out")
+    rows = train_over_ranks(base, out_dir, Path(), study)
+    if is_first_process():
+        say("\n".join(table([row.as_dict() for row in rows])))
+
+
+def synthetic(
+    config: Annotated[Path, Argument(help="For example configs/synthetic/baselines.toml.")],
+    out: Annotated[Path | None, Option(help="JSON file for every cell's rows.")] = None,
+    table: Annotated[Path | None, Option(help="JSON file for what is printed.")] = None,
+    picture: Annotated[
+        Path | None, Option(help="Differences from the baseline, as <picture>.png and .svg.")
+    ] = None,
+    set_: Set = None,
+) -> None:
+    """Compare SAEs on synthetic activations, whose true features are known."""
+    from saelab.launch import synthetic
+    from saelab.report.figures.synthetic import check_drawable, draw_table
+    from saelab.storage.atomic import write_json
+
+    study = synthetic.read_study(config).patched(parse_changes(set_))
+    if picture is not None:
+        check_drawable(study.baseline, list(study.arms))
+    outcomes = synthetic.run_study(study)
+    summary = synthetic.table(study, outcomes)
+    if out is not None:
+        write_json(out, [row.as_dict() for outcome in outcomes for row in outcome.rows])
+    if table is not None:
+        write_json(table, summary)
+    if picture is not None:
+        draw_table(summary, picture)
+    say("\n".join(synthetic.study_lines(summary)))
+
+
+def language_model(
+    out: Annotated[Path, Option(help="Folder of the finished model.")] = Path("stdlib-neox-4l"),
+    tokens: Annotated[int, Option(help="Training tokens.")] = 20_000_000,
+    threads: Annotated[int | None, Option(help="Threads; all cores by default.")] = None,
+    device: Annotated[str, Option(help="'cpu' or 'cuda' (has not run on a GPU yet).")] = "cpu",
+) -> None:
+    """Make the embedded language model again from the interpreter's own standard library.
+
+    Takes about 40 minutes for 20 M tokens on 2 free cores. If it is interrupted, the same command
+    goes on where it stopped.
+    """
+    from saelab.data.language_model_recipe import Recipe
+    from saelab.data.language_model_recipe import train as train_model
+
+    for name, loss in train_model(out, Recipe(tokens=tokens), threads, device).items():
+        typer.echo(f"{name:8s} {loss:.4f} nats per held-out token")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from saelab.data.activations.store import MemorySource
 from saelab.data.activations.stream import batches
-from saelab.data.synthetic.chains import SyntheticConfig, Truth, chains, generate, truth_of
+from saelab.data.synthetic import chains
+from saelab.data.synthetic.chains import SyntheticConfig, Truth, generate, truth_of
 from saelab.errors import MismatchError, SettingError
 from saelab.evals.dictionary_matching import random_directions
 from saelab.evals.known_features import mcc

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from saelab.data.activations.stream import batches
+from saelab.data.synthetic import trees
 from saelab.data.synthetic.chains import (
     MadeSource,
     SyntheticConfig,
     generate,
     parse_process,
-    trees,
     truth_of,
 )
 from saelab.data.synthetic.trees import ForestConfig, ForestTruth, push_apart

@@ -163,7 +163,18 @@ def memory_group(limit: int) -> Iterator[Path]:
     try:
         yield place
     finally:
-        place.rmdir()
+        wait_for(lambda: removed(place), "the last process to leave the group", 30)
+
+
+def removed(group: Path) -> bool:
+    """False while a process that has ended has not yet left it."""
+    try:
+        group.rmdir()
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 @LINUX

@@ -212,13 +212,15 @@ class Project:
         given = arguments or ("--out_dir=run_1",)
         return called(self.folder, started, *given, workers=str(workers))
 
-    def call_forked(self, limit: Callable[[], object], workers: int = 0, **variables: str) -> Ended:
+    def call_forked(
+        self, limit: Callable[[], object], *arguments: str, workers: int = 0, **variables: str
+    ) -> Ended:
         """`call` in a copy of this process, to which `limit` first does what can't be undone."""
         receiving, sending = os.pipe()
 
         def limited(project: Project) -> None:
             limit()
-            ended = project.call(workers=workers)
+            ended = project.call(*arguments, workers=workers)
             os.write(sending, json.dumps(asdict(ended)).encode())  # a pipe holds 64 kB
 
         process = self.forked(limited, **variables)

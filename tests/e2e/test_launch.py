@@ -1,15 +1,16 @@
-"""`python experiment.py --out_dir=run_1` and `python plot.py` on the embedded model, end to end."""
+"""`python experiment.py --out_dir=run_1` and plot.py on the embedded model, end to end."""
 
 from __future__ import annotations
 
 import math
 import re
+import runpy
 import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from projects import BASE, BASELINE, PLAN, RATE, ROOT, SCALED, TWO_SEEDS, Ended, Project, cli, run
+from projects import BASE, BASELINE, RATE, ROOT, SCALED, TWO_SEEDS, Ended, Project, called, cli
 from safetensors.torch import load_file
 
 from saelab import checkpoint
@@ -17,10 +18,8 @@ from saelab.data.activations.store import FolderSource
 from saelab.launch.controls import SUBJECTS
 from saelab.verdict.final_info import METRICS
 
-#: The embedded text and its probing entries, in small.
-STDLIB = re.sub(r"\[(train|eval)_text\]\n(.+\n)+\n", "", BASE).replace(
-    'probing = { entries = "none" }', "probing = { train_size = 60, test_size = 30 }"
-)
+#: With the embedded probing entries, in small.
+WITH_ENTRIES = BASE.replace('entries = "none"', "train_size = 30, test_size = 16")
 #: Seeds, and with them cells, of each arm at the target L0 and at the further one.
 SEEDS = {"baseline": (3, 1), "rate": (3, 1), "scaled": (2, 0)}
 PROBED = tuple(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50))
@@ -45,11 +44,15 @@ class Launched:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    project = Project.make(tmp_path_factory.mktemp("launch") / "project", base=STDLIB)
+    project = Project.make(tmp_path_factory.mktemp("launch") / "project", base=WITH_ENTRIES)
     shutil.copy(ROOT / "plot.py", project.folder)
     ended = project.launch(workers=2)
     assert ended.code == 0, ended.err
-    return Launched(project, ended, run(project.folder, "plot.py"))
+    drawn = called(
+        project.folder,
+        lambda: runpy.run_path(str(project.folder / "plot.py"), run_name="__main__"),
+    )
+    return Launched(project, ended, drawn)
 
 
 def test_a_launch_prints_a_table_with_every_arm_and_no_traceback(launched: Launched) -> None:
@@ -236,7 +239,7 @@ def test_the_same_launch_from_an_empty_cache_gives_the_same_bits(
     launched: Launched, tmp_path: Path
 ) -> None:
     """Once in two worker processes, once in this one."""
-    other = Project.make(tmp_path / "other", base=STDLIB)
+    other = Project.make(tmp_path / "other", base=WITH_ENTRIES)
     ended = other.call()
     assert ended.code == 0, ended.err
     assert len(other.weights()) == sum(map(sum, SEEDS.values()))
@@ -325,7 +328,8 @@ def test_a_changed_text_trains_every_cell_again(worked_on: Project, tmp_path: Pa
     project = worked_on.copied(tmp_path / "p")
     project.table((BASELINE, RATE))
     project.again()
-    before    text = (project.folder / "train.txt").read_text(encoding="utf-8")
+    before = project.manifest()["cells"]
+    text = (project.folder / "train.txt").read_text(encoding="utf-8")
     project.write("train.txt", text[2_000:])
     assert "8 cells to train (0 in the cache)" in project.again().err
     assert not set(before.values()) & set(project.manifest()["cells"].values())
@@ -344,7 +348,7 @@ def test_force_replaces_a_complete_run_and_leaves_nothing_of_it(
 
 
 def test_a_baseline_with_a_learned_sparsity_reaches_its_target(tmp_path: Path) -> None:
-    """The controller of the embedded default, in small: 512 steps of 32 rows."""
+    """The embedded default in small, with its text and controller: 512 steps of 32 rows."""
     sae = """\
 activation = { kind = "relu" }
 losses = [{ kind = "reconstruction" }, { kind = "l1" }]
@@ -353,6 +357,7 @@ constraints = []
 """
     start, end = BASE.index("activation ="), BASE.index("[train]")
     base = BASE[:start] + sae + BASE[end:].replace("8_192", "16_384").replace("128", "32")
+    base = re.sub(r"\[(train|eval)_text\]\n(.+\n)+\n", "", base)
     project = Project.make(tmp_path / "p", (BASELINE,), plan=TWO_SEEDS, base=base)
     ended = project.call()
     assert ended.code == 0, ended.err

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -153,17 +152,16 @@ def test_a_damaged_run_does_not_keep_the_others_from_being_drawn(
     assert printed.err.startswith("run_1/curves.parquet can't be read")
 
 
-def test_drawing_takes_seconds_and_leaves_matplotlib_as_it_was(run: Run, tmp_path: Path) -> None:
-    before, start = dict(matplotlib.rcParams), time.process_time()
+def test_drawing_leaves_matplotlib_as_it_was(run: Run, tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
     for _line, drawn in common.draw_run(run, tmp_path):
         assert drawn and dict(matplotlib.rcParams) == before  # also while the caller is at work
-    assert time.process_time() - start < 10
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}
 
 
 def test_matplotlib_is_imported_late_and_pyplot_never(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from saelab.report import figures; "
+        "import sys, pathlib; from saelab.report.figures import common as figures; "
         "assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules; "
         "from saelab.report.run_data import load; from run_folders import write_run; "
         f"where = pathlib.Path({str(tmp_path)!r}); "
@@ -171,7 +169,7 @@ def test_matplotlib_is_imported_late_and_pyplot_never(tmp_path: Path) -> None:
         "list(figures.draw_run(load(where / 'run_5'), where)); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
@@ -251,7 +249,7 @@ def test_probing_shows_all_k_and_the_controls_in_grey(run: Run) -> None:
     assert y[2] == rows[0].value and rows[0].seed == -1
     values = run.numbers("sae_top_5_test_accuracy")["A literal"]
     assert len(values) == 2  # the invalid seed is out
-    _, y = line_of(axes, style["A literal"].color)
+    _, y = line_of(axes, looks["A literal"].color)
     assert y[2] == pytest.approx(np.mean(values))
 
 

@@ -18,10 +18,6 @@ from safetensors.torch import save_file
 
 from saelab.launch.executors.local import worker_count
 
-SMALL_PLAN = (
-    "study = 'small'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
-)
-
 
 def told(ended: Ended, *words: str, code: int = 2) -> None:
     """One sentence at the end of stderr that holds the words."""
@@ -33,7 +29,7 @@ def told(ended: Ended, *words: str, code: int = 2) -> None:
 
 
 def project_with(folder: Path, *edits: tuple[str, str, str], arms: tuple[str, ...] = ()) -> Project:
-    project = Project.make(folder / "project", arms or (BASELINE, RATE), plan=SMALL_PLAN)
+    project = Project.make_smallest(folder / "project", *arms)
     for edit in edits:
         project.replace(*edit)
     return project
@@ -65,7 +61,7 @@ EDITS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
         ("primary = 'sae_top_5_test_accuracy'", "probing"),
     ),
     "unknown setting of the base": (
-        (TO_BASE, "d_sae = 256", "d_sea = 256"),
+        (TO_BASE, "d_sae = 64", "d_sea = 256"),
         ("small.toml.sae.d_sea", "did you mean 'd_sae'"),
     ),
     "unknown table of the base": (
@@ -80,8 +76,8 @@ EDITS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
         (TO_BASE, "k = 16", "kk = 16"),
         ("kk", "no such setting", "did you mean 'k"),
     ),
-    "k above d_sae": ((TO_BASE, "d_sae = 256", "d_sae = 8"), ("k = 16", "at most d_sae = 8")),
-    "negative size": ((TO_BASE, "d_sae = 256", "d_sae = -256"), ("sae.d_sae = -256", "greater")),
+    "k above d_sae": ((TO_BASE, "d_sae = 64", "d_sae = 8"), ("k = 16", "at most d_sae = 8")),
+    "negative size": ((TO_BASE, "d_sae = 64", "d_sae = -256"), ("sae.d_sae = -256", "greater")),
     "no such layer": (
         (TO_BASE, "blocks.2.", "blocks.4."),
         ("hook_name = 'blocks.4.hook_resid_post'", "4 layers", "blocks.3.hook_resid_post"),
@@ -91,8 +87,8 @@ EDITS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
         ("hook_resid_pots", "did you mean 'hook_resid_post'"),
     ),
     "context beyond the model's": (
-        (TO_BASE, "context = 32", "context = 32_000"),
-        ("context = 32000", "lower the context"),
+        (TO_BASE, "context = 32", "context = 1_000"),
+        ("context = 1000", "lower the context"),
     ),
     "context without a token": ((TO_BASE, "context = 32", "context = 1"), ("context = 1", ">= 2")),
     "no such model": (
@@ -112,7 +108,7 @@ EDITS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
         ("model.device = 'gpu'", "use 'cpu' or 'cuda'"),
     ),
     "more latents than any SAE has": (
-        (TO_BASE, "d_sae = 256", "d_sae = 4_000_000_000"),
+        (TO_BASE, "d_sae = 64", "d_sae = 4_000_000_000"),
         ("d_sae = 4000000000", "less than or equal to"),
     ),
     "a rate that is no number": (
@@ -124,11 +120,11 @@ EDITS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
         ("small.toml.train_text.path = '\\x00'", "NUL", "leave it out"),
     ),
     "a boolean in place of a number": (
-        (TO_BASE, "d_sae = 256", "d_sae = true"),
+        (TO_BASE, "d_sae = 64", "d_sae = true"),
         ("small.toml.sae.d_sae = True", "should be a number"),
     ),
     "a study without a name": (
-        ("plan.toml", "study = 'small'", "study = ''"),
+        ("plan.toml", 'study = "small"', "study = ''"),
         ("plan.toml.study = ''", "at least 1 character"),
     ),
     "more seeds than cells can be listed": (
@@ -140,11 +136,11 @@ EDITS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
         ("trian.txt does not exist", "name an existing one"),
     ),
     "more tokens than there are": (
-        (TO_BASE, "16_384", "5_000_000"),
+        (TO_BASE, "2_048", "5_000_000"),
         ("train.txt", "5,000,000 are wanted", "lower the number of tokens"),
     ),
     "more evaluation tokens than there are": (
-        (TO_BASE, "4_000", "5_000_000"),
+        (TO_BASE, "1_000", "5_000_000"),
         ("held_out.txt", "5,000,000 are wanted"),
     ),
     "evaluation on the training text": (
@@ -163,8 +159,11 @@ EDITS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", EDITS)
-def test_an_impossible_file_is_told_in_one_sentence(tmp_path: Path, case: str) -> None:
+def test_an_impossible_file_is_told_in_one_sentence(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit, words = EDITS[case]
+    monkeypatch.setenv("SAELAB_MEMORY", "999GB")  # so that memory is no reason
     project = project_with(tmp_path, edit)
     told(project.call(), *words)
     assert not (project.folder / "run_1").exists()
@@ -238,10 +237,10 @@ def test_a_wrong_argument_is_told_with_the_right_one(
 
 
 def test_without_an_argument_the_usage_is_told(tmp_path: Path) -> None:
-    ended = project_with(tmp_path).launch("--help")
+    ended = project_with(tmp_path).call("--help")
     assert ended.code == 0
     assert "--out_dir=run_1" in ended.out
-    ended = project_with(tmp_path / "other").launch("")
+    ended = project_with(tmp_path / "other").call("")
     told(ended, "usage")
 
 
@@ -317,11 +316,19 @@ def test_a_file_in_place_of_the_run_folder_is_told_before_training(tmp_path: Pat
     assert (project.folder / "run_1").read_text() == "notes"
 
 
+#: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH as bits of the first word of linux/capability.h.
+ABOVE_PERMISSIONS = 1 << 1 | 1 << 2
+
+
 def no_longer_above_permissions() -> None:
-    """Takes root's right to write everywhere from the process that starts now (Linux)."""
-    if os.geteuid() == 0:
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+    """Takes root's right to write everywhere from this process, for good (Linux)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    words = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice 32 bits
+    assert not libc.capget(header, words), os.strerror(ctypes.get_errno())
+    for i in range(3):
+        words[i] &= ~ABOVE_PERMISSIONS
+    assert not libc.capset(header, words), os.strerror(ctypes.get_errno())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="root's rights are dropped on Linux only")
@@ -329,7 +336,7 @@ def test_a_read_only_folder_is_told_before_training(tmp_path: Path) -> None:
     project = project_with(tmp_path)
     (project.folder / "results").mkdir()
     (project.folder / "results").chmod(0o555)
-    ended = project.launch("--out_dir=results/run_1", preexec_fn=no_longer_above_permissions)
+    ended = project.call_forked(no_longer_above_permissions, "--out_dir=results/run_1")
     told(ended, "results/run_1", "can't be written", "another folder")
     assert not project.finished_cells()
 
@@ -339,7 +346,7 @@ def test_a_read_only_cache_is_told(tmp_path: Path) -> None:
     project = project_with(tmp_path)
     (project.folder / ".saelab").mkdir()
     (project.folder / ".saelab").chmod(0o555)
-    ended = project.launch(preexec_fn=no_longer_above_permissions)
+    ended = project.call_forked(no_longer_above_permissions)
     told(ended, ".saelab", "can't be written", "another folder")
 
 
@@ -386,7 +393,7 @@ def build(d_in, d_sae, seed):
 """
     project = project_with(tmp_path)
     project.table((BASELINE, 'Arm("half", module=build)'), code)
-    told(project.launch(workers=1), "half", "Half", "needs decode(x)")
+    told(project.call(workers=1), "half", "Half", "needs decode(x)")
 
 
 # ---------------------------------------------------------------- activations made elsewhere

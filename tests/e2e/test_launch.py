@@ -1,25 +1,25 @@
-"""`python experiment.py --out_dir=run_1` and `python plot.py` on the embedded model, end to end."""
+"""`python experiment.py --out_dir=run_1` and plot.py on the embedded model, end to end."""
 
 from __future__ import annotations
 
 import math
 import re
+import runpy
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import pytest
-from projects import BASE, BASELINE, PLAN, RATE, ROOT, SCALED, Ended, Project, run
+from projects import BASE, BASELINE, RATE, ROOT, SCALED, TWO_SEEDS, Ended, Project, called, cli
 from safetensors.torch import load_file
 
 from saelab import checkpoint
 from saelab.data.activations.store import FolderSource
 from saelab.launch.controls import SUBJECTS
 
-#: The embedded text and its probing entries, in small.
-STDLIB = re.sub(r"\[(train|eval)_text\]\n(.+\n)+\n", "", BASE).replace(
-    'probing = { entries = "none" }', "probing = { train_size = 60, test_size = 30 }"
-)
+#: With the embedded probing entries, in small.
+WITH_ENTRIES = BASE.replace('entries = "none"', "train_size = 30, test_size = 16")
 #: Seeds, and with them cells, of each arm at the target L0 and at the further one.
 SEEDS = {"baseline": (3, 1), "rate": (3, 1), "scaled": (2, 0)}
 PROBED = tuple(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50))
@@ -33,6 +33,8 @@ DEFINITIONS = (
 )
 FIRST = ("fvu", "l0", "loss_recovered", "dead_share", *PROBED[:1], PROBED[2], "sae_test_accuracy")
 CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")
+#: Pictures that are drawn of the launch; tests/report draws every one.
+DRAWN = ("loss", "frontier", "probing", "density", "verdict")
 
 
 class Launched:
@@ -45,11 +47,16 @@ class Launched:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    project = Project.make(tmp_path_factory.mktemp("launch") / "project", base=STDLIB)
+    project = Project.make(tmp_path_factory.mktemp("launch") / "project", base=WITH_ENTRIES)
     shutil.copy(ROOT / "plot.py", project.folder)
     ended = project.launch(workers=2)
     assert ended.code == 0, ended.err
-    return Launched(project, ended, run(project.folder, "plot.py"))
+    with patch.object(common, "PICTURES", {name: common.PICTURES[name] for name in DRAWN}):
+        drawn = called(
+            project.folder,
+            lambda: runpy.run_path(str(project.folder / "plot.py"), run_name="__main__"),
+        )
+    return Launched(project, ended, drawn)
 
 
 def test_a_launch_prints_a_table_with_every_arm_and_no_traceback(launched: Launched) -> None:
@@ -88,7 +95,7 @@ def test_means_hold_metrics_verdict_gate_and_settings(launched: Launched) -> Non
     assert of_scalars <= set(info["scaled"]["means"])
     assert all("position.fvu_early" in group["means"] for group in info.values())
     means = info["rate"]["means"]
-    assert (means["training_steps"], means["tokens"], means["layer"]) == (128, 16_384, 2)
+    assert (means["training_steps"], means["tokens"], means["layer"]) == (64, 8_192, 2)
     assert (means["dict_size"], means["learning_rate"]) == (256, 2e-3)
     assert means["verdict.fvu"] in ("helps", "hurts", "no evidence", "cannot tell")
 
@@ -122,7 +129,7 @@ def test_every_number_in_metrics_has_definition_and_provenance(launched: Launche
         assert (row["value"] is None) == bool(row["reason"])
         assert row["hook_name"] == "blocks.2.hook_resid_post"
         assert (row["model"], row["context"], row["dtype"]) == ("embedded", 32, "float32")
-        assert row["tokens"] >= 4_000
+        assert row["tokens"] >= 2_000
         for name in ("model_digest", "text", "text_digest", "saelab"):
             assert row[name]
     arms = {row["arm"] for row in rows}
@@ -165,7 +172,7 @@ def test_curves_hold_every_cell_over_the_whole_run(launched: Launched) -> None:
             for row in rows
             if (row["arm"], row["seed"], row["level"]) == cell and row["name"] == "loss"
         ]
-        assert (loss[-1]["step"], loss[-1]["tokens"]) == (128, 16_384)
+        assert (loss[-1]["step"], loss[-1]["tokens"]) == (64, 8_192)
         assert loss[-1]["value"] < loss[0]["value"]
 
 
@@ -179,7 +186,7 @@ def test_the_results_come_last_and_the_manifest_says_what_was_done(launched: Lau
     assert len(said["cells"]) == sum(map(sum, SEEDS.values()))
     assert said["arms"]["rate"]["changes"] == {"train.lr": 2e-3}
     assert {"saelab", "torch", "python", "package_digest", "package"} <= set(said["versions"])
-    assert said["data"]["train"]["n_tokens"] >= 16_384
+    assert said["data"]["train"]["n_tokens"] >= 8_192
 
 
 def test_the_summary_answers_the_question_in_words(launched: Launched) -> None:
@@ -219,8 +226,7 @@ def _cell_of(folder: Path) -> tuple[int, float]:
 def test_plot_draws_the_run(launched: Launched) -> None:
     assert launched.drawn.code == 0, launched.drawn.err
     pictures = sorted(f.name for f in launched.project.folder.glob("run_1_*.png"))
-    for name in ("loss", "frontier", "probing", "density", "verdict"):
-        assert f"run_1_{name}.png" in pictures
+    assert set(pictures) == {f"run_1_{name}.png" for name in DRAWN}
     assert all((launched.project.folder / name).stat().st_size > 5_000 for name in pictures)
 
 
@@ -236,7 +242,7 @@ def test_the_same_launch_from_an_empty_cache_gives_the_same_bits(
     launched: Launched, tmp_path: Path
 ) -> None:
     """Once in two worker processes, once in this one."""
-    other = Project.make(tmp_path / "other", base=STDLIB)
+    other = Project.make(tmp_path / "other", base=WITH_ENTRIES)
     ended = other.call()
     assert ended.code == 0, ended.err
     assert len(other.weights()) == sum(map(sum, SEEDS.values()))
@@ -261,7 +267,7 @@ def test_cells_at_the_target_have_snapshots_latents_and_other_seeds(launched: La
         assert (folder / "latents.parquet").is_file() == at_target
         if at_target:
             kept = load_file(folder / "snapshots.safetensors")
-            assert kept["tokens"].tolist()[-1] == 16_384 and len(kept["tokens"]) == 10
+            assert kept["tokens"].tolist()[-1] == 8_192 and len(kept["tokens"]) == 10
             assert kept["decoder"].shape == (10, 256, 192)
             share = pq.read_table(folder / "latents.parquet").column("density").to_pylist()
             assert sum(share) == pytest.approx(16, rel=1e-6)  # TopK: that is its L0
@@ -283,15 +289,6 @@ def worked_on(tmp_path_factory: pytest.TempPathFactory) -> Project:
     ended = project.call()
     assert ended.code == 0, ended.err
     return project
-
-
-def test_one_worker_gives_the_bits_of_none(worked_on: Project, tmp_path: Path) -> None:
-    """And so do two, above."""
-    other = Project.make(tmp_path / "other", (BASELINE, RATE))
-    ended = other.launch(workers=1)
-    assert ended.code == 0, ended.err
-    assert other.weights() == worked_on.weights()
-    assert other.info() == worked_on.info()
 
 
 def test_an_added_arm_leaves_the_others_alone_and_trains_nothing_else(worked_on: Project) -> None:
@@ -330,9 +327,10 @@ def test_a_renamed_arm_keeps_its_cells(worked_on: Project) -> None:
     assert {"baseline", "slower"} <= {row["arm"] for row in rows}
 
 
-def test_a_changed_text_trains_every_cell_again(tmp_path: Path) -> None:
-    project = Project.make(tmp_path / "p", plan=PLAN.replace("seeds = 3", "seeds = 2"))
-    project.call()
+def test_a_changed_text_trains_every_cell_again(worked_on: Project, tmp_path: Path) -> None:
+    project = worked_on.copied(tmp_path / "p")
+    project.table((BASELINE, RATE))
+    project.again()
     before = project.manifest()["cells"]
     text = (project.folder / "train.txt").read_text(encoding="utf-8")
     project.write("train.txt", text[2_000:])
@@ -340,11 +338,10 @@ def test_a_changed_text_trains_every_cell_again(tmp_path: Path) -> None:
     assert not set(before.values()) & set(project.manifest()["cells"].values())
 
 
-def test_force_replaces_a_complete_run_and_leaves_nothing_of_it(tmp_path: Path) -> None:
-    from projects import cli
-
-    project = Project.make(tmp_path / "p", (BASELINE, RATE))
-    project.call()
+def test_force_replaces_a_complete_run_and_leaves_nothing_of_it(
+    worked_on: Project, tmp_path: Path
+) -> None:
+    project = worked_on.copied(tmp_path / "p")
     project.table((BASELINE, SCALED))
     assert cli(project.folder, "run", "run_1").code == 2
     ended = cli(project.folder, "run", "run_1", "--force")
@@ -354,7 +351,7 @@ def test_force_replaces_a_complete_run_and_leaves_nothing_of_it(tmp_path: Path) 
 
 
 def test_a_baseline_with_a_learned_sparsity_reaches_its_target(tmp_path: Path) -> None:
-    """The controller of the embedded default, in small: 512 steps of 64 rows."""
+    """The embedded default in small, with its text and controller: 512 steps of 32 rows."""
     sae = """\
 activation = { kind = "relu" }
 losses = [{ kind = "reconstruction" }, { kind = "l1" }]
@@ -362,9 +359,9 @@ controllers = [{ kind = "l0_target", target = 16 }]
 constraints = []
 """
     start, end = BASE.index("activation ="), BASE.index("[train]")
-    base = BASE[:start] + sae + BASE[end:].replace("16_384", "32_768").replace("128", "64")
-    plan = "study = 'small'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
-    project = Project.make(tmp_path / "p", (BASELINE, RATE), plan=plan, base=base)
+    base = BASE[:start] + sae + BASE[end:].replace("8_192", "16_384").replace("128", "32")
+    base = re.sub(r"\[(train|eval)_text\]\n(.+\n)+\n", "", base)
+    project = Project.make(tmp_path / "p", (BASELINE,), plan=TWO_SEEDS, base=base)
     ended = project.call()
     assert ended.code == 0, ended.err
     assert project.info()["baseline"]["means"]["l0"] == pytest.approx(16, rel=0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import os
 import resource
@@ -18,7 +19,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from projects import BASELINE, RATE, Ended, Project, environment, stop, wait_for
+from projects import BASELINE, RATE, Ended, Project, environment, wait_for
 from safetensors.torch import load_file, save_file
 
 from saelab.errors import SourceError
@@ -27,10 +28,6 @@ from saelab.storage.atomic import read_json, sha256, write_sealed
 from saelab.storage.lock import lock_folder
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux has them")
-TINY = "study = 'tiny'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"
-#: Settings that matter to no limit, as small as they can be.
-SMALLER = {"tokens = 16_384": "tokens = 2_048", "d_sae = 256": "d_sae = 64"}
-SMALLER |= {"tokens = 4_000": "tokens = 1_000", "loss_contexts = 8": "loss_contexts = 2"}
 
 
 def told(ended: Ended, *words: str, code: int = 2) -> None:
@@ -41,19 +38,9 @@ def told(ended: Ended, *words: str, code: int = 2) -> None:
         assert word in ended.last, ended.last
 
 
-def project_in(folder: Path, *arms: str) -> Project:
-    project = Project.make(folder, arms or (BASELINE, RATE), plan=TINY)
-    for old, new in SMALLER.items():
-        project.replace("configs/small.toml", old, new)
-    for name in ("train.txt", "held_out.txt"):
-        file = project.folder / name
-        file.write_text(file.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
-    return project
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = project_in(tmp_path_factory.mktemp("limits") / "project")
+    project = Project.make_smallest(tmp_path_factory.mktemp("limits") / "project")
     ended = project.call()
     assert ended.code == 0, ended.err
     return project
@@ -64,13 +51,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @LINUX
 def test_a_limit_on_file_sizes_is_told_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    project = project_in(tmp_path / "project")
-    size = 600_000  # bytes; the first shard is larger
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    told(project.launch(preexec_fn=limit), "shard-00000.safetensors", "the disk is full")
+    project = Project.make_smallest(tmp_path / "project")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, unlimited[1]))  # the first shard is larger
+    try:
+        ended = project.call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    told(ended, "shard-00000.safetensors", "the disk is full")
     assert not list(project.folder.rglob("*.tmp"))
     assert project.call().code == 0
 
@@ -89,14 +77,17 @@ def small_disk(place: Path, size: str) -> Iterator[None]:
 
 
 @LINUX
-@pytest.mark.parametrize("size", ["900k", "4m"])  # full in the harvest, and among the cells
+@pytest.mark.parametrize(
+    ("size", "workers"),
+    [("900k", 0), ("4m", 1)],  # full in the harvest, and among the cells, which a worker writes
+)
 def test_a_full_disk_is_told_and_room_lets_the_same_command_go_on(
-    tmp_path: Path, finished: Project, size: str
+    tmp_path: Path, finished: Project, size: str, workers: int
 ) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, size):
-        project = project_in(disk / "project")
-        told(project.launch(), "the disk is full", "free some space")
+        project = Project.make_smallest(disk / "project")
+        told(project.call(workers=workers), "the disk is full", "free some space")
         assert not (project.folder / "run_1" / "final_info.json").exists()
         assert not list(project.folder.rglob("*.tmp"))
         grow = ["mount", "-o", "remount,size=64m", str(disk)]
@@ -109,9 +100,9 @@ def test_a_full_disk_is_told_and_room_lets_the_same_command_go_on(
 def test_a_read_only_file_system_is_told_before_training(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, "8m"):
-        project = project_in(disk / "project")
+        project = Project.make_smallest(disk / "project")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        told(project.launch(), "can't be written", "another folder")
+        told(project.call(), "can't be written", "another folder")
 
 
 # ---------------------------------------------------------------- memory
@@ -120,7 +111,7 @@ def test_a_read_only_file_system_is_told_before_training(tmp_path: Path) -> None
 def test_a_launch_beyond_its_budget_is_refused_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = project_in(tmp_path / "project")
+    project = Project.make_smallest(tmp_path / "project")
     monkeypatch.setenv("SAELAB_MEMORY", "100 MB")
     ended = project.call()
     told(ended, "memory that is needed", "0.10 GB are free", "harvest.batch", "SAELAB_MEMORY")
@@ -130,21 +121,26 @@ def test_a_launch_beyond_its_budget_is_refused_before_anything_is_made(
     told(project.call(), "SAELAB_MEMORY = 'much'", "8GB")
 
 
-@LINUX
-def test_fewer_workers_are_taken_where_memory_is_short(tmp_path: Path, finished: Project) -> None:
+def needed(project: Project, workers: int) -> int:
+    """Bytes that the two arms need."""
     from saelab.preflight.memory import needs
     from saelab.study.plan import Arm, Run, cells, read_base, read_plan
     from saelab.study.task import GROUP
 
-    project = project_in(tmp_path / "project")
     root = project.folder
     base, plan = read_base(root / "configs/small.toml"), read_plan(root / "plan.toml")
     specs = cells(plan, base, Run("r", [Arm("baseline"), Arm("rate", {"train.lr": 2e-3})]))
-    two, one = (needs(base, specs, n, GROUP).memory for n in (2, 1))
-    with patch.dict(os.environ, {"SAELAB_MEMORY": str((one + two) // 2)}):
-        ended = project.launch(workers=2)
+    return needs(base, specs, workers, GROUP).memory
+
+
+@LINUX
+def test_fewer_workers_are_taken_where_memory_is_short(tmp_path: Path, finished: Project) -> None:
+    project = Project.make_smallest(tmp_path / "project")
+    between = (needed(project, 0) + needed(project, 1)) // 2
+    with patch.dict(os.environ, {"SAELAB_MEMORY": str(between)}):
+        ended = project.call(workers=1)
     assert ended.code == 0, ended.err
-    assert "1 worker instead of 2, which fits the memory here" in ended.err
+    assert "no worker instead of 1, which fits the memory here" in ended.err
     assert project.info() == finished.info() and project.weights() == finished.weights()
 
 
@@ -167,52 +163,81 @@ def memory_group(limit: int) -> Iterator[Path]:
     try:
         yield place
     finally:
-        place.rmdir()
+        wait_for(lambda: removed(place), "the last process to leave the group", 30)
+
+
+def removed(group: Path) -> bool:
+    """False while a process that has ended has not yet left it."""
+    try:
+        group.rmdir()
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 @LINUX
 def test_a_control_group_that_is_too_small_is_told(tmp_path: Path) -> None:
-    project = project_in(tmp_path / "project")
-    with memory_group(450_000_000) as group:
+    project = Project.make_smallest(tmp_path / "project")
+    with memory_group(needed(project, 0) * 9 // 10) as group:
 
         def join() -> None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
-        told(project.launch(preexec_fn=join), "memory that is needed", "GB are free here")
+        told(project.call_forked(join), "memory that is needed", "GB are free here")
+
+
+#: A loss term that takes 1 GiB of address space for a moment, in the middle of training.
+GREEDY = """
+from typing import Literal
+
+import torch
+
+from saelab import register
+from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
+
+
+class GreedyConfig(PartConfig):
+    kind: Literal["greedy"] = "greedy"
+
+    def build(self, dims: Dims) -> "Greedy":
+        return Greedy()
+
+
+class Greedy(LossTerm):
+    def loss(self, p: Pass):
+        if p.step == 8:
+            torch.empty(2**30, dtype=torch.uint8)
+        return 0.0 * p.recon.sum()
+
+
+register("loss", GreedyConfig)
+"""
 
 
 @LINUX
-def test_memory_that_runs_out_all_the_same_leaves_nothing_half_done(tmp_path: Path) -> None:
-    """The address space ends in the middle of the launch, whose statement is overruled. Where a
-    library ends the process by itself no sentence can be promised, but no run looks complete, and
-    the same command finishes it."""
-    code = (
-        "import numpy, resource, saelab.launch.launch, scipy.stats, sklearn.metrics\n"
-        # a BLAS that finds no memory when it is loaded waits for some for ever
-        "scipy.linalg.inv(numpy.eye(64) @ numpy.eye(64))\n"
-        "from saelab.launch.worker import load_experiment\n"
-        "from saelab.launch.entry import main\n"
-        "from pathlib import Path\n"
-        "runs = load_experiment(Path('experiment.py').resolve()).RUNS\n"
-        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + 250_000_000,) * 2)\n"
-        "main(runs, 'experiment.py')\n"
-    )
-    project = project_in(tmp_path / "project")
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--out_dir=run_1"],
-        cwd=project.folder,
-        env=environment(SAELAB_WORKERS="0", SAELAB_MEMORY="64GB"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    ended = Ended(done.returncode, done.stdout, done.stderr)
-    assert ended.code != 0 and "Traceback" not in ended.err, ended.err
-    if ended.code == 2:
-        assert "memory is used up" in ended.last and "goes on" in ended.last
+def test_memory_that_runs_out_all_the_same_leaves_nothing_half_done(
+    tmp_path: Path, finished: Project
+) -> None:
+    """The address space ends in the middle of the launch, whose statement is overruled: it leaves
+    half of what one of its steps takes, which is enough for everything else, as all libraries are
+    loaded and warm in this process. No run looks complete, and the same command finishes it."""
+    project = Project.make_smallest(tmp_path / "project")
+    project.table((BASELINE, 'Arm("greedy", {"sae.losses+": {"kind": "greedy"}})'), GREEDY)
+
+    def limit() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + 2**29
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    told(project.call_forked(limit, SAELAB_MEMORY="64GB"), "memory is used up", "goes on")
+    assert any(project.folder.glob(".saelab/activations/*/*/header.json"))
     assert not (project.folder / "run_1" / "final_info.json").exists()
-    assert project.call().code == 0
+    ended = project.call()
+    assert ended.code == 0, ended.err
+    of_baseline = {name: h for name, h in project.weights().items() if "baseline" in name}
+    assert of_baseline and of_baseline.items() <= finished.weights().items()
 
 
 def test_a_failed_allocation_is_one_sentence() -> None:
@@ -233,17 +258,20 @@ def test_a_failed_allocation_is_one_sentence() -> None:
 
 
 @LINUX
-@pytest.mark.parametrize("handles", [12, 20])
-def test_too_few_file_handles_are_told(tmp_path: Path, handles: int) -> None:
-    project = project_in(tmp_path / "project")
+@pytest.mark.parametrize(("handles", "harvested"), [(2, False), (12, True)])
+def test_too_few_file_handles_are_told(tmp_path: Path, handles: int, harvested: bool) -> None:
+    """Handles that are left: too few to read the model, and enough until workers are started."""
+    project = Project.make_smallest(tmp_path / "project")
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (handles, handles))
+        used = {int(handle.name) for handle in Path("/proc/self/fd").iterdir()}
+        free = (number for number in itertools.count() if number not in used)
+        most = next(itertools.islice(free, handles, None))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
-    ended = project.launch(workers=2, preexec_fn=limit)
-    if ended.code == 0:
-        pytest.skip(f"{handles} handles are enough here")
+    ended = project.call_forked(limit, workers=2)
     told(ended, "no more files can be opened", "ulimit -n")
+    assert any(project.folder.glob(".saelab/activations/*/*/header.json")) == harvested
 
 
 # ---------------------------------------------------------------- two launches
@@ -251,16 +279,16 @@ def test_too_few_file_handles_are_told(tmp_path: Path, handles: int) -> None:
 
 @LINUX
 def test_a_second_launch_into_the_same_folder_is_told_who_has_it(tmp_path: Path) -> None:
-    project = project_in(tmp_path / "project")
-    first = project.start(workers=1)
+    project = Project.make_smallest(tmp_path / "project")
+    first = project.forked(lambda own: own.call())
     try:
         lock = project.folder / ".run_1.lock"
         wait_for(lambda: lock.is_file() and bool(lock.read_bytes()), "the first launch's lock")
-        os.killpg(first.pid, signal.SIGSTOP)  # it stays as it is while the second one looks
-        told(project.call(), "run_1 is in use", f"process {first.pid} on ", "wait for it")
-        os.killpg(first.pid, signal.SIGCONT)
+        os.kill(first, signal.SIGSTOP)  # it stays as it is while the second one looks
+        told(project.call(), "run_1 is in use", f"process {first} on ", "wait for it")
     finally:
-        stop(first)
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
     assert lock.is_file()  # of the killed one: it locks nothing any more
     with lock_folder(project.folder / "run_1", "is tested"):
         pass
@@ -297,7 +325,7 @@ def test_a_harvest_that_another_process_makes_is_told(tmp_path: Path, finished: 
 
 
 def test_a_clock_that_jumps_back_changes_nothing(tmp_path: Path, finished: Project) -> None:
-    project = project_in(tmp_path / "project")
+    project = Project.make_smallest(tmp_path / "project")
     hours = iter(range(10**6))
     now = time.time()
     real = time.gmtime
@@ -320,7 +348,7 @@ def test_a_clock_that_jumps_back_changes_nothing(tmp_path: Path, finished: Proje
 
 def test_a_loss_that_is_not_finite_stops_its_cell_alone(tmp_path: Path, finished: Project) -> None:
     wild = 'Arm("wild", {"train.lr": 1e30})'
-    project = project_in(tmp_path / "project", BASELINE, RATE, wild)
+    project = Project.make_smallest(tmp_path / "project", BASELINE, RATE, wild)
     ended = project.call()
     assert ended.code == 0, ended.err
     summary = (project.folder / "run_1" / "summary.md").read_text()
@@ -351,7 +379,7 @@ def test_nan_in_harvested_activations_names_step_and_cell(
 
 
 def test_nan_in_a_foreign_folder_names_the_file(tmp_path: Path) -> None:
-    project = project_in(tmp_path / "project")
+    project = Project.make_smallest(tmp_path / "project")
     project.replace("configs/small.toml", "context = 32", "context = 32\nactivations = 'acts'")
     (project.folder / "acts").mkdir()
     for name in "abc":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,7 +32,7 @@ OWN_VARIABLES = (
     "SAELAB_CHECKPOINT_SECONDS",
 )
 #: Characters of standard-library source that small projects train on and are evaluated on.
-CHARACTERS = {"train": 120_000, "held_out": 40_000}
+CHARACTERS = {"train": 60_000, "held_out": 20_000}
 
 EXPERIMENT = """\
 from saelab.launch.entry import main
@@ -79,15 +81,31 @@ controllers = []
 constraints = [{ kind = "unit_norm" }]
 
 [train]
-tokens = 16_384
+tokens = 8_192
 batch_size = 128
 lr = 4e-3
 
 [evaluation]
-tokens = 4_000
-loss_contexts = 8
+tokens = 2_000
+loss_contexts = 4
 probing = { entries = "none" }
 """
+
+#: Two seeds of every arm at the target L0.
+TWO_SEEDS = """\
+study = "small"
+base = "configs/small.toml"
+target_l0 = 16
+levels = []
+seeds = 2
+"""
+#: As small as they can be, for launches whose numbers do not matter: 16 steps.
+SMALLEST = {
+    "tokens = 8_192": "tokens = 2_048",
+    "d_sae = 256": "d_sae = 64",
+    "tokens = 2_000": "tokens = 1_000",
+    "loss_contexts = 4": "loss_contexts = 2",
+}
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,17 @@ class Project:
         project.table(arms, code, changes)
         for split, size in CHARACTERS.items():
             project.write(f"{split}.txt", "\n".join(stdlib.texts(split))[:size])
+        return project
+
+    @classmethod
+    def make_smallest(cls, folder: Path, *arms: str, plan: str = TWO_SEEDS) -> Project:
+        base = BASE
+        for old, new in SMALLEST.items():
+            assert base.count(old) == 1, old
+            base = base.replace(old, new)
+        project = cls.make(folder, arms or (BASELINE, RATE), plan=plan, base=base)
+        for name in ("train.txt", "held_out.txt"):
+            project.write(name, (folder / name).read_text(encoding="utf-8")[:20_000])
         return project
 
     def copied(self, folder: Path) -> Project:
@@ -170,8 +199,9 @@ class Project:
             start_new_session=True,
         )
 
-    def call(self, *arguments: str) -> Ended:
-        """The same in this process, without workers."""
+    def call(self, *arguments: str, workers: int = 0) -> Ended:
+        """The same in this process, which saves the seconds that a new one takes to import; workers
+        are processes of their own here too."""
         from saelab.launch.entry import main
         from saelab.study.experiment_file import load_experiment
 
@@ -179,7 +209,26 @@ class Project:
             file = self.folder / "experiment.py"
             main(load_experiment(file).RUNS, str(file))
 
-        return called(self.folder, started, *(arguments or ("--out_dir=run_1",)))
+        given = arguments or ("--out_dir=run_1",)
+        return called(self.folder, started, *given, workers=str(workers))
+
+    def call_forked(
+        self, limit: Callable[[], object], *arguments: str, workers: int = 0, **variables: str
+    ) -> Ended:
+        """`call` in a copy of this process, to which `limit` first does what can't be undone."""
+        receiving, sending = os.pipe()
+
+        def limited(project: Project) -> None:
+            limit()
+            ended = project.call(*arguments, workers=workers)
+            os.write(sending, json.dumps(asdict(ended)).encode())  # a pipe holds 64 kB
+
+        process = self.forked(limited, **variables)
+        os.close(sending)
+        with os.fdopen(receiving, "rb") as pipe:
+            content = pipe.read()
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+        return Ended(**json.loads(content))
 
     def forked(self, function: Callable[[Project], object], **variables: str) -> int:
         """Calls the function in a copy of this process that leads a process group of its own, so
@@ -272,6 +321,7 @@ def called(
 ) -> Ended:
     """A command's own function, with its arguments, folder, output and exit code."""
     out, err, code = io.StringIO(), io.StringIO(), 0
+    resource_tracker.ensure_running()  # here: one that workers start would stay in the folder
     with (
         contextlib.chdir(folder),
         patch.object(sys, "argv", ["command", *arguments]),

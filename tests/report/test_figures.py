@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +152,10 @@ def test_a_damaged_run_does_not_keep_the_others_from_being_drawn(
     assert printed.err.startswith("run_1/curves.parquet can't be read")
 
 
-def test_drawing_takes_seconds_and_leaves_matplotlib_as_it_was(run: Run, tmp_path: Path) -> None:
-    before, start = dict(matplotlib.rcParams), time.process_time()
+def test_drawing_leaves_matplotlib_as_it_was(run: Run, tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
     for _line, drawn in common.draw_run(run, tmp_path):
         assert drawn and dict(matplotlib.rcParams) == before  # also while the caller is at work
-    assert time.process_time() - start < 10
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}
 
 

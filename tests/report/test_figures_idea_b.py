@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +94,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return load(folder)
 
 
-def test_all_are_drawn_in_seconds(run: Run, tmp_path: Path) -> None:
-    start = time.process_time()
+def test_all_are_drawn(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "PICTURES", B_PICTURES)
     lines = dict(common.draw_run(run, tmp_path))
-    assert time.process_time() - start < 20
     assert {f"run_8_{name}.png" for name in B_PICTURES} <= {
         line for line, drawn in lines.items() if drawn
     }

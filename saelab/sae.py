@@ -200,9 +200,9 @@ class SAE(nn.Module):
         super().__init__()
         self.config, self.d_in, self.d_sae = config, dims.d_in, dims.d_sae
         self.ranks = dims.ranks
-        self.W_enc = nn.Parameter(torch.zeros(dims.own, dims.d_in))
-        self.b_enc = nn.Parameter(torch.zeros(dims.own), requires_grad=config.encoder_bias)
-        self.W_dec = nn.Parameter(torch.zeros(dims.own, dims.d_in))
+        self.W_enc = nn.Parameter(torch.zeros(dims.n_local, dims.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(dims.n_local), requires_grad=config.encoder_bias)
+        self.W_dec = nn.Parameter(torch.zeros(dims.n_local, dims.d_in))
         if config.tied:
             self.W_enc = self.W_dec
         self.b_dec = nn.Parameter(torch.zeros(dims.d_in))

@@ -62,7 +62,7 @@ def _of_scalar(
     for change in CHANGES:
         where = f"change={change:+.0%}"
         try:
-            with part.scaled(name, 1 + change):
+            with part.scale_temporarily(name, 1 + change):
                 after = _metrics(subject, data, with_loss=change in LARGE)
         except SettingError as error:
             yield missing(f"{metric}.fvu", DEFINITION, str(error), where)

@@ -55,12 +55,9 @@ def cell_key(spec: CellSpec, data: dict[str, Any]) -> Key:
 def _foreign_code(spec: CellSpec) -> list[str]:
     """Code outside the package that the cell runs: the files that define its parts and module."""
     owners: list[Any] = [spec.module] if spec.module else []
-    config = spec.sae
-    groups = (config.losses, config.controllers, config.constraints, config.observers)
-    parts = [config.activation, config.scaling, *(part for group in groups for part in group)]
-    for part in parts:
-        if part is not None and not type(part).__module__.startswith("saelab."):
-            owners += [type(part), type(part.build(Dims(2, config.d_sae)))]
+    for part in spec.sae.all_parts():
+        if not type(part).__module__.startswith("saelab."):
+            owners += [type(part), type(part.build(Dims(2, spec.sae.d_sae)))]
     files = {_file_of(owner) for owner in owners}
     return [_code(file, spec.id.arm if spec.module else None) for file in sorted(files)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -158,11 +158,7 @@ class Record:
                 }
                 for arm in task.run.arms
             },
-            "scalars": {
-                name: {"meaning": scalar.meaning, "unit": scalar.unit}
-                for spec in self.folders
-                for name, scalar in spec.sae.logged.items()
-            },
+            "scalars": _scalars(self.folders),
             "cells": {spec.id.name: folder.name for spec, folder in self.folders.items()},
             "plan": plan.model_dump(mode="json"),
             "plan_hash": plan_hash(plan),
@@ -199,6 +195,17 @@ def _gates(gates: Mapping[str, CellGate]) -> dict[str, Any]:
             "findings": [asdict(finding) for finding in result.findings],
         }
     return content
+
+
+def _scalars(specs: Iterable[CellSpec]) -> dict[str, dict[str, str]]:
+    """Meaning and unit of every logged scalar; all meanings, where arms give one name several."""
+    meanings: dict[str, dict[str, None]] = {}
+    units: dict[str, str] = {}
+    for spec in specs:
+        for name, scalar in spec.sae.logged.items():
+            meanings.setdefault(name, {})[scalar.meaning] = None
+            units.setdefault(name, scalar.unit)
+    return {n: {"meaning": ", or ".join(meanings[n]), "unit": units[n]} for n in meanings}
 
 
 def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,24 +98,24 @@ for _seam, _configs in {
 
 
 def parse_part(seam: str, data: Any) -> PartConfig:
-    """A part's configuration from plain data, by its `kind`.
+    """Reads a part's configuration from plain data, by its `kind`.
 
     Raises: SettingError for an unknown kind (nearest name suggested) or an unknown field.
     """
-    known = TABLE[seam]
+    configs = TABLE[seam]
     if isinstance(data, PartConfig):
-        if type(data) not in known.values():
-            raise SettingError(seam, data.kind, f"is no {seam}; known: {', '.join(known)}")
+        if type(data) not in configs.values():
+            raise SettingError(seam, data.kind, f"is no {seam}; known: {', '.join(configs)}")
         return data
     if isinstance(data, str):
         data = {"kind": data}
     if not isinstance(data, dict) or "kind" not in data:
-        raise SettingError(seam, data, f"needs a 'kind', one of: {', '.join(known)}")
+        raise SettingError(seam, data, f"needs a 'kind', one of: {', '.join(configs)}")
     kind = data["kind"]
-    if not isinstance(kind, str) or kind not in known:
-        remedy = f"no such {seam}{nearest(str(kind), known)}; known: {', '.join(known)}"
+    if not isinstance(kind, str) or kind not in configs:
+        remedy = f"no such {seam}{nearest(str(kind), configs)}; known: {', '.join(configs)}"
         raise SettingError(f"{seam}.kind", kind, remedy)
-    return known[kind].parse(data, where=f"{seam}[{kind}]")
+    return configs[kind].parse(data, where=f"{seam}[{kind}]")
 
 
 def activation_of(form: Form) -> PartConfig:
@@ -124,8 +124,8 @@ def activation_of(form: Form) -> PartConfig:
     Raises: SettingError when there is none.
     """
     for config in TABLE["activation"].values():
-        if (found := config.of_form(form)) is not None:
-            return found
+        if (made := config.of_form(form)) is not None:
+            return made
     raise SettingError("activation", form, "no activation computes this form: register one")
 
 

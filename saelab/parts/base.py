@@ -1,4 +1,4 @@
-"""The seams: what a part is, what it is given, and when it is called.
+"""The seams: base classes of all parts, what they are given, and when they are called.
 
 An SAE is composed of parts; none subclasses the model. Each part has a configuration (frozen data
 with a `kind`) that builds it, lives in one file and has one line in the table of `parts/__init__`.
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dims:
-    """What a part may need to know when it is built.
+    """Dimensions and circumstances that a part is built for.
 
-    `steps` is how many optimiser steps the run has; `seed` is for the part's own named streams;
+    `steps` is the number of optimiser steps of the run; `seed` is for the part's named streams;
     `ranks` are the processes that the SAE is trained on.
     """
 
@@ -53,10 +53,10 @@ class Dims:
     ranks: Ranks = ALONE
 
     @property
-    def own(self) -> int:
-        """How many of the d_sae latents this rank has: the length of what is kept per latent."""
-        own = self.ranks.own(self.d_sae)
-        return own.stop - own.start
+    def n_local(self) -> int:
+        """Number of the d_sae latents that this rank has: the length of tensors per latent."""
+        local = self.ranks.own(self.d_sae)
+        return local.stop - local.start
 
 
 @dataclass(eq=False)
@@ -70,16 +70,16 @@ class Pass:
         code: the code, sparse or dense.
         recon: reconstruction in normalised space, [N, d_in].
         sae: the model.
-        step: optimiser steps done before this pass; `steps` is how many the run has.
+        step: optimiser steps done before this pass; `steps` is their number in the run.
         settings: values of the controllers by name.
         starts: int64 [m + 1], where segments of rows that follow each other begin; None for
             shuffled rows.
         norms: of the decoder's rows, where they came with its product; see `decoder_norms`.
-        kept_z: what `z` returns; None unless a part declares `uses_preactivations`.
+        stored_z: the value of `z`; None unless a part declares `uses_preactivations`.
         batch_rows: rows of the whole batch, where x is one rank's part of it.
         gradient_norms: of each weight's gradient before clipping, by name; the loop adds them
             after the backward pass, for `update` and observers.
-        found: what a part has computed on this pass and needs again in its `update`.
+        results: by part, what it has computed on this pass and needs again in its `update`.
     """
 
     x: Tensor
@@ -93,26 +93,27 @@ class Pass:
     settings: dict[str, float]
     starts: Tensor | None
     norms: Tensor | None = None
-    kept_z: Tensor | None = None
+    stored_z: Tensor | None = None
     batch_rows: int | None = None
 
     @property
     def z(self) -> Tensor:
         """All pre-activations, without gradient, in the selection's dtype; [N, d_sae].
 
-        The largest tensor of a pass: it is freed once the code is there, unless a part reads it.
+        It is the largest tensor of a pass, and freed once the code is computed unless a part
+        reads it.
 
-        Raises: RuntimeError when no part of the SAE declares that it does.
+        Raises: RuntimeError when no part of the SAE declares that it reads it.
         """
-        if self.kept_z is None:
+        if self.stored_z is None:
             raise RuntimeError(
-                "all pre-activations are kept only where a part declares that it "
+                "all pre-activations are stored only where a part declares that it "
                 "reads them: set its uses_preactivations = True"
             )
-        return self.kept_z
+        return self.stored_z
 
     gradient_norms: dict[str, float] = field(default_factory=dict)
-    found: dict[Part, Any] = field(default_factory=dict)
+    results: dict[Part, Any] = field(default_factory=dict)
 
     @cached_property
     def decoder_norms(self) -> Tensor:
@@ -125,18 +126,18 @@ class Pass:
         return self.x.shape[0] if self.batch_rows is None else self.batch_rows
 
     def share(self, value: Tensor) -> Tensor:
-        """What a mean over this rank's rows contributes to the mean over the batch's."""
-        own = self.x.shape[0]
-        return value if own == self.n else value * (own / self.n)
+        """The share of a mean over this rank's rows in the mean over the batch's rows."""
+        local = self.x.shape[0]
+        return value if local == self.n else value * (local / self.n)
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean over the batch's rows, without gradient; x [own rows, ...]."""
+        """Mean over the batch's rows, without gradient; x [rows of this rank, ...]."""
         ranks = self.sae.ranks
         return x.mean(0) if ranks.data == 1 else ranks.over_rows(x.sum(0)) / self.n
 
     @cached_property
     def firings(self) -> Tensor:
-        """In how many of the batch's rows each of this rank's latents fires; int64."""
+        """Number of the batch's rows in which each of this rank's latents fires; int64."""
         return self.sae.ranks.over_rows(self.code.firings)
 
     @cached_property
@@ -169,7 +170,7 @@ class Scalar:
 
     Args:
         meaning: one phrase.
-        role: 'learned', found by training: when it settles is measured, and its path is drawn;
+        role: 'learned', a result of training: when it settles is measured, and its path is drawn;
             'state', a value that the part holds or a rule sets; 'measured', a number about the run.
         reported: whether its last value stands in final_info.json.
         unit: '' for a number without one.
@@ -181,7 +182,7 @@ class Scalar:
     unit: str = ""
 
 
-def measured(meaning: str, unit: str = "") -> Scalar:
+def measurement(meaning: str, unit: str = "") -> Scalar:
     """A scalar about the run that stays in the log and its curves."""
     return Scalar(meaning, "measured", False, unit)
 
@@ -267,13 +268,13 @@ class PartConfig(Frozen):
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a scalar (or a vector of them) is kept: `tensor` holds link(value)."""
+    """Place of a scalar (or a vector of them): `tensor` holds link(value)."""
 
     tensor: Tensor
     link: Literal["value", "log", "logit", "softplus"] = "value"
 
     def times(self, factor: float) -> Tensor:
-        """What the tensor would hold if the value were `factor` times as large.
+        """The tensor for a value that is `factor` times as large.
 
         Raises: SettingError where no tensor holds that value.
         """
@@ -291,7 +292,7 @@ class Stored:
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
-    """What softplus makes the value, > 0, of."""
+    """Returns x with softplus(x) = value; value > 0."""
     return value + torch.log(-torch.expm1(-value))
 
 
@@ -307,22 +308,22 @@ Latents = Annotated[int | str, AfterValidator(_positive)]
 PER_TOKEN = "latents per token"
 
 
-def whole(level: float) -> int:
+def nearest_k(level: float) -> int:
     """The number of latents per row that is nearest to a level, at least 1."""
     return max(1, round(level))
 
 
 class Part(nn.Module):
-    """Base of all parts. Running state is kept in buffers, so that it is saved and restored."""
+    """Base of all parts. Running state is stored in buffers, so that it is saved and restored."""
 
-    #: Ascend instead of descend on the part's own parameters.
+    #: Ascend instead of descend on the part's parameters.
     maximise: ClassVar[bool] = False
     #: Needs batches of whole contexts.
     needs_contexts: ClassVar[bool] = False
-    #: Reads `p.z`, which is then kept through the step.
+    #: Reads `p.z`, which is then stored through the step.
     uses_preactivations: bool = False
-    #: Works where each rank has some of a batch's rows and some of the latents. What is kept of
-    #: single latents then has length `Dims.own`, and sums over rows or latents go over all ranks.
+    #: Works where each rank has a subset of a batch's rows and of the latents. State per latent
+    #: then has length `Dims.n_local`, and sums over rows or latents go over all ranks.
     shardable: bool = False
     #: Names of the parameters and buffers with one entry per latent.
     per_latent: ClassVar[tuple[str, ...]] = ()
@@ -343,8 +344,8 @@ class Part(nn.Module):
         """
         apart = {c: lr for c in self.children() if (lr := getattr(c, "lr", None)) is not None}
         theirs = {id(p) for child in apart for p in child.parameters()}
-        own = [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
-        groups = [(type(self).__name__, own, self.lr)]
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
+        groups = [(type(self).__name__, rest, self.lr)]
         groups += [(type(c).__name__, list(c.parameters()), lr) for c, lr in apart.items()]
         return [group for group in groups if group[1]]
 
@@ -353,27 +354,27 @@ class Part(nn.Module):
         return {}
 
     def stored(self) -> dict[str, tuple[Stored, ...]]:
-        """Where the scalars that shape the code are kept, trained or not, by their names in the
-        log; one kept in several places scales with all of them together."""
+        """Places of the scalars that shape the code, trained or not, by their names in the log; a
+        scalar with several places scales with all of them together."""
         return {}
 
     @contextmanager
-    def scaled(self, name: str, factor: float) -> Iterator[None]:
-        """Within it the named scalar's value is `factor` times as large; afterwards every bit is
-        what it was.
+    def scale_temporarily(self, name: str, factor: float) -> Iterator[None]:
+        """Scales the named scalar's value by `factor` inside the block, and restores every bit
+        afterwards.
 
         Raises: SettingError where the value would leave its range.
         """
         places = self.stored()[name]
         with torch.no_grad():
             changed = [place.times(factor) for place in places]
-            kept = [place.tensor.clone() for place in places]
+            before = [place.tensor.clone() for place in places]
             try:
                 for place, value in zip(places, changed, strict=True):
                     place.tensor.copy_(value)
                 yield
             finally:
-                for place, value in zip(places, kept, strict=True):
+                for place, value in zip(places, before, strict=True):
                     place.tensor.copy_(value)
 
     def forget(self, latents: Tensor) -> None:
@@ -397,8 +398,8 @@ class Part(nn.Module):
         return {}
 
     def latent_columns(self) -> dict[str, Tensor]:
-        """What the part knows of each latent after training, [d_sae] each: columns of the cell's
-        latents.parquet."""
+        """Numbers that the part has of each latent after training, [d_sae] each: columns of the
+        cell's latents.parquet."""
         return {}
 
 
@@ -422,9 +423,9 @@ class Scaling(Part):
         raise TypeError(f"{type(self).__name__} has no fold()")
 
     def metric(self) -> Tensor:
-        """What it multiplies each input dimension by, learned scalars apart; [d_in].
+        """Factor of each input dimension, without learned scalars; [d_in].
 
-        Raises: SettingError when that is no vector.
+        Raises: SettingError when the scaling has no such vector.
         """
         remedy = "has no scale for each dimension to measure errors in: use 'variance'"
         raise SettingError("scaling", type(self).__name__, remedy)
@@ -466,9 +467,9 @@ class Activation(Part):
         raise TypeError(f"{type(self).__name__} has no at()")
 
     def floor(self) -> Tensor | None:
-        """At inference, what an active pre-activation lies above: [d_sae] or 0-dim.
+        """Value that active pre-activations exceed at inference: [d_sae] or 0-dim.
 
-        None where that depends on the other latents of the row, or on the rows before it.
+        None where it depends on the other latents of the row, or on the rows before it.
         """
         return None
 
@@ -510,7 +511,7 @@ class Activation(Part):
 
 @dataclass(frozen=True)
 class Form:
-    """An activation as other tools know it, a function of one row's pre-activations z:
+    """Activation as other tools know it, a function of one row's pre-activations z:
 
         f = gain z + shift      where it is above 0 and z above the threshold, else 0
         f = max(z, 0)           at the k largest z of the row, else 0
@@ -594,7 +595,7 @@ class Reset:
 
 @dataclass(frozen=True)
 class Lives:
-    """How long the latents of a run lived.
+    """Lifetimes of the latents of a run.
 
     Args:
         survival: share of lives that outlast each bin of age, float64 [bins]; the bins have equal
@@ -613,7 +614,8 @@ class Observer(Part):
     """Watches the run; may ask the loop to reset latents."""
 
     def observe(self, p: Pass) -> Reset | None:
-        """Called after `update`; the loop carries out the reset, optimiser moments included."""
+        """Returns the latents to reset, if any; called after `update`. The loop carries out the
+        reset, optimiser moments included."""
 
     def lives(self) -> Lives | None:
         """The lives of the latents so far; None where the part does not follow them."""
@@ -625,17 +627,17 @@ class Observer(Part):
 
 
 @torch.no_grad()
-def fresh_start(p: Pass, latents: Tensor, encoder_norm: float, draw: torch.Generator) -> Reset:
-    """New directions: inputs drawn in proportion to their squared error. Bricken et al. 2023.
+def draw_reset(p: Pass, latents: Tensor, encoder_norm: float, draw: torch.Generator) -> Reset:
+    """Draws new directions: inputs in proportion to their squared error. Bricken et al. 2023.
 
     Args:
-        latents: which start afresh; int64 [m].
+        latents: those that start afresh; int64 [m].
         encoder_norm: of the new encoder rows, relative to the mean norm of all others.
-        draw: the part's own stream.
+        draw: the part's stream.
     """
     ranks = p.sae.ranks
     first, count = ranks.before(latents.numel())
-    error = _whole(p, (p.target - p.recon).square().sum(1).double()).cpu()
+    error = _gather_rows(p, (p.target - p.recon).square().sum(1).double()).cpu()
     rows = torch.multinomial(error, count, replacement=True, generator=draw)
     rows = rows[first : first + latents.numel()].to(p.x.device)
     directions = normalize(_rows_of(p, rows) - p.sae.b_dec.detach(), dim=1)
@@ -647,8 +649,8 @@ def fresh_start(p: Pass, latents: Tensor, encoder_norm: float, draw: torch.Gener
     return Reset(latents, directions, encoder_norm * mean)
 
 
-def _whole(p: Pass, values: Tensor) -> Tensor:
-    """A number of each of this rank's rows -> of each of the batch's rows."""
+def _gather_rows(p: Pass, values: Tensor) -> Tensor:
+    """Gathers a number of each of this rank's rows to one of each of the batch's rows."""
     if p.sae.ranks.data == 1:
         return values
     whole = values.new_zeros(p.n)
@@ -657,15 +659,15 @@ def _whole(p: Pass, values: Tensor) -> Tensor:
 
 
 def _rows_of(p: Pass, rows: Tensor) -> Tensor:
-    """x of some rows of the batch, int64 [m], whichever rank has them; [m, d_in]. Ranks with the
-    same latents ask for the same rows."""
-    own = p.sae.ranks.rows(p.n)
+    """Returns x of the given rows of the batch, int64 [m], whichever rank has them; [m, d_in].
+    Ranks with the same latents ask for the same rows."""
+    local = p.sae.ranks.rows(p.n)
     if p.sae.ranks.data == 1:
         return p.x[rows]
-    here = (rows >= own.start) & (rows < own.stop)
-    found = p.x.new_zeros(len(rows), p.x.shape[1])
-    found[here] = p.x[rows[here] - own.start]
-    return p.sae.ranks.over_rows(found)
+    here = (rows >= local.start) & (rows < local.stop)
+    values = p.x.new_zeros(len(rows), p.x.shape[1])
+    values[here] = p.x[rows[here] - local.start]
+    return p.sae.ranks.over_rows(values)
 
 
 def log_spread(variance: Tensor) -> Tensor:
@@ -674,6 +676,6 @@ def log_spread(variance: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def bias_corrected(ema: Tensor, momentum: float, count: int) -> Tensor:
+def correct_bias(ema: Tensor, momentum: float, count: int) -> Tensor:
     """An EMA that started at 0, divided by the weight it has gathered after `count` updates."""
     return ema / (1 - momentum**count) if count else ema

@@ -118,6 +118,49 @@ def test_parts_know_nothing_of_each_other() -> None:
     assert not inside
 
 
+def test_nobody_outside_knows_a_part() -> None:
+    """The seams and the table are all that is imported: what a part is, it says itself."""
+    outside = [
+        f"{name} imports {target}"
+        for name, target in EDGES
+        if target.startswith("saelab.parts.")
+        and not name.startswith("saelab.parts")
+        and target != "saelab.parts.base"
+    ]
+    assert not outside
+
+
+def kinds_asked_for(tree: ast.AST, kinds: set[str]) -> list[str]:
+    """Places in code where a part is picked by its kind: a comparison of `.kind` or ["kind"], or a
+    mapping with a "kind"."""
+    found = []
+    for node in ast.walk(tree):
+        asked: list[ast.AST | None] = []
+        if isinstance(node, ast.Compare) and "kind" in ast.unparse(node.left):
+            asked = list(node.comparators)
+        elif isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            asked = [v for k, v in pairs if isinstance(k, ast.Constant) and k.value == "kind"]
+        names = [c.value for a in asked if a for c in ast.walk(a) if isinstance(c, ast.Constant)]
+        found += [f"line {node.lineno}: {name}" for name in names if name in kinds]  # type: ignore[attr-defined]
+    return found
+
+
+def test_nobody_outside_picks_parts_by_their_kind() -> None:
+    from saelab.parts import TABLE
+
+    kinds = {kind for by_kind in TABLE.values() for kind in by_kind}
+    found = {
+        name: places
+        for name, file in MODULES.items()
+        if not name.startswith("saelab.parts")
+        and (places := kinds_asked_for(ast.parse(file.read_text(encoding="utf-8")), kinds))
+    }
+    assert not found
+    sick = 'x = [c for c in parts if c["kind"] in ("ramp", "l1")] + [{"kind": "frozen"}]'
+    assert len(kinds_asked_for(ast.parse(sick), kinds)) == 3
+
+
 def test_evaluations_know_nothing_of_training() -> None:
     assert not [
         edge for edge in EDGES if layer(edge[0]) == "evals" and layer(edge[1]) == "training"

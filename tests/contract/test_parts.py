@@ -239,7 +239,7 @@ class TestLife:
         if any(part.uses_preactivations for part in sae.parts()):
             assert p.z.shape == (ROWS, D_SAE) and not p.z.requires_grad
         else:
-            assert p.kept_z is None
+            assert p.stored_z is None
             with pytest.raises(RuntimeError, match="uses_preactivations"):
                 _ = p.z
         assert p.recon.isfinite().all() and p.code.values.isfinite().all()

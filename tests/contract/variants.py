@@ -42,8 +42,8 @@ from saelab.parts.base import (
     Pass,
     Scalar,
     check_setting,
-    measured,
-    whole,
+    measurement,
+    nearest_k,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class AbsTopKConfig(PartConfig):
     @property
     def logged(self) -> Mapping[str, Scalar]:
         moves = isinstance(self.k, str)
-        return {"abs_topk.k": measured("latents per token", PER_TOKEN)} if moves else {}
+        return {"abs_topk.k": measurement("latents per token", PER_TOKEN)} if moves else {}
 
     @property
     def target_l0(self) -> float | None:
@@ -78,7 +78,7 @@ class AbsTopKConfig(PartConfig):
         return "set" if isinstance(self.k, int) else None
 
     def at_l0(self, level: float, sae: SAEConfig) -> AbsTopKConfig:
-        return self.patched({"k": whole(level)}) if isinstance(self.k, int) else self
+        return self.patched({"k": nearest_k(level)}) if isinstance(self.k, int) else self
 
 
 class AbsTopK(Activation):
@@ -160,7 +160,7 @@ class LpConfig(PartConfig):
     def logged(self) -> Mapping[str, Scalar]:
         return {
             "lp.p": Scalar("exponent of the penalty", "state"),
-            "lp.c": measured("factor that keeps the penalty where it was when p moves"),
+            "lp.c": measurement("factor that keeps the penalty where it was when p moves"),
         }
 
 
@@ -242,9 +242,9 @@ class Gated(Activation):
     def __init__(self, config: GatedConfig, dims: Dims) -> None:
         super().__init__()
         self.start_l0, self.lr, self.d_sae = config.start_l0, config.lr, dims.d_sae
-        self.b_gate = nn.Parameter(torch.zeros(dims.own))
-        self.b_mag = nn.Parameter(torch.zeros(dims.own))
-        self.r_mag = nn.Parameter(torch.zeros(dims.own))
+        self.b_gate = nn.Parameter(torch.zeros(dims.n_local))
+        self.b_mag = nn.Parameter(torch.zeros(dims.n_local))
+        self.r_mag = nn.Parameter(torch.zeros(dims.n_local))
 
     def fit(self, z: Tensor) -> None:
         if self.start_l0 is None or bool(self.b_gate.any()):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from saelab import checkpoint
 from saelab.data.activations.store import FolderSource
 from saelab.launch.controls import SUBJECTS
+from saelab.report.figures import common
 
 #: With the embedded probing entries, in small.
 WITH_ENTRIES = BASE.replace('entries = "none"', "train_size = 30, test_size = 16")

@@ -5,9 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from pictures import panel, picture, words
 from projects import BASELINE, PLAN, Project
+
+from saelab.report.run_data import load
+from saelab.storage.atomic import read_json
 
 LOSS = """
 from typing import Literal
@@ -99,6 +104,61 @@ class Breaks(LossTerm):
 register("loss", BreaksConfig)
 """
 
+GAIN = """
+from typing import Literal
+
+import torch
+from torch import nn
+
+from saelab import register
+from saelab.parts.base import Dims, PartConfig, Scalar, Scaling, Stored
+
+
+class GainConfig(PartConfig):
+    kind: Literal["gain"] = "gain"
+    start: float = 0.8
+    lr: float | None = 1e-2
+
+    def build(self, dims: Dims) -> "Gain":
+        return Gain(self, dims)
+
+    @property
+    def logged(self):
+        return {"gain": Scalar("factor of the encoder's input", unit="times")}
+
+
+class Gain(Scaling):
+    def __init__(self, config: GainConfig, dims: Dims) -> None:
+        super().__init__()
+        self.lr, self.dims = config.lr, dims
+        self.gain = nn.Parameter(torch.tensor(config.start))
+
+    def apply(self, centred):
+        return centred * self.gain
+
+    def fold(self):
+        zeros = self.gain.new_zeros(self.dims.d_in)
+        return self.gain.detach() + zeros, zeros
+
+    def learned(self):
+        return {"gain": self.gain}
+
+    def stored(self):
+        return {"gain": (Stored(self.gain),)}
+
+    def scalars(self):
+        return {"gain": float(self.gain.detach())}
+
+    def facts(self, columns, travel):
+        return {"gain.highest": float(columns["gain"].max()), "gain.travel": travel(self.gain)}
+
+    def latent_columns(self):
+        return {"parity": torch.arange(self.dims.d_sae) % 2}
+
+
+register("scaling", GainConfig)
+"""
+
 WORDS = ("helps", "hurts", "no evidence", "cannot tell")
 SQUARE = 'Arm("square", {"sae.losses+": {"kind": "square"}}, "a loss of our own", primary=True)'
 OWN = 'Arm("own", {"train.lr": 1e-3}, "a module of our own", module=TopKSAE)'
@@ -177,6 +237,39 @@ def test_a_run_started_by_the_command_line_finds_own_code_too(tmp_path: Path) ->
     ended = run(project.folder, "-m", "saelab", "run", "run_1", variables={"SAELAB_WORKERS": "1"})
     assert ended.code == 0, ended.err
     assert project.info()["baseline"]["means"]["gate"]
+
+
+def test_a_learned_scalar_of_an_own_part_shows_up_everywhere(tmp_path: Path) -> None:
+    """It is declared in the part alone: no list outside names it."""
+    arm = 'Arm("gained", {"sae.scaling": "gain"}, primary=True)'
+    project = Project.make(tmp_path / "p", (BASELINE, arm), GAIN, plan=TWO)
+    ended = project.call()
+    assert ended.code == 0, ended.err
+    folder = project.folder / "run_1"
+    assert project.manifest()["scalars"]["gain"] == {
+        "meaning": "factor of the encoder's input",
+        "unit": "times",
+    }
+    run = load(folder)
+    curves = run.curves["gain", "gained"]
+    assert len(curves) == 2 and all(np.ptp(curve.values) > 0.01 for curve in curves.values())
+    for metric in ("convergence", "drift", "moved", "sensitivity"):
+        assert len(run.numbers(f"{metric}.gain")["gained"]) == 2, metric
+    assert len(run.numbers("sensitivity.gain.fvu", "change=+10%")["gained"]) == 2
+    info = project.info()["gained"]
+    last = [curve.values[-1] for curve in curves.values()]
+    assert info["means"]["gain"] == pytest.approx(np.mean(last), abs=0.01)
+    assert {"convergence.gain", "sensitivity.gain"} <= set(info["final_info_dict"])
+    assert "gain" not in project.info()["baseline"]["means"]
+    (axes,) = picture(run, "scalars").axes
+    assert axes.get_title(loc="left") == "gain" and axes.get_ylabel() == "gain (times)"
+    assert "gain: factor of the encoder's input" in words(picture(run, "scalars"))
+    assert panel(picture(run, "sensitivity"), "gain")
+    facts = [c["facts"] for c in read_json(folder / "gate.json").values() if c["arm"] == "gained"]
+    assert all(fact["gain.highest"] > 0.5 and fact["gain.travel"] > 0 for fact in facts)
+    assert all("scalar_reach.gain" in fact for fact in facts)
+    (file, *_) = sorted((folder / "cells" / "gained").rglob("latents.parquet"))
+    assert pq.read_table(file, columns=["parity"])["parity"].to_pylist()[:4] == [0, 1, 0, 1]
 
 
 # ---------------------------------------------------------------- cells that fail

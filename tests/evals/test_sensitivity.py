@@ -93,7 +93,7 @@ def test_the_value_is_scaled_whatever_is_stored(
     sae = built(name, global_random_seed)
     for scalar, part in scalars_of(sae).items():
         before = part.scalars()
-        with part.scaled(scalar, factor):
+        with part.scale_temporarily(scalar, factor):
             after = part.scalars()
         own = {"tau_end"} if scalar == "tau" else set()  # tau scales with where it ends
         for other, value in before.items():
@@ -106,7 +106,7 @@ def test_a_failure_inside_puts_the_scalar_back(global_random_seed: int) -> None:
     sae = built("A1", global_random_seed)
     assert isinstance(sae.scaling, VarianceScaling)
     before = sae.scaling.beta.detach().clone()
-    with pytest.raises(KeyError), sae.scaling.scaled("beta", 1.1):
+    with pytest.raises(KeyError), sae.scaling.scale_temporarily("beta", 1.1):
         raise KeyError
     assert torch.equal(sae.scaling.beta, before)
 

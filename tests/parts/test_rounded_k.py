@@ -13,7 +13,7 @@ from torch import Tensor
 from saelab.data.activations.stream import Batch
 from saelab.errors import SettingError
 from saelab.parts.base import Controller, Dims, Form
-from saelab.parts.controllers.rounded_k import RoundedK, RoundedKConfig, covering
+from saelab.parts.controllers.rounded_k import RoundedK, RoundedKConfig, smallest_cover
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell
@@ -41,7 +41,7 @@ def run(one: Cell, steps: int) -> list[dict[str, float]]:
 @given(st.lists(st.floats(0, 100, width=32), min_size=1, max_size=20), st.floats(0.05, 0.95))
 def test_covering_is_the_smallest_that_holds_the_share(energy: list[float], cover: float) -> None:
     values = sorted(energy, reverse=True)
-    k = int(covering(torch.tensor([energy], dtype=torch.float64), cover)[0])
+    k = int(smallest_cover(torch.tensor([energy], dtype=torch.float64), cover)[0])
     total = sum(values)
     if total == 0:
         assert k == 0
@@ -113,12 +113,12 @@ def test_batch_cover_of_topk_is_of_the_code_and_keeps_no_preactivations() -> Non
     controller = one.sae.controllers["rounded_k"]
     assert isinstance(controller, RoundedK)
     p = one.sae(rows(3))
-    assert p.kept_z is None
+    assert p.stored_z is None
     f = p.code.dense().detach()
     energy = f.square().sum(0) * one.sae.W_dec.detach().norm(dim=1).square()
     with torch.no_grad():
         controller.update(p)
-    assert float(controller.kappa) == int(covering(energy[None], 0.9)[0])
+    assert float(controller.kappa) == int(smallest_cover(energy[None], 0.9)[0])
 
 
 def test_annealed_k_ends_where_it_should() -> None:

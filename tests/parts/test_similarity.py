@@ -14,7 +14,7 @@ from saelab.kernels import Code, encode_at, support_above
 from saelab.parts.losses.similarity.code import (
     Standard,
     code_similarity,
-    columns,
+    dense_columns,
     product_moments,
     scale_free,
     similarity,
@@ -157,11 +157,11 @@ def test_deal_is_a_partition_into_nearly_equal_chunks(global_random_seed: int) -
 class TestCode:
     def test_gradcheck_into_the_encoder(self, dense: bool, global_random_seed: int) -> None:
         w, bias, u = start(global_random_seed)
-        by = standard(columns(code_of(w, bias, u, dense), CHOSEN))
+        by = standard(dense_columns(code_of(w, bias, u, dense), CHOSEN))
 
         def term(w: Tensor, bias: Tensor) -> Tensor:
             code = code_of(w, bias, u, dense)
-            return code_similarity(code, u, CHOSEN, columns(code, CHOSEN), by, "constant")[0]
+            return code_similarity(code, u, CHOSEN, dense_columns(code, CHOSEN), by, "constant")[0]
 
         assert gradcheck(term, (w.requires_grad_(), bias.requires_grad_()))
 
@@ -171,7 +171,7 @@ class TestCode:
 
         def term(w: Tensor, bias: Tensor) -> Tensor:
             code = code_of(w, bias, u, dense)
-            f = columns(code, CHOSEN)
+            f = dense_columns(code, CHOSEN)
             by = standard(f, mean=f.mean(0), std=f.std(0, correction=0))
             return code_similarity(code, u, CHOSEN, f, by, "scale_free")[0]
 
@@ -184,7 +184,7 @@ class TestCode:
         products = {"mean": f.new_zeros(()), "std": f.new_ones(()), "centre": f.new_tensor(0.2)}
         for by in (standard(f), standard(f, spread=f.new_tensor(0.7), **products)):
             code = code_of(w, bias, u, dense)
-            torch.testing.assert_close(columns(code, CHOSEN), f.detach())
+            torch.testing.assert_close(dense_columns(code, CHOSEN), f.detach())
             value, norm = code_similarity(code, u, CHOSEN, f.detach(), by, "constant")
             wanted = reference_code(f, by)
             torch.testing.assert_close(value, wanted)
@@ -201,10 +201,10 @@ class TestCode:
         along = {}
         for kind in ("scale_free", "constant"):
             code = code_of(w.requires_grad_(), bias, u, dense)
-            f = columns(code, CHOSEN)
+            f = dense_columns(code, CHOSEN)
             value, norm = code_similarity(code, u, CHOSEN, f, standard(f), kind)  # type: ignore[arg-type]
             (gradient,) = torch.autograd.grad(value, code.values, retain_graph=True)
-            g = columns(Code(gradient, gradient, code.support), CHOSEN)
+            g = dense_columns(Code(gradient, gradient, code.support), CHOSEN)
             along[kind] = (g * f).sum(0).abs()
             assert g.abs().max() > 0
             torch.testing.assert_close(norm, torch.autograd.grad(value, w)[0].norm())
@@ -254,7 +254,7 @@ def test_gradient_reaches_the_encoder_through_the_sparse_path(global_random_seed
     assert support is not None
     values = torch.relu(encode_at(u, w, bias, support))
     code = Code(values, values, support)
-    f = columns(code, CHOSEN)
+    f = dense_columns(code, CHOSEN)
     value, norm = code_similarity(code, u, CHOSEN, f, standard(f), "scale_free")
     (gradient,) = torch.autograd.grad(value, w)
     torch.testing.assert_close(gradient.norm(), norm)

@@ -134,7 +134,7 @@ class TestBalance:
         term = term_of(one)
         p = one.sae(rows(0, 99), one.steps_done, STEPS)
         term.loss(p)
-        look = p.found[term].numbers()
+        look = p.results[term].numbers()
         term.window.copy_(torch.tensor([look.act, look.weight, 1.0]))
         assert float(term.loss(p).detach()) == pytest.approx(0.2, rel=1e-5)
 

@@ -24,8 +24,8 @@ from saelab.parts.base import (
     L0Rule,
     PartConfig,
     Pass,
-    bias_corrected,
-    whole,
+    correct_bias,
+    nearest_k,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class BatchTopKConfig(PartConfig):
         return "set"
 
     def at_l0(self, level: float, sae: SAEConfig) -> BatchTopKConfig:
-        return self.patched({"k": whole(level)})
+        return self.patched({"k": nearest_k(level)})
 
 
 class BatchTopK(Activation):
@@ -69,7 +69,7 @@ class BatchTopK(Activation):
 
     @property
     def threshold(self) -> Tensor:
-        return bias_corrected(self.ema, self.momentum, int(self.count))
+        return correct_bias(self.ema, self.momentum, int(self.count))
 
     def _floor(self, z: Tensor) -> Tensor:
         """The value that selected ones lie above; float32, 0-dim."""

@@ -51,7 +51,7 @@ class JumpReLU(Activation):
     def __init__(self, config: JumpReLUConfig, dims: Dims) -> None:
         super().__init__()
         self.bandwidth, self.lr = config.bandwidth, config.lr
-        start = torch.full((dims.own,), math.log(config.threshold))
+        start = torch.full((dims.n_local,), math.log(config.threshold))
         self.log_threshold = nn.Parameter(start)
 
     @property
@@ -83,7 +83,7 @@ class JumpReLU(Activation):
         return gate(z, threshold.expand_as(z), self.bandwidth)
 
     def stored(self) -> dict[str, tuple[Stored, ...]]:
-        """Returns where all thresholds are kept, scaled together."""
+        """Returns the place of all thresholds, which are scaled together."""
         return {"threshold": (Stored(self.log_threshold, "log"),)}
 
     def scalars(self) -> dict[str, float]:

@@ -45,7 +45,7 @@ from saelab.parts.base import (
     Scalar,
     Stored,
     log_spread,
-    measured,
+    measurement,
 )
 from saelab.parts.scalings.temperature import Temperature, TemperatureFields
 
@@ -105,7 +105,7 @@ class TiedThresholdConfig(TemperatureFields):
             "gamma": Scalar("how strongly the mean drive moves the thresholds", reported=False),
             "T": Scalar("how the decay depends on the variance", reported=False),
             **self.schedule_scalars,
-            "spread": measured("standard deviation of log variance over living latents"),
+            "spread": measurement("standard deviation of log variance over living latents"),
         }
 
     @property
@@ -115,7 +115,7 @@ class TiedThresholdConfig(TemperatureFields):
 
 @dataclass(eq=False)
 class TracedSupport(Support):
-    """A support with what the trace was at each pair.
+    """A support with the trace at each pair.
 
     Args:
         trace, slope: a before the row and da / drho, float32 [nnz].
@@ -177,7 +177,7 @@ class TiedThreshold(Activation):
 
     @property
     def is_static(self) -> bool:
-        """Whether thresholds never move along a context."""
+        """True where thresholds never move along a context."""
         c = self.config
         return c.trace == "mean" or (c.beta == 0 and "beta" not in c.learned)
 
@@ -194,23 +194,23 @@ class TiedThreshold(Activation):
     def learned(self) -> dict[str, nn.Parameter]:
         named = {"theta": self.log_theta, "beta": self.beta, "gamma": self.gamma}
         named |= {"rho": self.rho_0, "T": self.T}
-        own = {name: p for name, p in named.items() if p.requires_grad}
-        return own | self.temperature.learned()
+        trained = {name: p for name, p in named.items() if p.requires_grad}
+        return trained | self.temperature.learned()
 
     def stored(self) -> dict[str, tuple[Stored, ...]]:
-        """Those that are trained or not 0, and on which the thresholds depend."""
-        own = {"theta": Stored(self.log_theta, "log"), "gamma": Stored(self.gamma)}
+        """Places of the scalars that are trained or not 0, and on which the thresholds depend."""
+        places = {"theta": Stored(self.log_theta, "log"), "gamma": Stored(self.gamma)}
         if not self.is_static:
-            own |= {"beta": Stored(self.beta), "rho": Stored(self.rho_0, "logit")}
-            own |= {"T": Stored(self.T)}
-        used = {n: (s,) for n, s in own.items() if s.link != "value" or bool(s.tensor.any())}
+            places |= {"beta": Stored(self.beta), "rho": Stored(self.rho_0, "logit")}
+            places |= {"T": Stored(self.T)}
+        used = {n: (s,) for n, s in places.items() if s.link != "value" or bool(s.tensor.any())}
         return used | self.temperature.stored()
 
     # ---- statistics --------------------------------------------------------------------------
 
     @torch.no_grad()
     def fit(self, z: Tensor) -> None:
-        """Statistics of the first batch: z [n, d_sae]."""
+        """Takes the statistics of the first batch; z [n, d_sae]."""
         self.variance.copy_(z.var(0, correction=0))
         self.rest.copy_(moments(z, self.rule())[2] / len(z))
 
@@ -234,7 +234,7 @@ class TiedThreshold(Activation):
         return logs[self._living()].mean().exp(), logs.exp()
 
     def _living(self) -> Tensor:
-        """Which latents count as living; all where none does; bool [d_sae]."""
+        """Mask of the latents that count as living; all where none does; bool [d_sae]."""
         living = self.rest > LIVING * self.rest.mean()
         return living if bool(living.any()) else torch.ones_like(living)
 
@@ -253,7 +253,7 @@ class TiedThreshold(Activation):
 
     @torch.no_grad()
     def rule(self) -> Adaptation:
-        """What the kernels need, without gradient, float32 [d_sae] each."""
+        """Inputs of the kernels, without gradient, float32 [d_sae] each."""
         unit, theta = self.unit(), self.log_theta.exp()
         slope = torch.zeros_like(unit) if self.config.trace == "mean" else unit * self.beta
         margin = unit * (self.config.bandwidth / 2 if self.training else 0.0)
@@ -269,7 +269,7 @@ class TiedThreshold(Activation):
         )
 
     def _thresholds(self, support: Support | None, a: Tensor, slope: Tensor) -> _Thresholds:
-        """At the pairs of a support [nnz], or densely [N, d_sae] where there is none."""
+        """Thresholds at the pairs of a support [nnz], or dense [N, d_sae] without one."""
 
         def at(x: Tensor) -> Tensor:
             return x if support is None or x.dim() == 0 else x.index_select(0, support.latents)
@@ -290,11 +290,12 @@ class TiedThreshold(Activation):
     # ---- the code ----------------------------------------------------------------------------
 
     def support(self, z: Tensor, starts: Tensor | None = None) -> Support:
-        """Never asks for the dense path, which would keep a trace of every latent at every row."""
+        """Returns the pairs; never asks for the dense path, which would store a trace of every
+        latent at every row."""
         starts, drivers, rule = self._segments(len(z), starts, z.device)
-        found = kernels_for(z.device).trace_above(z, rule, starts, drivers, z.numel())
-        assert found is not None
-        offsets, latents, a, slope, sums = found
+        traced = kernels_for(z.device).trace_above(z, rule, starts, drivers, z.numel())
+        assert traced is not None
+        offsets, latents, a, slope, sums = traced
         return TracedSupport(offsets, latents, z.shape[1], a, slope, sums)
 
     def dense(self, z: Tensor, starts: Tensor | None = None) -> Tensor:
@@ -319,7 +320,8 @@ class TiedThreshold(Activation):
         return _TiedJump.apply(z, t.plain, t.midway, t.width, curvature)  # type: ignore[return-value]
 
     def _at(self, support: Support) -> _Thresholds:
-        """A support found by its floors alone (`SAE.codes`) has no trace, and needs none."""
+        """Thresholds at a support; one chosen by its floors alone (`SAE.codes`) has no trace, and
+        needs none."""
         if isinstance(support, TracedSupport):
             return self._thresholds(support, support.trace, support.slope)
         assert self.is_static
@@ -334,7 +336,7 @@ class TiedThreshold(Activation):
     def _segments(
         self, rows: int, starts: Tensor | None, device: torch.device
     ) -> tuple[Tensor, Tensor, Adaptation]:
-        """Where segments begin, which one drives each, and the rule.
+        """Returns where segments begin, which segment drives each, and the rule.
 
         Raises: SettingError when the thresholds move and no segments are given.
         """
@@ -345,12 +347,12 @@ class TiedThreshold(Activation):
             remedy = "its thresholds follow the context: give `starts`, or layout = 'contexts'"
             raise SettingError("tied_threshold: starts", None, remedy)
         permuted = self.config.trace == "permuted"
-        if permuted and len(starts) == 2:  # nobody else is there: an empty one drives no trace
+        if permuted and len(starts) == 2:  # no other segment: an empty one drives no trace
             starts = torch.cat([starts, starts[-1:]])
-        own = torch.arange(len(starts) - 1, device=device)
+        itself = torch.arange(len(starts) - 1, device=device)
         if not permuted:
-            return starts, own, rule
-        return starts, (own + max(1, len(own) // 2)) % len(own), rule
+            return starts, itself, rule
+        return starts, (itself + max(1, len(itself) // 2)) % len(itself), rule
 
     # ---- inference ---------------------------------------------------------------------------
 
@@ -369,19 +371,22 @@ class TiedThreshold(Activation):
             "rho": self.rho_0.detach().sigmoid(),
             "T": self.T.detach(),
         }
-        found = {name: float(value) for name, value in values.items()}
-        found["spread"] = float(log_spread(self.variance[self._living()]))
-        return found | self.temperature.scalars()
+        scalars = {name: float(value) for name, value in values.items()}
+        scalars["spread"] = float(log_spread(self.variance[self._living()]))
+        return scalars | self.temperature.scalars()
 
     def latent_scale(self) -> Tensor:
         return self.unit()
 
     def without_context(self) -> TiedThresholdConfig:
-        """The trace is replaced by its mean, as with beta = 0."""
+        """Replaces the trace by its mean, as with beta = 0."""
         return self.config.patched({"trace": "mean"})
 
     def export(self) -> Form:
-        """Raises: SettingError when the thresholds move: no standard SAE computes that."""
+        """Returns a JumpReLU's form.
+
+        Raises: SettingError when the thresholds move: no standard SAE computes that.
+        """
         floor = self.floor()
         if floor is None:
             raise SettingError("activation", "tied_threshold", "follows the context: no export")
@@ -399,5 +404,5 @@ class _Thresholds:
 
     @property
     def whole(self) -> Tensor:
-        """With all gradients."""
+        """The thresholds with all gradients."""
         return self.plain + (self.midway - self.midway.detach())

@@ -27,8 +27,8 @@ from saelab.parts.base import (
     Pass,
     Scalar,
     check_setting,
-    measured,
-    whole,
+    measurement,
+    nearest_k,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class TopKConfig(PartConfig):
     @property
     def logged(self) -> Mapping[str, Scalar]:
         moves = isinstance(self.k, str)
-        return {"topk.k": measured("latents per token, of TopK", PER_TOKEN)} if moves else {}
+        return {"topk.k": measurement("latents per token, of TopK", PER_TOKEN)} if moves else {}
 
     @property
     def target_l0(self) -> float | None:
@@ -58,11 +58,11 @@ class TopKConfig(PartConfig):
         return self.k if isinstance(self.k, str) else None
 
     def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
-        """Leaves it to the controller, where one moves k."""
+        """Leaves the L0 to the controller, where one moves k."""
         return "set" if isinstance(self.k, int) else None
 
     def at_l0(self, level: float, sae: SAEConfig) -> TopKConfig:
-        return self.patched({"k": whole(level)}) if isinstance(self.k, int) else self
+        return self.patched({"k": nearest_k(level)}) if isinstance(self.k, int) else self
 
     @classmethod
     def of_form(cls, form: Form) -> TopKConfig | None:

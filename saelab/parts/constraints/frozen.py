@@ -1,7 +1,7 @@
 """A weight matrix that stays as it was drawn: dL/dW = 0.
 
 With the decoder frozen, training can only choose when its random directions fire; what an SAE
-gains beyond that it owes to the directions that it found.
+gains beyond that it owes to the directions that it learned.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from saelab.parts.base import Controller, Dims, L0Rule, PartConfig, whole
+from saelab.parts.base import Controller, Dims, L0Rule, PartConfig, nearest_k
 
 if TYPE_CHECKING:
     from saelab.sae import SAEConfig
@@ -37,13 +37,13 @@ class AnnealedKConfig(PartConfig):
         return AnnealedK(self, dims)
 
     def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
-        """Decides the L0 where the activation follows it: the level's, or an `end` of its own."""
+        """Decides the L0 where the activation follows it: 'set' unless `end` fixes it."""
         if self.name != sae.activation.l0_setting:
             return None
         return "set" if self.end is None else "found"
 
     def at_l0(self, level: float, sae: SAEConfig) -> AnnealedKConfig:
-        return self.patched({"end": whole(level)}) if self.l0_rule(sae) == "set" else self
+        return self.patched({"end": nearest_k(level)}) if self.l0_rule(sae) == "set" else self
 
 
 class AnnealedK(Controller):

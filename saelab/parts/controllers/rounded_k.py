@@ -20,13 +20,13 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from saelab.errors import SettingError
-from saelab.parts.base import Controller, Dims, L0Rule, PartConfig, Pass, Scalar, measured
+from saelab.parts.base import Controller, Dims, L0Rule, PartConfig, Pass, Scalar, measurement
 
 if TYPE_CHECKING:
     from saelab.sae import SAEConfig
 
 #: Rows of a batch whose numbers are averaged.
-SOME_ROWS = 32
+SAMPLED_ROWS = 32
 
 
 class RoundedKConfig(PartConfig):
@@ -57,11 +57,11 @@ class RoundedKConfig(PartConfig):
     def logged(self) -> Mapping[str, Scalar]:
         return {
             self.name: Scalar("number of latents that carry the energy", unit="latents"),
-            f"{self.name}.kappa": measured("the same before it is rounded", "latents"),
+            f"{self.name}.kappa": measurement("the same before it is rounded", "latents"),
         }
 
     def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
-        """Finds the L0 where the activation follows it."""
+        """Decides the L0 where the activation follows it: by the data, not by a level."""
         return "found" if self.name == sae.activation.l0_setting else None
 
 
@@ -83,7 +83,9 @@ class RoundedK(Controller):
 
     def update(self, p: Pass) -> None:
         rows = self.config.over == "rows"
-        number = self._over_rows(p) if rows else float(covering(p.energy[None], self.config.cover))
+        number = (
+            self._over_rows(p) if rows else float(smallest_cover(p.energy[None], self.config.cover))
+        )
         if number > 0:
             self.kappa.mul_(self.config.momentum).add_((1 - self.config.momentum) * number)
 
@@ -91,12 +93,12 @@ class RoundedK(Controller):
         return {self.name: self.value(0), f"{self.name}.kappa": float(self.kappa)}
 
     def _over_rows(self, p: Pass) -> float:
-        rows = p.z[:: -(-p.n // SOME_ROWS)]
+        rows = p.z[:: -(-p.n // SAMPLED_ROWS)]
         energy = torch.relu(rows.float()).square_() * p.decoder_norms.detach().square()
-        return float(covering(energy, self.config.cover).float().mean())
+        return float(smallest_cover(energy, self.config.cover).float().mean())
 
 
-def covering(energy: Tensor, cover: float) -> Tensor:
+def smallest_cover(energy: Tensor, cover: float) -> Tensor:
     """Smallest number of entries of each row that hold the share; [n, F] -> int64 [n].
 
     0 where a row has no energy.

@@ -40,7 +40,7 @@ class AuxK(LossTerm):
         super().__init__()
         self.coefficient, self.dead_after = config.coefficient, config.dead_after
         self.k = config.k or max(1, dims.d_in // 2)
-        self.register_buffer("silent", torch.zeros(dims.own, dtype=torch.int64))
+        self.register_buffer("silent", torch.zeros(dims.n_local, dtype=torch.int64))
 
     def loss(self, p: Pass) -> Tensor:
         dead = (self.silent > self.dead_after).nonzero().flatten()

@@ -28,8 +28,8 @@ from saelab.parts.base import (
     Pass,
     Reset,
     Scalar,
-    fresh_start,
-    measured,
+    draw_reset,
+    measurement,
 )
 from saelab.seeding import torch_stream
 
@@ -65,10 +65,12 @@ class LifetimesConfig(PartConfig):
     @property
     def logged(self) -> Mapping[str, Scalar]:
         return {
-            "lifetime.ended": measured("share of latents whose life has ended"),
-            "lifetime.revived": measured("share of latents that fire again after their life ended"),
-            "lifetime.mean_age": measured("mean age of the latents' lives", "steps"),
-            "lifetime.resamplings": measured("resets of latents so far", "latents"),
+            "lifetime.ended": measurement("share of latents whose life has ended"),
+            "lifetime.revived": measurement(
+                "share of latents that fire again after their life ended"
+            ),
+            "lifetime.mean_age": measurement("mean age of the latents' lives", "steps"),
+            "lifetime.resamplings": measurement("resets of latents so far", "latents"),
         }
 
     @property
@@ -93,8 +95,8 @@ class Lifetimes(Observer):
         self.config, self.seed, self.steps = config, dims.seed, dims.steps
         self.base = max(float(config.base_steps), config.base_share * dims.steps)
         for name in ("birth", "last_fired", "firings", "resamplings"):
-            self.register_buffer(name, torch.zeros(dims.own, dtype=torch.int64))
-        self.register_buffer("ended", torch.zeros(dims.own, dtype=torch.bool))
+            self.register_buffer(name, torch.zeros(dims.n_local, dtype=torch.int64))
+        self.register_buffer("ended", torch.zeros(dims.n_local, dtype=torch.bool))
         for name in ("deaths", "censored"):
             self.register_buffer(name, torch.zeros(BINS, dtype=torch.int64))
         self.register_buffer("now", torch.zeros((), dtype=torch.int64))
@@ -151,7 +153,7 @@ class Lifetimes(Observer):
         if not self.ranks.before(dead.numel())[1]:
             return None
         draw = torch_stream(self.seed, "lifetimes", p.step + 1)
-        return fresh_start(p, dead, self.config.encoder_norm, draw)
+        return draw_reset(p, dead, self.config.encoder_norm, draw)
 
     def forget(self, latents: Tensor) -> None:
         here = torch.zeros_like(self.ended)
@@ -173,7 +175,7 @@ class Lifetimes(Observer):
         }
 
     def _histogram(self, which: Tensor) -> Tensor:
-        """Ages of the latents' lives by bin, int64 [BINS]; `which` bool [own latents]."""
+        """Numbers of lives by bin of age, int64 [BINS]; `which` bool [latents of this rank]."""
         age = (self.now - self.birth)[which]
         bins = (age * BINS // max(1, self.steps)).clamp(0, BINS - 1)
         return self.ranks.over_latents(torch.bincount(bins, minlength=BINS))

@@ -21,8 +21,8 @@ from saelab.parts.base import (
     Pass,
     Reset,
     Scalar,
-    fresh_start,
-    measured,
+    draw_reset,
+    measurement,
 )
 from saelab.seeding import torch_stream
 
@@ -48,7 +48,7 @@ class ResamplingConfig(PartConfig):
 
     @property
     def logged(self) -> Mapping[str, Scalar]:
-        return {"resampled": measured("resets of latents so far", "latents")}
+        return {"resampled": measurement("resets of latents so far", "latents")}
 
     @property
     def moves_decoder(self) -> bool:
@@ -65,7 +65,7 @@ class Resampling(Observer):
         super().__init__()
         self.config, self.seed = config, dims.seed
         self.every = max(1, round(config.every * dims.steps))
-        self.register_buffer("silent", torch.zeros(dims.own, dtype=torch.int64))
+        self.register_buffer("silent", torch.zeros(dims.n_local, dtype=torch.int64))
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
 
     def update(self, p: Pass) -> None:
@@ -81,7 +81,7 @@ class Resampling(Observer):
             return None
         self.resets += count
         generator = torch_stream(self.seed, "resampling", step)
-        return fresh_start(p, dead, self.config.encoder_norm, generator)
+        return draw_reset(p, dead, self.config.encoder_norm, generator)
 
     def resampled(self) -> int:
         return int(self.resets)

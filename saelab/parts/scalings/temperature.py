@@ -29,9 +29,9 @@ class TemperatureFields(PartConfig):
 
     Args:
         tau: the temperature, or where it starts.
-        temperature: how it goes on from there.
+        temperature: its course from there.
         tau_end, rate: of the annealed forms.
-        tau_lr: learning rate of its own parameters.
+        tau_lr: learning rate of its parameters.
     """
 
     tau: NonNegativeFloat = 0.5
@@ -73,13 +73,13 @@ class Temperature(nn.Module):
         self.register_buffer("start", torch.tensor(config.tau), persistent=False)
         self.register_buffer("end", torch.tensor(config.tau_end), persistent=False)
         if config.temperature == "learned":
-            self.raw_tau = nn.Parameter(_started("tau", config.tau))
+            self.raw_tau = nn.Parameter(_raw_start("tau", config.tau))
         if config.temperature == "learned_schedule":
-            self.raw_end = nn.Parameter(_started("tau_end", config.tau_end))
-            self.raw_rate = nn.Parameter(_started("rate", config.rate))
+            self.raw_end = nn.Parameter(_raw_start("tau_end", config.tau_end))
+            self.raw_rate = nn.Parameter(_raw_start("rate", config.rate))
 
     def tau(self) -> Tensor:
-        """0-dim float32."""
+        """The temperature in force; 0-dim float32."""
         c = self.config
         if c.temperature == "fixed":
             return self.start
@@ -91,16 +91,16 @@ class Temperature(nn.Module):
         return end + (self.start - end) * torch.exp(-rate * self.share)
 
     def move_on(self, step: int, steps: int) -> None:
-        """After the given step of the run."""
+        """Sets the share of the run to that after the given step."""
         self.share.fill_((step + 1) / steps)
 
     def learned(self) -> dict[str, nn.Parameter]:
-        """As `Part.learned`."""
+        """Returns the learned scalars, see `Part.learned`."""
         names = {"raw_tau": "tau", "raw_end": "tau_end", "raw_rate": "tau_rate"}
         return {names[name]: parameter for name, parameter in self.named_parameters()}
 
     def stored(self) -> dict[str, tuple[Stored, ...]]:
-        """As `Part.stored`: tau is the temperature in force, whatever makes it."""
+        """Returns the places of tau, the temperature in force, see `Part.stored`."""
         if self.config.temperature == "learned":
             return {"tau": (Stored(self.raw_tau, "softplus"),)}
         if self.config.temperature == "learned_schedule":
@@ -117,7 +117,7 @@ class Temperature(nn.Module):
         return values
 
 
-def _started(name: str, value: float) -> Tensor:
+def _raw_start(name: str, value: float) -> Tensor:
     if value <= 0:
         raise SettingError(name, value, "is learned and can't start at 0: use a positive value")
     return inverse_softplus(torch.tensor(value, dtype=torch.float64)).float()

@@ -29,7 +29,7 @@ from saelab.parts.base import (
     Scaling,
     Stored,
     log_spread,
-    measured,
+    measurement,
 )
 from saelab.parts.scalings.temperature import Temperature, TemperatureFields
 
@@ -69,7 +69,7 @@ class VarianceScalingConfig(TemperatureFields):
             "theta": Scalar("shift of the scaled input"),
             "tau": self.temperature_scalar,
             **self.schedule_scalars,
-            "spread": measured("standard deviation of log variance over input dimensions"),
+            "spread": measurement("standard deviation of log variance over input dimensions"),
         }
 
 
@@ -92,16 +92,17 @@ class VarianceScaling(Scaling):
 
     def learned(self) -> dict[str, nn.Parameter]:
         named = {"beta": self.beta, "theta": self.theta}
-        own = {name: p for name, p in named.items() if p.requires_grad}
-        return own | self.temperature.learned()
+        trained = {name: p for name, p in named.items() if p.requires_grad}
+        return trained | self.temperature.learned()
 
     def stored(self) -> dict[str, tuple[Stored, ...]]:
-        own = {n: (Stored(p),) for n, p in self.learned().items() if n in ("beta", "theta")}
-        return own | self.temperature.stored()
+        names = ("beta", "theta")
+        places = {name: (Stored(p),) for name, p in self.learned().items() if name in names}
+        return places | self.temperature.stored()
 
     @property
     def shardable(self) -> bool:  # type: ignore[override]
-        """A batch's own statistics would be those of one rank's rows."""
+        """False with the batch's statistics, which would be those of one rank's rows."""
         return self.config.statistics == "running"
 
     @property
@@ -156,7 +157,7 @@ class VarianceScaling(Scaling):
 
 
 def _variance(x: Tensor) -> Tensor:
-    """Of each column, by its definition; [n, d] -> [d]. Torch's own is several times slower."""
+    """Variance of each column by its definition; [n, d] -> [d]. Torch's is several times slower."""
     return (x - x.mean(0)).square_().mean(0)
 
 

@@ -30,14 +30,14 @@ from saelab.parts.base import (
     Pass,
     Scalar,
     check_setting,
-    measured,
+    measurement,
 )
 from saelab.parts.losses.similarity.balance import Terms, build_balance
 from saelab.parts.losses.similarity.code import (
     Gradient,
     Standard,
     code_similarity,
-    columns,
+    dense_columns,
     product_moments,
 )
 from saelab.parts.losses.similarity.decoder import Form, deal, decoder_similarity
@@ -48,18 +48,18 @@ from saelab.storage.atomic import read_json
 if TYPE_CHECKING:
     from saelab.sae import SAE
 
-#: Smallest norm of a term. Our choice: correlations of a hundredth, which are nobody's concern.
+#: Smallest norm of a term. Our choice: correlations of a hundredth, which do no harm.
 FLOOR = 1e-4
 #: Scalars of a step's record. A share is the norm of the penalty's gradient over that of the whole
 #: gradient before clipping: of S_act at W_enc, of S_w at W_dec, and of both.
 LOGGED = {
     "alpha": Scalar("share of codes in the penalty, against decoder rows"),
-    "similarity.code": measured("similarity of codes, S_act"),
-    "similarity.decoder": measured("similarity of decoder rows, S_w"),
-    "penalty_share.code": measured("share of S_act in the gradient at W_enc"),
-    "penalty_share.decoder": measured("share of S_w in the gradient at W_dec"),
+    "similarity.code": measurement("similarity of codes, S_act"),
+    "similarity.decoder": measurement("similarity of decoder rows, S_w"),
+    "penalty_share.code": measurement("share of S_act in the gradient at W_enc"),
+    "penalty_share.decoder": measurement("share of S_w in the gradient at W_dec"),
     "penalty_share": Scalar("share of the penalty in the gradient", "measured"),
-    "similarity.k": measured("latents in the similarity of codes", "latents"),
+    "similarity.k": measurement("latents in the similarity of codes", "latents"),
 }
 
 Statistics = Literal["per_latent", "per_product", "batch"]
@@ -127,8 +127,8 @@ class SimilarityConfig(PartConfig):
 
 
 @dataclass(frozen=True)
-class Look:
-    """alpha and the terms of one pass, with gradient, and the norms of the terms' gradients; 0-dim.
+class PassTerms:
+    """Alpha and the terms of one pass, with gradient, and the norms of the terms' gradients; 0-dim.
 
     f: columns of the latents in S_act, [N, k].
     """
@@ -141,8 +141,8 @@ class Look:
     f: Tensor
 
     def numbers(self) -> Terms:
-        found = (self.act, self.weight, self.act_gradient, self.weight_gradient)
-        return Terms(*torch.stack([value.detach() for value in found]).tolist())
+        values = (self.act, self.weight, self.act_gradient, self.weight_gradient)
+        return Terms(*torch.stack([value.detach() for value in values]).tolist())
 
 
 class Similarity(LossTerm):
@@ -155,7 +155,7 @@ class Similarity(LossTerm):
 
     def __init__(self, config: SimilarityConfig, dims: Dims) -> None:
         super().__init__()
-        _refuse(config)
+        _check(config)
         self.config, self.lr, self.coefficient = config, config.lr, config.coefficient
         self.seed = dims.seed
         self.first = round(config.warmup * dims.steps)
@@ -176,19 +176,19 @@ class Similarity(LossTerm):
         check_setting("k", self.config.k, sae)
 
     def loss(self, p: Pass) -> Tensor:
-        look = self._look(p)
-        p.found[self], terms = look, look.numbers()
+        here = self._measure(p)
+        p.results[self], terms = here, here.numbers()
         n_act, n_weight = self._norms(terms)
-        strength = p.setting(self.coefficient) if self._acts(p) else 0.0
-        act, weight = look.act / n_act, look.weight / n_weight
-        loss = strength * (look.alpha * act + (1 - look.alpha) * weight)
+        strength = p.setting(self.coefficient) if self._is_active(p) else 0.0
+        act, weight = here.act / n_act, here.weight / n_weight
+        loss = strength * (here.alpha * act + (1 - here.alpha) * weight)
         objective = self.balance.objective(act.detach(), weight.detach())
-        return loss if objective is None else loss + objective * float(self._acts(p))
+        return loss if objective is None else loss + objective * float(self._is_active(p))
 
     @torch.no_grad()
     def update(self, p: Pass) -> None:
-        look: Look = p.found[self] if self in p.found else self._look(p)
-        terms = look.numbers()
+        here: PassTerms = p.results[self] if self in p.results else self._measure(p)
+        terms = here.numbers()
         n_act, n_weight = self._norms(terms)
         relative = Terms(
             terms.act / n_act,
@@ -196,18 +196,18 @@ class Similarity(LossTerm):
             terms.act_gradient / n_act,
             terms.weight_gradient / n_weight,
         )
-        alpha = float(look.alpha)
-        strength = p.setting(self.coefficient) if self._acts(p) else 0.0
+        alpha = float(here.alpha)
+        strength = p.setting(self.coefficient) if self._is_active(p) else 0.0
         parts = {
             "W_enc": strength * alpha * relative.act_gradient,
             "W_dec": strength * (1 - alpha) * relative.weight_gradient,
         }
         shares = _shares(parts, p.gradient_norms)
-        shown = [alpha, terms.act, terms.weight, *shares, look.f.shape[1]]
+        shown = [alpha, terms.act, terms.weight, *shares, here.f.shape[1]]
         self.shown.copy_(torch.tensor(shown, dtype=torch.float64))
-        if self._acts(p):
+        if self._is_active(p):
             self.balance.update(relative)
-        self._gather(p, look, terms)
+        self._gather(p, here, terms)
 
     def forget(self, latents: Tensor) -> None:
         self.moments.forget(latents)
@@ -228,41 +228,41 @@ class Similarity(LossTerm):
             facts["alpha_outside_share"] = stats.outside_share(alpha)
         learned = list(self.balance.parameters())
         if learned:
-            reach = sum(own.numel() * travel(own) for own in learned)
+            reach = sum(parameter.numel() * travel(parameter) for parameter in learned)
             facts["scalar_reach.alpha"] = stats.moved_share(alpha, reach)
         return facts
 
-    def _acts(self, p: Pass) -> bool:
+    def _is_active(self, p: Pass) -> bool:
         return p.step >= self.start and float(self.window[2]) > 0
 
     def _k(self, p: Pass) -> int:
         return min(int(p.setting(self.config.k)), self.config.k_max, p.sae.d_sae)
 
     def _norms(self, terms: Terms) -> tuple[float, float]:
-        """What S_act and S_w are divided by; the terms themselves before there is a norm."""
+        """Norms that S_act and S_w are divided by; the terms themselves before there is one."""
         now = [terms.act, terms.weight]
         if self.config.norm == "none":
             return 1.0, 1.0
         if self.config.norm == "running":
             weight = 1 - self.config.momentum ** int(self.updates)
-            found = (self.running / weight).tolist() if weight > 0 else now
+            norms = (self.running / weight).tolist() if weight > 0 else now
         else:
             act, weight, steps = self.window.tolist()
-            found = [act / steps, weight / steps] if steps else now
-        return max(found[0], FLOOR), max(found[1], FLOOR)
+            norms = [act / steps, weight / steps] if steps else now
+        return max(norms[0], FLOOR), max(norms[1], FLOOR)
 
-    def _look(self, p: Pass) -> Look:
+    def _measure(self, p: Pass) -> PassTerms:
         c = self.config
         latents = p.energy.topk(self._k(p)).indices
         latents = latents[p.energy[latents] > 0]
-        f = columns(p.code, latents)
+        f = dense_columns(p.code, latents)
         by = self._standard(p, latents, f)
         act, act_gradient = code_similarity(p.code, p.u, latents, f, by, c.gradient)
         draw = torch_stream(self.seed, "similarity chunks", p.step)
         chunks = deal(p.sae.d_sae, c.chunk, draw)[: c.chunks]
         weight, weight_gradient = decoder_similarity(p.sae.W_dec, chunks, c.form)
         alpha = self.balance.alpha(p.step, p.steps)
-        return Look(alpha, act, weight, act_gradient, weight_gradient, f)
+        return PassTerms(alpha, act, weight, act_gradient, weight_gradient, f)
 
     @torch.no_grad()
     def _standard(self, p: Pass, latents: Tensor, f: Tensor) -> Standard:
@@ -282,13 +282,13 @@ class Similarity(LossTerm):
     def _corrected(self, ema: Tensor) -> Tensor:
         return ema / (1 - self.config.momentum ** int(self.updates))
 
-    def _gather(self, p: Pass, look: Look, terms: Terms) -> None:
+    def _gather(self, p: Pass, here: PassTerms, terms: Terms) -> None:
         """Takes one pass into all EMAs and, inside it, into the reference window."""
         keep, both = self.config.momentum, self.running.new_tensor([terms.act, terms.weight])
         if self.config.statistics == "per_latent":
             self.moments.gather(p.code, p.n)
         elif self.config.statistics == "per_product":
-            self.products.mul_(keep).add_(product_moments(look.f), alpha=1 - keep)
+            self.products.mul_(keep).add_(product_moments(here.f), alpha=1 - keep)
         self.running.mul_(keep).add_(both, alpha=1 - keep)
         self.updates += 1
         if self.first <= p.step < self.start:
@@ -304,7 +304,7 @@ def _shares(parts: dict[str, float], totals: dict[str, float]) -> list[float]:
     return [a / b if b > 0 else 0.0 for a, b in zip(inside, whole, strict=True)]
 
 
-def _refuse(config: SimilarityConfig) -> None:
+def _check(config: SimilarityConfig) -> None:
     if config.balance in LEARNED and not 0 < config.alpha < 1:
         remedy = f"balance {config.balance!r} needs a start inside (0, 1)"
         raise SettingError("alpha", config.alpha, remedy)

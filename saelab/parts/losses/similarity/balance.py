@@ -1,4 +1,4 @@
-"""Balances: the share alpha = sigmoid(a) of S_act beside 1 - alpha of S_w.
+"""Balances: the share alpha = sigmoid(a) of S_act and 1 - alpha of S_w.
 
     fixed          alpha as given
     frozen_random  alpha drawn once
@@ -33,7 +33,7 @@ RANGE = (0.02, 0.98)
 
 @dataclass(frozen=True)
 class Terms:
-    """Both terms over their norms, and the norms of their gradients, likewise divided."""
+    """The two terms over their norms, and the norms of their gradients, likewise divided."""
 
     act: float
     weight: float
@@ -42,14 +42,14 @@ class Terms:
 
 
 class Balance(nn.Module):
-    """alpha and how it changes; `update` is called in steps in which the penalty acts."""
+    """Rule for alpha; `update` is called in steps in which the penalty acts."""
 
     def alpha(self, step: int, steps: int) -> Tensor:
         """Share of S_act, float32 0-dim, with gradient where it is learned on the loss."""
         raise TypeError(f"{type(self).__name__} has no alpha()")
 
     def objective(self, act: Tensor, weight: Tensor) -> Tensor | None:
-        """What a learned balance adds to the loss; its value is 0, its gradient is not."""
+        """Term that a learned balance adds to the loss; its value is 0, its gradient is not."""
 
     def update(self, terms: Terms) -> None: ...
 
@@ -102,7 +102,7 @@ class Uncertainty(Balance):
 
 
 class _Stepped(Balance):
-    """A balance whose logit moves by a rule of its own instead of a gradient."""
+    """A balance whose logit moves by a rule instead of a gradient."""
 
     a: Tensor
 

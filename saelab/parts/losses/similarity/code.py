@@ -27,7 +27,7 @@ Gradient = Literal["scale_free", "constant"]
 
 @dataclass(frozen=True)
 class Standard:
-    """What codes and products are standardised by, all without gradient.
+    """Constants that codes and products are standardised by, all without gradient.
 
     Args:
         mean, std: of each latent, [k].
@@ -40,7 +40,7 @@ class Standard:
     spread: Tensor
 
 
-def columns(code: Code, latents: Tensor) -> Tensor:
+def dense_columns(code: Code, latents: Tensor) -> Tensor:
     """The code of the given latents as dense columns, without gradient; [N, k]."""
     values, support = code.values.detach(), code.support
     if support is None:

@@ -33,13 +33,13 @@ class LatentMoments(nn.Module):
         Args:
             n: rows of the code.
         """
-        known = self.weight > 0
-        if bool(known.all()):
+        gathered = self.weight > 0
+        if bool(gathered.all()):
             mean, square = self.ema / self.weight
         else:
             sums = torch.stack(code.sums) / n
             tiny = torch.finfo(sums.dtype).tiny
-            mean, square = torch.where(known, self.ema / self.weight.clamp_min(tiny), sums)
+            mean, square = torch.where(gathered, self.ema / self.weight.clamp_min(tiny), sums)
         std = std_of(mean, square)
         living = std[std > 0]
         floor = STD_FLOOR * float(living.median()) if living.numel() else 1.0

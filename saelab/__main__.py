@@ -127,7 +127,7 @@ def plan_check(
     with cli_errors():
         from saelab.errors import SourceError
         from saelab.launch.entry import check_one
-        from saelab.preflight.preview import text
+        from saelab.preflight.preview import check_text
         from saelab.study.experiment_file import load_experiment
         from saelab.study.plan import Confirmation
 
@@ -144,7 +144,7 @@ def plan_check(
         if json_:
             _print_json([one.as_dict() for one in found])
         else:
-            typer.echo("\n\n".join(map(text, found)))
+            typer.echo("\n\n".join(map(check_text, found)))
         for one in found:
             one.check_limit()
 
@@ -183,7 +183,8 @@ def plan_cost(
     with cli_errors():
         from saelab.api import settings
         from saelab.errors import SettingError
-        from saelab.preflight import cost
+        from saelab.preflight.cost_table import WIDTHS, cost_text, count_cost
+        from saelab.preflight.rates import RATES, read_rates
 
         if tokens < 1:
             raise SettingError("--tokens", tokens, "use at least 1")
@@ -194,25 +195,25 @@ def plan_cost(
         if device == "here":
             from saelab.preflight.calibration import rates_here
 
-            known = rates_here(base)
+            device_rates = rates_here(base)
         else:
-            known = cost.known_rates(device, rates or cost.RATES)
-        found = cost.cost(base, known, width or cost.WIDTHS, ranks, l0)
+            device_rates = read_rates(device, rates or RATES)
+        cost = count_cost(base, device_rates, width or WIDTHS, ranks, l0)
         if json_:
-            _print_json(found.as_dict())
+            _print_json(cost.as_dict())
         else:
-            typer.echo(cost.text(found))
+            typer.echo(cost_text(cost))
 
 
 def _trials(base: Any, json_: bool) -> None:
-    from saelab.preflight.calibration import rates_here, trial_lines, trials
+    from saelab.preflight.calibration import rates_here, run_trials, trial_lines
 
     rates = rates_here(base)
-    found = trials(base, rates)
+    results = run_trials(base, rates)
     if json_:
-        _print_json({"rates": rates.model_dump(), "trials": [one.as_dict() for one in found]})
+        _print_json({"rates": rates.model_dump(), "trials": [one.as_dict() for one in results]})
     else:
-        typer.echo("\n".join(trial_lines(found)))
+        typer.echo("\n".join(trial_lines(results)))
 
 
 @app.command()

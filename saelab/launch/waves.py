@@ -23,7 +23,7 @@ from saelab.launch.executors.local import worker_count
 from saelab.launch.prepare import LaunchData, prepare, source_path
 from saelab.launch.seed_pairs import partners
 from saelab.launch.worker import Job, Worker, WorkerData, as_job_cell, evaluation_cost
-from saelab.preflight.estimate import training_seconds
+from saelab.preflight.cost import training_seconds
 from saelab.preflight.preview import RunCheck
 from saelab.progress import clock, progress
 from saelab.progress.state import DONE, EVALUATE

@@ -132,7 +132,7 @@ def test_a_launch_beyond_its_budget_is_refused_before_anything_is_made(
 
 @LINUX
 def test_fewer_workers_are_taken_where_memory_is_short(tmp_path: Path, finished: Project) -> None:
-    from saelab.preflight.memory import needs
+    from saelab.preflight.cost import launch_needs
     from saelab.study.plan import Arm, Run, cells, read_base, read_plan
     from saelab.study.task import GROUP
 
@@ -140,7 +140,7 @@ def test_fewer_workers_are_taken_where_memory_is_short(tmp_path: Path, finished:
     root = project.folder
     base, plan = read_base(root / "configs/small.toml"), read_plan(root / "plan.toml")
     specs = cells(plan, base, Run("r", [Arm("baseline"), Arm("rate", {"train.lr": 2e-3})]))
-    two, one = (needs(base, specs, n, GROUP).memory for n in (2, 1))
+    two, one = (launch_needs(base, specs, n, GROUP).memory for n in (2, 1))
     with patch.dict(os.environ, {"SAELAB_MEMORY": str((one + two) // 2)}):
         ended = project.launch(workers=2)
     assert ended.code == 0, ended.err

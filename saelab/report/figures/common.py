@@ -29,37 +29,32 @@ import numpy as np
 from saelab.errors import SaelabError, SourceError
 from saelab.report.figures.axes import (
     NAMES,
-    against_l0,
     at,
     by_arm,
-    cells_of,
     counts_of,
-    limit_to_late,
     lost_cells,
-    mean,
     means_of,
     of_seeds,
     over_training,
-    points_with_range,
     thin_lines,
     values_of,
 )
+from saelab.report.figures.frontier import frontier
 from saelab.report.figures.idea_a import A_PICTURES
 from saelab.report.figures.idea_b import B_PICTURES
 from saelab.report.figures.placement import placement
+from saelab.report.figures.probing import probing, probing_entries
 from saelab.report.figures.style import (
     STYLE,
-    ArmStyle,
     Page,
     arm_styles,
-    explain,
     handle,
     legend_name,
-    log_axis,
     save,
     wrap,
 )
-from saelab.report.run_data import Curve, Run, load
+from saelab.report.figures.training import loss
+from saelab.report.run_data import Run, load
 from saelab.runtime.safe_text import visible
 from saelab.runtime.signals import exit_on_signal
 
@@ -70,16 +65,8 @@ if TYPE_CHECKING:
 
 #: Width of a bin of the density histogram, in log10 of the firing share.
 BIN = 0.25
-#: The k that is shown entry by entry.
-ENTRY_K = 5
 #: Scalars drawn over training.
 SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k")
-#: Title and axis label of the metrics drawn against L0.
-RECOVERED = "loss_recovered"
-FRONTIER = {
-    "fvu": ("Reconstruction (lower is better)", "FVU"),
-    RECOVERED: ("Language-model loss (higher is better)", "loss recovered"),
-}
 #: Runs from which on further processes are worth their start. Our choice.
 MANY = 4
 WORDS = ("helps", "hurts", "no evidence", "cannot tell", "refused")
@@ -185,69 +172,6 @@ def draw_run(run: Run, where: Path) -> Iterator[tuple[str, bool]]:
 # ---------------------------------------------------------------- over training
 
 
-def _against_baseline(run: Run, name: str) -> dict[str, dict[int, Curve]]:
-    """100 * (arm / baseline - 1), seed by seed, for seeds that both have."""
-    base = run.curves.get((name, run.baseline), {})
-    found: dict[str, dict[int, Curve]] = {}
-    for arm in run.arms[1:]:
-        for seed, curve in run.curves.get((name, arm), {}).items():
-            if seed in base:
-                other = np.interp(curve.tokens, *base[seed], left=np.nan, right=np.nan)
-                kept = np.isfinite(other) & (other > 0)
-                ratio = 100 * (curve.values[kept] / other[kept] - 1)
-                if len(ratio):
-                    found.setdefault(arm, {})[seed] = Curve(curve.tokens[kept], ratio)
-    return found
-
-
-def loss(run: Run) -> Figure | str:
-    """Reconstruction loss (FVU in normalised space) and L0 over training."""
-    name = "loss.reconstruction"
-    if not (counts := counts_of(run, name)):
-        return "curves.parquet has no loss.reconstruction at the target L0"
-    relative = _against_baseline(run, name)
-    mosaic = [["loss", "l0"], ["relative", "relative"]] if relative else [["loss", "l0"]]
-    page = Page(mosaic, 5.6 if relative else 3.4, height_ratios=(1.25, 1) if relative else (1,))
-    last = over_training(page.panels["loss"], run, name)
-    log_axis(page.panels["loss"], "y")
-    page.panels["loss"].set(title="Reconstruction loss", ylabel="FVU of the batch (share)")
-    _l0_over_training(page.panels["l0"], run)
-    if relative:
-        over_training(page.panels["relative"], run, name, relative)
-        limit_to_late(page.panels["relative"], relative)
-        page.panels["relative"].axhline(0, color="black", linewidth=2.4, zorder=1)
-        page.panels["relative"].set(
-            title="Reconstruction loss against the baseline of the same seed; spikes may be cut",
-            ylabel="difference (%)",
-        )
-    return page.finish(
-        f"{run.title} – reconstruction loss and sparsity over training",
-        [
-            f"Line: mean over {of_seeds(counts)}; band: lowest to highest seed;"
-            f" cells of {at(run)}.",
-            f"FVU of the last batch: {values_of(run, last)}.",
-        ],
-        [handle(arm, arm_styles(run)[arm]) for arm in last],
-    )
-
-
-def _l0_over_training(axes: Axes, run: Run) -> None:
-    axes.set_title("Sparsity")
-    if not counts_of(run, "l0"):
-        explain(axes, "curves.parquet has no l0")
-        return
-    over_training(axes, run, "l0")
-    log_axis(axes, "y")
-    axes.set_ylabel("L0 (latents per token)")
-    if run.target_l0:
-        axes.axhline(run.target_l0, color="#555555", linewidth=1, linestyle=(0, (2, 2)))
-        axes.set_ylim(bottom=min(axes.get_ylim()[0], 0.6 * run.target_l0))
-        axes.annotate(
-            f"target {run.target_l0:g}", (0.98, run.target_l0), (0, -6), va="top", ha="right",
-            xycoords=("axes fraction", "data"), textcoords="offset points", color="#555555",
-        )  # fmt: skip
-
-
 def scalars(run: Run) -> Figure | str:
     """Learned scalars over training; one that stays constant is told in words."""
     moving, still = [], []
@@ -287,173 +211,6 @@ def scalars(run: Run) -> Figure | str:
         ],
         [handle(arm, arm_styles(run)[arm]) for arm in run.arms if arm in arms],
         [f"Constant over training and not drawn: {', '.join(still)}."] if still else [],
-    )
-
-
-# ---------------------------------------------------------------- frontier
-
-
-def frontier(run: Run) -> Figure | str:
-    """FVU and loss recovered against L0, a point per cell."""
-    if not cells_of(run, "fvu"):
-        return f"no cell has an FVU and an L0: {run.reason('fvu')}"
-    both = bool(cells_of(run, RECOVERED))
-    page = Page(
-        [["fvu", RECOVERED], ["fvu at target", f"{RECOVERED} at target" if both else RECOVERED]],
-        5.9,
-        height_ratios=(1.7, 1),
-        width_ratios=(1 if both else 2, 1),
-    )
-    notes = []
-    for metric in ("fvu", *[RECOVERED] * both):
-        axes = page.panels[metric]
-        against_l0(axes, run, metric)
-        title, name = FRONTIER[metric]
-        axes.set(title=title, ylabel=f"{name} (share)")
-        below = page.panels[f"{metric} at target"]
-        by_arm(below, run, run.numbers(metric))
-        below.locator_params(axis="y", nbins=4)
-        below.set(title=f"At {at(run)}, by arm", ylabel=f"{name} (share)")
-        notes += [note for note in lost_cells(run, metric) if note not in notes]
-    if not both:
-        page.panels[RECOVERED].set_title("Language-model loss")
-        explain(page.panels[RECOVERED], f"No loss recovered: {run.reason(RECOVERED)}", 1.8)
-    arms = {cell.arm for cell in cells_of(run, "fvu")}
-    return page.finish(
-        f"{run.title} – reconstruction against sparsity",
-        [
-            "Small dots: one cell (arm and seed). Large: mean over seeds; bars: lowest to highest.",
-            f"FVU at {at(run)}: {values_of(run, means_of(run.numbers('fvu')))}.",
-        ],
-        [handle(arm, arm_styles(run)[arm]) for arm in run.arms if arm in arms],
-        notes,
-    )
-
-
-# ---------------------------------------------------------------- probing
-
-
-def _accuracies(run: Run, subject: str, k: int, slice: str = "") -> list[float]:
-    """Test accuracies of an arm or control by seed; k = 0 is the probe of all columns."""
-    part = f"top_{k}_" if k else ""
-    for prefix in ("sae", "llm"):
-        if found := run.numbers(f"{prefix}_{part}test_accuracy", slice).get(subject):
-            return found
-    return []
-
-
-def _ks(run: Run) -> list[int]:
-    """The k that were measured, ascending, and 0 for the full probe at the end."""
-    found = set()
-    for metric, slice in run.values:
-        words = metric.split("_")
-        if not slice and words[0] in ("sae", "llm") and words[-2:] == ["test", "accuracy"]:
-            if words[1] == "top" and len(words) == 5:
-                found.add(int(words[2]))
-            elif len(words) == 3:
-                found.add(0)
-    return sorted(found, key=lambda k: k or sys.maxsize)
-
-
-def probing(run: Run) -> Figure | str:
-    """Accuracy of k-sparse probes by k, for arms and controls."""
-    ks = _ks(run)
-    by_subject = {
-        subject: {x: numbers for x, k in enumerate(ks) if (numbers := _accuracies(run, subject, k))}
-        for subject in (*run.arms, *run.controls)
-    }
-    by_subject = {subject: points for subject, points in by_subject.items() if points}
-    if not any(subject in run.arms for subject in by_subject):
-        return f"no arm was probed: {run.reason('sae_test_accuracy')}"
-    page = Page([["by k"]], 3.9)
-    axes = page.panels["by k"]
-    for i, (subject, points) in enumerate(by_subject.items()):
-        dodge = 0.6 * ((i + 0.5) / len(by_subject) - 0.5)
-        points_with_range(axes, arm_styles(run)[subject], points, dodge)
-    axes.set_xticks(range(len(ks)), [f"{k}" if k else "all" for k in ks])
-    axes.set_xlim(-0.5, len(ks) - 0.5)
-    axes.grid(axis="x", visible=False)
-    for x in range(len(ks) - 1):
-        axes.axvline(x + 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
-    axes.set_xlabel("k (latents, or channels of the model, that the probe may use)")
-    axes.set_ylabel("test accuracy (mean over entries)")
-    if axes.get_ylim()[0] < 0.53:
-        axes.axhline(0.5, color="#555555", linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate(
-            "chance", (0.01, 0.5), (0, 3), xycoords=("axes fraction", "data"),
-            textcoords="offset points", color="#555555",
-        )  # fmt: skip
-    k = ENTRY_K if ENTRY_K in ks else ks[0]
-    means = means_of({s: found for s in by_subject if (found := _accuracies(run, s, k))})
-    controls = [f"{legend_name(c)} {means[c]:.3f}" for c in run.controls if c in means]
-    counts = [len(values) for s in run.arms for values in by_subject.get(s, {}).values()]
-    at_k = f"At k = {k}: " if k else "All latents: "
-    return page.finish(
-        f"{run.title} – sparse probing accuracy by number of latents",
-        [
-            f"Mean over {of_seeds(counts)} at {at(run)}; bars: lowest to highest seed.",
-            f"{at_k}{', '.join([values_of(run, means), *controls])}.",
-        ],
-        [handle(subject, arm_styles(run)[subject]) for subject in by_subject],
-        lost_cells(run, f"sae_top_{k}_test_accuracy" if k else "sae_test_accuracy"),
-    )
-
-
-def probing_entries(run: Run) -> Figure | str:
-    """Accuracy at one k for every entry: one panel each, one line per arm."""
-    entries = _entries(run)
-    if not entries:
-        return "metrics.parquet has no accuracies of single entries"
-    columns = min(4, len(entries))
-    cells = [*entries, *["."] * (-len(entries) % columns)]
-    mosaic = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    page = Page(mosaic, 1.95 * len(mosaic) + 0.1)
-    style, metric = arm_styles(run), f"sae_top_{ENTRY_K}_test_accuracy"
-    lines: dict[str, ArmStyle] = {}
-    for entry, axes in page.panels.items():
-        by_arm(axes, run, run.numbers(metric, f"entry={entry}"), dots=False)
-        for control in run.controls:
-            if values := _accuracies(run, control, ENTRY_K, f"entry={entry}"):
-                look = lines.setdefault(control, style[control])
-                axes.axhline(
-                    mean(values), label=look.name, color=look.color, linestyle=look.dashes,
-                    linewidth=2,
-                )  # fmt: skip
-        axes.set_title("\n".join(wrap(entry.replace("_", " "), 1.35)))
-        axes.locator_params(axis="y", nbins=4)
-    for row in mosaic:
-        page.panels[row[0]].set_ylabel("test accuracy")
-    found = run.numbers(metric)
-    counts = [len(found[arm]) for arm in run.arms if arm in found] or [1]
-    return page.finish(
-        f"{run.title} – sparse probing accuracy by entry, k\u00a0=\u00a0{ENTRY_K}",
-        [
-            f"Mean over {of_seeds(counts)} at {at(run)}; bars: lowest to highest seed."
-            " Each panel has its own axis."
-        ],
-        [
-            *[handle(arm, style[arm], line=False) for arm in run.arms],
-            *[_line_only(control, look) for control, look in lines.items()],
-        ],
-        lost_cells(run, metric),
-    )
-
-
-def _entries(run: Run) -> list[str]:
-    """Entries on which some arm or control was probed at `ENTRY_K`, in the order of the file."""
-    metric = f"sae_top_{ENTRY_K}_test_accuracy"
-    return [
-        slice.removeprefix("entry=")
-        for name, slice in run.values
-        if name == metric and slice.startswith("entry=") and run.numbers(metric, slice)
-    ]
-
-
-def _line_only(name: str, look: ArmStyle) -> Artist:
-    from matplotlib.lines import Line2D
-
-    return Line2D(
-        [], [], color=look.color, linestyle=look.dashes, linewidth=2, label=legend_name(name)
     )
 
 

@@ -45,12 +45,12 @@ class _Texts:
             if ids:
                 found[str(context)] = [
                     [start, [self.number(token) for token in ids[start:stop]]]
-                    for start, stop in _joined(spans)
+                    for start, stop in _join_spans(spans)
                 ]
         return found
 
 
-def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _join_spans(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Spans [start, stop) with those that meet made one."""
     found: list[tuple[int, int]] = []
     for start, stop in sorted(spans):

@@ -120,19 +120,19 @@ def _marks(axes: Axes, arms: dict[str, int], arrays: Arrays) -> Iterator[Mark]:
     from matplotlib.collections import LineCollection, PolyCollection
 
     for line in axes.lines:
-        yield from (_of(line, arms, mark) for mark in _line(line, axes, arrays))
+        yield from (_add_common_fields(line, arms, mark) for mark in _line(line, axes, arrays))
     for some in axes.collections:
         if isinstance(some, LineCollection):
-            yield _of(some, arms, _bars(some, arrays))
+            yield _add_common_fields(some, arms, _bars(some, arrays))
         elif isinstance(some, PolyCollection):
-            yield from (_of(some, arms, mark) for mark in _bands(some, arrays))
+            yield from (_add_common_fields(some, arms, mark) for mark in _bands(some, arrays))
     for patch in axes.patches:
-        yield _of(patch, arms, _patch(patch, axes, arrays))
+        yield _add_common_fields(patch, arms, _patch(patch, axes, arrays))
     for text in axes.texts:
-        yield _of(text, arms, _text(text, axes))
+        yield _add_common_fields(text, arms, _text(text, axes))
 
 
-def _of(artist: Artist, arms: dict[str, int], mark: Mark) -> Mark:
+def _add_common_fields(artist: Artist, arms: dict[str, int], mark: Mark) -> Mark:
     """The mark with what every one has: its arm, order and strength."""
     common: Mark = {"z": artist.get_zorder()}
     name = artist.get_label()
@@ -159,7 +159,7 @@ def _line(line: Line2D, axes: Axes, arrays: Arrays) -> Iterator[Mark]:
     points = len(x)
     if joined and line.get_drawstyle() == "steps-post":
         x, y = np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
-    kept = _kept(len(x)) if joined else np.arange(len(x))
+    kept = _sample_indices(len(x)) if joined else np.arange(len(x))
     mark: Mark = {"kind": "line", "x": arrays.add(x[kept]), "y": arrays.add(y[kept])}
     if joined:
         mark |= {"joined": True} | look
@@ -173,7 +173,7 @@ def _line(line: Line2D, axes: Axes, arrays: Arrays) -> Iterator[Mark]:
         yield mark
 
 
-def _kept(n: int) -> np.ndarray:
+def _sample_indices(n: int) -> np.ndarray:
     """Which of n points of a line are kept: the ends always."""
     return np.unique(np.linspace(0, max(0, n - 1), min(n, MOST_POINTS)).round().astype(int))
 
@@ -196,7 +196,7 @@ def _bands(some: PolyCollection, arrays: Arrays) -> Iterator[Mark]:
         corners = np.asarray(path.vertices)
         n = (len(corners) - 3) // 2
         there, back = corners[1 : n + 1], corners[n + 2 : 2 * n + 2][::-1]
-        kept = _kept(n)
+        kept = _sample_indices(n)
         yield {
             "kind": "band",
             "x": arrays.add(there[kept, 0]),

@@ -98,7 +98,7 @@ def render(study: Study) -> tuple[str, dict[str, Any]]:
     arrays, reviews = Arrays(), [review(folder) for folder in study.runs]
     pictures, runs = {}, []
     for folder, found in zip(study.runs, reviews, strict=True):
-        run = _judged(load(folder), found)
+        run = _with_review(load(folder), found)
         scenes, missing = _scenes(run, arrays)
         pictures[found.run] = {"arms": _legend(run), "scenes": scenes}
         runs.append(_run(folder, found, run, scenes, missing))
@@ -116,10 +116,10 @@ def render(study: Study) -> tuple[str, dict[str, Any]]:
         pictures=Markup(as_block(data)),
         latents=Markup(as_block(pack_cells(study.cells))),
     )
-    return text, _held(study, reviews, pictures, runs)
+    return text, _list_contents(study, reviews, pictures, runs)
 
 
-def _judged(run: Run, found: Review) -> Run:
+def _with_review(run: Run, found: Review) -> Run:
     """The run with the verdict of its review, so that table and picture say the same of a run that
     an older version judged."""
     info = {arm: dict(known) for arm, known in run.info.items()}
@@ -137,7 +137,7 @@ def as_block(data: Any) -> str:
     return text
 
 
-def _held(
+def _list_contents(
     study: Study, reviews: Sequence[Review], pictures: Mapping[str, Any], runs: Sequence[Any]
 ) -> dict[str, Any]:
     return {
@@ -169,11 +169,11 @@ def _scenes(run: Run, arrays: Arrays) -> tuple[dict[str, Any], dict[str, str]]:
             if isinstance(figure, str):
                 missing |= {name: figure} if figure else {}
             else:
-                scenes[name] = _untitled(scene(figure, arms, arrays), run)
+                scenes[name] = _shorten_title(scene(figure, arms, arrays), run)
     return scenes, missing
 
 
-def _untitled(found: dict[str, Any], run: Run) -> dict[str, Any]:
+def _shorten_title(found: dict[str, Any], run: Run) -> dict[str, Any]:
     """The run's name stands above all of its pictures already."""
     title = found["title"].removeprefix(f"{run.title} – ")
     return found | {"title": f"{title[:1].upper()}{title[1:]}"}
@@ -212,7 +212,7 @@ def _page(study: Study, reviews: Sequence[Review], runs: Sequence[Any]) -> dict[
         "arms": len(comparisons),
         "runs": runs,
         "plans": _plans(reviews),
-        "unlike": _unlike(reviews),
+        "unlike": _incomparable_runs(reviews),
         "browser": _browser(study),
         "attempts": [vars(attempt) for attempt in study.attempts],
     }
@@ -260,7 +260,7 @@ def _plain(value: Any) -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _unlike(reviews: Sequence[Review]) -> list[str]:
+def _incomparable_runs(reviews: Sequence[Review]) -> list[str]:
     """Why numbers of some runs may not be compared with those of the first."""
     found = []
     for other in reviews[1:]:
@@ -294,7 +294,7 @@ def _run(
         "heads": list(COLUMNS.values()),
         "numbers": list(_numbers(run, comments)),
         "controls": list(_controls(run)),
-        "planted": _planted(manifest.get("planted")),
+        "planted": _planted_text(manifest.get("planted")),
         "cells": len(manifest["cells"]),
         "outcomes": _outcomes(found.cells),
         "gate": [_gate_row(*group) for group in group_notes(found.cells)],
@@ -302,7 +302,7 @@ def _run(
         "more": [_figure(name, scenes[name]) for name in scenes if name not in OPEN],
         "not_drawn": dict(missing),
         "missing": _missing(run),
-        "line": _line(found, manifest),
+        "line": _source_line(found, manifest),
         "provenance": list(_provenance(found, manifest)),
         "definitions": _definitions(folder / "metrics.parquet"),
     }
@@ -319,7 +319,7 @@ def _secondary(d: Any) -> dict[str, Any]:
         "metric": verdict_table.metric_name(d.metric),
         "pairs": d.n,
         "difference": verdict_table.format_signed(d.mean_diff),
-        "interval": verdict_table.span(d.low, d.high),
+        "interval": verdict_table.format_span(d.low, d.high),
         "reason": d.reason,
     }
 
@@ -346,7 +346,7 @@ def _controls(run: Run) -> Iterator[dict[str, Any]]:
         yield {"name": name.removeprefix(CONTROL), "values": values}
 
 
-def _planted(known: Mapping[str, Any] | None) -> str:
+def _planted_text(known: Mapping[str, Any] | None) -> str:
     if not known:
         return ""
     c, expected = known["comparison"], known["expected"]
@@ -399,7 +399,7 @@ def _missing(run: Run) -> list[str]:
     return [f"{metric}: {', '.join(of)}: {reason}" for (metric, reason), of in arms.items()]
 
 
-def _line(found: Review, manifest: Mapping[str, Any]) -> str:
+def _source_line(found: Review, manifest: Mapping[str, Any]) -> str:
     """Where the numbers of a run come from, in one line."""
     p = found.provenance
     tokens = f"{p['tokens']:,} held-out tokens" if p.get("tokens") else "held-out rows"

@@ -107,10 +107,10 @@ class Run:
     def target_l0(self) -> float | None:
         """The L0 at which arms are compared, in latents per token; None where nothing says it."""
         named = self.manifest.get("target_l0")
-        return _target(named, (v.level for rows in self.values.values() for v in rows))
+        return _choose_target(named, (v.level for rows in self.values.values() for v in rows))
 
     def is_target(self, level: float) -> bool:
-        return _same(level, self.target_l0)
+        return _same_l0(level, self.target_l0)
 
     def at_target(self, metric: str, slice: str = "") -> dict[str, list[Value]]:
         """Values of the metric at the target L0 by arm, missing ones included; and all controls."""
@@ -122,7 +122,7 @@ class Run:
 
     def numbers(self, metric: str, slice: str = "") -> dict[str, list[float]]:
         """The numbers there are at the target L0; arms without one are left out."""
-        found = {arm: present(rows) for arm, rows in self.at_target(metric, slice).items()}
+        found = {arm: numbers_in(rows) for arm, rows in self.at_target(metric, slice).items()}
         return {arm: numbers for arm, numbers in found.items() if numbers}
 
     def reason(self, metric: str, slice: str = "") -> str:
@@ -132,7 +132,7 @@ class Run:
         return reasons.most_common(1)[0][0] if reasons else "it was not measured"
 
 
-def present(rows: Iterable[Value]) -> list[float]:
+def numbers_in(rows: Iterable[Value]) -> list[float]:
     """The numbers among values."""
     return [row.value for row in rows if row.value is not None]
 
@@ -150,12 +150,12 @@ def load(folder: Path, title: str = "") -> Run:
     info, manifest = files.info(), files.manifest
     values = _read_values(files)
     if not values:
-        values = _values_of(info, float(manifest.get("target_l0") or 0))
+        values = _values_from_info(info, float(manifest.get("target_l0") or 0))
     run = Run(folder.name, title or manifest.get("title", folder.name), info, manifest, values)
     return Run(run.name, run.title, info, manifest, values, _read_curves(files, run.target_l0))
 
 
-def _values_of(info: Info, level: float) -> dict[tuple[str, str], list[Value]]:
+def _values_from_info(info: Info, level: float) -> dict[tuple[str, str], list[Value]]:
     """The per-seed values of final_info.json; seeds are counted from 0, for lack of their names."""
     values: dict[tuple[str, str], list[Value]] = defaultdict(list)
     for arm, group in info.items():
@@ -182,9 +182,9 @@ def _read_curves(files: RunFiles, target: float | None) -> dict[tuple[str, str],
         lambda: defaultdict(dict)
     )
     rows = [tuple(row.values()) for row in files.rows(CURVES, OF_CURVES)]
-    target = _target(target, (row[3] for row in rows))
+    target = _choose_target(target, (row[3] for row in rows))
     for name, arm, seed, level, tokens, value in rows:
-        if _same(level, target) and value is not None and np.isfinite(value):
+        if _same_l0(level, target) and value is not None and np.isfinite(value):
             points[name, arm][seed][tokens] = value
     return {
         key: {seed: _curve(of_cell) for seed, of_cell in sorted(cells.items())}
@@ -197,7 +197,7 @@ def _curve(points: dict[int, float]) -> Curve:
     return Curve(np.array(tokens), np.array(values, dtype=np.float64))
 
 
-def _target(named: float | None, levels: Iterable[float]) -> float | None:
+def _choose_target(named: float | None, levels: Iterable[float]) -> float | None:
     """The named L0, or else the level with the most rows."""
     if named is not None:
         return float(named)
@@ -205,7 +205,7 @@ def _target(named: float | None, levels: Iterable[float]) -> float | None:
     return float(counts.most_common(1)[0][0]) if counts else None
 
 
-def _same(level: float | None, target: float | None) -> bool:
+def _same_l0(level: float | None, target: float | None) -> bool:
     if level is None or target is None:
         return level is target
     return abs(level - target) <= 1e-6 * abs(target)

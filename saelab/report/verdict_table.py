@@ -57,7 +57,7 @@ def format_signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.4f}".replace("-", "−")
 
 
-def span(low: float | None, high: float | None) -> str:
+def format_span(low: float | None, high: float | None) -> str:
     return "–" if low is None or high is None else f"{format_signed(low)} to {format_signed(high)}"
 
 
@@ -67,7 +67,7 @@ def sentence(c: Comparison, plan: PlanConfig) -> str:
     name = metric_name(c.metric)
     if c.word == "refused" or c.mean_diff is None:
         return f"{who} is not compared: {c.reason}."
-    numbers = f"({_interval(c)}, {_pairs(c.n)})"
+    numbers = f"({_interval_text(c)}, {_pairs_text(c.n)})"
     where = "below" if c.mean_diff < 0 else "above"
     other = "the baseline" if c.against == BASELINE else c.against
     amount = f"{name} is {abs(c.mean_diff):.4f} {where} that of {other} {numbers}"
@@ -85,11 +85,11 @@ def sentence(c: Comparison, plan: PlanConfig) -> str:
     return f"Cannot tell for {who}: {amount}; {more}."
 
 
-def _interval(c: Comparison) -> str:
-    return "without interval" if c.low is None else f"95% interval {span(c.low, c.high)}"
+def _interval_text(c: Comparison) -> str:
+    return "without interval" if c.low is None else f"95% interval {format_span(c.low, c.high)}"
 
 
-def _pairs(n: int) -> str:
+def _pairs_text(n: int) -> str:
     return f"{n} pair{'s' * (n != 1)}"
 
 
@@ -127,13 +127,13 @@ def row(c: Comparison, bar: Bar, plan: PlanConfig, comment: str) -> Mapping[str,
         "look": WORDS[c.word].look,
         "bar": bar,
         "difference": format_signed(c.mean_diff),
-        "interval": span(c.low, c.high),
+        "interval": format_span(c.low, c.high),
         "pairs": c.n,
         "p": "–" if c.p_holm is None else f"{c.p_holm:.3g}",
         "test": c.test or "–",
         "detectable": "–" if c.detectable is None else f"{c.detectable:.2g}",
         "needed": c.needed_seeds or "–",
-        "bca": "" if c.bca_low is None else span(c.bca_low, c.bca_high),
+        "bca": "" if c.bca_low is None else format_span(c.bca_low, c.bca_high),
         "reason": c.reason,
         "sentence": sentence(c, plan),
         "exploratory": c.exploratory,

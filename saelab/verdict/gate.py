@@ -200,12 +200,12 @@ def _unless(
     return lambda facts, threshold: iter(()) if excuse(facts) else look(facts, threshold)
 
 
-def _weights_zero(facts: Facts, _: float) -> Hits:
+def _find_zero_weights(facts: Facts, _: float) -> Hits:
     if _flag(facts, "weights_zero"):
         yield "", "the encoder's or the decoder's weights are all zero"
 
 
-def _hooks(facts: Facts, _: float) -> Hits:
+def _find_hook_mismatch(facts: Facts, _: float) -> Hits:
     names = ("hook_sae", "hook_activations", "hook_evaluation")
     hooks = {name: facts[name] for name in names if facts.get(name) is not None}
     if len(set(hooks.values())) > 1:
@@ -213,7 +213,7 @@ def _hooks(facts: Facts, _: float) -> Hits:
         yield "", f"hooks are not the same ({said})"
 
 
-def _not_finite(facts: Facts, _: float) -> Hits:
+def _find_not_finite(facts: Facts, _: float) -> Hits:
     numbers = {k: v for k, v in facts.items() if isinstance(v, (int, float))}
     bad = [name for name, value in numbers.items() if not math.isfinite(value)]
     bad += [str(named)] if (named := facts.get("not_finite")) else []  # missing rows have no value
@@ -221,18 +221,18 @@ def _not_finite(facts: Facts, _: float) -> Hits:
         yield "", f"measured numbers are not finite ({', '.join(bad)})"
 
 
-def _nonfinite_step(facts: Facts, _: float) -> Hits:
+def _find_nonfinite_step(facts: Facts, _: float) -> Hits:
     step = _number(facts, "nonfinite_step")
     if step is not None:
         yield "", f"the loss or a gradient is not finite at step {step:.0f}"
 
 
-def _diverged(facts: Facts) -> bool:
+def _has_diverged(facts: Facts) -> bool:
     """Whether training stopped by a failure of the arm, which may be at its first step."""
     return facts.get("nonfinite_step") is not None
 
 
-def _probing_constant(facts: Facts, _: float) -> Hits:
+def _find_constant_probing(facts: Facts, _: float) -> Hits:
     if _flag(facts, "probing_constant"):
         yield "", "every probing task scores exactly its class prior"
 
@@ -244,7 +244,7 @@ def _arm_died(facts: Facts) -> bool:
     return facts.get("nonfinite_step") is not None or any(value <= 0 for value in values)
 
 
-def _control_band(facts: Facts, _: float) -> Hits:
+def _find_control_band(facts: Facts, _: float) -> Hits:
     value = _number(facts, "probing_accuracy")
     low, high = _number(facts, "random_control_low"), _number(facts, "random_control_high")
     if value is not None and low is not None and high is not None and low <= value <= high:
@@ -252,13 +252,13 @@ def _control_band(facts: Facts, _: float) -> Hits:
         yield "", f"probing accuracy {value:.4g} lies in the band of the random controls, {band}"
 
 
-def _repeated(facts: Facts, _: float) -> Hits:
+def _find_repeated_data(facts: Facts, _: float) -> Hits:
     passes, planned = _number(facts, "data_passes"), _number(facts, "planned_passes")
     if passes is not None and planned is not None and passes > planned:
         yield "", f"the data was read {passes:.3g} times (planned: {planned:.3g})"
 
 
-def _inert(facts: Facts, threshold: float) -> Hits:
+def _find_inert(facts: Facts, threshold: float) -> Hits:
     for name in facts:
         reach = _number(facts, name) if name.startswith(REACH) else None
         if reach is not None and reach < threshold:
@@ -267,7 +267,7 @@ def _inert(facts: Facts, threshold: float) -> Hits:
             yield scalar, text
 
 
-def _collapsed(facts: Facts, threshold: float) -> Hits:
+def _find_collapsed(facts: Facts, threshold: float) -> Hits:
     share = _number(facts, "alpha_outside_share")
     if share is not None and share > threshold:
         text = f"alpha lay outside [0.02, 0.98] for {share:.1%} of the steps"
@@ -282,31 +282,31 @@ CHECKS: tuple[Check, ...] = (
         "weights_zero", "invalid", None, ("weights_zero",),
         "no gradient can flow, so this SAE was never trained",
         "start from unit decoder rows and their transpose",
-        _weights_zero,
+        _find_zero_weights,
     ),
     Check(
         "no_steps", "invalid", 0.0, ("steps",),
         "no training step was taken or recorded",
         "train the cell and record its steps",
-        _unless(_diverged, _at_most("steps", "the number of training steps")),
+        _unless(_has_diverged, _at_most("steps", "the number of training steps")),
     ),
     Check(
         "no_tokens", "invalid", 0.0, ("tokens",),
         "no token was trained on or recorded",
         "train the cell and record its tokens",
-        _unless(_diverged, _at_most("tokens", "the number of training tokens")),
+        _unless(_has_diverged, _at_most("tokens", "the number of training tokens")),
     ),
     Check(
         "hook_mismatch", "invalid", None, ("hook_",),
         "the SAE was trained, fed or scored on activations of another place",
         "name one hook for training, activations and evaluation",
-        _hooks,
+        _find_hook_mismatch,
     ),
     Check(
         "probing_constant", "invalid", None, ("probing_constant",),
         "the probes saw nothing of the model",
         "check that the SAE was trained and that its code reaches the probes",
-        _unless(_arm_died, _probing_constant),
+        _unless(_arm_died, _find_constant_probing),
     ),
     Check(
         "loss_recovered_impossible", "invalid", 1.02, ("loss_recovered",),
@@ -318,13 +318,13 @@ CHECKS: tuple[Check, ...] = (
         "not_finite", "invalid", None, (),
         "training was finite, so the measurement is at fault",
         "report the evaluation that gave these numbers",
-        _not_finite,
+        _find_not_finite,
     ),
     Check(
         "nonfinite_training", "failed", None, ("nonfinite_step",),
         "the arm diverged",
         "lower its learning rate or the weight of its own loss terms",
-        _nonfinite_step,
+        _find_nonfinite_step,
     ),
     Check(
         "no_firing", "failed", 0.0, ("l0",),
@@ -370,20 +370,20 @@ CHECKS: tuple[Check, ...] = (
         "the arm is reported as fixed, a label only: noise alone reaches 15% in 200 steps and a "
         "converged scalar shows 2.8% after 20,000",
         "look at its path, or raise its own learning rate",
-        _inert,
+        _find_inert,
     ),
     Check(
         "collapsed_balance", "relabelled", 0.10, ("alpha_outside_share",),
         "the balance chose one term for good and the arm is reported as fixed",
         "use a balance with an equilibrium (minimax, gradnorm), or report the fixed arm",
-        _collapsed,
+        _find_collapsed,
     ),
     Check(
         "random_band", "warning", None,
         ("probing_accuracy", "random_control_low", "random_control_high"),
         "that is a result and no fault, since random dictionaries do as well",
         "claim nothing about features from this score",
-        _control_band,
+        _find_control_band,
     ),
     Check(
         "dead_latents", "warning", 0.5, ("dead_share",),
@@ -420,7 +420,7 @@ CHECKS: tuple[Check, ...] = (
         "repeated_data", "warning", None, ("data_passes", "planned_passes"),
         "the cell saw the same activations more often than the plan says",
         "add text, or plan the repetition",
-        _repeated,
+        _find_repeated_data,
     ),
     Check(
         "not_converged", "warning", 0.02, ("last_tenth_improvement",),

@@ -161,7 +161,7 @@ def judge(
 
     Raises: SettingError for an impossible setting or a value that is not finite.
     """
-    _check(direction, sesoi, target_l0, tolerance, alpha, baseline, arms, baseline_name)
+    _check_settings(direction, sesoi, target_l0, tolerance, alpha, baseline, arms, baseline_name)
     m = max(len(arms), family or 0)
     sign = 1.0 if direction == "higher" else -1.0
     definitions, failed = definitions or {}, failed or {}
@@ -198,7 +198,9 @@ def judge(
     ]  # fmt: skip
 
 
-def words(gain: stats.Array, p_holm: stats.Array, p_tost: stats.Array, alpha: float) -> np.ndarray:
+def choose_words(
+    gain: stats.Array, p_holm: stats.Array, p_tost: stats.Array, alpha: float
+) -> np.ndarray:
     """The four words for mean gains (positive is good), Holm-adjusted p and equivalence p."""
     told = p_holm <= alpha
     conditions = [told & (gain > 0), told & (gain < 0), p_tost <= alpha]
@@ -222,7 +224,7 @@ def compare_secondary(
     check_one_definition(metric, definitions or {})
     found = []
     for arm, values in arms.items():
-        d = [a - b for a, b in _both(baseline, values).values()]
+        d = [a - b for a, b in _shared_values(baseline, values).values()]
         if not d:
             found.append(Difference(arm, metric, 0, None, None, None, "no pair has both values"))
             continue
@@ -279,13 +281,13 @@ def _pair(
     sign: float, sesoi: float, baseline: Values, values: Values, failed: set[int], l0: _L0
 ) -> _Pairs:
     """Gains by seed: healthy pairs first, then failed ones; or the refusal."""
-    both = _both(baseline, values)
+    both = _shared_values(baseline, values)
     healthy = [seed for seed in both if seed not in failed]
     fallen = sorted(seed for seed in failed if baseline.get(seed) is not None)
     n = len(healthy) + len(fallen)
     excluded = len((set(values) | failed) - set(healthy) - set(fallen))
     if n < 2:
-        return _Pairs(np.zeros(n), excluded=excluded, refusal=_too_few(n, excluded))
+        return _Pairs(np.zeros(n), excluded=excluded, refusal=_too_few_text(n, excluded))
     if complaint := l0.complaint(healthy):
         return _Pairs(np.zeros(n), refusal=complaint)
     gain = {seed: sign * (both[seed][0] - both[seed][1]) for seed in both}
@@ -298,7 +300,7 @@ def _pair(
     return _Pairs(np.array(gains), measured, len(fallen), len(fallen) - len(own), excluded=excluded)
 
 
-def _both(baseline: Values, values: Values) -> dict[int, tuple[float, float]]:
+def _shared_values(baseline: Values, values: Values) -> dict[int, tuple[float, float]]:
     """seed -> (arm, baseline), in the baseline's order, for seeds where both are there."""
     return {
         seed: (value, reference)
@@ -307,7 +309,7 @@ def _both(baseline: Values, values: Values) -> dict[int, tuple[float, float]]:
     }
 
 
-def _too_few(n: int, excluded: int) -> str:
+def _too_few_text(n: int, excluded: int) -> str:
     why = f", {excluded} excluded because a cell is invalid or missing" if excluded else ""
     return f"{_count(n, 'usable pair')}{why}: two are needed, so mend those cells or add seeds"
 
@@ -321,7 +323,7 @@ def _compare(blank: Comparison, pairs: _Pairs, sign: float, m: int, alpha: float
         return replace(blank, reason=pairs.refusal)
     n = len(pairs.gains)
     p_tost = stats.tost_p(pairs.gains, blank.sesoi) if pairs.measured else np.array(1.0)
-    word = cast(Word, str(words(pairs.gains.mean(), np.array(blank.p_holm), p_tost, alpha)))
+    word = cast(Word, str(choose_words(pairs.gains.mean(), np.array(blank.p_holm), p_tost, alpha)))
     if (word == "helps" and pairs.failed) or (word == "no evidence" and pairs.losses):
         word = "cannot tell"
     done = replace(blank, word=word, test=stats.choose_test(n, m, alpha))
@@ -369,28 +371,28 @@ def seeds_to_tell(summary: stats.Paired, sesoi: float, m: int, alpha: float) -> 
 
 def _reason(c: Comparison, pairs: _Pairs, m: int) -> str:
     """One sentence with the numbers behind the word."""
-    parts = [_measured(c), f"p = {c.p_holm:.3g} ({c.test}, Holm over {m})"]
+    parts = [_difference_text(c), f"p = {c.p_holm:.3g} ({c.test}, Holm over {m})"]
     if c.word in ("helps", "hurts") and c.mean_diff is not None and abs(c.mean_diff) < c.sesoi:
         parts.append(f"smaller than the smallest effect of interest, {c.sesoi:g}")
     if c.word == "no evidence":
         parts.append(f"an effect of {c.sesoi:g} is excluded")
     if c.word == "cannot tell":
-        parts.append(_untold(c, pairs))
+        parts.append(_open_text(c, pairs))
     if pairs.failed:
-        parts.append(_fallen(pairs))
+        parts.append(_failed_text(pairs))
     if pairs.excluded:
         parts.append(f"{_count(pairs.excluded, 'pair')} excluded as invalid or missing")
     return "; ".join(part for part in parts if part)
 
 
-def _measured(c: Comparison) -> str:
+def _difference_text(c: Comparison) -> str:
     if c.mean_diff is None:
         return f"no number over {_count(c.n, 'pair')}"
     span = f"[{c.low:.4g}, {c.high:.4g}]"
     return f"{c.metric} differs by {c.mean_diff:+.4g} {span} over {_count(c.n, 'pair')}"
 
 
-def _untold(c: Comparison, pairs: _Pairs) -> str:
+def _open_text(c: Comparison, pairs: _Pairs) -> str:
     if pairs.failed:
         return "an arm with a failed cell is not said to help, with any number of seeds"
     if c.needed_seeds is not None:
@@ -400,7 +402,7 @@ def _untold(c: Comparison, pairs: _Pairs) -> str:
     return f"the number of seeds that could tell can't be stated (or is above {stats.MOST_PAIRS})"
 
 
-def _fallen(pairs: _Pairs) -> str:
+def _failed_text(pairs: _Pairs) -> str:
     text = f"{pairs.failed} of {len(pairs.gains)} cells failed and count against the arm"
     if pairs.losses and pairs.measured:
         text += f", {pairs.losses} as a loss as large as the largest measured difference"
@@ -411,7 +413,7 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def _check(
+def _check_settings(
     direction: str, sesoi: float, target_l0: float | None, tolerance: float, alpha: float,
     baseline: Values, arms: Mapping[str, Values], baseline_name: str,
 ) -> None:  # fmt: skip

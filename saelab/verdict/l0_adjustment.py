@@ -40,18 +40,20 @@ def value_moves(arms: Mapping[str, ArmResult], plan: PlanConfig) -> Moves:
         own = slope(arm, plan.primary, target)
         b = common if own is None else own
         if b is not None:
-            found[name] = _of_arm(arm, b, target, plan.tolerance)
+            found[name] = _moves_of_arm(arm, b, target, plan.tolerance)
     return found
 
 
 def slope(arm: ArmResult, metric: str, target: float) -> float | None:
     """Change of the metric with log L0 around the target; None without cells on both sides."""
-    found = [_of_seed(cells.values(), metric, target) for cells in arm.levels.values()]
+    found = [_slope_of_seed(cells.values(), metric, target) for cells in arm.levels.values()]
     there = [b for b in found if b is not None]
     return sum(there) / len(there) if there else None
 
 
-def _of_seed(cells: Iterable[Mapping[str, float]], metric: str, target: float) -> float | None:
+def _slope_of_seed(
+    cells: Iterable[Mapping[str, float]], metric: str, target: float
+) -> float | None:
     points = sorted((c["l0"], c[metric]) for c in cells if c.get("l0", 0.0) > 0 and metric in c)
     below = [point for point in points if point[0] < target]
     above = [point for point in points if point[0] > target]
@@ -61,7 +63,7 @@ def _of_seed(cells: Iterable[Mapping[str, float]], metric: str, target: float) -
     return (at_high - at_low) / math.log(high / low)
 
 
-def _of_arm(arm: ArmResult, b: float, target: float, tolerance: float) -> dict[int, float]:
+def _moves_of_arm(arm: ArmResult, b: float, target: float, tolerance: float) -> dict[int, float]:
     return {
         seed: b * math.log(target / l0)
         for seed, l0 in arm.metric("l0").items()

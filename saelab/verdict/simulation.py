@@ -9,7 +9,7 @@ import numpy as np
 
 from saelab import stats
 from saelab.seeding import numpy_stream
-from saelab.verdict.judge import Kind, words
+from saelab.verdict.judge import Kind, choose_words
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def simulate(
     stream = numpy_stream(seed, "simulation", kind, n, arms)
     d = _simulated_differences(stream, kind, (simulations, arms, n)) + effect
     p_holm = stats.holm(stats.chosen_p(d, arms, alpha))
-    word = words(d.mean(axis=-1), p_holm, stats.tost_p(d, sesoi), alpha)
+    word = choose_words(d.mean(axis=-1), p_holm, stats.tost_p(d, sesoi), alpha)
     low, high = stats.t_interval(d, alpha)
     told = (word == "helps") | (word == "hurts")
     shares = [float(np.mean(word == w)) for w in ("helps", "hurts", "no evidence", "cannot tell")]
@@ -118,19 +118,19 @@ class ValidationRow:
         run = self.run
         bounds = "" if self.low is None else f"{self.low:.3f}-{self.high:.3f}"
         kept = {True: "kept", False: "BROKEN", None: "no promise"}[self.kept]
-        return _line(
+        return _format_row(
             self.promise, run.kind, run.n, run.arms, run.test, f"{self.observed:.3f}", bounds, kept
         )
 
 
-def _line(*cells: object) -> str:
+def _format_row(*cells: object) -> str:
     widths = (34, 10, 5, 4, 9, 8, 11)
     text = [f"{cell!s:<{width}}" for cell, width in zip(cells, widths, strict=False)]
     return " ".join([*text, str(cells[-1])])
 
 
 #: Names the columns of `ValidationRow.line`.
-HEADING = _line("promise", "cells", "pairs", "arms", "test", "observed", "promised", "kept?")
+HEADING = _format_row("promise", "cells", "pairs", "arms", "test", "observed", "promised", "kept?")
 
 
 def validation_table(simulations: int = 2000, seed: int = 0) -> list[ValidationRow]:
@@ -146,7 +146,9 @@ def validation_table(simulations: int = 2000, seed: int = 0) -> list[ValidationR
         promise: str, run: Simulation, observed: float, bounds: tuple[float, float] | None
     ) -> None:
         low, high = bounds or (None, None)
-        rows.append(ValidationRow(promise, run, observed, low, high, _kept(observed, run, bounds)))
+        rows.append(
+            ValidationRow(promise, run, observed, low, high, _is_kept(observed, run, bounds))
+        )
 
     kinds: tuple[Kind, ...] = ("normal", "skewed", "discrete")
     for kind in kinds:
@@ -170,7 +172,7 @@ def validation_table(simulations: int = 2000, seed: int = 0) -> list[ValidationR
     return rows
 
 
-def _kept(observed: float, run: Simulation, bounds: tuple[float, float] | None) -> bool | None:
+def _is_kept(observed: float, run: Simulation, bounds: tuple[float, float] | None) -> bool | None:
     if bounds is None:
         return None
     errors = [3 * math.sqrt(p * (1 - p) / run.simulations) for p in bounds]

@@ -115,7 +115,7 @@ def summary_text(
         f"baseline {f'at L0 {plan.target_l0:g}' if plan.target_l0 else 'at its own L0'}, by at "
         f"least {plan.sesoi:g}?",
         "",
-        f"**Plan.** {plan_hash(plan)}, {_as_registered(deviations)}",
+        f"**Plan.** {plan_hash(plan)}, {_registration_text(deviations)}",
         *(f"- deviation: {markdown(text)}" for text in deviations),
         *(f"- left out on purpose: {markdown(text)}" for text in plan.exclusions),
         "",
@@ -136,7 +136,7 @@ def summary_text(
         lines += [f"- {markdown(f'{c.arm}: {c.reason}')}" for c in comparisons]
     else:
         lines[-2:] = [f"There is one arm, {BASELINE}, and nothing to compare it with.", ""]
-        lines += [f"- {COLUMNS[name]}: {value}" for name, value in _reached(arms[BASELINE])]
+        lines += [f"- {COLUMNS[name]}: {value}" for name, value in _mean_values(arms[BASELINE])]
     lines += ["", "**Gate.**", "", *_gate_lines(arms)]
     if of_controls:
         lines += ["", "**Controls.**", "", *of_controls]
@@ -145,7 +145,7 @@ def summary_text(
         lines += [f"- {markdown(attempt.line())}" for attempt in earlier]
     if missing:
         lines += ["", "**Missing.**", "", *(f"- {markdown(text)}" for text in missing)]
-    lines += ["", "**What to try next.**", "", *_next(comparisons)]
+    lines += ["", "**What to try next.**", "", *_next_steps(comparisons)]
     return "\n".join(lines) + "\n"
 
 
@@ -161,7 +161,7 @@ def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) ->
     return [*lines, *_planted_lines(planted)] if found else []
 
 
-def _reached(arm: ArmResult) -> Iterator[tuple[str, str]]:
+def _mean_values(arm: ArmResult) -> Iterator[tuple[str, str]]:
     """Of each metric of the printed table that was measured, its mean over seeds."""
     for metric in COLUMNS:
         value = stats.mean_stderr(arm.metric(metric).values())[0]
@@ -180,7 +180,7 @@ def _planted_lines(planted: Planted | None) -> list[str]:
     ]
 
 
-def _as_registered(deviations: Sequence[str]) -> str:
+def _registration_text(deviations: Sequence[str]) -> str:
     return "changed since the first run of the study:" if deviations else "as registered."
 
 
@@ -198,7 +198,7 @@ def _gate_lines(arms: Mapping[str, ArmResult]) -> list[str]:
     return lines or ["- nothing found"]
 
 
-def _next(comparisons: Sequence[Comparison]) -> list[str]:
+def _next_steps(comparisons: Sequence[Comparison]) -> list[str]:
     if not comparisons:
         return ["- add an arm to compare it with (`experiment.py`, or `saelab.compare`)."]
     lines = []

@@ -300,7 +300,7 @@ def test_promises_hold_under_simulation() -> None:
 
 def test_a_broken_promise_is_seen() -> None:
     run = simulation.simulate("normal", 8, effect=0.5, simulations=500)
-    assert simulation._kept(run.any_told, run, (0.0, 0.05)) is False
+    assert simulation._is_kept(run.any_told, run, (0.0, 0.05)) is False
     # sign flips assume that arm and baseline can be exchanged; without that they are too eager
     assert simulation.simulate("asymmetric", 8, 5).any_told > 0.07
 

@@ -24,18 +24,18 @@ RANGE = "bars: lowest to highest seed"
 # ---------------------------------------------------------------- words
 
 
-def at(run: Run) -> str:
+def l0_text(run: Run) -> str:
     return "the run's L0" if not run.target_l0 else f"L0 {run.target_l0:g}"
 
 
-def of_seeds(counts: Sequence[int]) -> str:
+def seeds_text(counts: Sequence[int]) -> str:
     low, high = min(counts), max(counts)
     if high == 1:
         return "one seed"
     return f"{high} seeds" if low == high else f"{low} to {high} seeds"
 
 
-def values_of(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:
+def values_text(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:
     """'baseline 0.171, others 0.166 (A) to 0.180 (B)'; '-' without any."""
     parts = []
     if run.baseline in means:
@@ -51,14 +51,14 @@ def values_of(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:
     return ", ".join(parts) or "-"
 
 
-def without_baseline(run: Run, means: Mapping[str, float], form: str) -> str:
+def values_text_without_baseline(run: Run, means: Mapping[str, float], form: str) -> str:
     """`values_of`, where the baseline may have no value."""
-    return values_of(run, means, form).removeprefix("others ")
+    return values_text(run, means, form).removeprefix("others ")
 
 
-def seeds_of(run: Run, numbers: Mapping[str, Sequence[float]]) -> str:
+def seeds_text_of(run: Run, numbers: Mapping[str, Sequence[float]]) -> str:
     """How many seeds the arms have numbers of."""
-    return of_seeds([len(values) for arm, values in numbers.items() if arm in run.arms] or [1])
+    return seeds_text([len(values) for arm, values in numbers.items() if arm in run.arms] or [1])
 
 
 def legend(run: Run, arms: Sequence[str]) -> list[Any]:
@@ -95,7 +95,9 @@ def means_of(numbers: Mapping[str, Sequence[float]]) -> dict[str, float]:
 # ---------------------------------------------------------------- side by side
 
 
-def by_arm(axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: bool = True) -> None:
+def draw_by_arm(
+    axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: bool = True
+) -> None:
     """Mean and range of every arm side by side in their order, and seeds as dots."""
     style = arm_styles(run)
     for x, arm in enumerate(run.arms):
@@ -113,7 +115,7 @@ def by_arm(axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: b
     axes.margins(y=0.1)
 
 
-def points_with_range(
+def draw_points(
     axes: Axes,
     look: ArmStyle,
     points: Mapping[Any, Sequence[float]],
@@ -174,7 +176,7 @@ def plot_band(
     return float(mean[-1])
 
 
-def over_training(
+def draw_over_training(
     axes: Axes,
     run: Run,
     name: str,
@@ -212,7 +214,7 @@ def limit_to_late(axes: Axes, curves: Mapping[str, Mapping[int, Curve]]) -> None
     axes.set_ylim(low - pad, high + pad)
 
 
-def thin_lines(axes: Axes, run: Run, name: str) -> None:
+def draw_seed_lines(axes: Axes, run: Run, name: str) -> None:
     """A line per seed, since seeds may settle at different signs and none at the mean."""
     style, (unit, _) = arm_styles(run), token_unit(run, name)
     for arm in run.arms:
@@ -246,7 +248,7 @@ def cells_of(run: Run, metric: str) -> list[Cell]:
     return cells
 
 
-def against_l0(axes: Axes, run: Run, metric: str, arms: Sequence[str] = ()) -> None:
+def draw_against_l0(axes: Axes, run: Run, metric: str, arms: Sequence[str] = ()) -> None:
     """A dot per cell, a line through the means of the levels, a marker at the target L0; of the
     given arms, or of all."""
     arms = arms or run.arms

@@ -29,15 +29,15 @@ import numpy as np
 from saelab.errors import SaelabError, SourceError
 from saelab.report.figures.axes import (
     NAMES,
-    at,
-    by_arm,
+    l0_text,
+    draw_by_arm,
     counts_of,
     lost_cells,
     means_of,
-    of_seeds,
-    over_training,
-    thin_lines,
-    values_of,
+    seeds_text,
+    draw_over_training,
+    draw_seed_lines,
+    values_text,
 )
 from saelab.report.figures.frontier import frontier
 from saelab.report.figures.idea_a import A_PICTURES
@@ -94,7 +94,7 @@ def draw(labels: Mapping[str, str]) -> None:
     except SaelabError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    for lines, error, exit_code in _drawn_all([(f, labels[f.name]) for f in folders]):
+    for lines, error, exit_code in _draw_runs([(f, labels[f.name]) for f in folders]):
         for line, drawn in lines:
             print(visible(line), file=sys.stdout if drawn else sys.stderr, flush=True)
         if exit_code:
@@ -108,17 +108,17 @@ def draw(labels: Mapping[str, str]) -> None:
 Drawn = tuple[list[tuple[str, bool]], str, int]
 
 
-def _drawn_all(work: Sequence[tuple[Path, str]]) -> Iterator[Drawn]:
+def _draw_runs(work: Sequence[tuple[Path, str]]) -> Iterator[Drawn]:
     """Every run (folder and title) in its order; many of them on all cores, a run on one."""
     processes = min(len(work), os.cpu_count() or 1)
     if len(work) < MANY or processes < 2:
-        yield from map(_drawn, work)
+        yield from map(_draw_with_errors, work)
         return
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        yield from pool.map(_drawn, work)
+        yield from pool.map(_draw_with_errors, work)
 
 
-def _drawn(run: tuple[Path, str]) -> Drawn:
+def _draw_with_errors(run: tuple[Path, str]) -> Drawn:
     folder, title = run
     lines: list[tuple[str, bool]] = []
     try:
@@ -196,17 +196,17 @@ def scalars(run: Run) -> Figure | str:
     arms: dict[str, None] = {}
     ends = []
     for name, axes in page.panels.items():
-        last = over_training(axes, run, name)
-        thin_lines(axes, run, name)
+        last = draw_over_training(axes, run, name)
+        draw_seed_lines(axes, run, name)
         axes.set_title(name)
         axes.set_ylabel("k (latents)" if name == "k" else f"{name} (no unit)")
         arms |= dict.fromkeys(last)
-        ends.append(f"{name} {values_of(run, last, '.3g').removeprefix('others ')}")
+        ends.append(f"{name} {values_text(run, last, '.3g').removeprefix('others ')}")
     counts = [count for name in moving for count in counts_of(run, name)]
     return page.finish(
         f"{run.title} – learned scalars over training",
         [
-            f"Line: mean over {of_seeds(counts)} at {at(run)}; thin: seeds; band: their range.",
+            f"Line: mean over {seeds_text(counts)} at {l0_text(run)}; thin: seeds; band: their range.",
             f"At the end: {'; '.join(ends)}.",
         ],
         [handle(arm, arm_styles(run)[arm]) for arm in run.arms if arm in arms],
@@ -226,7 +226,7 @@ def density(run: Run) -> Figure | str:
     left, right = page.panels.values()
     style = arm_styles(run)
     percent = {arm: [100 * share for share in never[arm]] for arm in bins if arm in never}
-    by_arm(left, run, percent)
+    draw_by_arm(left, run, percent)
     edges = [edge for of_arm in bins.values() for edge in of_arm]
     grid = np.arange(min(edges), max(edges) + BIN / 2, BIN)
     for i, arm in enumerate(bins):
@@ -251,8 +251,8 @@ def density(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – how often latents fire",
         [
-            f"Mean over {of_seeds(counts)} at {at(run)}; dots: seeds; bars: lowest to highest.",
-            f"Never fired, in % of latents: {values_of(run, means_of(percent), '.1f')}.",
+            f"Mean over {seeds_text(counts)} at {l0_text(run)}; dots: seeds; bars: lowest to highest.",
+            f"Never fired, in % of latents: {values_text(run, means_of(percent), '.1f')}.",
         ],
         [handle(arm, style[arm]) for arm in bins],
         lost_cells(run, "density_histogram", "log10_density=never"),
@@ -311,7 +311,7 @@ def verdict(run: Run) -> Figure | str:
         axes.text(1.02, y, words[-1], label=arm, transform=axes.get_yaxis_transform(), va="center",
                   fontweight="bold" if words[-1] in ("helps", "hurts") else "normal")  # fmt: skip
     axes.axvline(0, color="black", linewidth=1.2, zorder=2)
-    handles = _interest_band(axes, run)
+    handles = _shade_interest(axes, run)
     axes.set_yticks(range(len(arms)), ["\n".join(wrap(legend_name(arm), 2.7)) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.margins(x=0.06)
@@ -326,7 +326,7 @@ def verdict(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – {name} against the baseline: {', '.join(counts)}",
         [
-            f"Mean difference paired by seed at {at(run)}, with its 95% t interval, which covers"
+            f"Mean difference paired by seed at {l0_text(run)}, with its 95% t interval, which covers"
             " SAE initialisation and data order, not other models or texts. The words rest on p"
             " adjusted for the number of arms (Holm)."
         ],
@@ -342,7 +342,7 @@ def _primary(run: Run) -> str:
     return next((key.removeprefix("verdict.") for key in keys if key.startswith("verdict.")), "fvu")
 
 
-def _interest_band(axes: Axes, run: Run) -> list[Artist]:
+def _shade_interest(axes: Axes, run: Run) -> list[Artist]:
     """Shades the smallest effect of interest where the manifest has one."""
     sesoi = run.manifest.get("sesoi")
     if not sesoi:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from saelab.report.figures.axes import (
-    against_l0,
-    at,
-    by_arm,
+    draw_against_l0,
+    l0_text,
+    draw_by_arm,
     cells_of,
     lost_cells,
     means_of,
-    values_of,
+    values_text,
 )
 from saelab.report.figures.style import Page, arm_styles, explain, handle
 from saelab.report.run_data import Run
@@ -41,13 +41,13 @@ def frontier(run: Run) -> Figure | str:
     notes = []
     for metric in ("fvu", *[RECOVERED] * both):
         axes = page.panels[metric]
-        against_l0(axes, run, metric)
+        draw_against_l0(axes, run, metric)
         title, name = FRONTIER[metric]
         axes.set(title=title, ylabel=f"{name} (share)")
         below = page.panels[f"{metric} at target"]
-        by_arm(below, run, run.numbers(metric))
+        draw_by_arm(below, run, run.numbers(metric))
         below.locator_params(axis="y", nbins=4)
-        below.set(title=f"At {at(run)}, by arm", ylabel=f"{name} (share)")
+        below.set(title=f"At {l0_text(run)}, by arm", ylabel=f"{name} (share)")
         notes += [note for note in lost_cells(run, metric) if note not in notes]
     if not both:
         page.panels[RECOVERED].set_title("Language-model loss")
@@ -57,7 +57,7 @@ def frontier(run: Run) -> Figure | str:
         f"{run.title} – reconstruction against sparsity",
         [
             "Small dots: one cell (arm and seed). Large: mean over seeds; bars: lowest to highest.",
-            f"FVU at {at(run)}: {values_of(run, means_of(run.numbers('fvu')))}.",
+            f"FVU at {l0_text(run)}: {values_text(run, means_of(run.numbers('fvu')))}.",
         ],
         [handle(arm, arm_styles(run)[arm]) for arm in run.arms if arm in arms],
         notes,

@@ -18,21 +18,21 @@ import numpy as np
 
 from saelab.report.figures.axes import (
     RANGE,
-    against_l0,
-    at,
+    draw_against_l0,
+    l0_text,
     band,
     cells_of,
     changes_of,
     legend,
     mean,
     means_of,
-    of_seeds,
-    over_training,
-    points_with_range,
-    seeds_of,
+    seeds_text,
+    draw_over_training,
+    draw_points,
+    seeds_text_of,
     token_unit,
-    values_of,
-    without_baseline,
+    values_text,
+    values_text_without_baseline,
 )
 from saelab.report.figures.style import Page, arm_styles, handle, legend_name, log_axis, wrap
 from saelab.report.run_data import Run
@@ -65,11 +65,11 @@ def spread(run: Run) -> Figure | str:
         return ""
     page = Page([["training", "scaling"]], 3.5)
     left, right = page.panels.values()
-    over_training(left, run, "spread")
+    draw_over_training(left, run, "spread")
     left.set(title="Of the variances that scale, over training", ylabel="sd of log variance")
     for arm in arms:
         points = {x: ends[name][arm] for x, name in enumerate(("before", "after"))}
-        points_with_range(right, arm_styles(run)[arm], points)
+        draw_points(right, arm_styles(run)[arm], points)
     right.set_xticks([0, 1], ["before", "after"])
     right.set_xlim(-0.25, 1.25)
     right.set(title="Scaled features, held-out text", ylabel="sd of log variance")
@@ -80,10 +80,10 @@ def spread(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – spread of feature variance before and after scaling",
         [
-            f"Mean over {seeds_of(run, ends['after'])} at {at(run)}; {RANGE}. Features are"
+            f"Mean over {seeds_text_of(run, ends['after'])} at {l0_text(run)}; {RANGE}. Features are"
             " the input's dimensions, or the latents' pre-activations where thresholds are tied. 0"
             " is equal variances.",
-            f"After scaling: {without_baseline(run, means_of(ends['after']), '.2f')}.",
+            f"After scaling: {values_text_without_baseline(run, means_of(ends['after']), '.2f')}.",
         ],
         legend(run, arms),
         [note] if without else [],
@@ -127,7 +127,7 @@ def thresholds(run: Run) -> Figure | str:
         f"{run.title} – per-feature thresholds against variance",
         [
             f"Dots: features of one seed, evenly by rank of variance; lines: fits of"
-            f" {seeds_of(run, {arm: fits[arm] for arm in arms})} at {at(run)}, log"
+            f" {seeds_text_of(run, {arm: fits[arm] for arm in arms})} at {l0_text(run)}, log"
             " threshold on log variance. The slope is the temperature that one global pair would"
             " need (minus the slope for gains of the input); R² is what it would explain.",
         ],
@@ -143,7 +143,9 @@ def _points(run: Run, arm: str) -> tuple[np.ndarray, np.ndarray]:
         if metric == "consistency.variance":
             others = run.values.get(("consistency.threshold", slice), ())
             own = {
-                name: next((v.value for v in some if _is(run, v, arm, seeds[0])), None)
+                name: next(
+                    (v.value for v in some if _is_cell_at_target(run, v, arm, seeds[0])), None
+                )
                 for name, some in (("x", rows), ("y", others))
             }
             if None not in own.values():
@@ -152,7 +154,7 @@ def _points(run: Run, arm: str) -> tuple[np.ndarray, np.ndarray]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _is(run: Run, value: Any, arm: str, seed: int) -> bool:
+def _is_cell_at_target(run: Run, value: Any, arm: str, seed: int) -> bool:
     return value.arm == arm and value.seed == seed and run.is_target(value.level)
 
 
@@ -169,12 +171,12 @@ def positions(run: Run) -> Figure | str:
     top = ["fvu"] * 3 + ["difference"] * 3
     page = Page([top, ["l0"] * 2 + ["dead_share"] * 2 + [third] * 2], 5.6)
     numbers = {name: _by_position(run, name) for name in page.panels if name != "difference"}
-    numbers["difference"] = _minus_baseline(run, buckets)
+    numbers["difference"] = _differences_from_baseline(run, buckets)
     for name, axes in page.panels.items():
         of_arms = numbers[name]
         for i, (arm, points) in enumerate(of_arms.items()):
             dodge = 8 * ((i + 0.5) / len(of_arms) - 0.5)
-            points_with_range(axes, arm_styles(run)[arm], points, dodge)
+            draw_points(axes, arm_styles(run)[arm], points, dodge)
         own = probed if name == "sae_top_5_test_accuracy" else buckets
         axes.set_xticks([(low + high) / 2 for low, high in own], [f"{a}-{b}" for a, b in own])
         axes.tick_params(axis="x", labelsize=9.5 if name in ("fvu", "difference") else 8)
@@ -199,10 +201,10 @@ def positions(run: Run) -> Figure | str:
             " bucket, and entries with enough of them."
         )
     late = run.numbers("position.fvu_late")
-    said = f"FVU at positions 64-127: {values_of(run, means_of(late))}." if late else ""
+    said = f"FVU at positions 64-127: {values_text(run, means_of(late))}." if late else ""
     return page.finish(
         f"{run.title} – by token position",
-        [f"Mean over {seeds_of(run, run.numbers('fvu'))} at {at(run)}; {RANGE}. {said}"],
+        [f"Mean over {seeds_text_of(run, run.numbers('fvu'))} at {l0_text(run)}; {RANGE}. {said}"],
         legend(run, list(numbers["fvu"])),
         notes,
     )
@@ -230,7 +232,7 @@ def _by_position(run: Run, metric: str) -> dict[str, dict[float, list[float]]]:
     return {arm: found[arm] for arm in run.arms if arm in found}
 
 
-def _minus_baseline(
+def _differences_from_baseline(
     run: Run, buckets: Sequence[tuple[int, int]]
 ) -> dict[str, dict[float, list[float]]]:
     """FVU of an arm minus that of the baseline of the same seed; as `_by_position`."""
@@ -272,7 +274,7 @@ def sensitivity(run: Run) -> Figure | str:
             assert axes is not None
             places = {steps.index(change): values for change, values in points.items()}
             dodge = 0.5 * ((i + 0.5) / len(of_arms) - 0.5)
-            points_with_range(axes, arm_styles(run)[arm], places, dodge, joined=False)
+            draw_points(axes, arm_styles(run)[arm], places, dodge, joined=False)
             drawn[arm] = None
     for axes in page.panels.values():
         axes.axhline(0, color="black", linewidth=1.2, zorder=1)
@@ -287,12 +289,12 @@ def sensitivity(run: Run) -> Figure | str:
         page.panels[f"{scalars[0]} {metric}"].set_ylabel(f"{METRICS[metric]} (% per %)")
     largest = {s: means_of(run.numbers(f"sensitivity.{s}")) for s in scalars}
     said = [f"{s} {_extremes(values)}" for s, values in largest.items() if values]
-    seeds = seeds_of(run, run.numbers(f"sensitivity.{scalars[0]}"))
+    seeds = seeds_text_of(run, run.numbers(f"sensitivity.{scalars[0]}"))
     return page.finish(
         f"{run.title} – elasticities to the scalars, without training again",
         [
             f"Change of the metric in % for 1% more of the scalar. Mean over {seeds} at"
-            f" {at(run)}; {RANGE}. Each panel has its own axis.",
+            f" {l0_text(run)}; {RANGE}. Each panel has its own axis.",
             f"Largest for FVU, by arm: {'; '.join(said)}.",
         ],
         legend(run, list(drawn)),
@@ -335,7 +337,9 @@ def regulariser(run: Run) -> Figure | str:
     if len({c for of_arm in strengths.values() for c in of_arm.values()}) < 2:
         return ""
     panels = {
-        name: points for name in ("beta", "theta") if (points := _moved(run, name, strengths))
+        name: points
+        for name in ("beta", "theta")
+        if (points := _distances_moved(run, name, strengths))
     }
     if not panels:
         return "no arm with a regulariser has two seeds whose scalars moved"
@@ -355,8 +359,8 @@ def regulariser(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – what the strength of the regulariser does to its scalars",
         [
-            f"A point for each arm, with its strength beside it; {of_seeds(counts or [1])} at"
-            f" {at(run)}. Distance from the first step to the last. The line joins the first arm of"
+            f"A point for each arm, with its strength beside it; {seeds_text(counts or [1])} at"
+            f" {l0_text(run)}. Distance from the first step to the last. The line joins the first arm of"
             " each strength."
         ],
         [handle(arm, arm_styles(run)[arm], line=False) for arm in arms],
@@ -382,7 +386,9 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
             yield from _parts(child)
 
 
-def _moved(run: Run, name: str, arms: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+def _distances_moved(
+    run: Run, name: str, arms: Mapping[str, Any]
+) -> dict[str, tuple[float, float]]:
     """Arm -> mean distance that the scalar moved, and the sd of its last values over seeds."""
     found = {}
     for arm, moved in run.numbers(f"moved.{name}").items():
@@ -395,7 +401,7 @@ def _moved(run: Run, name: str, arms: Mapping[str, Any]) -> dict[str, tuple[floa
 # ---------------------------------------------------------------- temperature
 
 
-def _taus(run: Run) -> dict[str, float]:
+def _end_temperatures(run: Run) -> dict[str, float]:
     """Arm -> its temperature at the end, mean over seeds; {} unless two arms differ in it."""
     found = {
         arm: mean([float(curve.values[-1]) for curve in run.curves["tau", arm].values()])
@@ -405,13 +411,13 @@ def _taus(run: Run) -> dict[str, float]:
     return found if len({round(tau, 3) for tau in found.values()}) > 1 else {}
 
 
-def _against_tau(
+def _draw_against_temperature(
     axes: Axes, run: Run, taus: Mapping[str, float], numbers: Mapping[str, Sequence[float]]
 ) -> None:
     """Mean and range of each arm at its temperature; the baseline as a line and a band."""
     for arm, tau in taus.items():
         if arm in numbers:
-            points_with_range(axes, arm_styles(run)[arm], {tau: numbers[arm]})
+            draw_points(axes, arm_styles(run)[arm], {tau: numbers[arm]})
     if run.baseline in numbers and run.baseline not in taus:
         values = numbers[run.baseline]
         axes.axhline(mean(values), color="black", linewidth=2.4, zorder=1)
@@ -422,13 +428,13 @@ def _against_tau(
 
 def speed(run: Run) -> Figure | str:
     """Loss against tokens of the arms that have a temperature, and when it is near its end."""
-    taus, steps = _taus(run), run.numbers("convergence.steps")
+    taus, steps = _end_temperatures(run), run.numbers("convergence.steps")
     arms = [arm for arm in run.arms if arm in {*taus, run.baseline} and (LOSS, arm) in run.curves]
     if not taus or not arms:
         return ""
     page = Page([["loss", "steps"]], 3.9, width_ratios=(1.6, 1))
     left, right = page.panels.values()
-    over_training(left, run, LOSS, {arm: run.curves[LOSS, arm] for arm in arms})
+    draw_over_training(left, run, LOSS, {arm: run.curves[LOSS, arm] for arm in arms})
     log_axis(left, "y")
     unit, _ = token_unit(run, LOSS)
     for arm in arms:
@@ -441,15 +447,15 @@ def speed(run: Run) -> Figure | str:
             )  # fmt: skip
     left.set(title="Reconstruction loss", ylabel="FVU of the batch (share)")
     percent = {arm: [100 * value for value in steps[arm]] for arm in arms if arm in steps}
-    _against_tau(right, run, taus, percent)
+    _draw_against_temperature(right, run, taus, percent)
     right.set(title="Until within 2% of the end", ylabel="share of the steps (%)")
     return page.finish(
         f"{run.title} – loss against tokens by temperature",
         [
-            f"Line: mean over {of_seeds([len(run.curves[LOSS, arm]) for arm in arms])} at"
-            f" {at(run)}; band and {RANGE}. Large marker: from there on the smoothed loss stays"
+            f"Line: mean over {seeds_text([len(run.curves[LOSS, arm]) for arm in arms])} at"
+            f" {l0_text(run)}; band and {RANGE}. Large marker: from there on the smoothed loss stays"
             " within 2% of its final value.",
-            f"In % of the steps: {values_of(run, means_of(percent), '.0f')}.",
+            f"In % of the steps: {values_text(run, means_of(percent), '.0f')}.",
         ],
         legend(run, arms),
     )
@@ -457,23 +463,23 @@ def speed(run: Run) -> Figure | str:
 
 def temperature(run: Run) -> Figure | str:
     """FVU against L0 of the arms that have a temperature, and FVU against temperature."""
-    taus, numbers = _taus(run), run.numbers("fvu")
+    taus, numbers = _end_temperatures(run), run.numbers("fvu")
     arms = [arm for arm in run.arms if arm in {*taus, run.baseline} and arm in numbers]
     if not taus or not any(cell.arm in arms for cell in cells_of(run, "fvu")):
         return ""
     page = Page([["frontier", "tau"]], 3.9)
     left, right = page.panels.values()
-    against_l0(left, run, "fvu", arms)
+    draw_against_l0(left, run, "fvu", arms)
     left.set(title="Frontier (lower is better)", ylabel="FVU (share)")
-    _against_tau(right, run, taus, {arm: numbers[arm] for arm in arms})
-    right.set(title=f"At {at(run)}", ylabel="FVU (share)")
+    _draw_against_temperature(right, run, taus, {arm: numbers[arm] for arm in arms})
+    right.set(title=f"At {l0_text(run)}", ylabel="FVU (share)")
     said = [f"{taus[arm]:.2g}: {mean(numbers[arm]):.4f}" for arm in sorted(
         (arm for arm in arms if arm in taus), key=lambda arm: taus[arm])]  # fmt: skip
     base = f"; baseline {mean(numbers[run.baseline]):.4f}" if run.baseline in numbers else ""
     return page.finish(
         f"{run.title} – reconstruction by temperature",
         [
-            f"Small dots: cells; large: mean over {seeds_of(run, numbers)}; {RANGE}. Line"
+            f"Small dots: cells; large: mean over {seeds_text_of(run, numbers)}; {RANGE}. Line"
             " and grey band: the baseline.",
             f"FVU by temperature: {', '.join(said)}{base}.",
         ],

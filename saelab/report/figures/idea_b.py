@@ -18,19 +18,19 @@ import numpy as np
 
 from saelab.report.figures.axes import (
     RANGE,
-    at,
-    by_arm,
+    l0_text,
+    draw_by_arm,
     counts_of,
     legend,
     mean,
     means_of,
-    of_seeds,
-    over_training,
-    points_with_range,
-    seeds_of,
-    thin_lines,
-    values_of,
-    without_baseline,
+    seeds_text,
+    draw_over_training,
+    draw_points,
+    seeds_text_of,
+    draw_seed_lines,
+    values_text,
+    values_text_without_baseline,
 )
 from saelab.report.figures.style import Page, arm_styles, legend_name, log_axis
 from saelab.report.run_data import Curve, Run
@@ -72,7 +72,7 @@ def _moves(curves: Curves) -> bool:
     return any(np.ptp(of_cell) > 1e-6 * np.abs(of_cell).max() for of_cell in values)
 
 
-def _shared_line(axes: Axes, y: float, text: str) -> None:
+def _draw_shared_line(axes: Axes, y: float, text: str) -> None:
     """A dashed line with its name, for what all arms share."""
     axes.axhline(y, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
     axes.annotate(
@@ -90,27 +90,29 @@ def stability(run: Run) -> Figure | str:
     numbers = {
         metric: {arm: [factor * value for value in values] for arm, values in found.items()}
         for metric, factor in factors.items()
-        if (found := _of_arms(run, metric))
+        if (found := _numbers_of_arms(run, metric))
     }
     curves = _curves(run, LOSS)
     if not numbers or not curves:
         return ""
     page = Page([["loss"] * len(numbers), list(numbers)], 6.0, height_ratios=(1.3, 1))
     axes = page.panels["loss"]
-    over_training(axes, run, LOSS, curves)
+    draw_over_training(axes, run, LOSS, curves)
     log_axis(axes, "y")
     axes.set(title="Reconstruction loss", ylabel="FVU of the batch (share)")
     for metric, of_arms in numbers.items():
         axes, (title, label, _) = page.panels[metric], STEADY[metric]
-        by_arm(axes, run, of_arms)
+        draw_by_arm(axes, run, of_arms)
         axes.set(title=title, ylabel=label)
         top = axes.dataLim.y1
         axes.set_ylim(-0.05 * (top or 1), 1.1 * (top or 1))  # markers at 0 stay whole
         axes.locator_params(axis="y", nbins=4)
-    stopped = {arm: vs for arm, vs in _of_arms(run, "stability.nonfinite").items() if any(vs)}
+    stopped = {
+        arm: vs for arm, vs in _numbers_of_arms(run, "stability.nonfinite").items() if any(vs)
+    }
     cells = [f"{legend_name(arm)}, {sum(vs):g} of {len(vs)} seeds" for arm, vs in stopped.items()]
     said = [
-        f"{name}: {values_of(run, means_of(numbers[metric]), form)}"
+        f"{name}: {values_text(run, means_of(numbers[metric]), form)}"
         for metric, name, form in (
             ("spikes", "Spikes", ".2g"),
             ("stability.rise", "largest rise in %", ".2g"),
@@ -120,7 +122,7 @@ def stability(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – how steady training was",
         [
-            f"Line: mean over {of_seeds(counts_of(run, LOSS))} at {at(run)}; band and {RANGE};"
+            f"Line: mean over {seeds_text(counts_of(run, LOSS))} at {l0_text(run)}; band and {RANGE};"
             " dots: seeds. The measures leave out the first fifth of the run; a spike is above 5"
             " median absolute deviations for at least 3 steps.",
             f"{'; '.join(said)}.",
@@ -130,7 +132,7 @@ def stability(run: Run) -> Figure | str:
     )
 
 
-def _of_arms(run: Run, metric: str, slice: str = "") -> dict[str, list[float]]:
+def _numbers_of_arms(run: Run, metric: str, slice: str = "") -> dict[str, list[float]]:
     """The numbers at the target L0 of arms, in their order, without the controls."""
     found = run.numbers(metric, slice)
     return {arm: found[arm] for arm in run.arms if arm in found}
@@ -149,8 +151,8 @@ def balance(run: Run) -> Figure | str:
         return ""
     page = Page([["alpha"]], 3.8)
     axes = page.panels["alpha"]
-    last = over_training(axes, run, "alpha", curves, banded=False)
-    thin_lines(axes, run, "alpha")
+    last = draw_over_training(axes, run, "alpha", curves, banded=False)
+    draw_seed_lines(axes, run, "alpha")
     axes.set_ylim(-0.02, 1.02)
     for low, high in ((-0.02, INSIDE[0]), (INSIDE[1], 1.02)):
         axes.axhspan(low, high, color="#BBBBBB", alpha=0.5, linewidth=0, zorder=0)
@@ -158,9 +160,9 @@ def balance(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – the balance of both similarities over training",
         [
-            f"Line: mean over {of_seeds(counts_of(run, 'alpha'))} at {at(run)}; thin: seeds. Grey:"
+            f"Line: mean over {seeds_text(counts_of(run, 'alpha'))} at {l0_text(run)}; thin: seeds. Grey:"
             " collapsed.",
-            f"At the end: {without_baseline(run, last, '.2f')}.",
+            f"At the end: {values_text_without_baseline(run, last, '.2f')}.",
         ],
         legend(run, list(curves)),
     )
@@ -181,29 +183,32 @@ def similarity(run: Run) -> Figure | str:
     for term, curves in raw.items():
         name = f"similarity.{term}"
         axes = page.panels[f"raw {term}"]
-        over_training(axes, run, name, curves)
-        _from_0(axes, curves)
+        draw_over_training(axes, run, name, curves)
+        _start_axis_at_zero(axes, curves)
         axes.set_title(f"Similarity of {TERMS[term]}")
         axes = page.panels[f"relative {term}"]
-        relative = _over_reference(curves)
-        last[term] = over_training(axes, run, name, relative)
-        _from_0(axes, relative)
+        relative = _divide_by_reference(curves)
+        last[term] = draw_over_training(axes, run, name, relative)
+        _start_axis_at_zero(axes, relative)
         axes.axhline(1, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
         axes.set_title("Over its reference")
         axes = page.panels[f"share {term}"]
         weights = "W_dec" if term == "decoder" else "W_enc"
-        over_training(axes, run, name, _percent(_curves(run, f"penalty_share.{term}")))
+        draw_over_training(axes, run, name, _to_percent(_curves(run, f"penalty_share.{term}")))
         axes.set_title(f"Of the gradient at {weights}")
     labels = ("mean squared", "share of reference", "penalty's share (%)")
     for row, label in zip(rows, labels, strict=True):
         page.panels[f"{row} {next(iter(raw))}"].set_ylabel(label)
-    ends = [f"{TERMS[term]} {without_baseline(run, means, '.2f')}" for term, means in last.items()]
+    ends = [
+        f"{TERMS[term]} {values_text_without_baseline(run, means, '.2f')}"
+        for term, means in last.items()
+    ]
     arms = [arm for arm in run.arms if any(arm in curves for curves in raw.values())]
     counts = [count for term in raw for count in counts_of(run, f"similarity.{term}")]
     return page.finish(
         f"{run.title} – what the similarity penalty penalises",
         [
-            f"Line: mean over {of_seeds(counts)} at {at(run)}; band: lowest to highest seed."
+            f"Line: mean over {seeds_text(counts)} at {l0_text(run)}; band: lowest to highest seed."
             " S_w: the squared cosine of a decoder row with its nearest; S_act: squared"
             " correlation of codes, by the arm's own statistics. The reference is the mean from"
             f" {100 * REFERENCE[0]:g}% to {100 * REFERENCE[1]:g}% of the run; from there on the"
@@ -214,7 +219,7 @@ def similarity(run: Run) -> Figure | str:
     )
 
 
-def _from_0(axes: Axes, curves: Curves) -> None:
+def _start_axis_at_zero(axes: Axes, curves: Curves) -> None:
     """Limits the y axis to 0 and the largest value since the reference window."""
     late = [
         curve.values[curve.tokens > REFERENCE[0] * curve.tokens[-1]].max()
@@ -225,7 +230,7 @@ def _from_0(axes: Axes, curves: Curves) -> None:
     axes.set_ylim(-0.04 * top, 1.08 * top)
 
 
-def _over_reference(curves: Curves) -> Curves:
+def _divide_by_reference(curves: Curves) -> Curves:
     """Each curve over its own mean in the reference window."""
     found: Curves = {}
     for arm, cells in curves.items():
@@ -238,7 +243,7 @@ def _over_reference(curves: Curves) -> Curves:
     return found
 
 
-def _percent(curves: Curves) -> Curves:
+def _to_percent(curves: Curves) -> Curves:
     return {
         arm: {seed: Curve(curve.tokens, 100 * curve.values) for seed, curve in cells.items()}
         for arm, cells in curves.items()
@@ -257,21 +262,21 @@ def latents(run: Run) -> Figure | str:
     ends, arms = [], []
     for name, curves in found.items():
         axes = page.panels[name]
-        last = over_training(axes, run, name, curves)
-        thin_lines(axes, run, name)
+        last = draw_over_training(axes, run, name, curves)
+        draw_seed_lines(axes, run, name)
         axes.set(title=LATENTS[name], ylabel="k (latents)")
         axes.set_ylim(bottom=0)
         ends.append(
-            f"{LATENTS[name][0].lower()}{LATENTS[name][1:]}: {without_baseline(run, last, '.0f')}"
+            f"{LATENTS[name][0].lower()}{LATENTS[name][1:]}: {values_text_without_baseline(run, last, '.0f')}"
         )
         arms += list(curves)
     if "topk.k" in found and run.target_l0:
-        _shared_line(page.panels["topk.k"], run.target_l0, f"L0 {run.target_l0:g}")
+        _draw_shared_line(page.panels["topk.k"], run.target_l0, f"L0 {run.target_l0:g}")
     counts = [count for name in found for count in counts_of(run, name)]
     return page.finish(
         f"{run.title} – k over training",
         [
-            f"Line: mean over {of_seeds(counts)} at {at(run)}; thin: seeds; band: their range.",
+            f"Line: mean over {seeds_text(counts)} at {l0_text(run)}; thin: seeds; band: their range.",
             f"At the end, {'; '.join(ends)}.",
         ],
         legend(run, arms),
@@ -307,21 +312,21 @@ def survival(run: Run) -> Figure | str:
         ends[arm] = 100 * float(middle[-1])
     axes.set_ylim(0, 102)
     axes.set_ylabel("latents' lives not ended (%)")
-    _numbers_at_risk(below, run, {arm: at_risk[arm] for arm in curves if arm in at_risk})
+    _draw_numbers_at_risk(below, run, {arm: at_risk[arm] for arm in curves if arm in at_risk})
     counts = [len(values) for points in curves.values() for values in points.values()]
     return page.finish(
         f"{run.title} – how long latents live",
         [
-            f"Kaplan-Meier estimate: mean over {of_seeds(counts)} at {at(run)}; band: lowest to"
+            f"Kaplan-Meier estimate: mean over {seeds_text(counts)} at {l0_text(run)}; band: lowest to"
             " highest seed. A life begins with the run or with a resampling, and ends after a"
             " silence longer than the patience that its age gives.",
-            f"At the last age, in %: {without_baseline(run, ends, '.0f')}.",
+            f"At the last age, in %: {values_text_without_baseline(run, ends, '.0f')}.",
         ],
         legend(run, list(curves)),
     )
 
 
-def _numbers_at_risk(axes: Axes, run: Run, numbers: Mapping[str, Mapping[float, Any]]) -> None:
+def _draw_numbers_at_risk(axes: Axes, run: Run, numbers: Mapping[str, Mapping[float, Any]]) -> None:
     """A row of numbers for each arm, in its colour, at some of the ages."""
     ages = sorted({age for points in numbers.values() for age in points})
     for y, (arm, points) in enumerate(numbers.items()):
@@ -358,7 +363,7 @@ def _by_number(run: Run, metric: str) -> dict[str, dict[float, list[float]]]:
     """Arm -> number of the slice -> values of the seeds."""
     found: dict[str, dict[float, list[float]]] = {}
     for x, slice in _slices(run, metric).items():
-        for arm, values in _of_arms(run, metric, slice).items():
+        for arm, values in _numbers_of_arms(run, metric, slice).items():
             found.setdefault(arm, {})[x] = values
     return {arm: found[arm] for arm in run.arms if arm in found}
 
@@ -372,14 +377,14 @@ def consistency(run: Run) -> Figure | str:
     if not past and not seeds:
         return ""
     page = Page([[*["past"] * bool(past), *["seeds"] * bool(seeds)]], 3.8)
-    chance = [v for values in _of_arms(run, "consistency.chance").values() for v in values]
+    chance = [v for values in _numbers_of_arms(run, "consistency.chance").values() for v in values]
     if past:
         axes = page.panels["past"]
         tokens = [x for points in past.values() for x in points]
         unit, name = (1e6, "million") if max(tokens) >= 2e5 else (1e3, "thousand")
         for arm, points in past.items():
             own = {x / unit: values for x, values in points.items()}
-            points_with_range(axes, arm_styles(run)[arm], own)
+            draw_points(axes, arm_styles(run)[arm], own)
         axes.set(title="Snapshot against the end of the run", ylabel="matched |cosine| (mean)")
         axes.set_xlabel(f"snapshot taken at ({name} tokens)")
     if seeds:
@@ -387,9 +392,7 @@ def consistency(run: Run) -> Figure | str:
         drawn = [arm for arm in run.arms if any(arm in found for found in seeds.values())]
         for i, arm in enumerate(drawn):
             points = {x: seeds[b][arm] for x, b in enumerate(bins) if arm in seeds[b]}
-            points_with_range(
-                axes, arm_styles(run)[arm], points, 0.5 * ((i + 0.5) / len(drawn) - 0.5)
-            )
+            draw_points(axes, arm_styles(run)[arm], points, 0.5 * ((i + 0.5) / len(drawn) - 0.5))
         axes.set_xticks(range(len(bins)), bins)
         axes.tick_params(axis="x", labelsize=9 if len(bins) > 6 else 11)
         axes.grid(axis="x", visible=False)
@@ -399,9 +402,9 @@ def consistency(run: Run) -> Figure | str:
     for axes in page.panels.values():
         axes.set_ylim(0, 1.04)
         if chance:
-            _shared_line(axes, mean(chance), "chance")
-    whole = _of_arms(run, "consistency.seeds")
-    said = f"Between seeds, over all latents: {values_of(run, means_of(whole))}." if whole else ""
+            _draw_shared_line(axes, mean(chance), "chance")
+    whole = _numbers_of_arms(run, "consistency.seeds")
+    said = f"Between seeds, over all latents: {values_text(run, means_of(whole))}." if whole else ""
     chances = f" Chance, {mean(chance):.3f}: random dictionaries of that shape." if chance else ""
     of = [len(vs) for points in past.values() for vs in points.values()]
     of += [len(vs) for found in seeds.values() for vs in found.values()]
@@ -409,7 +412,7 @@ def consistency(run: Run) -> Figure | str:
         f"{run.title} – how consistent the decoder is",
         [
             "Rows of two decoders are assigned to each other, each at most once. Mean over"
-            f" {of_seeds(of)} at {at(run)}; {RANGE}.{chances}",
+            f" {seeds_text(of)} at {l0_text(run)}; {RANGE}.{chances}",
             said,
         ],
         legend(run, [*past, *(arm for found in seeds.values() for arm in found)]),
@@ -426,7 +429,9 @@ def _frequencies(run: Run) -> dict[str, dict[str, list[float]]]:
         if name == metric and slice.startswith(begins) and slice not in numbered.values()
     ]
     named = {slice.removeprefix(begins): slice for slice in others}
-    bins = {name: _of_arms(run, metric, slice) for name, slice in (named | numbered).items()}
+    bins = {
+        name: _numbers_of_arms(run, metric, slice) for name, slice in (named | numbered).items()
+    }
     return {name: found for name, found in bins.items() if found}
 
 
@@ -460,9 +465,9 @@ def max_cosine(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – how near decoder rows are to each other",
         [
-            f"Mean over {seeds_of(run, _of_arms(run, 'decoder.max_cosine') or _counts(bins))} at"
-            f" {at(run)}.",
-            f"Latents with a neighbour of cosine 0.5 or more, in %: {values_of(run, near, '.1f')}.",
+            f"Mean over {seeds_text_of(run, _numbers_of_arms(run, 'decoder.max_cosine') or _counts(bins))} at"
+            f" {l0_text(run)}.",
+            f"Latents with a neighbour of cosine 0.5 or more, in %: {values_text(run, near, '.1f')}.",
         ],
         legend(run, list(bins)),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from saelab.report.figures.axes import at, mean, of_seeds
+from saelab.report.figures.axes import l0_text, mean, seeds_text
 from saelab.report.figures.style import Page, arm_styles, legend_name, wrap
 from saelab.report.run_data import CONTROL, Run
 
@@ -61,7 +61,7 @@ def placement(run: Run) -> Figure | str:
     for i, (metric, of) in enumerate(found.items()):
         axes = page.panels[metric]
         for y, name in enumerate(rows):
-            _row(axes, run, y, name, of.get(name, []))
+            _draw_row(axes, run, y, name, of.get(name, []))
         axes.axvspan(0, 1, color="#BBBBBB", alpha=0.25, linewidth=0)
         axes.set_xticks([0, 1], ["frozen\nrandom", "baseline"])
         axes.set_xlim(*LIMITS)
@@ -77,8 +77,8 @@ def placement(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – placed between a frozen random decoder and the baseline",
         [
-            f"Mean over {of_seeds([len(best[arm]) for arm in run.arms if arm in best] or [1])} at"
-            f" {at(run)}; bars: lowest to highest seed. Right is better; an arrow at the border"
+            f"Mean over {seeds_text([len(best[arm]) for arm in run.arms if arm in best] or [1])} at"
+            f" {l0_text(run)}; bars: lowest to highest seed. Right is better; an arrow at the border"
             " stands for a place outside of it.",
             f"{SCALES[next(iter(found))][0]}, of the way to the baseline: {', '.join(said)}."
             if said
@@ -88,7 +88,7 @@ def placement(run: Run) -> Figure | str:
     )
 
 
-def _row(axes: Axes, run: Run, y: int, name: str, values: list[float]) -> None:
+def _draw_row(axes: Axes, run: Run, y: int, name: str, values: list[float]) -> None:
     if not values:
         return
     look, middle = arm_styles(run)[name], mean(values)

@@ -6,14 +6,14 @@ import sys
 from typing import TYPE_CHECKING
 
 from saelab.report.figures.axes import (
-    at,
-    by_arm,
+    l0_text,
+    draw_by_arm,
     lost_cells,
     mean,
     means_of,
-    of_seeds,
-    points_with_range,
-    values_of,
+    seeds_text,
+    draw_points,
+    values_text,
 )
 from saelab.report.figures.style import ArmStyle, Page, arm_styles, handle, legend_name, wrap
 from saelab.report.run_data import Run
@@ -35,7 +35,7 @@ def _accuracies(run: Run, subject: str, k: int, slice: str = "") -> list[float]:
     return []
 
 
-def _ks(run: Run) -> list[int]:
+def _measured_ks(run: Run) -> list[int]:
     """The k that were measured, ascending, and 0 for the full probe at the end."""
     found = set()
     for metric, slice in run.values:
@@ -50,7 +50,7 @@ def _ks(run: Run) -> list[int]:
 
 def probing(run: Run) -> Figure | str:
     """Accuracy of k-sparse probes by k, for arms and controls."""
-    ks = _ks(run)
+    ks = _measured_ks(run)
     by_subject = {
         subject: {x: numbers for x, k in enumerate(ks) if (numbers := _accuracies(run, subject, k))}
         for subject in (*run.arms, *run.controls)
@@ -62,7 +62,7 @@ def probing(run: Run) -> Figure | str:
     axes = page.panels["by k"]
     for i, (subject, points) in enumerate(by_subject.items()):
         dodge = 0.6 * ((i + 0.5) / len(by_subject) - 0.5)
-        points_with_range(axes, arm_styles(run)[subject], points, dodge)
+        draw_points(axes, arm_styles(run)[subject], points, dodge)
     axes.set_xticks(range(len(ks)), [f"{k}" if k else "all" for k in ks])
     axes.set_xlim(-0.5, len(ks) - 0.5)
     axes.grid(axis="x", visible=False)
@@ -84,8 +84,8 @@ def probing(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – sparse probing accuracy by number of latents",
         [
-            f"Mean over {of_seeds(counts)} at {at(run)}; bars: lowest to highest seed.",
-            f"{at_k}{', '.join([values_of(run, means), *controls])}.",
+            f"Mean over {seeds_text(counts)} at {l0_text(run)}; bars: lowest to highest seed.",
+            f"{at_k}{', '.join([values_text(run, means), *controls])}.",
         ],
         [handle(subject, arm_styles(run)[subject]) for subject in by_subject],
         lost_cells(run, f"sae_top_{k}_test_accuracy" if k else "sae_test_accuracy"),
@@ -104,7 +104,7 @@ def probing_entries(run: Run) -> Figure | str:
     style, metric = arm_styles(run), f"sae_top_{ENTRY_K}_test_accuracy"
     lines: dict[str, ArmStyle] = {}
     for entry, axes in page.panels.items():
-        by_arm(axes, run, run.numbers(metric, f"entry={entry}"), dots=False)
+        draw_by_arm(axes, run, run.numbers(metric, f"entry={entry}"), dots=False)
         for control in run.controls:
             if values := _accuracies(run, control, ENTRY_K, f"entry={entry}"):
                 look = lines.setdefault(control, style[control])
@@ -121,7 +121,7 @@ def probing_entries(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – sparse probing accuracy by entry, k\u00a0=\u00a0{ENTRY_K}",
         [
-            f"Mean over {of_seeds(counts)} at {at(run)}; bars: lowest to highest seed."
+            f"Mean over {seeds_text(counts)} at {l0_text(run)}; bars: lowest to highest seed."
             " Each panel has its own axis."
         ],
         [

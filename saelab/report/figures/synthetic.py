@@ -73,7 +73,7 @@ def picture(table: Mapping[str, Any]) -> Figure:
         for y, arm in enumerate(arms):
             pairs = zip(values[arm][name], values[baseline][name], strict=True)
             seeds = [a - b for a, b in pairs if a is not None and b is not None]
-            _difference(axes, y, table["differences"][arm][name], seeds, style[arm])
+            _draw_difference(axes, y, table["differences"][arm][name], seeds, style[arm])
         title, lower = PANELS[name]
         axes.axvline(0, color="black", linewidth=1.2, zorder=2)
         names = ["\n".join(wrap(legend_name(arm), 1.9)) for arm in arms]
@@ -95,7 +95,7 @@ def picture(table: Mapping[str, Any]) -> Figure:
     )
 
 
-def _difference(
+def _draw_difference(
     axes: Axes, y: float, paired: Mapping[str, Any], seeds: Sequence[float], look: ArmStyle
 ) -> None:
     if paired["mean"] is None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from saelab.report.figures.axes import (
-    at,
+    l0_text,
     counts_of,
     limit_to_late,
-    of_seeds,
-    over_training,
-    values_of,
+    seeds_text,
+    draw_over_training,
+    values_text,
 )
 from saelab.report.figures.style import Page, arm_styles, explain, handle, log_axis
 from saelab.report.run_data import Curve, Run
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _against_baseline(run: Run, name: str) -> dict[str, dict[int, Curve]]:
+def _relative_to_baseline(run: Run, name: str) -> dict[str, dict[int, Curve]]:
     """100 * (arm / baseline - 1), seed by seed, for seeds that both have."""
     base = run.curves.get((name, run.baseline), {})
     found: dict[str, dict[int, Curve]] = {}
@@ -42,15 +42,15 @@ def loss(run: Run) -> Figure | str:
     name = "loss.reconstruction"
     if not (counts := counts_of(run, name)):
         return "curves.parquet has no loss.reconstruction at the target L0"
-    relative = _against_baseline(run, name)
+    relative = _relative_to_baseline(run, name)
     mosaic = [["loss", "l0"], ["relative", "relative"]] if relative else [["loss", "l0"]]
     page = Page(mosaic, 5.6 if relative else 3.4, height_ratios=(1.25, 1) if relative else (1,))
-    last = over_training(page.panels["loss"], run, name)
+    last = draw_over_training(page.panels["loss"], run, name)
     log_axis(page.panels["loss"], "y")
     page.panels["loss"].set(title="Reconstruction loss", ylabel="FVU of the batch (share)")
-    _l0_over_training(page.panels["l0"], run)
+    _draw_l0(page.panels["l0"], run)
     if relative:
-        over_training(page.panels["relative"], run, name, relative)
+        draw_over_training(page.panels["relative"], run, name, relative)
         limit_to_late(page.panels["relative"], relative)
         page.panels["relative"].axhline(0, color="black", linewidth=2.4, zorder=1)
         page.panels["relative"].set(
@@ -60,20 +60,20 @@ def loss(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – reconstruction loss and sparsity over training",
         [
-            f"Line: mean over {of_seeds(counts)}; band: lowest to highest seed;"
-            f" cells of {at(run)}.",
-            f"FVU of the last batch: {values_of(run, last)}.",
+            f"Line: mean over {seeds_text(counts)}; band: lowest to highest seed;"
+            f" cells of {l0_text(run)}.",
+            f"FVU of the last batch: {values_text(run, last)}.",
         ],
         [handle(arm, arm_styles(run)[arm]) for arm in last],
     )
 
 
-def _l0_over_training(axes: Axes, run: Run) -> None:
+def _draw_l0(axes: Axes, run: Run) -> None:
     axes.set_title("Sparsity")
     if not counts_of(run, "l0"):
         explain(axes, "curves.parquet has no l0")
         return
-    over_training(axes, run, "l0")
+    draw_over_training(axes, run, "l0")
     log_axis(axes, "y")
     axes.set_ylabel("L0 (latents per token)")
     if run.target_l0:

@@ -262,5 +262,5 @@ def _job_bytes(specs: Sequence[CellSpec], d: int, group: int, snapshots: int) ->
 
 
 def _training_bytes(workers: int, worker: int) -> int:
-    own = process_bytes()
-    return own + (workers * (own + worker) if workers else worker)
+    process = process_bytes()
+    return process + (workers * (process + worker) if workers else worker)

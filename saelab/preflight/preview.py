@@ -71,7 +71,7 @@ class ArmCheck:
         second_wave: whether it waits for what another arm ends with.
         changes: against the run's base, all of them.
         cells, pairs: cells over all levels, and pairs with the baseline at the target L0.
-        test: that will decide, '' where there is no comparison.
+        test: chosen for the decision; '' where there is no comparison.
         exact_p: the smallest that sign flips can give, Holm over the run's family.
         spread: of the paired differences in a finished run, None without one; `spread_of` says
             where it is from.

@@ -1,4 +1,4 @@
-"""Checks the rules of the verdict on simulated cells."""
+"""Simulation that checks the rules of the verdict."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from saelab.verdict.judge import Kind, choose_words
 
 @dataclass(frozen=True)
 class Simulation:
-    """What the rules say about simulated cells: shares over all simulated runs and arms.
+    """Results of the rules on simulated cells: shares over all simulated runs and arms.
 
     Args:
-        kind, n, arms, effect, sesoi: the cells, see `simulate`.
-        test: the test that was chosen.
+        kind, n, arms, effect, sesoi: settings of the cells, see `simulate`.
+        test: chosen for them.
         simulations: number of simulated runs.
         any_told: share of runs in which at least one arm 'helps' or 'hurts'.
         helps, hurts, no_evidence, cannot_tell: shares of the words over runs and arms.
@@ -53,7 +53,7 @@ def simulate(
     """Applies the rules of `judge` to simulated runs.
 
     Args:
-        kind: how cells are distributed: 'normal', 'skewed' (exponential) or 'discrete' (20 coin
+        kind: distribution of the cells: 'normal', 'skewed' (exponential) or 'discrete' (20 coin
             throws), drawn alike for arm and baseline; 'asymmetric' draws skewed *differences*,
             which no exchange of arm and baseline can give.
         n: pairs.
@@ -69,11 +69,11 @@ def simulate(
     p_holm = stats.holm(stats.chosen_p(d, arms, alpha))
     word = choose_words(d.mean(axis=-1), p_holm, stats.tost_p(d, sesoi), alpha)
     low, high = stats.t_interval(d, alpha)
-    told = (word == "helps") | (word == "hurts")
+    decided = (word == "helps") | (word == "hurts")
     shares = [float(np.mean(word == w)) for w in ("helps", "hurts", "no evidence", "cannot tell")]
     return Simulation(
         kind, n, arms, effect, sesoi, stats.choose_test(n, arms, alpha), simulations,
-        float(told.any(axis=-1).mean()), *shares,
+        float(decided.any(axis=-1).mean()), *shares,
         coverage=float(np.mean((low <= effect) & (effect <= high))),
     )  # fmt: skip
 
@@ -97,13 +97,13 @@ def _simulated_differences(
 
 @dataclass(frozen=True)
 class ValidationRow:
-    """One promise of the rules beside what simulation gives.
+    """Promise of the rules, and the share that simulation gives.
 
     Args:
         promise: in words.
         run: the simulated runs.
         observed: the share that the promise is about.
-        low, high: what is promised; None, None for a row that is shown without a promise.
+        low, high: promised bounds; None, None for a row that is shown without a promise.
         kept: whether observed lies inside, with 3 standard errors of simulation allowed.
     """
 

@@ -163,15 +163,15 @@ def test_drawing_takes_seconds_and_leaves_matplotlib_as_it_was(run: Run, tmp_pat
 
 def test_matplotlib_is_imported_late_and_pyplot_never(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from saelab.report import figures; "
+        "import sys, pathlib; from saelab.report.figures import common; "
         "assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules; "
         "from saelab.report.run_data import load; from run_folders import write_run; "
         f"where = pathlib.Path({str(tmp_path)!r}); "
         "write_run(where / 'run_5', ('baseline', 'A'), seeds=2, metrics=False, curves=False); "
-        "list(figures.draw_run(load(where / 'run_5'), where)); "
+        "list(common.draw_run(load(where / 'run_5'), where)); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
@@ -251,7 +251,7 @@ def test_probing_shows_all_k_and_the_controls_in_grey(run: Run) -> None:
     assert y[2] == rows[0].value and rows[0].seed == -1
     values = run.numbers("sae_top_5_test_accuracy")["A literal"]
     assert len(values) == 2  # the invalid seed is out
-    _, y = line_of(axes, style["A literal"].color)
+    _, y = line_of(axes, looks["A literal"].color)
     assert y[2] == pytest.approx(np.mean(values))
 
 

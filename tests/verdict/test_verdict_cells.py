@@ -14,7 +14,7 @@ from saelab.sae import SAEConfig
 from saelab.seeding import numpy_stream, torch_stream
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
-from saelab.verdict.judge import judge, choose_words
+from saelab.verdict.judge import choose_words, judge
 
 CELLS, DRAWS, D = 24, 4000, 16
 CONFIG = SAEConfig.parse(

@@ -1,17 +1,17 @@
-"""Every picture of a study, from the run folders alone: what plot.py calls.
+"""Pictures of a study, drawn from its run folders alone; plot.py calls `draw`.
 
     loss             reconstruction loss and L0 over training
     frontier         FVU and loss recovered against L0
-    probing          sparse probing accuracy by k, beside the model's own channels
+    probing          sparse probing accuracy by k, next to the model's own channels
     probing_entries  the same at k = 5, entry by entry
     density          how often latents fire
     scalars          learned scalars over training
     verdict          paired difference from the baseline
     placement        arms and controls between a frozen random decoder and the baseline
-    ...              what is measured of the ideas: figures_a.py, figures_b.py
+    ...              measurements of the ideas: idea_a.py, idea_b.py
 
 Bands and bars go from the lowest to the highest seed, except in the verdict (95% t interval). The
-titles carry the numbers that matter. What is missing is said in the picture, with its reason.
+texts above the panels hold the main numbers. A note in the picture says what is missing, and why.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import numpy as np
 from saelab.errors import SaelabError, SourceError
 from saelab.report.figures.axes import (
     NAMES,
-    l0_text,
-    draw_by_arm,
     counts_of,
+    draw_by_arm,
+    draw_over_training,
+    draw_seed_lines,
+    l0_text,
     lost_cells,
     means_of,
     seeds_text,
-    draw_over_training,
-    draw_seed_lines,
     values_text,
 )
 from saelab.report.figures.frontier import frontier
@@ -71,7 +71,7 @@ SCALARS = ("beta", "theta", "tau", "rho", "alpha", "k")
 MANY = 4
 WORDS = ("helps", "hurts", "no evidence", "cannot tell", "refused")
 
-#: What a picture is: the figure, or the reason why there is none; '' where nobody would expect one.
+#: Draws a figure, or returns the reason why there is none; '' where nobody would expect one.
 Picture = Callable[[Run], "Figure | str"]
 
 # ---------------------------------------------------------------- the front door
@@ -81,12 +81,12 @@ Picture = Callable[[Run], "Figure | str"]
 def draw(labels: Mapping[str, str]) -> None:
     """Draws all runs of the current directory; this is the whole of plot.py.
 
-    Prints a line for every picture. What can't be drawn is said on stderr.
+    Prints a line for every picture; the line of one that can't be drawn goes to stderr.
 
     Args:
         labels: run folder -> title; other runs are left out.
 
-    Raises: SystemExit with code 2 when there is no run, with the error's when a run is damaged.
+    Raises: SystemExit with code 2 when there is no run, or the error's code when a run is damaged.
     """
     code = 0
     try:
@@ -104,12 +104,12 @@ def draw(labels: Mapping[str, str]) -> None:
         raise SystemExit(code)
 
 
-#: The lines of one run as `draw_run` gives them; what ended it, and the exit code for that.
+#: Lines of one run as `draw_run` yields them; the error that ended it, and its exit code.
 Drawn = tuple[list[tuple[str, bool]], str, int]
 
 
 def _draw_runs(work: Sequence[tuple[Path, str]]) -> Iterator[Drawn]:
-    """Every run (folder and title) in its order; many of them on all cores, a run on one."""
+    """Draws runs (folder and title) in their order; many of them on all cores, a run on one."""
     processes = min(len(work), os.cpu_count() or 1)
     if len(work) < MANY or processes < 2:
         yield from map(_draw_with_errors, work)
@@ -130,16 +130,16 @@ def _draw_with_errors(run: tuple[Path, str]) -> Drawn:
 
 
 def find_runs(where: Path, labels: Mapping[str, str]) -> list[Path]:
-    """The run folders that hold a final_info.json and are in `labels`, in that order.
+    """Lists the run folders that hold a final_info.json and are in `labels`, in that order.
 
     Raises: SourceError when there is none.
     """
-    found = {file.parent.name: file.parent for file in where.glob("run_*/final_info.json")}
-    if folders := [found[name] for name in labels if name in found]:
+    complete = {file.parent.name: file.parent for file in where.glob("run_*/final_info.json")}
+    if folders := [complete[name] for name in labels if name in complete]:
         return folders
     remedy = (
-        f"add one of {', '.join(sorted(found))} to `labels` in plot.py"
-        if found
+        f"add one of {', '.join(sorted(complete))} to `labels` in plot.py"
+        if complete
         else "start `python experiment.py --out_dir=run_0` here first"
     )
     raise SourceError(f"no run_* folder with a final_info.json that is in `labels`: {remedy}")
@@ -149,7 +149,7 @@ def draw_run(run: Run, where: Path) -> Iterator[tuple[str, bool]]:
     """Draws one run as <run>_<picture>.png and .svg.
 
     Args:
-        run: what to draw.
+        run: read from its folder.
         where: folder for the files.
 
     Yields: for each picture one line to print, and whether it was written.
@@ -173,7 +173,7 @@ def draw_run(run: Run, where: Path) -> Iterator[tuple[str, bool]]:
 
 
 def scalars(run: Run) -> Figure | str:
-    """Learned scalars over training; one that stays constant is told in words."""
+    """Learned scalars over training; a constant one is given as a number in a note."""
     moving, still = [], []
     for name in SCALARS:
         values = [
@@ -206,7 +206,8 @@ def scalars(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – learned scalars over training",
         [
-            f"Line: mean over {seeds_text(counts)} at {l0_text(run)}; thin: seeds; band: their range.",
+            f"Line: mean over {seeds_text(counts)} at {l0_text(run)}; thin: seeds; band: their"
+            " range.",
             f"At the end: {'; '.join(ends)}.",
         ],
         [handle(arm, arm_styles(run)[arm]) for arm in run.arms if arm in arms],
@@ -251,7 +252,8 @@ def density(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – how often latents fire",
         [
-            f"Mean over {seeds_text(counts)} at {l0_text(run)}; dots: seeds; bars: lowest to highest.",
+            f"Mean over {seeds_text(counts)} at {l0_text(run)}; dots: seeds; bars: lowest to"
+            " highest.",
             f"Never fired, in % of latents: {values_text(run, means_of(percent), '.1f')}.",
         ],
         [handle(arm, style[arm]) for arm in bins],
@@ -260,24 +262,24 @@ def density(run: Run) -> Figure | str:
 
 
 def _histograms(run: Run) -> tuple[dict[str, list[float]], dict[str, dict[float, float]]]:
-    """Share that never fires by arm and seed; mean share by arm and left edge of the bin.
+    """Share that never fires, by arm and seed; mean share, by arm and left edge of the bin.
 
     A bin that a cell has no row for is empty.
     """
-    metric, begins = "density_histogram", "log10_density="
-    found = {
-        slice.removeprefix(begins): run.numbers(metric, slice)
+    metric, prefix = "density_histogram", "log10_density="
+    by_edge = {
+        slice.removeprefix(prefix): run.numbers(metric, slice)
         for name, slice in run.values
-        if name == metric and slice.startswith(begins)
+        if name == metric and slice.startswith(prefix)
     }
-    never = found.pop("never", {})
+    never = by_edge.pop("never", {})
     bins: dict[str, dict[float, float]] = {}
     for arm in run.arms:
-        seeds = max((len(numbers.get(arm, ())) for numbers in found.values()), default=0)
+        seeds = max((len(numbers.get(arm, ())) for numbers in by_edge.values()), default=0)
         if seeds:
             bins[arm] = {
                 round(float(edge), 2): sum(numbers.get(arm, ())) / seeds
-                for edge, numbers in found.items()
+                for edge, numbers in by_edge.items()
             }
     return never, bins
 
@@ -326,18 +328,18 @@ def verdict(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – {name} against the baseline: {', '.join(counts)}",
         [
-            f"Mean difference paired by seed at {l0_text(run)}, with its 95% t interval, which covers"
-            " SAE initialisation and data order, not other models or texts. The words rest on p"
-            " adjusted for the number of arms (Holm)."
+            f"Mean difference paired by seed at {l0_text(run)}, with its 95% t interval, which"
+            " covers SAE initialisation and data order, not other models or texts. The words rest"
+            " on p adjusted for the number of arms (Holm)."
         ],
         handles,
     )
 
 
 def _primary(run: Run) -> str:
-    """The metric that was judged."""
-    if named := run.manifest.get("primary"):
-        return named
+    """Name of the metric that was judged."""
+    if recorded := run.manifest.get("primary"):
+        return recorded
     keys = [key for arm in run.arms for key in run.info.get(arm, {}).get("means", {})]
     return next((key.removeprefix("verdict.") for key in keys if key.startswith("verdict.")), "fvu")
 
@@ -351,7 +353,7 @@ def _shade_interest(axes: Axes, run: Run) -> list[Artist]:
     return [axes.axvspan(-sesoi, sesoi, color="#BBBBBB", alpha=0.4, linewidth=0, label=label)]
 
 
-#: Every picture by the name in its file name.
+#: File name of a picture, without run and ending -> the picture.
 PICTURES: dict[str, Picture] = {
     "loss": loss,
     "frontier": frontier,

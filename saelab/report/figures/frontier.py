@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from saelab.report.figures.axes import (
-    draw_against_l0,
-    l0_text,
-    draw_by_arm,
     cells_of,
+    draw_against_l0,
+    draw_by_arm,
+    l0_text,
     lost_cells,
     means_of,
     values_text,

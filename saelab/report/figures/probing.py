@@ -6,13 +6,13 @@ import sys
 from typing import TYPE_CHECKING
 
 from saelab.report.figures.axes import (
-    l0_text,
     draw_by_arm,
+    draw_points,
+    l0_text,
     lost_cells,
     mean,
     means_of,
     seeds_text,
-    draw_points,
     values_text,
 )
 from saelab.report.figures.style import ArmStyle, Page, arm_styles, handle, legend_name, wrap
@@ -30,22 +30,22 @@ def _accuracies(run: Run, subject: str, k: int, slice: str = "") -> list[float]:
     """Test accuracies of an arm or control by seed; k = 0 is the probe of all columns."""
     part = f"top_{k}_" if k else ""
     for prefix in ("sae", "llm"):
-        if found := run.numbers(f"{prefix}_{part}test_accuracy", slice).get(subject):
-            return found
+        if accuracies := run.numbers(f"{prefix}_{part}test_accuracy", slice).get(subject):
+            return accuracies
     return []
 
 
 def _measured_ks(run: Run) -> list[int]:
-    """The k that were measured, ascending, and 0 for the full probe at the end."""
-    found = set()
+    """Values of k that were measured, ascending, and 0 for the full probe at the end."""
+    ks = set()
     for metric, slice in run.values:
         words = metric.split("_")
         if not slice and words[0] in ("sae", "llm") and words[-2:] == ["test", "accuracy"]:
             if words[1] == "top" and len(words) == 5:
-                found.add(int(words[2]))
+                ks.add(int(words[2]))
             elif len(words) == 3:
-                found.add(0)
-    return sorted(found, key=lambda k: k or sys.maxsize)
+                ks.add(0)
+    return sorted(ks, key=lambda k: k or sys.maxsize)
 
 
 def probing(run: Run) -> Figure | str:
@@ -77,7 +77,7 @@ def probing(run: Run) -> Figure | str:
             textcoords="offset points", color="#555555",
         )  # fmt: skip
     k = ENTRY_K if ENTRY_K in ks else ks[0]
-    means = means_of({s: found for s in by_subject if (found := _accuracies(run, s, k))})
+    means = means_of({s: values for s in by_subject if (values := _accuracies(run, s, k))})
     controls = [f"{legend_name(c)} {means[c]:.3f}" for c in run.controls if c in means]
     counts = [len(values) for s in run.arms for values in by_subject.get(s, {}).values()]
     at_k = f"At k = {k}: " if k else "All latents: "
@@ -116,8 +116,8 @@ def probing_entries(run: Run) -> Figure | str:
         axes.locator_params(axis="y", nbins=4)
     for row in mosaic:
         page.panels[row[0]].set_ylabel("test accuracy")
-    found = run.numbers(metric)
-    counts = [len(found[arm]) for arm in run.arms if arm in found] or [1]
+    numbers = run.numbers(metric)
+    counts = [len(numbers[arm]) for arm in run.arms if arm in numbers] or [1]
     return page.finish(
         f"{run.title} – sparse probing accuracy by entry, k\u00a0=\u00a0{ENTRY_K}",
         [
@@ -133,7 +133,7 @@ def probing_entries(run: Run) -> Figure | str:
 
 
 def _entries(run: Run) -> list[str]:
-    """Entries on which some arm or control was probed at `ENTRY_K`, in the order of the file."""
+    """Entries on which an arm or control was probed at `ENTRY_K`, in the order of the file."""
     metric = f"sae_top_{ENTRY_K}_test_accuracy"
     return [
         slice.removeprefix("entry=")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from saelab.report.figures.axes import (
-    l0_text,
     counts_of,
+    draw_over_training,
+    l0_text,
     limit_to_late,
     seeds_text,
-    draw_over_training,
     values_text,
 )
 from saelab.report.figures.style import Page, arm_styles, explain, handle, log_axis
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 def _relative_to_baseline(run: Run, name: str) -> dict[str, dict[int, Curve]]:
     """100 * (arm / baseline - 1), seed by seed, for seeds that both have."""
     base = run.curves.get((name, run.baseline), {})
-    found: dict[str, dict[int, Curve]] = {}
+    relative: dict[str, dict[int, Curve]] = {}
     for arm in run.arms[1:]:
         for seed, curve in run.curves.get((name, arm), {}).items():
             if seed in base:
                 other = np.interp(curve.tokens, *base[seed], left=np.nan, right=np.nan)
-                kept = np.isfinite(other) & (other > 0)
-                ratio = 100 * (curve.values[kept] / other[kept] - 1)
+                usable = np.isfinite(other) & (other > 0)
+                ratio = 100 * (curve.values[usable] / other[usable] - 1)
                 if len(ratio):
-                    found.setdefault(arm, {})[seed] = Curve(curve.tokens[kept], ratio)
-    return found
+                    relative.setdefault(arm, {})[seed] = Curve(curve.tokens[usable], ratio)
+    return relative
 
 
 def loss(run: Run) -> Figure | str:

@@ -23,7 +23,7 @@ def check(
     """Say what runs will train, change, cost and could see, and refuse what is impossible."""
     from saelab.errors import SourceError
     from saelab.launch.entry import check_one
-    from saelab.preflight.preview import text
+    from saelab.preflight.preview import check_text
     from saelab.study.plan import Confirmation
 
     runs, file = read_runs(experiment)
@@ -35,7 +35,7 @@ def check(
             if names or not isinstance(runs[name], Confirmation):
                 raise
             say(f"{name}: {error}", err=True)
-    show(json_, [preview.as_dict() for preview in previews], map(text, previews), "\n\n")
+    show(json_, [preview.as_dict() for preview in previews], map(check_text, previews), "\n\n")
     for preview in previews:
         preview.check_limit()
 
@@ -72,7 +72,8 @@ def cost(
     """
     from saelab.api import settings
     from saelab.errors import SettingError
-    from saelab.preflight import cost
+    from saelab.preflight.cost_table import WIDTHS, cost_text, count_cost
+    from saelab.preflight.rates import RATES, read_rates
 
     if tokens < 1:
         raise SettingError("--tokens", tokens, "use at least 1")
@@ -85,15 +86,15 @@ def cost(
 
         speed = rates_here(base)
     else:
-        speed = cost.known_rates(device, rates or cost.RATES)
-    result = cost.cost(base, speed, width or cost.WIDTHS, ranks, l0)
-    show(json_, result.as_dict(), [cost.text(result)])
+        speed = read_rates(device, rates or RATES)
+    result = count_cost(base, speed, width or WIDTHS, ranks, l0)
+    show(json_, result.as_dict(), [cost_text(result)])
 
 
 def _trials(base: BaseConfig, json_: bool) -> None:
-    from saelab.preflight.calibration import rates_here, trial_lines, trials
+    from saelab.preflight.calibration import rates_here, run_trials, trial_lines
 
     rates = rates_here(base)
-    rows = trials(base, rates)
+    rows = run_trials(base, rates)
     data = {"rates": rates.model_dump(), "trials": [row.as_dict() for row in rows]}
     show(json_, data, trial_lines(rows))

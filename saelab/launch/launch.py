@@ -31,8 +31,8 @@ from saelab.launch.waves import (
     _wave,
     _workers,
 )
-from saelab.preflight.estimate import training_seconds
-from saelab.preflight.memory import fitting, refuse
+from saelab.preflight.cost import training_seconds
+from saelab.preflight.memory import fit_workers, refuse
 from saelab.preflight.preview import RunCheck, check, check_limit
 from saelab.progress import clock
 from saelab.progress.run import launch_progress, log_cells, log_progress
@@ -190,7 +190,7 @@ def _within_memory(task: Launch, before: RunCheck) -> Launch:
 
     Raises: SettingError when it holds not even one.
     """
-    workers = fitting(before.base, before.specs, before.workers, GROUP)
+    workers = fit_workers(before.base, before.specs, before.workers, GROUP)
     if workers is None:
         refuse(before.base, before.specs, GROUP)
     elif workers < before.workers:

@@ -24,7 +24,7 @@ from saelab.launch.jobs import Job, JobCell, WorkerData, evaluation_cost
 from saelab.launch.prepare import LaunchData, prepare, source_path
 from saelab.launch.seed_pairs import partners
 from saelab.launch.worker import Worker
-from saelab.preflight.estimate import training_seconds
+from saelab.preflight.cost import training_seconds
 from saelab.preflight.preview import RunCheck
 from saelab.progress import clock, progress
 from saelab.progress.state import DONE, EVALUATE

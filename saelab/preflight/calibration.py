@@ -1,4 +1,4 @@
-"""Rates measured on this machine, and what `cost` predicts beside runs that are made here.
+"""Calibration of the formulas in `cost`: rates measured on this machine, and runs to check them.
 
 Everything runs on one thread and is timed in processor time, so that others at work on the machine
 count less; each run has a process of its own, whose largest memory is read at its end. A rate is
@@ -27,31 +27,24 @@ from saelab.data import language_model
 from saelab.data.activations.harvest import bytes_needed, harvest
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.activations.stream import batches
-from saelab.data.language_model import Size
 from saelab.data.text.tokens import Tokens
-from saelab.kernels.table import selection_dtype
 from saelab.preflight.cost import (
-    Rates,
     active_latents,
+    harvest_bytes,
     harvest_flops,
-    size_of,
+    harvest_seconds,
+    process_bytes,
     state_bytes,
     step_seconds,
 )
-from saelab.preflight.memory import harvest_bytes, process
+from saelab.preflight.rates import Rates, best_seconds, size_of, thread_rates
 from saelab.seeding import torch_stream
 from saelab.study.plan import BaseConfig
 from saelab.training.cell import TrainingCell
 from saelab.training.loop import Cell, train
-from saelab.training.sample import SAMPLE_ROWS
 
-#: Times that a rate is measured; the best counts.
-TIMES = 5
-#: GEMM [rows, channels] x [channels, latents] and floats of a vector that rates are measured by;
-#: tokens of the forward pass. Our choice: a second or two in all.
-GEMM, FLOATS, TOKENS = (512, 512, 4096), 2**24, 2048
-#: Steps of a trial.
-STEPS = 28
+#: Tokens of the forward pass that is timed, and steps of a trial. Our choice: a second or two.
+TOKENS, STEPS = 2048, 28
 #: Tokens that the trials harvest, widths that they train, as multiples of the settings' width; and
 #: the one whose steps say what share of the rates a step reaches.
 HARVESTS, FACTORS, MEASURED_FACTOR = (8_192, 32_768), (1, 4), 2
@@ -59,6 +52,7 @@ HARVESTS, FACTORS, MEASURED_FACTOR = (8_192, 32_768), (1, 4), 2
 TINY = (8, 8, 64)
 #: Bytes written and read back to measure the disk.
 FILE_BYTES = 2**26
+HEADING = f"{'':44}  {'predicted':>10}  {'actual':>10} {'':5} {'error':>7}"
 
 
 @dataclass(frozen=True)
@@ -85,81 +79,50 @@ class Compared:
         return {**asdict(self), "error": self.error}
 
 
-HEADING = f"{'':44}  {'predicted':>10}  {'actual':>10} {'':5} {'error':>7}"
-
-
 # ---- rates -----------------------------------------------------------------------------------
 
 
 def rates_here(base: BaseConfig) -> Rates:
-    """The rates of one thread of this machine's processor, measured now.
+    """Measures one thread of this machine's processor: a GEMM, a pass over memory, the language
+    model, training steps, the disk.
 
     Raises: SourceError when the model can't be loaded.
     """
-    return Rates.parse(_alone(_measured, base.model_dump(mode="json")))
+    return _run_alone(_measure_rates, base)[0]
 
 
-def _measured(settings: dict[str, Any]) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    base = BaseConfig.parse(settings)
-    dtype = selection_dtype(base.sae.precision, torch.device("cpu"))
-    n, d, latents = GEMM
-    a, b = torch.ones(n, d, dtype=dtype), torch.ones(latents, d, dtype=dtype)
-    matrix = 2 * n * d * latents / _best(lambda: torch.nn.functional.linear(a, b))
-    x, y = torch.ones(FLOATS), torch.ones(FLOATS)
-    memory = 3 * 4 * FLOATS / _best(lambda: y.add_(x))
-    rates = {
-        "title": "one thread of this machine's processor",
-        "source": "measured by this command",
-        "measured": True,
-        "peak_flops": matrix,
-        "peak_memory": memory,
-        "model_efficiency": _model_flops(base) / matrix,
-        "capacity": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "step_seconds": _step_seconds(base, *TINY, STEPS),
-        "store": _disk(),
-    }
-    return rates | {"step_efficiency": _step_efficiency(base, Rates.parse(rates))}
-
-
-def _step_efficiency(base: BaseConfig, rates: Rates) -> float:
-    """What a step's work should take by the rates, over what it takes."""
+def _measure_rates(base: BaseConfig) -> Rates:
     n, d = base.train.batch_size, size_of(base.model).d_model
-    width = MEASURED_FACTOR * base.sae.d_sae
-    work = step_seconds(rates, n, d, width, active_latents(base)) - rates.step_seconds
-    actual = _step_seconds(base, n, d, width, STEPS) - rates.step_seconds
-    return work / max(actual, 1e-9)
-
-
-def _best(work: Callable[[], object]) -> float:
-    """Processor seconds of the fastest of a few calls."""
-    work()
-    found = []
-    for _ in range(TIMES):
-        start = time.process_time()
-        work()
-        found.append(time.process_time() - start)
-    return min(found)
+    width, overhead = MEASURED_FACTOR * base.sae.d_sae, _step_seconds(base, *TINY)
+    quick = thread_rates(base.sae.precision)
+    full = {"model_efficiency": _model_flops(base) / quick.matrix, "store": _disk_rate()}
+    full |= {"step_efficiency": 1.0, "step_seconds": 0.0}
+    rates = quick.model_copy(update=full)
+    work = step_seconds(rates, n, d, width, active_latents(base.sae))
+    actual = max(_step_seconds(base, n, d, width) - overhead, 1e-9)
+    return rates.model_copy(
+        update={"step_efficiency": work / actual, "step_seconds": overhead},
+    )
 
 
 def _model_flops(base: BaseConfig) -> float:
     """FLOP/s of a pass of the model through all of its blocks."""
-    model = language_model.load(base.model)
-    size = size_of(base.model)
+    model, size = language_model.load(base.model), size_of(base.model)
     hook = f"blocks.{size.blocks - 1}.hook_resid_post"
-    parts = _ids(base, size, TOKENS).split(base.harvest.batch)
-    seconds = _best(lambda: [model.activations(part, None, [hook]) for part in parts])
+    parts = _random_ids(base, TOKENS).split(base.harvest.batch)
+    seconds = best_seconds(lambda: [model.activations(part, None, [hook]) for part in parts])
     positions = sum(part.numel() for part in parts)
     return positions * harvest_flops(size, base.patched({"hook_name": hook})) / seconds
 
 
-def _ids(base: BaseConfig, size: Size, tokens: int) -> torch.Tensor:
-    """Made-up token ids, int64 [contexts, context]: what a pass costs does not depend on them."""
+def _random_ids(base: BaseConfig, tokens: int) -> torch.Tensor:
+    """Made-up token ids, int64 [contexts, context]: the cost of a pass does not depend on them."""
     shape = (-(-tokens // base.context), base.context)
-    return torch.randint(size.vocabulary, shape, generator=torch_stream(0, "trial ids"))
+    vocabulary = size_of(base.model).vocabulary
+    return torch.randint(vocabulary, shape, generator=torch_stream(0, "trial ids"))
 
 
-def _disk() -> float:
+def _disk_rate() -> float:
     """Bytes/s of writing a file to the disk under the temporary folder and reading it back."""
     data = bytes(FILE_BYTES)
     with tempfile.TemporaryFile() as file:
@@ -175,47 +138,39 @@ def _disk() -> float:
 # ---- runs ------------------------------------------------------------------------------------
 
 
-def trials(base: BaseConfig, rates: Rates) -> list[Compared]:
-    """What the formulas say with these rates beside what runs on this machine take.
+def run_trials(base: BaseConfig, rates: Rates) -> list[Compared]:
+    """Compares the formulas with these rates to what runs on this machine take.
 
     Raises: SourceError when the model or the text can't be had.
     """
-    size, settings = size_of(base.model), base.model_dump(mode="json")
-    found = []
+    size, n, l0 = size_of(base.model), base.train.batch_size, active_latents(base.sae)
+    d, results = size.d_model, []
     for tokens in HARVESTS:
-        made = _alone(_harvest_trial, settings, tokens)
-        positions = made["positions"]
+        (counted, seconds, written), peak = _run_alone(_harvest_trial, base, tokens)
         what = f"harvest of {tokens:,} tokens"
-        seconds = positions * harvest_flops(size, base) / rates.model
-        memory = (
-            process()
-            + size.weights
-            + harvest_bytes(size, base.context, tokens, base.harvest, "cpu")
-        )
-        disk = bytes_needed(made["tokens"], base.context, size.d_model, base.harvest.dtype)
-        found += [
-            Compared(f"{what}, time", "s", seconds, made["seconds"]),
-            Compared(f"{what}, memory", "MB", memory / 1e6, made["memory"] / 1e6),
-            Compared(f"{what}, disk", "MB", disk / 1e6, made["bytes"] / 1e6),
+        memory = process_bytes() + size.weights + harvest_bytes(size, base, tokens)
+        disk = bytes_needed(counted, base.context, d, base.harvest.dtype)
+        results += [
+            Compared(f"{what}, time", "s", harvest_seconds(size, base, counted, rates), seconds),
+            Compared(f"{what}, memory", "MB", memory / 1e6, peak / 1e6),
+            Compared(f"{what}, disk", "MB", disk / 1e6, written / 1e6),
         ]
-    n, l0 = base.train.batch_size, active_latents(base)
     for width in (factor * base.sae.d_sae for factor in FACTORS):
-        made = _alone(_training_trial, settings, size.d_model, width)
-        what = f"training of {width:,} latents"
-        step = step_seconds(rates, n, size.d_model, width, l0)
-        memory = process() + state_bytes(n, size.d_model, width) + made["data"]
-        found += [
-            Compared(f"{what}, time of a step", "ms", step * 1e3, made["seconds"] * 1e3),
-            Compared(f"{what}, memory", "MB", memory / 1e6, made["memory"] / 1e6),
+        seconds, peak = _run_alone(_step_seconds, base, n, d, width)
+        what, step = f"training of {width:,} latents", step_seconds(rates, n, d, width, l0)
+        rows = 8 * n * STEPS * d  # and the stream's copy; no sample
+        memory = process_bytes() + state_bytes(n, d, [width]) + rows
+        results += [
+            Compared(f"{what}, time of a step", "ms", step * 1e3, seconds * 1e3),
+            Compared(f"{what}, memory", "MB", memory / 1e6, peak / 1e6),
         ]
-    return found
+    return results
 
 
-def _harvest_trial(settings: dict[str, Any], tokens: int) -> dict[str, float]:
-    torch.set_num_threads(1)
-    base = BaseConfig.parse(settings)
+def _harvest_trial(base: BaseConfig, tokens: int) -> tuple[int, float, int]:
+    """Counted tokens of a harvest, its processor seconds, and the bytes that it wrote."""
     model = language_model.load(base.model)
-    ids = _ids(base, size_of(base.model), tokens)
+    ids = _random_ids(base, tokens)
     mask = torch.ones_like(ids).bool()
     mask[:, 0] = False  # where BOS would be
     texts = Tokens(ids, mask)
@@ -225,34 +180,20 @@ def _harvest_trial(settings: dict[str, Any], tokens: int) -> dict[str, float]:
         harvest(model, texts, [base.hook_name], base.harvest, Path(folder))
         seconds = time.process_time() - start
         written = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
-    return {
-        "seconds": seconds,
-        "positions": ids.numel(),
-        "tokens": texts.n_tokens,
-        "bytes": written,
-        "memory": _memory(),
-    }
+    return texts.n_tokens, seconds, written
 
 
-def _training_trial(settings: dict[str, Any], d: int, width: int) -> dict[str, float]:
-    torch.set_num_threads(1)
-    base = BaseConfig.parse(settings)
-    n = base.train.batch_size
-    seconds = _step_seconds(base, n, d, width, STEPS)
-    data = 4 * d * (2 * n * STEPS - SAMPLE_ROWS)  # the rows and the stream's copy; no sample
-    return {"seconds": seconds, "data": data, "memory": _memory()}
-
-
-def _step_seconds(base: BaseConfig, n: int, d: int, width: int, steps: int) -> float:
+def _step_seconds(base: BaseConfig, n: int, d: int, width: int, steps: int = STEPS) -> float:
     """Processor seconds of a training step at the L0 of the settings, on made rows."""
     rows = torch.randn(n * steps, 1, d, generator=torch_stream(0, "trial rows"))
     source = MemorySource([Shard(rows, torch.ones(rows.shape[:2], dtype=torch.bool))], {})
-    changes: dict[str, Any] = {"d_sae": width, "initial_l0": min(active_latents(base), width / 4)}
     activation = base.sae.activation
+    initial_l0 = min(active_latents(base.sae), width / 4)
     if activation.target_l0 is not None or activation.l0_setting is not None:
-        changes["initial_l0"] = None
+        initial_l0 = None
+    config = base.sae.patched({"d_sae": width, "initial_l0": initial_l0})
     settings = base.train.patched({"batch_size": n, "tokens": n * steps})
-    cell = Cell("trial", base.sae.patched(changes), settings, rows[:, 0], seed=0)
+    cell = Cell("trial", config, settings, rows[:, 0], seed=0)
     start, turns = time.process_time(), []
 
     def count(done: int, living: list[TrainingCell]) -> None:
@@ -264,31 +205,27 @@ def _step_seconds(base: BaseConfig, n: int, d: int, width: int, steps: int) -> f
     return statistics.median(turns[1:] or turns)  # the first one warms up
 
 
-def _memory() -> float:
-    """The largest memory that this process has had, bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-def _alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The work's result, from a new process on one thread."""
+def _run_alone(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """The work's result, from a new process on one thread, and that process's largest memory."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, _begin) as pool:
-        return pool.submit(work, *arguments).result()
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_work_on_one_thread, work, *arguments).result()
 
 
-def _begin() -> None:
+def _work_on_one_thread(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     os.environ["SAELAB_PROGRESS"] = "off"
     torch.set_num_threads(1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return work(*arguments), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def trial_lines(found: Sequence[Compared]) -> list[str]:
+def trial_lines(results: Sequence[Compared]) -> list[str]:
     """The table, and the largest error of the times."""
-    errors = [abs(math.log(one.predicted / one.actual)) for one in found]
-    worst = found[errors.index(max(errors))]
+    errors = [abs(math.log(one.predicted / one.actual)) for one in results]
+    worst = results[errors.index(max(errors))]
     factor = math.exp(max(errors))
     return [
         HEADING,
-        *(one.line() for one in found),
+        *(one.line() for one in results),
         f"worst: {worst.what}, a factor of {factor:.2f}",
     ]

@@ -1,4 +1,4 @@
-"""What a run is before anything is trained: cells, exact changes, cost, and what it could see.
+"""A run before anything is trained: its cells, exact changes, cost, and smallest visible effect.
 
 The smallest effect that a comparison can see is k(n) times the spread of the paired differences
 (`stats.smallest_detectable`, 80% power). The spread is taken from a finished run of the study: of
@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,8 @@ from saelab.data import language_model
 from saelab.data.activations.foreign import ForeignSource
 from saelab.errors import SettingError
 from saelab.parts import TABLE
-from saelab.preflight.estimate import harvest_seconds, training_seconds
-from saelab.preflight.memory import Needs, needs
+from saelab.preflight.cost import Needs, harvest_seconds, launch_needs, training_seconds
+from saelab.preflight.rates import thread_rates
 from saelab.progress import clock
 from saelab.runs.folder import MANIFEST, RunFolder
 from saelab.runtime.safe_text import visible
@@ -37,7 +38,6 @@ from saelab.study.plan import (
     BaseConfig,
     CellSpec,
     PlanConfig,
-    arm_settings,
     later_arms,
     resolve_with_placeholders,
 )
@@ -71,7 +71,7 @@ class ArmCheck:
         second_wave: whether it waits for what another arm ends with.
         changes: against the run's base, all of them.
         cells, pairs: cells over all levels, and pairs with the baseline at the target L0.
-        test: that will decide, '' where there is no comparison.
+        test: chosen for the decision; '' where there is no comparison.
         exact_p: the smallest that sign flips can give, Holm over the run's family.
         spread: of the paired differences in a finished run, None without one; `spread_of` says
             where it is from.
@@ -95,19 +95,23 @@ class ArmCheck:
 
 @dataclass(frozen=True)
 class RunCheck:
-    """One run before it is trained; `seconds` is with nothing in the cache."""
+    """One run before it is trained; `seconds` is with nothing in the cache.
 
-    name: str
-    title: str
-    purpose: str
-    plan: PlanConfig
-    deviations: tuple[str, ...]
-    arms: tuple[ArmCheck, ...]
-    specs: tuple[CellSpec, ...]
+    Args:
+        task: the launch.
+        base: the settings with the run's changes.
+        specs, arms: its cells and arms.
+        deviations: of the plan from the registered one.
+        workers, needs: processes that train it, and the bytes that it takes with them.
+    """
+
+    task: Launch
     base: BaseConfig
-    needs: Needs
+    specs: tuple[CellSpec, ...]
+    arms: tuple[ArmCheck, ...]
+    deviations: tuple[str, ...]
     workers: int
-    limit: float
+    needs: Needs
 
     @property
     def tokens(self) -> int:
@@ -123,39 +127,40 @@ class RunCheck:
         else:
             size = language_model.size(base.model)
             tokens = base.train.tokens + base.evaluation.tokens
-            each = getattr(torch, base.model.dtype).itemsize
-            width, harvest = size.d_model, harvest_seconds(size, tokens, each)
+            seconds = harvest_seconds(size, base, tokens, thread_rates())
+            width, harvest = size.d_model, seconds / torch.get_num_threads()
         return harvest + training_seconds(self.specs, width, max(1, self.workers))
 
     @property
     def warnings(self) -> list[str]:
-        """What should be known before it starts; a tuning is judged by no test."""
-        if self.purpose == "tune":
+        """Problems to know before it starts; a tuning is judged by no test."""
+        plan = self.task.plan
+        if self.task.purpose == "tune":
             return []
-        found = [f"the plan deviates from the registered one: {text}" for text in self.deviations]
-        found += [f"left out on purpose: {text}" for text in self.plan.exclusions]
+        texts = [f"the plan deviates from the registered one: {text}" for text in self.deviations]
+        texts += [f"left out on purpose: {text}" for text in plan.exclusions]
         compared = [arm for arm in self.arms if arm.name != BASELINE]
-        family = _family(self.plan, len(compared))
-        for n, some in itertools.groupby(sorted(compared, key=_pairs), _pairs):
-            names = ", ".join(arm.name for arm in some)
-            if text := _no_exact_p(n, family, self.plan.alpha):
-                found.append(f"{names}: {text}")
-        return found
+        family, pairs = _family(plan, len(compared)), attrgetter("pairs")
+        for n, arms in itertools.groupby(sorted(compared, key=pairs), pairs):
+            names = ", ".join(arm.name for arm in arms)
+            if text := _no_exact_p(n, family, plan.alpha):
+                texts.append(f"{names}: {text}")
+        return texts
 
     def check_limit(self) -> None:
         """Raises: SettingError when the launch is expected to take longer than it may."""
-        if self.limit < float("inf"):
-            check_limit(self.name, self.seconds, self.limit)
+        if self.task.limit < float("inf"):
+            check_limit(self.task.name, self.seconds, self.task.limit)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for --json."""
         return {
-            "run": self.name,
-            "title": self.title,
-            "purpose": self.purpose,
-            "plan_hash": plan_hash(self.plan),
+            "run": self.task.name,
+            "title": self.task.run.title,
+            "purpose": self.task.purpose,
+            "plan_hash": plan_hash(self.task.plan),
             "deviations": list(self.deviations),
-            "primary": self.plan.primary,
+            "primary": self.task.plan.primary,
             "cells": len(self.specs),
             "tokens": self.tokens,
             "seconds": round(self.seconds, 1),
@@ -174,19 +179,16 @@ def check(task: Launch, specs: Sequence[CellSpec], workers: int) -> RunCheck:
     """
     base = task.base.patched(dict(task.run.changes))
     spreads = measured_spreads(task.root, task.plan) if task.judged else {}
-    arms = tuple(_arm(task, arm, specs, spreads) for arm in task.run.arms)
+    resolved = resolve_with_placeholders(task.run).arms
+    changes = {arm.name: arm_changes(base, arm) for arm in resolved}
     return RunCheck(
-        task.name,
-        task.run.title,
-        task.purpose,
-        task.plan,
-        deviations(task.root, task.plan) if task.judged else (),
-        arms,
-        tuple(specs),
-        base,
-        needs(base, specs, workers, GROUP),
-        workers,
-        task.limit,
+        task=task,
+        base=base,
+        specs=tuple(specs),
+        arms=tuple(_arm(task, arm, changes[arm.name], specs, spreads) for arm in task.run.arms),
+        deviations=deviations(task.root, task.plan) if task.judged else (),
+        workers=workers,
+        needs=launch_needs(base, specs, workers, GROUP),
     )
 
 
@@ -198,41 +200,41 @@ def check_limit(run: str, seconds: float, limit: float) -> None:
 
 
 def _arm(
-    task: Launch, arm: Arm, specs: Sequence[CellSpec], spreads: Mapping[tuple[str, str], float]
+    task: Launch,
+    arm: Arm,
+    changes: tuple[Change, ...],
+    specs: Sequence[CellSpec],
+    spreads: Mapping[tuple[str, str], float],
 ) -> ArmCheck:
     plan = task.plan
     own = [spec for spec in specs if spec.id.arm == arm.name]
     pairs = sum(spec.is_at_target(plan) for spec in own)
     plain = ArmCheck(
-        arm.name,
-        arm.comment,
-        arm.twin_of,
-        arm.against,
-        arm in later_arms(task.run),
-        arm_changes(task, arm),
-        len(own),
-        pairs,
+        name=arm.name,
+        comment=arm.comment,
+        twin_of=arm.twin_of,
+        against=arm.against,
+        second_wave=arm in later_arms(task.run),
+        changes=changes,
+        cells=len(own),
+        pairs=pairs,
     )
     if arm.name == BASELINE or pairs < 2:
         return plain
     family = _family(plan, len(task.run.arms) - 1)
-    spread, where = _spread(task.name, arm.name, spreads)
+    spread, source = _spread(task.name, arm.name, spreads)
     return replace(
         plain,
         test=stats.choose_test(pairs, family, plan.alpha),
         exact_p=min(1.0, family * 2.0 ** (1 - pairs)),
         spread=spread,
-        spread_of=where,
+        spread_of=source,
         sees=stats.smallest_detectable(spread or 1.0, pairs, plan.alpha),
     )
 
 
 def _family(plan: PlanConfig, arms: int) -> int:
     return max(arms, plan.family or 0)
-
-
-def _pairs(arm: ArmCheck) -> int:
-    return arm.pairs
 
 
 def _no_exact_p(n: int, family: int, alpha: float) -> str:
@@ -252,18 +254,13 @@ def _no_exact_p(n: int, family: int, alpha: float) -> str:
 # ---- what an arm changes ---------------------------------------------------------------------
 
 
-def arm_changes(task: Launch, arm: Arm) -> tuple[Change, ...]:
-    """The exact difference of the arm's resolved settings from the run's base.
-
-    Raises: SettingError for an unknown setting.
-    """
-    shown = next(a for a in resolve_with_placeholders(task.run).arms if a.name == arm.name)
-    base = task.base.patched(dict(task.run.changes)).model_dump(mode="json")
-    settings = arm_settings(task.base, task.run, shown).model_dump(mode="json")
-    found = list(_changes("", base, settings))
+def arm_changes(base: BaseConfig, arm: Arm) -> tuple[Change, ...]:
+    """The exact difference of an arm's settings from the run's base."""
+    old, new = (x.model_dump(mode="json") for x in (base, base.patched(dict(arm.changes))))
+    changes = list(_changes("", old, new))
     if arm.module is not None:
-        found.append(Change("module", ABSENT, getattr(arm.module, "__name__", repr(arm.module))))
-    return tuple(found)
+        changes.append(Change("module", ABSENT, getattr(arm.module, "__name__", repr(arm.module))))
+    return tuple(changes)
 
 
 def _changes(name: str, old: Any, new: Any) -> Iterator[Change]:
@@ -279,15 +276,15 @@ def _changes(name: str, old: Any, new: Any) -> Iterator[Change]:
         for i, (a, b) in enumerate(itertools.zip_longest(old, new, fillvalue=ABSENT)):
             yield from _changes(f"{name}.{i}", a, b)
     else:
-        yield Change(name, old, _found(new))
+        yield Change(name, old, _name_placeholders(new))
 
 
-def _found(value: Any) -> Any:
-    """Settings in which a stand-in for what another arm ends with is named as that."""
+def _name_placeholders(value: Any) -> Any:
+    """Settings in which a stand-in for the end of another arm is named as that."""
     if value == PREVIEWED or value == [PREVIEWED, PREVIEWED]:
         return "what another arm ends with"
     if isinstance(value, dict):
-        return {name: _found(part) for name, part in value.items()}
+        return {name: _name_placeholders(part) for name, part in value.items()}
     return value
 
 
@@ -296,9 +293,12 @@ def _short(value: Any) -> str:
     if not isinstance(value, dict) or "kind" not in value:
         return value if isinstance(value, str) else repr(value)
     usual = _defaults(value)
-    own = {name: part for name, part in value.items() if name != "kind"}
-    said = [f"{k}={_short(v)}" for k, v in own.items() if k not in usual or usual[k] != v]
-    return f"{value['kind']}({', '.join(said)})" if said else str(value["kind"])
+    settings = [
+        f"{name}={_short(part)}"
+        for name, part in value.items()
+        if name != "kind" and (name not in usual or usual[name] != part)
+    ]
+    return f"{value['kind']}({', '.join(settings)})" if settings else str(value["kind"])
 
 
 def _defaults(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,8 +316,9 @@ def _defaults(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measured_spreads(root: Path, plan: PlanConfig) -> dict[tuple[str, str], float]:
-    """(run, arm) -> sd of the paired differences of the primary metric, from the runs in `root`."""
-    found: dict[tuple[str, str], float] = {}
+    """Reads the finished runs in `root`: (run, arm) -> sd of the paired differences of the primary
+    metric."""
+    spreads: dict[tuple[str, str], float] = {}
     for file in sorted(root.glob(f"run_*/{MANIFEST}")):
         manifest = RunFolder(file.parent).manifest
         if manifest.get("primary") != plan.primary or manifest.get("study") != plan.study:
@@ -325,8 +326,8 @@ def measured_spreads(root: Path, plan: PlanConfig) -> dict[tuple[str, str], floa
         for c in manifest.get("comparisons", []):
             if c["detectable"]:
                 sd = c["detectable"] / stats.detectable_factor(c["n"], manifest["plan"]["alpha"])
-                found[manifest["run"], c["arm"]] = sd
-    return found
+                spreads[manifest["run"], c["arm"]] = sd
+    return spreads
 
 
 def _spread(
@@ -343,21 +344,21 @@ def _spread(
 # ---- in words --------------------------------------------------------------------------------
 
 
-def text(found: RunCheck) -> str:
-    """What `saelab plan check` prints for one run."""
-    plan, compared = found.plan, len(found.arms) - 1
+def check_text(run: RunCheck) -> str:
+    """Text that `saelab plan check` prints for one run."""
+    task, plan, compared = run.task, run.task.plan, len(run.arms) - 1
     lines = [
-        f"{found.name}: {found.title}",
+        f"{task.name}: {task.run.title}",
         f"  plan {plan_hash(plan)}: {plan.primary}, {plan.direction} is better, smallest effect of "
         f"interest {plan.sesoi:g}, Holm over {_family(plan, compared)}, alpha {plan.alpha:g}"
-        + (", confirmatory" if found.purpose == "confirm" else ", exploratory"),
-        f"  {len(found.specs)} cells, {found.tokens:,} tokens, about {clock(found.seconds)} with "
-        f"{found.workers} workers and nothing in the cache",
-        f"  {found.needs.line()}",
+        + (", confirmatory" if task.purpose == "confirm" else ", exploratory"),
+        f"  {len(run.specs)} cells, {run.tokens:,} tokens, about {clock(run.seconds)} with "
+        f"{run.workers} workers and nothing in the cache",
+        f"  {run.needs.line()}",
     ]
-    for arm in found.arms:
+    for arm in run.arms:
         lines += _arm_lines(arm, plan)
-    lines += [f"  warning: {warning}" for warning in found.warnings]
+    lines += [f"  warning: {warning}" for warning in run.warnings]
     return visible("\n".join(lines), keep="\n")
 
 

@@ -1,8 +1,8 @@
-"""The feature browser's data: latents of some cells, small enough for a page.
+"""Data of the feature browser: latents of chosen cells, small enough for a page.
 
-Tokens of the held-out text are kept once for all cells, as pieces of contexts that examples refer
-to; a token is a number in the page's own list of strings. Activations are percent of the latent's
-largest, and only those that are not 0:
+Tokens of the held-out text are stored once for all cells, as pieces of contexts that examples refer
+to; a token is an index into the page's list of strings. Activations are in percent of the latent's
+largest, and only those that are not 0 are stored:
 
     example = [context, start, tokens shown, place of the strongest, [place, percent, ...]]
 """
@@ -17,7 +17,7 @@ from saelab.evals.latent_examples import GROUPS, Example, Lens
 
 
 class _Texts:
-    """Tokens of one held-out text: the strings there are, and the pieces that are shown."""
+    """Tokens of one held-out text: distinct strings, and the pieces that are shown."""
 
     def __init__(self, data: HeldOut) -> None:
         self.data, self.strings, self._number = data, [], {}
@@ -27,7 +27,7 @@ class _Texts:
     _number: dict[int, int]
 
     def number(self, token: int) -> int:
-        """The place of a token, by its id in the model's vocabulary, in `strings`."""
+        """Index into `strings` of a token, given its id in the model's vocabulary."""
         if token not in self._number:
             self._number[token] = len(self.strings)
             self.strings.append(self.data.token(token))
@@ -39,43 +39,43 @@ class _Texts:
 
     def pieces(self) -> dict[str, list[Any]]:
         """Context -> [start, token numbers] of pieces that do not touch."""
-        found: dict[str, list[Any]] = {}
+        pieces: dict[str, list[Any]] = {}
         for context, spans in sorted(self._spans.items()):
             ids = self.data.ids(context)
             if ids:
-                found[str(context)] = [
+                pieces[str(context)] = [
                     [start, [self.number(token) for token in ids[start:stop]]]
-                    for start, stop in _joined(spans)
+                    for start, stop in _join_spans(spans)
                 ]
-        return found
+        return pieces
 
 
-def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans [start, stop) with those that meet made one."""
-    found: list[tuple[int, int]] = []
+def _join_spans(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Joins spans [start, stop) that meet or overlap; returns them ascending."""
+    joined: list[tuple[int, int]] = []
     for start, stop in sorted(spans):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], stop))
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
         else:
-            found.append((start, stop))
-    return found
+            joined.append((start, stop))
+    return joined
 
 
 def pack_cells(cells: Sequence[Browsed]) -> dict[str, Any]:
-    """Plain data for the page: texts by number, and cells that name theirs."""
+    """Plain data for the page: the texts, and cells that name theirs by its index."""
     texts: dict[str, _Texts] = {}
-    found = []
+    packed = []
     for cell in cells:
-        own = texts.setdefault(cell.texts.key, _Texts(cell.texts))
-        found.append(_cell(cell, own, list(texts).index(cell.texts.key)))
-    pieces = [own.pieces() for own in texts.values()]  # before the strings, which they add to
+        text = texts.setdefault(cell.texts.key, _Texts(cell.texts))
+        packed.append(_cell(cell, text, list(texts).index(cell.texts.key)))
+    pieces = [text.pieces() for text in texts.values()]  # before the strings, which they add to
     return {
         "groups": list(GROUPS),
         "texts": [
-            {"strings": own.strings, "pieces": of}
-            for own, of in zip(texts.values(), pieces, strict=True)
+            {"strings": text.strings, "pieces": of_text}
+            for text, of_text in zip(texts.values(), pieces, strict=True)
         ],
-        "cells": found,
+        "cells": packed,
     }
 
 
@@ -97,7 +97,7 @@ def _cell(cell: Browsed, texts: _Texts, text: int) -> dict[str, Any]:
 def _latent(latent: Latent, texts: _Texts) -> dict[str, Any]:
     for example in latent.examples:
         texts.show(example)
-    found: dict[str, Any] = {
+    packed: dict[str, Any] = {
         "i": latent.index,
         "group": GROUPS.index(latent.group),
         "density": _short(latent.density),
@@ -107,10 +107,10 @@ def _latent(latent: Latent, texts: _Texts) -> dict[str, Any]:
         "near": [[other, round(cosine, 3)] for other, cosine in latent.neighbours],
     }
     if latent.lens is not None:
-        found |= _lens(latent.lens, texts)
+        packed |= _lens(latent.lens, texts)
     if latent.life:
-        found["life"] = latent.life
-    return found
+        packed["life"] = latent.life
+    return packed
 
 
 def _example(example: Example, largest: float) -> list[Any]:
@@ -127,8 +127,8 @@ def _example(example: Example, largest: float) -> list[Any]:
 
 def _lens(lens: Lens, texts: _Texts) -> dict[str, Any]:
     return {
-        name: [[texts.number(token), round(value, 2)] for token, value in of]
-        for name, of in (("raised", lens.raised), ("lowered", lens.lowered))
+        name: [[texts.number(token), round(value, 2)] for token, value in tokens]
+        for name, tokens in (("raised", lens.raised), ("lowered", lens.lowered))
     }
 
 

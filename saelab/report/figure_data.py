@@ -1,8 +1,8 @@
-"""A picture as plain data, so that a page draws it anew: with hover, toggled arms and zoom.
+"""Pictures as plain data, so that a page can draw them again with hover, toggled arms and zoom.
 
-The pictures of figures.py stay the one place where data becomes lines and points; this reads the
-finished figure. Every artist that belongs to an arm carries the arm's name as its label
-(`canvas.Look`). Panels keep their places in the grid, axes their limits, scales and fixed ticks.
+Data becomes lines and points in `figures` alone; this module reads the finished figure. Every
+artist that belongs to an arm carries the arm's name as its label (`style.ArmStyle`). Panels keep
+their places in the grid, axes their limits, scales and fixed ticks.
 
     mark      kind     fields
     line      "line"   x, y, joined, marker, size, width, dashed, every, opacity
@@ -10,7 +10,7 @@ finished figure. Every artist that belongs to an arm carries the arm's name as i
     band      "band"   x, low, high
     level     "level"  at, axis, faint: a line across the panel
     zone      "zone"   low, high, axis: a shaded stripe across the panel
-    text      "text"   x, y, of: which of both are shares of the panel; dx, dy in points
+    text      "text"   x, y, of: whether x and y are shares of the panel; dx, dy in points
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ if TYPE_CHECKING:
     from matplotlib.patches import Patch
     from matplotlib.text import Text
 
-#: Points that a joined line keeps, evenly by index. Our choice: what a screen shows of a panel.
+#: Points of a joined line that are stored, evenly by index. Our choice: what a screen can show.
 MOST_POINTS = 100
 #: Significant digits of a coordinate.
 DIGITS = 4
-#: A line whose colour is lighter than this only parts a panel.
+#: A line whose colour is lighter than this only divides a panel.
 FAINT = 0.8
 
 Mark = dict[str, Any]
 
 
 class Arrays:
-    """Coordinates of all scenes of a page, each once: marks name them by their index."""
+    """Coordinates of all scenes of a page, each stored once: marks name them by their index."""
 
     def __init__(self) -> None:
-        self.kept: list[list[float | None]] = []
+        self.stored: list[list[float | None]] = []
         self._index: dict[bytes, int] = {}
 
     def add(self, values: Any) -> int:
-        """The index of numbers [n]; what is not finite is null."""
+        """Stores numbers [n], null where not finite; returns their index."""
         numbers = np.asarray(values, dtype=np.float64)
         key = numbers.tobytes()
         if key not in self._index:
-            self._index[key] = len(self.kept)
-            self.kept.append([_short(value) for value in numbers.tolist()])
+            self._index[key] = len(self.stored)
+            self.stored.append([_short(value) for value in numbers.tolist()])
         return self._index[key]
 
 
 def scene(figure: Figure, arms: Sequence[str], arrays: Arrays) -> dict[str, Any]:
-    """The figure as plain data.
+    """Turns a figure into plain data.
 
     Args:
-        figure: what a picture of `figures.PICTURES` gave.
+        figure: made by a picture of `figures.PICTURES`.
         arms: names of arms and controls; marks refer to them by their index.
-        arrays: gets the coordinates.
+        arrays: takes the coordinates.
 
-    Returns: title, text, notes; panels; widths, of the grid's columns.
+    Returns: title, text and notes; panels; widths of the grid's columns.
     """
     words, index = words_of(figure), {arm: i for i, arm in enumerate(arms)}
     panels = [_panel(axes, index, arrays) for axes in figure.axes]
@@ -120,20 +120,20 @@ def _marks(axes: Axes, arms: dict[str, int], arrays: Arrays) -> Iterator[Mark]:
     from matplotlib.collections import LineCollection, PolyCollection
 
     for line in axes.lines:
-        yield from (_of(line, arms, mark) for mark in _line(line, axes, arrays))
-    for some in axes.collections:
-        if isinstance(some, LineCollection):
-            yield _of(some, arms, _bars(some, arrays))
-        elif isinstance(some, PolyCollection):
-            yield from (_of(some, arms, mark) for mark in _bands(some, arrays))
+        yield from (_add_common_fields(line, arms, mark) for mark in _line(line, axes, arrays))
+    for lines in axes.collections:
+        if isinstance(lines, LineCollection):
+            yield _add_common_fields(lines, arms, _bars(lines, arrays))
+        elif isinstance(lines, PolyCollection):
+            yield from (_add_common_fields(lines, arms, mark) for mark in _bands(lines, arrays))
     for patch in axes.patches:
-        yield _of(patch, arms, _patch(patch, axes, arrays))
+        yield _add_common_fields(patch, arms, _patch(patch, axes, arrays))
     for text in axes.texts:
-        yield _of(text, arms, _text(text, axes))
+        yield _add_common_fields(text, arms, _text(text, axes))
 
 
-def _of(artist: Artist, arms: dict[str, int], mark: Mark) -> Mark:
-    """The mark with what every one has: its arm, order and strength."""
+def _add_common_fields(artist: Artist, arms: dict[str, int], mark: Mark) -> Mark:
+    """Adds the fields of every mark: its arm, order and opacity."""
     common: Mark = {"z": artist.get_zorder()}
     name = artist.get_label()
     if name in arms:
@@ -159,49 +159,49 @@ def _line(line: Line2D, axes: Axes, arrays: Arrays) -> Iterator[Mark]:
     points = len(x)
     if joined and line.get_drawstyle() == "steps-post":
         x, y = np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
-    kept = _kept(len(x)) if joined else np.arange(len(x))
-    mark: Mark = {"kind": "line", "x": arrays.add(x[kept]), "y": arrays.add(y[kept])}
+    chosen = _sample_indices(len(x)) if joined else np.arange(len(x))
+    mark: Mark = {"kind": "line", "x": arrays.add(x[chosen]), "y": arrays.add(y[chosen])}
     if joined:
         mark |= {"joined": True} | look
     marker = line.get_marker()
     if marker not in ("None", "none", " ", "", None):
         mark |= {"marker": marker, "size": _short(line.get_markersize())}
         if isinstance(every := line.get_markevery(), tuple):
-            share = len(kept) / max(1, points)
+            share = len(chosen) / max(1, points)
             mark["every"] = [int(every[0] * share), max(1, round(every[1] * share))]
     if len(x):
         yield mark
 
 
-def _kept(n: int) -> np.ndarray:
-    """Which of n points of a line are kept: the ends always."""
+def _sample_indices(n: int) -> np.ndarray:
+    """Indices of the points of a line that are stored, out of n; both ends are among them."""
     return np.unique(np.linspace(0, max(0, n - 1), min(n, MOST_POINTS)).round().astype(int))
 
 
-def _bars(some: LineCollection, arrays: Arrays) -> Mark:
-    ends = np.array([[piece[0], piece[-1]] for piece in some.get_segments()]).reshape(-1, 2, 2)
+def _bars(lines: LineCollection, arrays: Arrays) -> Mark:
+    ends = np.array([[piece[0], piece[-1]] for piece in lines.get_segments()]).reshape(-1, 2, 2)
     return {
         "kind": "bars",
         "x": arrays.add(ends[:, 0, 0]),
         "y": arrays.add(ends[:, 0, 1]),
         "x2": arrays.add(ends[:, 1, 0]),
         "y2": arrays.add(ends[:, 1, 1]),
-        "width": _short(float(np.ravel(some.get_linewidth())[0])),
+        "width": _short(float(np.ravel(lines.get_linewidth())[0])),
     }
 
 
-def _bands(some: PolyCollection, arrays: Arrays) -> Iterator[Mark]:
-    """`fill_between` goes along one edge and back along the other, with one point at each turn."""
-    for path in some.get_paths():
+def _bands(polygons: PolyCollection, arrays: Arrays) -> Iterator[Mark]:
+    """Reads `fill_between`: along one edge and back along the other, with a point at each turn."""
+    for path in polygons.get_paths():
         corners = np.asarray(path.vertices)
         n = (len(corners) - 3) // 2
-        there, back = corners[1 : n + 1], corners[n + 2 : 2 * n + 2][::-1]
-        kept = _kept(n)
+        forth, back = corners[1 : n + 1], corners[n + 2 : 2 * n + 2][::-1]
+        chosen = _sample_indices(n)
         yield {
             "kind": "band",
-            "x": arrays.add(there[kept, 0]),
-            "low": arrays.add(np.minimum(there[kept, 1], back[kept, 1])),
-            "high": arrays.add(np.maximum(there[kept, 1], back[kept, 1])),
+            "x": arrays.add(forth[chosen, 0]),
+            "low": arrays.add(np.minimum(forth[chosen, 1], back[chosen, 1])),
+            "high": arrays.add(np.maximum(forth[chosen, 1], back[chosen, 1])),
         }
 
 
@@ -233,15 +233,16 @@ def _text(text: Text, axes: Axes) -> Mark:
     if isinstance(text, Annotation):
         (x, y), (dx, dy) = text.xy, text.xyann
         coords = text.xycoords if isinstance(text.xycoords, tuple) else (text.xycoords,) * 2
-        of = [place == "axes fraction" for place in coords]
+        is_share = [place == "axes fraction" for place in coords]
     else:
         (x, y), dx, dy = text.get_position(), 0.0, 0.0
-        of = [not d for d in text.get_transform().contains_branch_seperately(axes.transData)]
+        in_data = text.get_transform().contains_branch_seperately(axes.transData)
+        is_share = [not one for one in in_data]
     return {
         "kind": "text",
         "x": _short(x),
         "y": _short(y),
-        "of": of,
+        "of": is_share,
         "dx": _short(dx),
         "dy": _short(dy),
         "text": " ".join(text.get_text().split("\n")),
@@ -252,7 +253,7 @@ def _text(text: Text, axes: Axes) -> Mark:
 
 
 def _short(value: Any, digits: int = DIGITS) -> float | int | None:
-    """The number with few digits, a whole one without its point; None where it is not finite."""
+    """Rounds a number to few digits, a whole one to an int; None where it is not finite."""
     number = float(value)
     if not np.isfinite(number):
         return None

@@ -1,12 +1,12 @@
 """report.html: a study on one page that needs no network.
 
-    verdicts, gate, plan    `study.review`, the rules that the launch applied
-    pictures                `figures.PICTURES`, drawn anew by page.js from `scene.scene`
-    feature browser         `study.browse`, packed by browser.py
-    words and layout        web/page.html (jinja2, everything escaped), page.css, page.js
+    verdicts, gate, plan    `verdict.review`, with the rules that the launch applied
+    pictures                `figures.common.PICTURES`, drawn again by page.js from `figure_data`
+    feature browser         `analysis.latents`, packed by feature_browser.py
+    texts and layout        web/page.html (jinja2, everything escaped), page.css, page.js
 
-The page's policy forbids every request and every script but its own, which it knows by hash. Data
-stands in JSON blocks without the signs that could end them. The same runs give the same bytes.
+The page's policy forbids every request and every script but its own, which it names by hash. Data
+is in JSON blocks without the characters that could end them. The same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from saelab.verdict.review import CellNote, Review, differences_of, group_notes,
 from saelab.verdict.summary import COLUMNS, mean_and_half_width
 from saelab.version import __version__
 
-#: Bytes that a page may have. Our choice: what a mail or a slow line still takes.
+#: Bytes that a page may have. Our choice: small enough for a mail or a slow line.
 LIMIT = 8_000_000
 WEB = Path(__file__).parent / "web"
-#: Pictures that stand open, in this order; the others are chosen from.
+#: Pictures that are always shown, in this order; the others are behind tabs.
 OPEN = ("verdict", "frontier", "probing", "placement")
 TITLES = {
     "probing_entries": "probing by entry",
@@ -49,19 +49,19 @@ TITLES = {
     "max_cosine": "nearest decoder rows",
     "latents": "moving k",
 }
-#: Settings of a plan whose names say too little.
+#: Settings of a plan whose names need an explanation.
 SPELT = {"sesoi": "smallest effect of interest (sesoi)"}
 OUTCOMES = {"invalid": "✕", "failed": "✕", "relabelled": "≈", "warning": "!"}
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a page is made of.
+    """Content of a page.
 
     Args:
         runs: complete runs.
         cells: for the feature browser.
-        why_no_cells: the reason where there are none.
+        why_no_cells: the reason where there is none.
         attempts: of the study's ledger.
     """
 
@@ -79,32 +79,32 @@ def ledger(runs: Sequence[RunFolder]) -> list[Attempt]:
 def write(study: Study, out: Path) -> dict[str, Any]:
     """Writes the page.
 
-    Returns: what it holds, as plain data.
+    Returns: its content, as plain data.
     Raises: SettingError when it would be larger than `LIMIT`; errors of `review` and `load`.
     """
-    text, held = render(study)
+    text, content = render(study)
     size = len(text.encode())
     if size > LIMIT:
         remedy = "take fewer runs, or fewer cells or latents (--cells, --latents)"
         raise SettingError("size of the page", f"{size / 1e6:.1f} MB", f"over 8 MB: {remedy}")
     write_text(out, text)
-    return {"page": str(out), "bytes": size} | held
+    return {"page": str(out), "bytes": size} | content
 
 
 def render(study: Study) -> tuple[str, dict[str, Any]]:
-    """The page, and what it holds as plain data."""
+    """Renders the page; returns its text, and its content as plain data."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     arrays, reviews = Arrays(), [review_run(run) for run in study.runs]
     pictures, runs = {}, []
-    for folder, found in zip(study.runs, reviews, strict=True):
-        run = run_data(folder, comparisons=found.comparisons)
+    for folder, checked in zip(study.runs, reviews, strict=True):
+        run = run_data(folder, comparisons=checked.comparisons)
         scenes, missing = _scenes(run, arrays)
-        pictures[found.run] = {"arms": _legend(run), "scenes": scenes}
-        runs.append(_run(folder, found, run, scenes, missing))
+        pictures[checked.run] = {"arms": _legend(run), "scenes": scenes}
+        runs.append(_run(folder, checked, run, scenes, missing))
     script = (WEB / "page.js").read_text(encoding="utf-8")
-    data = {"arrays": arrays.kept, "runs": pictures}
+    data = {"arrays": arrays.stored, "runs": pictures}
     environment = Environment(
         loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -117,25 +117,25 @@ def render(study: Study) -> tuple[str, dict[str, Any]]:
         pictures=Markup(as_block(data)),
         latents=Markup(as_block(pack_cells(study.cells))),
     )
-    return text, _held(study, reviews, pictures, runs)
+    return text, _list_contents(study, reviews, pictures, runs)
 
 
 def as_block(data: Any) -> str:
-    """JSON that may stand inside a script element: no sign in it can end one."""
+    """JSON for a script element: no character in it can end the element."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    for sign in "<>&\u2028\u2029":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _held(
+def _list_contents(
     study: Study, reviews: Sequence[Review], pictures: Mapping[str, Any], runs: Sequence[Any]
 ) -> dict[str, Any]:
     return {
         "runs": [
-            found.as_dict()
-            | {"pictures": list(pictures[found.run]["scenes"]), "not_drawn": run["not_drawn"]}
-            for found, run in zip(reviews, runs, strict=True)
+            checked.as_dict()
+            | {"pictures": list(pictures[checked.run]["scenes"]), "not_drawn": run["not_drawn"]}
+            for checked, run in zip(reviews, runs, strict=True)
         ],
         "browser": [
             {"run": c.run, "arm": c.id.arm, "seed": c.id.seed, "latents": len(c.latents)}
@@ -150,7 +150,7 @@ def _held(
 
 
 def _scenes(run: Run, arrays: Arrays) -> tuple[dict[str, Any], dict[str, str]]:
-    """Picture -> its scene, and of those that can't be drawn the reason."""
+    """Picture -> its scene; and for those that can't be drawn, picture -> reason."""
     import matplotlib
 
     arms, scenes, missing = [*run.arms, *run.controls], {}, {}
@@ -160,14 +160,14 @@ def _scenes(run: Run, arrays: Arrays) -> tuple[dict[str, Any], dict[str, str]]:
             if isinstance(figure, str):
                 missing |= {name: figure} if figure else {}
             else:
-                scenes[name] = _untitled(scene(figure, arms, arrays), run)
+                scenes[name] = _shorten_title(scene(figure, arms, arrays), run)
     return scenes, missing
 
 
-def _untitled(found: dict[str, Any], run: Run) -> dict[str, Any]:
-    """The run's name stands above all of its pictures already."""
-    title = found["title"].removeprefix(f"{run.title} – ")
-    return found | {"title": f"{title[:1].upper()}{title[1:]}"}
+def _shorten_title(picture: dict[str, Any], run: Run) -> dict[str, Any]:
+    """Removes the run's title, which the page shows above all pictures of the run."""
+    title = picture["title"].removeprefix(f"{run.title} – ")
+    return picture | {"title": f"{title[:1].upper()}{title[1:]}"}
 
 
 def _legend(run: Run) -> list[dict[str, Any]]:
@@ -192,8 +192,8 @@ def _look(name: str, look: ArmStyle) -> dict[str, Any]:
 
 
 def _page(study: Study, reviews: Sequence[Review], runs: Sequence[Any]) -> dict[str, Any]:
-    comparisons = [c for found in reviews for c in found.comparisons]
-    studies = dict.fromkeys(found.plan.study for found in reviews)
+    comparisons = [c for checked in reviews for c in checked.comparisons]
+    studies = dict.fromkeys(checked.plan.study for checked in reviews)
     return {
         "study": ", ".join(studies),
         "version": __version__,
@@ -203,18 +203,18 @@ def _page(study: Study, reviews: Sequence[Review], runs: Sequence[Any]) -> dict[
         "arms": len(comparisons),
         "runs": runs,
         "plans": _plans(reviews),
-        "unlike": _unlike(reviews),
+        "unlike": _incomparable_runs(reviews),
         "browser": _browser(study),
         "attempts": [vars(attempt) for attempt in study.attempts],
     }
 
 
 def _plans(reviews: Sequence[Review]) -> list[dict[str, Any]]:
-    """Each plan once, with the runs that were made under it."""
-    found: dict[str, dict[str, Any]] = {}
+    """Lists each plan once, with the runs that were made under it."""
+    plans: dict[str, dict[str, Any]] = {}
     for one in reviews:
         plan = one.plan
-        entry = found.setdefault(
+        entry = plans.setdefault(
             one.plan_hash,
             {
                 "hash": one.plan_hash,
@@ -228,10 +228,11 @@ def _plans(reviews: Sequence[Review]) -> list[dict[str, Any]]:
         entry["runs"].append(one.run)
         for text in one.deviations:
             entry["deviations"].setdefault(text, []).append(one.run)
-    return list(found.values())
+    return list(plans.values())
 
 
 def question(plan: PlanConfig) -> str:
+    """Question that a plan asks, as one sentence."""
     where = f"at L0 {plan.target_l0:g}" if plan.target_l0 else "at its own L0"
     name = verdict_table.metric_name(plan.primary)
     return (
@@ -241,8 +242,8 @@ def question(plan: PlanConfig) -> str:
 
 
 def _plan_rows(plan: PlanConfig) -> list[tuple[str, str]]:
-    known = plan.model_dump(mode="json", exclude={"exclusions"})
-    return [(SPELT.get(n, n.replace("_", " ")), _plain(value)) for n, value in known.items()]
+    settings = plan.model_dump(mode="json", exclude={"exclusions"})
+    return [(SPELT.get(n, n.replace("_", " ")), _plain(value)) for n, value in settings.items()]
 
 
 def _plain(value: Any) -> str:
@@ -251,61 +252,61 @@ def _plain(value: Any) -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _unlike(reviews: Sequence[Review]) -> list[str]:
-    """Why numbers of some runs may not be compared with those of the first."""
-    found = []
+def _incomparable_runs(reviews: Sequence[Review]) -> list[str]:
+    """Sentences on runs whose numbers may not be compared with those of the first, and why."""
+    sentences = []
     for other in reviews[1:]:
         if texts := differences_of(reviews[0], other):
-            found.append(f"{reviews[0].run} and {other.run} differ in {'; '.join(texts)}")
-    return found
+            sentences.append(f"{reviews[0].run} and {other.run} differ in {'; '.join(texts)}")
+    return sentences
 
 
 def _run(
     folder: RunFolder,
-    found: Review,
+    checked: Review,
     run: Run,
     scenes: Mapping[str, Any],
     missing: Mapping[str, str],
 ) -> dict[str, Any]:
     manifest = run.manifest
-    comments = {arm: known.get("comment", "") for arm, known in manifest["arms"].items()}
-    bars = verdict_table.bars(found.comparisons, found.plan.sesoi)
+    comments = {arm: entry.get("comment", "") for arm, entry in manifest["arms"].items()}
+    bars = verdict_table.bars(checked.comparisons, checked.plan.sesoi)
     rows = [
-        verdict_table.row(c, bar, found.plan, comments.get(c.arm, ""))
-        for c, bar in zip(found.comparisons, bars, strict=True)
+        verdict_table.row(c, bar, checked.plan, comments.get(c.arm, ""))
+        for c, bar in zip(checked.comparisons, bars, strict=True)
     ]
     primary = primary_arms(folder) if (folder.folder / CELLS).is_dir() else []
     return {
-        "name": found.run,
-        "title": found.title,
-        "kind": "exploratory" if found.exploratory else "confirmatory",
-        "metric": verdict_table.metric_name(found.plan.primary),
-        "direction": found.plan.direction,
-        "sesoi": f"{found.plan.sesoi:g}",
+        "name": checked.run,
+        "title": checked.title,
+        "kind": "exploratory" if checked.exploratory else "confirmatory",
+        "metric": verdict_table.metric_name(checked.plan.primary),
+        "direction": checked.plan.direction,
+        "sesoi": f"{checked.plan.sesoi:g}",
         "verdicts": rows,
         "answers": [row for row in rows if row["arm"] in primary] or rows,
         "others": [row for row in rows if primary and row["arm"] not in primary],
-        "secondary": [_secondary(d) for d in found.differences],
+        "secondary": [_secondary(d) for d in checked.differences],
         "heads": list(COLUMNS.values()),
         "numbers": list(_numbers(run, comments)),
         "controls": list(_controls(run)),
-        "planted": _planted(manifest.get("planted")),
+        "planted": _planted_text(manifest.get("planted")),
         "cells": len(manifest["cells"]),
-        "outcomes": _outcomes(found.cells),
-        "gate": [_gate_row(*group) for group in group_notes(found.cells)],
+        "outcomes": _outcomes(checked.cells),
+        "gate": [_gate_row(*group) for group in group_notes(checked.cells)],
         "open": [_figure(name, scenes[name]) for name in OPEN if name in scenes],
         "more": [_figure(name, scenes[name]) for name in scenes if name not in OPEN],
         "not_drawn": dict(missing),
         "missing": _missing(run),
-        "line": _line(found, manifest),
-        "provenance": list(_provenance(found, manifest)),
+        "line": _source_line(checked, manifest),
+        "provenance": list(_provenance(checked, manifest)),
         "definitions": _definitions(folder.metrics),
     }
 
 
-def _figure(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def _figure(name: str, picture: Mapping[str, Any]) -> dict[str, Any]:
     label = TITLES.get(name, name)
-    return {"name": name, "label": f"{label[:1].upper()}{label[1:]}", **found}
+    return {"name": name, "label": f"{label[:1].upper()}{label[1:]}", **picture}
 
 
 def _secondary(d: Any) -> dict[str, Any]:
@@ -314,13 +315,13 @@ def _secondary(d: Any) -> dict[str, Any]:
         "metric": verdict_table.metric_name(d.metric),
         "pairs": d.n,
         "difference": verdict_table.format_signed(d.mean_diff),
-        "interval": verdict_table.span(d.low, d.high),
+        "interval": verdict_table.format_span(d.low, d.high),
         "reason": d.reason,
     }
 
 
 def _numbers(run: Run, comments: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """A row for each arm: mean and half width of the 95% interval over seeds."""
+    """Yields a row for each arm: mean and half width of the 95% interval over seeds."""
     for arm in run.arms:
         lists = run.info.get(arm, {}).get("final_info_dict", {})
         yield {
@@ -332,56 +333,56 @@ def _numbers(run: Run, comments: Mapping[str, str]) -> Iterator[dict[str, Any]]:
 
 
 def _controls(run: Run) -> Iterator[dict[str, Any]]:
-    """A row for each control; the model's channels have their probes under another name."""
+    """Yields a row for each control; probes of the model's channels have another name."""
     for name in run.controls:
         values = []
         for metric in COLUMNS:
-            own = run.numbers(metric).get(name) or run.numbers(f"llm{metric[3:]}").get(name)
-            values.append(f"{sum(own) / len(own):.4g}" if own else "–")
+            numbers = run.numbers(metric).get(name) or run.numbers(f"llm{metric[3:]}").get(name)
+            values.append(f"{sum(numbers) / len(numbers):.4g}" if numbers else "–")
         yield {"name": name.removeprefix(CONTROL), "values": values}
 
 
-def _planted(known: Mapping[str, Any] | None) -> str:
-    if not known:
+def _planted_text(planted: Mapping[str, Any] | None) -> str:
+    if not planted:
         return ""
-    c, expected = known["comparison"], known["expected"]
+    c, expected = planted["comparison"], planted["expected"]
     seen = "was found" if c["word"] == "hurts" else "was missed"
     size = verdict_table.format_signed(expected)
     return f"An effect of {size} was planted and {seen}: {c['reason']}."
 
 
 def _outcomes(cells: Sequence[CellNote]) -> list[dict[str, Any]]:
-    """How many cells have each outcome, by their worst finding that was not expected."""
+    """Counts the cells by outcome, which is that of their worst unexpected finding."""
     worst = {}
     for note in reversed(cells):  # worst last
         if not note.expected:
             worst[note.cell] = note.outcome
     expected = len({note.cell for note in cells} - set(worst))
     counts = Counter(worst.values())
-    found = [
+    rows = [
         {"outcome": name, "sign": sign, "count": counts[name]}
         for name, sign in OUTCOMES.items()
         if counts[name]
     ]
     if expected:
-        found.append({"outcome": "expected", "sign": "·", "count": expected})
-    return found
+        rows.append({"outcome": "expected", "sign": "·", "count": expected})
+    return rows
 
 
-def _gate_row(arm: str, check: str, expected: bool, some: Sequence[CellNote]) -> dict[str, Any]:
+def _gate_row(arm: str, check: str, expected: bool, notes: Sequence[CellNote]) -> dict[str, Any]:
     return {
         "arm": arm,
         "check": check.replace("_", " "),
-        "outcome": some[0].outcome,
-        "sign": OUTCOMES.get(some[0].outcome, "·"),
+        "outcome": notes[0].outcome,
+        "sign": OUTCOMES.get(notes[0].outcome, "·"),
         "expected": expected,
-        "count": len(some),
-        "sentence": some[0].sentence,
+        "count": len(notes),
+        "sentence": notes[0].sentence,
     }
 
 
 def _missing(run: Run) -> list[str]:
-    """What was not measured over all data at the target, and why."""
+    """Lists metrics over all data that were not measured at the target, and why."""
     lost: Counter[tuple[str, str, str]] = Counter()
     for metric, slice in run.values:
         if not slice:
@@ -391,35 +392,35 @@ def _missing(run: Run) -> list[str]:
     arms: dict[tuple[str, str], list[str]] = {}
     for (metric, arm, reason), count in lost.items():
         arms.setdefault((metric, reason), []).append(f"{legend_name(arm)} ({count})")
-    return [f"{metric}: {', '.join(of)}: {reason}" for (metric, reason), of in arms.items()]
+    return [f"{metric}: {', '.join(names)}: {reason}" for (metric, reason), names in arms.items()]
 
 
-def _line(found: Review, manifest: Mapping[str, Any]) -> str:
-    """Where the numbers of a run come from, in one line."""
-    p = found.provenance
+def _source_line(checked: Review, manifest: Mapping[str, Any]) -> str:
+    """Sources of the numbers of a run, in one line."""
+    p = checked.provenance
     tokens = f"{p['tokens']:,} held-out tokens" if p.get("tokens") else "held-out rows"
     return (
-        f"{found.definition} · {p.get('hook_name') or 'hook not told'} · {tokens}"
+        f"{checked.definition} · {p.get('hook_name') or 'hook not recorded'} · {tokens}"
         f" · text {p.get('text_digest')} · context {p.get('context')} · {p.get('mask')}"
         f" · {p.get('dtype')} · saelab {manifest['versions'].get('saelab')},"
         f" package {manifest['versions'].get('package_digest')}"
     )
 
 
-def _provenance(found: Review, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "plan", found.plan_hash
+def _provenance(checked: Review, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "plan", checked.plan_hash
     yield "seeds", ", ".join(map(str, manifest.get("seeds", ())))
-    for name, value in found.provenance.items():
+    for name, value in checked.provenance.items():
         yield name.replace("_", " "), _plain(value)
     for part in ("train", "held_out"):
-        known = (manifest.get("data") or {}).get(part) or {}
-        corpus = known.get("corpus") or {}
-        if known:
-            text = corpus.get("corpus", known.get("text_digest", ""))
+        source = (manifest.get("data") or {}).get(part) or {}
+        corpus = source.get("corpus") or {}
+        if source:
+            text = corpus.get("corpus", source.get("text_digest", ""))
             digest = f", sha256 {corpus['sha256'][:16]}" if "sha256" in corpus else ""
             yield (
                 f"{part} text".replace("_", " "),
-                f"{text}, {known.get('n_tokens')} tokens{digest}",
+                f"{text}, {source.get('n_tokens')} tokens{digest}",
             )
     for name, value in manifest["versions"].items():
         yield name.replace("_", " "), _plain(value)

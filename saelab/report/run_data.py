@@ -1,13 +1,13 @@
-"""Reads what a launch left in its run folder, for figures and pages.
+"""Reads the files of a run folder for figures and pages.
 
-    final_info.json     means, standard errors and per-seed values of every arm; must be there
+    final_info.json     means, standard errors and per-seed values of every arm; required
     manifest.json       title, baseline, target L0, arms in their order, smallest effect of interest
     metrics.parquet     every measured number, a missing one with its reason
     curves.parquet      scalars over training
 
-A file that is not as the launch wrote it is refused (runs/folder.py). The last three may be absent.
-Without metrics.parquet the per-seed values of final_info.json stand
-in for it, so that a folder with that file alone still gives pictures.
+A file that is not as the launch wrote it is refused (runs/folder.py). The last three may be
+absent. Without metrics.parquet the per-seed values of final_info.json take its place, so that a
+folder with that file alone still gives pictures.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from saelab.runtime.safe_text import visible
 if TYPE_CHECKING:
     from saelab.verdict.judge import Comparison
 
-#: Group of final_info.json and metric -> value, as one arm has them.
+#: Arm -> group of final_info.json -> its content.
 Info = dict[str, dict[str, Any]]
 
 
@@ -72,14 +72,14 @@ class Run:
 
     @cached_property
     def baseline(self) -> str:
-        """The arm that the others are compared with; the first one where none is named."""
+        """Name of the arm that the others are compared with; the first arm where none is named."""
         name = self.manifest.get("baseline", "baseline")
-        return name if name in self._known_arms else next(iter(self._known_arms), "")
+        return name if name in self._all_arms else next(iter(self._all_arms), "")
 
     @cached_property
     def arms(self) -> tuple[str, ...]:
         """The baseline, then the others in the manifest's order; no controls."""
-        others = [arm for arm in self._known_arms if arm != self.baseline]
+        others = [arm for arm in self._all_arms if arm != self.baseline]
         return (self.baseline, *others) if self.baseline else ()
 
     @cached_property
@@ -88,7 +88,7 @@ class Run:
         return tuple(arm for arm in self._measured_arms if arm.startswith(CONTROL))
 
     @cached_property
-    def _known_arms(self) -> dict[str, None]:
+    def _all_arms(self) -> dict[str, None]:
         names = [*self.manifest.get("arms", ()), *self.info, *self._measured_arms]
         return {name: None for name in names if not name.startswith(CONTROL)}
 
@@ -98,9 +98,9 @@ class Run:
 
     @cached_property
     def target_l0(self) -> float | None:
-        """The L0 at which arms are compared, in latents per token; None where nothing says it."""
-        named = self.manifest.get("target_l0")
-        return _target(named, (v.level for rows in self.values.values() for v in rows))
+        """L0 at which arms are compared, in latents per token; None where it is not recorded."""
+        recorded = self.manifest.get("target_l0")
+        return _choose_target(recorded, (v.level for rows in self.values.values() for v in rows))
 
     @cached_property
     def scalars(self) -> list[str]:
@@ -122,30 +122,30 @@ class Run:
         return visible(self.manifest.get("scalars", {}).get(scalar, {}).get(what, ""))
 
     def is_target(self, level: float) -> bool:
-        return _same(level, self.target_l0)
+        return _same_l0(level, self.target_l0)
 
     def at_target(self, metric: str, slice: str = "") -> dict[str, list[Value]]:
-        """Values of the metric at the target L0 by arm, missing ones included; and all controls."""
-        found: dict[str, list[Value]] = defaultdict(list)
+        """Values of the metric by arm at the target L0, missing ones included; and all controls."""
+        by_arm: dict[str, list[Value]] = defaultdict(list)
         for value in self.values.get((metric, slice), ()):
             if self.is_target(value.level) or value.arm.startswith(CONTROL):
-                found[value.arm].append(value)
-        return dict(found)
+                by_arm[value.arm].append(value)
+        return dict(by_arm)
 
     def numbers(self, metric: str, slice: str = "") -> dict[str, list[float]]:
-        """The numbers there are at the target L0; arms without one are left out."""
-        found = {arm: present(rows) for arm, rows in self.at_target(metric, slice).items()}
-        return {arm: numbers for arm, numbers in found.items() if numbers}
+        """Numbers of the metric by arm at the target L0; arms without one are left out."""
+        by_arm = {arm: numbers_in(rows) for arm, rows in self.at_target(metric, slice).items()}
+        return {arm: numbers for arm, numbers in by_arm.items() if numbers}
 
     def reason(self, metric: str, slice: str = "") -> str:
-        """The commonest reason why a value of the metric is missing."""
+        """Most frequent reason why a value of the metric is missing."""
         rows = self.values.get((metric, slice), ())
         reasons = Counter(row.reason for row in rows if row.value is None)
         return reasons.most_common(1)[0][0] if reasons else "it was not measured"
 
 
-def present(rows: Iterable[Value]) -> list[float]:
-    """The numbers among values."""
+def numbers_in(rows: Iterable[Value]) -> list[float]:
+    """Numbers among the values; missing ones are left out."""
     return [row.value for row in rows if row.value is not None]
 
 
@@ -169,13 +169,13 @@ def run_data(run: RunFolder, title: str = "", comparisons: Sequence[Comparison] 
     for c in comparisons:
         if c.arm in info:
             info[c.arm] = info[c.arm] | {"means": info[c.arm].get("means", {}) | c.means()}
-    values = _read_values(run) or _values_of(info, run.target_level)
+    values = _read_values(run) or _values_from_info(info, run.target_level)
     data = Run(name, title or manifest.get("title", name), info, manifest, values)
     return replace(data, curves=_read_curves(run, data.target_l0))
 
 
-def _values_of(info: Info, level: float) -> dict[tuple[str, str], list[Value]]:
-    """The per-seed values of final_info.json; seeds are counted from 0, for lack of their names."""
+def _values_from_info(info: Info, level: float) -> dict[tuple[str, str], list[Value]]:
+    """Per-seed values of final_info.json; seeds are counted from 0, since it does not name them."""
     values: dict[tuple[str, str], list[Value]] = defaultdict(list)
     for arm, group in info.items():
         for metric, numbers in group.get("final_info_dict", {}).items():
@@ -201,10 +201,10 @@ def _read_curves(run: RunFolder, target: float | None) -> dict[tuple[str, str], 
     points: dict[tuple[str, str], dict[int, dict[int, float]]] = defaultdict(
         lambda: defaultdict(dict)
     )
-    target = _target(target, (row["level"] for row in run.curves))
+    target = _choose_target(target, (row["level"] for row in run.curves))
     for row in run.curves:
         value = row["value"]
-        if _same(row["level"], target) and value is not None and np.isfinite(value):
+        if _same_l0(row["level"], target) and value is not None and np.isfinite(value):
             points[row["name"], row["arm"]][row["seed"]][row["tokens"]] = value
     return {
         key: {seed: _curve(of_cell) for seed, of_cell in sorted(cells.items())}
@@ -217,15 +217,15 @@ def _curve(points: dict[int, float]) -> Curve:
     return Curve(np.array(tokens), np.array(values, dtype=np.float64))
 
 
-def _target(named: float | None, levels: Iterable[float]) -> float | None:
-    """The named L0, or else the level with the most rows."""
-    if named is not None:
-        return float(named)
+def _choose_target(recorded: float | None, levels: Iterable[float]) -> float | None:
+    """Returns the recorded L0, or else the level with the most rows."""
+    if recorded is not None:
+        return float(recorded)
     counts = Counter(level for level in levels if level is not None)
     return float(counts.most_common(1)[0][0]) if counts else None
 
 
-def _same(level: float | None, target: float | None) -> bool:
+def _same_l0(level: float | None, target: float | None) -> bool:
     if level is None or target is None:
         return level is target
     return abs(level - target) <= 1e-6 * abs(target)

@@ -1,4 +1,4 @@
-"""Verdicts in words for the page: a sentence for each comparison, and a bar on a shared scale."""
+"""Verdicts for the page: a sentence for each comparison, and a bar on a shared scale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saelab.verdict.judge import Comparison
 
 
 class Word(NamedTuple):
-    """How a verdict looks: its sign beside the word, its class in page.css, and what it means."""
+    """Appearance of a verdict: the sign next to its word, its class in page.css, its meaning."""
 
     sign: str
     look: str
@@ -23,12 +23,14 @@ WORDS: dict[str, Word] = {
     "helps": Word("▲", "helps", "better than the baseline; p, adjusted for the number of arms, is"
                   " small enough"),
     "hurts": Word("▼", "hurts", "worse than the baseline, by the same test"),
-    "no evidence": Word("=", "none", "not told apart, and an effect worth having is excluded"),
-    "cannot tell": Word("?", "open", "not told apart, and an effect worth having is not excluded"),
-    "refused": Word("✕", "refused", "no comparison is made; the reason stands beside it"),
+    "no evidence": Word("=", "none", "no difference is shown, and an effect worth having is"
+                        " excluded"),
+    "cannot tell": Word("?", "open", "no difference is shown, and an effect worth having is not"
+                        " excluded"),
+    "refused": Word("✕", "refused", "no comparison is made; the reason is given next to it"),
 }  # fmt: skip
 
-#: How far beyond the widest interval a bar's scale goes. Our choice.
+#: Width of a bar's scale over the widest interval. Our choice.
 ROOM = 1.12
 
 
@@ -37,9 +39,9 @@ class Bar:
     """A difference with its interval, in percent of the width of its box.
 
     Args:
-        low, middle, high: of the interval; None without a comparison.
-        zone: where effects are smaller than the smallest of interest.
-        zero: of no difference.
+        low, middle, high: the interval and its middle; None without a comparison.
+        zone: stripe of effects that are smaller than the smallest of interest.
+        zero: place of no difference.
     """
 
     low: float | None
@@ -57,17 +59,17 @@ def format_signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.4f}".replace("-", "−")
 
 
-def span(low: float | None, high: float | None) -> str:
+def format_span(low: float | None, high: float | None) -> str:
     return "–" if low is None or high is None else f"{format_signed(low)} to {format_signed(high)}"
 
 
 def sentence(c: Comparison, plan: PlanConfig) -> str:
-    """What a comparison found, with effect, interval and pairs."""
+    """States the result of a comparison with effect, interval and pairs."""
     who = c.arm if c.against == BASELINE else f"{c.arm}, against {c.against},"
     name = metric_name(c.metric)
     if c.word == "refused" or c.mean_diff is None:
         return f"{who} is not compared: {c.reason}."
-    numbers = f"({_interval(c)}, {_pairs(c.n)})"
+    numbers = f"({_interval_text(c)}, {_pairs_text(c.n)})"
     where = "below" if c.mean_diff < 0 else "above"
     other = "the baseline" if c.against == BASELINE else c.against
     amount = f"{name} is {abs(c.mean_diff):.4f} {where} that of {other} {numbers}"
@@ -78,23 +80,23 @@ def sentence(c: Comparison, plan: PlanConfig) -> str:
     if c.word == "no evidence":
         return f"No evidence for {who}: {amount}; an effect of {plan.sesoi:g} is excluded."
     more = (
-        f"about {c.needed_seeds} seeds would tell"
+        f"about {c.needed_seeds} seeds would decide it"
         if c.needed_seeds
-        else "more seeds would not tell"
+        else "more seeds would not decide it"
     )
     return f"Cannot tell for {who}: {amount}; {more}."
 
 
-def _interval(c: Comparison) -> str:
-    return "without interval" if c.low is None else f"95% interval {span(c.low, c.high)}"
+def _interval_text(c: Comparison) -> str:
+    return "without interval" if c.low is None else f"95% interval {format_span(c.low, c.high)}"
 
 
-def _pairs(n: int) -> str:
+def _pairs_text(n: int) -> str:
     return f"{n} pair{'s' * (n != 1)}"
 
 
 def bars(comparisons: Sequence[Comparison], sesoi: float) -> list[Bar]:
-    """One for each comparison, all on one scale around 0."""
+    """Bars of the comparisons, all on one scale around 0."""
     ends = [
         abs(end) for c in comparisons for end in (c.low, c.high, c.mean_diff) if end is not None
     ]
@@ -108,7 +110,7 @@ def bars(comparisons: Sequence[Comparison], sesoi: float) -> list[Bar]:
 
 
 def count_words(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """Each word with its number, meaning and look."""
+    """Counts the verdicts by word, and adds the meaning and appearance of each word."""
     words = [c.word for c in comparisons]
     return [
         {"word": word, "count": words.count(word), **about._asdict()}
@@ -117,7 +119,7 @@ def count_words(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 
 def row(c: Comparison, bar: Bar, plan: PlanConfig, comment: str) -> Mapping[str, Any]:
-    """A line of a verdict table."""
+    """Fields of one line of a verdict table."""
     return {
         "arm": c.arm,
         "against": "" if c.against == BASELINE else c.against,
@@ -127,13 +129,13 @@ def row(c: Comparison, bar: Bar, plan: PlanConfig, comment: str) -> Mapping[str,
         "look": WORDS[c.word].look,
         "bar": bar,
         "difference": format_signed(c.mean_diff),
-        "interval": span(c.low, c.high),
+        "interval": format_span(c.low, c.high),
         "pairs": c.n,
         "p": "–" if c.p_holm is None else f"{c.p_holm:.3g}",
         "test": c.test or "–",
         "detectable": "–" if c.detectable is None else f"{c.detectable:.2g}",
         "needed": c.needed_seeds or "–",
-        "bca": "" if c.bca_low is None else span(c.bca_low, c.bca_high),
+        "bca": "" if c.bca_low is None else format_span(c.bca_low, c.bca_high),
         "reason": c.reason,
         "sentence": sentence(c, plan),
         "exploratory": c.exploratory,

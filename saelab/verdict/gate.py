@@ -1,14 +1,14 @@
 """The gate: no score counts before its cell is shown to be alive.
 
-All checks stand in one table, `CHECKS`, each with its threshold, outcome, meaning and remedy. They
-look at the facts of one cell, a plain dictionary, and change nothing. The outcomes, worst first:
+All checks are in one table, `CHECKS`, each with its threshold, outcome, meaning and remedy. They
+read the facts of one cell, a plain dictionary, and change nothing. The outcomes, worst first:
 
     invalid      the software's fault: the cell's number is null and its pair is excluded
     failed       the arm's fault (it died, diverged, lost its sparsity): the pair stays and counts
                  against the arm, because dropping it would leave the survivors only
     relabelled   a learned scalar did not move or collapsed: the arm is named fixed, numbers stay
-    warning      shown beside the numbers
-    ok           nothing was found
+    warning      shown next to the numbers
+    ok           no check fired
 
 A check whose facts are absent (missing or None) is silent and named in `GateResult.unchecked`. An
 arm may declare the checks it expects to fire (a penalty of weight 0, a dead control): they are
@@ -35,16 +35,17 @@ ORDER: tuple[Outcome, ...] = ("invalid", "failed", "relabelled", "warning")
 
 @dataclass(frozen=True)
 class Check:
-    """One rule of the gate.
+    """Rule of the gate.
 
     Args:
-        name: how findings, plans and reports call it.
-        outcome: what it makes of the cell.
+        name: in findings, plans and reports.
+        outcome: of a cell for which it fires.
         threshold: the number it compares with; None for a rule without one.
-        needs: facts that must be there; a name that ends in '.' or '_' is any fact beginning so.
-        explanation: what a finding means.
-        remedy: what to do about it.
-        look: (facts, threshold) -> (subject, what was found) for each finding; the subject is ''
+        needs: facts that must be present; a name that ends in '.' or '_' stands for any fact
+            with that beginning.
+        explanation: meaning of a finding.
+        remedy: advice to the reader.
+        look: (facts, threshold) -> (subject, observation) for each finding; the subject is ''
             for the cell as a whole and a scalar's name otherwise.
     """
 
@@ -57,6 +58,7 @@ class Check:
     look: Callable[[Facts, float], Hits]
 
     def has_facts(self, facts: Facts) -> bool:
+        """Returns whether all facts that the rule needs are present."""
         return all(
             any(key.startswith(need) and facts[key] is not None for key in facts)
             if need.endswith((".", "_"))
@@ -67,7 +69,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """A check that fired: `sentence` says what, value, threshold and remedy."""
+    """Check that fired; `sentence` gives observation, value, threshold and remedy."""
 
     check: str
     outcome: Outcome
@@ -78,7 +80,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What the gate says about one cell.
+    """Result of the gate for one cell.
 
     Args:
         outcome: the worst outcome of the findings that were not expected, or 'ok'.
@@ -93,8 +95,8 @@ class GateResult:
     @property
     def fixed_scalars(self) -> tuple[str, ...]:
         """Learned scalars that the report must name as fixed."""
-        found = (f for f in self.findings if f.outcome == "relabelled" and not f.expected)
-        return tuple(dict.fromkeys(f.subject for f in found))
+        relabelled = (f for f in self.findings if f.outcome == "relabelled" and not f.expected)
+        return tuple(dict.fromkeys(f.subject for f in relabelled))
 
     def summary(self) -> str:
         """The outcome and the names of its checks, as in 'failed: no_firing'."""
@@ -103,12 +105,12 @@ class GateResult:
 
 
 def gate(facts: Facts, expected: Collection[str] = ()) -> GateResult:
-    """Looks at the facts of one cell with every check.
+    """Applies every check to the facts of one cell.
 
     Args:
         facts: name -> value; None or a missing name means unknown. Flags are 0 or 1, shares lie
             between 0 and 1, L0 is in latents per token.
-        expected: names of the checks that the arm declares it expects to fire.
+        expected: names of the checks that the arm declares as expected to fire.
 
     Raises: SettingError for an expected check that does not exist, or for a fact of the wrong type.
     """
@@ -118,8 +120,8 @@ def gate(facts: Facts, expected: Collection[str] = ()) -> GateResult:
         if check.has_facts(facts):
             for subject, text in check.look(facts, check.threshold or 0.0):
                 sentence = f"{text}: {check.explanation}; {check.remedy}"
-                known = check.name in expected
-                findings.append(Finding(check.name, check.outcome, sentence, known, subject))
+                is_expected = check.name in expected
+                findings.append(Finding(check.name, check.outcome, sentence, is_expected, subject))
     counted: list[Outcome] = [f.outcome for f in findings if not f.expected]
     unchecked = tuple(check.name for check in CHECKS if not check.has_facts(facts))
     return GateResult(counted[0] if counted else "ok", tuple(findings), unchecked)
@@ -127,17 +129,18 @@ def gate(facts: Facts, expected: Collection[str] = ()) -> GateResult:
 
 def check_expected(names: Collection[str]) -> None:
     """Raises: SettingError for a name that is not a check of the gate."""
-    known = [check.name for check in CHECKS]
+    checks = [check.name for check in CHECKS]
     for name in names:
-        if name not in known:
-            raise SettingError("expected", name, f"no such check of the gate{nearest(name, known)}")
+        if name not in checks:
+            hint = nearest(name, checks)
+            raise SettingError("expected", name, f"no such check of the gate{hint}")
 
 
 # ------------------------------------------------------------------------------- reading the facts
 
 
 def _number(facts: Facts, name: str) -> float | None:
-    """The fact as a finite number, or None."""
+    """Reads a fact as a finite number; None where it is missing or not finite."""
     value = facts.get(name)
     if isinstance(value, str):
         raise SettingError(name, value, "this fact must be a number or None")
@@ -149,7 +152,7 @@ def _flag(facts: Facts, name: str) -> bool:
 
 
 def _above(fact: str, what: str, unit: str = "") -> Callable[[Facts, float], Hits]:
-    """Fires when the fact is larger than the threshold."""
+    """Makes a check that fires when the fact is larger than the threshold."""
 
     def look(facts: Facts, threshold: float) -> Hits:
         value = _number(facts, fact)
@@ -160,7 +163,7 @@ def _above(fact: str, what: str, unit: str = "") -> Callable[[Facts, float], Hit
 
 
 def _at_most(fact: str, what: str, unit: str = "") -> Callable[[Facts, float], Hits]:
-    """Fires when the fact is not larger than the threshold."""
+    """Makes a check that fires when the fact is not larger than the threshold."""
 
     def look(facts: Facts, threshold: float) -> Hits:
         value = _number(facts, fact)
@@ -171,7 +174,7 @@ def _at_most(fact: str, what: str, unit: str = "") -> Callable[[Facts, float], H
 
 
 def _below(fact: str, what: str) -> Callable[[Facts, float], Hits]:
-    """Fires when the fact is smaller than the threshold."""
+    """Makes a check that fires when the fact is smaller than the threshold."""
 
     def look(facts: Facts, threshold: float) -> Hits:
         value = _number(facts, fact)
@@ -182,7 +185,7 @@ def _below(fact: str, what: str) -> Callable[[Facts, float], Hits]:
 
 
 def _ratio(fact: str, to: str, what: str, than: str) -> Callable[[Facts, float], Hits]:
-    """Fires when fact / to is larger than the threshold."""
+    """Makes a check that fires when fact / to is larger than the threshold."""
 
     def look(facts: Facts, threshold: float) -> Hits:
         value, base = _number(facts, fact), _number(facts, to)
@@ -195,55 +198,55 @@ def _ratio(fact: str, to: str, what: str, than: str) -> Callable[[Facts, float],
 def _unless(
     excuse: Callable[[Facts], bool], look: Callable[[Facts, float], Hits]
 ) -> Callable[[Facts, float], Hits]:
-    """The same check, silent where another fact excuses it."""
+    """Makes a check silent where another fact excuses it."""
     return lambda facts, threshold: iter(()) if excuse(facts) else look(facts, threshold)
 
 
-def _weights_zero(facts: Facts, _: float) -> Hits:
+def _find_zero_weights(facts: Facts, _: float) -> Hits:
     if _flag(facts, "weights_zero"):
         yield "", "the encoder's or the decoder's weights are all zero"
 
 
-def _hooks(facts: Facts, _: float) -> Hits:
+def _find_hook_mismatch(facts: Facts, _: float) -> Hits:
     names = ("hook_sae", "hook_activations", "hook_evaluation")
     hooks = {name: facts[name] for name in names if facts.get(name) is not None}
     if len(set(hooks.values())) > 1:
-        said = ", ".join(f"{name.removeprefix('hook_')} {hook}" for name, hook in hooks.items())
-        yield "", f"hooks are not the same ({said})"
+        names = ", ".join(f"{name.removeprefix('hook_')} {hook}" for name, hook in hooks.items())
+        yield "", f"hooks are not the same ({names})"
 
 
-def _not_finite(facts: Facts, _: float) -> Hits:
+def _find_not_finite(facts: Facts, _: float) -> Hits:
     numbers = {k: v for k, v in facts.items() if isinstance(v, (int, float))}
     bad = [name for name, value in numbers.items() if not math.isfinite(value)]
-    bad += [str(named)] if (named := facts.get("not_finite")) else []  # missing rows have no value
+    bad += [str(names)] if (names := facts.get("not_finite")) else []  # missing rows have no value
     if bad and facts.get("nonfinite_step") is None:
         yield "", f"measured numbers are not finite ({', '.join(bad)})"
 
 
-def _nonfinite_step(facts: Facts, _: float) -> Hits:
+def _find_nonfinite_step(facts: Facts, _: float) -> Hits:
     step = _number(facts, "nonfinite_step")
     if step is not None:
         yield "", f"the loss or a gradient is not finite at step {step:.0f}"
 
 
-def _diverged(facts: Facts) -> bool:
-    """Whether training stopped by a failure of the arm, which may be at its first step."""
+def _has_diverged(facts: Facts) -> bool:
+    """Returns whether a failure of the arm stopped training, maybe at its first step."""
     return facts.get("nonfinite_step") is not None
 
 
-def _probing_constant(facts: Facts, _: float) -> Hits:
+def _find_constant_probing(facts: Facts, _: float) -> Hits:
     if _flag(facts, "probing_constant"):
         yield "", "every probing task scores exactly its class prior"
 
 
 def _arm_died(facts: Facts) -> bool:
-    """Whether a failure of the arm, which is a finding of its own, explains the probes."""
+    """Returns whether the arm failed, which is a separate finding and explains the probes."""
     at_zero = ("l0", "code_std", "explained_variance")
     values = [value for name in at_zero if (value := _number(facts, name)) is not None]
     return facts.get("nonfinite_step") is not None or any(value <= 0 for value in values)
 
 
-def _control_band(facts: Facts, _: float) -> Hits:
+def _find_control_band(facts: Facts, _: float) -> Hits:
     value = _number(facts, "probing_accuracy")
     low, high = _number(facts, "random_control_low"), _number(facts, "random_control_high")
     if value is not None and low is not None and high is not None and low <= value <= high:
@@ -251,13 +254,13 @@ def _control_band(facts: Facts, _: float) -> Hits:
         yield "", f"probing accuracy {value:.4g} lies in the band of the random controls, {band}"
 
 
-def _repeated(facts: Facts, _: float) -> Hits:
+def _find_repeated_data(facts: Facts, _: float) -> Hits:
     passes, planned = _number(facts, "data_passes"), _number(facts, "planned_passes")
     if passes is not None and planned is not None and passes > planned:
         yield "", f"the data was read {passes:.3g} times (planned: {planned:.3g})"
 
 
-def _inert(facts: Facts, threshold: float) -> Hits:
+def _find_inert(facts: Facts, threshold: float) -> Hits:
     for name in facts:
         reach = _number(facts, name) if name.startswith(REACH) else None
         if reach is not None and reach < threshold:
@@ -266,7 +269,7 @@ def _inert(facts: Facts, threshold: float) -> Hits:
             yield scalar, text
 
 
-def _collapsed(facts: Facts, threshold: float) -> Hits:
+def _find_collapsed(facts: Facts, threshold: float) -> Hits:
     share = _number(facts, "alpha_outside_share")
     if share is not None and share > threshold:
         text = f"alpha lay outside [0.02, 0.98] for {share:.1%} of the steps"
@@ -281,31 +284,31 @@ CHECKS: tuple[Check, ...] = (
         "weights_zero", "invalid", None, ("weights_zero",),
         "no gradient can flow, so this SAE was never trained",
         "start from unit decoder rows and their transpose",
-        _weights_zero,
+        _find_zero_weights,
     ),
     Check(
         "no_steps", "invalid", 0.0, ("steps",),
         "no training step was taken or recorded",
         "train the cell and record its steps",
-        _unless(_diverged, _at_most("steps", "the number of training steps")),
+        _unless(_has_diverged, _at_most("steps", "the number of training steps")),
     ),
     Check(
         "no_tokens", "invalid", 0.0, ("tokens",),
         "no token was trained on or recorded",
         "train the cell and record its tokens",
-        _unless(_diverged, _at_most("tokens", "the number of training tokens")),
+        _unless(_has_diverged, _at_most("tokens", "the number of training tokens")),
     ),
     Check(
         "hook_mismatch", "invalid", None, ("hook_",),
         "the SAE was trained, fed or scored on activations of another place",
         "name one hook for training, activations and evaluation",
-        _hooks,
+        _find_hook_mismatch,
     ),
     Check(
         "probing_constant", "invalid", None, ("probing_constant",),
         "the probes saw nothing of the model",
         "check that the SAE was trained and that its code reaches the probes",
-        _unless(_arm_died, _probing_constant),
+        _unless(_arm_died, _find_constant_probing),
     ),
     Check(
         "loss_recovered_impossible", "invalid", 1.02, ("loss_recovered",),
@@ -317,13 +320,13 @@ CHECKS: tuple[Check, ...] = (
         "not_finite", "invalid", None, (),
         "training was finite, so the measurement is at fault",
         "report the evaluation that gave these numbers",
-        _not_finite,
+        _find_not_finite,
     ),
     Check(
         "nonfinite_training", "failed", None, ("nonfinite_step",),
         "the arm diverged",
         "lower its learning rate or the weight of its own loss terms",
-        _nonfinite_step,
+        _find_nonfinite_step,
     ),
     Check(
         "no_firing", "failed", 0.0, ("l0",),
@@ -369,20 +372,20 @@ CHECKS: tuple[Check, ...] = (
         "the arm is reported as fixed, a label only: noise alone reaches 15% in 200 steps and a "
         "converged scalar shows 2.8% after 20,000",
         "look at its path, or raise its own learning rate",
-        _inert,
+        _find_inert,
     ),
     Check(
         "collapsed_balance", "relabelled", 0.10, ("alpha_outside_share",),
         "the balance chose one term for good and the arm is reported as fixed",
         "use a balance with an equilibrium (minimax, gradnorm), or report the fixed arm",
-        _collapsed,
+        _find_collapsed,
     ),
     Check(
         "random_band", "warning", None,
         ("probing_accuracy", "random_control_low", "random_control_high"),
         "that is a result and no fault, since random dictionaries do as well",
         "claim nothing about features from this score",
-        _control_band,
+        _find_control_band,
     ),
     Check(
         "dead_latents", "warning", 0.5, ("dead_share",),
@@ -419,7 +422,7 @@ CHECKS: tuple[Check, ...] = (
         "repeated_data", "warning", None, ("data_passes", "planned_passes"),
         "the cell saw the same activations more often than the plan says",
         "add text, or plan the repetition",
-        _repeated,
+        _find_repeated_data,
     ),
     Check(
         "not_converged", "warning", 0.02, ("last_tenth_improvement",),

@@ -6,16 +6,16 @@ pairs and arms (`stats.choose_test`), its p is Holm-adjusted over the family, an
     helps / hurts   Holm-adjusted p <= alpha, by the sign against the declared direction
     no evidence     otherwise, and an effect worth having is excluded: the equivalence test (TOST)
                     inside +- the smallest effect of interest has p <= alpha
-    cannot tell     otherwise, with the number of seeds at which it could be told
+    cannot tell     otherwise, with the number of seeds that could decide it
     refused         no comparison is made: L0 off target, fewer than two pairs, other definitions
 
-A cell that is `invalid` (the software's fault) has the value None and takes its pair out. A cell
+A cell that is `invalid` (the software's fault) has the value None and its pair is left out. A cell
 that `failed` (the arm's fault: it died, diverged or lost its sparsity) stays and counts against the
-arm, because dropping it would leave the survivors only. Its pair enters with its own number where
-that number is against the arm, and otherwise as a loss as large as the largest measured difference,
-at least the smallest effect of interest. An arm with a failed cell is never said to help, and with
-a loss of unknown size there is no 'no evidence' either.
-A baseline cell without a value takes its pair out, whatever the reason.
+arm, because dropping it would leave the survivors only. Its pair enters with its measured number
+where that number is against the arm, and otherwise as a loss as large as the largest measured
+difference, at least the smallest effect of interest. An arm with a failed cell never gets the word
+'helps', and with a loss of unknown size it does not get 'no evidence' either.
+The pair of a baseline cell without a value is left out, whatever the reason.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Direction = Literal["lower", "higher"]
 Values = Mapping[int, float | None]
 Kind = Literal["normal", "skewed", "discrete", "asymmetric"]
 
-#: Said in every report: what the interval is an interval over.
+#: Variation that the interval covers, printed in every report.
 COVERS = "The interval covers SAE initialisation and data order, not other models or texts."
 #: Power at which smallest detectable effects and numbers of seeds are stated.
 POWER = 0.8
@@ -44,10 +44,10 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against the baseline on the primary metric; numbers are None where there are none.
+    """Comparison of an arm with the baseline on the primary metric; missing numbers are None.
 
     Args:
-        arm, metric: what is compared.
+        arm, metric: the arm, and the metric of the comparison.
         n: pairs that entered, failed ones included.
         mean_diff, low, high: mean of arm - baseline and its t interval, in the metric's unit.
         p, p_holm: of the test that decides, before and after Holm over the family.
@@ -56,7 +56,7 @@ class Comparison:
         detectable: smallest true effect that n pairs of this spread find in 80% of studies
             (t test at alpha, one comparison).
         word: the verdict.
-        needed_seeds: for 'cannot tell', pairs at which it could be told, see `seeds_to_tell`;
+        needed_seeds: for 'cannot tell', pairs that could decide it, see `seeds_to_tell`;
             None where more pairs would not help, as for an arm with a failed cell.
         reason: one sentence with the numbers.
         exploratory: false only for the confirmatory run.
@@ -84,7 +84,7 @@ class Comparison:
     against: str = "baseline"
 
     def means(self) -> dict[str, float | str | None]:
-        """The entries of `final_info.json` that hold this comparison."""
+        """Entries of `final_info.json` that hold this comparison."""
         return {
             f"verdict.{self.metric}": self.word,
             f"diff.{self.metric}": self.mean_diff,
@@ -96,7 +96,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Difference:
-    """A secondary metric: mean of arm - baseline with its 95% t interval, and no word."""
+    """Difference on a secondary metric: mean of arm - baseline with its 95% t interval."""
 
     arm: str
     metric: str
@@ -109,7 +109,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The pairs of one arm as gains (positive is good), or why there is no comparison."""
+    """Pairs of one arm as gains (positive is good), or the reason for no comparison."""
 
     gains: stats.Array
     measured: bool = True
@@ -140,11 +140,11 @@ def judge(
     family: int | None = None,
     baseline_name: str = "baseline",
 ) -> list[Comparison]:
-    """The verdict on the primary metric for every arm of one run.
+    """Judges every arm of one run on the primary metric.
 
     Args:
         primary: name of the metric.
-        direction: which way is better.
+        direction: of better values.
         sesoi: smallest effect of interest, in the metric's unit; 0 means that none is declared.
         baseline: seed -> value of the baseline; None is an invalid cell.
         arms: arm -> seed -> value; all arms of the run, without the baseline.
@@ -161,14 +161,14 @@ def judge(
 
     Raises: SettingError for an impossible setting or a value that is not finite.
     """
-    _check(direction, sesoi, target_l0, tolerance, alpha, baseline, arms, baseline_name)
+    _check_settings(direction, sesoi, target_l0, tolerance, alpha, baseline, arms, baseline_name)
     m = max(len(arms), family or 0)
     sign = 1.0 if direction == "higher" else -1.0
     definitions, failed = definitions or {}, failed or {}
     pairs: dict[str, _Pairs] = {}
     for arm, values in arms.items():
-        own, reference = definitions.get(arm), definitions.get(baseline_name)
-        refusal = other_definition(own, reference) if definitions else ""
+        definition, reference = definitions.get(arm), definitions.get(baseline_name)
+        refusal = other_definition(definition, reference) if definitions else ""
         pairs[arm] = (
             _Pairs(np.zeros(0), refusal=refusal)
             if refusal
@@ -198,10 +198,13 @@ def judge(
     ]  # fmt: skip
 
 
-def words(gain: stats.Array, p_holm: stats.Array, p_tost: stats.Array, alpha: float) -> np.ndarray:
-    """The four words for mean gains (positive is good), Holm-adjusted p and equivalence p."""
-    told = p_holm <= alpha
-    conditions = [told & (gain > 0), told & (gain < 0), p_tost <= alpha]
+def choose_words(
+    gain: stats.Array, p_holm: stats.Array, p_tost: stats.Array, alpha: float
+) -> np.ndarray:
+    """Chooses among the four words by mean gain (positive is good), Holm-adjusted p and the
+    equivalence test's p."""
+    decided = p_holm <= alpha
+    conditions = [decided & (gain > 0), decided & (gain < 0), p_tost <= alpha]
     return np.select(conditions, ["helps", "hurts", "no evidence"], "cannot tell")
 
 
@@ -212,33 +215,34 @@ def compare_secondary(
     alpha: float = 0.05,
     definitions: Mapping[str, str] | None = None,
 ) -> list[Difference]:
-    """Differences of a secondary metric with t intervals; secondary metrics get no word.
+    """Computes differences of a secondary metric with t intervals; it gets no word.
 
     Args:
-        definitions: arm, and the baseline under its own name, -> definition id of the metric.
+        definitions: arm, and the baseline under its name, -> definition id of the metric.
 
     Raises: MismatchError when those differ.
     """
     check_one_definition(metric, definitions or {})
-    found = []
+    differences = []
     for arm, values in arms.items():
-        d = [a - b for a, b in _both(baseline, values).values()]
+        d = [a - b for a, b in _shared_values(baseline, values).values()]
         if not d:
-            found.append(Difference(arm, metric, 0, None, None, None, "no pair has both values"))
+            reason = "no pair has both values"
+            differences.append(Difference(arm, metric, 0, None, None, None, reason))
             continue
         summary = stats.paired_summary(d, alpha)
         reason = "" if summary.n > 1 else "one pair has no interval"
-        found.append(
+        differences.append(
             Difference(arm, metric, summary.n, summary.mean, summary.low, summary.high, reason)
         )
-    return found
+    return differences
 
 
 # ---------------------------------------------------------------------------------------- pairing
 
 
 def off_target(l0: float, target: float, tolerance: float) -> str:
-    """An L0 with its distance from the target; '' within the tolerance, a relative distance."""
+    """Describes an L0 outside the tolerance (a relative distance from the target); '' inside."""
     off = abs(l0 / target - 1)
     if off <= tolerance + 1e-9:
         return ""
@@ -247,7 +251,7 @@ def off_target(l0: float, target: float, tolerance: float) -> str:
 
 @dataclass(frozen=True)
 class _L0:
-    """Which L0 the cells of one arm and of the baseline have, and which they should have."""
+    """L0 of the cells of one arm and of the baseline, with the target for both."""
 
     target: float | None
     tolerance: float
@@ -255,7 +259,7 @@ class _L0:
     baseline: Mapping[int, float] | None
 
     def complaint(self, seeds: list[int]) -> str:
-        """Why these cells can't be compared at equal L0; '' when they can."""
+        """Reason why these cells can't be compared at equal L0; '' when they can."""
         cells = [("arm", seed, self.arm.get(seed)) for seed in seeds]
         if self.baseline is not None:
             cells += [("baseline", seed, self.baseline.get(seed)) for seed in seeds]
@@ -278,28 +282,29 @@ class _L0:
 def _pair(
     sign: float, sesoi: float, baseline: Values, values: Values, failed: set[int], l0: _L0
 ) -> _Pairs:
-    """Gains by seed: healthy pairs first, then failed ones; or the refusal."""
-    both = _both(baseline, values)
+    """Computes gains by seed, of healthy pairs first, then of failed ones; or refuses."""
+    both = _shared_values(baseline, values)
     healthy = [seed for seed in both if seed not in failed]
     fallen = sorted(seed for seed in failed if baseline.get(seed) is not None)
     n = len(healthy) + len(fallen)
     excluded = len((set(values) | failed) - set(healthy) - set(fallen))
     if n < 2:
-        return _Pairs(np.zeros(n), excluded=excluded, refusal=_too_few(n, excluded))
+        return _Pairs(np.zeros(n), excluded=excluded, refusal=_too_few_text(n, excluded))
     if complaint := l0.complaint(healthy):
         return _Pairs(np.zeros(n), refusal=complaint)
     gain = {seed: sign * (both[seed][0] - both[seed][1]) for seed in both}
     loss = -max([sesoi, *(abs(gain[seed]) for seed in healthy)])
-    own = {seed: gain[seed] for seed in fallen if gain.get(seed, 0.0) < 0}
-    measured = bool(healthy or own)
+    known_loss = {seed: gain[seed] for seed in fallen if gain.get(seed, 0.0) < 0}
+    measured = bool(healthy or known_loss)
     if not measured:  # nothing but losses of unknown size: only their signs can be tested
         loss = -1.0
-    gains = [gain[seed] for seed in healthy] + [own.get(seed, loss) for seed in fallen]
-    return _Pairs(np.array(gains), measured, len(fallen), len(fallen) - len(own), excluded=excluded)
+    gains = [gain[seed] for seed in healthy] + [known_loss.get(seed, loss) for seed in fallen]
+    losses = len(fallen) - len(known_loss)
+    return _Pairs(np.array(gains), measured, len(fallen), losses, excluded=excluded)
 
 
-def _both(baseline: Values, values: Values) -> dict[int, tuple[float, float]]:
-    """seed -> (arm, baseline), in the baseline's order, for seeds where both are there."""
+def _shared_values(baseline: Values, values: Values) -> dict[int, tuple[float, float]]:
+    """Seed -> (arm, baseline), in the baseline's order, for seeds where both have a value."""
     return {
         seed: (value, reference)
         for seed, reference in baseline.items()
@@ -307,9 +312,9 @@ def _both(baseline: Values, values: Values) -> dict[int, tuple[float, float]]:
     }
 
 
-def _too_few(n: int, excluded: int) -> str:
+def _too_few_text(n: int, excluded: int) -> str:
     why = f", {excluded} excluded because a cell is invalid or missing" if excluded else ""
-    return f"{_count(n, 'usable pair')}{why}: two are needed, so mend those cells or add seeds"
+    return f"{_count(n, 'usable pair')}{why}: two are needed, so fix those cells or add seeds"
 
 
 # ------------------------------------------------------------------------------------- the verdict
@@ -321,7 +326,7 @@ def _compare(blank: Comparison, pairs: _Pairs, sign: float, m: int, alpha: float
         return replace(blank, reason=pairs.refusal)
     n = len(pairs.gains)
     p_tost = stats.tost_p(pairs.gains, blank.sesoi) if pairs.measured else np.array(1.0)
-    word = cast(Word, str(words(pairs.gains.mean(), np.array(blank.p_holm), p_tost, alpha)))
+    word = cast(Word, str(choose_words(pairs.gains.mean(), np.array(blank.p_holm), p_tost, alpha)))
     if (word == "helps" and pairs.failed) or (word == "no evidence" and pairs.losses):
         word = "cannot tell"
     done = replace(blank, word=word, test=stats.choose_test(n, m, alpha))
@@ -349,9 +354,9 @@ def _with_numbers(done: Comparison, d: stats.Array, alpha: float) -> Comparison:
 
 
 def seeds_to_tell(summary: stats.Paired, sesoi: float, m: int, alpha: float) -> int | None:
-    """Number of pairs at which it could be told, if the spread stays as it is.
+    """Number of pairs that could decide the comparison, if the spread stays as it is.
 
-    The first of these that is more than there are now: pairs for 80% power both to find an effect
+    The first of these that exceeds the present number: pairs for 80% power both to find an effect
     of sesoi and to exclude it when there is none; pairs to find an effect as large as the observed
     one. The test's level is alpha / m, Holm's strictest. None when neither can be stated.
     """
@@ -368,42 +373,42 @@ def seeds_to_tell(summary: stats.Paired, sesoi: float, m: int, alpha: float) -> 
 
 
 def _reason(c: Comparison, pairs: _Pairs, m: int) -> str:
-    """One sentence with the numbers behind the word."""
-    parts = [_measured(c), f"p = {c.p_holm:.3g} ({c.test}, Holm over {m})"]
+    """Sentence with the numbers behind the word."""
+    parts = [_difference_text(c), f"p = {c.p_holm:.3g} ({c.test}, Holm over {m})"]
     if c.word in ("helps", "hurts") and c.mean_diff is not None and abs(c.mean_diff) < c.sesoi:
         parts.append(f"smaller than the smallest effect of interest, {c.sesoi:g}")
     if c.word == "no evidence":
         parts.append(f"an effect of {c.sesoi:g} is excluded")
     if c.word == "cannot tell":
-        parts.append(_untold(c, pairs))
+        parts.append(_open_text(c, pairs))
     if pairs.failed:
-        parts.append(_fallen(pairs))
+        parts.append(_failed_text(pairs))
     if pairs.excluded:
         parts.append(f"{_count(pairs.excluded, 'pair')} excluded as invalid or missing")
     return "; ".join(part for part in parts if part)
 
 
-def _measured(c: Comparison) -> str:
+def _difference_text(c: Comparison) -> str:
     if c.mean_diff is None:
         return f"no number over {_count(c.n, 'pair')}"
     span = f"[{c.low:.4g}, {c.high:.4g}]"
     return f"{c.metric} differs by {c.mean_diff:+.4g} {span} over {_count(c.n, 'pair')}"
 
 
-def _untold(c: Comparison, pairs: _Pairs) -> str:
+def _open_text(c: Comparison, pairs: _Pairs) -> str:
     if pairs.failed:
-        return "an arm with a failed cell is not said to help, with any number of seeds"
+        return "an arm with a failed cell can't get the word helps, with any number of seeds"
     if c.needed_seeds is not None:
-        return f"with this spread {c.needed_seeds} seeds could tell"
+        return f"with this spread {c.needed_seeds} seeds could decide"
     if c.sesoi == 0:
         return "no smallest effect of interest is declared, so none can be excluded"
-    return f"the number of seeds that could tell can't be stated (or is above {stats.MOST_PAIRS})"
+    return f"the number of seeds that could decide is unknown (or above {stats.MOST_PAIRS})"
 
 
-def _fallen(pairs: _Pairs) -> str:
+def _failed_text(pairs: _Pairs) -> str:
     text = f"{pairs.failed} of {len(pairs.gains)} cells failed and count against the arm"
     if pairs.losses and pairs.measured:
-        text += f", {pairs.losses} as a loss as large as the largest measured difference"
+        text += f", {pairs.losses} as losses as large as the largest measured difference"
     return text
 
 
@@ -411,7 +416,7 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def _check(
+def _check_settings(
     direction: str, sesoi: float, target_l0: float | None, tolerance: float, alpha: float,
     baseline: Values, arms: Mapping[str, Values], baseline_name: str,
 ) -> None:  # fmt: skip
@@ -428,7 +433,9 @@ def _check(
     if not 0 < alpha < 0.5:
         raise SettingError("alpha", alpha, "a level between 0 and 0.5 is needed")
     if baseline_name in arms:
-        raise SettingError("arms", baseline_name, "the baseline is no arm of its own: leave it out")
+        raise SettingError(
+            "arms", baseline_name, "the baseline is not one of the arms: leave it out"
+        )
     for name, values in {baseline_name: baseline, **arms}.items():
         for seed, value in values.items():
             if value is not None and not math.isfinite(value):

@@ -1,15 +1,15 @@
-"""The primary metric at exactly the declared L0, before arms are paired.
+"""Adjustment of the primary metric to exactly the declared L0, before arms are paired.
 
-Cells are calibrated to the target L0 and end near it, within the plan's tolerance. What is left of
-the distance is worth as much as small effects, so each value is moved along a frontier:
+Cells are calibrated to the target L0 and end near it, within the plan's tolerance. The remaining
+distance changes the metric as much as small effects do, so each value is moved along a frontier:
 
     m_s(T) = m_s + b (log T - log L0_s)
     b = mean over seeds of (m_hi - m_lo) / (log L0_hi - log L0_lo)
 
 T: the target; lo, hi: the seed's cells of further levels that are nearest to T on either side, so
-that nothing is extrapolated. Few seeds have further levels, hence one b for all seeds: of the arm,
-or of the baseline where the arm has none. Its own error is left out, for it enters with the small
-distance alone. Without such cells values stay as they were measured, as do those of cells outside
+that nothing is extrapolated. Few seeds have further levels, hence one b for all seeds: the arm's,
+or the baseline's where the arm has none. The error of b is left out, since it is multiplied by the
+small distance. Without such cells values stay as they were measured, as do those of cells outside
 the tolerance, whose comparison is refused, and of cells that failed.
 """
 
@@ -25,33 +25,35 @@ from saelab.verdict.judge import off_target
 if TYPE_CHECKING:
     from saelab.verdict.arms import ArmResult
 
-#: arm -> seed -> what is added to the value of the primary metric.
+#: Arm -> seed -> summand that moves the primary metric to the target L0.
 Moves = dict[str, dict[int, float]]
 
 
 def value_moves(arms: Mapping[str, ArmResult], plan: PlanConfig) -> Moves:
-    """What brings each cell's primary metric to the target L0; empty where nothing does."""
+    """Computes the summands that move each cell's primary metric to the target L0; {} for none."""
     target = plan.target_l0
     if target is None or plan.primary == "l0":
         return {}
     common = slope(arms[BASELINE], plan.primary, target)
-    found: Moves = {}
+    moves: Moves = {}
     for name, arm in arms.items():
-        own = slope(arm, plan.primary, target)
-        b = common if own is None else own
+        measured = slope(arm, plan.primary, target)
+        b = common if measured is None else measured
         if b is not None:
-            found[name] = _of_arm(arm, b, target, plan.tolerance)
-    return found
+            moves[name] = _moves_of_arm(arm, b, target, plan.tolerance)
+    return moves
 
 
 def slope(arm: ArmResult, metric: str, target: float) -> float | None:
     """Change of the metric with log L0 around the target; None without cells on both sides."""
-    found = [_of_seed(cells.values(), metric, target) for cells in arm.levels.values()]
-    there = [b for b in found if b is not None]
-    return sum(there) / len(there) if there else None
+    by_seed = [_slope_of_seed(cells.values(), metric, target) for cells in arm.levels.values()]
+    slopes = [b for b in by_seed if b is not None]
+    return sum(slopes) / len(slopes) if slopes else None
 
 
-def _of_seed(cells: Iterable[Mapping[str, float]], metric: str, target: float) -> float | None:
+def _slope_of_seed(
+    cells: Iterable[Mapping[str, float]], metric: str, target: float
+) -> float | None:
     points = sorted((c["l0"], c[metric]) for c in cells if c.get("l0", 0.0) > 0 and metric in c)
     below = [point for point in points if point[0] < target]
     above = [point for point in points if point[0] > target]
@@ -61,7 +63,7 @@ def _of_seed(cells: Iterable[Mapping[str, float]], metric: str, target: float) -
     return (at_high - at_low) / math.log(high / low)
 
 
-def _of_arm(arm: ArmResult, b: float, target: float, tolerance: float) -> dict[int, float]:
+def _moves_of_arm(arm: ArmResult, b: float, target: float, tolerance: float) -> dict[int, float]:
     return {
         seed: b * math.log(target / l0)
         for seed, l0 in arm.metric("l0").items()
@@ -72,5 +74,5 @@ def _of_arm(arm: ArmResult, b: float, target: float, tolerance: float) -> dict[i
 def move_values(
     values: Mapping[int, float | None], by: Mapping[int, float]
 ) -> dict[int, float | None]:
-    """Values of seeds at the target L0."""
+    """Moves the values of seeds to the target L0; a missing one stays None."""
     return {s: None if v is None else v + by.get(s, 0.0) for s, v in values.items()}

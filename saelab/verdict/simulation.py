@@ -1,4 +1,4 @@
-"""Checks the rules of the verdict on simulated cells."""
+"""Simulation that checks the rules of the verdict."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 from saelab import stats
 from saelab.seeding import numpy_stream
-from saelab.verdict.judge import Kind, words
+from saelab.verdict.judge import Kind, choose_words
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What the rules say about simulated cells: shares over all simulated runs and arms.
+    """Results of the rules on simulated cells: shares over all simulated runs and arms.
 
     Args:
-        kind, n, arms, effect, sesoi: the cells, see `simulate`.
-        test: the test that was chosen.
+        kind, n, arms, effect, sesoi: settings of the cells, see `simulate`.
+        test: chosen for them.
         simulations: number of simulated runs.
         any_told: share of runs in which at least one arm 'helps' or 'hurts'.
         helps, hurts, no_evidence, cannot_tell: shares of the words over runs and arms.
@@ -53,7 +53,7 @@ def simulate(
     """Applies the rules of `judge` to simulated runs.
 
     Args:
-        kind: how cells are distributed: 'normal', 'skewed' (exponential) or 'discrete' (20 coin
+        kind: distribution of the cells: 'normal', 'skewed' (exponential) or 'discrete' (20 coin
             throws), drawn alike for arm and baseline; 'asymmetric' draws skewed *differences*,
             which no exchange of arm and baseline can give.
         n: pairs.
@@ -67,13 +67,13 @@ def simulate(
     stream = numpy_stream(seed, "simulation", kind, n, arms)
     d = _simulated_differences(stream, kind, (simulations, arms, n)) + effect
     p_holm = stats.holm(stats.chosen_p(d, arms, alpha))
-    word = words(d.mean(axis=-1), p_holm, stats.tost_p(d, sesoi), alpha)
+    word = choose_words(d.mean(axis=-1), p_holm, stats.tost_p(d, sesoi), alpha)
     low, high = stats.t_interval(d, alpha)
-    told = (word == "helps") | (word == "hurts")
+    decided = (word == "helps") | (word == "hurts")
     shares = [float(np.mean(word == w)) for w in ("helps", "hurts", "no evidence", "cannot tell")]
     return Simulation(
         kind, n, arms, effect, sesoi, stats.choose_test(n, arms, alpha), simulations,
-        float(told.any(axis=-1).mean()), *shares,
+        float(decided.any(axis=-1).mean()), *shares,
         coverage=float(np.mean((low <= effect) & (effect <= high))),
     )  # fmt: skip
 
@@ -97,13 +97,13 @@ def _simulated_differences(
 
 @dataclass(frozen=True)
 class ValidationRow:
-    """One promise of the rules beside what simulation gives.
+    """Promise of the rules, and the share that simulation gives.
 
     Args:
         promise: in words.
         run: the simulated runs.
         observed: the share that the promise is about.
-        low, high: what is promised; None, None for a row that is shown without a promise.
+        low, high: promised bounds; None, None for a row that is shown without a promise.
         kept: whether observed lies inside, with 3 standard errors of simulation allowed.
     """
 
@@ -118,19 +118,19 @@ class ValidationRow:
         run = self.run
         bounds = "" if self.low is None else f"{self.low:.3f}-{self.high:.3f}"
         kept = {True: "kept", False: "BROKEN", None: "no promise"}[self.kept]
-        return _line(
+        return _format_row(
             self.promise, run.kind, run.n, run.arms, run.test, f"{self.observed:.3f}", bounds, kept
         )
 
 
-def _line(*cells: object) -> str:
+def _format_row(*cells: object) -> str:
     widths = (34, 10, 5, 4, 9, 8, 11)
     text = [f"{cell!s:<{width}}" for cell, width in zip(cells, widths, strict=False)]
     return " ".join([*text, str(cells[-1])])
 
 
 #: Names the columns of `ValidationRow.line`.
-HEADING = _line("promise", "cells", "pairs", "arms", "test", "observed", "promised", "kept?")
+HEADING = _format_row("promise", "cells", "pairs", "arms", "test", "observed", "promised", "kept?")
 
 
 def validation_table(simulations: int = 2000, seed: int = 0) -> list[ValidationRow]:
@@ -146,7 +146,9 @@ def validation_table(simulations: int = 2000, seed: int = 0) -> list[ValidationR
         promise: str, run: Simulation, observed: float, bounds: tuple[float, float] | None
     ) -> None:
         low, high = bounds or (None, None)
-        rows.append(ValidationRow(promise, run, observed, low, high, _kept(observed, run, bounds)))
+        rows.append(
+            ValidationRow(promise, run, observed, low, high, _is_kept(observed, run, bounds))
+        )
 
     kinds: tuple[Kind, ...] = ("normal", "skewed", "discrete")
     for kind in kinds:
@@ -170,7 +172,7 @@ def validation_table(simulations: int = 2000, seed: int = 0) -> list[ValidationR
     return rows
 
 
-def _kept(observed: float, run: Simulation, bounds: tuple[float, float] | None) -> bool | None:
+def _is_kept(observed: float, run: Simulation, bounds: tuple[float, float] | None) -> bool | None:
     if bounds is None:
         return None
     errors = [3 * math.sqrt(p * (1 - p) / run.simulations) for p in bounds]

@@ -1,4 +1,4 @@
-"""What a run says in words: the printed table and summary.md."""
+"""Summary of a run: the printed table and summary.md."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def table(
     plan: PlanConfig,
     rows: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Arms x metrics, mean and 95% t interval (half width) over seeds, and the verdict; then the
-    controls among the rows, means alone."""
+    """Table of arms x metrics: mean and 95% t interval (half width) over seeds, and the verdict;
+    then the controls among the rows, with means alone."""
     words = {c.arm: c.word for c in comparisons}
     heads = ["arm", "seeds", *COLUMNS.values(), f"verdict on {plan.primary}"]
     lines = [heads]
@@ -53,10 +53,10 @@ def table(
 
 
 def control_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Control -> metric -> its mean over all data; probes of the model's channels as of an SAE."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """Control -> metric -> mean over all data; the model's channels under the names of an SAE."""
+    by_control: dict[str, dict[str, list[float]]] = {}
     for name in schema.control_names(rows):
-        of_metric = found.setdefault(name, {})
+        of_metric = by_control.setdefault(name, {})
         for row in rows:
             if row["arm"] == name and not row["slice"] and row["value"] is not None:
                 metric = row["metric"]
@@ -64,12 +64,12 @@ def control_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, flo
                 of_metric.setdefault(metric, []).append(row["value"])
     return {
         name: {metric: sum(values) / len(values) for metric, values in of_metric.items()}
-        for name, of_metric in found.items()
+        for name, of_metric in by_control.items()
     }
 
 
 def align_columns(lines: Sequence[Sequence[str]]) -> str:
-    """A table of text whose first line is its heading."""
+    """Aligns the columns of a table of text whose first line is its heading."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -98,12 +98,12 @@ def summary_text(
     earlier: Sequence[Attempt] = (),
     of_controls: Sequence[str] = (),
 ) -> str:
-    """summary.md: question, plan, verdict, cells that do not count, what to try next.
+    """Text of summary.md: question, plan, verdict, cells that do not count, next steps.
 
     Args:
-        missing: what could not be measured, and why.
+        missing: metrics that could not be measured, and why.
         deviations: of the plan from the registered one.
-        earlier: attempts at this run before the one that it is from.
+        earlier: attempts at this run before the present one.
         of_controls: lines about the control subjects.
     """
     plan = task.plan
@@ -115,7 +115,7 @@ def summary_text(
         f"baseline {f'at L0 {plan.target_l0:g}' if plan.target_l0 else 'at its own L0'}, by at "
         f"least {plan.sesoi:g}?",
         "",
-        f"**Plan.** {plan_hash(plan)}, {_as_registered(deviations)}",
+        f"**Plan.** {plan_hash(plan)}, {_registration_text(deviations)}",
         *(f"- deviation: {markdown(text)}" for text in deviations),
         *(f"- left out on purpose: {markdown(text)}" for text in plan.exclusions),
         "",
@@ -129,14 +129,14 @@ def summary_text(
         interval = "-" if c.low is None else f"{c.low:+.4f} to {c.high:+.4f}"
         difference = "-" if c.mean_diff is None else f"{c.mean_diff:+.4f}"
         arm = c.arm if c.against == BASELINE else f"{c.arm}, against {c.against}"
-        told = f"{markdown(arm)} | {markdown(comments.get(c.arm, ''))}"
-        lines.append(f"| {told} | {c.word} | {difference} | {interval} | {c.n} |")
+        names = f"{markdown(arm)} | {markdown(comments.get(c.arm, ''))}"
+        lines.append(f"| {names} | {c.word} | {difference} | {interval} | {c.n} |")
     if comparisons:
         lines += ["", COVERS, "", "**Why.**", ""]
         lines += [f"- {markdown(f'{c.arm}: {c.reason}')}" for c in comparisons]
     else:
         lines[-2:] = [f"There is one arm, {BASELINE}, and nothing to compare it with.", ""]
-        lines += [f"- {COLUMNS[name]}: {value}" for name, value in _reached(arms[BASELINE])]
+        lines += [f"- {COLUMNS[name]}: {value}" for name, value in _mean_values(arms[BASELINE])]
     lines += ["", "**Gate.**", "", *_gate_lines(arms)]
     if of_controls:
         lines += ["", "**Controls.**", "", *of_controls]
@@ -145,24 +145,24 @@ def summary_text(
         lines += [f"- {markdown(attempt.line())}" for attempt in earlier]
     if missing:
         lines += ["", "**Missing.**", "", *(f"- {markdown(text)}" for text in missing)]
-    lines += ["", "**What to try next.**", "", *_next(comparisons)]
+    lines += ["", "**What to try next.**", "", *_next_steps(comparisons)]
     return "\n".join(lines) + "\n"
 
 
 def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) -> list[str]:
-    """The control subjects as a Markdown table, and whether the planted effect was seen."""
+    """Markdown table of the control subjects, and whether the planted effect was found."""
     shown = ("fvu", "l0", "loss_recovered", "sae_top_5_test_accuracy")
     heads = " | ".join(COLUMNS[metric] for metric in shown)
     lines = [f"| control | {heads} |", "|---" * (len(shown) + 1) + "|"]
-    found = control_values(rows)
-    for name, values in found.items():
-        said = [f"{values[metric]:.4g}" if metric in values else "-" for metric in shown]
-        lines.append(f"| {name.removeprefix(schema.CONTROL)} | {' | '.join(said)} |")
-    return [*lines, *_planted_lines(planted)] if found else []
+    by_control = control_values(rows)
+    for name, values in by_control.items():
+        cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in shown]
+        lines.append(f"| {name.removeprefix(schema.CONTROL)} | {' | '.join(cells)} |")
+    return [*lines, *_planted_lines(planted)] if by_control else []
 
 
-def _reached(arm: ArmResult) -> Iterator[tuple[str, str]]:
-    """Of each metric of the printed table that was measured, its mean over seeds."""
+def _mean_values(arm: ArmResult) -> Iterator[tuple[str, str]]:
+    """Yields each measured metric of the printed table with its mean over seeds."""
     for metric in COLUMNS:
         value = stats.mean_stderr(arm.metric(metric).values())[0]
         if value is not None:
@@ -180,33 +180,33 @@ def _planted_lines(planted: Planted | None) -> list[str]:
     ]
 
 
-def _as_registered(deviations: Sequence[str]) -> str:
+def _registration_text(deviations: Sequence[str]) -> str:
     return "changed since the first run of the study:" if deviations else "as registered."
 
 
 def _gate_lines(arms: Mapping[str, ArmResult]) -> list[str]:
     lines = []
     for name, arm in arms.items():
-        found = {}
+        by_check = {}
         for result in arm.gates.values():
             for finding in result.findings:
-                found.setdefault((finding.check, finding.expected), []).append(finding.sentence)
-        for (check, expected), sentences in found.items():
+                by_check.setdefault((finding.check, finding.expected), []).append(finding.sentence)
+        for (check, expected), sentences in by_check.items():
             note = " (expected)" if expected else ""
-            told = f"{name}, {check}{note}, {len(sentences)} cells: {sentences[0]}"
-            lines.append(f"- {markdown(told)}")
-    return lines or ["- nothing found"]
+            line = f"{name}, {check}{note}, {len(sentences)} cells: {sentences[0]}"
+            lines.append(f"- {markdown(line)}")
+    return lines or ["- no findings"]
 
 
-def _next(comparisons: Sequence[Comparison]) -> list[str]:
+def _next_steps(comparisons: Sequence[Comparison]) -> list[str]:
     if not comparisons:
         return ["- add an arm to compare it with (`experiment.py`, or `saelab.compare`)."]
     lines = []
     for c in comparisons:
         if c.word == "cannot tell" and c.needed_seeds:
-            lines.append(f"- {markdown(c.arm)}: about {c.needed_seeds} seeds would tell.")
+            lines.append(f"- {markdown(c.arm)}: about {c.needed_seeds} seeds would decide it.")
         elif c.word == "helps":
-            lines.append(f"- {markdown(c.arm)}: confirm it on seeds used nowhere else.")
+            lines.append(f"- {markdown(c.arm)}: confirm it on seeds that no other run uses.")
         elif c.word == "refused":
             lines.append(f"- {markdown(f'{c.arm}: {c.reason}.')}")
-    return lines or [f"- nothing: every arm is told apart from {BASELINE} or shown to be as good."]
+    return lines or [f"- nothing: every arm differs from {BASELINE} or is shown to be as good."]

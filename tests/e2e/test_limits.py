@@ -123,14 +123,14 @@ def test_a_launch_beyond_its_budget_is_refused_before_anything_is_made(
 
 def needed(project: Project, workers: int) -> int:
     """Bytes that the two arms need."""
-    from saelab.preflight.memory import needs
+    from saelab.preflight.cost import launch_needs
     from saelab.study.plan import Arm, Run, cells, read_base, read_plan
     from saelab.study.task import GROUP
 
     root = project.folder
     base, plan = read_base(root / "configs/small.toml"), read_plan(root / "plan.toml")
     specs = cells(plan, base, Run("r", [Arm("baseline"), Arm("rate", {"train.lr": 2e-3})]))
-    return needs(base, specs, workers, GROUP).memory
+    return launch_needs(base, specs, workers, GROUP).memory
 
 
 @LINUX

@@ -1,29 +1,25 @@
-"""`plan cost`: the formulas by hand, the limits of a device, and what a rate is known from."""
+"""The formulas of time by hand, and rates measured or read."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from saelab.data.activations.harvest import bytes_needed
 from saelab.data.language_model import ModelConfig, size
-from saelab.errors import SettingError
-from saelab.preflight import cost as costs
-from saelab.preflight.calibration import Compared, _harvest_trial, _step_seconds, trial_lines
+from saelab.preflight import cost
 from saelab.preflight.cost import (
-    RATES,
-    Rates,
-    cost,
+    START_SECONDS,
+    WITH_EVALUATION,
     harvest_flops,
-    known_rates,
+    harvest_seconds,
     parameters,
-    size_of,
-    state_bytes,
     step_seconds,
-    text,
+    training_seconds,
 )
-from saelab.study.plan import BaseConfig, read_base
+from saelab.preflight.rates import RATES, Rates, size_of, thread_rates
+from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run, cells, read_base
 
 GEMMA = read_base(Path(__file__).parents[2] / "configs" / "gemma-2-2b.toml").patched(
     {"train.tokens": 500_000_000}
@@ -55,76 +51,40 @@ def test_a_step_by_hand() -> None:
     assert shared == pytest.approx(alone / 4 + 8 * n * d / 1e9 + 0.25)
 
 
-def test_devices_are_added_until_the_memory_is_enough() -> None:
-    found = cost(GEMMA, known_rates("h100"))
-    assert [row.ranks for row in found.widths] == [1, 1, 1, 2]
-    for row in found.widths:
-        assert row.device_bytes <= costs.FILLED * 80e9
-        assert row.device_hours == pytest.approx(row.hours * row.ranks)
-    one = state_bytes(1024, 2304, 2**20)
-    assert one > 77e9 and state_bytes(1024, 2304, 2**20, 2) < 0.52 * one
-    alone = cost(GEMMA, known_rates("h200")).widths[-1]
-    assert alone.ranks == 1 and alone.hours > found.widths[-1].hours
+def test_a_launch_is_its_steps_on_the_threads_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cost, "thread_rates", lambda precision: rates())
+    base = BaseConfig()
+    specs = cells(PlanConfig(study="test"), base, Run("test", [Arm("baseline")]))
+    step = step_seconds(rates(), base.train.batch_size, 192, base.sae.d_sae, 32)
+    levels = sorted({spec.level for spec in specs})
+    assert levels == [16, 32, 64]  # which change the L0 of a step, and so its seconds
+    at_target = [spec for spec in specs if spec.level == 32]
+    whole = WITH_EVALUATION * len(at_target) * base.train.steps * step
+    assert training_seconds(at_target, 192, 2) == pytest.approx(START_SECONDS + whole / 2)
+    assert training_seconds(at_target, 192, 0) == pytest.approx(START_SECONDS + whole)
+    assert training_seconds(specs, 192, 1) > START_SECONDS + whole
 
 
-def test_disk_network_and_hours_grow_with_the_tokens() -> None:
-    h100 = known_rates("h100")
-    long, short = cost(GEMMA, h100), cost(GEMMA.patched({"train.tokens": 50_000_000}), h100)
-    assert long.disk_bytes == pytest.approx(500e6 * 128 / 127 * (2 * 2304 + 5), rel=1e-6)
-    for name in ("disk_bytes", "read_bytes", "text_bytes", "harvest_hours"):
-        assert getattr(long, name) == pytest.approx(10 * getattr(short, name), rel=1e-4)
-    slow = Rates.parse(h100.model_dump() | {"store": 1e8})
-    bound = cost(GEMMA, slow)
-    assert bound.harvest_store_bound and bound.harvest_hours > long.harvest_hours
-    assert bound.widths[0].store_bound and "bound by the store" in text(bound)
+def test_a_harvest_runs_every_position_of_its_contexts() -> None:
+    base, device = BaseConfig(context=128), rates(model_efficiency=0.5)
+    embedded = size(base.model)
+    wanted = 128 * 1000 * harvest_flops(embedded, base) / 0.5e12
+    assert harvest_seconds(embedded, base, 127 * 1000, device) == pytest.approx(wanted)
 
 
-def test_it_says_that_rates_are_assumed() -> None:
-    for device in ("h100", "h200"):
-        assert "ASSUMED, not measured" in text(cost(GEMMA, known_rates(device)))
-    assert "rates are measured" in text(cost(GEMMA, rates(), [64]))
-    assert cost(GEMMA, known_rates("h100")).as_dict()["rates"]["measured"] is False
-
-
-def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="--device = 'h10'.*did you mean 'h100'"):
-        known_rates("h10")
-    with pytest.raises(SettingError, match="has no link to others: use 1"):
-        cost(GEMMA, rates(), [64], ranks=2)
-    with pytest.raises(SettingError, match="--width = 0"):
-        cost(GEMMA, rates(), [0])
-    with pytest.raises(SettingError, match="activations"):
-        cost(BaseConfig(activations="folder"), rates())
-    own = tmp_path / "own.toml"
-    own.write_text('[devices.mine]\ntitle = "m"\n')
-    with pytest.raises(SettingError, match="own.toml: devices.mine"):
-        known_rates("mine", own)
+def test_rates_of_a_thread_are_measured_once_and_leave_the_threads_alone() -> None:
+    torch.set_num_threads(2)
+    measured = thread_rates("float32")
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert measured is thread_rates("float32")
+    assert 1e8 < measured.matrix < 1e14 and 1e8 < measured.memory < 1e13
+    assert measured.model < measured.matrix
 
 
 def test_a_model_at_hand_is_asked_itself() -> None:
     embedded = ModelConfig()
     assert size_of(embedded, RATES) == size(embedded)
     assert size_of(embedded).blocks == 4
-    base = BaseConfig()
-    assert cost(base, rates(), [64]).l0 == 32  # the target of the default's controller
-
-
-def test_trials_name_the_worst_of_their_figures() -> None:
-    found = [Compared("a", "s", 1.0, 1.1), Compared("b", "s", 1.0, 2.0)]
-    assert found[1].error == -0.5
-    assert trial_lines(found)[-1] == "worst: b, a factor of 2.00"
-
-
-def test_a_trial_writes_what_is_predicted_for_the_disk() -> None:
-    base = BaseConfig(context=32)
-    made = _harvest_trial(base.model_dump(mode="json"), 1000)
-    assert made["positions"] == 32 * 32 and made["tokens"] == 32 * 31
-    predicted = bytes_needed(int(made["tokens"]), 32, size(base.model).d_model, "float32")
-    assert made["bytes"] == pytest.approx(predicted, rel=0.01)
-    assert made["seconds"] > 0 and made["memory"] > predicted
-
-
-def test_the_step_of_a_trial_is_that_of_the_settings() -> None:
-    topk = {"d_sae": 64, "activation": {"kind": "topk", "k": 8}, "controllers": []}
-    for sae in (topk | {"losses": ["reconstruction"]}, {"d_sae": 64}):
-        assert _step_seconds(BaseConfig.parse({"sae": sae}), 16, 8, 64, 6) > 0

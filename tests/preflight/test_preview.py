@@ -9,7 +9,7 @@ import pytest
 from saelab import stats
 from saelab.errors import SettingError
 from saelab.launch.launch import check_launch
-from saelab.preflight.preview import RunCheck, check_limit, text
+from saelab.preflight.preview import RunCheck, check_limit, check_text
 from saelab.storage.atomic import write_json
 from saelab.study.plan import Arm, BaseConfig, FromArm, PlanConfig, Run
 from saelab.study.task import Launch
@@ -38,8 +38,8 @@ def checked_run(root: Path, *arms: Arm, limit: float = 7000.0, **plan: object) -
 
 
 def changes(found: RunCheck, arm: str) -> dict[str, tuple[object, object]]:
-    (own,) = [a for a in found.arms if a.name == arm]
-    return {change.setting: (change.base, change.arm) for change in own.changes}
+    (checked,) = [a for a in found.arms if a.name == arm]
+    return {change.setting: (change.base, change.arm) for change in checked.changes}
 
 
 def test_each_arm_says_exactly_what_it_changes(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_each_arm_says_exactly_what_it_changes(tmp_path: Path) -> None:
     assert added["sae.controllers.0.warmup"] == (0.15, 0.3)
     assert added["sae.losses.2"][0] == "absent" and added["sae.losses.2"][1]["kind"] == "auxk"
     assert list(changes(found, "kind")) == ["sae.activation"]
-    said = text(found)
+    said = check_text(found)
     assert "sae.activation: relu -> jumprelu(threshold=0.7)" in said  # defaults left out
     assert f"train.lr: {BASE.train.lr} -> 0.002" in said
 
@@ -67,15 +67,15 @@ def test_it_counts_cells_tokens_pairs_and_cost(tmp_path: Path) -> None:
     assert found.seconds > 10 and found.needs.memory > 1e8
     data = found.as_dict()
     assert data["cells"] == 27 and data["arms"][1]["changes"][0]["setting"] == "train.lr"
-    assert "27 cells" in text(found) and "GB of memory" in text(found)
+    assert "27 cells" in check_text(found) and "GB of memory" in check_text(found)
 
 
 def test_the_second_wave_is_named_and_what_it_waits_for(tmp_path: Path) -> None:
     found = checked_run(tmp_path, LEARNED, FOUND)
     by_name = {arm.name: arm for arm in found.arms}
     assert by_name["found"].second_wave and not by_name["learned"].second_wave
-    assert "tau=what another arm ends with" in text(found)
-    assert "second wave" in text(found)
+    assert "tau=what another arm ends with" in check_text(found)
+    assert "second wave" in check_text(found)
 
 
 def test_the_smallest_effect_is_in_spreads_until_a_run_is_finished(tmp_path: Path) -> None:

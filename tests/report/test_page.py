@@ -140,7 +140,7 @@ def test_a_scene_holds_the_numbers_of_its_picture(tmp_path: Path) -> None:
         if value.arm == arms[0] and value.value is not None:
             by_level.setdefault(value.level, []).append(value.value)
     means = [np.mean(by_level[level]) for level in sorted(by_level)]
-    assert arrays.kept[line["y"]] == pytest.approx(means, rel=1e-3)
+    assert arrays.stored[line["y"]] == pytest.approx(means, rel=1e-3)
     assert found["title"].endswith("reconstruction against sparsity")
 
 
@@ -168,11 +168,11 @@ def test_long_curves_are_thinned_and_keep_their_ends(tmp_path: Path) -> None:
     assert not isinstance(figure, str)
     (panel, *_) = scene(figure, run.arms, arrays)["panels"]
     line = next(m for m in panel["marks"] if m["kind"] == "line" and m.get("arm") == 0)
-    x = arrays.kept[line["x"]]
+    x = arrays.stored[line["x"]]
     assert len(x) == 100 and x[0] == 0 and x[-1] == pytest.approx(0.5243, rel=1e-3)
     band = next(m for m in panel["marks"] if m["kind"] == "band" and m.get("arm") == 0)
     assert band["x"] == line["x"]
-    low, middle, high = (arrays.kept[i] for i in (band["low"], line["y"], band["high"]))
+    low, middle, high = (arrays.stored[i] for i in (band["low"], line["y"], band["high"]))
     assert all(a <= b * 1.001 and b <= c * 1.001 for a, b, c in zip(low, middle, high, strict=True))  # type: ignore[operator]
 
 
@@ -181,7 +181,8 @@ def test_steps_stay_steps() -> None:
     page_.panels["a"].step([0, 1, 2], [5, 3, 4], where="post", label="A", markevery=(1, 2))
     arrays = Arrays()
     (mark,) = scene(page_.finish("t", [], []), ["A"], arrays)["panels"][0]["marks"]
-    assert arrays.kept[mark["x"]] == [0, 1, 1, 2, 2] and arrays.kept[mark["y"]] == [5, 5, 3, 3, 4]
+    assert arrays.stored[mark["x"]] == [0, 1, 1, 2, 2]
+    assert arrays.stored[mark["y"]] == [5, 5, 3, 3, 4]
 
 
 # ---------------------------------------------------------------- placement, words, browser
@@ -222,7 +223,7 @@ def comparison(word: str, mean: float | None, low: float | None, high: float | N
         (("helps", -0.02, -0.03, -0.01), "A helps: FVU is 0.0200 below that of the baseline (95%"),
         (("hurts", 0.002, 0.001, 0.003), "less than the smallest effect of interest, 0.005."),
         (("no evidence", 0.001, -0.001, 0.003), "an effect of 0.005 is excluded."),
-        (("cannot tell", 0.004, -0.01, 0.02), "about 31 seeds would tell."),
+        (("cannot tell", 0.004, -0.01, 0.02), "about 31 seeds would decide it."),
         (("refused", None, None, None), "A is not compared: its L0 is off target."),
     ],
 )

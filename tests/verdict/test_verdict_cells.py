@@ -14,7 +14,7 @@ from saelab.sae import SAEConfig
 from saelab.seeding import numpy_stream, torch_stream
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
-from saelab.verdict.judge import judge, words
+from saelab.verdict.judge import choose_words, judge
 
 CELLS, DRAWS, D = 24, 4000, 16
 CONFIG = SAEConfig.parse(
@@ -62,7 +62,7 @@ def test_cells_of_different_seeds_are_told_apart_no_more_often_than_alpha(
     d = fvu[chosen[:, :n]] - fvu[chosen[:, n:]]
     assert fvu.std() > 0
     p = stats.chosen_p(d, 1)
-    told = words(-d.mean(axis=1), p, np.ones(DRAWS), 0.05)
+    told = choose_words(-d.mean(axis=1), p, np.ones(DRAWS), 0.05)
     share = float(np.isin(told, ["helps", "hurts"]).mean())
     assert share <= 0.05 + 3 * (0.05 * 0.95 / DRAWS) ** 0.5
     low, high = stats.t_interval(d)

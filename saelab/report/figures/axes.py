@@ -1,4 +1,4 @@
-"""What pictures share: their words, arms side by side, curves over training, cells against L0."""
+"""Shared elements of pictures: texts, arms side by side, curves over training, cells by L0."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from saelab.report.run_data import Curve, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Metrics whose name is not what people say.
+#: Metrics that are called by another name in texts.
 NAMES = {"fvu": "FVU", "l0": "L0", "mse": "MSE"}
-#: Share of training from which differences to the baseline set their axis; before, they are large.
+#: Share of training after which differences from the baseline set their axis; early ones are large.
 SETTLED = 0.2
 
 RANGE = "bars: lowest to highest seed"
@@ -24,18 +24,20 @@ RANGE = "bars: lowest to highest seed"
 # ---------------------------------------------------------------- words
 
 
-def at(run: Run) -> str:
+def l0_text(run: Run) -> str:
+    """Names the L0 at which the arms of a run are compared."""
     return "the run's L0" if not run.target_l0 else f"L0 {run.target_l0:g}"
 
 
-def of_seeds(counts: Sequence[int]) -> str:
+def seeds_text(counts: Sequence[int]) -> str:
+    """Says how many seeds there are: '3 to 8 seeds'."""
     low, high = min(counts), max(counts)
     if high == 1:
         return "one seed"
     return f"{high} seeds" if low == high else f"{low} to {high} seeds"
 
 
-def values_of(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:
+def values_text(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:
     """'baseline 0.171, others 0.166 (A) to 0.180 (B)'; '-' without any."""
     parts = []
     if run.baseline in means:
@@ -51,14 +53,14 @@ def values_of(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:
     return ", ".join(parts) or "-"
 
 
-def without_baseline(run: Run, means: Mapping[str, float], form: str) -> str:
+def arm_values_text(run: Run, means: Mapping[str, float], form: str) -> str:
     """`values_of`, where the baseline may have no value."""
-    return values_of(run, means, form).removeprefix("others ")
+    return values_text(run, means, form).removeprefix("others ")
 
 
-def seeds_of(run: Run, numbers: Mapping[str, Sequence[float]]) -> str:
-    """How many seeds the arms have numbers of."""
-    return of_seeds([len(values) for arm, values in numbers.items() if arm in run.arms] or [1])
+def seeds_text_of(run: Run, numbers: Mapping[str, Sequence[float]]) -> str:
+    """Says how many seeds the arms have numbers of."""
+    return seeds_text([len(values) for arm, values in numbers.items() if arm in run.arms] or [1])
 
 
 def legend(run: Run, arms: Sequence[str]) -> list[Any]:
@@ -67,14 +69,14 @@ def legend(run: Run, arms: Sequence[str]) -> list[Any]:
 
 
 def changes_of(run: Run, arm: str) -> dict[str, Any]:
-    """What an arm changes of the base; {} where the manifest does not say it."""
+    """Settings of the base that an arm changes; {} where the manifest does not record them."""
     arms = run.manifest.get("arms", {})
     entry = arms.get(arm, {}) if isinstance(arms, dict) else {}
     return entry.get("changes", {})
 
 
 def lost_cells(run: Run, metric: str, slice: str = "") -> list[str]:
-    """One note on the cells at the target L0 that have no value, [] when all have one."""
+    """Makes one note on the cells at the target L0 that have no value; [] when all have one."""
     parts = []
     for arm, rows in run.at_target(metric, slice).items():
         lost = [row for row in rows if row.value is None]
@@ -85,18 +87,22 @@ def lost_cells(run: Run, metric: str, slice: str = "") -> list[str]:
 
 
 def mean(values: Sequence[float]) -> float:
+    """Mean of one or more numbers."""
     return sum(values) / len(values)
 
 
 def means_of(numbers: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean of the numbers of each arm."""
     return {arm: mean(values) for arm, values in numbers.items()}
 
 
 # ---------------------------------------------------------------- side by side
 
 
-def by_arm(axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: bool = True) -> None:
-    """Mean and range of every arm side by side in their order, and seeds as dots."""
+def draw_by_arm(
+    axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: bool = True
+) -> None:
+    """Draws mean and range of every arm side by side in their order, and seeds as dots."""
     style = arm_styles(run)
     for x, arm in enumerate(run.arms):
         if values := numbers.get(arm):
@@ -113,15 +119,15 @@ def by_arm(axes: Axes, run: Run, numbers: Mapping[str, Sequence[float]], dots: b
     axes.margins(y=0.1)
 
 
-def points_with_range(
+def draw_points(
     axes: Axes,
     look: ArmStyle,
     points: Mapping[Any, Sequence[float]],
     dodge: float = 0.0,
     joined: bool = True,
 ) -> None:
-    """Mean and range of the seeds at each x (a number), joined by a line; `dodge` shifts them."""
-    x = [at + dodge for at in points]
+    """Draws mean and range of the seeds at each x, joined by a line; `dodge` shifts them."""
+    x = [place + dodge for place in points]
     means = [mean(values) for values in points.values()]
     low = [min(values) for values in points.values()]
     high = [max(values) for values in points.values()]
@@ -137,9 +143,9 @@ def token_unit(run: Run, name: str) -> tuple[float, str]:
     longest = max(
         (
             curve.tokens[-1]
-            for (n, _), of in run.curves.items()
+            for (n, _), cells in run.curves.items()
             if n == name
-            for curve in of.values()
+            for curve in cells.values()
         ),
         default=0,
     )
@@ -147,7 +153,7 @@ def token_unit(run: Run, name: str) -> tuple[float, str]:
 
 
 def band(curves: Mapping[int, Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, mean, lowest and highest over the seeds that got that far."""
+    """Tokens, mean, lowest and highest value over the seeds that reached these tokens."""
     tokens = np.unique(np.concatenate([curve.tokens for curve in curves.values()]))
     rows = np.array(
         [
@@ -161,7 +167,7 @@ def band(curves: Mapping[int, Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def plot_band(
     axes: Axes, look: ArmStyle, curves: Mapping[int, Curve], unit: float, turn: float, banded: bool
 ) -> float:
-    """Mean line of one arm, and the band of its seeds where it is to have one; `turn` in [0, 1)
+    """Draws the mean line of one arm, and the band of its seeds if `banded`; `turn` in [0, 1)
     shifts its markers. Returns the last mean."""
     tokens, mean, low, high = band(curves)
     every = max(1, len(tokens) // 6)
@@ -174,7 +180,7 @@ def plot_band(
     return float(mean[-1])
 
 
-def over_training(
+def draw_over_training(
     axes: Axes,
     run: Run,
     name: str,
@@ -195,11 +201,12 @@ def over_training(
 
 
 def counts_of(run: Run, name: str) -> list[int]:
+    """Number of cells of each arm that logged the scalar."""
     return [len(cells) for (n, _), cells in run.curves.items() if n == name]
 
 
 def limit_to_late(axes: Axes, curves: Mapping[str, Mapping[int, Curve]]) -> None:
-    """Limits the y axis to what happens once training has settled; spikes may leave it."""
+    """Limits the y axis to values after training has settled; spikes may leave it."""
     late = [
         curve.values[curve.tokens >= SETTLED * curve.tokens[-1]]
         for of_arm in curves.values()
@@ -212,8 +219,8 @@ def limit_to_late(axes: Axes, curves: Mapping[str, Mapping[int, Curve]]) -> None
     axes.set_ylim(low - pad, high + pad)
 
 
-def thin_lines(axes: Axes, run: Run, name: str) -> None:
-    """A line per seed, since seeds may settle at different signs and none at the mean."""
+def draw_seed_lines(axes: Axes, run: Run, name: str) -> None:
+    """Draws a line per seed, since seeds may settle at different signs and none at the mean."""
     style, (unit, _) = arm_styles(run), token_unit(run, name)
     for arm in run.arms:
         for curve in run.curves.get((name, arm), {}).values():
@@ -228,7 +235,7 @@ def thin_lines(axes: Axes, run: Run, name: str) -> None:
 
 @dataclass(frozen=True)
 class Cell:
-    """One trained cell with its measured L0 (latents per token) and metric."""
+    """Trained cell with its measured L0 (latents per token) and metric."""
 
     arm: str
     level: float
@@ -237,6 +244,7 @@ class Cell:
 
 
 def cells_of(run: Run, metric: str) -> list[Cell]:
+    """Cells of the arms, at all levels, that have the metric and an L0."""
     l0 = {(v.arm, v.seed, v.level): v.value for v in run.values.get(("l0", ""), ())}
     cells = []
     for v in run.values.get((metric, ""), ()):
@@ -246,20 +254,20 @@ def cells_of(run: Run, metric: str) -> list[Cell]:
     return cells
 
 
-def against_l0(axes: Axes, run: Run, metric: str, arms: Sequence[str] = ()) -> None:
-    """A dot per cell, a line through the means of the levels, a marker at the target L0; of the
-    given arms, or of all."""
+def draw_against_l0(axes: Axes, run: Run, metric: str, arms: Sequence[str] = ()) -> None:
+    """Draws a dot per cell, a line through the means of the levels, and a marker at the target L0;
+    for the given arms, or for all."""
     arms = arms or run.arms
     cells, style = [cell for cell in cells_of(run, metric) if cell.arm in arms], arm_styles(run)
     for arm in arms:
-        own = [cell for cell in cells if cell.arm == arm]
+        of_arm = [cell for cell in cells if cell.arm == arm]
         look = style[arm]
         axes.plot(
-            [cell.l0 for cell in own], [cell.value for cell in own], linestyle="", marker=".",
-            markersize=5, label=arm, color=look.color, alpha=0.5, zorder=2,
+            [cell.l0 for cell in of_arm], [cell.value for cell in of_arm], linestyle="",
+            marker=".", markersize=5, label=arm, color=look.color, alpha=0.5, zorder=2,
         )  # fmt: skip
-        levels = sorted({cell.level for cell in own})
-        means = [_centre([cell for cell in own if cell.level == level]) for level in levels]
+        levels = sorted({cell.level for cell in of_arm})
+        means = [_centre([cell for cell in of_arm if cell.level == level]) for level in levels]
         axes.plot(*_columns(means), **look.line(marker=""))
         target = [mean for mean, level in zip(means, levels, strict=True) if run.is_target(level)]
         axes.plot(*_columns(target), **look.marks(markersize=8))

@@ -1,17 +1,17 @@
-"""Every picture of a study, from the run folders alone: what plot.py calls.
+"""Pictures of a study, drawn from its run folders alone; plot.py calls `draw`.
 
     loss             reconstruction loss and L0 over training
     frontier         FVU and loss recovered against L0
-    probing          sparse probing accuracy by k, beside the model's own channels
+    probing          sparse probing accuracy by k, next to the model's own channels
     probing_entries  the same at k = 5, entry by entry
     density          how often latents fire
     scalars          learned scalars over training
     verdict          paired difference from the baseline
     placement        arms and controls between a frozen random decoder and the baseline
-    ...              what is measured of the ideas: figures_a.py, figures_b.py
+    ...              measurements of the ideas: idea_a.py, idea_b.py
 
 Bands and bars go from the lowest to the highest seed, except in the verdict (95% t interval). The
-titles carry the numbers that matter. What is missing is said in the picture, with its reason.
+texts above the panels hold the main numbers. A note in the picture says what is missing, and why.
 """
 
 from __future__ import annotations
@@ -29,37 +29,32 @@ import numpy as np
 from saelab.errors import SaelabError, SourceError
 from saelab.report.figures.axes import (
     NAMES,
-    against_l0,
-    at,
-    by_arm,
-    cells_of,
     counts_of,
-    limit_to_late,
+    draw_by_arm,
+    draw_over_training,
+    draw_seed_lines,
+    l0_text,
     lost_cells,
-    mean,
     means_of,
-    of_seeds,
-    over_training,
-    points_with_range,
-    thin_lines,
-    values_of,
+    seeds_text,
+    values_text,
 )
+from saelab.report.figures.frontier import frontier
 from saelab.report.figures.idea_a import A_PICTURES
 from saelab.report.figures.idea_b import B_PICTURES
 from saelab.report.figures.placement import placement
+from saelab.report.figures.probing import probing, probing_entries
 from saelab.report.figures.style import (
     STYLE,
-    ArmStyle,
     Page,
     arm_styles,
-    explain,
     handle,
     legend_name,
-    log_axis,
     save,
     wrap,
 )
-from saelab.report.run_data import Curve, Run, load
+from saelab.report.figures.training import loss
+from saelab.report.run_data import Run, load
 from saelab.runtime.safe_text import visible
 from saelab.runtime.signals import exit_on_signal
 
@@ -70,21 +65,13 @@ if TYPE_CHECKING:
 
 #: Width of a bin of the density histogram, in log10 of the firing share.
 BIN = 0.25
-#: The k that is shown entry by entry.
-ENTRY_K = 5
 #: Panels of scalars at most: more can't be read on one page.
 MOST_SCALARS = 12
-#: Title and axis label of the metrics drawn against L0.
-RECOVERED = "loss_recovered"
-FRONTIER = {
-    "fvu": ("Reconstruction (lower is better)", "FVU"),
-    RECOVERED: ("Language-model loss (higher is better)", "loss recovered"),
-}
 #: Runs from which on further processes are worth their start. Our choice.
 MANY = 4
 WORDS = ("helps", "hurts", "no evidence", "cannot tell", "refused")
 
-#: What a picture is: the figure, or the reason why there is none; '' where nobody would expect one.
+#: Draws a figure, or returns the reason why there is none; '' where nobody would expect one.
 Picture = Callable[[Run], "Figure | str"]
 
 # ---------------------------------------------------------------- the front door
@@ -94,12 +81,12 @@ Picture = Callable[[Run], "Figure | str"]
 def draw(labels: Mapping[str, str]) -> None:
     """Draws all runs of the current directory; this is the whole of plot.py.
 
-    Prints a line for every picture. What can't be drawn is said on stderr.
+    Prints a line for every picture; the line of one that can't be drawn goes to stderr.
 
     Args:
         labels: run folder -> title; other runs are left out.
 
-    Raises: SystemExit with code 2 when there is no run, with the error's when a run is damaged.
+    Raises: SystemExit with code 2 when there is no run, or the error's code when a run is damaged.
     """
     code = 0
     try:
@@ -107,7 +94,7 @@ def draw(labels: Mapping[str, str]) -> None:
     except SaelabError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    for lines, error, exit_code in _drawn_all([(f, labels[f.name]) for f in folders]):
+    for lines, error, exit_code in _draw_runs([(f, labels[f.name]) for f in folders]):
         for line, drawn in lines:
             print(visible(line), file=sys.stdout if drawn else sys.stderr, flush=True)
         if exit_code:
@@ -117,21 +104,21 @@ def draw(labels: Mapping[str, str]) -> None:
         raise SystemExit(code)
 
 
-#: The lines of one run as `draw_run` gives them; what ended it, and the exit code for that.
+#: Lines of one run as `draw_run` yields them; the error that ended it, and its exit code.
 Drawn = tuple[list[tuple[str, bool]], str, int]
 
 
-def _drawn_all(work: Sequence[tuple[Path, str]]) -> Iterator[Drawn]:
-    """Every run (folder and title) in its order; many of them on all cores, a run on one."""
+def _draw_runs(work: Sequence[tuple[Path, str]]) -> Iterator[Drawn]:
+    """Draws runs (folder and title) in their order; many of them on all cores, a run on one."""
     processes = min(len(work), os.cpu_count() or 1)
     if len(work) < MANY or processes < 2:
-        yield from map(_drawn, work)
+        yield from map(_draw_with_errors, work)
         return
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        yield from pool.map(_drawn, work)
+        yield from pool.map(_draw_with_errors, work)
 
 
-def _drawn(run: tuple[Path, str]) -> Drawn:
+def _draw_with_errors(run: tuple[Path, str]) -> Drawn:
     folder, title = run
     lines: list[tuple[str, bool]] = []
     try:
@@ -143,16 +130,16 @@ def _drawn(run: tuple[Path, str]) -> Drawn:
 
 
 def find_runs(where: Path, labels: Mapping[str, str]) -> list[Path]:
-    """The run folders that hold a final_info.json and are in `labels`, in that order.
+    """Lists the run folders that hold a final_info.json and are in `labels`, in that order.
 
     Raises: SourceError when there is none.
     """
-    found = {file.parent.name: file.parent for file in where.glob("run_*/final_info.json")}
-    if folders := [found[name] for name in labels if name in found]:
+    complete = {file.parent.name: file.parent for file in where.glob("run_*/final_info.json")}
+    if folders := [complete[name] for name in labels if name in complete]:
         return folders
     remedy = (
-        f"add one of {', '.join(sorted(found))} to `labels` in plot.py"
-        if found
+        f"add one of {', '.join(sorted(complete))} to `labels` in plot.py"
+        if complete
         else "start `python experiment.py --out_dir=run_0` here first"
     )
     raise SourceError(f"no run_* folder with a final_info.json that is in `labels`: {remedy}")
@@ -162,7 +149,7 @@ def draw_run(run: Run, where: Path) -> Iterator[tuple[str, bool]]:
     """Draws one run as <run>_<picture>.png and .svg.
 
     Args:
-        run: what to draw.
+        run: read from its folder.
         where: folder for the files.
 
     Yields: for each picture one line to print, and whether it was written.
@@ -185,71 +172,8 @@ def draw_run(run: Run, where: Path) -> Iterator[tuple[str, bool]]:
 # ---------------------------------------------------------------- over training
 
 
-def _against_baseline(run: Run, name: str) -> dict[str, dict[int, Curve]]:
-    """100 * (arm / baseline - 1), seed by seed, for seeds that both have."""
-    base = run.curves.get((name, run.baseline), {})
-    found: dict[str, dict[int, Curve]] = {}
-    for arm in run.arms[1:]:
-        for seed, curve in run.curves.get((name, arm), {}).items():
-            if seed in base:
-                other = np.interp(curve.tokens, *base[seed], left=np.nan, right=np.nan)
-                kept = np.isfinite(other) & (other > 0)
-                ratio = 100 * (curve.values[kept] / other[kept] - 1)
-                if len(ratio):
-                    found.setdefault(arm, {})[seed] = Curve(curve.tokens[kept], ratio)
-    return found
-
-
-def loss(run: Run) -> Figure | str:
-    """Reconstruction loss (FVU in normalised space) and L0 over training."""
-    name = "loss.reconstruction"
-    if not (counts := counts_of(run, name)):
-        return "curves.parquet has no loss.reconstruction at the target L0"
-    relative = _against_baseline(run, name)
-    mosaic = [["loss", "l0"], ["relative", "relative"]] if relative else [["loss", "l0"]]
-    page = Page(mosaic, 5.6 if relative else 3.4, height_ratios=(1.25, 1) if relative else (1,))
-    last = over_training(page.panels["loss"], run, name)
-    log_axis(page.panels["loss"], "y")
-    page.panels["loss"].set(title="Reconstruction loss", ylabel="FVU of the batch (share)")
-    _l0_over_training(page.panels["l0"], run)
-    if relative:
-        over_training(page.panels["relative"], run, name, relative)
-        limit_to_late(page.panels["relative"], relative)
-        page.panels["relative"].axhline(0, color="black", linewidth=2.4, zorder=1)
-        page.panels["relative"].set(
-            title="Reconstruction loss against the baseline of the same seed; spikes may be cut",
-            ylabel="difference (%)",
-        )
-    return page.finish(
-        f"{run.title} – reconstruction loss and sparsity over training",
-        [
-            f"Line: mean over {of_seeds(counts)}; band: lowest to highest seed;"
-            f" cells of {at(run)}.",
-            f"FVU of the last batch: {values_of(run, last)}.",
-        ],
-        [handle(arm, arm_styles(run)[arm]) for arm in last],
-    )
-
-
-def _l0_over_training(axes: Axes, run: Run) -> None:
-    axes.set_title("Sparsity")
-    if not counts_of(run, "l0"):
-        explain(axes, "curves.parquet has no l0")
-        return
-    over_training(axes, run, "l0")
-    log_axis(axes, "y")
-    axes.set_ylabel("L0 (latents per token)")
-    if run.target_l0:
-        axes.axhline(run.target_l0, color="#555555", linewidth=1, linestyle=(0, (2, 2)))
-        axes.set_ylim(bottom=min(axes.get_ylim()[0], 0.6 * run.target_l0))
-        axes.annotate(
-            f"target {run.target_l0:g}", (0.98, run.target_l0), (0, -6), va="top", ha="right",
-            xycoords=("axes fraction", "data"), textcoords="offset points", color="#555555",
-        )  # fmt: skip
-
-
 def scalars(run: Run) -> Figure | str:
-    """Learned scalars over training; one that stays constant is named in words."""
+    """Learned scalars over training; a constant one is given as a number in a note."""
     moving, still = [], []
     for name in run.scalars:
         values = [
@@ -273,19 +197,20 @@ def scalars(run: Run) -> Figure | str:
     arms: dict[str, None] = {}
     ends = []
     for name, axes in page.panels.items():
-        last = over_training(axes, run, name)
-        thin_lines(axes, run, name)
+        last = draw_over_training(axes, run, name)
+        draw_seed_lines(axes, run, name)
         axes.set_title(visible(name))
         axes.set_ylabel(f"{visible(name)} ({run.unit(name) or 'no unit'})")
         arms |= dict.fromkeys(last)
-        ends.append(f"{name} {values_of(run, last, '.3g').removeprefix('others ')}")
+        ends.append(f"{name} {values_text(run, last, '.3g').removeprefix('others ')}")
     counts = [count for name in moving for count in counts_of(run, name)]
     texts = {visible(name): run.meaning(name) for name in moving}
     said = [f"{name}: {text}" for name, text in texts.items() if text != name]
     return page.finish(
         f"{run.title} – learned scalars over training",
         [
-            f"Line: mean over {of_seeds(counts)} at {at(run)}; thin: seeds; band: their range.",
+            f"Line: mean over {seeds_text(counts)} at {l0_text(run)}; thin: seeds; band: their"
+            " range.",
             f"At the end: {'; '.join(ends)}.",
         ],
         [handle(arm, arm_styles(run)[arm]) for arm in run.arms if arm in arms],
@@ -294,173 +219,6 @@ def scalars(run: Run) -> Figure | str:
             *[f"Not drawn for lack of room: {visible(', '.join(others))}."] * bool(others),
             *[f"{'; '.join(said)}."] * bool(said),
         ],
-    )
-
-
-# ---------------------------------------------------------------- frontier
-
-
-def frontier(run: Run) -> Figure | str:
-    """FVU and loss recovered against L0, a point per cell."""
-    if not cells_of(run, "fvu"):
-        return f"no cell has an FVU and an L0: {run.reason('fvu')}"
-    both = bool(cells_of(run, RECOVERED))
-    page = Page(
-        [["fvu", RECOVERED], ["fvu at target", f"{RECOVERED} at target" if both else RECOVERED]],
-        5.9,
-        height_ratios=(1.7, 1),
-        width_ratios=(1 if both else 2, 1),
-    )
-    notes = []
-    for metric in ("fvu", *[RECOVERED] * both):
-        axes = page.panels[metric]
-        against_l0(axes, run, metric)
-        title, name = FRONTIER[metric]
-        axes.set(title=title, ylabel=f"{name} (share)")
-        below = page.panels[f"{metric} at target"]
-        by_arm(below, run, run.numbers(metric))
-        below.locator_params(axis="y", nbins=4)
-        below.set(title=f"At {at(run)}, by arm", ylabel=f"{name} (share)")
-        notes += [note for note in lost_cells(run, metric) if note not in notes]
-    if not both:
-        page.panels[RECOVERED].set_title("Language-model loss")
-        explain(page.panels[RECOVERED], f"No loss recovered: {run.reason(RECOVERED)}", 1.8)
-    arms = {cell.arm for cell in cells_of(run, "fvu")}
-    return page.finish(
-        f"{run.title} – reconstruction against sparsity",
-        [
-            "Small dots: one cell (arm and seed). Large: mean over seeds; bars: lowest to highest.",
-            f"FVU at {at(run)}: {values_of(run, means_of(run.numbers('fvu')))}.",
-        ],
-        [handle(arm, arm_styles(run)[arm]) for arm in run.arms if arm in arms],
-        notes,
-    )
-
-
-# ---------------------------------------------------------------- probing
-
-
-def _accuracies(run: Run, subject: str, k: int, slice: str = "") -> list[float]:
-    """Test accuracies of an arm or control by seed; k = 0 is the probe of all columns."""
-    part = f"top_{k}_" if k else ""
-    for prefix in ("sae", "llm"):
-        if found := run.numbers(f"{prefix}_{part}test_accuracy", slice).get(subject):
-            return found
-    return []
-
-
-def _ks(run: Run) -> list[int]:
-    """The k that were measured, ascending, and 0 for the full probe at the end."""
-    found = set()
-    for metric, slice in run.values:
-        words = metric.split("_")
-        if not slice and words[0] in ("sae", "llm") and words[-2:] == ["test", "accuracy"]:
-            if words[1] == "top" and len(words) == 5:
-                found.add(int(words[2]))
-            elif len(words) == 3:
-                found.add(0)
-    return sorted(found, key=lambda k: k or sys.maxsize)
-
-
-def probing(run: Run) -> Figure | str:
-    """Accuracy of k-sparse probes by k, for arms and controls."""
-    ks = _ks(run)
-    by_subject = {
-        subject: {x: numbers for x, k in enumerate(ks) if (numbers := _accuracies(run, subject, k))}
-        for subject in (*run.arms, *run.controls)
-    }
-    by_subject = {subject: points for subject, points in by_subject.items() if points}
-    if not any(subject in run.arms for subject in by_subject):
-        return f"no arm was probed: {run.reason('sae_test_accuracy')}"
-    page = Page([["by k"]], 3.9)
-    axes = page.panels["by k"]
-    for i, (subject, points) in enumerate(by_subject.items()):
-        dodge = 0.6 * ((i + 0.5) / len(by_subject) - 0.5)
-        points_with_range(axes, arm_styles(run)[subject], points, dodge)
-    axes.set_xticks(range(len(ks)), [f"{k}" if k else "all" for k in ks])
-    axes.set_xlim(-0.5, len(ks) - 0.5)
-    axes.grid(axis="x", visible=False)
-    for x in range(len(ks) - 1):
-        axes.axvline(x + 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
-    axes.set_xlabel("k (latents, or channels of the model, that the probe may use)")
-    axes.set_ylabel("test accuracy (mean over entries)")
-    if axes.get_ylim()[0] < 0.53:
-        axes.axhline(0.5, color="#555555", linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate(
-            "chance", (0.01, 0.5), (0, 3), xycoords=("axes fraction", "data"),
-            textcoords="offset points", color="#555555",
-        )  # fmt: skip
-    k = ENTRY_K if ENTRY_K in ks else ks[0]
-    means = means_of({s: found for s in by_subject if (found := _accuracies(run, s, k))})
-    controls = [f"{legend_name(c)} {means[c]:.3f}" for c in run.controls if c in means]
-    counts = [len(values) for s in run.arms for values in by_subject.get(s, {}).values()]
-    at_k = f"At k = {k}: " if k else "All latents: "
-    return page.finish(
-        f"{run.title} – sparse probing accuracy by number of latents",
-        [
-            f"Mean over {of_seeds(counts)} at {at(run)}; bars: lowest to highest seed.",
-            f"{at_k}{', '.join([values_of(run, means), *controls])}.",
-        ],
-        [handle(subject, arm_styles(run)[subject]) for subject in by_subject],
-        lost_cells(run, f"sae_top_{k}_test_accuracy" if k else "sae_test_accuracy"),
-    )
-
-
-def probing_entries(run: Run) -> Figure | str:
-    """Accuracy at one k for every entry: one panel each, one line per arm."""
-    entries = _entries(run)
-    if not entries:
-        return "metrics.parquet has no accuracies of single entries"
-    columns = min(4, len(entries))
-    cells = [*entries, *["."] * (-len(entries) % columns)]
-    mosaic = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    page = Page(mosaic, 1.95 * len(mosaic) + 0.1)
-    style, metric = arm_styles(run), f"sae_top_{ENTRY_K}_test_accuracy"
-    lines: dict[str, ArmStyle] = {}
-    for entry, axes in page.panels.items():
-        by_arm(axes, run, run.numbers(metric, f"entry={entry}"), dots=False)
-        for control in run.controls:
-            if values := _accuracies(run, control, ENTRY_K, f"entry={entry}"):
-                look = lines.setdefault(control, style[control])
-                axes.axhline(
-                    mean(values), label=look.name, color=look.color, linestyle=look.dashes,
-                    linewidth=2,
-                )  # fmt: skip
-        axes.set_title("\n".join(wrap(entry.replace("_", " "), 1.35)))
-        axes.locator_params(axis="y", nbins=4)
-    for row in mosaic:
-        page.panels[row[0]].set_ylabel("test accuracy")
-    found = run.numbers(metric)
-    counts = [len(found[arm]) for arm in run.arms if arm in found] or [1]
-    return page.finish(
-        f"{run.title} – sparse probing accuracy by entry, k\u00a0=\u00a0{ENTRY_K}",
-        [
-            f"Mean over {of_seeds(counts)} at {at(run)}; bars: lowest to highest seed."
-            " Each panel has its own axis."
-        ],
-        [
-            *[handle(arm, style[arm], line=False) for arm in run.arms],
-            *[_line_only(control, look) for control, look in lines.items()],
-        ],
-        lost_cells(run, metric),
-    )
-
-
-def _entries(run: Run) -> list[str]:
-    """Entries on which some arm or control was probed at `ENTRY_K`, in the order of the file."""
-    metric = f"sae_top_{ENTRY_K}_test_accuracy"
-    return [
-        slice.removeprefix("entry=")
-        for name, slice in run.values
-        if name == metric and slice.startswith("entry=") and run.numbers(metric, slice)
-    ]
-
-
-def _line_only(name: str, look: ArmStyle) -> Artist:
-    from matplotlib.lines import Line2D
-
-    return Line2D(
-        [], [], color=look.color, linestyle=look.dashes, linewidth=2, label=legend_name(name)
     )
 
 
@@ -476,7 +234,7 @@ def density(run: Run) -> Figure | str:
     left, right = page.panels.values()
     style = arm_styles(run)
     percent = {arm: [100 * share for share in never[arm]] for arm in bins if arm in never}
-    by_arm(left, run, percent)
+    draw_by_arm(left, run, percent)
     edges = [edge for of_arm in bins.values() for edge in of_arm]
     grid = np.arange(min(edges), max(edges) + BIN / 2, BIN)
     for i, arm in enumerate(bins):
@@ -501,8 +259,9 @@ def density(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – how often latents fire",
         [
-            f"Mean over {of_seeds(counts)} at {at(run)}; dots: seeds; bars: lowest to highest.",
-            f"Never fired, in % of latents: {values_of(run, means_of(percent), '.1f')}.",
+            f"Mean over {seeds_text(counts)} at {l0_text(run)}; dots: seeds; bars: lowest to"
+            " highest.",
+            f"Never fired, in % of latents: {values_text(run, means_of(percent), '.1f')}.",
         ],
         [handle(arm, style[arm]) for arm in bins],
         lost_cells(run, "density_histogram", "log10_density=never"),
@@ -510,24 +269,24 @@ def density(run: Run) -> Figure | str:
 
 
 def _histograms(run: Run) -> tuple[dict[str, list[float]], dict[str, dict[float, float]]]:
-    """Share that never fires by arm and seed; mean share by arm and left edge of the bin.
+    """Share that never fires, by arm and seed; mean share, by arm and left edge of the bin.
 
     A bin that a cell has no row for is empty.
     """
-    metric, begins = "density_histogram", "log10_density="
-    found = {
-        slice.removeprefix(begins): run.numbers(metric, slice)
+    metric, prefix = "density_histogram", "log10_density="
+    by_edge = {
+        slice.removeprefix(prefix): run.numbers(metric, slice)
         for name, slice in run.values
-        if name == metric and slice.startswith(begins)
+        if name == metric and slice.startswith(prefix)
     }
-    never = found.pop("never", {})
+    never = by_edge.pop("never", {})
     bins: dict[str, dict[float, float]] = {}
     for arm in run.arms:
-        seeds = max((len(numbers.get(arm, ())) for numbers in found.values()), default=0)
+        seeds = max((len(numbers.get(arm, ())) for numbers in by_edge.values()), default=0)
         if seeds:
             bins[arm] = {
                 round(float(edge), 2): sum(numbers.get(arm, ())) / seeds
-                for edge, numbers in found.items()
+                for edge, numbers in by_edge.items()
             }
     return never, bins
 
@@ -561,7 +320,7 @@ def verdict(run: Run) -> Figure | str:
         axes.text(1.02, y, words[-1], label=arm, transform=axes.get_yaxis_transform(), va="center",
                   fontweight="bold" if words[-1] in ("helps", "hurts") else "normal")  # fmt: skip
     axes.axvline(0, color="black", linewidth=1.2, zorder=2)
-    handles = _interest_band(axes, run)
+    handles = _shade_interest(axes, run)
     axes.set_yticks(range(len(arms)), ["\n".join(wrap(legend_name(arm), 2.7)) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.margins(x=0.06)
@@ -576,23 +335,23 @@ def verdict(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – {name} against the baseline: {', '.join(counts)}",
         [
-            f"Mean difference paired by seed at {at(run)}, with its 95% t interval, which covers"
-            " SAE initialisation and data order, not other models or texts. The words rest on p"
-            " adjusted for the number of arms (Holm)."
+            f"Mean difference paired by seed at {l0_text(run)}, with its 95% t interval, which"
+            " covers SAE initialisation and data order, not other models or texts. The words rest"
+            " on p adjusted for the number of arms (Holm)."
         ],
         handles,
     )
 
 
 def _primary(run: Run) -> str:
-    """The metric that was judged."""
-    if named := run.manifest.get("primary"):
-        return named
+    """Name of the metric that was judged."""
+    if recorded := run.manifest.get("primary"):
+        return recorded
     keys = [key for arm in run.arms for key in run.info.get(arm, {}).get("means", {})]
     return next((key.removeprefix("verdict.") for key in keys if key.startswith("verdict.")), "fvu")
 
 
-def _interest_band(axes: Axes, run: Run) -> list[Artist]:
+def _shade_interest(axes: Axes, run: Run) -> list[Artist]:
     """Shades the smallest effect of interest where the manifest has one."""
     sesoi = run.manifest.get("sesoi")
     if not sesoi:
@@ -601,7 +360,7 @@ def _interest_band(axes: Axes, run: Run) -> list[Artist]:
     return [axes.axvspan(-sesoi, sesoi, color="#BBBBBB", alpha=0.4, linewidth=0, label=label)]
 
 
-#: Every picture by the name in its file name.
+#: File name of a picture, without run and ending -> the picture.
 PICTURES: dict[str, Picture] = {
     "loss": loss,
     "frontier": frontier,

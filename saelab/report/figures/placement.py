@@ -1,17 +1,17 @@
-"""Every idea on a scale from "frozen random" to "baseline".
+"""Ideas on a scale from "frozen random" to "baseline".
 
     place = (m - m_frozen) / (m_baseline - m_frozen)
 
-with m the metric's value, m_frozen that of the baseline trained without its decoder, which stays
-random, and m_baseline the mean over the baseline's seeds. 0 is what no learned decoder gives and 1
-the baseline; beyond 1 is better than the baseline. Other controls stand on the same scale.
+m: the metric's value; m_frozen: that of the baseline trained with a decoder that stays random;
+m_baseline: the mean over the baseline's seeds. 0 is reached without a learned decoder and 1 by the
+baseline; beyond 1 is better than the baseline. Other controls are on the same scale.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from saelab.report.figures.axes import at, mean, of_seeds
+from saelab.report.figures.axes import l0_text, mean, seeds_text
 from saelab.report.figures.style import Page, arm_styles, legend_name, wrap
 from saelab.report.run_data import Run
 from saelab.runs.schema import CONTROL
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Names of `study/controls`, which would load torch.
+#: Names of `launch/controls`, which would load torch.
 FROZEN, PLANTED = f"{CONTROL}frozen decoder", f"{CONTROL}planted effect"
-#: Metric -> title and, where the model's own channels have another name for it, that name.
+#: Metric -> title, and its name for the model's own channels where that is another.
 SCALES = {
     "fvu": ("FVU", ""),
     "loss_recovered": ("Loss recovered", ""),
     "sae_top_5_test_accuracy": ("Probes, k = 5", "llm_top_5_test_accuracy"),
 }
-#: Places outside of these are written at the border. Our choice: all that is worth telling apart.
+#: Places outside of these are written at the border. Our choice.
 LIMITS = (-0.75, 1.5)
 
 
@@ -49,20 +49,20 @@ def places(run: Run, metric: str) -> dict[str, list[float]]:
 
 
 def placement(run: Run) -> Figure | str:
-    """A row for each arm and control, a panel for each metric; of runs with a frozen decoder."""
-    found = {metric: of for metric in SCALES if (of := places(run, metric))}
-    if not found:
+    """Draws a row for each arm and control and a panel for each metric, given a frozen decoder."""
+    panels = {metric: of_arms for metric in SCALES if (of_arms := places(run, metric))}
+    if not panels:
         return ""
     rows = [
         name
         for name in (*run.arms, *run.controls)
-        if name != PLANTED and any(name in of for of in found.values())
+        if name != PLANTED and any(name in of_arms for of_arms in panels.values())
     ]
-    page = Page([list(found)], 0.34 * len(rows) + 0.9)
-    for i, (metric, of) in enumerate(found.items()):
+    page = Page([list(panels)], 0.34 * len(rows) + 0.9)
+    for i, (metric, of_arms) in enumerate(panels.items()):
         axes = page.panels[metric]
         for y, name in enumerate(rows):
-            _row(axes, run, y, name, of.get(name, []))
+            _draw_row(axes, run, y, name, of_arms.get(name, []))
         axes.axvspan(0, 1, color="#BBBBBB", alpha=0.25, linewidth=0)
         axes.set_xticks([0, 1], ["frozen\nrandom", "baseline"])
         axes.set_xlim(*LIMITS)
@@ -71,25 +71,25 @@ def placement(run: Run) -> Figure | str:
         axes.set_yticks(range(len(rows)), names if i == 0 else [""] * len(rows))
         axes.grid(axis="y", visible=False)
         axes.set(title=SCALES[metric][0])
-    best = found[next(iter(found))]
-    said = [
-        f"{legend_name(arm)} {100 * mean(best[arm]):.1f}%" for arm in run.arms[1:] if arm in best
+    metric, shown = next(iter(panels.items()))
+    shares = [
+        f"{legend_name(arm)} {100 * mean(shown[arm]):.1f}%" for arm in run.arms[1:] if arm in shown
     ]
+    counts = [len(shown[arm]) for arm in run.arms if arm in shown] or [1]
     return page.finish(
         f"{run.title} – placed between a frozen random decoder and the baseline",
         [
-            f"Mean over {of_seeds([len(best[arm]) for arm in run.arms if arm in best] or [1])} at"
-            f" {at(run)}; bars: lowest to highest seed. Right is better; an arrow at the border"
-            " stands for a place outside of it.",
-            f"{SCALES[next(iter(found))][0]}, of the way to the baseline: {', '.join(said)}."
-            if said
+            f"Mean over {seeds_text(counts)} at {l0_text(run)}; bars: lowest to highest seed."
+            " Right is better; an arrow at the border stands for a place outside of it.",
+            f"{SCALES[metric][0]}, share of the way to the baseline: {', '.join(shares)}."
+            if shares
             else "",
         ],
         [],
     )
 
 
-def _row(axes: Axes, run: Run, y: int, name: str, values: list[float]) -> None:
+def _draw_row(axes: Axes, run: Run, y: int, name: str, values: list[float]) -> None:
     if not values:
         return
     look, middle = arm_styles(run)[name], mean(values)

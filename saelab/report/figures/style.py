@@ -1,9 +1,9 @@
-"""Looks and the page of every picture: one style, made without pyplot and its global state.
+"""Style of all pictures, and the page that each is drawn on; without pyplot and its global state.
 
-Arms keep one look through all pictures of a run: the baseline is black, the others differ in colour
+An arm looks the same in all pictures of a run: the baseline is black, the others differ in colour
 (Okabe and Ito 2008, safe for colour-blind readers), marker and line style; controls are grey. The
 second round of colours has hollow markers. Title, explanation, legend and notes are measured before
-they are placed, so that none of them meets another or a panel.
+they are placed, so that none of them overlaps another or a panel.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """How an arm or control is drawn, in every picture; every artist is labelled with its name."""
+    """Colour, marker and line of an arm or control, whose name is the label of its artists."""
 
     name: str
     color: str
@@ -101,7 +101,7 @@ DASHES = (
     (0, (6, 1.2, 1.2, 1.2, 1.2, 1.2)),
     "-",
 )
-#: As many as there are controls, none like another.
+#: One for each control, no two combinations alike.
 GREYS = ("#777777", "#999999", "#555555", "#AAAAAA", "#888888", "#666666", "#999999")
 GREY_DASHES = (
     *((0, (4, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)), (0, (2, 2))),
@@ -111,10 +111,10 @@ GREY_MARKERS = ("x", "+", "1", "2", "3", "4", "|")
 
 
 def arm_styles(run: Run) -> dict[str, ArmStyle]:
-    """The look of every arm and control. The baseline is the widest line and lies underneath."""
-    found = {run.baseline: ArmStyle(run.baseline, "black", "o", "-", 2.4, zorder=2.5)}
+    """Styles of all arms and controls; the baseline is the widest line and lies underneath."""
+    styles = {run.baseline: ArmStyle(run.baseline, "black", "o", "-", 2.4, zorder=2.5)}
     for i, arm in enumerate(run.arms[1:]):
-        found[arm] = ArmStyle(
+        styles[arm] = ArmStyle(
             arm,
             COLORS[i % len(COLORS)],
             MARKERS[i % len(MARKERS)],
@@ -123,15 +123,15 @@ def arm_styles(run: Run) -> dict[str, ArmStyle]:
             filled=i < len(COLORS),
         )
     for i, control in enumerate(run.controls):
-        found[control] = ArmStyle(
+        styles[control] = ArmStyle(
             control, GREYS[i % len(GREYS)], GREY_MARKERS[i % len(GREY_MARKERS)],
             GREY_DASHES[i % len(GREY_DASHES)], 1.6, zorder=2,
         )  # fmt: skip
-    return found
+    return styles
 
 
 def legend_name(name: str) -> str:
-    """An arm or control as the legend names it."""
+    """Name of an arm or control in the legend."""
     if name.startswith(CONTROL):
         return f"control: {visible(name.removeprefix(CONTROL).strip())}"
     name = visible(f" {name}" if name.startswith("_") else name)  # legends leave out "_..."
@@ -139,6 +139,7 @@ def legend_name(name: str) -> str:
 
 
 def handle(name: str, look: ArmStyle, line: bool = True) -> Artist:
+    """Entry of the legend: a marker, on its line or alone."""
     from matplotlib.lines import Line2D
 
     named = {"label": legend_name(name)}
@@ -147,26 +148,26 @@ def handle(name: str, look: ArmStyle, line: bool = True) -> Artist:
 
 @dataclass(frozen=True)
 class Words:
-    """What stands around the panels of a picture: `Page.finish` has the meaning of each."""
+    """Texts around the panels of a picture, as given to `Page.finish`."""
 
     title: str
     text: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-#: The words of every finished figure, kept for whoever shows it otherwise than `save`.
+#: Texts of every finished figure, for readers that show it in another way than `save`.
 _words: WeakKeyDictionary[Figure, Words] = WeakKeyDictionary()
 
 
 def words_of(figure: Figure) -> Words:
-    """What `Page.finish` was given for this figure."""
+    """Texts that `Page.finish` was given for this figure."""
     return _words[figure]
 
 
 class Page:
     """Panels with a title and a sentence above, and legend and notes below.
 
-    The text is placed by its own size, so that it never meets the panels.
+    The text is placed by its size, so that it never overlaps the panels.
 
     Args:
         mosaic: names of the panels, row by row; one may span cells, '.' leaves a cell empty.
@@ -184,13 +185,13 @@ class Page:
     def finish(
         self, title: str, text: Sequence[str], handles: Sequence[Artist], notes: Sequence[str] = ()
     ) -> Figure:
-        """Adds what stands around the panels.
+        """Adds the texts around the panels.
 
         Args:
-            title: says what is seen.
-            text: paragraphs: how to read it, and the numbers that matter.
+            title: of the picture.
+            text: paragraphs: how to read it, and its main numbers.
             handles: of the legend.
-            notes: what is missing and why.
+            notes: on what is missing, and why.
         """
         _words[self.figure] = Words(title, tuple(part for part in text if part), tuple(notes))
         titles = wrap(title, WIDTH - 2 * MARGIN, TITLE, bold=True)
@@ -225,7 +226,7 @@ class Page:
 
 @functools.cache
 def text_width(text: str, size: float = TEXT, bold: bool = False) -> float:
-    """Inches that a line takes in the font of the pictures."""
+    """Width of a line in the font of the pictures, in inches."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
@@ -258,7 +259,7 @@ def _legend_shape(labels: Sequence[str]) -> tuple[int, int]:
 
 
 def explain(axes: Axes, text: str, inches: float = 2.4) -> None:
-    """An empty panel says why it is empty, in lines of that width."""
+    """Writes into an empty panel why it is empty, in lines of that width."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_facecolor("#F5F5F5")

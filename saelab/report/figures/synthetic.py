@@ -1,6 +1,6 @@
-"""Arms on synthetic activations against one of them: paired differences with their 95% t intervals.
+"""Paired differences of arms on synthetic activations, with their 95% t intervals.
 
-One panel per metric, from what `saelab.launch.synthetic.table` gives (or from the JSON file of it).
+One panel per metric, from the data of `saelab.launch.synthetic.table` or from its JSON file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Metrics that are drawn, those there are: title and whether lower is better.
+#: Metrics that are drawn where they were measured: title, and whether lower is better.
 PANELS = {
     "fvu": ("FVU", True),
     "mcc": ("MCC with the true features", False),
@@ -56,7 +56,7 @@ def draw_table(table: Mapping[str, Any], stem: Path) -> None:
 
 
 def picture(table: Mapping[str, Any]) -> Figure:
-    """The figure of a table.
+    """Draws a table.
 
     Raises: SettingError for a table without differences.
     """
@@ -73,7 +73,7 @@ def picture(table: Mapping[str, Any]) -> Figure:
         for y, arm in enumerate(arms):
             pairs = zip(values[arm][name], values[baseline][name], strict=True)
             seeds = [a - b for a, b in pairs if a is not None and b is not None]
-            _difference(axes, y, table["differences"][arm][name], seeds, style[arm])
+            _draw_difference(axes, y, table["differences"][arm][name], seeds, style[arm])
         title, lower = PANELS[name]
         axes.axvline(0, color="black", linewidth=1.2, zorder=2)
         names = ["\n".join(wrap(legend_name(arm), 1.9)) for arm in arms]
@@ -82,8 +82,8 @@ def picture(table: Mapping[str, Any]) -> Figure:
         axes.locator_params(axis="x", nbins=4, steps=[1, 2, 5, 10])
         axes.grid(axis="y", visible=False)
         axes.set(title=title, xlabel=f"{'left' if lower else 'right'} of 0 is better")
-    own = config["data_seed"] == "own"
-    scope = "each on its own dictionary" if own else "all on one dictionary"
+    several = config["data_seed"] == "own"
+    scope = "each on its own dictionary" if several else "all on one dictionary"
     return page.finish(
         f"{config['study']} – arm minus {legend_name(baseline)} at L0 {config['target_l0']:g}",
         [
@@ -95,7 +95,7 @@ def picture(table: Mapping[str, Any]) -> Figure:
     )
 
 
-def _difference(
+def _draw_difference(
     axes: Axes, y: float, paired: Mapping[str, Any], seeds: Sequence[float], look: ArmStyle
 ) -> None:
     if paired["mean"] is None:

@@ -408,7 +408,7 @@ class Panel {
     this.frame([middle.x - w, middle.x + w], [middle.y - h, middle.y + h]);
     tell(`From ${number(Math.min(...this.view.x))} to ${number(Math.max(...this.view.x))}`);
   }
-  reset() { this.view = { ...this.home }; this.at = null; this.draw(); tell("All is shown"); }
+  reset() { this.view = { ...this.home }; this.at = null; this.draw(); tell("The whole range is shown"); }
   key(event) {
     const acts = { "+": () => this.zoom(0.6), "=": () => this.zoom(0.6), "-": () => this.zoom(1 / 0.6), "0": () => this.reset(), "Escape": () => this.reset(),
       "ArrowRight": () => this.step(1), "ArrowLeft": () => this.step(-1), "ArrowDown": () => this.arm(1), "ArrowUp": () => this.arm(-1) };
@@ -544,10 +544,10 @@ if ($("browser")) {
       button.addEventListener("click", () => choose(latent));
       return make("li", {}, button);
     }));
-    $("found").textContent = `${found.length} of ${state.cell.latents.length} latents; beside each the tokens at which it fires most strongly and its ${{ group: "density", i: "density", loss: "loss share", max: "largest activation", near: "largest cosine", age: "age in steps" }[sort] || sort}`;
+    $("found").textContent = `${found.length} of ${state.cell.latents.length} latents; next to each are the tokens at which it fires most strongly, and its ${{ group: "density", i: "density", loss: "loss share", max: "largest activation", near: "largest cosine", age: "age in steps" }[sort] || sort}`;
     if (found.length && !found.includes(state.chosen)) choose(found[0]);
     else mark();
-    if (!found.length) { state.chosen = null; $("latent").replaceChildren(make("p", {}, "No latent has that: change the search or the group.")); }
+    if (!found.length) { state.chosen = null; $("latent").replaceChildren(make("p", {}, "No latent matches: change the search or the group.")); }
   }
   function mark() {
     for (const button of $("list").querySelectorAll("button")) {

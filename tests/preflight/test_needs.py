@@ -13,7 +13,7 @@ import torch
 
 from saelab.data.activations.harvest import HarvestConfig
 from saelab.data.language_model import ModelConfig, load, size
-from saelab.preflight.memory import harvest_bytes, needs, process
+from saelab.preflight.cost import harvest_bytes, launch_needs, process_bytes
 from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run, cells
 from saelab.training.snapshots import snapshot_bytes
 
@@ -26,41 +26,41 @@ def specs(base: BaseConfig = BASE) -> list:
 
 
 def test_the_size_is_that_of_the_loaded_model() -> None:
-    found, model = size(ModelConfig()), load(ModelConfig())
-    assert found.weights == sum(4 * weight.numel() for weight in model.model.parameters())
-    assert (found.d_model, found.inner) == (model.d_model, 4 * model.d_model)
-    assert size(ModelConfig(dtype="bfloat16")).weights == found.weights // 2
+    embedded, model = size(ModelConfig()), load(ModelConfig())
+    assert embedded.weights == sum(4 * weight.numel() for weight in model.model.parameters())
+    assert (embedded.d_model, embedded.inner) == (model.d_model, 4 * model.d_model)
+    assert size(ModelConfig(dtype="bfloat16")).weights == embedded.weights // 2
 
 
 def test_needs_grow_with_what_is_asked_for() -> None:
-    small = needs(BASE, specs(), 2, GROUP)
+    small = launch_needs(BASE, specs(), 2, GROUP)
     wide = BASE.patched({"sae.d_sae": 16 * BASE.sae.d_sae})
     weights = 4 * 2 * 192 * 15 * BASE.sae.d_sae  # of the rest of a cell
-    grown = needs(wide, specs(wide), 2, GROUP).training - small.training
+    grown = launch_needs(wide, specs(wide), 2, GROUP).training - small.training
     assert grown > 2 * (3 * GROUP + 1) * weights  # with moments, and one cell's gradient
-    assert needs(BASE, specs(), 8, GROUP).training > 3 * small.training
+    assert launch_needs(BASE, specs(), 8, GROUP).training > 3 * small.training
     large = BASE.patched({"harvest.shard_tokens": 16 * BASE.harvest.shard_tokens})
-    assert needs(large, specs(), 2, GROUP).harvest > small.harvest + 300e6
+    assert launch_needs(large, specs(), 2, GROUP).harvest > small.harvest + 300e6
     long = BASE.patched({"train.tokens": 16 * BASE.train.tokens})
-    assert needs(long, specs(long), 2, GROUP).disk > 10 * small.disk
+    assert launch_needs(long, specs(long), 2, GROUP).disk > 10 * small.disk
     without = BASE.patched({"evaluation.snapshots": 0})
-    kept = small.training - needs(without, specs(without), 2, GROUP).training
+    kept = small.training - launch_needs(without, specs(without), 2, GROUP).training
     assert kept == 2 * GROUP * snapshot_bytes(10, BASE.sae.d_sae, 192)
     assert "GB of memory" in small.line() and "GB of disk" in small.line()
 
 
 def test_both_phases_count_where_they_are_at_work_together() -> None:
-    apart = needs(BASE, specs(), 2, GROUP)
-    together = needs(BASE.patched({"harvest.overlap": True}), specs(), 2, GROUP)
+    apart = launch_needs(BASE, specs(), 2, GROUP)
+    together = launch_needs(BASE.patched({"harvest.overlap": True}), specs(), 2, GROUP)
     assert (together.harvest, together.training) == (apart.harvest, apart.training)
-    shared = process() + size(ModelConfig()).weights
+    shared = process_bytes() + size(ModelConfig()).weights
     assert together.memory == apart.training + apart.harvest - shared > apart.memory
     assert "both at once" in together.line() and "both at once" not in apart.line()
 
 
 def test_a_launch_of_foreign_activations_asks_for_no_model() -> None:
     foreign = BASE.patched({"activations": "elsewhere", "model.path": "/nowhere"})
-    assert needs(foreign, specs(), 2, GROUP).disk == 0
+    assert launch_needs(foreign, specs(), 2, GROUP).disk == 0
 
 
 PEAK = """
@@ -101,10 +101,10 @@ def test_a_harvest_takes_what_is_stated(
     )
     peak = json.loads(done.stdout.splitlines()[-1])
     torch.set_num_threads(2)  # the number of lanes that the other process had
-    config = HarvestConfig(shard_tokens=shard_tokens, batch=batch)
+    settings = BaseConfig(harvest=HarvestConfig(shard_tokens=shard_tokens, batch=batch))
     embedded = size(ModelConfig())
-    stated = process() + embedded.weights
-    stated += harvest_bytes(embedded, 128, 128 * contexts, config, "cpu")
+    stated = process_bytes() + embedded.weights
+    stated += harvest_bytes(embedded, settings, 128 * contexts)
     torch.set_num_threads(1)
     print(f"peak {peak / 1e6:.0f} MB, stated {stated / 1e6:.0f} MB")
     assert 1 / 1.3 < stated / peak < 1.3

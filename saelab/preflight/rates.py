@@ -1,0 +1,149 @@
+"""Rates of devices and sizes of models: read from a table (saelab/assets/rates.toml), or measured.
+
+The table says of each device whether its rates were measured. One thread of this machine is timed
+in a fraction of a second (`thread_rates`): good enough to say how long a launch will take.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat
+
+from saelab.assets import EMBEDDED_MODEL
+from saelab.config import Frozen, read_toml
+from saelab.data import language_model
+from saelab.data.language_model import ModelConfig, Size
+from saelab.errors import SettingError, nearest
+from saelab.kernels.table import Precision, selection_dtype
+
+RATES = EMBEDDED_MODEL.parent / "rates.toml"
+#: Times that a rate is measured; the best counts.
+TIMES = 5
+#: GEMM [rows, channels] x [channels, latents] and floats of a vector that rates are measured by.
+GEMM, FLOATS = (512, 512, 4096), 2**24
+#: Shares of these rates that a language model and a training step reach on a processor, and seconds
+#: of a step besides its work. Measured by `rates_here`: 0.41, 0.47 to 0.6 and 0.97 ms.
+MODEL_SHARE, STEP_SHARE, STEP_SECONDS = 0.4, 0.5, 1e-3
+
+
+class Rates(Frozen):
+    """Work that a device does in a second, and the source of these numbers.
+
+    Args:
+        title, source: for the reader.
+        measured: whether the rates were measured on the device; else they are supposed.
+        peak_flops, peak_memory: FLOP/s of bfloat16 GEMMs and bytes/s of memory.
+        matrix_efficiency, model_efficiency, memory_efficiency: shares of the peaks that large
+            GEMMs, a language model and streaming kernels reach.
+        capacity: bytes of memory.
+        link: bytes/s to the other devices, 0 where there are none.
+        step_efficiency: share of these rates that the work of a training step reaches.
+        step_seconds: of a training step besides its work.
+        store: bytes/s to and from the place of the activations.
+    """
+
+    title: str
+    source: str
+    measured: bool
+    peak_flops: PositiveFloat
+    peak_memory: PositiveFloat
+    matrix_efficiency: PositiveFloat = 1.0
+    model_efficiency: PositiveFloat = 1.0
+    memory_efficiency: PositiveFloat = 1.0
+    capacity: PositiveFloat
+    link: NonNegativeFloat = 0.0
+    step_efficiency: PositiveFloat = 1.0
+    step_seconds: NonNegativeFloat = 0.0
+    store: PositiveFloat
+
+    @property
+    def matrix(self) -> float:
+        """FLOP/s of the encoder's GEMM."""
+        return self.peak_flops * self.matrix_efficiency
+
+    @property
+    def model(self) -> float:
+        """FLOP/s of the language model."""
+        return self.peak_flops * self.model_efficiency
+
+    @property
+    def memory(self) -> float:
+        """Bytes/s of an optimiser's pass."""
+        return self.peak_memory * self.memory_efficiency
+
+
+def read_rates(name: str, file: Path = RATES) -> Rates:
+    """Reads the rates of a device from a table.
+
+    Raises: SettingError for a device that is not there; SourceError for a file that can't be read.
+    """
+    devices = read_toml(file).get("devices", {})
+    if name not in devices:
+        remedy = f"no such device{nearest(name, devices)}; use here or {', '.join(devices)}"
+        raise SettingError("--device", name, remedy)
+    return Rates.parse(devices[name], where=f"{file.name}: devices.{name}")
+
+
+def size_of(config: ModelConfig, file: Path = RATES) -> Size:
+    """Reads the size of a model from the table, so that it need not be at hand, or from its files.
+
+    Raises: SourceError when the model is neither in the table nor found.
+    """
+    row = read_toml(file).get("models", {}).get(config.path)
+    if row is None:
+        return language_model.size(config)
+    weights = row["parameters"] * getattr(torch, config.dtype).itemsize
+    names = ("d_model", "inner", "vocabulary", "blocks", "attention")
+    return Size(weights, *(int(row[name]) for name in names))
+
+
+@functools.cache
+def thread_rates(precision: Precision = "auto") -> Rates:
+    """Measures a GEMM and a pass over memory on one thread of this machine's processor.
+
+    Args:
+        precision: of the GEMM, as the settings of an SAE name it.
+    """
+    dtype = selection_dtype(precision, torch.device("cpu"))
+    n, d, latents = GEMM
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a, b = torch.ones(n, d, dtype=dtype), torch.ones(latents, d, dtype=dtype)
+        matrix = 2 * n * d * latents / best_seconds(lambda: torch.nn.functional.linear(a, b))
+        x, y = torch.ones(FLOATS), torch.ones(FLOATS)
+        memory = 3 * 4 * FLOATS / best_seconds(lambda: y.add_(x))
+    finally:
+        torch.set_num_threads(before)
+    return Rates(
+        title="one thread of this machine's processor",
+        source="measured by this command",
+        measured=True,
+        peak_flops=matrix,
+        peak_memory=memory,
+        model_efficiency=MODEL_SHARE,
+        step_efficiency=STEP_SHARE,
+        step_seconds=STEP_SECONDS,
+        capacity=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        store=1e9,
+    )
+
+
+def best_seconds(work: Callable[[], object]) -> float:
+    """Times a few calls; returns the processor seconds of the fastest.
+
+    Processor time leaves out what others do on the machine.
+    """
+    work()
+    seconds = []
+    for _ in range(TIMES):
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    return min(seconds)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from saelab.errors import SettingError
+from saelab.launch import confirmation
 from saelab.launch.confirmation import FACTORS, _tuned, keep_best, trial
 from saelab.storage.atomic import read_json
-from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run
+from saelab.study.plan import Arm, BaseConfig, Confirmation, PlanConfig, Run, cells
 
 RUN, BASE = Run("Rates", [Arm("baseline")]), BaseConfig.model_validate({"train": {"lr": 4e-3}})
 PLAN = PlanConfig(study="s", target_l0=16, tolerance=0.05)
@@ -60,3 +61,26 @@ def test_where_all_trials_miss_nothing_is_written(tmp_path: Path) -> None:
     none = info([[16.0], [16.0], [16.0]], (None, None, None))
     with pytest.raises(SettingError, match="no learning rate gives a valid cell"):
         keep_best(tmp_path, "run_10", RUN, BASE, PLAN, none, ["baseline"])
+
+
+MOVING = {
+    "sae.activation": {"kind": "topk", "k": "k"},
+    "sae.losses": ["reconstruction"],
+    "sae.controllers": [{"kind": "rounded_k", "over": "rows"}],
+}
+
+
+@pytest.mark.parametrize(("changes", "levels"), [(MOVING, {16}), ({"train.lr": 1e-3}, {8, 16})])
+def test_a_confirmed_arm_that_finds_its_l0_has_no_further_levels(
+    changes: dict[str, Any], levels: set[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    best = confirmation.Candidate("run_1", "best", "helps", 0.1)
+    monkeypatch.setattr(confirmation, "best_arm", lambda run, runs, root: best)
+    monkeypatch.setattr(confirmation, "_check_unchanged", lambda arm, folder: None)
+    runs = {"run_1": Run("earlier", [Arm("baseline"), Arm("best", changes)])}
+    wanted = Confirmation("again", [Arm("baseline")])
+    run = confirmation.resolve_confirmation(wanted, runs, tmp_path, BASE)
+    plan = PLAN.patched({"levels": (8,), "seeds": 2, "seeds_levels": 1})
+    found = cells(plan, BASE, run, "confirm")
+    assert {spec.level for spec in found if spec.arm == "best (run_1)"} == levels
+    assert {spec.level for spec in found if spec.arm == "baseline"} == {8, 16}

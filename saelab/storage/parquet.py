@@ -84,12 +84,12 @@ def _batches(
     try:
         with pq.ParquetFile(path, pre_buffer=False) as table:
             names = table.schema_arrow.names
-            wanted = columns(names) if callable(columns) else columns
-            if absent := [name for name in wanted if names.count(name) != 1]:
+            chosen = columns(names) if callable(columns) else columns
+            if absent := [name for name in chosen if names.count(name) != 1]:
                 raise error(f"{path} has no column {absent[0]!r}: {remedy}")
             if codecs and (other := _codecs(table) - set(codecs)):
                 raise error(f"{path} is compressed by {sorted(other)[0]}: {remedy}")
-            for batch in table.iter_batches(BATCH_ROWS, columns=wanted) if wanted else ():
+            for batch in table.iter_batches(BATCH_ROWS, columns=chosen) if chosen else ():
                 batch.validate(full=True)
                 yield batch
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as cause:

@@ -30,14 +30,8 @@ import numpy as np
 from pydantic import PositiveInt
 
 from saelab.config import Frozen
-from saelab.data.probing.embedded import (
-    SAMPLING_SEED,
-    Entry,
-    drop_shared,
-    find_sides,
-    read_side,
-    sample,
-)
+from saelab.data.probing.embedded import SAMPLING_SEED, Entry, drop_shared, sample
+from saelab.data.probing.tables import find_sides, read_side
 from saelab.data.text.corpus import TextConfig, dataset_rows
 from saelab.errors import SettingError, SourceError, UnreachableError, nearest
 

@@ -149,9 +149,9 @@ def _setting_error(cls: type[BaseModel], error: ValidationError, where: str) -> 
         remedy = f"no such setting{nearest(location[-1], _fields(cls, location[:-1]))}"
     elif first["type"] == "union_tag_invalid":
         tags = first.get("ctx", {}).get("expected_tags", "")
-        given = str(first.get("ctx", {}).get("tag", ""))
-        names = [tag.strip(" '") for tag in tags.split(",")]
-        remedy = f"unknown kind {given!r}{nearest(given, names)}; known: {', '.join(names)}"
+        tag = str(first.get("ctx", {}).get("tag", ""))
+        names = [kind.strip(" '") for kind in tags.split(",")]
+        remedy = f"unknown kind {tag!r}{nearest(tag, names)}; known: {', '.join(names)}"
     else:
         remedy = first["msg"][0].lower() + first["msg"][1:]
     return SettingError(name, first.get("input"), remedy)

@@ -57,10 +57,12 @@ class Ranks:
 
     @property
     def size(self) -> int:
+        """Number of ranks."""
         return self.data * self.latents
 
     @property
     def alone(self) -> bool:
+        """True for a single rank."""
         return self.size == 1
 
     @property
@@ -70,6 +72,7 @@ class Ranks:
 
     @property
     def part_of_latents(self) -> int:
+        """Number of this rank's part of the latents, counted from 0."""
         return self.rank % self.latents
 
     def rows(self, n: int) -> slice:
@@ -271,15 +274,15 @@ def check_split(data: int | None, latents: int) -> int:
     Raises: SettingError when there are more or fewer processes than parts.
     """
     started = process_count()
-    wanted = latents * (data or max(1, started // latents))
-    if wanted != started:
+    parts = latents * (data or max(1, started // latents))
+    if parts != started:
         value = f"{data or 'auto'} x {latents}"
         remedy = (
-            f"does not split {started} process{'es' * (started > 1)}: start {wanted} with "
-            f"torchrun --nproc-per-node {wanted} -m saelab train ..., or change the split"
+            f"does not split {started} process{'es' * (started > 1)}: start {parts} with "
+            f"torchrun --nproc-per-node {parts} -m saelab train ..., or change the split"
         )
         raise SettingError("parallel.data x parallel.latents", value, remedy)
-    return wanted // latents
+    return parts // latents
 
 
 @contextmanager

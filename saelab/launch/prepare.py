@@ -23,8 +23,9 @@ from saelab.data.activations.harvest import harvest, harvest_steps
 from saelab.data.activations.store import FolderSource, Shard, Source, reopen
 from saelab.data.language_model import LanguageModel
 from saelab.data.probing.activations import ProbingData, harvest_probing, identity
-from saelab.data.probing.embedded import Entry, embedded_entries, entries_from_table
+from saelab.data.probing.embedded import Entry, embedded_entries
 from saelab.data.probing.saebench import describe_missing, saebench_entries
+from saelab.data.probing.tables import entries_from_table
 from saelab.data.text.corpus import TextConfig, documents, manifest
 from saelab.data.text.tokens import tokenize
 from saelab.errors import DamageError, SettingError, SourceError

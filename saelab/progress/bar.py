@@ -44,11 +44,11 @@ class Progress:
         elapsed = (now or time.monotonic()) - self.start
         share = min(self.done / self.total, 1.0)
         rate = self.done / elapsed if elapsed > 0 else 0.0
-        left = (self.total - self.done) / rate if rate > 0 else float("nan")
+        seconds_left = (self.total - self.done) / rate if rate > 0 else float("nan")
         note = f"  {self.note}" if self.note else ""
         return (
             f"{self.title}: {share:4.0%}  {self.done:,.0f}/{self.total:,.0f} {self.unit}"
-            f"  {rate:,.0f}/s  {clock(left)} left{note}"
+            f"  {rate:,.0f}/s  {clock(seconds_left)} left{note}"
         )
 
     def close(self) -> None:

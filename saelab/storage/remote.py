@@ -63,6 +63,7 @@ class Remote:
 
     @property
     def name(self) -> str:
+        """Last part of the URL."""
         return self.url.rstrip("/").rpartition("/")[2]
 
     def is_file(self) -> bool:
@@ -77,6 +78,7 @@ class Remote:
         return self._ask("read", lambda fs, path: fs.cat_file(path))
 
     def read_text(self, encoding: str = "utf-8") -> str:
+        """Reads the whole object as text."""
         return self.read_bytes().decode(encoding)
 
     def put(self, file: Path) -> None:

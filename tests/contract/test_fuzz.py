@@ -32,7 +32,7 @@ from saelab.data.activations.foreign import ForeignSource
 from saelab.data.activations.growing import GrowingSource
 from saelab.data.activations.store import FolderSource, FolderWriter, Shard
 from saelab.data.probing.activations import ProbingData, ProbingEntry
-from saelab.data.probing.embedded import entries_from_table
+from saelab.data.probing.tables import entries_from_table
 from saelab.data.text.corpus import TextConfig, documents
 from saelab.launch.cell_store import finish, is_finished
 from saelab.launch.confirmation import _tuned

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saelab.data.probing import embedded
+from saelab.data.probing import embedded, tables
 from saelab.data.text.stdlib import Module, is_held_out, modules, path_hash
 from saelab.errors import SettingError, SourceError
 
@@ -267,36 +267,36 @@ def test_a_local_table_becomes_an_entry(tmp_path: Path, kind: str) -> None:
     both = {"text": "on both sides", "label": 1}
     write_table(tmp_path, "train", [*rows_of("train", 8), both], kind)
     write_table(tmp_path, "test", [*rows_of("test", 5), both], kind)
-    entry = embedded.entries_from_table("mine", tmp_path, train_size=8, test_size=4)
+    entry = tables.entries_from_table("mine", tmp_path, train_size=8, test_size=4)
     assert entry.classes == ("0", "1", "2")
     for name in entry.classes:
         assert set(entry.train[name]) == {f"train {name} {i}" for i in range(8)}
         assert len(set(entry.test[name])) == 4
         assert all(text.startswith(f"test {name} ") for text in entry.test[name])
-    assert entry == embedded.entries_from_table("mine", tmp_path, train_size=8, test_size=4)
-    other = embedded.entries_from_table("mine", tmp_path, train_size=8, test_size=4, seed=1)
+    assert entry == tables.entries_from_table("mine", tmp_path, train_size=8, test_size=4)
+    other = tables.entries_from_table("mine", tmp_path, train_size=8, test_size=4, seed=1)
     assert other.train != entry.train
 
 
 def test_unusable_tables_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="has no train.parquet or train.jsonl"):
-        embedded.entries_from_table("mine", tmp_path)
+        tables.entries_from_table("mine", tmp_path)
     (tmp_path / "train.jsonl").write_text("no json\n")
     with pytest.raises(SourceError, match="can't be read"):
-        embedded.entries_from_table("mine", tmp_path)
+        tables.entries_from_table("mine", tmp_path)
     write_table(tmp_path, "train", rows_of("train", 8), "parquet")
     write_table(tmp_path, "test", rows_of("test", 5)[:10], "parquet")
     with pytest.raises(SourceError, match="choose one of text, label"):
-        embedded.entries_from_table("mine", tmp_path, text_column="body")
+        tables.entries_from_table("mine", tmp_path, text_column="body")
     with pytest.raises(SourceError, match="both need the same"):
-        embedded.entries_from_table("mine", tmp_path)
+        tables.entries_from_table("mine", tmp_path)
     write_table(tmp_path, "test", rows_of("test", 5), "parquet")
     with pytest.raises(SettingError, match="test_size = 6: choose 1 to 5"):
-        embedded.entries_from_table("mine", tmp_path, train_size=8, test_size=6)
+        tables.entries_from_table("mine", tmp_path, train_size=8, test_size=6)
 
 
 def test_ag_news_becomes_an_entry(real_data: Path) -> None:
     folder = real_data / "texts" / "ag_news"
-    entry = embedded.entries_from_table("ag_news", folder, train_size=300, test_size=100)
+    entry = tables.entries_from_table("ag_news", folder, train_size=300, test_size=100)
     assert entry.classes == ("0", "1", "2", "3")
     assert all(len(entry.train[c]) == 300 and len(entry.test[c]) == 100 for c in entry.classes)

@@ -22,7 +22,7 @@ from saelab.storage.remote import Place, Remote
 from saelab.storage.safetensors_file import parse_weights, read_weights
 
 #: Rows checked for non-finite values at a time; bounds the memory.
-ROWS_AT_ONCE = 65536
+CHECKED_ROWS = 65536
 
 
 class ForeignSource:
@@ -131,7 +131,7 @@ def _check_tensor(file: Place, x: Tensor) -> tuple[int, int, int]:
             f"{file} holds {kind} {list(x.shape)}: activations are floating-point "
             "[n, d] or [contexts, positions, d]"
         )
-    for part in x.view(-1, x.shape[-1]).split(ROWS_AT_ONCE):
+    for part in x.view(-1, x.shape[-1]).split(CHECKED_ROWS):
         if not bool(torch.isfinite(part).all()):
             raise SourceError(f"{file} has values that are not finite: remove them")
     contexts, positions = (x.shape[0], 1) if x.dim() == 2 else (x.shape[0], x.shape[1])

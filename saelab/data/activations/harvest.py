@@ -357,10 +357,10 @@ def _fill_parts(model: LanguageModel, parts: Sequence[_Part], bar: Progress) -> 
         part, contexts = item
         return part.fill(model, contexts)
 
-    with closing(run_in_lanes(model, run_pass, passes())) as done:
+    with closing(run_in_lanes(model, run_pass, passes())) as positions:
         for part, group in zip(parts, groups, strict=True):
             if not part.widths:
                 bar.advance(part.tokens.ids.numel())
             for _ in group:
-                bar.advance(next(done))
+                bar.advance(next(positions))
             yield part

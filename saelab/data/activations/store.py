@@ -458,11 +458,11 @@ def check_identity(
 
     Raises: MismatchError naming the first field that differs and both values.
     """
-    for field, wanted in _to_json_types(expected).items():
+    for field, needed in _to_json_types(expected).items():
         value = header.get(field)
-        if value != wanted:
+        if value != needed:
             raise MismatchError(
-                f"{where} has {field} = {value!r}, but {wanted!r} is needed: "
+                f"{where} has {field} = {value!r}, but {needed!r} is needed: "
                 "name another folder, or delete this one"
             )
 

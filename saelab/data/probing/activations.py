@@ -292,8 +292,8 @@ def _harvest_rows(
     groups = group_by_length(lengths, PASS_TOKENS)
     with (
         progress("probing texts", len(ids), "texts") as bar,
-        closing(run_in_lanes(model, fill, groups)) as done,
+        closing(run_in_lanes(model, fill, groups)) as counts,
     ):
-        for texts in done:
+        for texts in counts:
             bar.advance(texts)
     return rows

@@ -30,14 +30,8 @@ import numpy as np
 from pydantic import PositiveInt
 
 from saelab.config import Frozen
-from saelab.data.probing.embedded import (
-    SAMPLING_SEED,
-    Entry,
-    drop_shared,
-    find_sides,
-    read_side,
-    sample,
-)
+from saelab.data.probing.embedded import SAMPLING_SEED, Entry, drop_shared, sample
+from saelab.data.probing.tables import find_sides, read_side
 from saelab.data.text.corpus import TextConfig, dataset_rows
 from saelab.errors import SettingError, SourceError, UnreachableError, nearest
 
@@ -226,16 +220,16 @@ class _Pools:
     def _rows(self, source: SourceConfig) -> list[Iterable[dict[str, Any]]]:
         """Returns the rows of each side."""
         path, translated = source.path or self.recipe.hub, self.columns[1] == "translation"
-        wanted = ("translation",) if translated else tuple(c for c in self.columns if c)
+        columns = ("translation",) if translated else tuple(c for c in self.columns if c)
         if _is_local(path):
             folder = Path(path).expanduser()
-            return [read_side(folder, side, wanted) for side in find_sides(folder)]
+            return [read_side(folder, side, columns) for side in find_sides(folder)]
         if path.startswith(LOCAL_PREFIXES):
             raise SourceError(f"{path} is not a folder: name an existing one, or a data set")
         if translated:
             return [self._pairs(path)]
         sides = ("train",) if self.recipe.one_split else ("train", "test")
-        return [dataset_rows(_hub(path, split=side), wanted) for side in sides]
+        return [dataset_rows(_hub(path, split=side), columns) for side in sides]
 
     def _pairs(self, path: str) -> Iterator[dict[str, Any]]:
         """Yields rows of each class from the class's configuration, as many as are needed."""
@@ -249,7 +243,7 @@ class _Pools:
         pool: dict[str, Groups] = {name: {} for name in self.classes}
         counts = dict.fromkeys(self.classes, 0)
         for row in rows:
-            for label, group, text in self._labelled(row):
+            for label, group, text in self._labelled_texts(row):
                 if label in pool and len(text) > self.recipe.longer_than:
                     text = text[self.recipe.skipped :]
                     pool[label].setdefault(group, []).append(text)
@@ -258,7 +252,7 @@ class _Pools:
                 break
         return pool
 
-    def _labelled(self, row: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    def _labelled_texts(self, row: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         """Yields (class, balance group, text) of a row."""
         text, label, balance = self.columns
         if label == "translation":
@@ -286,29 +280,29 @@ def _draw_like_saebench(
     if pools.recipe.one_split:
         return _draw_shuffled(pools, sizes, notes), notes
     _check_split(pools)
-    drawn: list[Texts] = []
+    sides: list[Texts] = []
     for side, pool, size in zip(SIDES, pools.sides, sizes, strict=True):
         texts: Texts = {}
         for name in pools.classes:
             groups = _group_sizes(name, side, pool[name], size, notes)
             texts[name] = tuple(text for group in groups for text in _sample_like_pandas(*group))
-        drawn.append(texts)
-    return (drawn[0], drawn[1]), notes
+        sides.append(texts)
+    return (sides[0], sides[1]), notes
 
 
 def _draw_shuffled(pools: _Pools, sizes: tuple[int, int], notes: list[str]) -> tuple[Texts, Texts]:
     """Draws class after class from one generator; existing train and test are never mixed."""
     order = random.Random(SAMPLING_SEED)
-    drawn: tuple[Texts, Texts] = ({}, {})
+    result: tuple[Texts, Texts] = ({}, {})
     for name in pools.classes:
         sides = [list(pool[name].get("", ())) for pool in pools.sides]
         sides = [side[: pools.enough] for side in sides] if pools.recipe.pairs else sides
         for side in sides:
             order.shuffle(side)
         sides = _split(sides[0], sizes) if len(sides) == 1 else sides
-        for side, texts, size, into in zip(SIDES, sides, sizes, drawn, strict=True):
+        for side, texts, size, into in zip(SIDES, sides, sizes, result, strict=True):
             into[name] = tuple(texts[: _texts_to_take(name, side, len(texts), size, notes)])
-    return drawn
+    return result
 
 
 def _split(texts: Sequence[str], sizes: tuple[int, int]) -> list[list[str]]:
@@ -336,15 +330,15 @@ def _draw_by_streams(
             for label, groups in sides[0].items()
         }
         sides = [{label: {"": texts[side]} for label, texts in split.items()} for side in (0, 1)]
-    drawn: tuple[Texts, Texts] = ({}, {})
-    for side, pool, size, into in zip(SIDES, sides, sizes, drawn, strict=True):
+    result: tuple[Texts, Texts] = ({}, {})
+    for side, pool, size, into in zip(SIDES, sides, sizes, result, strict=True):
         for label in pools.classes:
             into[label] = tuple(
                 text
                 for i, (texts, n) in enumerate(_group_sizes(label, side, pool[label], size, notes))
                 for text in sample(texts, n, SAMPLING_SEED, name, label, side, i)
             )
-    return drawn, notes
+    return result, notes
 
 
 def _drop_shared_texts(pools: _Pools) -> list[dict[str, Groups]]:

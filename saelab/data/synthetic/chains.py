@@ -133,8 +133,8 @@ class SyntheticConfig(Frozen):
         }[self.frequency]
         families = self.features // self.parents
         total = weights.sum() * (1 + (families - 1) * self.given)
-        given = torch.full((self.features - self.parents,), self.given, dtype=torch.float64)
-        return torch.cat([weights * (self.l0 / total), given])
+        children = torch.full((self.features - self.parents,), self.given, dtype=torch.float64)
+        return torch.cat([weights * (self.l0 / total), children])
 
     @property
     def probabilities(self) -> Tensor:
@@ -358,8 +358,8 @@ class SyntheticSource:
 
     @property
     def shard_counts(self) -> list[int]:
-        each = self.truth.shard_contexts
-        counts = [min(each, self.truth.contexts - i * each) for i in range(self.n_shards)]
+        contexts = self.truth.shard_contexts
+        counts = [min(contexts, self.truth.contexts - i * contexts) for i in range(self.n_shards)]
         return [count * self.truth.config.positions for count in counts]
 
     @property

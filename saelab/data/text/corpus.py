@@ -148,8 +148,8 @@ def _local_files(config: TextConfig) -> list[Path]:
     files = sorted(f for f in root.rglob("*") if f.suffix in SUFFIXES and f.is_file())
     if not files:
         raise SourceError(f"{root} has no {', '.join(SUFFIXES)} file: name a folder with text")
-    named = [f for f in files if f.stem == config.split or f.stem.startswith(f"{config.split}-")]
-    return named or files
+    of_split = [f for f in files if f.stem == config.split or f.stem.startswith(f"{config.split}-")]
+    return of_split or files
 
 
 def _file_texts(config: TextConfig) -> Iterator[str]:
@@ -232,9 +232,9 @@ def _row_text(row: dict[str, Any], columns: Sequence[str], where: str) -> str:
     """
     column = next((name for name in columns if name in row), None)
     if column is None:
-        wanted = " or ".join(f"{name!r}{nearest(name, row)}" for name in columns)
+        missing = " or ".join(f"{name!r}{nearest(name, row)}" for name in columns)
         raise SourceError(
-            f"{where} has no column {wanted}: its columns are "
+            f"{where} has no column {missing}: its columns are "
             f"{', '.join(row)}; set text.column to one of them"
         )
     if row[column] is None:

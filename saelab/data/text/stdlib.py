@@ -82,8 +82,8 @@ def modules() -> tuple[Module, ...]:
 
 def texts(split: str) -> list[str]:
     """Returns the texts of one split: 'train', 'held_out' or 'all'."""
-    wanted = {"train": (False,), "held_out": (True,), "all": (False, True)}[split]
-    return [module.text for module in modules() if module.held_out in wanted]
+    sides = {"train": (False,), "held_out": (True,), "all": (False, True)}[split]
+    return [module.text for module in modules() if module.held_out in sides]
 
 
 @functools.cache

@@ -10,7 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from projects import Project, environment, group_is_gone, reached, stop, wait_for
+from projects import (
+    BASE,
+    TWO_SEEDS,
+    Project,
+    environment,
+    group_is_gone,
+    reached,
+    stop,
+    wait_for,
+)
 
 from saelab.progress.watch import WatchedRun
 
@@ -21,9 +30,15 @@ ARMS = ('Arm("baseline")', *(MANY.format(f"a{i}", i) for i in range(1, 4)))
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are bound on Linux only")
 
 
+def make(folder: Path, *arms: str) -> Project:
+    """Eight cells, or those of the arms."""
+    base = BASE.replace("d_sae = 256", "d_sae = 64")
+    return Project.make(folder, arms or ARMS, plan=TWO_SEEDS, base=base)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = Project.make(tmp_path_factory.mktemp("whole") / "project", ARMS)
+    project = make(tmp_path_factory.mktemp("whole") / "project")
     ended = project.call()
     assert ended.code == 0, ended.err
     return project
@@ -32,15 +47,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def test_a_killed_launch_leaves_no_process_and_the_same_command_finishes_it(
     tmp_path: Path, uninterrupted: Project
 ) -> None:
-    project = Project.make(tmp_path / "project", ARMS)
+    project = make(tmp_path / "project")
     process = project.start(workers=2)
     try:
         wait_for(lambda: bool(project.finished_cells()), "the first finished cell")
         process.kill()  # the parent alone
-        process.wait()
-        wait_for(lambda: group_is_gone(process.pid), "the workers to end", 20)
+        wait_for(lambda: group_is_gone(process.pid), "the workers to end")
     finally:
-        stop(process)
+        process.stop()
     done = len(project.finished_cells())
     assert 0 < done < len(uninterrupted.finished_cells())
     assert [file.name for file in (project.folder / "run_1").iterdir()] == ["metrics.jsonl"]
@@ -57,7 +71,7 @@ def test_a_killed_launch_leaves_no_process_and_the_same_command_finishes_it(
 def test_damaged_activations_are_told_and_harvested_again(
     tmp_path: Path, uninterrupted: Project
 ) -> None:
-    project = Project.make(tmp_path / "project", ARMS[:2])
+    project = make(tmp_path / "project", *ARMS[:2])
     project.replace(
         "configs/small.toml", "[evaluation]", "[harvest]\nshard_tokens = 4_000\n[evaluation]"
     )
@@ -83,19 +97,19 @@ def test_a_signal_while_cells_are_trained(
     number: int, code: int, word: str, tmp_path: Path, uninterrupted: Project
 ) -> None:
     """Workers leave checkpoints, nothing else is left, and the same command goes on from them."""
-    project = Project.make(tmp_path / "project", ARMS)
-    process = started(project, SAELAB_CHECKPOINT_SECONDS="0")
+    project = make(tmp_path / "project")
+    process = project.start(workers=1, SAELAB_CHECKPOINT_SECONDS="0")
     checkpoints = project.folder / ".saelab" / "resume"
     try:
         wait_for(lambda: any(checkpoints.glob("*/*.json")), "the first checkpoint")
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does: to all of them
         else:
-            process.terminate()  # as a scheduler may: to the first alone
-        assert process.wait(60) == code
-        wait_for(lambda: group_is_gone(process.pid), "the workers to end", 20)
+            os.kill(process.pid, number)  # as a scheduler may: to the first alone
+        assert process.wait() == code
+        wait_for(lambda: group_is_gone(process.pid), "the workers to end")
     finally:
-        stop(process)
+        process.stop()
     text = (project.folder / "stderr").read_text()
     assert "Traceback" not in text
     last = text.rstrip().splitlines()[-1]
@@ -146,29 +160,15 @@ def test_a_worker_ends_that_has_something_to_say_to_a_parent_which_is_gone(tmp_p
         wait_for((tmp_path / "working").exists, "the worker")
         process.kill()
         process.wait()
-        wait_for(lambda: group_is_gone(process.pid), "the worker to end", 20)
+        wait_for(lambda: group_is_gone(process.pid), "the worker to end")
     finally:
         stop(process)
     assert (tmp_path / "said").exists()  # the block went on to its end, as for a checkpoint
 
 
-def started(project: Project, **variables: str) -> subprocess.Popen[bytes]:
-    """A launch with one worker whose stderr goes to a file of the project."""
-    with (project.folder / "stderr").open("w") as errors:
-        return subprocess.Popen(
-            [sys.executable, "experiment.py", "--out_dir=run_1"],
-            cwd=project.folder,
-            env=environment(SAELAB_WORKERS="1", **variables),
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under nohup
-        )
-
-
 def test_a_signal_without_workers(tmp_path: Path, uninterrupted: Project) -> None:
     """In the middle of a harvest, of training, and between two cells."""
-    project = Project.make(tmp_path / "project", ARMS)
+    project = make(tmp_path / "project")
     places = (".saelab/activations/*/*/partial.json", ".saelab/resume/*/*.json")
     for place in (*places, ".saelab/cells/*/sae.json"):
         process = project.forked(
@@ -185,7 +185,7 @@ def test_a_signal_without_workers(tmp_path: Path, uninterrupted: Project) -> Non
 
 
 def test_a_damaged_cell_is_named_and_made_again(tmp_path: Path, uninterrupted: Project) -> None:
-    project = Project.make(tmp_path / "project", ARMS)
+    project = make(tmp_path / "project")
     shutil.copytree(uninterrupted.folder / ".saelab", project.folder / ".saelab")
     cells = [file for file in project.finished_cells() if (file.parent / "sae.json").exists()]
     names = ("sae.safetensors", "cell.json", "curves.parquet")
@@ -207,7 +207,7 @@ def test_temporary_files_of_a_killed_writer_do_not_disturb(
     tmp_path: Path, uninterrupted: Project
 ) -> None:
     """A cell without its last file is not finished, whatever else lies there."""
-    project = Project.make(tmp_path / "project", ARMS)
+    project = make(tmp_path / "project")
     project.call()
     victim = project.finished_cells()[0]
     victim.rename(victim.with_name(".cell.json.1.tmp"))

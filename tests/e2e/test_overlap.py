@@ -6,20 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from projects import BASE, BASELINE, RATE, Project, group_is_gone, stop, wait_for
+from projects import BASE, BASELINE, RATE, TWO_SEEDS, Project, group_is_gone, wait_for
 
 from saelab.data.activations.store import FolderSource
 
 #: Eight shards of training activations.
-SHARDS = "\n[harvest]\nshard_tokens = 2_200\noverlap = {0}\n"
-PLAN = """\
-study = "small"
-base = "configs/small.toml"
-target_l0 = 16
-levels = []
-seeds = 2
-seeds_other = 1
-"""
+SHARDS = "\n[harvest]\nshard_tokens = 1_100\noverlap = {0}\n"
 #: The harvest of the training activations waits after each of the first three shards until a worker
 #: has read it, so that the two are certainly at work together; then `{0}`. A worker does `{1}` once
 #: it has read a shard.
@@ -32,7 +24,7 @@ from saelab.errors import SourceError
 
 def add(self, shard, add=FolderWriter.add):
     add(self, shard)
-    if self.header["n_tokens"] > 10_000:
+    if self.header["n_tokens"] > 5_000:
         while self.done <= 3 and not Path(f"read-{{self.done - 1}}").exists():
             time.sleep(0.01)
         if self.done >= 3:
@@ -51,7 +43,7 @@ FolderWriter.add, GrowingSource.shard = add, read
 def project(folder: Path, overlap: bool, harvester: str = "pass", worker: str = "pass") -> Project:
     code = TOGETHER.format(harvester, worker) if overlap else ""
     base = BASE + SHARDS.format(str(overlap).lower())
-    return Project.make(folder, (BASELINE, RATE), code, plan=PLAN, base=base)
+    return Project.make(folder, (BASELINE, RATE), code, plan=TWO_SEEDS, base=base)
 
 
 def harvested(made: Project) -> list[Path]:
@@ -94,7 +86,7 @@ def test_a_launch_that_overlaps_has_the_keys_and_bits_of_one_that_does_not(
     tmp_path: Path, whole: Project
 ) -> None:
     made = project(tmp_path / "project", overlap=True)
-    ended = made.launch(workers=2, timeout=120)
+    ended = made.call_forked(lambda: None, workers=2)
     assert ended.code == 0, ended.err
     assert {"read-0", "read-1", "read-2"} <= read(made)
     assert "both at once" in ended.err and "Traceback" not in ended.err
@@ -114,9 +106,8 @@ def test_without_workers_the_harvest_comes_first(tmp_path: Path, whole: Project)
 def test_an_error_in_the_harvest_ends_the_launch_with_its_sentence(
     tmp_path: Path, whole: Project
 ) -> None:
-    """`launch` returns when nobody holds its pipes any more: the workers are gone too."""
     made = project(tmp_path / "p", True, harvester='raise SourceError("no more text: add some")')
-    ended = made.launch(workers=2, timeout=120)
+    ended = made.call_forked(lambda: None, workers=1)
     assert (ended.code, ended.last) == (2, "no more text: add some")
     assert "Traceback" not in ended.err
     assert read(made) == {"read-0", "read-1", "read-2"}  # and were waiting for the fourth
@@ -130,7 +121,7 @@ def test_an_error_in_the_harvest_ends_the_launch_with_its_sentence(
 def test_an_error_in_a_worker_ends_the_harvest(tmp_path: Path, whole: Project) -> None:
     failing = 'if i == 2: raise SourceError("no such shard: mend it")'
     made = project(tmp_path / "p", True, "time.sleep(1)", failing)
-    ended = made.launch(workers=1, timeout=120)
+    ended = made.call_forked(lambda: None, workers=1)
     assert (ended.code, ended.last) == (2, "no such shard: mend it")
     assert len(harvested(made)) == 1  # what it is evaluated on
     finish(made, whole)
@@ -141,13 +132,12 @@ def test_a_launch_killed_in_its_harvest_leaves_no_process_and_goes_on(
     tmp_path: Path, whole: Project
 ) -> None:
     made = project(tmp_path / "project", True, harvester="time.sleep(1000)")
-    process = made.start(workers=2)
+    process = made.start(workers=1)
     try:
-        wait_for(lambda: "read-2" in read(made), "a worker to read the third shard", 120)
+        wait_for(lambda: "read-2" in read(made), "a worker to read the third shard")
         process.kill()  # the parent alone
-        process.wait()
-        wait_for(lambda: group_is_gone(process.pid), "the workers to end", 20)
+        wait_for(lambda: group_is_gone(process.pid), "the workers to end")
     finally:
-        stop(process)
+        process.stop()
     assert len(harvested(made)) == 1  # what it is evaluated on
     finish(made, whole)

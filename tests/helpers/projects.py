@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -123,6 +124,29 @@ class Ended:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """A copy of this process that leads a process group of its own."""
+
+    pid: int
+
+    def kill(self) -> None:
+        """Kills it alone and waits for it."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> int:
+        """Its exit code, negative for a signal."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def stop(self) -> None:
+        """Kills what is left of the group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            self.wait()
+
+
+@dataclass(frozen=True)
 class Project:
     """A folder with experiment.py, plan.toml, configs/small.toml and two text files."""
 
@@ -177,45 +201,57 @@ class Project:
         assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {name}"
         self.write(name, text.replace(old, new))
 
-    def launch(self, *arguments: str, workers: int = 1, **started: Any) -> Ended:
-        """`python experiment.py --out_dir=run_1` in a process of its own."""
-        return run(
-            self.folder,
-            "experiment.py",
-            *(arguments or ("--out_dir=run_1",)),
-            variables={"SAELAB_WORKERS": str(workers)},
-            **started,
-        )
+    def launch(self, *arguments: str, workers: int = 1) -> Ended:
+        """`python experiment.py --out_dir=run_1` in a process of its own, as a user starts it."""
+        variables = {"SAELAB_WORKERS": str(workers)}
+        given = arguments or ("--out_dir=run_1",)
+        return run(self.folder, "experiment.py", *given, variables=variables)
 
-    def start(self, workers: int) -> subprocess.Popen[str]:
-        """The same in a process group of its own, not waited for."""
-        return subprocess.Popen(
-            [sys.executable, "experiment.py", "--out_dir=run_1"],
-            cwd=self.folder,
-            env=environment(SAELAB_WORKERS=str(workers)),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
+    def start(self, workers: int, **variables: str) -> Copy:
+        """The same in a copy of this process, not waited for; what it prints goes into the files
+        `stdout` and `stderr` of the folder."""
+        own = environment(SAELAB_WORKERS=str(workers), **variables)
+
+        def started(project: Project) -> None:
+            with (
+                patch.dict(os.environ, own, clear=True),
+                patch.object(sys, "argv", ["experiment.py", "--out_dir=run_1"]),
+                (project.folder / "stdout").open("w") as out,
+                (project.folder / "stderr").open("w") as err,
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+                as_if_fresh(),
+            ):
+                project.main()
+
+        return Copy(self.forked(started))
+
+    def main(self) -> None:
+        """What experiment.py does when it is started. It is the main module here too, which workers
+        import."""
+        from saelab.launch.entry import main
+        from saelab.study.experiment_file import load_experiment
+
+        file = str(self.folder / "experiment.py")
+        module = ModuleType("__main__")
+        module.__file__ = file
+        before, sys.modules["__main__"] = sys.modules["__main__"], module
+        try:
+            main(load_experiment(Path(file)).RUNS, file)
+        finally:
+            sys.modules["__main__"] = before
 
     def call(self, *arguments: str, workers: int = 0) -> Ended:
         """The same in this process, which saves the seconds that a new one takes to import; workers
         are processes of their own here too."""
-        from saelab.launch.entry import main
-        from saelab.study.experiment_file import load_experiment
-
-        def started() -> None:
-            file = self.folder / "experiment.py"
-            main(load_experiment(file).RUNS, str(file))
-
         given = arguments or ("--out_dir=run_1",)
-        return called(self.folder, started, *given, workers=str(workers))
+        return called(self.folder, self.main, *given, workers=str(workers))
 
     def call_forked(
         self, limit: Callable[[], object], *arguments: str, workers: int = 0, **variables: str
     ) -> Ended:
-        """`call` in a copy of this process, to which `limit` first does what can't be undone."""
+        """`call` in a copy of this process, to which `limit` first does what can't be undone, and
+        of which nothing is left."""
         receiving, sending = os.pipe()
 
         def limited(project: Project) -> None:
@@ -223,11 +259,12 @@ class Project:
             ended = project.call(*arguments, workers=workers)
             os.write(sending, json.dumps(asdict(ended)).encode())  # a pipe holds 64 kB
 
-        process = self.forked(limited, **variables)
+        process = Copy(self.forked(limited, **variables))
         os.close(sending)
         with os.fdopen(receiving, "rb") as pipe:
             content = pipe.read()
-        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+        assert process.wait() == 0
+        wait_for(lambda: group_is_gone(process.pid), "its workers to end")
         return Ended(**json.loads(content))
 
     def forked(self, function: Callable[[Project], object], **variables: str) -> int:
@@ -364,7 +401,7 @@ def renew_threads() -> None:
     torch.set_num_threads(1)
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"

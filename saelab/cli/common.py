@@ -1,4 +1,4 @@
-"""What the commands share: options, how they read the run table, print and end."""
+"""Code that the commands share: options, how they read the run table, print and end."""
 
 from __future__ import annotations
 

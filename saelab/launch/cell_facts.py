@@ -43,7 +43,7 @@ def code_std(subject: Any, data: CoreData) -> float:
 
 
 def removes_mean(cell: TrainingCell) -> bool:
-    """Whether the cell's SAE takes a mean off its input; a user's own module is not asked."""
+    """Returns True if the cell's SAE takes a mean off its input; False for a user's own module."""
     sae = cell.sae
     return isinstance(sae, SAE) and (sae.config.centre or sae.scaling is not None)
 
@@ -56,8 +56,8 @@ def not_finite(rows: Iterable[Row]) -> str | None:
 
 
 def input_facts(source: Source) -> dict[str, float | None]:
-    """What the gate asks of the activations: norm(mean) / norm(std) of the rows that count, and the
-    share of variance at the first position of each context where it counts too."""
+    """Facts of the activations for the gate: norm(mean) / norm(std) of the rows that count, and
+    the share of variance at the first position of each context where it counts too."""
     shard = source.shard(0)
     x, mask = shard.x[:INPUT_CONTEXTS].float(), shard.mask[:INPUT_CONTEXTS]
     rows = x[mask]
@@ -71,8 +71,8 @@ def input_facts(source: Source) -> dict[str, float | None]:
 
 
 def _weights_facts(sae: Any, largest: Tensor | None) -> dict[str, float]:
-    """Of an SAE; `largest` as `largest_cosines` gives them, None for a module, whose weights may
-    have any names and shapes."""
+    """Facts of an SAE's weights; `largest` as `largest_cosines` gives them, None for a module,
+    whose weights may have any names and shapes."""
     if largest is None:
         return {}
     zero = not bool(sae.W_enc.any()) or not bool(sae.W_dec.any())

@@ -23,7 +23,7 @@ from saelab.study.plan import CellSpec
 
 @dataclass(frozen=True)
 class Key:
-    """What a cell's content hash is made of, but for the training activations.
+    """Contents of a cell's hash, except for the training activations.
 
     Their digest is known once they are complete, so a worker may train first and hash then.
 
@@ -73,7 +73,7 @@ def _file_of(owner: Any) -> Path:
     try:
         return Path(inspect.getfile(owner)).resolve(strict=True)
     except (TypeError, OSError):
-        remedy = "its source can't be read, so its cells can't be told from older ones: keep it "
+        remedy = "its source can't be read, so its cells could be mistaken for older ones: keep it "
         raise SettingError("code", owner.__qualname__, f"{remedy}in a file") from None
 
 
@@ -90,7 +90,7 @@ def _code(file: Path, arm: str | None) -> str:
 
 
 def _of_table(node: ast.stmt) -> bool:
-    """Whether a statement fills RUNS, or is the file's `if __name__ == "__main__"`."""
+    """Returns True if a statement fills RUNS, or is the file's `if __name__ == "__main__"`."""
     places = [getattr(node, name, None) for name in ("target", "test")]
     places += getattr(node, "targets", [])
     inside = [part for place in places if place is not None for part in ast.walk(place)]
@@ -108,6 +108,6 @@ def cell_folder(cache: Path, key: Key, train: str) -> Path:
 
 
 def resume_folder(cache: Path, key: Key, train: Source, foreign: bool) -> Path:
-    """Where a cell's checkpoints lie while it is trained; known before its training activations are
-    complete, by all that decides them."""
+    """Folder of a cell's checkpoints while it is trained; known before its training activations
+    are complete, by all that decides them."""
     return cache / "resume" / key.hash(train.digest if foreign else digest(train.header))

@@ -21,7 +21,7 @@ def finish(folder: Path, record: dict[str, Any]) -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the cell can be used; a damaged one is named on stderr, and is unfinished then."""
+    """Returns True if the cell can be used; a damaged one is named on stderr and is unfinished."""
     if not (folder / FILE).is_file():
         return False
     try:

@@ -95,7 +95,7 @@ def _plant_effects(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> l
 
 
 def random_band(rows: Sequence[dict[str, Any]], texts: int) -> dict[str, float]:
-    """Where probing accuracy of a random dictionary lies: the untrained baseline's, with two
+    """Range of a random dictionary's probing accuracy: the untrained baseline's, with two
     standard errors of a share over the test texts to either side; {} without probing.
 
     Args:

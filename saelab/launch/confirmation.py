@@ -45,8 +45,8 @@ Rate = Annotated[str, Field(pattern=r"^[0-9.]{1,20}(e[-+]?[0-9]{1,2})?$")]
 
 
 class _Tuned(BaseModel):
-    """What is known of an arm: its best rate, rate -> the metric's mean, and rate -> the reason why
-    it could not win."""
+    """Results of tuning an arm: its best rate, rate -> the metric's mean, and rate -> the reason
+    why it could not win."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     rate: Annotated[float, Field(alias="train.lr", gt=0, lt=1e3)]
@@ -152,7 +152,7 @@ def _check_unchanged(arm: Arm, folder: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """Returns a value in the form in which JSON gives it back."""
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     if isinstance(value, Mapping):
@@ -191,7 +191,7 @@ def trial(arm: str, factor: float) -> str:
 
 
 def trial_plan(plan: PlanConfig) -> PlanConfig:
-    """As many seeds for every trial, at the target alone."""
+    """Returns the plan with the same number of seeds for every trial, at the target alone."""
     few = {"seeds": TRIAL_SEEDS, "seeds_other": TRIAL_SEEDS, "levels": (), "seeds_levels": 0}
     return plan.patched(few)
 
@@ -224,7 +224,7 @@ def keep_best(
 def _best_rate(
     arm: str, rate: float, tried: Mapping[float, Mapping[str, Any]], plan: PlanConfig
 ) -> dict[str, Any]:
-    """What tuned.json holds of an arm.
+    """Entry of an arm in tuned.json.
 
     Args:
         rate: the arm's own, that each factor multiplies.
@@ -238,7 +238,7 @@ def _best_rate(
     off = {f: text for f in there if (text := _off_target(tried[f], plan))}
     left_out = {f"{f * rate:g}": text for f, text in off.items()}
     if not there:
-        raise SettingError("arm", arm, "no learning rate gives a valid cell: mend the arm")
+        raise SettingError("arm", arm, "no learning rate gives a valid cell: fix the arm")
     if off.keys() == there.keys():
         each = "; ".join(f"{one}: {text}" for one, text in left_out.items())
         remedy = f"no learning rate keeps the plan's L0 ({each}): calibrate the arm"

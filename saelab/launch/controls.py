@@ -46,7 +46,7 @@ EXPECTED_ROWS = 2048
 
 @dataclass(frozen=True)
 class Setting:
-    """What a control may be made from.
+    """Data and settings that a control may be made from.
 
     Args:
         sample: raw activations [n, d_in] of the training text.
@@ -165,7 +165,7 @@ def turn_decoder(sae: SAE, seed: int, degrees: float = ANGLE) -> SAE:
 
 @torch.no_grad()
 def expected_fvu_change(sae: SAE, x: Tensor, degrees: float = ANGLE) -> float:
-    """By how much `turned` worsens FVU on rows x [n, d_in], over the draw of its directions."""
+    """Expected rise of FVU by `turn_decoder` on rows x [n, d_in], over the draw of directions."""
     a, f = math.radians(degrees), sae.encode(x)
     b = sae.decode(torch.zeros_like(f[:1]))
     p = sae.decode(f) - b

@@ -38,7 +38,7 @@ from saelab.training.train import train_one
 
 
 def wants_ranks(base: BaseConfig) -> bool:
-    """Whether the settings, or how the process was started, ask for several ranks."""
+    """Returns True if the settings, or how the process was started, ask for several ranks."""
     return process_count() > 1 or base.parallel not in (ParallelConfig(), ParallelConfig(data=1))
 
 
@@ -92,7 +92,7 @@ def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> LaunchData:
 
 
 def _key(base: BaseConfig, prepared: LaunchData, seed: int) -> str:
-    """Of the checkpoints: what their numbers depend on, the split not among it."""
+    """Key of the checkpoints: all that their numbers depend on; the split is not part of it."""
     settings = [part.model_dump(mode="json") for part in (base.sae, base.train)]
     place = [base.layout, prepared.train.digest, package_digest(), "over ranks"]
     return digest([*settings, seed, *place])

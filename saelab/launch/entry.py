@@ -131,7 +131,7 @@ def tune_one(runs: Mapping[str, Run], experiment: Path, name: str) -> dict[str, 
 
 
 def check_one(runs: Mapping[str, Run], experiment: Path, name: str) -> RunCheck:
-    """What a run will be, before anything is trained.
+    """Describes what a run will be, before anything is trained.
 
     Raises: as the launch would for what is impossible.
     """
@@ -148,7 +148,7 @@ def task_of(
     force: bool,
     plan_file: Path,
 ) -> Launch:
-    """What the run table and plan.toml say about one run.
+    """Reads what the run table and plan.toml say about one run.
 
     Raises: SettingError when the table has no such run, SourceError for a missing file.
     """

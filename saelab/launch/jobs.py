@@ -23,7 +23,7 @@ from saelab.training.optim import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerData:
-    """What every job of a launch shares; plain data, so that it can be sent to a worker.
+    """Data that every job of a launch shares; plain data, so that it can be sent to a worker.
 
     `train_digest` is None while the activations to train on are still being harvested; `read_ahead`
     is in bytes, see `HarvestConfig`; `extra` names evaluations, see `EvalConfig`.
@@ -85,7 +85,7 @@ class JobCell:
         )
 
     @property
-    def shown(self) -> CellId:
+    def display_id(self) -> CellId:
         """The cell as progress lines and rows name it: a control subject has an arm of its own."""
         return replace(self.id, arm=control_arm(self.control)) if self.control else self.id
 

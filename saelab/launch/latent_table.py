@@ -1,4 +1,4 @@
-"""What is known of each latent of a finished cell: `latents.parquet`, one line per latent.
+"""Table of the latents of a finished cell: `latents.parquet`, one line per latent.
 
 latent                                  its index, int64
 density                                 share of the held-out rows in which it fires, float64

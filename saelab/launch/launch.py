@@ -152,7 +152,7 @@ def check_open(task: Launch) -> None:
 
 
 def check_launch(task: Launch) -> RunCheck:
-    """What a launch will be; nothing is trained.
+    """Describes what a launch will be; nothing is trained.
 
     Raises: UsageError for what is impossible.
     """
@@ -170,7 +170,7 @@ def check_launch(task: Launch) -> RunCheck:
 
 
 def _value(found: FromArm, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> Any:
-    """What the arm ended with: the mean over its cells at the plan's L0, or its last cell's course.
+    """Final value of an arm: the mean over its cells at the plan's L0, or its last cell's course.
 
     Raises: SettingError when the arm has no such value.
     """
@@ -181,7 +181,7 @@ def _value(found: FromArm, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -
         last = [read_sealed(folders[spec] / "cell.json")["last"].get(found.name) for spec in own]
         points = [value for value in last if value is not None]
     if not points:
-        raise SettingError("FromArm.name", found.name, f"{found.arm} logs no such value: mend it")
+        raise SettingError("FromArm.name", found.name, f"{found.arm} logs no such value: fix it")
     return tuple(points) if found.path else sum(points) / len(points)
 
 
@@ -204,7 +204,7 @@ def _check_folder(folder: Path) -> None:
     """Raises: UsageError when the run folder could not be made after training."""
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
-        raise SettingError("out_dir", str(folder), f"{there} is no folder: name another")
+        raise SettingError("out_dir", str(folder), f"{there} is not a folder: name another")
     for inside in (folder, folder / "cells"):
         if inside.is_symlink():
             remedy = f"{inside} is a link, and so leads elsewhere: name another"
@@ -236,7 +236,7 @@ def _check_baseline(task: Launch, arms: Mapping[str, ArmResult]) -> None:
         ]
         why = "; ".join([*reasons, *worst[:1]])
         raise StudyFailure(
-            f"{task.name}: the baseline has no valid cell ({why}): mend the baseline's settings"
+            f"{task.name}: the baseline has no valid cell ({why}): fix the baseline's settings"
         )
 
 
@@ -260,7 +260,7 @@ def train_together(tasks: Sequence[Launch]) -> None:
 
 
 def _trained(ready: PreparedLaunch, later: Sequence[CellSpec] = ()) -> dict[CellSpec, Path]:
-    """Where each cell of the task's run lies, all of them trained and evaluated.
+    """Folder of each cell of the task's run, all of them trained and evaluated.
 
     Args:
         later: cells of a second wave, which count towards the launch's time.

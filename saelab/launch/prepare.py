@@ -44,13 +44,13 @@ Part = Literal["train", "held_out"]
 
 
 def no_steps() -> Generator[None, None, None]:
-    """Of activations that are complete."""
+    """Steps of activations that are complete: none."""
     yield from ()
 
 
 @dataclass
 class LaunchData:
-    """Where the data of a launch lies, and what it is.
+    """Data of a launch: where it lies, and what it is.
 
     Args:
         train, held_out: activations to train on and to evaluate on.
@@ -71,7 +71,7 @@ class LaunchData:
     of_probing: dict[str, Any] = field(default_factory=dict)
 
     def provenance_of(self, definition: str) -> dict[str, Any]:
-        """What a row of a definition carries: on what it was measured, and the package."""
+        """Provenance of a row of a definition: on what it was measured, and the package."""
         own = self.of_probing if definition in PROBING.values() else {}
         return self.provenance | own | {"saelab": __version__}
 
@@ -286,7 +286,7 @@ def _probing(
 
 
 def _of_probing(folder: Path) -> dict[str, Any]:
-    """Where the provenance of probing rows differs: other texts, cut at another length."""
+    """Provenance that differs for probing rows: other texts, cut at another length."""
     header = ProbingData.read_header(folder)
     mask = {"mask": header["mask"]} if "mask" in header else {}
     return mask | {

@@ -1,4 +1,4 @@
-"""What a job says of its cells while it trains and evaluates them.
+"""Progress lines that a job writes about its cells while it trains and evaluates them.
 
     {"stage": "train", "arm": .., "seed": .., "level": .., "step": .., "steps": .., "tokens": ..,
      "rate": .., "seconds": .., "values": {"loss": .., "reconstruction": .., "l0": .., "dead": ..}}

@@ -108,7 +108,7 @@ class Record:
         write_columns(path, columns, CURVE_TYPES)
 
     def _missing(self, rows: Sequence[dict[str, Any]]) -> list[str]:
-        """What no cell has of the printed table, with its reason."""
+        """Sentences on what no cell has of the printed table, each with its reason."""
         why, arms = self.data.why_no_probing, {arm.name for arm in self.task.run.arms}
         sentences = [f"Sparse probing: {why}."] if why else []
         losses = [r for r in rows if r["arm"] in arms and r["metric"] == "loss_recovered"]

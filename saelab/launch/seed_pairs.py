@@ -51,7 +51,7 @@ def partners(members: Sequence[T]) -> dict[T, list[T]]:
 def compare(cache: Path, one: Path, other: Path) -> None:
     """Compares two cells, by their folders, unless that is done or one of them is not there."""
     file = _file(cache, one, other)
-    if _known(file) or not (_comparable(one) and _comparable(other)):
+    if _is_compared(file) or not (_comparable(one) and _comparable(other)):
         return
     first, second = sorted((one, other), key=lambda folder: folder.name)
     found = match_dictionaries(_decoder(first), _decoder(second))
@@ -84,8 +84,8 @@ def _pairs(cache: Path, own: Path, others: Sequence[Path]) -> list[SeedPair] | s
     return pairs or "no other seed of the arm has a trained SAE"
 
 
-def _known(file: Path) -> bool:
-    """Whether a pair was compared; what is damaged is named on stderr."""
+def _is_compared(file: Path) -> bool:
+    """Returns True if a pair was compared; a damaged file is named on stderr."""
     try:
         return file.is_file() and bool(read_sealed(file))
     except DamageError as error:

@@ -43,7 +43,7 @@ EVALS = ("core", "truth", "absorption")
 #: What is shown of it: each score with its chance level.
 SHOWN = ("fvu", "explained_variance", "mcc", "chance_mcc", "firing_f1", "chance_firing_f1")
 SHOWN += ("uniqueness", "chance_uniqueness", "dead_share")
-#: What is told of the true dictionary with the true code.
+#: What is reported of the true dictionary with the true code.
 ORACLE = ("oracle_fvu", "oracle_l0")
 
 
@@ -71,7 +71,7 @@ class Outcome:
         return next(found, None)
 
 
-def train_on(
+def train_on(  # noqa: PLR0913 - public, called by keyword
     source: Source,
     held_out: Source,
     arms: Mapping[str, SAEConfig],
@@ -156,7 +156,7 @@ def at_target(outcomes: Sequence[Outcome], metric: str, target: float) -> list[R
 
 
 def differences(rows: Sequence[Row], arm: str, baseline: str) -> list[float]:
-    """What `stats.paired` takes: arm minus baseline of every seed that has a value of both.
+    """Differences for `stats.paired`: arm minus baseline of every seed that has a value of both.
 
     Args:
         rows: of one metric, as `at_target` gives them.
@@ -270,7 +270,7 @@ def _on_one_dictionary(
 
 
 def table(config: SyntheticStudyConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What the outcomes come to, ready for JSON and for `saelab.report.figures.synthetic`.
+    """Summary of the outcomes, ready for JSON and for `saelab.report.figures.synthetic`.
 
     Returns:
         config: all settings.

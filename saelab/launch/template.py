@@ -61,7 +61,7 @@ def write_template(folder: Path, run_0: Path | None = None) -> None:
 
 
 def _check_baseline(run_0: Path) -> None:
-    """Whether a run can stand as the baseline of what will be compared with it."""
+    """Checks that a run can stand as the baseline of what will be compared with it."""
     run = RunFolder(run_0)
     found = review_run(run)
     if texts := changes(read_plan(SOURCE / "plan.toml"), found.plan):

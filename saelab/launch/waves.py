@@ -84,14 +84,14 @@ class PreparedLaunch:
 
     @cached_property
     def keys(self) -> dict[CellSpec, Key]:
-        """Of every cell of the task's run."""
+        """Key of every cell of the task's run."""
         task = self.task
         specs = cells(task.plan, task.base, task.run, task.purpose)
         measured = {there: self.content | {"at_target": there} for there in (False, True)}
         return {spec: cell_key(spec, measured[spec.is_at_target(task.plan)]) for spec in specs}
 
     def place(self, key: Key) -> Path:
-        """Of a finished cell; waits for the training activations to be complete."""
+        """Folder of a finished cell; blocks until the training activations are complete."""
         return cell_folder(self.cache, key, self.prepared.train.digest)
 
 
@@ -123,7 +123,7 @@ def _data(base: BaseConfig, prepared: LaunchData, task: Launch) -> WorkerData:
 
 
 def _data_content(base: BaseConfig, prepared: LaunchData, data: WorkerData) -> dict[str, Any]:
-    """What the numbers of a cell depend on besides its settings and training activations."""
+    """All that a cell's numbers depend on besides its settings and training activations."""
     extra = {"extra": sorted(data.extra)} if data.extra else {}  # keys without it stay as they were
     return extra | {
         "held_out": prepared.held_out.digest,
@@ -159,7 +159,7 @@ def _controls(
 
 @dataclass(frozen=True)
 class _Wave:
-    """What of a launch is to be done now.
+    """Part of a launch that is to be done now.
 
     Args:
         ready: the launch.
@@ -177,12 +177,12 @@ class _Wave:
 
     @property
     def places(self) -> set[Path]:
-        """Where its cells and controls will lie."""
+        """Folders in which its cells and controls will lie."""
         return {self.ready.place(cell.key) for job in self.jobs for cell in job.cells}
 
 
 def _wave(ready: PreparedLaunch, taken: Collection[Path] = ()) -> _Wave:
-    """What is not in the cache, nor taken by another run's wave."""
+    """Collects what is neither in the cache nor taken by another run's wave."""
     data, keys = ready.data, ready.keys
 
     def is_open(key: Key) -> bool:
@@ -293,9 +293,9 @@ def _work(job: Job, advance: Any, state: dict[str, Any]) -> None:
     worker: Worker = state["worker"]
     if job.cells[0].control:
         for control in job.cells:
-            advance(0.0, progress_lines.line(control.shown, EVALUATE))
+            advance(0.0, progress_lines.line(control.display_id, EVALUATE))
             _control(worker, control, job.cache)
-            advance(0.0, progress_lines.line(control.shown, DONE))
+            advance(0.0, progress_lines.line(control.display_id, DONE))
     else:
         worker.run(job, advance)
 
@@ -308,14 +308,15 @@ def _control(worker: Worker, control: JobCell, cache: Path) -> None:
     else:
         setting = controls.Setting(worker.sample, control.sae_config, level, control.id.seed)
         rows = worker.evaluate(controls.SUBJECTS[name](setting), of_control(worker.data.extra))
-    cell = replace(control.shown, seed=-1)
+    cell = replace(control.display_id, seed=-1)
     folder = worker.folder(cache, control.key)
     finish(folder, {"rows": [row.of_cell(cell).as_dict() for row in rows]})
     share(cache, folder)
 
 
 def _done(cache: Path, key: Key, data: WorkerData) -> bool:
-    """Whether a cell is in the cache, undamaged; none is before the activations are complete."""
+    """Returns True if a cell is in the cache, undamaged; none is before the activations are
+    complete."""
     if data.train_digest is None:
         return False
     folder = cell_folder(cache, key, data.train_digest)

@@ -68,7 +68,7 @@ from saelab.training.train import train_members
 
 
 class Worker:
-    """What a process keeps between jobs: the opened data and the language model."""
+    """State that a process keeps between jobs: the opened data and the language model."""
 
     def __init__(self, data: WorkerData) -> None:
         self.data = data
@@ -91,7 +91,7 @@ class Worker:
     def run(self, job: Job, advance: Advance) -> None:
         """Trains and evaluates the job's cells; `advance` takes token-steps and lines."""
         members = [self._restored(job, sent) for sent in job.cells]
-        ids = [sent.shown for sent in job.cells]
+        ids = [sent.display_id for sent in job.cells]
         reports = Reports([member.cell for member in members], ids, advance)
         layout = self.data.layout
         failures = train_members(members, self.train, job.seed, layout, reports.steps)
@@ -124,7 +124,7 @@ class Worker:
         return resume_folder(job.cache, sent.key, self.train, self.data.foreign)
 
     def folder(self, cache: Path, key: Key) -> Path:
-        """Where a finished cell lies; waits for the training activations to be complete."""
+        """Folder of a finished cell; blocks until the training activations are complete."""
         return cell_folder(cache, key, self.data.train_digest or self.train.digest)
 
     @torch.no_grad()

@@ -155,7 +155,7 @@ def load(folder: Path, title: str = "") -> Run:
 
 
 def run_data(run: RunFolder, title: str = "", comparisons: Sequence[Comparison] = ()) -> Run:
-    """What figures and pages need of a run folder.
+    """Reads the data of a run folder that figures and pages need.
 
     Args:
         run: with at least a final_info.json.

@@ -148,7 +148,7 @@ class RunFolder:
 
     @property
     def sealed(self) -> bool:
-        """Whether the manifest holds checksums of the other files."""
+        """Returns True if the manifest holds checksums of the other files."""
         return bool(self._sums)
 
     def required(self, *names: str) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class RunFolder:
         return self.manifest
 
     def has(self, *names: str) -> bool:
-        """Whether all the named files are there."""
+        """Returns True if all the named files are there."""
         return all((self.folder / name).is_file() for name in names)
 
     def file(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Where things are kept: the cache beside plan.toml, and the folder of a run.
+"""Places where things are kept: the cache beside plan.toml, and the folder of a run.
 
 .saelab/activations/<key>/     harvested activations            (SAELAB_CACHE names another cache)
 .saelab/probing/<key>/         activations of the probing texts
@@ -77,12 +77,12 @@ def _named_cache() -> Place | None:
 
 
 def activations_folder(cache: Path) -> Place:
-    """Where harvested activations lie: at the URL of the shared cache, or in the cache."""
+    """Returns the place of harvested activations: at the shared cache's URL, or in the cache."""
     return (remote_cache() or cache) / "activations"
 
 
 def has_activations(cache: Path) -> bool:
-    """Whether any harvest is complete."""
+    """Returns True if any harvest is complete."""
     if (shared := remote_cache()) is not None:
         return shared.has("activations/*/*/header.json")
     return any(cache.glob("activations/*/*/header.json"))
@@ -100,7 +100,7 @@ def share(cache: Path, folder: Path) -> None:
 
 
 def fetch(cache: Path, folder: Path, last: str) -> bool:
-    """Whether a folder of the cache is finished; copies it from the shared cache if it is there.
+    """Returns True if a folder of the cache is finished; copies it from the shared cache if there.
 
     An object that is not what was written is named on stderr, and the folder is not finished then.
 
@@ -172,7 +172,7 @@ def _code_files(root: Path) -> list[Path]:
 
 @functools.cache
 def package_state() -> str:
-    """Whether the package's code is what was released, by the checksums that its installer kept."""
+    """Checks whether the package's code is as released, by the checksums its installer kept."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:
@@ -194,7 +194,7 @@ def _package_state(root: Path, files: Iterable[PackagePath]) -> str:
 
 
 def _checksum(file: Path) -> str:
-    """As RECORD holds it (PEP 376)."""
+    """Returns the checksum of a file in the form that RECORD holds (PEP 376)."""
     digest = hashlib.sha256(file.read_bytes()).digest()
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 

@@ -1,4 +1,4 @@
-"""What a study is, as data: base settings, the pre-registered plan, runs, arms and cells.
+"""Settings of a study, as data: base, pre-registered plan, runs, arms and cells.
 
 A base (configs/*.toml) says which model, texts, hook and SAE; the plan (plan.toml) what is compared
 and how it is judged; the run table (experiment.py) which arms each run has. An arm changes named
@@ -144,7 +144,7 @@ def _none(value: Any) -> Any:
 
 
 class PlanConfig(Frozen):
-    """What is pre-registered (plan.toml).
+    """Settings that are pre-registered (plan.toml).
 
     Args:
         study: its name; all seeds are derived from it.
@@ -260,7 +260,7 @@ class CellSpec:
     module: Callable[..., Any] | None = None
 
     def is_at_target(self, plan: PlanConfig) -> bool:
-        """Whether it is one of the cells that the plan compares, not one of a further level."""
+        """Returns True if the plan compares this cell, False if it is one of a further level."""
         return self.id.level == level_of(plan.target_l0)
 
 
@@ -456,7 +456,7 @@ def _check_equal(arm: Arm, digest: str, digests: dict[str, str]) -> None:
         digests: of the arms before this one, by name; this one's is added.
     """
     if arm.twin_of is not None and digests.get(arm.twin_of) != digest:
-        remedy = "must be an arm before this one with exactly its settings: mend one of the two"
+        remedy = "must be an arm before this one with exactly its settings: fix one of the two"
         raise SettingError(f"{arm.name}: twin_of", arm.twin_of, remedy)
     equal = [name for name, other in digests.items() if other == digest]
     if equal and arm.twin_of is None and arm.module is None:

@@ -1,4 +1,4 @@
-"""What a study keeps beside plan.toml for good: the plan as first registered, and every attempt.
+"""Records kept for good beside plan.toml: the plan as first registered, and every attempt.
 
     .saelab/plan.json         the plan when the first run started
     .saelab/attempts.jsonl    one line when an attempt starts and one when it ends
@@ -57,7 +57,7 @@ class _End(Loose):
 
 
 def registered_settings(plan: PlanConfig) -> dict[str, Any]:
-    """What of a plan is registered, as plain data."""
+    """Returns the part of a plan that is registered, as plain data."""
     return plan.model_dump(mode="json", exclude=UNREGISTERED)
 
 
@@ -81,7 +81,7 @@ def register(root: Path, plan: PlanConfig) -> tuple[str, ...]:
 
 
 def deviations(root: Path, plan: PlanConfig) -> tuple[str, ...]:
-    """How `plan` differs from the registered one; nothing where none is registered yet."""
+    """Lists how `plan` differs from the registered one; empty if none is registered yet."""
     file = root / FOLDER / PLAN
     if not file.is_file():
         return ()
@@ -93,7 +93,7 @@ def deviations(root: Path, plan: PlanConfig) -> tuple[str, ...]:
 
 
 def changes(old: PlanConfig, new: PlanConfig) -> tuple[str, ...]:
-    """What differs between two plans, as in 'seeds: 8 -> 4'."""
+    """Lists the differences between two plans, as in 'seeds: 8 -> 4'."""
     before, after = registered_settings(old), registered_settings(new)
     return tuple(
         f"{name}: {_plain(before[name])} -> {_plain(after[name])}"
@@ -169,7 +169,7 @@ def attempts(root: Path) -> list[Attempt]:
     if not file.is_file():
         return []
     for number, text in enumerate(drop_torn_line(file.read_bytes()).splitlines(), start=1):
-        where, remedy = f"{file}:{number}", "mend the line, or take the file from a copy"
+        where, remedy = f"{file}:{number}", "fix the line, or take the file from a copy"
         try:
             line = json.loads(text)
         except (ValueError, RecursionError) as error:

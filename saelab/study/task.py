@@ -17,7 +17,7 @@ LONGEST = 7000.0
 
 @dataclass(frozen=True)
 class Launch:
-    """What to do and where.
+    """Settings of a launch: the work to do and the place for it.
 
     Args:
         name: of the run, 'run_3'.
@@ -47,7 +47,7 @@ class Launch:
 
     @property
     def judged(self) -> bool:
-        """Whether it is a run of a study: a single comparison or a tuning registers nothing."""
+        """Returns True for a run of a study; a single comparison or a tuning registers nothing."""
         return self.experiment is not None and self.purpose != "tune"
 
 

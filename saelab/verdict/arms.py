@@ -14,7 +14,7 @@ from saelab.verdict.gate import GateResult, gate
 
 @dataclass(frozen=True, kw_only=True)
 class CellGate:
-    """What the gate sees of one cell; with the rows of the cell, its verdict can be made again."""
+    """Facts of one cell that the gate sees; with the cell's rows, its verdict can be made again."""
 
     id: CellId
     expected: tuple[str, ...]
@@ -72,7 +72,7 @@ class ArmResult:
         }
 
     def reference(self, name: str) -> dict[int, float | None]:
-        """The same as a baseline: a cell that failed is nothing to compare with."""
+        """Returns `metric` for use as a baseline: None for a cell that failed."""
         return {s: None if s in self.failed else v for s, v in self.metric(name).items()}
 
     @property

@@ -124,8 +124,8 @@ class Planted:
 def judge_planted(
     rows: Sequence[Mapping[str, Any]], baseline: ArmResult, plan: PlanConfig
 ) -> Planted | None:
-    """Whether the rules see an effect of known size on FVU; None where none was planted, or in
-    fewer than two SAEs that have numbers.
+    """Checks whether the rules see an effect of known size on FVU; returns None if none was
+    planted, or if fewer than two SAEs have numbers.
 
     Args:
         rows: of controls.

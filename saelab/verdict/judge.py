@@ -123,7 +123,7 @@ class _Pairs:
         return not self.refusal
 
 
-def judge(
+def judge(  # noqa: PLR0913 - public, called by keyword
     primary: str,
     direction: Direction,
     sesoi: float,

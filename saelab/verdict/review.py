@@ -257,7 +257,7 @@ def _notes(gates: Mapping[str, CellGate]) -> list[CellNote]:
 
 
 def differences_of(first: Review, second: Review) -> list[str]:
-    """What keeps two runs from being shown together."""
+    """Lists the differences that keep two runs from being shown together."""
     found = [f"the plan ({text})" for text in changes(first.plan, second.plan)]
     if first.definition != second.definition:
         found.append(f"the definition ({first.definition} -> {second.definition})")
@@ -273,7 +273,7 @@ def differences_of(first: Review, second: Review) -> list[str]:
 
 
 def text(found: Review) -> str:
-    """What `saelab verdict` prints for one run."""
+    """Returns the text that `saelab verdict` prints for one run."""
     plan = found.plan
     kind = "exploratory" if found.exploratory else "confirmatory"
     heading = (

@@ -18,6 +18,7 @@ from saelab.cli.common import (
     say,
     show,
 )
+from saelab.evals import evals_help
 
 
 def evaluate(
@@ -37,10 +38,7 @@ def evaluate(
     ] = None,
     evals: Annotated[
         str,
-        Option(
-            help="Comma-separated: core, probing, model_channels, truth, absorption, positions, "
-            "sensitivity, consistency."
-        ),
+        Option(help=evals_help()),
     ] = "core,probing",
     definition: Annotated[
         int | None, Option(help="Definition of sparse probing: 2, or 1 for SAEBench's.")

@@ -195,8 +195,8 @@ DECIDE_NOTHING = {
 #: What the launch loads besides, to say how long its jobs will take and how far they are.
 OF_LAUNCH = {
     "saelab.preflight": "names nothing",
-    "saelab.preflight.estimate": "seconds that are printed, and compared with the time limit",
-    "saelab.preflight.memory": "how many workers fit; a cell's bits are those of any number",
+    "saelab.preflight.cost": "seconds and bytes that are printed, and compared with limits",
+    "saelab.preflight.rates": "speed of this machine, from which seconds are estimated",
     "saelab.preflight.preview": "refuses a launch; settings of cells are in their keys",
     "saelab.progress.journal": "lines of metrics.jsonl",
     "saelab.progress.run": "sends them to the journal and the view",

@@ -265,7 +265,7 @@ def read_cells(folder: Path) -> Any:
     for cell in found:
         assert cell.folder.resolve().is_relative_to(run.resolve() / "cells"), cell
     assert base_of_run(RunFolder(run))
-    return [(str(cell.place), cell.seed, cell.level) for cell in found]
+    return [(str(cell.id.folder), cell.id.seed, cell.id.level) for cell in found]
 
 
 def read_as_saebench(folder: Path) -> Any:

@@ -23,7 +23,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project.make(
         tmp_path_factory.mktemp("damage") / "project", (BASELINE, RATE), plan=PLAN
     )
-    for old, new in {"tokens = 16_384": "tokens = 2_048", "d_sae = 256": "d_sae = 64"}.items():
+    for old, new in {"tokens = 8_192": "tokens = 2_048", "d_sae = 256": "d_sae = 64"}.items():
         project.replace("configs/small.toml", old, new)
     ended = project.call()
     assert ended.code == 0, ended.err

@@ -99,7 +99,7 @@ def test_a_launch_measures_what_it_is_asked_for(
     assert set(found["toy.rows"]) == {*arms, *controls, ("control:frozen decoder", 16)}
     assert all(found["toy.rows"][arm] == [tokens + 256] * 2 for arm in arms)
     assert set(found["toy.steps"]) == {*arms, ("control:frozen decoder", 16)}
-    assert all(found["toy.steps"][arm] == [128] * 2 for arm in arms)
+    assert all(found["toy.steps"][arm] == [64] * 2 for arm in arms)
     assert found["toy.pairs"] == {arm: [1, 1] for arm in arms}
 
 

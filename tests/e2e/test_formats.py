@@ -143,7 +143,7 @@ def test_a_choice_of_arms_and_seeds(project: Project, tmp_path: Path) -> None:
     told(cli(project.folder, "eval", "run_1", "--arm", "scale"), "did you mean 'scaled'")
     told(cli(project.folder, "export", "run_1", "--out", "b", "--seed", "1"), "seed = 1", str(seed))
     cell = str(one_cell(project))
-    told(cli(project.folder, "eval", cell, "--arm", "scaled"), "no run folder")
+    told(cli(project.folder, "eval", cell, "--arm", "scaled"), "not a run folder")
 
 
 def test_one_cell_brings_its_settings(project: Project, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_an_adapting_arm_is_refused_whole(tmp_path: Path) -> None:
     project = Project.make(
         tmp_path / "p",
         (BASELINE, ADAPTING),
-        plan=PLAN.replace("levels = [8]", "levels = []"),
+        plan=PLAN.replace("levels = [8]", "levels = []").replace("l0 = 16", "l0 = 'none'"),
         changes='{"layout": "contexts"}',
     )
     assert project.call().code == 0

@@ -102,7 +102,7 @@ def test_the_root_table_can_be_run_as_it_is() -> None:
     base = read_base(ROOT / plan.base)
     for run_ in runs.values():
         specs = cells(plan, base, resolve_with_placeholders(run_))
-        assert sum(s.arm == "baseline" and s.level == plan.target_l0 for s in specs) == 8
+        assert sum(s.id.arm == "baseline" and s.id.level == plan.target_l0 for s in specs) == 8
     assert len(cells(plan, base, runs["run_1"])) == 39
     assert len((ROOT / "experiment.py").read_text(encoding="utf-8").splitlines()) <= 220
 

@@ -27,6 +27,7 @@ PROBED = tuple(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50))
 CONTROLS = ("model channels", "frozen decoder", "planted effect", *SUBJECTS)
 DEFINITIONS = (
     "planted/1",
+    "last_logged/1",
     *("core/1", "sparse_probing/2"),
     *("sensitivity/1", "consistency/1", "convergence/1"),
     *("positions/1", "truth/2", "absorption/1"),

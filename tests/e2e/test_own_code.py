@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from pictures import panel, picture, words
-from projects import BASELINE, PLAN, Project
+from projects import BASELINE, LONGER, PLAN, Project
 
 from saelab.report.run_data import load
 from saelab.storage.atomic import read_json
@@ -169,7 +169,7 @@ TWO = PLAN.replace("seeds = 3", "seeds = 2")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Trained in a worker process, which must find loss and module again."""
     folder = tmp_path_factory.mktemp("own") / "project"
-    project = Project.make(folder, (BASELINE, SQUARE, OWN), LOSS + MODULE, plan=TWO)
+    project = Project.make(folder, (BASELINE, SQUARE, OWN), LOSS + MODULE, plan=TWO, base=LONGER)
     ended = project.launch(workers=1)
     assert ended.code == 0, ended.err
     return project
@@ -199,7 +199,7 @@ def test_an_own_module_is_kept_with_its_weights(own: Project) -> None:
 
 def test_the_same_code_in_this_process_gives_the_same_bits(own: Project, tmp_path: Path) -> None:
     arms = (BASELINE, SQUARE, OWN)
-    other = Project.make(tmp_path / "other", arms, LOSS + MODULE, plan=TWO)
+    other = Project.make(tmp_path / "other", arms, LOSS + MODULE, plan=TWO, base=LONGER)
     ended = other.call()
     assert ended.code == 0, ended.err
     assert other.info() == own.info()

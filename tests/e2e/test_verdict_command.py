@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from projects import BASELINE, PLAN, RATE, SCALED, Project, cli
+from projects import BASELINE, LONGER, PLAN, RATE, SCALED, Project, cli
 
 from saelab.launch.controls import SUBJECTS
 from saelab.storage.atomic import read_json, write_json
@@ -23,7 +23,7 @@ DECLARED = 'Arm("declared", {"train.lr": 3e-3}, expected=["not_converged"])'
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     arms = (BASELINE, RATE, TWIN, BROKEN, DECLARED)
-    made = Project.make(tmp_path_factory.mktemp("verdict") / "project", arms)
+    made = Project.make(tmp_path_factory.mktemp("verdict") / "project", arms, base=LONGER)
     ended = made.call()
     assert ended.code == 0, ended.err
     return made
@@ -217,7 +217,7 @@ def test_a_launch_that_would_take_too_long_is_refused_before_its_harvest(
 ) -> None:
     monkeypatch.setenv("SAELAB_MEMORY", "999GB")  # so that memory is no reason
     made = Project.make(tmp_path / "p", (BASELINE, RATE), plan=PLAN)
-    made.replace("configs/small.toml", "tokens = 16_384", "tokens = 16_384_000_000")
+    made.replace("configs/small.toml", "tokens = 8_192", "tokens = 16_384_000_000")
     for ended in (made.call(), cli(made.folder, "plan", "check")):
         assert ended.code == 2 and "over the limit of 1:56:40" in ended.last
     assert not list(made.folder.glob(".saelab/activations/*"))

@@ -109,6 +109,10 @@ SMALLEST = {
 }
 
 
+#: The same for twice as many steps, after which arms have settled near their L0.
+LONGER = BASE.replace("tokens = 8_192", "tokens = 16_384")
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended."""

@@ -111,11 +111,16 @@ def test_a_failed_cell_is_missing_with_its_reason() -> None:
     sae = RELU.build(4)
     cells = [
         Outcome(
-            "a", 1, level, sae, [number(m, v, "core/1") for m, v in (("l0", level), ("fvu", f))]
+            arm="a",
+            seed=1,
+            level=level,
+            sae=sae,
+            rows=[number(m, v, "core/1") for m, v in (("l0", level), ("fvu", f))],
         )
         for level, f in ((2.0, 0.4), (8.0, 0.2))
     ]
-    broken = [Outcome("b", 1, 2.0, sae, [], CellFailure("b", 7, "loss nan"))]
+    failure = CellFailure("b", 7, "loss nan")
+    broken = [Outcome(arm="b", seed=1, level=2.0, sae=sae, rows=[], failure=failure)]
     rows = at_target([*cells, *broken], "fvu", 4.0)
     assert [(row.arm, row.seed, row.level) for row in rows] == [("a", 1, 4.0), ("b", 1, 4.0)]
     assert rows[0].value == pytest.approx(0.3) and rows[0].definition == "core/1"

@@ -234,18 +234,18 @@ class TestPlan:
         )
         specs = cells(self.PLAN, BaseConfig(), run)
         count = {
-            name: [s for s in specs if s.arm == name] for name in ("baseline", "main", "other")
+            name: [s for s in specs if s.id.arm == name] for name in ("baseline", "main", "other")
         }
         assert {name: len(some) for name, some in count.items()} == {
             "baseline": 5,
             "main": 5,
             "other": 2,
         }
-        assert [s.seed for s in count["baseline"][:4]] == [s.seed for s in count["main"][:4]]
-        assert [s.level for s in count["baseline"]] == [32, 32, 32, 32, 16]
+        assert [s.id.seed for s in count["baseline"][:4]] == [s.id.seed for s in count["main"][:4]]
+        assert [s.id.level for s in count["baseline"]] == [32, 32, 32, 32, 16]
         assert count["baseline"][4].sae.controllers[0].model_dump()["target"] == 16
         assert count["other"][0].sae.activation.model_dump()["k"] == 32  # at the level compared
-        assert len({s.name for s in specs}) == len(specs)
+        assert len({s.id for s in specs}) == len(specs)
 
     def test_at_l0_of_a_named_k(self) -> None:
         """An annealed k ends at the level; one whose end is given, or that follows the data, does
@@ -291,7 +291,7 @@ class TestPlan:
 
     def test_declared_twin(self) -> None:
         run = Run("title", [Arm("baseline"), Arm("twin", twin_of="baseline")])
-        assert {s.arm for s in cells(self.PLAN, BaseConfig(), run)} == {"baseline", "twin"}
+        assert {s.id.arm for s in cells(self.PLAN, BaseConfig(), run)} == {"baseline", "twin"}
 
     def test_run_changes_hold_for_all_arms(self) -> None:
         run = Run("title", [Arm("baseline")], {"context": 64})

@@ -39,13 +39,13 @@ def test_the_digest_covers_the_whole_package_but_rooms_without_numbers(tmp_path:
     for name in ("sae.py", "training/loop.py", "kernels/native.cpp", "storage/remote.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    before = cache._source_digest(tmp_path)
+    before = cache.digest_of_code(tmp_path)
     (tmp_path / "storage/remote.py").write_text("changed", encoding="utf-8")
-    assert cache._source_digest(tmp_path) == before
+    assert cache.digest_of_code(tmp_path) == before
     for name in ("sae.py", "training/loop.py", "kernels/native.cpp"):
         (tmp_path / name).write_text("changed", encoding="utf-8")
-        assert cache._source_digest(tmp_path) != before
-        before = cache._source_digest(tmp_path)
+        assert cache.digest_of_code(tmp_path) != before
+        before = cache.digest_of_code(tmp_path)
 
 
 def test_a_release_is_told_from_one_that_was_edited(installed: Path) -> None:

@@ -68,7 +68,7 @@ def registered() -> Iterator[None]:
 def specs(changes: dict[str, Any], plan: PlanConfig = PLAN, **arm: Any) -> list[Any]:
     """The cells of an arm beside the default baseline."""
     run = Run("title", [Arm("baseline"), Arm("arm", changes, **arm)])
-    return [spec for spec in cells(plan, BaseConfig(), run) if spec.arm == "arm"]
+    return [spec for spec in cells(plan, BaseConfig(), run) if spec.id.arm == "arm"]
 
 
 @pytest.mark.parametrize("kind", ["hold", "claims"])
@@ -84,7 +84,7 @@ def test_a_controller_that_no_level_reaches_is_refused(kind: str) -> None:
 
 def test_a_controller_that_answers_is_trained_at_every_level() -> None:
     found = specs({"sae.controllers": [{"kind": "holds"}]}, primary=True)
-    targets = {spec.level: spec.sae.controllers[0].model_dump()["target"] for spec in found}
+    targets = {spec.id.level: spec.sae.controllers[0].model_dump()["target"] for spec in found}
     assert targets == {16: 16, 32: 32, 64: 64}
 
 
@@ -101,7 +101,7 @@ def test_fixed_penalties_have_no_common_l0(changes: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=r"^arm: target_l0 = 32.*sets or finds its L0"):
         specs(changes)
     (spec, *_) = specs(changes, PlanConfig.parse({"study": "test", "target_l0": "none"}))
-    assert spec.level == 0 and spec.sae == BaseConfig().patched(changes).sae
+    assert spec.id.level == 0 and spec.sae == BaseConfig().patched(changes).sae
 
 
 @pytest.mark.parametrize(
@@ -112,11 +112,11 @@ def test_an_arm_that_finds_its_l0_is_trained_at_the_target_alone(
     controller: dict[str, Any],
 ) -> None:
     changes = MOVING | {"sae.controllers": [controller]}
-    assert {spec.level for spec in specs(changes)} == {32}
+    assert {spec.id.level for spec in specs(changes)} == {32}
     with pytest.raises(SettingError, match=r"arm: levels = 16.*L0 16, 64 .*levels=False"):
         specs(changes, primary=True)
     found = specs(changes, primary=True, levels=False)
-    assert [spec.level for spec in found] == [32] * PLAN.seeds
+    assert [spec.id.level for spec in found] == [32] * PLAN.seeds
     few = PLAN.patched({"seeds_levels": 0})
     assert len(specs(changes, few, primary=True)) == PLAN.seeds
 
@@ -124,7 +124,7 @@ def test_an_arm_that_finds_its_l0_is_trained_at_the_target_alone(
 def test_an_annealed_k_ends_at_the_level() -> None:
     changes = MOVING | {"sae.controllers": [{"kind": "annealed_k"}]}
     found = specs(changes, primary=True)
-    assert {spec.level: spec.sae.controllers[0].model_dump()["end"] for spec in found} == {
+    assert {spec.id.level: spec.sae.controllers[0].model_dump()["end"] for spec in found} == {
         16: 16,
         32: 32,
         64: 64,
@@ -135,11 +135,11 @@ def test_a_moving_number_that_the_code_does_not_follow_is_no_l0() -> None:
     """Idea B's k is that of its penalty; the L0 stays with the controller of the coefficient."""
     penalty = {"kind": "similarity", "k": "k"}
     changes = {"sae.losses+": penalty, "sae.controllers+": {"kind": "rounded_k"}}
-    assert {spec.level for spec in specs(changes, primary=True)} == {16, 32, 64}
+    assert {spec.id.level for spec in specs(changes, primary=True)} == {16, 32, 64}
 
 
 def test_a_module_of_the_users_has_no_levels() -> None:
-    assert {spec.level for spec in specs({"train.lr": 1e-3}, module=object)} == {32}
+    assert {spec.id.level for spec in specs({"train.lr": 1e-3}, module=object)} == {32}
     with pytest.raises(SettingError, match="levels=False"):
         specs({"train.lr": 1e-3}, module=object, primary=True)
 

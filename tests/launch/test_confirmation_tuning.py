@@ -82,5 +82,5 @@ def test_a_confirmed_arm_that_finds_its_l0_has_no_further_levels(
     run = confirmation.resolve_confirmation(wanted, runs, tmp_path, BASE)
     plan = PLAN.patched({"levels": (8,), "seeds": 2, "seeds_levels": 1})
     found = cells(plan, BASE, run, "confirm")
-    assert {spec.level for spec in found if spec.arm == "best (run_1)"} == levels
-    assert {spec.level for spec in found if spec.arm == "baseline"} == {8, 16}
+    assert {spec.id.level for spec in found if spec.id.arm == "best (run_1)"} == levels
+    assert {spec.id.level for spec in found if spec.id.arm == "baseline"} == {8, 16}

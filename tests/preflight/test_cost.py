@@ -58,9 +58,9 @@ def test_a_launch_is_its_steps_on_the_threads_of_this_machine(
     base = BaseConfig()
     specs = cells(PlanConfig(study="test"), base, Run("test", [Arm("baseline")]))
     step = step_seconds(rates(), base.train.batch_size, 192, base.sae.d_sae, 32)
-    levels = sorted({spec.level for spec in specs})
+    levels = sorted({spec.id.level for spec in specs})
     assert levels == [16, 32, 64]  # which change the L0 of a step, and so its seconds
-    at_target = [spec for spec in specs if spec.level == 32]
+    at_target = [spec for spec in specs if spec.id.level == 32]
     whole = WITH_EVALUATION * len(at_target) * base.train.steps * step
     assert training_seconds(at_target, 192, 2) == pytest.approx(START_SECONDS + whole / 2)
     assert training_seconds(at_target, 192, 0) == pytest.approx(START_SECONDS + whole)

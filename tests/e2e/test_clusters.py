@@ -15,6 +15,11 @@ from pathlib import Path
 import pytest
 from projects import Ended, Project, environment, stop, wait_for
 
+from saelab.launch.executors import ray
+
+#: How the name of a Ray worker with one of our jobs begins: Ray gives it the name of the function.
+TITLE = f"ray::{ray._run_task.__name__}"
+
 
 def needs(package: str) -> pytest.MarkDecorator:
     absent = importlib.util.find_spec(package) is None
@@ -57,7 +62,7 @@ def at_work(folder: Path) -> set[int]:
             place = (process / "cwd").readlink()
         except OSError:  # it has ended
             continue
-        if title.startswith(b"ray::_call") and place == folder.resolve():
+        if title.startswith(TITLE.encode()) and place == folder.resolve():
             found.add(int(process.name))
     return found
 
@@ -76,7 +81,8 @@ def test_a_worker_that_dies_in_a_cell_is_replaced_and_nothing_changes(
     killed: set[int] = set()
     try:
         for _ in range(2):
-            wait_for(lambda: in_training(project, killed), "a worker with a checkpoint")
+            in_cell = "a worker with a checkpoint"
+            wait_for(lambda: in_training(project, killed), in_cell, launch=process)
             for victim in at_work(project.folder) - killed:  # the one that has written it too
                 os.kill(victim, signal.SIGKILL)
                 killed.add(victim)
@@ -104,7 +110,8 @@ def test_a_signal_to_a_launch_with_a_cluster(
     project = Project.make(tmp_path / "project")
     process = started(project, "ray", SAELAB_CHECKPOINT_SECONDS="0")
     try:
-        wait_for(lambda: in_training(project, set()), "a worker with a checkpoint")
+        in_cell = "a worker with a checkpoint"
+        wait_for(lambda: in_training(project, set()), in_cell, launch=process)
         process.send_signal(number)
         done = ended(process)
     finally:

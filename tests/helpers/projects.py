@@ -405,10 +405,18 @@ def renew_threads() -> None:
     torch.set_num_threads(1)
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
+def wait_for(
+    condition: Callable[[], bool],
+    what: str,
+    seconds: float = 300,
+    *,
+    launch: subprocess.Popen[str] | None = None,
+) -> None:
+    """Waits for a condition; fails after `seconds`, or at once where the launch ends before it."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        assert launch is None or launch.poll() is None, f"the launch ended before {what}"
         time.sleep(0.02)
 
 

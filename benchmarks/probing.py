@@ -50,7 +50,8 @@ from saelab.data import language_model
 from saelab.data.probing.activations import ProbingData, ProbingEntry, harvest_probing
 from saelab.data.probing.embedded import embedded_entries
 from saelab.evals.base import Row
-from saelab.evals.probing import K_VALUES, build_tasks, evaluate_probing, mean_codes, probe_rows
+from saelab.evals.probing import K_VALUES, evaluate_probing, mean_codes, probe_rows
+from saelab.evals.probing.tasks import build_tasks
 from saelab.sae import SAE
 
 CONTEXT = 64

@@ -56,7 +56,7 @@ from saelab.data.probing.activations import ProbingData, harvest_probing
 from saelab.data.probing.embedded import Entry
 from saelab.data.probing.saebench import SourceConfig, saebench_entries
 from saelab.evals.base import Row
-from saelab.evals.saebench_probing import evaluate_as_saebench
+from saelab.evals.probing.saebench import evaluate_as_saebench
 from saelab.sae import SAE
 from saelab.study.plan import BaseConfig
 

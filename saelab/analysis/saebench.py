@@ -15,8 +15,8 @@ from typing import Any
 from saelab.data.probing.embedded import SAMPLING_SEED
 from saelab.errors import MismatchError, SettingError, SourceError, nearest
 from saelab.evals.base import Row, Subject, check_one_definition
+from saelab.evals.probing.saebench import DEFINITION
 from saelab.evals.saebench import About, build_result, definition_of, read_result, rows_of
-from saelab.evals.saebench_probing import DEFINITION
 from saelab.runs import schema
 from saelab.runs.folder import MANIFEST, METRICS, RunFolder
 from saelab.sae import SAE

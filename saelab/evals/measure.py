@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from saelab.data.probing.activations import ProbingData
 from saelab.data.probing.saebench import Definition
 from saelab.data.synthetic.chains import truth_of
-from saelab.evals import EVALUATIONS, Needs, check_names, saebench_probing
+from saelab.evals import EVALUATIONS, Needs, check_names
 from saelab.evals.absorption import evaluate_absorption
 from saelab.evals.base import Row, SeedPair, Subject, Training, missing
 from saelab.evals.convergence import convergence
@@ -16,8 +16,7 @@ from saelab.evals.core import CoreData, evaluate_core
 from saelab.evals.known_features import evaluate_truth, missing_truth
 from saelab.evals.latent_lifetimes import survival_rows
 from saelab.evals.loss_by_position import evaluate_positions
-from saelab.evals.probing import DEFINITION, K_VALUES, evaluate_probing
-from saelab.evals.saebench_probing import evaluate_as_saebench
+from saelab.evals.probing import DEFINITION, K_VALUES, evaluate_probing, saebench
 from saelab.evals.sensitivity import evaluate_sensitivity
 from saelab.evals.threshold_fit import evaluate_consistency
 from saelab.evals.training_stability import stability
@@ -90,7 +89,7 @@ def core_rows(subject: Subject, data: EvalData) -> list[Row]:
 
 
 #: Definitions of sparse probing, by the number that settings name them by.
-PROBING = {1: saebench_probing.DEFINITION, 2: DEFINITION}
+PROBING = {1: saebench.DEFINITION, 2: DEFINITION}
 
 
 def probing_rows(subject: Subject | None, data: EvalData, prefix: str = "sae") -> list[Row]:
@@ -101,7 +100,9 @@ def probing_rows(subject: Subject | None, data: EvalData, prefix: str = "sae") -
         return [missing(name, definition, data.why_no_probing) for name in names]
     texts, k, device = data.probing, data.k_values, data.core.device
     if data.definition == 1:
-        rows = evaluate_as_saebench(subject, texts, k_values=k, prefix=prefix, device=device)
+        rows = saebench.evaluate_as_saebench(
+            subject, texts, k_values=k, prefix=prefix, device=device
+        )
     else:
         rows = evaluate_probing(subject, texts, data.seed, k, prefix, device)
     absent = data.missing_entries.items()

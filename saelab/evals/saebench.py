@@ -25,7 +25,7 @@ from pydantic import Field
 from saelab.config import digest
 from saelab.errors import SourceError
 from saelab.evals.base import Row, missing, number
-from saelab.evals.saebench_probing import DEFINITION
+from saelab.evals.probing.saebench import DEFINITION
 from saelab.storage.atomic import read_json, write_json
 from saelab.storage.validation import Int64, Loose, Number, validate
 

@@ -1,4 +1,4 @@
-"""The seams: base classes of all parts, what they are given, and when they are called.
+"""The seams: base classes of all parts, and when they are called; a part's file imports from here.
 
 An SAE is composed of parts; none subclasses the model. Each part has a configuration (frozen data
 with a `kind`) that builds it, lives in one file and has one line in the table of `parts/__init__`.
@@ -19,251 +19,63 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import AfterValidator
 from torch import Tensor, nn
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import softplus
 
-from saelab.config import Frozen
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import SettingError
-from saelab.kernels import Code, Support, row_norms
+from saelab.kernels import Support
+from saelab.parts.forward_pass import Dims, Pass
+from saelab.parts.resets import Reset, draw_reset
+from saelab.parts.settings import (
+    PER_TOKEN,
+    ROLES,
+    L0Rule,
+    Latents,
+    PartConfig,
+    Role,
+    Scalar,
+    measurement,
+    nearest_k,
+)
 
 if TYPE_CHECKING:
-    from saelab.sae import SAE, SAEConfig
+    from saelab.sae import SAE
 
-
-@dataclass(frozen=True)
-class Dims:
-    """Dimensions and circumstances that a part is built for.
-
-    `steps` is the number of optimiser steps of the run; `seed` is for the part's named streams;
-    `ranks` are the processes that the SAE is trained on.
-    """
-
-    d_in: int
-    d_sae: int
-    steps: int = 1
-    seed: int = 0
-    ranks: Ranks = ALONE
-
-    @property
-    def n_local(self) -> int:
-        """Number of the d_sae latents that this rank has: the length of tensors per latent."""
-        local = self.ranks.own(self.d_sae)
-        return local.stop - local.start
-
-
-@dataclass(eq=False)
-class Pass:
-    """One forward pass, as losses, controllers and observers see it.
-
-    Args:
-        x: input in normalised space, float32 [N, d_in].
-        target: what is reconstructed; equal to x for an SAE; [N, d_in].
-        u: encoder input, float32 [N, d_in].
-        code: the code, sparse or dense.
-        recon: reconstruction in normalised space, [N, d_in].
-        sae: the model.
-        step: optimiser steps done before this pass; `steps` is their number in the run.
-        settings: values of the controllers by name.
-        starts: int64 [m + 1], where segments of rows that follow each other begin; None for
-            shuffled rows.
-        norms: of the decoder's rows, where they came with its product; see `decoder_norms`.
-        stored_z: the value of `z`; None unless a part declares `uses_preactivations`.
-        batch_rows: rows of the whole batch, where x is one rank's part of it.
-        gradient_norms: of each weight's gradient before clipping, by name; the loop adds them
-            after the backward pass, for `update` and observers.
-        results: by part, what it has computed on this pass and needs again in its `update`.
-    """
-
-    x: Tensor
-    target: Tensor
-    u: Tensor
-    code: Code
-    recon: Tensor
-    sae: SAE
-    step: int
-    steps: int
-    settings: dict[str, float]
-    starts: Tensor | None
-    norms: Tensor | None = None
-    stored_z: Tensor | None = None
-    batch_rows: int | None = None
-
-    @property
-    def z(self) -> Tensor:
-        """All pre-activations, without gradient, in the selection's dtype; [N, d_sae].
-
-        It is the largest tensor of a pass, and freed once the code is computed unless a part
-        reads it.
-
-        Raises: RuntimeError when no part of the SAE declares that it reads it.
-        """
-        if self.stored_z is None:
-            raise RuntimeError(
-                "all pre-activations are stored only where a part declares that it "
-                "reads them: set its uses_preactivations = True"
-            )
-        return self.stored_z
-
-    gradient_norms: dict[str, float] = field(default_factory=dict)
-    results: dict[Part, Any] = field(default_factory=dict)
-
-    @cached_property
-    def decoder_norms(self) -> Tensor:
-        """|W_dec_i| of each latent with its gradient; [d_sae]."""
-        return self.norms if self.norms is not None else row_norms(self.sae.W_dec)
-
-    @property
-    def n(self) -> int:
-        """Rows of the batch, over all ranks."""
-        return self.x.shape[0] if self.batch_rows is None else self.batch_rows
-
-    def share(self, value: Tensor) -> Tensor:
-        """The share of a mean over this rank's rows in the mean over the batch's rows."""
-        local = self.x.shape[0]
-        return value if local == self.n else value * (local / self.n)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean over the batch's rows, without gradient; x [rows of this rank, ...]."""
-        ranks = self.sae.ranks
-        return x.mean(0) if ranks.data == 1 else ranks.over_rows(x.sum(0)) / self.n
-
-    @cached_property
-    def firings(self) -> Tensor:
-        """Number of the batch's rows in which each of this rank's latents fires; int64."""
-        return self.sae.ranks.over_rows(self.code.firings)
-
-    @cached_property
-    def l0(self) -> float:
-        """Mean number of active latents per row of the batch."""
-        if self.sae.ranks.alone:
-            return self.code.l0
-        return self.sae.ranks.total(self.code.active_pairs)[0] / self.n
-
-    @cached_property
-    def energy(self) -> Tensor:
-        """sum_n f_ni^2 |W_dec_i|^2 of each latent over the batch; [d_sae], without gradient."""
-        return self.code.sums[1] * self.decoder_norms.detach().square()
-
-    def setting(self, value: float | str) -> float:
-        """A number as it is; a name is looked up among the controllers."""
-        return self.settings[value] if isinstance(value, str) else value
-
-
-#: Ways in which a part decides the L0, the number of active latents per row.
-L0Rule = Literal["set", "found"]
-#: What a logged scalar is, in the order in which reports name them.
-Role = Literal["learned", "state", "measured"]
-ROLES: tuple[Role, ...] = ("learned", "state", "measured")
-
-
-@dataclass(frozen=True)
-class Scalar:
-    """A scalar that a part may log at every step, declared once for all that shows it.
-
-    Args:
-        meaning: one phrase.
-        role: 'learned', a result of training: when it settles is measured, and its path is drawn;
-            'state', a value that the part holds or a rule sets; 'measured', a number about the run.
-        reported: whether its last value stands in final_info.json.
-        unit: '' for a number without one.
-    """
-
-    meaning: str
-    role: Role = "learned"
-    reported: bool = True
-    unit: str = ""
-
-
-def measurement(meaning: str, unit: str = "") -> Scalar:
-    """A scalar about the run that stays in the log and its curves."""
-    return Scalar(meaning, "measured", False, unit)
-
-
-class PartConfig(Frozen):
-    """Base of all part configurations; subclasses fix `kind` as a Literal with a default.
-
-    `lr` is the learning rate of the part's own parameters; None means the run's rate.
-
-    The rest of the program never asks for a kind. It asks the questions below; the answers here
-    are those of a part that logs nothing, needs nothing and sets no L0.
-    """
-
-    kind: str
-    lr: float | None = None
-
-    def build(self, dims: Dims) -> Part:
-        """Builds the part.
-
-        Raises: SettingError when the settings are impossible at these dimensions.
-        """
-        raise SettingError("kind", self.kind, "this part has no build()")
-
-    @property
-    def logged(self) -> Mapping[str, Scalar]:
-        """Every scalar that the part may log, by its name in the log."""
-        return {}
-
-    @property
-    def companions(self) -> Mapping[str, Any]:
-        """Settings of the SAE that must stand beside the part for it to work."""
-        return {}
-
-    # ---- sparsity ------------------------------------------------------------------------------
-
-    @property
-    def target_l0(self) -> float | None:
-        """The L0 that the settings name, in latents per row; None where they name none."""
-        return None
-
-    @property
-    def l0_setting(self) -> str | None:
-        """Name of the controller's setting that the part takes its L0 from."""
-        return None
-
-    def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
-        """Says how the part decides the L0.
-
-        Args:
-            sae: the settings that the part stands in.
-
-        Returns: 'set' where `at_l0` changes the settings so that the L0 follows; 'found' where the
-            part's rule, or a number that its settings name, ends at an L0 that no level changes;
-            None where the part does not decide the L0.
-        """
-        return None
-
-    def at_l0(self, level: float, sae: SAEConfig) -> Self:
-        """The settings with `level` active latents per row; these where the part does not set it.
-
-        Args:
-            sae: the settings that the part stands in.
-        """
-        return self
-
-    @property
-    def fixed_penalty(self) -> float | None:
-        """The coefficient that a sparsity penalty ends with, where the settings fix it."""
-        return None
-
-    # ---- what it does to an SAE ----------------------------------------------------------------
-
-    @property
-    def moves_decoder(self) -> bool:
-        """True where the part itself changes decoder rows, and so would fight a frozen decoder."""
-        return False
-
-    @classmethod
-    def of_form(cls, form: Form) -> PartConfig | None:
-        """The settings of an activation that computes the form; None where this one doesn't."""
-        return None
+__all__ = [
+    "PER_TOKEN",
+    "ROLES",
+    "Activation",
+    "Constraint",
+    "Controller",
+    "Dims",
+    "Form",
+    "L0Rule",
+    "Latents",
+    "Lives",
+    "LossTerm",
+    "Observer",
+    "Part",
+    "PartConfig",
+    "Pass",
+    "Reset",
+    "Role",
+    "Scalar",
+    "Scaling",
+    "Stored",
+    "check_setting",
+    "correct_bias",
+    "draw_reset",
+    "inverse_softplus",
+    "log_spread",
+    "measurement",
+    "nearest_k",
+]
 
 
 @dataclass(frozen=True)
@@ -294,23 +106,6 @@ class Stored:
 def inverse_softplus(value: Tensor) -> Tensor:
     """Returns x with softplus(x) = value; value > 0."""
     return value + torch.log(-torch.expm1(-value))
-
-
-def _positive(k: int | str) -> int | str:
-    if isinstance(k, int) and k < 1:
-        raise ValueError("should be at least 1, or a controller's name")
-    return k
-
-
-#: A number of latents, or the name of the controller that sets it.
-Latents = Annotated[int | str, AfterValidator(_positive)]
-#: Unit of a logged number of latents that is an L0.
-PER_TOKEN = "latents per token"
-
-
-def nearest_k(level: float) -> int:
-    """The number of latents per row that is nearest to a level, at least 1."""
-    return max(1, round(level))
 
 
 class Part(nn.Module):
@@ -579,21 +374,6 @@ class Constraint(Part):
 
 
 @dataclass(frozen=True)
-class Reset:
-    """Latents to start afresh.
-
-    Args:
-        latents: int64 [m].
-        directions: unit vectors in normalised space, float32 [m, d_in].
-        encoder_norm: norm of the new encoder rows, input scaling folded in.
-    """
-
-    latents: Tensor
-    directions: Tensor
-    encoder_norm: float
-
-
-@dataclass(frozen=True)
 class Lives:
     """Lifetimes of the latents of a run.
 
@@ -624,50 +404,6 @@ class Observer(Part):
     def resampled(self) -> int | None:
         """Number of resets of latents that the part has counted; None where it counts none."""
         return None
-
-
-@torch.no_grad()
-def draw_reset(p: Pass, latents: Tensor, encoder_norm: float, draw: torch.Generator) -> Reset:
-    """Draws new directions: inputs in proportion to their squared error. Bricken et al. 2023.
-
-    Args:
-        latents: those that start afresh; int64 [m].
-        encoder_norm: of the new encoder rows, relative to the mean norm of all others.
-        draw: the part's stream.
-    """
-    ranks = p.sae.ranks
-    first, count = ranks.before(latents.numel())
-    error = _gather_rows(p, (p.target - p.recon).square().sum(1).double()).cpu()
-    rows = torch.multinomial(error, count, replacement=True, generator=draw)
-    rows = rows[first : first + latents.numel()].to(p.x.device)
-    directions = normalize(_rows_of(p, rows) - p.sae.b_dec.detach(), dim=1)
-    others = torch.ones(p.sae.local_latents, dtype=torch.bool, device=latents.device)
-    others[latents] = False
-    norms = torch.linalg.vector_norm(p.sae.effective_encoder(), dim=1)
-    left = ranks.total_over_latents(int(others.sum()))[0]
-    mean = float(ranks.mean_over_latents(norms[others] if left else norms))
-    return Reset(latents, directions, encoder_norm * mean)
-
-
-def _gather_rows(p: Pass, values: Tensor) -> Tensor:
-    """Gathers a number of each of this rank's rows to one of each of the batch's rows."""
-    if p.sae.ranks.data == 1:
-        return values
-    whole = values.new_zeros(p.n)
-    whole[p.sae.ranks.rows(p.n)] = values
-    return p.sae.ranks.over_rows(whole)
-
-
-def _rows_of(p: Pass, rows: Tensor) -> Tensor:
-    """Returns x of the given rows of the batch, int64 [m], whichever rank has them; [m, d_in].
-    Ranks with the same latents ask for the same rows."""
-    local = p.sae.ranks.rows(p.n)
-    if p.sae.ranks.data == 1:
-        return p.x[rows]
-    here = (rows >= local.start) & (rows < local.stop)
-    values = p.x.new_zeros(len(rows), p.x.shape[1])
-    values[here] = p.x[rows[here] - local.start]
-    return p.sae.ranks.over_rows(values)
 
 
 def log_spread(variance: Tensor) -> Tensor:

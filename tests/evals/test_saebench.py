@@ -38,6 +38,7 @@ from saelab.evals.core import CoreData
 from saelab.evals.measure import EvalData, probing_rows
 from saelab.evals.probing import DEFINITION as OURS
 from saelab.evals.probing import evaluate_probing
+from saelab.evals.probing.saebench import DEFINITION, draw_examples, evaluate_as_saebench
 from saelab.evals.saebench import (
     About,
     build_result,
@@ -47,7 +48,6 @@ from saelab.evals.saebench import (
     rows_of,
     write_result,
 )
-from saelab.evals.saebench_probing import DEFINITION, draw_examples, evaluate_as_saebench
 from saelab.seeding import torch_stream
 from saelab.study.plan import BaseConfig
 from saelab.verdict.judge import compare_secondary

@@ -34,7 +34,8 @@ from saelab.data.probing.activations import ProbingData, ProbingEntry
 from saelab.data.probing.embedded import SAMPLING_SEED
 from saelab.errors import SettingError
 from saelab.evals.base import Row, Subject, number_or_reason
-from saelab.evals.probing import K_VALUES, Examples, constant_row, mean_codes, mean_rows
+from saelab.evals.probing import K_VALUES, constant_row, mean_codes, mean_rows
+from saelab.evals.probing.tasks import Examples
 from saelab.progress import progress
 
 DEFINITION = "sparse_probing/saebench-0.6.0"

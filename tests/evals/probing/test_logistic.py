@@ -11,8 +11,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from saelab.evals import logistic
-from saelab.evals.logistic import logistic_regression, logistic_regressions
+from saelab.evals.probing import logistic
+from saelab.evals.probing.logistic import logistic_regression, logistic_regressions
 from saelab.seeding import numpy_stream
 
 

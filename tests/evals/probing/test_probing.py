@@ -19,7 +19,8 @@ from saelab.data.probing.activations import ProbingData, ProbingEntry, harvest_p
 from saelab.data.probing.embedded import Entry, embedded_entries
 from saelab.errors import DamageError, MismatchError, SettingError, SourceError
 from saelab.evals.base import Row
-from saelab.evals.probing import build_tasks, evaluate_probing, mean_codes
+from saelab.evals.probing import evaluate_probing, mean_codes
+from saelab.evals.probing.tasks import build_tasks
 from saelab.seeding import torch_stream
 
 CLASSES = ("a", "b", "c")

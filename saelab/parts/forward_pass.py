@@ -1,0 +1,135 @@
+"""What a part is built for, and one forward pass as losses, controllers and observers see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from saelab.distributed.ranks import ALONE, Ranks
+from saelab.kernels import Code, row_norms
+
+if TYPE_CHECKING:
+    from saelab.parts.base import Part
+    from saelab.sae import SAE
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Dimensions and circumstances that a part is built for.
+
+    `steps` is the number of optimiser steps of the run; `seed` is for the part's named streams;
+    `ranks` are the processes that the SAE is trained on.
+    """
+
+    d_in: int
+    d_sae: int
+    steps: int = 1
+    seed: int = 0
+    ranks: Ranks = ALONE
+
+    @property
+    def n_local(self) -> int:
+        """Number of the d_sae latents that this rank has: the length of tensors per latent."""
+        local = self.ranks.own(self.d_sae)
+        return local.stop - local.start
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass, as losses, controllers and observers see it.
+
+    Args:
+        x: input in normalised space, float32 [N, d_in].
+        target: what is reconstructed; equal to x for an SAE; [N, d_in].
+        u: encoder input, float32 [N, d_in].
+        code: the code, sparse or dense.
+        recon: reconstruction in normalised space, [N, d_in].
+        sae: the model.
+        step: optimiser steps done before this pass; `steps` is their number in the run.
+        settings: values of the controllers by name.
+        starts: int64 [m + 1], where segments of rows that follow each other begin; None for
+            shuffled rows.
+        norms: of the decoder's rows, where they came with its product; see `decoder_norms`.
+        stored_z: the value of `z`; None unless a part declares `uses_preactivations`.
+        batch_rows: rows of the whole batch, where x is one rank's part of it.
+        gradient_norms: of each weight's gradient before clipping, by name; the loop adds them
+            after the backward pass, for `update` and observers.
+        results: by part, what it has computed on this pass and needs again in its `update`.
+    """
+
+    x: Tensor
+    target: Tensor
+    u: Tensor
+    code: Code
+    recon: Tensor
+    sae: SAE
+    step: int
+    steps: int
+    settings: dict[str, float]
+    starts: Tensor | None
+    norms: Tensor | None = None
+    stored_z: Tensor | None = None
+    batch_rows: int | None = None
+
+    @property
+    def z(self) -> Tensor:
+        """All pre-activations, without gradient, in the selection's dtype; [N, d_sae].
+
+        It is the largest tensor of a pass, and freed once the code is computed unless a part
+        reads it.
+
+        Raises: RuntimeError when no part of the SAE declares that it reads it.
+        """
+        if self.stored_z is None:
+            raise RuntimeError(
+                "all pre-activations are stored only where a part declares that it "
+                "reads them: set its uses_preactivations = True"
+            )
+        return self.stored_z
+
+    gradient_norms: dict[str, float] = field(default_factory=dict)
+    results: dict[Part, Any] = field(default_factory=dict)
+
+    @cached_property
+    def decoder_norms(self) -> Tensor:
+        """|W_dec_i| of each latent with its gradient; [d_sae]."""
+        return self.norms if self.norms is not None else row_norms(self.sae.W_dec)
+
+    @property
+    def n(self) -> int:
+        """Rows of the batch, over all ranks."""
+        return self.x.shape[0] if self.batch_rows is None else self.batch_rows
+
+    def share(self, value: Tensor) -> Tensor:
+        """The share of a mean over this rank's rows in the mean over the batch's rows."""
+        local = self.x.shape[0]
+        return value if local == self.n else value * (local / self.n)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over the batch's rows, without gradient; x [rows of this rank, ...]."""
+        ranks = self.sae.ranks
+        return x.mean(0) if ranks.data == 1 else ranks.over_rows(x.sum(0)) / self.n
+
+    @cached_property
+    def firings(self) -> Tensor:
+        """Number of the batch's rows in which each of this rank's latents fires; int64."""
+        return self.sae.ranks.over_rows(self.code.firings)
+
+    @cached_property
+    def l0(self) -> float:
+        """Mean number of active latents per row of the batch."""
+        if self.sae.ranks.alone:
+            return self.code.l0
+        return self.sae.ranks.total(self.code.active_pairs)[0] / self.n
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """sum_n f_ni^2 |W_dec_i|^2 of each latent over the batch; [d_sae], without gradient."""
+        return self.code.sums[1] * self.decoder_norms.detach().square()
+
+    def setting(self, value: float | str) -> float:
+        """A number as it is; a name is looked up among the controllers."""
+        return self.settings[value] if isinstance(value, str) else value

@@ -1,0 +1,144 @@
+"""Settings of parts, and the questions that the rest of the program asks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator
+
+from saelab.config import Frozen
+from saelab.errors import SettingError
+
+if TYPE_CHECKING:
+    from saelab.parts.base import Form, Part
+    from saelab.parts.forward_pass import Dims
+    from saelab.sae import SAEConfig
+
+
+#: Ways in which a part decides the L0, the number of active latents per row.
+L0Rule = Literal["set", "found"]
+#: What a logged scalar is, in the order in which reports name them.
+Role = Literal["learned", "state", "measured"]
+ROLES: tuple[Role, ...] = ("learned", "state", "measured")
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A scalar that a part may log at every step, declared once for all that shows it.
+
+    Args:
+        meaning: one phrase.
+        role: 'learned', a result of training: when it settles is measured, and its path is drawn;
+            'state', a value that the part holds or a rule sets; 'measured', a number about the run.
+        reported: whether its last value stands in final_info.json.
+        unit: '' for a number without one.
+    """
+
+    meaning: str
+    role: Role = "learned"
+    reported: bool = True
+    unit: str = ""
+
+
+def measurement(meaning: str, unit: str = "") -> Scalar:
+    """A scalar about the run that stays in the log and its curves."""
+    return Scalar(meaning, "measured", False, unit)
+
+
+class PartConfig(Frozen):
+    """Base of all part configurations; subclasses fix `kind` as a Literal with a default.
+
+    `lr` is the learning rate of the part's own parameters; None means the run's rate.
+
+    The rest of the program never asks for a kind. It asks the questions below; the answers here
+    are those of a part that logs nothing, needs nothing and sets no L0.
+    """
+
+    kind: str
+    lr: float | None = None
+
+    def build(self, dims: Dims) -> Part:
+        """Builds the part.
+
+        Raises: SettingError when the settings are impossible at these dimensions.
+        """
+        raise SettingError("kind", self.kind, "this part has no build()")
+
+    @property
+    def logged(self) -> Mapping[str, Scalar]:
+        """Every scalar that the part may log, by its name in the log."""
+        return {}
+
+    @property
+    def companions(self) -> Mapping[str, Any]:
+        """Settings of the SAE that must stand beside the part for it to work."""
+        return {}
+
+    # ---- sparsity ------------------------------------------------------------------------------
+
+    @property
+    def target_l0(self) -> float | None:
+        """The L0 that the settings name, in latents per row; None where they name none."""
+        return None
+
+    @property
+    def l0_setting(self) -> str | None:
+        """Name of the controller's setting that the part takes its L0 from."""
+        return None
+
+    def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
+        """Says how the part decides the L0.
+
+        Args:
+            sae: the settings that the part stands in.
+
+        Returns: 'set' where `at_l0` changes the settings so that the L0 follows; 'found' where the
+            part's rule, or a number that its settings name, ends at an L0 that no level changes;
+            None where the part does not decide the L0.
+        """
+        return None
+
+    def at_l0(self, level: float, sae: SAEConfig) -> Self:
+        """The settings with `level` active latents per row; these where the part does not set it.
+
+        Args:
+            sae: the settings that the part stands in.
+        """
+        return self
+
+    @property
+    def fixed_penalty(self) -> float | None:
+        """The coefficient that a sparsity penalty ends with, where the settings fix it."""
+        return None
+
+    # ---- what it does to an SAE ----------------------------------------------------------------
+
+    @property
+    def moves_decoder(self) -> bool:
+        """True where the part itself changes decoder rows, and so would fight a frozen decoder."""
+        return False
+
+    @classmethod
+    def of_form(cls, form: Form) -> PartConfig | None:
+        """The settings of an activation that computes the form; None where this one doesn't."""
+        return None
+
+
+def _positive(k: int | str) -> int | str:
+    """Returns k. Raises: ValueError for a number below 1."""
+    if isinstance(k, int) and k < 1:
+        raise ValueError("should be at least 1, or a controller's name")
+    return k
+
+
+#: A number of latents, or the name of the controller that sets it.
+Latents = Annotated[int | str, AfterValidator(_positive)]
+#: Unit of a logged number of latents that is an L0.
+PER_TOKEN = "latents per token"
+
+
+def nearest_k(level: float) -> int:
+    """The number of latents per row that is nearest to a level, at least 1."""
+    return max(1, round(level))

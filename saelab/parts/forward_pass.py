@@ -1,4 +1,5 @@
-"""What a part is built for, and one forward pass as losses, controllers and observers see it."""
+"""Dimensions that a part is built for, and one forward pass as losses, controllers and observers see
+it."""
 
 from __future__ import annotations
 

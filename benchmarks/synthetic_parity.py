@@ -32,7 +32,7 @@ from saelab.data.synthetic.trees import ForestConfig, ForestTruth
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.evals.known_features import evaluate_truth
-from saelab.launch.synthetic import train_on
+from saelab.launch.synthetic import Conditions, train_on
 from saelab.sae import SAE, SAEConfig
 from saelab.training.optim import TrainConfig
 
@@ -133,7 +133,9 @@ def _scores(peers: Peers, options: Namespace, drawn: Mapping[str, Tensor], folde
 def _trained(source: MemorySource, width: int, steps: int) -> SAE:
     config = SAEConfig.parse({"d_sae": width, "initial_l0": 20})
     training = TrainConfig(tokens=512 * steps, batch_size=512, lr=2e-3)
-    (outcome,) = train_on(source, source, {"relu": config}, [0], training, evals=())
+    (outcome,) = train_on(
+        source, source, {"relu": config}, Conditions(seeds=[0], training=training, evals=())
+    )
     return outcome.sae
 
 

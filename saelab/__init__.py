@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from saelab.api import compare, evaluate, load, saebench_result, save, settings, train
     from saelab.data.synthetic.chains import SyntheticConfig, generate, truth_of
     from saelab.launch.entry import main
-    from saelab.launch.synthetic import at_target, train_on
+    from saelab.launch.synthetic import Conditions, at_target, train_on
     from saelab.parts import register
     from saelab.sae import SAE, SAEConfig
     from saelab.study.plan import Arm, Confirmation, FromArm, Run
@@ -39,6 +39,7 @@ _PLACES = {
     "generate": "saelab.data.synthetic.chains",
     "truth_of": "saelab.data.synthetic.chains",
     "at_target": "saelab.launch.synthetic",
+    "Conditions": "saelab.launch.synthetic",
     "train_on": "saelab.launch.synthetic",
 }
 
@@ -49,6 +50,7 @@ _OF_EXPERIMENT = {"Arm", "Confirmation", "FromArm", "Run"}
 __all__ = [
     "SAE",
     "Arm",
+    "Conditions",
     "Confirmation",
     "FromArm",
     "Run",

@@ -118,7 +118,7 @@ class SAEConfig(Frozen):
 
         Raises: SettingError on several ranks for a part that is not `shardable`.
         """
-        return SAE(self, Dims(d_in, self.d_sae, steps, seed, ranks))
+        return SAE(self, Dims(d_in, self.d_sae, steps=steps, seed=seed, ranks=ranks))
 
     def parts(self) -> dict[str, tuple[PartConfig, ...]]:
         """Name of each field that holds parts -> its parts, in the order of `SAE.parts`."""
@@ -356,7 +356,19 @@ class SAE(nn.Module):
         recon = self.ranks.over_latents(product) + self.b_dec
         now = self.settings(step)
         return Pass(
-            x, x, u, code, recon, self, step, steps, now, starts, norms, z, batch_rows=batch_rows
+            x=x,
+            target=x,
+            u=u,
+            code=code,
+            recon=recon,
+            sae=self,
+            step=step,
+            steps=steps,
+            settings=now,
+            starts=starts,
+            norms=norms,
+            stored_z=z,
+            batch_rows=batch_rows,
         )
 
     def _code(self, u: Tensor, starts: Tensor | None) -> tuple[Code, Tensor | None]:

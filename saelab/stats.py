@@ -49,7 +49,7 @@ ROUNDING = 1e-9
 MOST_PAIRS = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Paired:
     """Summary of n paired differences; `low` and `high` bound the t interval (None at n = 1)."""
 
@@ -67,10 +67,10 @@ def paired_summary(differences: ArrayLike, alpha: float = 0.05) -> Paired:
     """
     row = _row(differences)
     if len(row) == 1:
-        return Paired(1, float(row[0]), None, None, None)
+        return Paired(n=1, mean=float(row[0]), sd=None, low=None, high=None)
     mean, sd = _moments(row)
     low, high = t_interval(row, alpha)
-    return Paired(len(row), float(mean), float(sd), float(low), float(high))
+    return Paired(n=len(row), mean=float(mean), sd=float(sd), low=float(low), high=float(high))
 
 
 def t_interval(differences: ArrayLike, alpha: float = 0.05) -> tuple[Array, Array]:

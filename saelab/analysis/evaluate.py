@@ -54,11 +54,11 @@ class Bench:
         self.data = EvalData(
             CoreData(prepared.held_out, model, base.evaluation.loss_contexts, base.model.device),
             ProbingData.load(prepared.probing) if prepared.probing else None,
-            seed,
-            base.evaluation.probing.k_values,
-            prepared.why_no_probing,
-            base.evaluation.probing.definition,
-            prepared.missing_entries,
+            seed=seed,
+            k_values=base.evaluation.probing.k_values,
+            why_no_probing=prepared.why_no_probing,
+            definition=base.evaluation.probing.definition,
+            missing_entries=prepared.missing_entries,
         )
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class Bench:
         return evaluate(subject, self.data, evals)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """The SAEs of a path that are evaluated, and how they are read.
 

@@ -84,7 +84,12 @@ def evaluate(
 
     register_parts(experiment)
     choice = Choice(
-        path, format, tuple(arm or ()), tuple(seed or ()), allow_mismatch, without_trace
+        path=path,
+        format=format,
+        arms=tuple(arm or ()),
+        seeds=tuple(seed or ()),
+        allow_mismatch=allow_mismatch,
+        without_trace=without_trace,
     )
     changes = parse_changes(set_)
     if definition is not None:

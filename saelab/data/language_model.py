@@ -399,7 +399,7 @@ def load(config: ModelConfig) -> LanguageModel:
     return LanguageModel(model.eval().to(config.device), tokenizer, config, content, has_head)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Size:
     """Size of a model, which is computed without its weights.
 
@@ -433,13 +433,13 @@ def size(config: ModelConfig) -> Size:
     heads = int(getattr(text, "num_attention_heads", 1))
     head = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     return Size(
-        sum(weight.numel() for weight in model.parameters())
+        weights=sum(weight.numel() for weight in model.parameters())
         * getattr(torch, config.dtype).itemsize,
-        int(text.hidden_size),
-        max(max(weight.shape) for weight in blocks[0].parameters()),
-        int(text.vocab_size),
-        len(blocks),
-        heads * head,
+        d_model=int(text.hidden_size),
+        inner=max(max(weight.shape) for weight in blocks[0].parameters()),
+        vocabulary=int(text.vocab_size),
+        blocks=len(blocks),
+        attention=heads * head,
     )
 
 

@@ -31,7 +31,7 @@ from saelab.storage.atomic import explain_write_errors, write_atomically, write_
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides the weights.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from saelab.errors import SettingError, nearest
@@ -41,6 +41,7 @@ class Evaluation:
 
     name: str
     function: str
+    _: KW_ONLY
     at: At
     needs: Needs
     description: str
@@ -64,42 +65,112 @@ class Evaluation:
         return at_target and (self.at == "target" or self.name in extra)
 
 
-# fmt: off
 #: In the order of a launch's rows.
 _ENTRIES = (
-    Evaluation("stability", "saelab.evals.measure:stability_rows", "every cell", "log",
-               "spikes and rises of the training loss, variation of the gradient's norm",
-               failed=True),
-    Evaluation("core", "saelab.evals.measure:core_rows", "every cell", "subject",
-               "FVU, explained variance, MSE, cosine, L0, dead latents, loss recovered, densities"),
-    Evaluation("probing", "saelab.evals.measure:probing_rows", "target", "subject",
-               "accuracy of probes for the class of a text, on few latents and on all"),
-    Evaluation("model_channels", "saelab.evals.measure:channel_rows", "asked", "subject",
-               "the same probes on the channels of the language model", controls=False),
-    Evaluation("sensitivity", "saelab.evals.measure:sensitivity_rows", "target", "subject",
-               "change of FVU, L0 and loss recovered when a learned scalar is changed"),
-    Evaluation("consistency", "saelab.evals.measure:consistency_rows", "target", "subject",
-               "share of the differences between thresholds that variance alone explains"),
-    Evaluation("positions", "saelab.evals.measure:position_rows", "target", "subject",
-               "KL divergence and loss recovered by position and by token frequency"),
-    Evaluation("truth", "saelab.evals.measure:truth_rows", "target", "subject",
-               "known features: MCC, uniqueness, F1 of firing"),
-    Evaluation("absorption", "saelab.evals.measure:absorption_rows", "target", "subject",
-               "known features with parents: splitting and absorption"),
-    Evaluation("convergence", "saelab.evals.measure:convergence_rows", "every cell", "log",
-               "share of the run after which the loss and each learned scalar have settled"),
-    Evaluation("decoder", "saelab.evals.decoder_cosines:evaluate_decoder", "target", "subject",
-               "largest cosine of each decoder row with another one", controls=False),
-    Evaluation("survival", "saelab.evals.measure:lifetime_rows", "target", "subject",
-               "lifetimes and resamplings of latents, counted during training", controls=False),
-    Evaluation("snapshots", "saelab.evals.dictionary_consistency:evaluate_snapshots",
-               "target", "snapshots",
-               "matched cosines of the decoder with its earlier states, and its half-life"),
-    Evaluation("seeds", "saelab.evals.dictionary_consistency:evaluate_seeds",
-               "target", "seeds",
-               "matched cosines of the decoder with those of the arm's other seeds"),
+    Evaluation(
+        "stability",
+        "saelab.evals.measure:stability_rows",
+        at="every cell",
+        needs="log",
+        description="spikes and rises of the training loss, variation of the gradient's norm",
+        failed=True,
+    ),
+    Evaluation(
+        "core",
+        "saelab.evals.measure:core_rows",
+        at="every cell",
+        needs="subject",
+        description="FVU, explained variance, MSE, cosine, L0, dead latents, loss recovered, "
+        "densities",
+    ),
+    Evaluation(
+        "probing",
+        "saelab.evals.measure:probing_rows",
+        at="target",
+        needs="subject",
+        description="accuracy of probes for the class of a text, on few latents and on all",
+    ),
+    Evaluation(
+        "model_channels",
+        "saelab.evals.measure:channel_rows",
+        at="asked",
+        needs="subject",
+        description="the same probes on the channels of the language model",
+        controls=False,
+    ),
+    Evaluation(
+        "sensitivity",
+        "saelab.evals.measure:sensitivity_rows",
+        at="target",
+        needs="subject",
+        description="change of FVU, L0 and loss recovered when a learned scalar is changed",
+    ),
+    Evaluation(
+        "consistency",
+        "saelab.evals.measure:consistency_rows",
+        at="target",
+        needs="subject",
+        description="share of the differences between thresholds that variance alone explains",
+    ),
+    Evaluation(
+        "positions",
+        "saelab.evals.measure:position_rows",
+        at="target",
+        needs="subject",
+        description="KL divergence and loss recovered by position and by token frequency",
+    ),
+    Evaluation(
+        "truth",
+        "saelab.evals.measure:truth_rows",
+        at="target",
+        needs="subject",
+        description="known features: MCC, uniqueness, F1 of firing",
+    ),
+    Evaluation(
+        "absorption",
+        "saelab.evals.measure:absorption_rows",
+        at="target",
+        needs="subject",
+        description="known features with parents: splitting and absorption",
+    ),
+    Evaluation(
+        "convergence",
+        "saelab.evals.measure:convergence_rows",
+        at="every cell",
+        needs="log",
+        description="share of the run after which the loss and each learned scalar have settled",
+    ),
+    Evaluation(
+        "decoder",
+        "saelab.evals.decoder_cosines:evaluate_decoder",
+        at="target",
+        needs="subject",
+        description="largest cosine of each decoder row with another one",
+        controls=False,
+    ),
+    Evaluation(
+        "survival",
+        "saelab.evals.measure:lifetime_rows",
+        at="target",
+        needs="subject",
+        description="lifetimes and resamplings of latents, counted during training",
+        controls=False,
+    ),
+    Evaluation(
+        "snapshots",
+        "saelab.evals.dictionary_consistency:evaluate_snapshots",
+        at="target",
+        needs="snapshots",
+        description="matched cosines of the decoder with its earlier states, and its half-life",
+    ),
+    Evaluation(
+        "seeds",
+        "saelab.evals.dictionary_consistency:evaluate_seeds",
+        at="target",
+        needs="seeds",
+        description="matched cosines of the decoder with those of the arm's other seeds",
+    ),
 )
-# fmt: on
 EVALUATIONS = {evaluation.name: evaluation for evaluation in _ENTRIES}
 
 #: Why an evaluation can't be computed where only a subject is at hand.

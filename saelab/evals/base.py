@@ -9,7 +9,7 @@ number leaves as a `Row`; a missing number is a row without a value and with a r
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -44,6 +44,7 @@ class Row:
     metric: str
     value: float | None
     definition: str
+    _: KW_ONLY
     slice: str = ""
     reason: str = ""
     arm: str = ""
@@ -62,13 +63,13 @@ def number(metric: str, value: float, definition: str, slice: str = "") -> Row:
     """Builds the row of a value; one that is not finite becomes missing with that reason."""
     value = float(value)
     if value != value or value in (float("inf"), float("-inf")):
-        return Row(metric, None, definition, slice, reason=f"{NOT_FINITE} ({value})")
-    return Row(metric, value, definition, slice)
+        return Row(metric, None, definition, slice=slice, reason=f"{NOT_FINITE} ({value})")
+    return Row(metric, value, definition, slice=slice)
 
 
 def missing(metric: str, definition: str, reason: str, slice: str = "") -> Row:
     """Builds the row of a number that can't be had."""
-    return Row(metric, None, definition, slice, reason=reason)
+    return Row(metric, None, definition, slice=slice, reason=reason)
 
 
 def other_definition(

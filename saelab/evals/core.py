@@ -264,7 +264,7 @@ def evaluate_core(subject: Subject, data: CoreData) -> list[Row]:
     return [*_reconstruction_rows(subject, data), *_loss_rows(subject, data)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reconstruction:
     """Errors and firings of a subject on rows.
 
@@ -303,12 +303,12 @@ class Reconstruction:
         """Returns the part of the rows in groups low to high - 1."""
         rows = (self.groups >= low) & (self.groups < high)
         return Reconstruction(
-            self.error[rows],
-            self.power[rows],
-            self.active[rows],
-            self.cosine[rows],
-            self.groups[rows],
-            self.firings[low:high],
+            error=self.error[rows],
+            power=self.power[rows],
+            active=self.active[rows],
+            cosine=self.cosine[rows],
+            groups=self.groups[rows],
+            firings=self.firings[low:high],
         )
 
 
@@ -340,7 +340,14 @@ def measure_reconstruction(
             active[block] = code.row_counts.float()
             cosine[block] = torch.cosine_similarity(rows[part], x_hat, dim=1)
             firings += _count_firings(code, groups[block], firings.shape).cpu()
-    return Reconstruction(error, (x - data.mean).square().sum(1), active, cosine, groups, firings)
+    return Reconstruction(
+        error=error,
+        power=(x - data.mean).square().sum(1),
+        active=active,
+        cosine=cosine,
+        groups=groups,
+        firings=firings,
+    )
 
 
 def _count_firings(code: Code, groups: Tensor, shape: torch.Size) -> Tensor:

@@ -170,7 +170,7 @@ def _starts(x: Tensor, truth: KnownTruth) -> Tensor:
     return torch.arange(0, len(x) + 1, truth.config.positions)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _Match:
     """Pairs of latents and features, and the scores that need no data.
 
@@ -195,13 +195,20 @@ def _match(directions: Tensor, true: Tensor) -> _Match:
     cosine = _cosine(directions, true)
     signed = float(cosine[assign(cosine)].mean())
     similarity = cosine.abs_()
-    pairs, nearest = assign(similarity), similarity.argmax(1)
+    (latents, features), nearest = assign(similarity), similarity.argmax(1)
     scores = {
-        "mcc": float(similarity[pairs].mean()),
+        "mcc": float(similarity[latents, features].mean()),
         "mcc_signed": signed,
         "uniqueness": len(nearest.unique()) / len(directions),
     }
-    return _Match(directions, *pairs, nearest, len(true), scores)
+    return _Match(
+        directions=directions,
+        latents=latents,
+        features=features,
+        nearest=nearest,
+        n_features=len(true),
+        scores=scores,
+    )
 
 
 def _match_truth(true: Tensor) -> _Match:
@@ -209,7 +216,14 @@ def _match_truth(true: Tensor) -> _Match:
     same = torch.arange(len(true))
     cosine = float(normalize(true.double(), dim=1).square().sum(1).mean())
     scores = {"mcc": cosine, "mcc_signed": cosine, "uniqueness": 1.0}
-    return _Match(true, same, same, same, len(true), scores)
+    return _Match(
+        directions=true,
+        latents=same,
+        features=same,
+        nearest=same,
+        n_features=len(true),
+        scores=scores,
+    )
 
 
 class _Firings:

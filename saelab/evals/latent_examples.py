@@ -37,7 +37,7 @@ GROUPS = ("densest", "rarest", "largest loss share", "random")
 AT_ONCE = 64
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Survey:
     """All latents of an SAE on held-out text.
 
@@ -108,7 +108,14 @@ def survey(sae: SAE, source: Source, examples: int = 8) -> Survey:
         gain += (2 * (f * (error @ rows.T)).sum(0) + f.square().sum(0) * norms).double()
         power += float((block.x - mean).square().sum(dtype=torch.float64))
         best = _keep_largest(best, block.strongest(), examples)
-    return Survey(tokens, firings / tokens, gain / power, best[0], best[1], best[2])
+    return Survey(
+        tokens=tokens,
+        density=firings / tokens,
+        loss_share=gain / power,
+        strongest=best[0],
+        contexts=best[1],
+        peaks=best[2],
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from saelab.data.probing.activations import ProbingData
 from saelab.data.probing.saebench import Definition
@@ -39,6 +39,7 @@ class EvalData:
 
     core: CoreData
     probing: ProbingData | None
+    _: KW_ONLY
     seed: int = 0
     k_values: Sequence[int] = K_VALUES
     why_no_probing: str = ""

@@ -69,7 +69,7 @@ _TOP: dict[str, tuple[type, ...]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class About:
     """Content of a result file besides its numbers.
 

@@ -48,7 +48,7 @@ def no_steps() -> Generator[None, None, None]:
     yield from ()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LaunchData:
     """Data of a launch: where it lies, and what it is.
 
@@ -114,7 +114,16 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
     reason = "" if probing else "no probing entries are set (evaluation.probing)"
     reason = describe_missing(absent) or reason
     own = _of_probing(probing) if probing else {}
-    return LaunchData(train, held_out, probing, reason, provenance, steps, absent, own)
+    return LaunchData(
+        train=train,
+        held_out=held_out,
+        probing=probing,
+        why_no_probing=reason,
+        provenance=provenance,
+        steps=steps,
+        missing_entries=absent,
+        of_probing=own,
+    )
 
 
 def held_out(base: BaseConfig, cache: Path) -> tuple[Source, LanguageModel | None]:
@@ -143,7 +152,13 @@ def _foreign(base: BaseConfig) -> LaunchData:
         "text": "",
         "text_digest": source.digest,
     }
-    return LaunchData(train, held_out, None, "activations were made elsewhere", provenance)
+    return LaunchData(
+        train=train,
+        held_out=held_out,
+        probing=None,
+        why_no_probing="activations were made elsewhere",
+        provenance=provenance,
+    )
 
 
 class ForeignPart:

@@ -10,7 +10,7 @@ paired by seed at exactly one L0.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,43 +71,58 @@ class Outcome:
         return next(found, None)
 
 
-def train_on(  # noqa: PLR0913 - public, called by keyword
-    source: Source,
-    held_out: Source,
-    arms: Mapping[str, SAEConfig],
-    seeds: Sequence[int],
-    training: TrainConfig,
-    levels: Sequence[float] = (),
-    layout: Layout = "rows",
-    evals: Sequence[str] = EVALS,
-    device: str = "cpu",
-    otherwise: Mapping[str, TrainConfig] | None = None,
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Conditions that all arms are trained and measured under.
+
+    Args:
+        seeds: of initialisation and data order; the arms of a seed see the same batches.
+        training: of every arm.
+        otherwise: arm -> its own training, on the same batches.
+        levels: L0 that the arms are trained for, see `SAEConfig.at_l0`; none leaves them as they
+            are.
+        layout: 'rows', or 'contexts' for parts that need whole contexts.
+        evals: names of evaluations.
+        device: to train and measure on.
+
+    Raises: SettingError for an unknown evaluation, or for an arm's training on other batches.
+    """
+
+    seeds: Sequence[int]
+    training: TrainConfig
+    otherwise: Mapping[str, TrainConfig] = field(default_factory=dict)
+    levels: Sequence[float] = ()
+    layout: Layout = "rows"
+    evals: Sequence[str] = EVALS
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_names(self.evals)
+        for arm, own in self.otherwise.items():
+            if (own.steps, own.batch_size) != (self.training.steps, self.training.batch_size):
+                remedy = f"an arm sees the same batches as the others: leave them for {arm!r}"
+                raise SettingError("tokens and batch_size", (own.tokens, own.batch_size), remedy)
+
+
+def train_on(
+    source: Source, held_out: Source, arms: Mapping[str, SAEConfig], conditions: Conditions
 ) -> list[Outcome]:
     """Trains every arm at every seed and level, and evaluates it on the held-out activations.
 
     Args:
         source, held_out: activations, for example two parts of `generate`.
         arms: name -> settings of the SAE.
-        seeds: of initialisation and data order; the arms of a seed see the same batches.
-        levels: L0 that the arms are trained for, see `SAEConfig.at_l0`; none leaves them as they
-            are.
-        layout: 'rows', or 'contexts' for parts that need whole contexts.
-        otherwise: arm -> its own training, on the same batches.
 
     Returns: the cells, seed by seed, level by level.
     Raises: SettingError for settings that can't be used.
     """
-    trainings = {arm: training for arm in arms} | dict(otherwise or {})
-    for arm, own in trainings.items():
-        if (own.steps, own.batch_size) != (training.steps, training.batch_size):
-            remedy = f"an arm sees the same batches as the others: leave them for {arm!r}"
-            raise SettingError("tokens and batch_size", (own.tokens, own.batch_size), remedy)
-    check_names(evals)
     if not arms:
         raise SettingError("arms", dict(arms), "at least one is needed")
+    training, layout, device = conditions.training, conditions.layout, conditions.device
+    trainings = {arm: conditions.otherwise.get(arm, training) for arm in arms}
     places = [
         (arm, level, config.at_l0(level) if level else config)
-        for level in levels or (level_of(None),)
+        for level in conditions.levels or (level_of(None),)
         for arm, config in arms.items()
     ]
     for arm, _, config in places:
@@ -115,8 +130,8 @@ def train_on(  # noqa: PLR0913 - public, called by keyword
     sample = initial_sample(source).to(device)
     data = EvalData(CoreData(held_out, None, device=device), None, why_no_probing="not asked for")
     outcomes: list[Outcome] = []
-    with progress("training", len(seeds) * training.steps, "steps") as bar:
-        for seed in seeds:
+    with progress("training", len(conditions.seeds) * training.steps, "steps") as bar:
+        for seed in conditions.seeds:
             members = []
             for arm, level, config in places:
                 name = CellId(arm, seed, level).name
@@ -129,7 +144,7 @@ def train_on(  # noqa: PLR0913 - public, called by keyword
             for member in members:
                 cell, of_cell = member.cell, CellId.parse(member.cell.name)
                 failure = failures.get(cell.name)
-                rows = [] if failure else evaluate(cell.sae, data, evals)
+                rows = [] if failure else evaluate(cell.sae, data, conditions.evals)
                 rows = [row.of_cell(of_cell) for row in rows]
                 outcomes.append(
                     Outcome(**of_cell.as_dict(), sae=cell.sae, rows=rows, failure=failure)
@@ -150,7 +165,7 @@ def at_target(outcomes: Sequence[Outcome], metric: str, target: float) -> list[R
         failed = "; ".join(str(o.failure) for o in own if o.failure) if found.reason else ""
         reason = "; ".join(part for part in (found.reason, failed) if part)
         definition = next((r.definition for o in own for r in o.rows if r.metric == metric), "")
-        row = Row(metric, found.value, definition, "interpolated in log L0", reason)
+        row = Row(metric, found.value, definition, slice="interpolated in log L0", reason=reason)
         rows.append(row.of_cell(CellId(arm, seed, target)))
     return rows
 
@@ -255,18 +270,16 @@ def _on_one_dictionary(
 ) -> list[Outcome]:
     source = generate(config.data, data_seed, config.contexts, keep=config.keep)
     held_out = generate(config.data, data_seed, config.held_out_contexts, "held_out")
-    return train_on(
-        source,
-        held_out,
-        config.arms,
-        seeds,
-        config.train,
-        config.levels,
-        config.layout,
-        config.evals,
-        config.device,
+    conditions = Conditions(
+        seeds=seeds,
+        training=config.train,
         otherwise=config.trainings(),
+        levels=config.levels,
+        layout=config.layout,
+        evals=config.evals,
+        device=config.device,
     )
+    return train_on(source, held_out, config.arms, conditions)
 
 
 def table(config: SyntheticStudyConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:

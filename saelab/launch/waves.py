@@ -157,7 +157,7 @@ def _controls(
     return job_cells
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Wave:
     """Part of a launch that is to be done now.
 
@@ -200,7 +200,7 @@ def _wave(ready: PreparedLaunch, taken: Collection[Path] = ()) -> _Wave:
             jobs.append(_job(ready, group))
     trainings = [spec.train for spec in specs] + [control.train_config for control in trained]
     tokens = sum(config.tokens + evaluation_cost(config) for config in trainings)
-    return _Wave(ready, specs, len(keys) - len(specs), jobs, tokens)
+    return _Wave(ready=ready, specs=specs, cached=len(keys) - len(specs), jobs=jobs, tokens=tokens)
 
 
 def _tidy(ready: PreparedLaunch, unfinished: Collection[Key]) -> None:
@@ -230,7 +230,17 @@ def _run(task: Launch, waves: Sequence[_Wave], workers: int, logs: Path) -> None
         steps = [harvests.enter_context(closing(wave.ready.prepared.steps)) for wave in waves]
         harvest = itertools.chain.from_iterable(steps)
         device = waves[0].ready.data.device
-        executor(task.executor)(JobSet(_work, jobs, workers, logs, bar, harvest, device))
+        executor(task.executor)(
+            JobSet(
+                function=_work,
+                jobs=jobs,
+                workers=workers,
+                logs=logs,
+                bar=bar,
+                local_work=harvest,
+                device=device,
+            )
+        )
 
 
 def _job(ready: PreparedLaunch, members: list[JobCell]) -> Job:

@@ -81,11 +81,11 @@ class Worker:
         self.evaluation = EvalData(
             CoreData(held_out, model, data.loss_contexts, data.device),
             ProbingData.load(data.probing) if data.probing else None,
-            data.probing_seed,
-            data.k_values,
-            data.why_no_probing,
-            data.definition,
-            data.missing_entries,
+            seed=data.probing_seed,
+            k_values=data.k_values,
+            why_no_probing=data.why_no_probing,
+            definition=data.definition,
+            missing_entries=data.missing_entries,
         )
 
     def run(self, job: Job, advance: Advance) -> None:

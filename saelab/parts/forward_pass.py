@@ -1,9 +1,8 @@
-"""Dimensions that a part is built for, and one forward pass as losses, controllers and observers see
-it."""
+"""Dimensions that a part is built for, and one forward pass as the parts see it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ class Dims:
 
     d_in: int
     d_sae: int
+    _: KW_ONLY
     steps: int = 1
     seed: int = 0
     ranks: Ranks = ALONE
@@ -38,7 +38,7 @@ class Dims:
         return local.stop - local.start
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Pass:
     """One forward pass, as losses, controllers and observers see it.
 

@@ -33,7 +33,7 @@ TEXT_BYTES = 2.0
 FILLED = 0.9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WidthCost:
     """Costs of training one SAE of a width.
 
@@ -57,7 +57,7 @@ class WidthCost:
     store_bound: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """Costs of a config on a device; hours with the rates' assumptions.
 

@@ -62,7 +62,7 @@ class Change:
         return f"{self.setting}: {_short(self.base)} -> {_short(self.arm)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArmCheck:
     """One arm before it is trained.
 
@@ -93,7 +93,7 @@ class ArmCheck:
     sees: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunCheck:
     """One run before it is trained; `seconds` is with nothing in the cache.
 

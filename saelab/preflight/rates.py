@@ -100,7 +100,7 @@ def size_of(config: ModelConfig, file: Path = RATES) -> Size:
         return language_model.size(config)
     weights = row["parameters"] * getattr(torch, config.dtype).itemsize
     names = ("d_model", "inner", "vocabulary", "blocks", "attention")
-    return Size(weights, *(int(row[name]) for name in names))
+    return Size(weights=weights, **{name: int(row[name]) for name in names})
 
 
 @functools.cache

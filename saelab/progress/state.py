@@ -16,7 +16,7 @@ TRAIN, EVALUATE, DONE = "train", "evaluate", "done"
 LAUNCH, CELLS, END = "launch", "cells", "end"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stage:
     """Stage of the launch: `done` of `total` units after `seconds`."""
 
@@ -38,7 +38,7 @@ class Stage:
         return missing * self.seconds / self.done if self.done > 0 else None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CellState:
     """Progress of a cell, and the values that were measured last.
 
@@ -130,7 +130,9 @@ class State:
         else:
             done, total = float(line["done"]), float(line["total"])
             seconds = float(line.get("seconds") or 0.0)
-            self.stages[stage] = Stage(stage, done, total, str(line.get("unit", "")), seconds)
+            self.stages[stage] = Stage(
+                name=stage, done=done, total=total, unit=str(line.get("unit", "")), seconds=seconds
+            )
 
     def _fold_cell(self, line: Mapping[str, Any]) -> None:
         names = CellState.__dataclass_fields__

@@ -170,7 +170,7 @@ def run_data(run: RunFolder, title: str = "", comparisons: Sequence[Comparison] 
         if c.arm in info:
             info[c.arm] = info[c.arm] | {"means": info[c.arm].get("means", {}) | c.means()}
     values = _read_values(run) or _values_from_info(info, run.target_level)
-    data = Run(name, title or manifest.get("title", name), info, manifest, values)
+    data = Run(name, title or manifest.get("title", name), info, manifest=manifest, values=values)
     return replace(data, curves=_read_curves(run, data.target_l0))
 
 

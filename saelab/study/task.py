@@ -15,7 +15,7 @@ from saelab.study.plan import (
 LONGEST = 7000.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Launch:
     """Settings of a launch: the work to do and the place for it.
 

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,7 @@ class ResumableCell:
 
     cell: TrainingCell
     folder: Path | None
+    _: KW_ONLY
     position: Position = START
     seconds: float = 0.0
     twin: Remote | None = None
@@ -225,7 +226,7 @@ def restore_cell(
         with _drop_if_damaged(file):
             state, position, seconds = read_checkpoint(file, cell.shards())
             cell.restore(state)
-            return ResumableCell(cell, folder, position, seconds, twin)
+            return ResumableCell(cell, folder, position=position, seconds=seconds, twin=twin)
         cell = build()
     return ResumableCell(cell, folder, twin=twin)
 

@@ -20,7 +20,7 @@ from saelab.parts.base import ROLES, Scalar
 from saelab.runs import schema
 from saelab.study.plan import BASELINE, BaseConfig, PlanConfig
 from saelab.verdict.arms import ArmResult
-from saelab.verdict.judge import Comparison, Difference, compare_secondary, judge
+from saelab.verdict.judge import Comparison, Difference, Rules, compare_secondary, judge
 from saelab.verdict.l0_adjustment import Moves, move_values, value_moves
 
 #: Most entries of `means`: an autonomous driver's model sees nothing else.
@@ -79,21 +79,24 @@ def _judge(
     reference = base.reference(primary)
     own = base.definitions.get(primary)
     definitions = {name: arm.definitions.get(primary, own) for name, arm in every.items()}
+    rules = Rules(
+        primary=primary,
+        direction=plan.direction,
+        sesoi=plan.sesoi,
+        target_l0=plan.target_l0,
+        tolerance=plan.tolerance,
+        alpha=plan.alpha,
+        family=max(family, plan.family or 0),
+        exploratory=exploratory,
+        baseline=base.name,
+    )
     found = judge(
-        primary,
-        plan.direction,
-        plan.sesoi,
+        rules,
         move_values(reference, by.get(base.name, {})),
         {name: move_values(values, by.get(name, {})) for name, values in measured.items()},
         {name: _numbers(arm.metric("l0")) for name, arm in every.items()},
-        plan.target_l0,
-        plan.tolerance,
-        plan.alpha,
-        exploratory,
         failed={name: arm.failed for name, arm in arms.items()},
         definitions={name: str(known) for name, known in definitions.items() if own},
-        family=max(family, plan.family or 0),
-        baseline_name=base.name,
     )
     return [_as_measured(c, reference, measured[c.arm], plan) for c in found]
 
@@ -137,16 +140,9 @@ def judge_planted(
     worse = [value for value in change if value is not None]
     if len(fvu) < 2 or not worse:
         return None
-    (found,) = judge(
-        "fvu",
-        "lower",
-        plan.sesoi if plan.primary == "fvu" else 0.0,
-        baseline.reference("fvu"),
-        {schema.PLANTED: fvu},
-        {},
-        None,
-        alpha=plan.alpha,
-    )
+    sesoi = plan.sesoi if plan.primary == "fvu" else 0.0
+    rules = Rules(primary="fvu", direction="lower", sesoi=sesoi, alpha=plan.alpha)
+    (found,) = judge(rules, baseline.reference("fvu"), {schema.PLANTED: fvu}, {})
     return Planted(found, sum(worse) / len(worse))
 
 

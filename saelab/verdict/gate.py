@@ -33,7 +33,7 @@ Hits = Iterator[tuple[str, str]]
 ORDER: tuple[Outcome, ...] = ("invalid", "failed", "relabelled", "warning")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """Rule of the gate.
 
@@ -67,7 +67,7 @@ class Check:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """Check that fired; `sentence` gives observation, value, threshold and remedy."""
 
@@ -121,7 +121,15 @@ def gate(facts: Facts, expected: Collection[str] = ()) -> GateResult:
             for subject, text in check.look(facts, check.threshold or 0.0):
                 sentence = f"{text}: {check.explanation}; {check.remedy}"
                 is_expected = check.name in expected
-                findings.append(Finding(check.name, check.outcome, sentence, is_expected, subject))
+                findings.append(
+                    Finding(
+                        check=check.name,
+                        outcome=check.outcome,
+                        sentence=sentence,
+                        expected=is_expected,
+                        subject=subject,
+                    )
+                )
     counted: list[Outcome] = [f.outcome for f in findings if not f.expected]
     unchecked = tuple(check.name for check in CHECKS if not check.has_facts(facts))
     return GateResult(counted[0] if counted else "ok", tuple(findings), unchecked)
@@ -281,178 +289,181 @@ def _find_collapsed(facts: Facts, threshold: float) -> Hits:
 #: Every rule of the gate. A threshold without a source is our choice, argued in the explanation.
 CHECKS: tuple[Check, ...] = (
     Check(
-        "weights_zero", "invalid", None, ("weights_zero",),
-        "no gradient can flow, so this SAE was never trained",
-        "start from unit decoder rows and their transpose",
-        _find_zero_weights,
+        name="weights_zero", outcome="invalid", threshold=None, needs=("weights_zero",),
+        explanation="no gradient can flow, so this SAE was never trained",
+        remedy="start from unit decoder rows and their transpose",
+        look=_find_zero_weights,
     ),
     Check(
-        "no_steps", "invalid", 0.0, ("steps",),
-        "no training step was taken or recorded",
-        "train the cell and record its steps",
-        _unless(_has_diverged, _at_most("steps", "the number of training steps")),
+        name="no_steps", outcome="invalid", threshold=0.0, needs=("steps",),
+        explanation="no training step was taken or recorded",
+        remedy="train the cell and record its steps",
+        look=_unless(_has_diverged, _at_most("steps", "the number of training steps")),
     ),
     Check(
-        "no_tokens", "invalid", 0.0, ("tokens",),
-        "no token was trained on or recorded",
-        "train the cell and record its tokens",
-        _unless(_has_diverged, _at_most("tokens", "the number of training tokens")),
+        name="no_tokens", outcome="invalid", threshold=0.0, needs=("tokens",),
+        explanation="no token was trained on or recorded",
+        remedy="train the cell and record its tokens",
+        look=_unless(_has_diverged, _at_most("tokens", "the number of training tokens")),
     ),
     Check(
-        "hook_mismatch", "invalid", None, ("hook_",),
-        "the SAE was trained, fed or scored on activations of another place",
-        "name one hook for training, activations and evaluation",
-        _find_hook_mismatch,
+        name="hook_mismatch", outcome="invalid", threshold=None, needs=("hook_",),
+        explanation="the SAE was trained, fed or scored on activations of another place",
+        remedy="name one hook for training, activations and evaluation",
+        look=_find_hook_mismatch,
     ),
     Check(
-        "probing_constant", "invalid", None, ("probing_constant",),
-        "the probes saw nothing of the model",
-        "check that the SAE was trained and that its code reaches the probes",
-        _unless(_arm_died, _find_constant_probing),
+        name="probing_constant", outcome="invalid", threshold=None, needs=("probing_constant",),
+        explanation="the probes saw nothing of the model",
+        remedy="check that the SAE was trained and that its code reaches the probes",
+        look=_unless(_arm_died, _find_constant_probing),
     ),
     Check(
-        "loss_recovered_impossible", "invalid", 1.02, ("loss_recovered",),
-        "no reconstruction beats the activations themselves by more than rounding",
-        "check the hook, the mask and the ablation of that evaluation",
-        _above("loss_recovered", "loss recovered"),
+        name="loss_recovered_impossible", outcome="invalid", threshold=1.02,
+        needs=("loss_recovered",),
+        explanation="no reconstruction beats the activations themselves by more than rounding",
+        remedy="check the hook, the mask and the ablation of that evaluation",
+        look=_above("loss_recovered", "loss recovered"),
     ),
     Check(
-        "not_finite", "invalid", None, (),
-        "training was finite, so the measurement is at fault",
-        "report the evaluation that gave these numbers",
-        _find_not_finite,
+        name="not_finite", outcome="invalid", threshold=None, needs=(),
+        explanation="training was finite, so the measurement is at fault",
+        remedy="report the evaluation that gave these numbers",
+        look=_find_not_finite,
     ),
     Check(
-        "nonfinite_training", "failed", None, ("nonfinite_step",),
-        "the arm diverged",
-        "lower its learning rate or the weight of its own loss terms",
-        _find_nonfinite_step,
+        name="nonfinite_training", outcome="failed", threshold=None, needs=("nonfinite_step",),
+        explanation="the arm diverged",
+        remedy="lower its learning rate or the weight of its own loss terms",
+        look=_find_nonfinite_step,
     ),
     Check(
-        "no_firing", "failed", 0.0, ("l0",),
-        "no latent fires on any token",
-        "lower the penalty or the threshold, or warm it up more slowly",
-        _at_most("l0", "L0", " latents per token"),
+        name="no_firing", outcome="failed", threshold=0.0, needs=("l0",),
+        explanation="no latent fires on any token",
+        remedy="lower the penalty or the threshold, or warm it up more slowly",
+        look=_at_most("l0", "L0", " latents per token"),
     ),
     Check(
-        "constant_code", "failed", 0.0, ("code_std",),
-        "the code is the same for every token and carries nothing",
-        "lower the penalty or the threshold, or use another start",
-        _unless(
+        name="constant_code", outcome="failed", threshold=0.0, needs=("code_std",),
+        explanation="the code is the same for every token and carries nothing",
+        remedy="lower the penalty or the threshold, or use another start",
+        look=_unless(
             lambda facts: _number(facts, "l0") == 0,
             _at_most("code_std", "the largest standard deviation of a latent over tokens"),
         ),
     ),
     Check(
-        "worse_than_mean", "failed", 0.0, ("explained_variance",),
-        "the reconstruction is no better than the mean activation",
-        "lower the penalty or the learning rate",
-        _at_most("explained_variance", "explained variance"),
+        name="worse_than_mean", outcome="failed", threshold=0.0, needs=("explained_variance",),
+        explanation="the reconstruction is no better than the mean activation",
+        remedy="lower the penalty or the learning rate",
+        look=_at_most("explained_variance", "explained variance"),
     ),
     Check(
-        "loss_not_recovered", "failed", 0.0, ("loss_recovered",),
-        "the reconstruction serves the model no better than ablating the hook",
-        "lower the penalty or the learning rate",
-        _at_most("loss_recovered", "loss recovered"),
+        name="loss_not_recovered", outcome="failed", threshold=0.0, needs=("loss_recovered",),
+        explanation="the reconstruction serves the model no better than ablating the hook",
+        remedy="lower the penalty or the learning rate",
+        look=_at_most("loss_recovered", "loss recovered"),
     ),
     Check(
-        "far_above_target", "failed", 10.0, ("l0", "target_l0"),
-        "the arm did not keep its sparsity",
-        "raise its penalty or threshold and calibrate it again",
-        _ratio("l0", "target_l0", "L0", "the target"),
+        name="far_above_target", outcome="failed", threshold=10.0, needs=("l0", "target_l0"),
+        explanation="the arm did not keep its sparsity",
+        remedy="raise its penalty or threshold and calibrate it again",
+        look=_ratio("l0", "target_l0", "L0", "the target"),
     ),
     Check(
-        "dense_code", "failed", 0.5, ("l0", "d_sae"),
-        "more than half of the latents fire on a token, so the code is not sparse",
-        "raise the penalty or the threshold",
-        _ratio("l0", "d_sae", "L0", "d_sae"),
+        name="dense_code", outcome="failed", threshold=0.5, needs=("l0", "d_sae"),
+        explanation="more than half of the latents fire on a token, so the code is not sparse",
+        remedy="raise the penalty or the threshold",
+        look=_ratio("l0", "d_sae", "L0", "d_sae"),
     ),
     Check(
-        "inert_scalar", "relabelled", 0.05, (REACH,),
-        "the arm is reported as fixed, a label only: noise alone reaches 15% in 200 steps and a "
-        "converged scalar shows 2.8% after 20,000",
-        "look at its path, or raise its own learning rate",
-        _find_inert,
+        name="inert_scalar", outcome="relabelled", threshold=0.05, needs=(REACH,),
+        explanation="the arm is reported as fixed, a label only: noise alone reaches 15% in 200 "
+        "steps and a converged scalar shows 2.8% after 20,000",
+        remedy="look at its path, or raise its own learning rate",
+        look=_find_inert,
     ),
     Check(
-        "collapsed_balance", "relabelled", 0.10, ("alpha_outside_share",),
-        "the balance chose one term for good and the arm is reported as fixed",
-        "use a balance with an equilibrium (minimax, gradnorm), or report the fixed arm",
-        _find_collapsed,
+        name="collapsed_balance", outcome="relabelled", threshold=0.10,
+        needs=("alpha_outside_share",),
+        explanation="the balance chose one term for good and the arm is reported as fixed",
+        remedy="use a balance with an equilibrium (minimax, gradnorm), or report the fixed arm",
+        look=_find_collapsed,
     ),
     Check(
-        "random_band", "warning", None,
-        ("probing_accuracy", "random_control_low", "random_control_high"),
-        "that is a result and no fault, since random dictionaries do as well",
-        "claim nothing about features from this score",
-        _find_control_band,
+        name="random_band", outcome="warning", threshold=None,
+        needs=("probing_accuracy", "random_control_low", "random_control_high"),
+        explanation="that is a result and no fault, since random dictionaries do as well",
+        remedy="claim nothing about features from this score",
+        look=_find_control_band,
     ),
     Check(
-        "dead_latents", "warning", 0.5, ("dead_share",),
-        "most of the dictionary is unused",
-        "resample or use AuxK, or lower d_sae",
-        _above("dead_share", "the share of dead latents"),
+        name="dead_latents", outcome="warning", threshold=0.5, needs=("dead_share",),
+        explanation="most of the dictionary is unused",
+        remedy="resample or use AuxK, or lower d_sae",
+        look=_above("dead_share", "the share of dead latents"),
     ),
     Check(
-        "near_duplicates", "warning", 0.05, ("near_duplicate_share",),
-        "latents repeat each other, with a decoder cosine above 0.95",
-        "lower d_sae or penalise similar decoder rows",
-        _above("near_duplicate_share", "the share of latents with a near twin"),
+        name="near_duplicates", outcome="warning", threshold=0.05, needs=("near_duplicate_share",),
+        explanation="latents repeat each other, with a decoder cosine above 0.95",
+        remedy="lower d_sae or penalise similar decoder rows",
+        look=_above("near_duplicate_share", "the share of latents with a near twin"),
     ),
     Check(
-        "penalty_negligible", "warning", 0.01, ("penalty_share",),
-        "the penalty hardly acts, so the arm is nearly the baseline",
-        "raise its weight until the share is 0.05 to 0.3",
-        _below("penalty_share", "the penalty's share of the gradient"),
+        name="penalty_negligible", outcome="warning", threshold=0.01, needs=("penalty_share",),
+        explanation="the penalty hardly acts, so the arm is nearly the baseline",
+        remedy="raise its weight until the share is 0.05 to 0.3",
+        look=_below("penalty_share", "the penalty's share of the gradient"),
     ),
     Check(
-        "penalty_dominant", "warning", 0.9, ("penalty_share",),
-        "the penalty drowns the reconstruction",
-        "lower its weight until the share is 0.05 to 0.3",
-        _above("penalty_share", "the penalty's share of the gradient"),
+        name="penalty_dominant", outcome="warning", threshold=0.9, needs=("penalty_share",),
+        explanation="the penalty drowns the reconstruction",
+        remedy="lower its weight until the share is 0.05 to 0.3",
+        look=_above("penalty_share", "the penalty's share of the gradient"),
     ),
     Check(
-        "loss_spikes", "warning", 0.0, ("spikes",),
-        "training was not stable: a spike is above 10 median absolute deviations of the log loss "
-        "for at least 3 steps",
-        "lower the learning rate or clip gradients",
-        _above("spikes", "the number of loss spikes"),
+        name="loss_spikes", outcome="warning", threshold=0.0, needs=("spikes",),
+        explanation="training was not stable: a spike is above 10 median absolute deviations of "
+        "the log loss for at least 3 steps",
+        remedy="lower the learning rate or clip gradients",
+        look=_above("spikes", "the number of loss spikes"),
     ),
     Check(
-        "repeated_data", "warning", None, ("data_passes", "planned_passes"),
-        "the cell saw the same activations more often than the plan says",
-        "add text, or plan the repetition",
-        _find_repeated_data,
+        name="repeated_data", outcome="warning", threshold=None,
+        needs=("data_passes", "planned_passes"),
+        explanation="the cell saw the same activations more often than the plan says",
+        remedy="add text, or plan the repetition",
+        look=_find_repeated_data,
     ),
     Check(
-        "not_converged", "warning", 0.02, ("last_tenth_improvement",),
-        "the comparison is one of speed rather than of end points",
-        "train on more tokens",
-        _above("last_tenth_improvement", "the share by which the last tenth improved FVU"),
+        name="not_converged", outcome="warning", threshold=0.02, needs=("last_tenth_improvement",),
+        explanation="the comparison is one of speed rather than of end points",
+        remedy="train on more tokens",
+        look=_above("last_tenth_improvement", "the share by which the last tenth improved FVU"),
     ),
     Check(
-        "bos_variance", "warning", 0.2, ("bos_variance_share",),
-        "the first token's own direction makes up much of what is reconstructed",
-        "mask BOS positions in training and evaluation",
-        _unless(
+        name="bos_variance", outcome="warning", threshold=0.2, needs=("bos_variance_share",),
+        explanation="the first token's own direction makes up much of what is reconstructed",
+        remedy="mask BOS positions in training and evaluation",
+        look=_unless(
             lambda facts: _flag(facts, "bos_masked"),
             _above("bos_variance_share", "the share of variance at BOS positions"),
         ),
     ),
     Check(
-        "large_mean", "warning", 3.0, ("mean_over_std",),
-        "the mean dominates the activations and latents will be spent on it",
-        "centre the activations",
-        _unless(
+        name="large_mean", outcome="warning", threshold=3.0, needs=("mean_over_std",),
+        explanation="the mean dominates the activations and latents will be spent on it",
+        remedy="centre the activations",
+        look=_unless(
             lambda facts: _flag(facts, "centred"),
             _above("mean_over_std", "norm(mean) / norm(std) of the activations"),
         ),
     ),
     Check(
-        "wider_than_input", "warning", 1.0, ("l0", "d_in"),
-        "more latents fire than the input has dimensions",
-        "raise the penalty or the threshold",
-        _ratio("l0", "d_in", "L0", "d_in"),
+        name="wider_than_input", outcome="warning", threshold=1.0, needs=("l0", "d_in"),
+        explanation="more latents fire than the input has dimensions",
+        remedy="raise the penalty or the threshold",
+        look=_ratio("l0", "d_in", "L0", "d_in"),
     ),
 )  # fmt: skip
 

@@ -42,7 +42,7 @@ COVERS = "The interval covers SAE initialisation and data order, not other model
 POWER = 0.8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Comparison of an arm with the baseline on the primary metric; missing numbers are None.
 
@@ -67,17 +67,17 @@ class Comparison:
     arm: str
     metric: str
     n: int
-    mean_diff: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    p_holm: float | None
-    test: str
+    mean_diff: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    test: str = ""
     sesoi: float
-    detectable: float | None
+    detectable: float | None = None
     word: Word
-    needed_seeds: int | None
-    reason: str
+    needed_seeds: int | None = None
+    reason: str = ""
     exploratory: bool
     bca_low: float | None = None
     bca_high: float | None = None
@@ -94,7 +94,7 @@ class Comparison:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Difference:
     """Difference on a secondary metric: mean of arm - baseline with its 95% t interval."""
 
@@ -123,79 +123,113 @@ class _Pairs:
         return not self.refusal
 
 
-def judge(  # noqa: PLR0913 - public, called by keyword
-    primary: str,
-    direction: Direction,
-    sesoi: float,
-    baseline: Values,
-    arms: Mapping[str, Values],
-    l0: Mapping[str, Mapping[int, float]],
-    target_l0: float | None,
-    tolerance: float = 0.05,
-    alpha: float = 0.05,
-    exploratory: bool = True,
-    *,
-    failed: Mapping[str, set[int]] | None = None,
-    definitions: Mapping[str, str] | None = None,
-    family: int | None = None,
-    baseline_name: str = "baseline",
-) -> list[Comparison]:
-    """Judges every arm of one run on the primary metric.
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Rules of a verdict, all of them fixed before anything is measured.
 
     Args:
         primary: name of the metric.
         direction: of better values.
         sesoi: smallest effect of interest, in the metric's unit; 0 means that none is declared.
-        baseline: seed -> value of the baseline; None is an invalid cell.
-        arms: arm -> seed -> value; all arms of the run, without the baseline.
-        l0: arm -> seed -> L0 (latents per token) at which the value holds; the baseline's under
-            `baseline_name` is checked too when given.
         target_l0: L0 of the plan; None leaves sparsity unchecked.
         tolerance: largest relative distance of a cell's L0 from the target.
         alpha: level of the Holm-adjusted test and of the equivalence test.
-        exploratory: marks every comparison; false for the confirmatory run.
-        failed: arm -> seeds whose cell failed by the arm's own fault.
-        definitions: arm -> definition id of the metric, the baseline's under `baseline_name`.
         family: planned number of comparisons when it is larger than the number of arms.
-        baseline_name: key of the baseline in `l0` and `definitions`.
+        exploratory: marks every comparison; false for the confirmatory run.
+        baseline: name of the arm that the others are compared with.
 
-    Raises: SettingError for an impossible setting or a value that is not finite.
+    Raises: SettingError for an impossible rule.
     """
-    _check_settings(direction, sesoi, target_l0, tolerance, alpha, baseline, arms, baseline_name)
-    m = max(len(arms), family or 0)
-    sign = 1.0 if direction == "higher" else -1.0
+
+    primary: str
+    direction: Direction
+    sesoi: float
+    target_l0: float | None = None
+    tolerance: float = 0.05
+    alpha: float = 0.05
+    family: int | None = None
+    exploratory: bool = True
+    baseline: str = "baseline"
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("lower", "higher"):
+            raise SettingError("direction", self.direction, "say 'lower' or 'higher'")
+        if not (math.isfinite(self.sesoi) and self.sesoi >= 0):
+            raise SettingError("sesoi", self.sesoi, "a finite number >= 0 is needed")
+        if self.target_l0 is not None and not (
+            math.isfinite(self.target_l0) and self.target_l0 > 0
+        ):
+            remedy = "a number of latents per token above 0 is needed"
+            raise SettingError("target_l0", self.target_l0, remedy)
+        if not 0 < self.tolerance < 1:
+            raise SettingError("tolerance", self.tolerance, "a share between 0 and 1 is needed")
+        if not 0 < self.alpha < 0.5:
+            raise SettingError("alpha", self.alpha, "a level between 0 and 0.5 is needed")
+
+    @property
+    def sign(self) -> float:
+        """Turns a difference of values into a gain: 1 where higher is better, else -1."""
+        return 1.0 if self.direction == "higher" else -1.0
+
+    def blank(self, arm: str) -> Comparison:
+        """Builds the comparison of an arm that has no number yet."""
+        return Comparison(
+            arm=arm,
+            metric=self.primary,
+            n=0,
+            sesoi=self.sesoi,
+            word="refused",
+            exploratory=self.exploratory,
+            against=self.baseline,
+        )
+
+
+def judge(
+    rules: Rules,
+    baseline: Values,
+    arms: Mapping[str, Values],
+    l0: Mapping[str, Mapping[int, float]],
+    failed: Mapping[str, set[int]] | None = None,
+    definitions: Mapping[str, str] | None = None,
+) -> list[Comparison]:
+    """Judges every arm of one run on the primary metric.
+
+    Args:
+        baseline: seed -> value of the baseline; None is an invalid cell.
+        arms: arm -> seed -> value; all arms of the run, without the baseline.
+        l0: arm -> seed -> L0 (latents per token) at which the value holds; the baseline's under
+            its name is checked too when given.
+        failed: arm -> seeds whose cell failed by the arm's own fault.
+        definitions: arm -> definition id of the metric, the baseline's under its name.
+
+    Raises: SettingError for a baseline among the arms or a value that is not finite.
+    """
+    _check_values(rules.baseline, baseline, arms)
+    m = max(len(arms), rules.family or 0)
     definitions, failed = definitions or {}, failed or {}
     pairs: dict[str, _Pairs] = {}
     for arm, values in arms.items():
-        definition, reference = definitions.get(arm), definitions.get(baseline_name)
+        definition, reference = definitions.get(arm), definitions.get(rules.baseline)
         refusal = other_definition(definition, reference) if definitions else ""
-        pairs[arm] = (
-            _Pairs(np.zeros(0), refusal=refusal)
-            if refusal
-            else _pair(
-                sign,
-                sesoi,
-                baseline,
-                values,
-                set(failed.get(arm, ())),
-                _L0(target_l0, tolerance, l0.get(arm, {}), l0.get(baseline_name)),
-            )
-        )
+        if refusal:
+            pairs[arm] = _Pairs(np.zeros(0), refusal=refusal)
+        else:
+            own = _L0(rules.target_l0, rules.tolerance, l0.get(arm, {}), l0.get(rules.baseline))
+            pairs[arm] = _pair(rules, baseline, values, set(failed.get(arm, ())), own)
     usable = [arm for arm in arms if pairs[arm].usable]
-    p = {arm: float(stats.chosen_p(pairs[arm].gains, m, alpha)) for arm in usable}
-    adjusted = stats.holm(list(p.values()), m)
-    p_holm = dict(zip(usable, map(float, adjusted), strict=True))
-    blank = Comparison(
-        "", primary, 0, None, None, None, None, None, "", sesoi, None, "refused", None, "",
-        exploratory, against=baseline_name,
-    )  # fmt: skip
+    p = {arm: float(stats.chosen_p(pairs[arm].gains, m, rules.alpha)) for arm in usable}
+    p_holm = dict(zip(usable, map(float, stats.holm(list(p.values()), m)), strict=True))
     return [
         _compare(
-            replace(blank, arm=arm, n=len(pairs[arm].gains), p=p.get(arm), p_holm=p_holm.get(arm)),
-            pairs[arm], sign, m, alpha,
+            replace(
+                rules.blank(arm), n=len(pairs[arm].gains), p=p.get(arm), p_holm=p_holm.get(arm)
+            ),
+            pairs[arm],
+            rules,
+            m,
         )
         for arm in arms
-    ]  # fmt: skip
+    ]
 
 
 def choose_words(
@@ -228,12 +262,24 @@ def compare_secondary(
         d = [a - b for a, b in _shared_values(baseline, values).values()]
         if not d:
             reason = "no pair has both values"
-            differences.append(Difference(arm, metric, 0, None, None, None, reason))
+            differences.append(
+                Difference(
+                    arm=arm, metric=metric, n=0, mean_diff=None, low=None, high=None, reason=reason
+                )
+            )
             continue
         summary = stats.paired_summary(d, alpha)
         reason = "" if summary.n > 1 else "one pair has no interval"
         differences.append(
-            Difference(arm, metric, summary.n, summary.mean, summary.low, summary.high, reason)
+            Difference(
+                arm=arm,
+                metric=metric,
+                n=summary.n,
+                mean_diff=summary.mean,
+                low=summary.low,
+                high=summary.high,
+                reason=reason,
+            )
         )
     return differences
 
@@ -279,9 +325,7 @@ class _L0:
         )
 
 
-def _pair(
-    sign: float, sesoi: float, baseline: Values, values: Values, failed: set[int], l0: _L0
-) -> _Pairs:
+def _pair(rules: Rules, baseline: Values, values: Values, failed: set[int], l0: _L0) -> _Pairs:
     """Computes gains by seed, of healthy pairs first, then of failed ones; or refuses."""
     both = _shared_values(baseline, values)
     healthy = [seed for seed in both if seed not in failed]
@@ -292,8 +336,8 @@ def _pair(
         return _Pairs(np.zeros(n), excluded=excluded, refusal=_too_few_text(n, excluded))
     if complaint := l0.complaint(healthy):
         return _Pairs(np.zeros(n), refusal=complaint)
-    gain = {seed: sign * (both[seed][0] - both[seed][1]) for seed in both}
-    loss = -max([sesoi, *(abs(gain[seed]) for seed in healthy)])
+    gain = {seed: rules.sign * (both[seed][0] - both[seed][1]) for seed in both}
+    loss = -max([rules.sesoi, *(abs(gain[seed]) for seed in healthy)])
     known_loss = {seed: gain[seed] for seed in fallen if gain.get(seed, 0.0) < 0}
     measured = bool(healthy or known_loss)
     if not measured:  # nothing but losses of unknown size: only their signs can be tested
@@ -320,8 +364,9 @@ def _too_few_text(n: int, excluded: int) -> str:
 # ------------------------------------------------------------------------------------- the verdict
 
 
-def _compare(blank: Comparison, pairs: _Pairs, sign: float, m: int, alpha: float) -> Comparison:
+def _compare(blank: Comparison, pairs: _Pairs, rules: Rules, m: int) -> Comparison:
     """Fills in the numbers, the word and the reason of a usable comparison."""
+    alpha = rules.alpha
     if blank.p_holm is None:
         return replace(blank, reason=pairs.refusal)
     n = len(pairs.gains)
@@ -331,7 +376,7 @@ def _compare(blank: Comparison, pairs: _Pairs, sign: float, m: int, alpha: float
         word = "cannot tell"
     done = replace(blank, word=word, test=stats.choose_test(n, m, alpha))
     if pairs.measured:
-        done = _with_numbers(done, sign * pairs.gains, alpha)
+        done = _with_numbers(done, rules.sign * pairs.gains, alpha)
     if word == "cannot tell" and pairs.measured and not pairs.failed:
         needed = seeds_to_tell(stats.paired_summary(pairs.gains, alpha), blank.sesoi, m, alpha)
         done = replace(done, needed_seeds=needed)
@@ -416,22 +461,7 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def _check_settings(
-    direction: str, sesoi: float, target_l0: float | None, tolerance: float, alpha: float,
-    baseline: Values, arms: Mapping[str, Values], baseline_name: str,
-) -> None:  # fmt: skip
-    if direction not in ("lower", "higher"):
-        raise SettingError("direction", direction, "say 'lower' or 'higher'")
-    if not (math.isfinite(sesoi) and sesoi >= 0):
-        raise SettingError("sesoi", sesoi, "a finite number >= 0 is needed")
-    if target_l0 is not None and not (math.isfinite(target_l0) and target_l0 > 0):
-        raise SettingError(
-            "target_l0", target_l0, "a number of latents per token above 0 is needed"
-        )
-    if not 0 < tolerance < 1:
-        raise SettingError("tolerance", tolerance, "a share between 0 and 1 is needed")
-    if not 0 < alpha < 0.5:
-        raise SettingError("alpha", alpha, "a level between 0 and 0.5 is needed")
+def _check_values(baseline_name: str, baseline: Values, arms: Mapping[str, Values]) -> None:
     if baseline_name in arms:
         raise SettingError(
             "arms", baseline_name, "the baseline is not one of the arms: leave it out"

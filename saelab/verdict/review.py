@@ -32,7 +32,7 @@ from saelab.verdict.judge import COVERS, Comparison, Difference
 from saelab.verdict.summary import align_columns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CellNote:
     """A cell that the gate has something to say about."""
 
@@ -249,7 +249,13 @@ def _arms(
 
 def _notes(gates: Mapping[str, CellGate]) -> list[CellNote]:
     found = [
-        CellNote(cell, finding.outcome, finding.check, finding.expected, finding.sentence)
+        CellNote(
+            cell=cell,
+            outcome=finding.outcome,
+            check=finding.check,
+            expected=finding.expected,
+            sentence=finding.sentence,
+        )
         for cell, known in gates.items()
         for finding in known.result.findings
     ]

@@ -11,8 +11,11 @@ from saelab import stats
 from saelab.seeding import numpy_stream
 from saelab.verdict.judge import Kind, choose_words
 
+#: Shares of words that a simulation counts; a word is its name with spaces.
+SHARES = ("helps", "hurts", "no_evidence", "cannot_tell")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Simulation:
     """Results of the rules on simulated cells: shares over all simulated runs and arms.
 
@@ -70,12 +73,19 @@ def simulate(
     word = choose_words(d.mean(axis=-1), p_holm, stats.tost_p(d, sesoi), alpha)
     low, high = stats.t_interval(d, alpha)
     decided = (word == "helps") | (word == "hurts")
-    shares = [float(np.mean(word == w)) for w in ("helps", "hurts", "no evidence", "cannot tell")]
+    shares = {w: float(np.mean(word == w.replace("_", " "))) for w in SHARES}
     return Simulation(
-        kind, n, arms, effect, sesoi, stats.choose_test(n, arms, alpha), simulations,
-        float(decided.any(axis=-1).mean()), *shares,
+        kind=kind,
+        n=n,
+        arms=arms,
+        effect=effect,
+        sesoi=sesoi,
+        test=stats.choose_test(n, arms, alpha),
+        simulations=simulations,
+        any_told=float(decided.any(axis=-1).mean()),
+        **shares,
         coverage=float(np.mean((low <= effect) & (effect <= high))),
-    )  # fmt: skip
+    )
 
 
 def _simulated_differences(
@@ -95,7 +105,7 @@ def _simulated_differences(
     return (values[:, 1:] - values[:, :1]) / (sd * math.sqrt(2))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ValidationRow:
     """Promise of the rules, and the share that simulation gives.
 
@@ -147,7 +157,14 @@ def validation_table(simulations: int = 2000, seed: int = 0) -> list[ValidationR
     ) -> None:
         low, high = bounds or (None, None)
         rows.append(
-            ValidationRow(promise, run, observed, low, high, _is_kept(observed, run, bounds))
+            ValidationRow(
+                promise=promise,
+                run=run,
+                observed=observed,
+                low=low,
+                high=high,
+                kept=_is_kept(observed, run, bounds),
+            )
         )
 
     kinds: tuple[Kind, ...] = ("normal", "skewed", "discrete")

@@ -82,3 +82,41 @@ def test_rooms_are_small() -> None:
         room = name.rpartition("/")[0]
         rooms[room] = rooms.get(room, 0) + 1
     assert max(rooms.values()) <= LARGEST_ROOM, rooms
+
+
+def test_many_fields_are_given_by_name() -> None:
+    """No call gives one of the package's dataclasses more than four values by position."""
+    calls = [
+        f"{name}:{node.lineno} {ast.unparse(node.func)}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and len(node.args) > 4
+        and not any(isinstance(argument, ast.Starred) for argument in node.args)
+        and ast.unparse(node.func) in dataclasses_known_in(name)
+    ]
+    assert not calls
+
+
+def dataclasses_known_in(name: str) -> set[str]:
+    """Names of the package's dataclasses that a module defines or imports from where they are."""
+    known = dataclasses_of(name)
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.ImportFrom) and (file := module_file(node.module or "")):
+            known |= {alias.name for alias in node.names} & dataclasses_of(file)
+    return known
+
+
+def dataclasses_of(name: str) -> set[str]:
+    return {
+        node.name
+        for node in TREES[name].body
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(one).startswith("dataclass") for one in node.decorator_list)
+    }
+
+
+def module_file(module: str) -> str | None:
+    """The file of a module of the package."""
+    stem = module.removeprefix("saelab.").replace(".", "/")
+    return next((file for file in (f"{stem}.py", f"{stem}/__init__.py") if file in FILES), None)

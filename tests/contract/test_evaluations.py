@@ -79,7 +79,14 @@ def on_text(model: LanguageModel) -> EvalData:
     rows = torch.randn(120 * 3, model.d_model, generator=draw)
     rows[torch.arange(360), labels.repeat_interleave(3)] += 3
     offsets = torch.arange(0, 361, 3)
-    entry = ProbingEntry("planted", ("a", "b"), rows, offsets, labels, is_train)
+    entry = ProbingEntry(
+        name="planted",
+        classes=("a", "b"),
+        rows=rows,
+        offsets=offsets,
+        labels=labels,
+        is_train=is_train,
+    )
     probing = ProbingData((entry,), {"hook_name": HOOK})
     return EvalData(CoreData(held_out, model), probing, k_values=(1, 5))
 

@@ -136,7 +136,14 @@ def reseal(name: str) -> Callable[[Path], None]:
 def make_probing(folder: Path) -> None:
     rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(2)).half()
     offsets, labels = torch.tensor([0, 2, 4, 6]), torch.tensor([0, 1, 0])
-    entry = ProbingEntry("e", ("a", "b"), rows, offsets, labels, torch.tensor([True, True, False]))
+    entry = ProbingEntry(
+        name="e",
+        classes=("a", "b"),
+        rows=rows,
+        offsets=offsets,
+        labels=labels,
+        is_train=torch.tensor([True, True, False]),
+    )
     ProbingData((entry,), {"hook_name": "h"}).save(folder)
 
 

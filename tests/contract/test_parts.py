@@ -207,7 +207,7 @@ class TestConfiguration:
             parse_part(seam, {"kind": kind + "s"})
 
     def test_builds_its_seam(self, seam: str, kind: str) -> None:
-        part = TABLE[seam][kind].parse({}).build(Dims(D_IN, D_SAE, STEPS, 0))
+        part = TABLE[seam][kind].parse({}).build(Dims(D_IN, D_SAE, steps=STEPS, seed=0))
         assert isinstance(part, CLASSES[seam])
 
     def test_companions_are_all_it_needs(self, seam: str, kind: str) -> None:
@@ -516,7 +516,7 @@ def test_without_the_context_the_tensors_fit(kind: str) -> None:
     if config is None:
         assert not part.needs_contexts
         return
-    twin = config.build(Dims(D_IN, D_SAE, STEPS))
+    twin = config.build(Dims(D_IN, D_SAE, steps=STEPS))
     assert not twin.needs_contexts
     twin.load_state_dict(part.state_dict())
 

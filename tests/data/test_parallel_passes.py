@@ -69,7 +69,10 @@ def test_probing_rows_have_the_same_bits_for_any_number_of_threads(
 ) -> None:
     monkeypatch.setattr("saelab.data.probing.activations.PASS_TOKENS", 64)
     texts = {c: tuple(f"{c} = {c * n}({n})" for n in range(1, 30)) for c in ("a", "b")}
-    entries = [Entry(name, ("a", "b"), texts, texts, "made for a test") for name in ("p", "q")]
+    entries = [
+        Entry(name=name, classes=("a", "b"), train=texts, test=texts, source="made for a test")
+        for name in ("p", "q")
+    ]
     side = harvest_probing(model, HOOKS[1], entries, context=16)
     torch.set_num_threads(1)
     alone = harvest_probing(model, HOOKS[1], entries, context=16)

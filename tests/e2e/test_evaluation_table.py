@@ -56,7 +56,9 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
         name = function.__name__
         setattr(module, name, function)
         place = f"{module.__name__}:{name}"
-        entry = Evaluation(name, place, "asked", needs, f"description of {name}")  # type: ignore[arg-type]
+        entry = Evaluation(
+            name=name, function=place, at="asked", needs=needs, description=f"description of {name}"
+        )  # type: ignore[arg-type]
         monkeypatch.setitem(EVALUATIONS, name, entry)
     return ("toy", "toy_log", "toy_seeds")
 

@@ -218,7 +218,16 @@ def planted(n_train: int = 60, n_test: int = 30, d: int = 12, strength: float = 
         rows = 0.1 * torch.randn(len(labels), d, generator=torch_stream(0, "test", name))
         rows[torch.arange(len(rows)), labels] += strength
         offsets = torch.arange(len(labels) + 1)
-        made.append(ProbingEntry(name, ("x", "y", "z"), rows, offsets, labels, is_train))
+        made.append(
+            ProbingEntry(
+                name=name,
+                classes=("x", "y", "z"),
+                rows=rows,
+                offsets=offsets,
+                labels=labels,
+                is_train=is_train,
+            )
+        )
     return ProbingData(tuple(made), {"hook_name": "here"})
 
 
@@ -341,14 +350,27 @@ def test_numbers_of_different_definitions_are_not_compared(tmp_path: Path) -> No
 
 
 ABOUT = About(
-    "a-model", "float32", {"d_in": 12, "d_sae": 12, "hook_name": "blocks.2.hook_resid_post"},
-    "release", "mine", 60, 30, 128, (1, 5), 42, 1_700_000_000_000, "0",
-)  # fmt: skip
+    model_name="a-model",
+    dtype="float32",
+    sae={"d_in": 12, "d_sae": 12, "hook_name": "blocks.2.hook_resid_post"},
+    release="release",
+    sae_id="mine",
+    train_size=60,
+    test_size=30,
+    context=128,
+    k_values=(1, 5),
+    seed=42,
+    millis=1_700_000_000_000,
+    version="0",
+)
 
 
 @functools.cache
 def measured(definition: int = 1) -> tuple[Row, ...]:
-    data, absent = planted(), Row("sae_test_accuracy", None, "", "entry=c/gone", "not there")
+    data, absent = (
+        planted(),
+        Row("sae_test_accuracy", None, "", slice="entry=c/gone", reason="not there"),
+    )
     if definition == 1:
         rows = evaluate_as_saebench(SUBJECT, data, k_values=(1, 5))
         rows += evaluate_as_saebench(None, data, k_values=(1, 5), prefix="llm")

@@ -44,7 +44,9 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SettingError, match=rf"pip install 'saelab\[{name}\]'"):
-        executor(name)(JobSet(square, [1], 1, tmp_path, progress("", 1)))
+        executor(name)(
+            JobSet(function=square, jobs=[1], workers=1, logs=tmp_path, bar=progress("", 1))
+        )
 
 
 def test_a_task_does_its_job_in_its_folder_and_tells_how_far_it_is(
@@ -79,7 +81,14 @@ def test_what_a_job_says_of_a_cell_is_told(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_machine_without_the_folder_says_so(tmp_path: Path) -> None:
-    task = Task(square, 1, 0, tmp_path / "elsewhere", tmp_path, {})
+    task = Task(
+        function=square,
+        job=1,
+        number=0,
+        folder=tmp_path / "elsewhere",
+        tally=tmp_path,
+        variables={},
+    )
     with pytest.raises(SourceError, match="must lie on a file system that all machines share"):
         task()
 

@@ -154,7 +154,9 @@ def test_whatever_workers_say_arrives_in_order(tmp_path, monkeypatch, workers: i
     heard: list[dict[str, Any]] = []
     monkeypatch.setattr(executor, "log_progress", heard.append)
     bar = Progress("x", 1)
-    run_jobs(JobSet(job, [1, 2, 3], workers, tmp_path, nullcontext(bar)))
+    run_jobs(
+        JobSet(function=job, jobs=[1, 2, 3], workers=workers, logs=tmp_path, bar=nullcontext(bar))
+    )
     assert bar.done == 1501.5
     for number in (1, 2, 3):
         steps = [line["step"] for line in heard if line["seed"] == number]

@@ -19,6 +19,7 @@ from saelab.data.synthetic.chains import SyntheticConfig, generate
 from saelab.errors import CellFailure, SettingError
 from saelab.evals.base import missing, number
 from saelab.launch.synthetic import (
+    Conditions,
     Outcome,
     SyntheticStudyConfig,
     at_target,
@@ -61,7 +62,7 @@ def data(global_random_seed: int) -> tuple[Source, Source]:
 
 
 def run(data: tuple[Source, Source], arms: dict[str, SAEConfig], **options: Any) -> list[Outcome]:
-    return train_on(*data, arms, options.pop("seeds", [3]), TRAIN, **options)
+    return train_on(*data, arms, Conditions(**{"seeds": [3], "training": TRAIN} | options))
 
 
 @pytest.mark.parametrize("layout", ["rows", "contexts"])
@@ -102,7 +103,7 @@ def test_training_finds_the_features(global_random_seed: int) -> None:
     easy = SyntheticConfig(d=16, features=16, l0=2, orthogonal=True, ratio=2, noise=0.01)
     data = [generate(easy, global_random_seed, 128, part) for part in ("train", "held_out")]
     longer = TRAIN.patched({"tokens": 64 * 600})
-    (found,) = train_on(data[0], data[1], {"topk": TOPK}, [3], longer, levels=(3,))
+    (found,) = run((data[0], data[1]), {"topk": TOPK}, training=longer, levels=(3,))
     mcc, chance = found.value("mcc"), found.value("chance_mcc")
     assert mcc is not None and chance is not None and mcc > chance + 0.1
 
@@ -247,7 +248,7 @@ def test_an_arm_may_be_trained_otherwise(data: tuple[Source, Source]) -> None:
     fast = TRAIN.patched({"lr": 3 * TRAIN.lr})
     slow_alone, fast_alone = (
         run(data, {"slow": TOPK})[0],
-        train_on(*data, {"fast": TOPK}, [3], fast)[0],
+        run(data, {"fast": TOPK}, training=fast)[0],
     )
     slow, fast_beside = run(data, arms, otherwise={"fast": fast})
     assert torch.equal(slow.sae.W_enc, slow_alone.sae.W_enc)

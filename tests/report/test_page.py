@@ -212,9 +212,22 @@ def test_places_run_from_the_frozen_decoder_to_the_baseline(tmp_path: Path) -> N
 
 def comparison(word: str, mean: float | None, low: float | None, high: float | None) -> Comparison:
     return Comparison(
-        "A", "fvu", 8, mean, low, high, 0.01, 0.02, "t", 0.005, 0.001, word, 31,  # type: ignore[arg-type]
-        "its L0 is off target", True,
-    )  # fmt: skip
+        arm="A",
+        metric="fvu",
+        n=8,
+        mean_diff=mean,
+        low=low,
+        high=high,
+        p=0.01,
+        p_holm=0.02,
+        test="t",
+        sesoi=0.005,
+        detectable=0.001,
+        needed_seeds=31,
+        word=word,
+        reason="its L0 is off target",
+        exploratory=True,
+    )
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_summary_by_hand() -> None:
 
 
 def test_one_pair_has_a_mean_and_nothing_else() -> None:
-    assert stats.paired_summary([0.5]) == stats.Paired(1, 0.5, None, None, None)
+    assert stats.paired_summary([0.5]) == stats.Paired(n=1, mean=0.5, sd=None, low=None, high=None)
 
 
 @pytest.mark.parametrize("bad", [[], [1.0, math.nan], [math.inf, 0.0], [[1.0], [2.0]]])

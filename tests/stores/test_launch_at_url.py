@@ -62,7 +62,17 @@ def launched(root: Path, base: BaseConfig) -> dict[str, str]:
     """Runs one cell in this process; its weights and numbers."""
     root.mkdir()
     run, plan = Run("small", [Arm("baseline")]), PlanConfig.parse(PLAN)
-    launch(Launch("run_1", run, plan, base, root / "run_1", root, workers=0))
+    launch(
+        Launch(
+            name="run_1",
+            run=run,
+            plan=plan,
+            base=base,
+            out_dir=root / "run_1",
+            root=root,
+            workers=0,
+        )
+    )
     (weights,) = (root / "run_1" / "cells").rglob("sae.safetensors")
     info = read_json(root / "run_1" / "final_info.json")
     return {"weights": sha256(weights), "numbers": str(info["baseline"]["means"])}

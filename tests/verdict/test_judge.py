@@ -14,7 +14,7 @@ from saelab import stats
 from saelab.errors import SettingError
 from saelab.seeding import numpy_stream
 from saelab.verdict import simulation
-from saelab.verdict.judge import Comparison, compare_secondary, judge
+from saelab.verdict.judge import Comparison, Rules, compare_secondary, judge
 
 SEEDS = range(100, 108)
 BASE = {seed: 0.1 + 0.003 * i for i, seed in enumerate(SEEDS)}
@@ -26,12 +26,17 @@ def shifted(by: float, noise: float = 1.0, seeds: range = SEEDS) -> dict[int, fl
     return {seed: BASE[seed] + by + noise * NOISE[seed] for seed in seeds}
 
 
+#: What `judge` is given of the cells besides their values.
+CELLS = ("l0", "failed", "definitions")
+
+
 def run(arms: dict, base: dict | None = None, **settings) -> dict[str, Comparison]:
-    given = {
-        "primary": "fvu", "direction": "lower", "sesoi": 0.005, "target_l0": 32.0,
+    measured = {
         "l0": {arm: dict.fromkeys(values, 32.0) for arm, values in arms.items()},
-    } | settings  # fmt: skip
-    return {c.arm: c for c in judge(baseline=base or BASE, arms=arms, **given)}
+    }
+    measured |= {name: settings.pop(name) for name in CELLS if name in settings}
+    given = {"primary": "fvu", "direction": "lower", "sesoi": 0.005, "target_l0": 32.0} | settings
+    return {c.arm: c for c in judge(Rules(**given), base or BASE, arms, **measured)}
 
 
 def test_the_four_words() -> None:

@@ -14,7 +14,7 @@ from saelab.sae import SAEConfig
 from saelab.seeding import numpy_stream, torch_stream
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
-from saelab.verdict.judge import choose_words, judge
+from saelab.verdict.judge import Rules, choose_words, judge
 
 CELLS, DRAWS, D = 24, 4000, 16
 CONFIG = SAEConfig.parse(
@@ -71,5 +71,7 @@ def test_cells_of_different_seeds_are_told_apart_no_more_often_than_alpha(
 
 def test_the_same_cells_differ_by_exactly_nothing(fvu: np.ndarray) -> None:
     values = dict(enumerate(map(float, fvu[:8])))
-    (c,) = judge("fvu", "lower", 0.005, values, {"twin": dict(values)}, {}, None)
+    (c,) = judge(
+        Rules(primary="fvu", direction="lower", sesoi=0.005), values, {"twin": dict(values)}, {}
+    )
     assert (c.mean_diff, c.low, c.high, c.p, c.word) == (0.0, 0.0, 0.0, 1.0, "no evidence")

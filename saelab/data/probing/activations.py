@@ -34,7 +34,7 @@ PASS_TOKENS = 2048
 _TENSORS = ("rows", "offsets", "labels", "is_train")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProbingEntry:
     """Activations of the language model on the texts of one entry.
 
@@ -136,7 +136,11 @@ class ProbingData:
         if absent := [name for group in names for name in group if name not in tensors]:
             raise DamageError(f"{file} lacks {absent[0]!r}: {remedy}")
         entries = tuple(
-            ProbingEntry(e["name"], tuple(e["classes"]), *(tensors[name] for name in group))
+            ProbingEntry(
+                name=e["name"],
+                classes=tuple(e["classes"]),
+                **dict(zip(_TENSORS, (tensors[name] for name in group), strict=True)),
+            )
             for e, group in zip(record["entries"], names, strict=True)
         )
         return cls(entries, record["header"])
@@ -222,7 +226,14 @@ def harvest_probing(
                 f"{hook_name} has activations beyond {dtype} on entry {entry.name}: store float32"
             )
     results = [
-        ProbingEntry(entry.name, entry.classes, x, part.offsets, part.labels, part.is_train)
+        ProbingEntry(
+            name=entry.name,
+            classes=entry.classes,
+            rows=x,
+            offsets=part.offsets,
+            labels=part.labels,
+            is_train=part.is_train,
+        )
         for entry, part, x in zip(entries, texts, rows, strict=True)
     ]
     header = identity(model, hook_name, entries, context, dtype, unknown)

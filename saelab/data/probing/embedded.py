@@ -40,7 +40,7 @@ Labelled = Iterator[tuple[str, str]]  # pairs (class, text)
 Candidates = dict[tuple[str, bool], dict[str, None]]  # (class, is test) -> texts in order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """Labelled data set with several classes.
 
@@ -220,7 +220,7 @@ def cut_function_part(source: ParsedModule) -> Labelled:
             yield "closing", source.text(body[-2], body[-1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EmbeddedRecipe:
     """Recipe of an embedded entry: `cut(source)` yields the (class, text) pairs of a module."""
 
@@ -234,53 +234,54 @@ class EmbeddedRecipe:
 #: The embedded entries. A new one is a function and a line here.
 EMBEDDED_RECIPES = (
     EmbeddedRecipe(
-        "theme",
-        ("gui", "network", "tooling"),
-        cut_theme,
-        40,
-        "windows of whole lines, by the theme of the package",
+        name="theme",
+        classes=("gui", "network", "tooling"),
+        cut=cut_theme,
+        shortest=40,
+        source="windows of whole lines, by the theme of the package",
     ),
     EmbeddedRecipe(
-        "prose",
-        ("summary", "detail", "comment", "message"),
-        cut_prose,
-        20,
-        "prose without its marks: first and later paragraphs of docstrings, comments, messages",
+        name="prose",
+        classes=("summary", "detail", "comment", "message"),
+        cut=cut_prose,
+        shortest=20,
+        source="prose without its marks: first and later paragraphs of docstrings, comments, "
+        "messages",
     ),
     EmbeddedRecipe(
-        "expression_role",
-        ("condition", "returned", "argument"),
-        cut_expression_role,
-        16,
-        "expressions, by what they are used for",
+        name="expression_role",
+        classes=("condition", "returned", "argument"),
+        cut=cut_expression_role,
+        shortest=16,
+        source="expressions, by what they are used for",
     ),
     EmbeddedRecipe(
-        "assignment_scope",
-        ("module", "constructor", "function"),
-        cut_assignment_scope,
-        12,
-        "assignments, by where they stand",
+        name="assignment_scope",
+        classes=("module", "constructor", "function"),
+        cut=cut_assignment_scope,
+        shortest=12,
+        source="assignments, by where they stand",
     ),
     EmbeddedRecipe(
-        "block",
-        ("branch", "loop", "guarded"),
-        cut_block,
-        20,
-        "bodies of compound statements (if; for and while; try and with), by the statement",
+        name="block",
+        classes=("branch", "loop", "guarded"),
+        cut=cut_block,
+        shortest=20,
+        source="bodies of compound statements (if; for and while; try and with), by the statement",
     ),
     EmbeddedRecipe(
-        "function_name",
-        ("public", "private", "special"),
-        cut_function_name,
-        20,
-        "bodies of functions, by the kind of the name, which is left out (f, _f, __f__)",
+        name="function_name",
+        classes=("public", "private", "special"),
+        cut=cut_function_name,
+        shortest=20,
+        source="bodies of functions, by the kind of the name, which is left out (f, _f, __f__)",
     ),
     EmbeddedRecipe(
-        "function_part",
-        ("opening", "closing"),
-        cut_function_part,
-        20,
-        "the first two and the last two statements of functions with at least four",
+        name="function_part",
+        classes=("opening", "closing"),
+        cut=cut_function_part,
+        shortest=20,
+        source="the first two and the last two statements of functions with at least four",
     ),
 )
 
@@ -371,7 +372,7 @@ def _draw(recipe: EmbeddedRecipe, groups: Candidates, train_size: int, test_size
 
     train, test = side(False, train_size), side(True, test_size)
     source = f"held-out modules of the standard library: {recipe.source}"
-    return Entry(recipe.name, recipe.classes, train, test, source)
+    return Entry(name=recipe.name, classes=recipe.classes, train=train, test=test, source=source)
 
 
 def sample(texts: list[str], size: int, seed: int, *keys: int | str) -> tuple[str, ...]:

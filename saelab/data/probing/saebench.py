@@ -64,7 +64,7 @@ class SourceConfig(Frozen):
     test_size: PositiveInt | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SaebenchRecipe:
     """Definition of an entry in SAEBench.
 
@@ -101,22 +101,49 @@ _PROFESSIONS += (("20", "21", "22", "25", "26"),)
 
 SAEBENCH_RECIPES = (
     *(
-        SaebenchRecipe(f"{_BIOS}_class_set{i}", _BIOS, classes, "hard_text", "profession", "gender")
+        SaebenchRecipe(
+            name=f"{_BIOS}_class_set{i}",
+            hub=_BIOS,
+            classes=classes,
+            text="hard_text",
+            label="profession",
+            balance="gender",
+        )
         for i, classes in enumerate(_PROFESSIONS, start=1)
     ),
-    SaebenchRecipe(_AMAZON, _AMAZON, ("1", "2", "3", "5", "6"), label="category", balance="rating"),
-    SaebenchRecipe(f"{_AMAZON}_sentiment", _AMAZON, ("1.0", "5.0"), label="rating"),
     SaebenchRecipe(
-        "codeparrot/github-code", "codeparrot/github-code", ("C", "Python", "HTML", "Java", "PHP"),
-        text="code", label="language", one_split=True, longer_than=534, skipped=150,
+        name=_AMAZON,
+        hub=_AMAZON,
+        classes=("1", "2", "3", "5", "6"),
+        label="category",
+        balance="rating",
+    ),
+    SaebenchRecipe(
+        name=f"{_AMAZON}_sentiment", hub=_AMAZON, classes=("1.0", "5.0"), label="rating"
+    ),
+    SaebenchRecipe(
+        name="codeparrot/github-code",
+        hub="codeparrot/github-code",
+        classes=("C", "Python", "HTML", "Java", "PHP"),
+        text="code",
+        label="language",
+        one_split=True,
+        longer_than=534,
+        skipped=150,
     ),
     # Some copies hold a story once with its title and once without: both have the same ending.
-    SaebenchRecipe("fancyzhx/ag_news", "fancyzhx/ag_news", ("0", "1", "2", "3"), ending=80),
     SaebenchRecipe(
-        "Helsinki-NLP/europarl", "Helsinki-NLP/europarl", tuple(_PAIRS),
-        label="translation", pairs=_PAIRS, one_split=True,
+        name="fancyzhx/ag_news", hub="fancyzhx/ag_news", classes=("0", "1", "2", "3"), ending=80
     ),
-)  # fmt: skip
+    SaebenchRecipe(
+        name="Helsinki-NLP/europarl",
+        hub="Helsinki-NLP/europarl",
+        classes=tuple(_PAIRS),
+        label="translation",
+        pairs=_PAIRS,
+        one_split=True,
+    ),
+)
 ENTRY_NAMES = tuple(recipe.name for recipe in SAEBENCH_RECIPES)
 
 
@@ -189,7 +216,13 @@ def load_entry(
                 raise SourceError(f"class {name!r} has an empty {side} text: leave it out")
     text_column, label_column, _ = pools.columns
     origin = f"{Path(source.path or recipe.hub).name}: {text_column} by {label_column}"
-    return Entry(recipe.name, classes, *sides, source="; ".join([origin, *notes]))
+    return Entry(
+        name=recipe.name,
+        classes=classes,
+        train=sides[0],
+        test=sides[1],
+        source="; ".join([origin, *notes]),
+    )
 
 
 SIDES = ("train", "test")

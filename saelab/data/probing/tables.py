@@ -52,8 +52,13 @@ def entries_from_table(
             raise SettingError(setting, size, f"choose 1 to {most}, all that {rarest!r} has here")
         return {c: sample(list(groups[c, side]), size, seed, name, c, side) for c in classes}
 
-    texts = draw(False, "train_size", train_size), draw(True, "test_size", test_size)
-    return Entry(name, classes, *texts, source=f"{folder.name}: {text_column} by {label_column}")
+    return Entry(
+        name=name,
+        classes=classes,
+        train=draw(False, "train_size", train_size),
+        test=draw(True, "test_size", test_size),
+        source=f"{folder.name}: {text_column} by {label_column}",
+    )
 
 
 def _texts_by_label(

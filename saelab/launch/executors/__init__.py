@@ -31,7 +31,7 @@ Advance = Callable[..., None]
 Work = Callable[[Any, Advance, dict[str, Any]], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JobSet:
     """Jobs of a launch, and how they are run: `function(job, advance, state)` for every job.
 

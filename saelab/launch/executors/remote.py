@@ -26,7 +26,7 @@ FORWARDED_VARIABLES = ("SAELAB_CACHE", "SAELAB_CHECKPOINT_SECONDS")
 _state: dict[str, Any] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One job with everything that a worker on another machine needs.
 
@@ -49,7 +49,14 @@ class Task:
     def of(cls, function: Any, job: Any, number: int, tally: Path) -> Task:
         """Builds the task of a job, with the folder and the variables of this process."""
         variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
-        return cls(function, job, number, Path.cwd(), tally, variables)
+        return cls(
+            function=function,
+            job=job,
+            number=number,
+            folder=Path.cwd(),
+            tally=tally,
+            variables=variables,
+        )
 
     def __call__(self) -> None:
         """Does the job, on one thread.

@@ -296,7 +296,7 @@ class TiedThreshold(Activation):
         traced = kernels_for(z.device).trace_above(z, rule, starts, drivers, z.numel())
         assert traced is not None
         offsets, latents, a, slope, sums = traced
-        return TracedSupport(offsets, latents, z.shape[1], a, slope, sums)
+        return TracedSupport(offsets, latents, z.shape[1], trace=a, slope=slope, moments=sums)
 
     def dense(self, z: Tensor, starts: Tensor | None = None) -> Tensor:
         thresholds = self._dense_thresholds(z, starts)

@@ -60,7 +60,7 @@ STYLE: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArmStyle:
     """Colour, marker and line of an arm or control, whose name is the label of its artists."""
 
@@ -112,20 +112,24 @@ GREY_MARKERS = ("x", "+", "1", "2", "3", "4", "|")
 
 def arm_styles(run: Run) -> dict[str, ArmStyle]:
     """Styles of all arms and controls; the baseline is the widest line and lies underneath."""
-    styles = {run.baseline: ArmStyle(run.baseline, "black", "o", "-", 2.4, zorder=2.5)}
+    styles = {
+        run.baseline: ArmStyle(
+            name=run.baseline, color="black", marker="o", dashes="-", width=2.4, zorder=2.5
+        )
+    }
     for i, arm in enumerate(run.arms[1:]):
         styles[arm] = ArmStyle(
-            arm,
-            COLORS[i % len(COLORS)],
-            MARKERS[i % len(MARKERS)],
-            DASHES[i % len(DASHES)],
-            1.6,
+            name=arm,
+            color=COLORS[i % len(COLORS)],
+            marker=MARKERS[i % len(MARKERS)],
+            dashes=DASHES[i % len(DASHES)],
+            width=1.6,
             filled=i < len(COLORS),
         )
     for i, control in enumerate(run.controls):
         styles[control] = ArmStyle(
-            control, GREYS[i % len(GREYS)], GREY_MARKERS[i % len(GREY_MARKERS)],
-            GREY_DASHES[i % len(GREY_DASHES)], 1.6, zorder=2,
+            name=control, color=GREYS[i % len(GREYS)], marker=GREY_MARKERS[i % len(GREY_MARKERS)],
+            dashes=GREY_DASHES[i % len(GREY_DASHES)], width=1.6, zorder=2,
         )  # fmt: skip
     return styles
 

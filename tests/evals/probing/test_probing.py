@@ -38,7 +38,14 @@ def planted(
     rows = 0.1 * torch.randn(int(offsets[-1]), d, generator=generator)
     of_row = labels.repeat_interleave(lengths)
     rows[torch.arange(len(rows)), of_row] += strength
-    return ProbingEntry("planted", CLASSES, rows, offsets, labels, is_train)
+    return ProbingEntry(
+        name="planted",
+        classes=CLASSES,
+        rows=rows,
+        offsets=offsets,
+        labels=labels,
+        is_train=is_train,
+    )
 
 
 def data_of(*entries: ProbingEntry) -> ProbingData:
@@ -84,7 +91,9 @@ def test_unequal_classes_stay_balanced(sizes: list[int], seed: int) -> None:
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).repeat(2)
     is_train = torch.arange(len(labels)) < sum(sizes)
     names, nothing = tuple("abcde"[: len(sizes)]), torch.zeros(0)
-    entry = ProbingEntry("x", names, nothing, nothing, labels, is_train)
+    entry = ProbingEntry(
+        name="x", classes=names, rows=nothing, offsets=nothing, labels=labels, is_train=is_train
+    )
     for label, task in enumerate(build_tasks(entry, seed)):
         counts = labels[task.train.index].bincount(minlength=len(sizes)).tolist()
         own = counts.pop(label)
@@ -308,7 +317,9 @@ def letter_entry(n: int = 200) -> Entry:
 
     train = {"x": group("x", 0), "y": group("y", n)}
     test = {"x": group("x", 2 * n), "y": group("y", 3 * n)}
-    return Entry("letters", ("x", "y"), train, test, "made for a test")
+    return Entry(
+        name="letters", classes=("x", "y"), train=train, test=test, source="made for a test"
+    )
 
 
 def test_rows_come_back_in_the_order_of_the_texts() -> None:

@@ -126,7 +126,7 @@ class SimilarityConfig(PartConfig):
         return LOGGED
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PassTerms:
     """Alpha and the terms of one pass, with gradient, and the norms of the terms' gradients; 0-dim.
 
@@ -262,7 +262,14 @@ class Similarity(LossTerm):
         chunks = deal(p.sae.d_sae, c.chunk, draw)[: c.chunks]
         weight, weight_gradient = decoder_similarity(p.sae.W_dec, chunks, c.form)
         alpha = self.balance.alpha(p.step, p.steps)
-        return PassTerms(alpha, act, weight, act_gradient, weight_gradient, f)
+        return PassTerms(
+            alpha=alpha,
+            act=act,
+            weight=weight,
+            act_gradient=act_gradient,
+            weight_gradient=weight_gradient,
+            f=f,
+        )
 
     @torch.no_grad()
     def _standard(self, p: Pass, latents: Tensor, f: Tensor) -> Standard:

@@ -126,7 +126,9 @@ def readme_block(language: str, containing: str) -> str:
 @pytest.mark.slow
 def test_the_readmes_python_lines_run(tmp_path: Path) -> None:
     code = readme_block("python", "import saelab")
-    for old, new in (("131_072", "16_384"), ("seeds=3", "seeds=2")):
+    smaller = '16_384, "sae.d_sae": 256, "evaluation.tokens": 8_192, '
+    smaller += '"evaluation.probing.train_size": 100, "evaluation.probing.test_size": 40'
+    for old, new in (("131_072", smaller), ("seeds=3", "seeds=2")):
         assert code.count(old) == 1
         code = code.replace(old, new)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")

@@ -75,7 +75,7 @@ def paired_summary(differences: ArrayLike, alpha: float = 0.05) -> Paired:
 
 def t_interval(differences: ArrayLike, alpha: float = 0.05) -> tuple[Array, Array]:
     """Returns the two ends of the t interval of coverage 1 - alpha, each [...]."""
-    d = _rows(differences)
+    d = rows(differences)
     mean, sd = _moments(d)
     half = _t_quantile(1 - alpha / 2, d.shape[-1] - 1) * sd / math.sqrt(d.shape[-1])
     return mean - half, mean + half
@@ -110,7 +110,7 @@ def bca_interval(
 
 def sign_flip_p(differences: ArrayLike, seed: int = 0) -> Array:
     """Returns the two-sided sign-flip p [...]: exact up to `EXACT_UP_TO` differences."""
-    d = _rows(differences)
+    d = rows(differences)
     n = d.shape[-1]
     limit = np.abs(d.sum(axis=-1, keepdims=True)) - ROUNDING * np.abs(d).sum(axis=-1, keepdims=True)
     if n > EXACT_UP_TO:
@@ -135,7 +135,7 @@ def paired_t_p(differences: ArrayLike) -> Array:
     """Returns the two-sided p [...] of the paired t test; without spread it is 2^(1-n) or 1."""
     from scipy.special import stdtr
 
-    d = _rows(differences)
+    d = rows(differences)
     n = d.shape[-1]
     mean, sd = _moments(d)
     flat = np.where(mean == 0, 1.0, 2.0 ** (1 - n))
@@ -154,7 +154,7 @@ def choose_test(n: int, m: int, alpha: float = 0.05) -> Test:
 
 def chosen_p(differences: ArrayLike, m: int, alpha: float = 0.05) -> Array:
     """Returns the p [...] of the test that `choose_test` names for these differences."""
-    d = _rows(differences)
+    d = rows(differences)
     return sign_flip_p(d) if choose_test(d.shape[-1], m, alpha) == "sign-flip" else paired_t_p(d)
 
 
@@ -183,7 +183,7 @@ def tost_p(differences: ArrayLike, sesoi: float) -> Array:
     """
     from scipy.special import stdtr
 
-    d = _rows(differences)
+    d = rows(differences)
     n = d.shape[-1]
     mean, sd = _moments(d)
     t = (sesoi - np.abs(mean)) * math.sqrt(n) / np.where(sd == 0, 1.0, sd)
@@ -216,6 +216,22 @@ def detectable_factor(n: int, alpha: float = 0.05, power: float = 0.8) -> float:
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if t_power(n, middle, alpha) >= power else (middle, high)
+    return high
+
+
+@functools.lru_cache(4096)
+def detectable_ratio(df: float, level: float, power: float = 0.8) -> float:
+    """Returns the smallest effect, in standard errors of its estimate, that an interval with `df`
+    degrees of freedom and coverage 1 - level excludes 0 for with this power."""
+    from scipy.special import ndtr
+
+    scale, weight = _chi_nodes(df)
+    limit = float(_t_quantile(1 - level / 2, df)) * scale
+    low, high = 0.0, 1e6
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        found = float(weight @ (ndtr(middle - limit) + ndtr(-middle - limit)))
+        low, high = (low, middle) if found >= power else (middle, high)
     return high
 
 
@@ -336,7 +352,7 @@ def _row(values: ArrayLike) -> Array:
     return row
 
 
-def _rows(differences: ArrayLike) -> Array:
+def rows(differences: ArrayLike) -> Array:
     """Returns the differences as [..., n]; raises SettingError below two pairs."""
     d = np.asarray(differences, dtype=np.float64)
     if d.ndim < 1 or d.shape[-1] < 2:
@@ -350,7 +366,7 @@ def _moments(d: Array) -> tuple[Array, Array]:
     return d.mean(axis=-1), np.where(sd <= ROUNDING * np.abs(d).max(axis=-1), 0.0, sd)
 
 
-def _t_quantile(p: float, df: int) -> Array:
+def _t_quantile(p: float, df: float) -> Array:
     from scipy.special import stdtrit
 
     return stdtrit(df, p)
@@ -361,7 +377,7 @@ def _legendre(count: int = 200) -> tuple[Array, Array]:
     return np.polynomial.legendre.leggauss(count)
 
 
-def _chi_nodes(df: int) -> tuple[Array, Array]:
+def _chi_nodes(df: float) -> tuple[Array, Array]:
     """Gauss-Legendre nodes and weights for the distribution of s / sigma with df degrees."""
     nodes, weights = _legendre()
     low, high = max(0.0, 1 - 9 / math.sqrt(2 * df)), 1 + 9 / math.sqrt(df)

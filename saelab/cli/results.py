@@ -36,9 +36,10 @@ def _simulate(simulations: int, json_: bool) -> None:
 
     if simulations < 100:
         raise SettingError("simulations", simulations, "at least 100 are needed")
-    rows = validation_table(simulations)
-    show(json_, [asdict(row) for row in rows], [HEADING, *(row.line() for row in rows)])
-    if any(row.kept is False for row in rows):
+    rows = list(validation_table(simulations))
+    data = [{**asdict(row), "kept": row.kept} for row in rows]
+    show(json_, data, [HEADING, *(row.line() for row in rows)])
+    if not all(row.kept for row in rows):
         raise StudyFailure("a promise of the verdict is broken: see the row that says so")
 
 

@@ -34,7 +34,7 @@ from saelab.study.plan import (
     resolve_with_placeholders,
 )
 from saelab.study.registry import plan_hash
-from saelab.verdict.judge import off_target
+from saelab.verdict.l0_adjustment import off_target
 from saelab.verdict.review import Review, review_all
 
 TUNED, COMMAND = "tuned.json", "tune"

@@ -71,10 +71,6 @@ class ArmResult:
             for seed, values in self.values.items()
         }
 
-    def reference(self, name: str) -> dict[int, float | None]:
-        """Returns `metric` for use as a baseline: None for a cell that failed."""
-        return {s: None if s in self.failed else v for s, v in self.metric(name).items()}
-
     @property
     def failed(self) -> set[int]:
         return {seed for seed, result in self.gates.items() if result.outcome == "failed"}

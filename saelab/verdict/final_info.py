@@ -11,7 +11,7 @@ hold all of them; everything else is in metrics.parquet.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from saelab import stats
@@ -20,8 +20,8 @@ from saelab.parts.base import ROLES, Scalar
 from saelab.runs import schema
 from saelab.study.plan import BASELINE, BaseConfig, PlanConfig
 from saelab.verdict.arms import ArmResult
-from saelab.verdict.judge import Comparison, Difference, Rules, compare_secondary, judge
-from saelab.verdict.l0_adjustment import Moves, move_values, value_moves
+from saelab.verdict.judge import Cells, Comparison, Difference, Rules, compare_secondary, judge
+from saelab.verdict.l0_adjustment import Matched, match
 
 #: Most entries of `means`: an autonomous driver's model sees nothing else.
 MOST_MEANS = 40
@@ -32,88 +32,63 @@ CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_sha
 MAKE_CODE = ("activation", "scaling")
 #: Secondary metrics whose paired difference is shown, without a word.
 SECONDARY = ("loss_recovered", "sae_top_5_test_accuracy")
-#: Least change of a difference by which it is said that values were moved.
-SHOWN = 1e-9
 
 
 def judge_run(
     arms: Mapping[str, ArmResult], plan: PlanConfig, exploratory: bool
 ) -> tuple[list[Comparison], list[Difference]]:
-    """The verdict on the primary metric, at the declared L0 (`study/matching.py`), and secondary
-    differences, as measured and without words."""
+    """The verdict on the primary metric, and secondary differences without words, all of them at
+    the declared L0 (`l0_adjustment`)."""
     others = [arm for arm in arms.values() if arm.name != BASELINE]
     comparisons: list[Comparison] = []
     differences: list[Difference] = []
-    by = value_moves(arms, plan)
     for name in dict.fromkeys(arm.against for arm in others):
-        some = {arm.name: arm for arm in others if arm.against == name}
-        comparisons += _judge(arms[name], some, plan, exploratory, len(others), by)
+        group = [arm.name for arm in others if arm.against == name]
+        rules = Rules(
+            primary=plan.primary,
+            direction=plan.direction,
+            sesoi=plan.sesoi,
+            alpha=plan.alpha,
+            family=max(len(others), plan.family or 0),
+            exploratory=exploratory,
+            baseline=name,
+        )
+        cells = cells_at_target(arms, name, plan.primary, plan)
+        comparisons += judge(rules, cells[name], {arm: cells[arm] for arm in group})
         for metric in SECONDARY:
             if metric != plan.primary:
-                differences += _secondary(arms[name], some, metric)
+                differences += _secondary(arms, name, group, metric, plan)
     order = list(arms)
     comparisons.sort(key=lambda c: order.index(c.arm))
     return comparisons, differences
 
 
-def _secondary(base: ArmResult, arms: Mapping[str, ArmResult], metric: str) -> list[Difference]:
+def cells_at_target(
+    arms: Mapping[str, ArmResult], baseline: str, metric: str, plan: PlanConfig
+) -> dict[str, Cells]:
+    """Cells of all arms with a metric at the declared L0.
+
+    Args:
+        baseline: the arm whose frontier arms without levels take.
+    """
+    return {
+        name: Cells(
+            matched=matched,
+            failed=frozenset(arms[name].failed),
+            definition=arms[name].definitions.get(metric),
+        )
+        for name, matched in match(arms, baseline, metric, plan).items()
+    }
+
+
+def _secondary(
+    arms: Mapping[str, ArmResult], base: str, group: Sequence[str], metric: str, plan: PlanConfig
+) -> list[Difference]:
     """Differences of the arms that were measured as the other was; what differs has none."""
-    own = base.definitions.get(metric)
-    same = {name: arm for name, arm in arms.items() if arm.definitions.get(metric, own) == own}
-    definitions = {name: own for name in (base.name, *same) if own}
-    values = {name: arm.metric(metric) for name, arm in same.items()}
-    return compare_secondary(metric, base.reference(metric), values, definitions=definitions)
-
-
-def _judge(
-    base: ArmResult,
-    arms: Mapping[str, ArmResult],
-    plan: PlanConfig,
-    exploratory: bool,
-    family: int,
-    by: Moves,
-) -> list[Comparison]:
-    """The verdict on arms that are compared with one other, in a family of all arms of the run."""
-    primary, every = plan.primary, {base.name: base, **arms}
-    measured = {name: arm.metric(primary) for name, arm in arms.items()}
-    reference = base.reference(primary)
-    own = base.definitions.get(primary)
-    definitions = {name: arm.definitions.get(primary, own) for name, arm in every.items()}
-    rules = Rules(
-        primary=primary,
-        direction=plan.direction,
-        sesoi=plan.sesoi,
-        target_l0=plan.target_l0,
-        tolerance=plan.tolerance,
-        alpha=plan.alpha,
-        family=max(family, plan.family or 0),
-        exploratory=exploratory,
-        baseline=base.name,
-    )
-    found = judge(
-        rules,
-        move_values(reference, by.get(base.name, {})),
-        {name: move_values(values, by.get(name, {})) for name, values in measured.items()},
-        {name: _numbers(arm.metric("l0")) for name, arm in every.items()},
-        failed={name: arm.failed for name, arm in arms.items()},
-        definitions={name: str(known) for name, known in definitions.items() if own},
-    )
-    return [_as_measured(c, reference, measured[c.arm], plan) for c in found]
-
-
-def _as_measured(
-    c: Comparison,
-    reference: Mapping[int, float | None],
-    values: Mapping[int, float | None],
-    plan: PlanConfig,
-) -> Comparison:
-    """Adds to the reason what the difference was before values were moved to the declared L0."""
-    pairs = [(v, reference.get(seed)) for seed, v in values.items()]
-    both = [own - other for own, other in pairs if own is not None and other is not None]
-    if c.mean_diff is None or not both or abs(sum(both) / len(both) - c.mean_diff) < SHOWN:
-        return c
-    plain = f"{sum(both) / len(both):+.4g} as measured, brought to L0 {plan.target_l0:g}"
-    return replace(c, reason=f"{c.reason}; {plain}")
+    cells = cells_at_target(arms, base, metric, plan)
+    known = cells[base].definition
+    same = {name: cells[name] for name in group if cells[name].definition in (known, None)}
+    return compare_secondary(metric, cells[base], same, baseline_name=base)
 
 
 @dataclass(frozen=True)
@@ -142,12 +117,9 @@ def judge_planted(
         return None
     sesoi = plan.sesoi if plan.primary == "fvu" else 0.0
     rules = Rules(primary="fvu", direction="lower", sesoi=sesoi, alpha=plan.alpha)
-    (found,) = judge(rules, baseline.reference("fvu"), {schema.PLANTED: fvu}, {})
+    base = Cells(matched=Matched(values=baseline.metric("fvu")), failed=frozenset(baseline.failed))
+    (found,) = judge(rules, base, {schema.PLANTED: Cells(matched=Matched(values=fvu))})
     return Planted(found, sum(worse) / len(worse))
-
-
-def _numbers(values: Mapping[int, float | None]) -> dict[int, float]:
-    return {seed: value for seed, value in values.items() if value is not None}
 
 
 def final_info(

@@ -1,28 +1,27 @@
-"""The verdict: does an arm move the primary metric against the baseline of the same seeds?
+"""The verdict: does an arm move the primary metric, and by enough to matter?
 
-Differences are arm minus baseline, seed by seed. One test is chosen beforehand from the numbers of
-pairs and arms (`stats.choose_test`), its p is Holm-adjusted over the family, and then
+The effect is arm minus baseline at the declared L0, estimated from all healthy cells of both sides
+(`effect`), and its interval has coverage 1 - level. With s, the smallest effect of interest:
 
-    helps / hurts   Holm-adjusted p <= alpha, by the sign against the declared direction
-    no evidence     otherwise, and an effect worth having is excluded: the equivalence test (TOST)
-                    inside +- the smallest effect of interest has p <= alpha
-    cannot tell     otherwise, with the number of seeds that could decide it
-    refused         no comparison is made: L0 off target, fewer than two pairs, other definitions
+    helps / hurts     the interval excludes 0, its estimate is at least s, and it reaches beyond s;
+                      or a significantly smaller / larger share of the arm's cells fails
+    equivalent        the interval lies inside +-s, whether or not it excludes 0
+    cannot tell yet   otherwise, with the number of seeds that could decide it
+    refused           no comparison is made: L0 off target, too few cells, other definitions
 
-A cell that is `invalid` (the software's fault) has the value None and its pair is left out. A cell
-that `failed` (the arm's fault: it died, diverged or lost its sparsity) stays and counts against the
-arm, because dropping it would leave the survivors only. Its pair enters with its measured number
-where that number is against the arm, and otherwise as a loss as large as the largest measured
-difference, at least the smallest effect of interest. An arm with a failed cell never gets the word
-'helps', and with a loss of unknown size it does not get 'no evidence' either.
-The pair of a baseline cell without a value is left out, whatever the reason.
+The level is alpha over the number of comparisons of the family (Bonferroni), so that all intervals
+of a run hold together. Where any cell of the two sides failed, half of it goes to an exact test of
+the numbers of failures (`failures`) and the other half to the metric of the cells that did not; the
+side with the larger share of failures then can't win by the metric of its survivors, and neither
+side is called equivalent. A cell that is `invalid` (the software's fault) has the value None and is
+left out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 import numpy as np
@@ -30,11 +29,15 @@ import numpy as np
 from saelab import stats
 from saelab.errors import SettingError
 from saelab.evals.base import check_one_definition, other_definition
+from saelab.verdict.effect import Effect, estimate_by_seed
+from saelab.verdict.failures import Failures
+from saelab.verdict.l0_adjustment import Matched, slope_variance
 
-Word = Literal["helps", "hurts", "no evidence", "cannot tell", "refused"]
+Word = Literal["helps", "hurts", "equivalent", "cannot tell yet", "refused"]
+#: Words of the first edition, in files of before; 'no evidence' meant equivalence.
+OLD_WORDS = {"no evidence": "equivalent", "cannot tell": "cannot tell yet"}
 Direction = Literal["lower", "higher"]
 Values = Mapping[int, float | None]
-Kind = Literal["normal", "skewed", "discrete", "asymmetric"]
 
 #: Variation that the interval covers, printed in every report.
 COVERS = "The interval covers SAE initialisation and data order, not other models or texts."
@@ -48,39 +51,44 @@ class Comparison:
 
     Args:
         arm, metric: the arm, and the metric of the comparison.
-        n: pairs that entered, failed ones included.
-        mean_diff, low, high: mean of arm - baseline and its t interval, in the metric's unit.
-        p, p_holm: of the test that decides, before and after Holm over the family.
-        test: 'sign-flip' or 't'; '' when refused.
+        n, n_baseline, n_shared: healthy cells of the arm and of the baseline that entered, and the
+            seeds that both have.
+        mean_diff, low, high: mean of arm - baseline and its interval, in the metric's unit.
+        level: 1 - coverage of the interval.
+        p: two-sided p of no difference in the metric; below `level` it decides.
+        correlation: of arm and baseline within a seed.
+        failures: k of n on both sides, as a sentence; '' where no cell failed.
+        p_failures: two-sided p of equal shares of failures; None where no cell failed.
         sesoi: smallest effect of interest, in the metric's unit.
-        detectable: smallest true effect that n pairs of this spread find in 80% of studies
-            (t test at alpha, one comparison).
+        detectable: smallest true effect that the interval excludes 0 for in 80% of studies with
+            these cells.
         word: the verdict.
-        needed_seeds: for 'cannot tell', pairs that could decide it, see `seeds_to_tell`;
-            None where more pairs would not help, as for an arm with a failed cell.
+        needed_seeds: for 'cannot tell yet', seeds of both sides that could decide it, see
+            `seeds_to_tell`; None where more seeds would not help.
         reason: one sentence with the numbers.
         exploratory: false only for the confirmatory run.
-        bca_low, bca_high: BCa bootstrap interval, from 10 pairs.
         against: the arm that it is compared with.
     """
 
     arm: str
     metric: str
-    n: int
+    n: int = 0
+    n_baseline: int = 0
+    n_shared: int = 0
     mean_diff: float | None = None
     low: float | None = None
     high: float | None = None
+    level: float
     p: float | None = None
-    p_holm: float | None = None
-    test: str = ""
+    correlation: float | None = None
+    failures: str = ""
+    p_failures: float | None = None
     sesoi: float
     detectable: float | None = None
-    word: Word
+    word: Word = "refused"
     needed_seeds: int | None = None
     reason: str = ""
     exploratory: bool
-    bca_low: float | None = None
-    bca_high: float | None = None
     against: str = "baseline"
 
     def means(self) -> dict[str, float | str | None]:
@@ -90,13 +98,14 @@ class Comparison:
             f"diff.{self.metric}": self.mean_diff,
             f"diff.{self.metric}.low": self.low,
             f"diff.{self.metric}.high": self.high,
+            **({"needed_seeds": self.needed_seeds} if self.needed_seeds else {}),
             **({"against": self.against} if self.against != "baseline" else {}),
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Difference on a secondary metric: mean of arm - baseline with its 95% t interval."""
+    """Difference on a secondary metric: mean of arm - baseline with its 95% interval."""
 
     arm: str
     metric: str
@@ -107,22 +116,6 @@ class Difference:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Pairs of one arm as gains (positive is good), or the reason for no comparison."""
-
-    gains: stats.Array
-    measured: bool = True
-    failed: int = 0
-    losses: int = 0
-    excluded: int = 0
-    refusal: str = ""
-
-    @property
-    def usable(self) -> bool:
-        return not self.refusal
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """Rules of a verdict, all of them fixed before anything is measured.
@@ -131,10 +124,10 @@ class Rules:
         primary: name of the metric.
         direction: of better values.
         sesoi: smallest effect of interest, in the metric's unit; 0 means that none is declared.
-        target_l0: L0 of the plan; None leaves sparsity unchecked.
-        tolerance: largest relative distance of a cell's L0 from the target.
-        alpha: level of the Holm-adjusted test and of the equivalence test.
+        alpha: share of studies without any effect in which a word may be wrong.
         family: planned number of comparisons when it is larger than the number of arms.
+        looks: how often the comparison is judged, with more seeds each time, this one included;
+            None where it is judged once. Look k has the level alpha / 2^k.
         exploratory: marks every comparison; false for the confirmatory run.
         baseline: name of the arm that the others are compared with.
 
@@ -144,10 +137,9 @@ class Rules:
     primary: str
     direction: Direction
     sesoi: float
-    target_l0: float | None = None
-    tolerance: float = 0.05
     alpha: float = 0.05
     family: int | None = None
+    looks: int | None = None
     exploratory: bool = True
     baseline: str = "baseline"
 
@@ -156,293 +148,251 @@ class Rules:
             raise SettingError("direction", self.direction, "say 'lower' or 'higher'")
         if not (math.isfinite(self.sesoi) and self.sesoi >= 0):
             raise SettingError("sesoi", self.sesoi, "a finite number >= 0 is needed")
-        if self.target_l0 is not None and not (
-            math.isfinite(self.target_l0) and self.target_l0 > 0
-        ):
-            remedy = "a number of latents per token above 0 is needed"
-            raise SettingError("target_l0", self.target_l0, remedy)
-        if not 0 < self.tolerance < 1:
-            raise SettingError("tolerance", self.tolerance, "a share between 0 and 1 is needed")
         if not 0 < self.alpha < 0.5:
             raise SettingError("alpha", self.alpha, "a level between 0 and 0.5 is needed")
+        if self.looks is not None and self.looks < 1:
+            raise SettingError("looks", self.looks, "at least 1 is needed")
 
     @property
     def sign(self) -> float:
         """Turns a difference of values into a gain: 1 where higher is better, else -1."""
         return 1.0 if self.direction == "higher" else -1.0
 
-    def blank(self, arm: str) -> Comparison:
-        """Builds the comparison of an arm that has no number yet."""
-        return Comparison(
-            arm=arm,
-            metric=self.primary,
-            n=0,
-            sesoi=self.sesoi,
-            word="refused",
-            exploratory=self.exploratory,
-            against=self.baseline,
-        )
+    def level(self, comparisons: int) -> float:
+        """The level of each of so many comparisons."""
+        return self.alpha / max(1, comparisons) / (2**self.looks if self.looks else 1)
 
 
-def judge(
-    rules: Rules,
-    baseline: Values,
-    arms: Mapping[str, Values],
-    l0: Mapping[str, Mapping[int, float]],
-    failed: Mapping[str, set[int]] | None = None,
-    definitions: Mapping[str, str] | None = None,
-) -> list[Comparison]:
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """The cells of one arm.
+
+    Args:
+        matched: the primary metric at the declared L0.
+        failed: seeds whose cell failed by the arm's own fault.
+        definition: id of the metric's definition; None where it is not known.
+    """
+
+    matched: Matched
+    failed: frozenset[int] = field(default_factory=frozenset)
+    definition: str | None = None
+
+    @property
+    def healthy(self) -> dict[int, float]:
+        """Seed -> value of the cells that count in the metric."""
+        values = self.matched.values.items()
+        return {seed: v for seed, v in values if v is not None and seed not in self.failed}
+
+    @property
+    def invalid(self) -> int:
+        """Number of cells without a value by a fault of the software."""
+        values = self.matched.values.items()
+        return sum(v is None and seed not in self.failed for seed, v in values)
+
+
+def judge(rules: Rules, baseline: Cells, arms: Mapping[str, Cells]) -> list[Comparison]:
     """Judges every arm of one run on the primary metric.
 
     Args:
-        baseline: seed -> value of the baseline; None is an invalid cell.
-        arms: arm -> seed -> value; all arms of the run, without the baseline.
-        l0: arm -> seed -> L0 (latents per token) at which the value holds; the baseline's under
-            its name is checked too when given.
-        failed: arm -> seeds whose cell failed by the arm's own fault.
-        definitions: arm -> definition id of the metric, the baseline's under its name.
+        arms: all arms of the run, without the baseline.
 
     Raises: SettingError for a baseline among the arms or a value that is not finite.
     """
     _check_values(rules.baseline, baseline, arms)
-    m = max(len(arms), rules.family or 0)
-    definitions, failed = definitions or {}, failed or {}
-    pairs: dict[str, _Pairs] = {}
-    for arm, values in arms.items():
-        definition, reference = definitions.get(arm), definitions.get(rules.baseline)
-        refusal = other_definition(definition, reference) if definitions else ""
-        if refusal:
-            pairs[arm] = _Pairs(np.zeros(0), refusal=refusal)
-        else:
-            own = _L0(rules.target_l0, rules.tolerance, l0.get(arm, {}), l0.get(rules.baseline))
-            pairs[arm] = _pair(rules, baseline, values, set(failed.get(arm, ())), own)
-    usable = [arm for arm in arms if pairs[arm].usable]
-    p = {arm: float(stats.chosen_p(pairs[arm].gains, m, rules.alpha)) for arm in usable}
-    p_holm = dict(zip(usable, map(float, stats.holm(list(p.values()), m)), strict=True))
-    return [
-        _compare(
-            replace(
-                rules.blank(arm), n=len(pairs[arm].gains), p=p.get(arm), p_holm=p_holm.get(arm)
-            ),
-            pairs[arm],
-            rules,
-            m,
-        )
-        for arm in arms
-    ]
+    level = rules.level(max(len(arms), rules.family or 0))
+    return [_compare(rules, level, name, baseline, cells) for name, cells in arms.items()]
 
 
 def choose_words(
-    gain: stats.Array, p_holm: stats.Array, p_tost: stats.Array, alpha: float
+    gain: stats.Array, low: stats.Array, high: stats.Array, sesoi: float
 ) -> np.ndarray:
-    """Chooses among the four words by mean gain (positive is good), Holm-adjusted p and the
-    equivalence test's p."""
-    decided = p_holm <= alpha
-    conditions = [decided & (gain > 0), decided & (gain < 0), p_tost <= alpha]
-    return np.select(conditions, ["helps", "hurts", "no evidence"], "cannot tell")
+    """Chooses among the words by an interval; positive gains are good.
+
+    Args:
+        gain, low, high: estimate and ends of the interval.
+    """
+    decided = ((low > 0) | (high < 0)) & (np.abs(gain) >= sesoi)
+    inside = (low > -sesoi) & (high < sesoi)
+    conditions = [inside, decided & (gain > 0), decided & (gain < 0)]
+    return np.select(conditions, ["equivalent", "helps", "hurts"], "cannot tell yet")
 
 
 def compare_secondary(
     metric: str,
-    baseline: Values,
-    arms: Mapping[str, Values],
+    baseline: Cells,
+    arms: Mapping[str, Cells],
     alpha: float = 0.05,
-    definitions: Mapping[str, str] | None = None,
+    baseline_name: str = "baseline",
 ) -> list[Difference]:
-    """Computes differences of a secondary metric with t intervals; it gets no word.
+    """Computes differences of a secondary metric with intervals; it gets no word.
 
-    Args:
-        definitions: arm, and the baseline under its name, -> definition id of the metric.
-
-    Raises: MismatchError when those differ.
+    Raises: MismatchError when the metric was measured by different definitions.
     """
-    check_one_definition(metric, definitions or {})
-    differences = []
-    for arm, values in arms.items():
-        d = [a - b for a, b in _shared_values(baseline, values).values()]
-        if not d:
-            reason = "no pair has both values"
-            differences.append(
-                Difference(
-                    arm=arm, metric=metric, n=0, mean_diff=None, low=None, high=None, reason=reason
-                )
-            )
-            continue
-        summary = stats.paired_summary(d, alpha)
-        reason = "" if summary.n > 1 else "one pair has no interval"
-        differences.append(
-            Difference(
-                arm=arm,
-                metric=metric,
-                n=summary.n,
-                mean_diff=summary.mean,
-                low=summary.low,
-                high=summary.high,
-                reason=reason,
-            )
-        )
-    return differences
+    known = {baseline_name: baseline, **arms}
+    check_one_definition(
+        metric, {name: c.definition for name, c in known.items() if c.definition is not None}
+    )
+    return [_difference(metric, name, cells, baseline, alpha) for name, cells in arms.items()]
 
 
-# ---------------------------------------------------------------------------------------- pairing
+def _difference(metric: str, name: str, cells: Cells, baseline: Cells, alpha: float) -> Difference:
+    blank = Difference(arm=name, metric=metric, n=0, mean_diff=None, low=None, high=None)
+    refusal = cells.matched.refusal or baseline.matched.refusal
+    one, other = cells.healthy, baseline.healthy
+    if refusal or not (one and other):
+        return replace(blank, reason=refusal or "no cell of one side has a value")
+    mean = float(np.mean(list(one.values())) - np.mean(list(other.values())))
+    if min(len(one), len(other)) < 2:
+        reason = "one cell has no interval"
+        return replace(blank, n=len(one), mean_diff=mean, reason=reason)
+    effect = estimate_by_seed(one, other, slope_variance(cells.matched, baseline.matched))
+    low, high = effect.interval(alpha)
+    return replace(blank, n=len(one), mean_diff=mean, low=float(low), high=float(high))
 
 
-def off_target(l0: float, target: float, tolerance: float) -> str:
-    """Describes an L0 outside the tolerance (a relative distance from the target); '' inside."""
-    off = abs(l0 / target - 1)
-    if off <= tolerance + 1e-9:
-        return ""
-    return f"{l0:.4g}, {off:.1%} from the target {target:g} (tolerance {tolerance:.0%})"
+# ------------------------------------------------------------------------------- one comparison
 
 
-@dataclass(frozen=True)
-class _L0:
-    """L0 of the cells of one arm and of the baseline, with the target for both."""
-
-    target: float | None
-    tolerance: float
-    arm: Mapping[int, float]
-    baseline: Mapping[int, float] | None
-
-    def complaint(self, seeds: list[int]) -> str:
-        """Reason why these cells can't be compared at equal L0; '' when they can."""
-        cells = [("arm", seed, self.arm.get(seed)) for seed in seeds]
-        if self.baseline is not None:
-            cells += [("baseline", seed, self.baseline.get(seed)) for seed in seeds]
-        return next((text for cell in cells if (text := self._off(*cell))), "")
-
-    def _off(self, who: str, seed: int, l0: float | None) -> str:
-        if self.target is None:
-            return ""
-        if l0 is None:
-            return f"the {who}'s L0 at seed {seed} is missing: measure it"
-        off = off_target(l0, self.target, self.tolerance)
-        if not off:
-            return ""
-        return (
-            f"the {who}'s L0 at seed {seed} is {off}: calibrate it, or interpolate over its "
-            "sparsity levels to the target"
-        )
-
-
-def _pair(rules: Rules, baseline: Values, values: Values, failed: set[int], l0: _L0) -> _Pairs:
-    """Computes gains by seed, of healthy pairs first, then of failed ones; or refuses."""
-    both = _shared_values(baseline, values)
-    healthy = [seed for seed in both if seed not in failed]
-    fallen = sorted(seed for seed in failed if baseline.get(seed) is not None)
-    n = len(healthy) + len(fallen)
-    excluded = len((set(values) | failed) - set(healthy) - set(fallen))
-    if n < 2:
-        return _Pairs(np.zeros(n), excluded=excluded, refusal=_too_few_text(n, excluded))
-    if complaint := l0.complaint(healthy):
-        return _Pairs(np.zeros(n), refusal=complaint)
-    gain = {seed: rules.sign * (both[seed][0] - both[seed][1]) for seed in both}
-    loss = -max([rules.sesoi, *(abs(gain[seed]) for seed in healthy)])
-    known_loss = {seed: gain[seed] for seed in fallen if gain.get(seed, 0.0) < 0}
-    measured = bool(healthy or known_loss)
-    if not measured:  # nothing but losses of unknown size: only their signs can be tested
-        loss = -1.0
-    gains = [gain[seed] for seed in healthy] + [known_loss.get(seed, loss) for seed in fallen]
-    losses = len(fallen) - len(known_loss)
-    return _Pairs(np.array(gains), measured, len(fallen), losses, excluded=excluded)
+def _compare(rules: Rules, level: float, name: str, baseline: Cells, cells: Cells) -> Comparison:
+    blank = Comparison(
+        arm=name,
+        metric=rules.primary,
+        level=level,
+        sesoi=rules.sesoi,
+        exploratory=rules.exploratory,
+        against=rules.baseline,
+    )
+    if refusal := _refusal(cells, baseline):
+        return replace(blank, reason=refusal)
+    one, other = cells.healthy, baseline.healthy
+    failures = Failures(
+        arm=len(cells.failed),
+        of_arm=len(cells.failed) + len(one),
+        baseline=len(baseline.failed),
+        of_baseline=len(baseline.failed) + len(other),
+    )
+    if failures.any:
+        blank = replace(blank, level=level / 2, failures=str(failures), p_failures=failures.p)
+    if min(len(one), len(other)) < 2 and failures.p > blank.level:
+        return replace(blank, n=len(one), n_baseline=len(other), reason=_too_few(cells, baseline))
+    shared = sum(seed in other for seed in one)
+    done = replace(blank, n=len(one), n_baseline=len(other), n_shared=shared)
+    effect = None
+    if min(len(one), len(other)) >= 2:
+        extra = slope_variance(cells.matched, baseline.matched)
+        effect = estimate_by_seed(one, other, extra)
+        done = _with_numbers(done, effect)
+    done = replace(done, word=_word(done, rules, failures))
+    if done.word == "cannot tell yet" and effect is not None and not failures.balance:
+        done = replace(done, needed_seeds=seeds_to_tell(effect, rules.sesoi, done.level))
+    return replace(done, reason=_reason(done, rules, failures, cells, baseline))
 
 
-def _shared_values(baseline: Values, values: Values) -> dict[int, tuple[float, float]]:
-    """Seed -> (arm, baseline), in the baseline's order, for seeds where both have a value."""
-    return {
-        seed: (value, reference)
-        for seed, reference in baseline.items()
-        if (value := values.get(seed)) is not None and reference is not None
-    }
-
-
-def _too_few_text(n: int, excluded: int) -> str:
-    why = f", {excluded} excluded because a cell is invalid or missing" if excluded else ""
-    return f"{_count(n, 'usable pair')}{why}: two are needed, so fix those cells or add seeds"
-
-
-# ------------------------------------------------------------------------------------- the verdict
-
-
-def _compare(blank: Comparison, pairs: _Pairs, rules: Rules, m: int) -> Comparison:
-    """Fills in the numbers, the word and the reason of a usable comparison."""
-    alpha = rules.alpha
-    if blank.p_holm is None:
-        return replace(blank, reason=pairs.refusal)
-    n = len(pairs.gains)
-    p_tost = stats.tost_p(pairs.gains, blank.sesoi) if pairs.measured else np.array(1.0)
-    word = cast(Word, str(choose_words(pairs.gains.mean(), np.array(blank.p_holm), p_tost, alpha)))
-    if (word == "helps" and pairs.failed) or (word == "no evidence" and pairs.losses):
-        word = "cannot tell"
-    done = replace(blank, word=word, test=stats.choose_test(n, m, alpha))
-    if pairs.measured:
-        done = _with_numbers(done, rules.sign * pairs.gains, alpha)
-    if word == "cannot tell" and pairs.measured and not pairs.failed:
-        needed = seeds_to_tell(stats.paired_summary(pairs.gains, alpha), blank.sesoi, m, alpha)
-        done = replace(done, needed_seeds=needed)
-    return replace(done, reason=_reason(done, pairs, m))
-
-
-def _with_numbers(done: Comparison, d: stats.Array, alpha: float) -> Comparison:
-    summary = stats.paired_summary(d, alpha)
-    sd = summary.sd or 0.0
-    bca = stats.bca_interval(d, alpha)
+def _with_numbers(blank: Comparison, effect: Effect) -> Comparison:
+    low, high = effect.interval(blank.level)
     return replace(
-        done,
-        mean_diff=summary.mean,
-        low=summary.low,
-        high=summary.high,
-        detectable=stats.smallest_detectable(sd, summary.n, alpha, POWER),
-        bca_low=bca[0] if bca else None,
-        bca_high=bca[1] if bca else None,
+        blank,
+        mean_diff=float(effect.mean),
+        low=float(low),
+        high=float(high),
+        p=float(effect.p),
+        correlation=float(effect.correlation),
+        detectable=stats.detectable_ratio(float(effect.df), blank.level, POWER) * float(effect.se),
     )
 
 
-def seeds_to_tell(summary: stats.Paired, sesoi: float, m: int, alpha: float) -> int | None:
-    """Number of pairs that could decide the comparison, if the spread stays as it is.
+def _word(done: Comparison, rules: Rules, failures: Failures) -> Word:
+    """Chooses the word from the interval and from the numbers of failures."""
+    if failures.any and failures.p <= done.level:
+        return "hurts" if failures.balance > 0 else "helps"
+    if done.mean_diff is None or done.low is None or done.high is None:
+        return "cannot tell yet"
+    ends = sorted((rules.sign * done.low, rules.sign * done.high))
+    gain, low, high = (np.array(x) for x in (rules.sign * done.mean_diff, *ends))
+    word = cast(Word, str(choose_words(gain, low, high, rules.sesoi)))
+    barred = {1: ("helps", "equivalent"), -1: ("hurts", "equivalent"), 0: ()}[failures.balance]
+    return "cannot tell yet" if word in barred else word
 
-    The first of these that exceeds the present number: pairs for 80% power both to find an effect
-    of sesoi and to exclude it when there is none; pairs to find an effect as large as the observed
-    one. The test's level is alpha / m, Holm's strictest. None when neither can be stated.
+
+def seeds_to_tell(effect: Effect, sesoi: float, level: float) -> int | None:
+    """Number of seeds of both sides that could decide a comparison, if the spread stays as it is.
+
+    The first of these that exceeds the present number: seeds for 80% power both to find an effect
+    of sesoi and to show that there is none; seeds to find an effect as large as the estimated one.
+    None when neither can be stated, or where the L0 is what is uncertain.
     """
-    sd = summary.sd or 0.0
+    present = min(effect.n[:2])
+    if float(effect.extra) > float(effect.variance):
+        return None
+    sd = float(effect.pair_sd)
     parts = (
-        stats.pairs_needed(sd, sesoi, alpha / m, POWER),
-        stats.pairs_needed_equivalence(sd, sesoi, alpha, POWER),
+        stats.pairs_needed(sd, sesoi, level, POWER),
+        stats.pairs_needed_equivalence(sd, sesoi, level / 2, POWER),
     )
-    planned = max((part for part in parts if part is not None), default=None)
-    if None in parts:
-        planned = None
-    observed = stats.pairs_needed(sd, summary.mean, alpha / m, POWER)
-    return next((n for n in (planned, observed) if n is not None and n > summary.n), None)
+    planned = None if None in parts else max(part for part in parts if part is not None)
+    estimate = abs(float(effect.mean))
+    observed = stats.pairs_needed(sd, estimate, level, POWER) if estimate >= sesoi else None
+    return next((n for n in (planned, observed) if n is not None and n > present), None)
 
 
-def _reason(c: Comparison, pairs: _Pairs, m: int) -> str:
+# ----------------------------------------------------------------------------------- in sentences
+
+
+def _refusal(cells: Cells, baseline: Cells) -> str:
+    """Says why no comparison is made; '' where one is."""
+    if baseline.definition is not None and (
+        text := other_definition(cells.definition, baseline.definition)
+    ):
+        return text
+    return cells.matched.refusal or baseline.matched.refusal
+
+
+def _too_few(cells: Cells, baseline: Cells) -> str:
+    counts = (
+        f"{_count(len(cells.healthy), 'healthy cell')} and {len(baseline.healthy)} of the other"
+    )
+    invalid = cells.invalid + baseline.invalid
+    why = f", {invalid} excluded as invalid or missing" if invalid else ""
+    return f"{counts}{why}: two on each side are needed, so fix those cells or add seeds"
+
+
+def _reason(c: Comparison, rules: Rules, failures: Failures, cells: Cells, baseline: Cells) -> str:
     """Sentence with the numbers behind the word."""
-    parts = [_difference_text(c), f"p = {c.p_holm:.3g} ({c.test}, Holm over {m})"]
-    if c.word in ("helps", "hurts") and c.mean_diff is not None and abs(c.mean_diff) < c.sesoi:
-        parts.append(f"smaller than the smallest effect of interest, {c.sesoi:g}")
-    if c.word == "no evidence":
-        parts.append(f"an effect of {c.sesoi:g} is excluded")
-    if c.word == "cannot tell":
-        parts.append(_open_text(c, pairs))
-    if pairs.failed:
-        parts.append(_failed_text(pairs))
-    if pairs.excluded:
-        parts.append(f"{_count(pairs.excluded, 'pair')} excluded as invalid or missing")
+    parts = [_difference_text(c)]
+    if c.p is not None:
+        parts.append(f"p = {c.p:.3g} at level {c.level:.2g}")
+    if c.word == "equivalent":
+        parts.append(f"an effect of {c.sesoi:g} is excluded{_leaning(c, rules)}")
+    if c.word == "cannot tell yet":
+        parts.append(_open_text(c, failures))
+    if failures.any:
+        parts.append(f"{failures} (p = {c.p_failures:.3g})")
+    if invalid := cells.invalid + baseline.invalid:
+        parts.append(f"{_count(invalid, 'cell')} excluded as invalid or missing")
+    parts.append(_l0_text(cells.matched, baseline.matched))
     return "; ".join(part for part in parts if part)
 
 
 def _difference_text(c: Comparison) -> str:
     if c.mean_diff is None:
-        return f"no number over {_count(c.n, 'pair')}"
+        return f"{c.metric} has no number on one side"
     span = f"[{c.low:.4g}, {c.high:.4g}]"
-    return f"{c.metric} differs by {c.mean_diff:+.4g} {span} over {_count(c.n, 'pair')}"
+    counts = f"{_count(c.n, 'cell')} and {c.n_baseline}, {_count(c.n_shared, 'seed')} in common"
+    return f"{c.metric} differs by {c.mean_diff:+.4g} {span} over {counts}"
 
 
-def _open_text(c: Comparison, pairs: _Pairs) -> str:
-    if pairs.failed:
-        return "an arm with a failed cell can't get the word helps, with any number of seeds"
+def _leaning(c: Comparison, rules: Rules) -> str:
+    """Names the direction of an effect that is too small to matter."""
+    if c.low is None or c.high is None or c.low <= 0 <= c.high:
+        return ""
+    good = rules.sign * c.low > 0
+    return f", though a smaller one {'for the better' if good else 'for the worse'} is there"
+
+
+def _open_text(c: Comparison, failures: Failures) -> str:
+    if failures.balance:
+        more = "the arm" if failures.balance > 0 else "the baseline"
+        return f"more cells of {more} failed, so that its survivors can't decide"
     if c.needed_seeds is not None:
         return f"with this spread {c.needed_seeds} seeds could decide"
     if c.sesoi == 0:
@@ -450,26 +400,22 @@ def _open_text(c: Comparison, pairs: _Pairs) -> str:
     return f"the number of seeds that could decide is unknown (or above {stats.MOST_PAIRS})"
 
 
-def _failed_text(pairs: _Pairs) -> str:
-    text = f"{pairs.failed} of {len(pairs.gains)} cells failed and count against the arm"
-    if pairs.losses and pairs.measured:
-        text += f", {pairs.losses} as losses as large as the largest measured difference"
-    return text
+def _l0_text(arm: Matched, baseline: Matched) -> str:
+    """Says what the correction of L0 adds to the uncertainty, where it is not negligible."""
+    if "unknown" in (arm.origin, baseline.origin) and slope_variance(arm, baseline) > 0:
+        return "the interval is wider since no further levels say how the metric changes with L0"
+    return ""
 
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def _check_values(baseline_name: str, baseline: Values, arms: Mapping[str, Values]) -> None:
-    if baseline_name in arms:
-        raise SettingError(
-            "arms", baseline_name, "the baseline is not one of the arms: leave it out"
-        )
-    for name, values in {baseline_name: baseline, **arms}.items():
-        for seed, value in values.items():
+def _check_values(name: str, baseline: Cells, arms: Mapping[str, Cells]) -> None:
+    if name in arms:
+        remedy = "the baseline is not one of the arms: leave it out"
+        raise SettingError("arms", name, remedy)
+    for arm, cells in {name: baseline, **arms}.items():
+        for seed, value in cells.matched.values.items():
             if value is not None and not math.isfinite(value):
-                raise SettingError(f"{name}, seed {seed}", value, "a missing number must be None")
-
-
-# -------------------------------------------------------------------------------------- validation
+                raise SettingError(f"{arm}, seed {seed}", value, "a missing number must be None")

@@ -1,196 +1,430 @@
-"""Simulation that checks the rules of the verdict."""
+"""Simulation that checks what the verdict promises.
+
+Every row simulates whole studies and applies the functions that judge real ones: the interval and
+its word (`effect`, `judge.choose_words`) over many studies at once where nothing fails and nothing
+is moved, else `judge`, or `judge_run` on cells with their L0. Units are FVU; the spread of a cell
+and the slope of the frontier are about those of the shipped study.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from saelab import stats
+from saelab.runs.schema import CellId
 from saelab.seeding import numpy_stream
-from saelab.verdict.judge import Kind, choose_words
+from saelab.study.plan import PlanConfig
+from saelab.verdict.arms import ArmResult, CellGate
+from saelab.verdict.effect import Effect, degrees_of_freedom, estimate
+from saelab.verdict.final_info import judge_run
+from saelab.verdict.judge import Cells, Rules, choose_words, judge
+from saelab.verdict.l0_adjustment import Matched
 
-#: Shares of words that a simulation counts; a word is its name with spaces.
-SHARES = ("helps", "hurts", "no_evidence", "cannot_tell")
+Kind = Literal["normal", "skewed", "discrete"]
+KINDS: tuple[Kind, ...] = ("normal", "skewed", "discrete")
+#: Correlations of arm and baseline within a seed.
+CORRELATIONS = (0.0, 0.3, 0.6, 0.9)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Simulation:
-    """Results of the rules on simulated cells: shares over all simulated runs and arms.
-
-    Args:
-        kind, n, arms, effect, sesoi: settings of the cells, see `simulate`.
-        test: chosen for them.
-        simulations: number of simulated runs.
-        any_told: share of runs in which at least one arm 'helps' or 'hurts'.
-        helps, hurts, no_evidence, cannot_tell: shares of the words over runs and arms.
-        coverage: share of t intervals that hold the true effect.
-    """
-
-    kind: Kind
-    n: int
-    arms: int
-    effect: float
-    sesoi: float
-    test: str
-    simulations: int
-    any_told: float
-    helps: float
-    hurts: float
-    no_evidence: float
-    cannot_tell: float
-    coverage: float
-
-
-def simulate(
-    kind: Kind,
-    n: int,
-    arms: int = 1,
-    effect: float = 0.0,
-    sesoi: float = 0.0,
-    simulations: int = 2000,
-    seed: int = 0,
-    alpha: float = 0.05,
-) -> Simulation:
-    """Applies the rules of `judge` to simulated runs.
-
-    Args:
-        kind: distribution of the cells: 'normal', 'skewed' (exponential) or 'discrete' (20 coin
-            throws), drawn alike for arm and baseline; 'asymmetric' draws skewed *differences*,
-            which no exchange of arm and baseline can give.
-        n: pairs.
-        arms: arms of the run, each with its own draws against a shared baseline.
-        effect: true effect of every arm, in standard deviations of the differences.
-        sesoi: smallest effect of interest, in the same unit.
-        simulations: simulated runs.
-        seed: of the stream 'simulation'.
-        alpha: level.
-    """
-    stream = numpy_stream(seed, "simulation", kind, n, arms)
-    d = _simulated_differences(stream, kind, (simulations, arms, n)) + effect
-    p_holm = stats.holm(stats.chosen_p(d, arms, alpha))
-    word = choose_words(d.mean(axis=-1), p_holm, stats.tost_p(d, sesoi), alpha)
-    low, high = stats.t_interval(d, alpha)
-    decided = (word == "helps") | (word == "hurts")
-    shares = {w: float(np.mean(word == w.replace("_", " "))) for w in SHARES}
-    return Simulation(
-        kind=kind,
-        n=n,
-        arms=arms,
-        effect=effect,
-        sesoi=sesoi,
-        test=stats.choose_test(n, arms, alpha),
-        simulations=simulations,
-        any_told=float(decided.any(axis=-1).mean()),
-        **shares,
-        coverage=float(np.mean((low <= effect) & (effect <= high))),
-    )
-
-
-def _simulated_differences(
-    stream: np.random.Generator, kind: Kind, shape: tuple[int, int, int]
-) -> stats.Array:
-    """Differences [simulations, arms, n] of mean 0 and standard deviation 1."""
-    if kind == "asymmetric":
-        return stream.exponential(size=shape) - 1
-    simulations, arms, n = shape
-    cells = (simulations, arms + 1, n)
-    if kind == "normal":
-        values, sd = stream.normal(size=cells), 1.0
-    elif kind == "skewed":
-        values, sd = stream.exponential(size=cells), 1.0
-    else:
-        values, sd = stream.binomial(20, 0.8, size=cells) / 20, math.sqrt(0.2 * 0.8 / 20)
-    return (values[:, 1:] - values[:, :1]) / (sd * math.sqrt(2))
+#: Baseline's FVU, standard deviation of a cell, smallest effect of interest, slope of the frontier.
+FVU, SD, SESOI, SLOPE = 0.185, 0.00054, 0.005, -0.0727
+TARGET = 32.0
+#: Without a smallest effect of interest, every interval that excludes 0 is a word.
+PLAN = PlanConfig(study="simulated", target_l0=TARGET, seeds=8, sesoi=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationRow:
-    """Promise of the rules, and the share that simulation gives.
+class Row:
+    """Promise of the verdict, and what simulation gives.
 
     Args:
-        promise: in words.
-        run: the simulated runs.
+        promise: what must hold, in words.
+        cells: the simulated cells, in words.
+        studies: number of simulated studies.
         observed: the share that the promise is about.
-        low, high: promised bounds; None, None for a row that is shown without a promise.
-        kept: whether observed lies inside, with 3 standard errors of simulation allowed.
+        low, high: promised bounds.
     """
 
     promise: str
-    run: Simulation
+    cells: str
+    studies: int
     observed: float
-    low: float | None
-    high: float | None
-    kept: bool | None
+    low: float
+    high: float
+
+    @property
+    def kept(self) -> bool:
+        """True where the share lies inside the bounds, 3 standard errors of simulation allowed."""
+        errors = [3 * math.sqrt(p * (1 - p) / self.studies) for p in (self.low, self.high)]
+        return self.low - errors[0] <= self.observed <= self.high + errors[1]
 
     def line(self) -> str:
-        run = self.run
-        bounds = "" if self.low is None else f"{self.low:.3f}-{self.high:.3f}"
-        kept = {True: "kept", False: "BROKEN", None: "no promise"}[self.kept]
-        return _format_row(
-            self.promise, run.kind, run.n, run.arms, run.test, f"{self.observed:.3f}", bounds, kept
-        )
+        bounds = f"{self.low:.3f}-{self.high:.3f}"
+        word = "kept" if self.kept else "BROKEN"
+        return _format_row(self.promise, self.cells, f"{self.observed:.3f}", bounds, word)
 
 
-def _format_row(*cells: object) -> str:
-    widths = (34, 10, 5, 4, 9, 8, 11)
-    text = [f"{cell!s:<{width}}" for cell, width in zip(cells, widths, strict=False)]
-    return " ".join([*text, str(cells[-1])])
+def _format_row(*cells: str) -> str:
+    widths = (48, 68, 8, 11)
+    text = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False)]
+    return " ".join([*text, cells[-1]])
 
 
-#: Names the columns of `ValidationRow.line`.
-HEADING = _format_row("promise", "cells", "pairs", "arms", "test", "observed", "promised", "kept?")
+#: Names the columns of `Row.line`.
+HEADING = _format_row("promise", "cells", "observed", "promised", "kept?")
 
 
-def validation_table(simulations: int = 2000, seed: int = 0) -> list[ValidationRow]:
-    """Checks the promises of the verdict by simulation, at alpha .05.
+def validation_table(studies: int = 20_000, seed: int = 0) -> Iterator[Row]:
+    """Simulates every row in turn, so many studies each.
 
-    Returns: rows on false alarms, coverage, power at the smallest detectable effect and false
-        equivalence; two last rows show, without a promise, false alarms under skewed differences.
+    Args:
+        seed: of the streams.
     """
-    alpha = 0.05
-    rows: list[ValidationRow] = []
+    for rows in (_null_rows, _interval_rows, _power_rows, _failure_rows, _l0_rows, _look_rows):
+        yield from rows(studies, seed)
 
-    def row(
-        promise: str, run: Simulation, observed: float, bounds: tuple[float, float] | None
-    ) -> None:
-        low, high = bounds or (None, None)
-        rows.append(
-            ValidationRow(
-                promise=promise,
-                run=run,
-                observed=observed,
-                low=low,
-                high=high,
-                kept=_is_kept(observed, run, bounds),
-            )
+
+# ---------------------------------------------------------------------------------------- cells
+
+
+@dataclass(frozen=True)
+class Design:
+    """Numbers of cells of each arm and of the baseline, whose first ones share their seeds, and of
+    arms in the family."""
+
+    arm: int
+    baseline: int
+    arms: int = 1
+
+    def __str__(self) -> str:
+        cells = f"{self.arm} and {self.baseline} cells"
+        return f"{cells}, {self.arms} arms" if self.arms > 1 else cells
+
+    @property
+    def shared(self) -> int:
+        return min(self.arm, self.baseline)
+
+
+#: Designs of the shipped study: full arms, side arms of three seeds, and small comparisons.
+DESIGNS = (
+    Design(8, 8),
+    Design(8, 8, 6),
+    Design(3, 8),
+    Design(3, 8, 6),
+    Design(3, 3),
+    Design(3, 3, 6),
+)
+
+
+def draw_noise(stream: np.random.Generator, kind: Kind, shape: tuple[int, ...]) -> stats.Array:
+    """Draws noise of mean 0 and standard deviation 1: normal, exponential, or 20 coin throws."""
+    if kind == "normal":
+        return stream.normal(size=shape)
+    if kind == "skewed":
+        return stream.exponential(size=shape) - 1
+    return (stream.binomial(20, 0.8, size=shape) / 20 - 0.8) / math.sqrt(0.2 * 0.8 / 20)
+
+
+def draw_effects(
+    design: Design, kind: Kind, correlation: float, effect: float, studies: int, seed: int
+) -> Effect:
+    """Estimates the arms of many studies; arrays [studies, arms].
+
+    Args:
+        correlation: of cells that share their seed.
+        effect: true effect of every arm, in standard deviations of a cell.
+    """
+    name = f"{kind} {design} {correlation:g} {effect:g}"
+    stream = numpy_stream(seed, "simulation", name)
+    of_seed = draw_noise(stream, kind, (studies, 1, max(design.arm, design.baseline)))
+    share, rest = math.sqrt(correlation), math.sqrt(1 - correlation)
+    arm = rest * draw_noise(stream, kind, (studies, design.arms, design.arm))
+    base = rest * draw_noise(stream, kind, (studies, 1, design.baseline))
+    arm += share * of_seed[..., : design.arm] + effect
+    base += share * of_seed[..., : design.baseline]
+    return estimate(
+        arm, np.broadcast_to(base, (studies, design.arms, design.baseline)), design.shared
+    )
+
+
+def _level(design: Design) -> float:
+    return Rules(primary="fvu", direction="higher", sesoi=0).level(design.arms)
+
+
+def _words(effect: Effect, level: float, sesoi: float) -> np.ndarray:
+    return choose_words(effect.mean, *effect.interval(level), sesoi)
+
+
+# ----------------------------------------------------------------------- nothing fails or moves
+
+
+def _null_rows(studies: int, seed: int) -> Iterator[Row]:
+    """No arm has an effect: a study with any word of direction is wrong."""
+    for kind in KINDS:
+        for design in DESIGNS:
+            for r in CORRELATIONS:
+                effect = draw_effects(design, kind, r, 0.0, studies, seed)
+                word = _words(effect, _level(design), 0.0)
+                wrong = ((word == "helps") | (word == "hurts")).any(axis=-1)
+                yield Row(
+                    promise="no effect: helps or hurts",
+                    cells=f"{kind}, {design}, r = {r:g}",
+                    studies=studies,
+                    observed=float(wrong.mean()),
+                    low=0.0,
+                    high=0.05,
+                )
+
+
+def _interval_rows(studies: int, seed: int) -> Iterator[Row]:
+    """Intervals hold the true effect; an effect of interest is rarely called equivalent."""
+    for kind in KINDS:
+        for design in (Design(8, 8), Design(3, 8), Design(3, 3)):
+            for r in (0.0, 0.6):
+                effect = draw_effects(design, kind, r, 1.0, studies, seed)
+                low, high = effect.interval(0.05)
+                yield Row(
+                    promise="95% interval covers",
+                    cells=f"{kind}, {design}, r = {r:g}",
+                    studies=studies,
+                    observed=float(((low <= 1) & (high >= 1)).mean()),
+                    low=0.95,
+                    high=1.0,
+                )
+    for design in (Design(8, 8), Design(3, 8), Design(3, 3)):
+        effect = draw_effects(design, "normal", 0.3, 3.0, studies, seed)
+        word = _words(effect, _level(design), 3.0)
+        yield Row(
+            promise="effect as large as sesoi: equivalent",
+            cells=f"normal, {design}, r = 0.3",
+            studies=studies,
+            observed=float((word == "equivalent").mean()),
+            low=0.0,
+            high=0.05,
         )
 
-    kinds: tuple[Kind, ...] = ("normal", "skewed", "discrete")
-    for kind in kinds:
-        for n, arms in ((3, 1), (5, 5), (8, 1), (8, 5)):
-            run = simulate(kind, n, arms, simulations=simulations, seed=seed)
-            row("no effect: helps or hurts", run, run.any_told, (0.0, alpha))
-    for kind in kinds:
-        for n in (3, 5, 8):
-            run = simulate(kind, n, simulations=simulations, seed=seed)
-            row("95% interval covers", run, run.coverage, (0.93, 0.97))
-    for n, stated in ((3, (0.79, 0.81)), (5, (0.79, 0.81)), (8, (0.76, 0.80))):
-        effect = stats.detectable_factor(n)
-        run = simulate("normal", n, effect=effect, simulations=simulations, seed=seed)
-        row("smallest detectable effect: helps", run, run.helps, stated)
+
+def _power_rows(studies: int, seed: int) -> Iterator[Row]:
+    """What is there is found: three cells use all of the baseline's, and `detectable` is true."""
+    for r in CORRELATIONS:
+        design = Design(3, 8, 12)
+        effect = draw_effects(design, "normal", r, 0.0096 / 0.00122, studies, seed)
+        word = _words(effect, _level(design), SESOI / 0.00122)
+        yield Row(
+            promise="effect of 7.9 standard deviations: found",
+            cells=f"normal, {design}, r = {r:g}",
+            studies=studies,
+            observed=float((word == "helps").mean()),
+            low=0.95,
+            high=1.0,
+        )
+    for design in (Design(8, 8), Design(8, 8, 6), Design(3, 3), Design(3, 3, 6)):
+        level = _level(design)
+        df = degrees_of_freedom(design.shared, 0)
+        size = stats.detectable_ratio(df, level) * math.sqrt(2 / design.shared)
+        effect = draw_effects(design, "normal", 0.0, size, studies, seed)
+        yield Row(
+            promise="effect that is called detectable: found",
+            cells=f"normal, {design}",
+            studies=studies,
+            observed=float((effect.p < level).mean()),
+            low=0.78,
+            high=0.82,
+        )
+    for design in (Design(8, 8), Design(8, 8, 6), Design(3, 8, 6), Design(3, 3)):
+        sd = SESOI / SD
+        effect = draw_effects(design, "normal", 0.0, sd / 5, studies, seed)
+        word = _words(effect, _level(design), sd)
+        decided = word[word != "cannot tell yet"]
+        yield Row(
+            promise="a fifth of sesoi: one word, where there is one",
+            cells=f"normal, {design}",
+            studies=studies,
+            observed=float((decided == "equivalent").mean()) if len(decided) else 1.0,
+            low=0.9,
+            high=1.0,
+        )
+
+
+# ------------------------------------------------------------------------------------- failures
+
+
+def _cells(values: stats.Array, failed: stats.Array | None = None) -> Cells:
+    lost = set() if failed is None else set(np.flatnonzero(failed).tolist())
+    by_seed = {seed: None if seed in lost else float(v) for seed, v in enumerate(values)}
+    return Cells(matched=Matched(values=by_seed), failed=frozenset(lost))
+
+
+def _rules(sesoi: float = 0.0, looks: int | None = None) -> Rules:
+    return Rules(primary="fvu", direction="lower", sesoi=sesoi, looks=looks)
+
+
+def _count(studies: int, study: Callable[[], str]) -> Counter[str]:
+    return Counter(study() for _ in range(studies))
+
+
+def _failure_rows(studies: int, seed: int) -> Iterator[Row]:
+    """Cells that fail count on both sides."""
+    for n in (8, 12):
+        for q in (0.05, 0.1, 0.2, 0.3):
+            stream = numpy_stream(seed, "simulation", f"failures {n} {q:g}")
+
+            def study(n: int = n, q: float = q, stream: np.random.Generator = stream) -> str:
+                values, failed = FVU + SD * stream.normal(size=(2, n)), stream.random((2, n)) < q
+                base, arm = (_cells(v, f) for v, f in zip(values, failed, strict=True))
+                return judge(_rules(), base, {"arm": arm})[0].word
+
+            words = _count(studies, study)
+            cells = f"normal, {n} and {n} cells, all fail with probability {q:g}"
+            wrong = words["helps"] + words["hurts"]
+            yield Row(
+                promise="no effect: helps or hurts",
+                cells=cells,
+                studies=studies,
+                observed=wrong / studies,
+                low=0.0,
+                high=0.05,
+            )
+            yield Row(
+                promise="no effect: |hurts - helps|",
+                cells=cells,
+                studies=studies,
+                observed=abs(words["hurts"] - words["helps"]) / studies,
+                low=0.0,
+                high=0.01,
+            )
+    stream = numpy_stream(seed, "simulation", "sturdier")
+
+    def sturdier() -> str:
+        base = _cells(FVU + SD * stream.normal(size=8), stream.random(8) < 0.75)
+        return judge(_rules(), base, {"arm": _cells(FVU + SD * stream.normal(size=8))})[0].word
+
+    yield Row(
+        promise="the arm never fails: helps",
+        cells="normal, 8 and 8 cells, baseline's fail with probability 0.75",
+        studies=studies,
+        observed=_count(studies, sturdier)["helps"] / studies,
+        low=0.8,
+        high=1.0,
+    )
+
+
+# ------------------------------------------------------------------------------------------- L0
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """An arm on a frontier: FVU at the target, slope, distance of its L0 from the target, spread of
+    that distance, and whether it has cells at the levels 16 and 64 (of two seeds)."""
+
+    off: float
+    slope: float = SLOPE
+    levels: bool = False
+    effect: float = 0.0
+    spread: float = 0.003
+
+    def at(self, l0: float) -> float:
+        return FVU + self.effect + self.slope * math.log(l0 / TARGET)
+
+    def draw(self, name: str, seeds: int, stream: np.random.Generator) -> ArmResult:
+        arm = ArmResult(name)
+        for seed in range(seeds):
+            l0 = TARGET * (1 + self.off) * math.exp(self.spread * stream.normal())
+            arm.add(*self._cell(seed, TARGET, l0, stream))
+        for seed in range(2 if self.levels else 0):
+            for level in (TARGET / 2, TARGET * 2):
+                arm.add_level(*self._cell(seed, level, 1.01 * level, stream))
+        return arm
+
+    def _cell(
+        self, seed: int, level: float, l0: float, stream: np.random.Generator
+    ) -> tuple[CellGate, list[dict[str, object]]]:
+        values = {"fvu": self.at(l0) + SD * stream.normal(), "l0": l0}
+        rows: list[dict[str, object]] = [
+            {"metric": metric, "value": value, "slice": "", "definition": "core/1"}
+            for metric, value in values.items()
+        ]
+        id = CellId("simulated", seed, level)
+        return CellGate(id=id, expected=(), facts={"l0": l0, "target_l0": level}), rows
+
+
+def _l0_rows(studies: int, seed: int) -> Iterator[Row]:
+    """An L0 that is not the target's gives no word; levels on both sides give the right one."""
+    one = Frontier(0.0, levels=True)
+    no_levels = [(Frontier(0.016), Frontier(0.0)), (Frontier(0.0), Frontier(0.03))]
+    cases = [(n, base, arm, "no levels") for n in (3, 8) for base, arm in no_levels]
+    cases += [
+        (n, one, Frontier(0.031, SLOPE * share), f"slope {share:g} of the baseline's")
+        for n in (3, 8)
+        for share in (0.7, 0.86, 1.3)
+    ]
+    cases += [(8, one, Frontier(0.03, SLOPE * 0.7, levels=True), "own levels")]
+    for n, base, arm, how in cases:
+        words = _judge_frontiers(studies, seed, n, base, arm)
+        yield Row(
+            promise="no effect at the target: helps or hurts",
+            cells=f"{n} and {n} cells, L0 off by {base.off:.1%} and {arm.off:.1%}, {how}",
+            studies=studies,
+            observed=(words["helps"] + words["hurts"]) / studies,
+            low=0.0,
+            high=0.05,
+        )
     for n in (3, 8):
-        run = simulate("normal", n, effect=1.0, sesoi=1.0, simulations=simulations, seed=seed)
-        row("effect of interest: no evidence", run, run.no_evidence, (0.0, alpha))
-    for n, arms in ((5, 1), (8, 5)):
-        run = simulate("asymmetric", n, arms, simulations=simulations, seed=seed)
-        row("skewed differences: helps or hurts", run, run.any_told, None)
-    return rows
+        wide = Frontier(0.04, levels=True, effect=0.015, spread=0.015)
+        words = _judge_frontiers(studies, seed, n, one, wide)
+        yield Row(
+            promise="cells off the tolerance, levels: refused",
+            cells=f"{n} and {n} cells, L0 off by 4.0%, spread 1.5%",
+            studies=studies,
+            observed=words["refused"] / studies,
+            low=0.0,
+            high=0.02,
+        )
 
 
-def _is_kept(observed: float, run: Simulation, bounds: tuple[float, float] | None) -> bool | None:
-    if bounds is None:
-        return None
-    errors = [3 * math.sqrt(p * (1 - p) / run.simulations) for p in bounds]
-    return bounds[0] - errors[0] <= observed <= bounds[1] + errors[1]
+def _judge_frontiers(
+    studies: int, seed: int, n: int, base: Frontier, arm: Frontier
+) -> Counter[str]:
+    stream = numpy_stream(seed, "simulation", f"{n} {base} {arm}")
+
+    def study() -> str:
+        arms = {"baseline": base.draw("baseline", n, stream), "arm": arm.draw("arm", n, stream)}
+        return judge_run(arms, PLAN, exploratory=True)[0][0].word
+
+    return _count(studies, study)
+
+
+# ---------------------------------------------------------------------------------------- looks
+
+
+def _look_rows(studies: int, seed: int) -> Iterator[Row]:
+    """Judging, adding the seeds that the verdict asks for, and judging again."""
+    for sd in (0.0017, 0.003, 0.005, 0.008):
+        stream = numpy_stream(seed, "simulation", f"looks {sd:g}")
+
+        def study(sd: float = sd, stream: np.random.Generator = stream) -> str:
+            base, arm = FVU + sd / math.sqrt(2) * stream.normal(size=(2, 60))
+            n = 3
+            for look in range(1, 7):
+                (c,) = judge(_rules(SESOI, look), _cells(base[:n]), {"arm": _cells(arm[:n])})
+                if c.p is not None and c.p < c.level:
+                    return "differs"
+                if c.word != "cannot tell yet" or not c.needed_seeds or n == 60:
+                    break
+                n = min(60, c.needed_seeds)
+            return "no difference"
+
+        words = _count(studies, study)
+        yield Row(
+            promise="no effect, up to 6 looks: a difference",
+            cells=f"normal, from 3 to 60 seeds, sd of differences {sd:g}",
+            studies=studies,
+            observed=words["differs"] / studies,
+            low=0.0,
+            high=0.05,
+        )

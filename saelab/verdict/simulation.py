@@ -34,8 +34,8 @@ CORRELATIONS = (0.0, 0.3, 0.6, 0.9)
 #: Baseline's FVU, standard deviation of a cell, smallest effect of interest, slope of the frontier.
 FVU, SD, SESOI, SLOPE = 0.185, 0.00054, 0.005, -0.0727
 TARGET = 32.0
-#: Without a smallest effect of interest, every interval that excludes 0 is a word.
-PLAN = PlanConfig(study="simulated", target_l0=TARGET, seeds=8, sesoi=0)
+#: With next to no smallest effect of interest, every interval that excludes 0 is a word.
+PLAN = PlanConfig(study="simulated", target_l0=TARGET, seeds=8, sesoi=1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,18 @@
-"""Statistics of paired differences over seeds: intervals, tests, equivalence and power.
+"""Statistics of differences over seeds: intervals, power, and numbers of seeds.
 
 With differences d_1 .. d_n of one seed each, mean m and standard deviation s (ddof 1):
 
     interval         m +- t(n-1, 1-alpha/2) * s / sqrt(n)
-    sign-flip p      share of the 2^n sign patterns e with |sum e_i d_i| >= |sum d_i|
-    Holm             p'_(i) = max over j <= i of (M - j + 1) * p_(j), at most 1
-    equivalence p    max of the one-sided p of "m <= -sesoi" and of "m >= sesoi" (TOST)
     power            P(|T| > t(n-1, 1-alpha/2)), T noncentral t around sqrt(n) * effect / s
+    equivalence      the interval of coverage 1 - 2 alpha lies inside +-sesoi (TOST)
 
     at_l0            linear in log L0 between the two measured levels around the target; none beyond
 
-Sources: Fisher 1935 (sign flips), Holm 1979, Schuirmann 1987 (TOST), Efron 1987 (BCa). The power is
-integrated over the chi distribution of s, because scipy's noncentral t can return NaN.
+Source: Schuirmann 1987 (TOST). The power is integrated over the chi distribution of s, because
+scipy's noncentral t can return NaN. `saelab.verdict.effect` has the estimate of arms whose seeds
+are shared in part.
 
 Functions of `differences` take [..., n] and work along the last axis, unless they say "one row".
-Differences that are all equal have no spread to estimate a t statistic from: their p is the p of
-the sign flips, 2^(1-n), or 1 when all are zero.
 """
 
 from __future__ import annotations
@@ -24,25 +21,14 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from saelab.errors import SettingError
-from saelab.seeding import numpy_stream
 
 Array = NDArray[np.float64]
-Test = Literal["sign-flip", "t"]
 
-#: Pairs up to which all sign patterns are counted; beyond, patterns are drawn.
-EXACT_UP_TO = 20
-#: Sign patterns drawn beyond that. Our choice: standard error .0007 at p = .05.
-DRAWS = 100_000
-#: Pairs from which a BCa interval is given; below it covers too little (.89 at 8 pairs).
-BCA_FROM = 10
-#: Resamples of the BCa bootstrap. Our choice: the ends are stable to about 2% of the width.
-RESAMPLES = 10_000
 #: Share of the largest difference below which a spread is rounding. Our choice.
 ROUNDING = 1e-9
 #: Largest number of pairs that is recommended. Our choice: nobody trains more.
@@ -81,115 +67,6 @@ def t_interval(differences: ArrayLike, alpha: float = 0.05) -> tuple[Array, Arra
     return mean - half, mean + half
 
 
-def bca_interval(
-    differences: ArrayLike, alpha: float = 0.05, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float] | None:
-    """Returns the bias-corrected and accelerated bootstrap interval of the mean of one row.
-
-    It is None below `BCA_FROM` differences, where the interval covers too little.
-    """
-    from scipy.special import ndtr, ndtri
-
-    row = _row(differences)
-    n = len(row)
-    if n < BCA_FROM:
-        return None
-    mean, sd = _moments(row)
-    if sd == 0:
-        return float(mean), float(mean)
-    draws = numpy_stream(seed, "bca", n).integers(0, n, (resamples, n))
-    means = row[draws].mean(axis=1)
-    below = np.mean(means < mean) + np.mean(means == mean) / 2
-    bias = ndtri(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples))
-    influence = row - mean  # the jackknife's values, up to a factor that cancels
-    acceleration = np.sum(influence**3) / (6 * np.sum(influence**2) ** 1.5)
-    z = bias + ndtri(np.array([alpha / 2, 1 - alpha / 2]))
-    low, high = np.quantile(means, ndtr(bias + z / (1 - acceleration * z)))
-    return float(low), float(high)
-
-
-def sign_flip_p(differences: ArrayLike, seed: int = 0) -> Array:
-    """Returns the two-sided sign-flip p [...]: exact up to `EXACT_UP_TO` differences."""
-    d = rows(differences)
-    n = d.shape[-1]
-    limit = np.abs(d.sum(axis=-1, keepdims=True)) - ROUNDING * np.abs(d).sum(axis=-1, keepdims=True)
-    if n > EXACT_UP_TO:
-        return _drawn_sign_flip_p(d, limit, seed)
-    sums = d[..., :1]  # flipping all signs changes no |sum|, so the first sign stays
-    for i in range(1, n):
-        sums = np.concatenate([sums + d[..., i : i + 1], sums - d[..., i : i + 1]], axis=-1)
-    return np.mean(np.abs(sums) >= limit, axis=-1)
-
-
-def _drawn_sign_flip_p(d: Array, limit: Array, seed: int, chunk: int = 10_000) -> Array:
-    """Returns (1 + hits) / (1 + draws), which is never zero and never too small on average."""
-    stream = numpy_stream(seed, "sign-flip", d.shape[-1])
-    hits = np.zeros(d.shape[:-1])
-    for _ in range(DRAWS // chunk):
-        signs = stream.integers(0, 2, (chunk, d.shape[-1])) * 2.0 - 1.0
-        hits += np.sum(np.abs(d @ signs.T) >= limit, axis=-1)
-    return (1 + hits) / (1 + DRAWS)
-
-
-def paired_t_p(differences: ArrayLike) -> Array:
-    """Returns the two-sided p [...] of the paired t test; without spread it is 2^(1-n) or 1."""
-    from scipy.special import stdtr
-
-    d = rows(differences)
-    n = d.shape[-1]
-    mean, sd = _moments(d)
-    flat = np.where(mean == 0, 1.0, 2.0 ** (1 - n))
-    t = np.abs(mean) * math.sqrt(n) / np.where(sd == 0, 1.0, sd)
-    return np.where(sd == 0, flat, 2 * stdtr(n - 1, -t))
-
-
-def choose_test(n: int, m: int, alpha: float = 0.05) -> Test:
-    """Chooses the one test that decides from the numbers of pairs and comparisons alone.
-
-    The smallest sign-flip p is 2^(1-n). Holm multiplies it by up to m, so below
-    n = ceil(log2(2m / alpha)) sign flips can never reach alpha and the t test is used.
-    """
-    return "sign-flip" if n >= math.ceil(math.log2(2 * m / alpha)) else "t"
-
-
-def chosen_p(differences: ArrayLike, m: int, alpha: float = 0.05) -> Array:
-    """Returns the p [...] of the test that `choose_test` names for these differences."""
-    d = rows(differences)
-    return sign_flip_p(d) if choose_test(d.shape[-1], m, alpha) == "sign-flip" else paired_t_p(d)
-
-
-def holm(p: ArrayLike, m: int | None = None) -> Array:
-    """Returns the Holm-adjusted p [..., k] over the last axis.
-
-    Args:
-        p: unadjusted p, [..., k].
-        m: size of the family when it is larger than k (comparisons that could not be made count).
-    """
-    values = np.asarray(p, dtype=np.float64)
-    k = values.shape[-1]
-    family = max(k, m or 0)
-    order = np.argsort(values, axis=-1)
-    stepped = np.take_along_axis(values, order, axis=-1) * (family - np.arange(k))
-    stepped = np.minimum(np.maximum.accumulate(stepped, axis=-1), 1.0)
-    adjusted = np.empty_like(values)
-    np.put_along_axis(adjusted, order, stepped, axis=-1)
-    return adjusted
-
-
-def tost_p(differences: ArrayLike, sesoi: float) -> Array:
-    """Returns the p [...] of "the effect is at least sesoi in size"; small means equivalent.
-
-    p <= alpha exactly when the interval of coverage 1 - 2 alpha lies inside +-sesoi.
-    """
-    from scipy.special import stdtr
-
-    d = rows(differences)
-    n = d.shape[-1]
-    mean, sd = _moments(d)
-    t = (sesoi - np.abs(mean)) * math.sqrt(n) / np.where(sd == 0, 1.0, sd)
-    return np.where(sd == 0, np.where(np.abs(mean) < sesoi, 0.0, 1.0), stdtr(n - 1, -t))
-
-
 def t_power(n: int, effect: float, alpha: float = 0.05) -> float:
     """Returns the power of the two-sided paired t test for an effect in standard deviations."""
     from scipy.special import ndtr
@@ -209,14 +86,22 @@ def tost_power(n: int, sesoi: float, alpha: float = 0.05) -> float:
     return float(weight @ np.maximum(2 * ndtr(room) - 1, 0.0))
 
 
-@functools.cache
-def detectable_factor(n: int, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Returns the smallest effect, in standard deviations, that n >= 2 pairs detect."""
-    low, high = 0.0, 1e4
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if t_power(n, middle, alpha) >= power else (middle, high)
-    return high
+def degrees_of_freedom(shared: int, alone: int) -> float:
+    """Returns those of a difference of means with so many seeds that both sides have, and that one
+    has alone; Derrick et al. 2017."""
+    return shared - 1 + alone * (alone + shared - 1) / (alone + 2 * shared)
+
+
+def planned_error(n_arm: int, n_baseline: int, shared: int) -> float:
+    """Returns the standard error of a difference of means before anything is measured, in units of
+    the standard deviation of the difference of two cells of one seed.
+
+    Where seeds are not shared, cells of one seed are taken to be independent, which is the largest
+    error for any correlation that is not negative.
+    """
+    if n_arm == n_baseline == shared:
+        return 1 / math.sqrt(shared)
+    return math.sqrt((1 / n_arm + 1 / n_baseline) / 2)
 
 
 @functools.lru_cache(4096)
@@ -233,11 +118,6 @@ def detectable_ratio(df: float, level: float, power: float = 0.8) -> float:
         found = float(weight @ (ndtr(middle - limit) + ndtr(-middle - limit)))
         low, high = (low, middle) if found >= power else (middle, high)
     return high
-
-
-def smallest_detectable(sd: float, n: int, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Returns the smallest true effect, in the unit of `sd`, that n pairs detect."""
-    return detectable_factor(n, alpha, power) * sd
 
 
 def pairs_needed(sd: float, effect: float, alpha: float = 0.05, power: float = 0.8) -> int | None:

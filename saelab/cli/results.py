@@ -37,9 +37,9 @@ def _simulate(simulations: int, json_: bool) -> None:
     if simulations < 100:
         raise SettingError("simulations", simulations, "at least 100 are needed")
     rows = list(validation_table(simulations))
-    data = [{**asdict(row), "kept": row.kept} for row in rows]
+    data = [{**asdict(row), "kept": row.is_kept} for row in rows]
     show(json_, data, [HEADING, *(row.line() for row in rows)])
-    if not all(row.kept for row in rows):
+    if not all(row.is_kept for row in rows):
         raise StudyFailure("a promise of the verdict is broken: see the row that says so")
 
 

@@ -1,9 +1,9 @@
 """A run before anything is trained: its cells, exact changes, cost, and smallest visible effect.
 
-The smallest effect that a comparison can see is k(n) times the spread of the paired differences
-(`stats.smallest_detectable`, 80% power). The spread is taken from a finished run of the study: of
-the same arm in the same run, else the median over all arms of all finished runs; without one the
-effect is in units of the spread.
+The smallest effect that a comparison can see (`stats.detectable_ratio`, 80% power) is a multiple of
+the spread of the difference of two cells of one seed. The spread is taken from a finished run of
+the study: of the same arm in the same run, else the median over all arms of all finished runs;
+without one the effect is in units of the spread.
 """
 
 from __future__ import annotations
@@ -71,10 +71,8 @@ class ArmCheck:
         second_wave: whether it waits for what another arm ends with.
         changes: against the run's base, all of them.
         cells, pairs: cells over all levels, and pairs with the baseline at the target L0.
-        test: chosen for the decision; '' where there is no comparison.
-        exact_p: the smallest that sign flips can give, Holm over the run's family.
-        spread: of the paired differences in a finished run, None without one; `spread_of` says
-            where it is from.
+        spread: of the difference of two cells of one seed in a finished run, None without one;
+            `spread_of` says where it is from.
         sees: smallest effect seen with 80% power, in the metric's unit, or in spreads without one.
     """
 
@@ -86,8 +84,6 @@ class ArmCheck:
     changes: tuple[Change, ...]
     cells: int
     pairs: int
-    test: str = ""
-    exact_p: float | None = None
     spread: float | None = None
     spread_of: str = ""
     sees: float | None = None
@@ -140,11 +136,12 @@ class RunCheck:
         texts = [f"the plan deviates from the registered one: {text}" for text in self.deviations]
         texts += [f"left out on purpose: {text}" for text in plan.exclusions]
         compared = [arm for arm in self.arms if arm.name != BASELINE]
-        family, pairs = _family(plan, len(compared)), attrgetter("pairs")
+        pairs = attrgetter("pairs")
         for n, arms in itertools.groupby(sorted(compared, key=pairs), pairs):
             names = ", ".join(arm.name for arm in arms)
-            if text := _no_exact_p(n, family, plan.alpha):
-                texts.append(f"{names}: {text}")
+            if n < 2:
+                remedy = "so no comparison is possible: add seeds to the plan"
+                texts.append(f"{names}: {n} cell at the target L0, {remedy}")
         return texts
 
     def check_limit(self) -> None:
@@ -222,14 +219,13 @@ def _arm(
     if arm.name == BASELINE or pairs < 2:
         return plain
     family = _family(plan, len(task.run.arms) - 1)
+    others = sum(s.id.arm == arm.against and s.is_at_target(plan) for s in specs)
     spread, source = _spread(task.name, arm.name, spreads)
     return replace(
         plain,
-        test=stats.choose_test(pairs, family, plan.alpha),
-        exact_p=min(1.0, family * 2.0 ** (1 - pairs)),
         spread=spread,
         spread_of=source,
-        sees=stats.smallest_detectable(spread or 1.0, pairs, plan.alpha),
+        sees=_smallest_seen(pairs, others, plan.alpha / family) * (spread or 1.0),
     )
 
 
@@ -237,18 +233,16 @@ def _family(plan: PlanConfig, arms: int) -> int:
     return max(arms, plan.family or 0)
 
 
-def _no_exact_p(n: int, family: int, alpha: float) -> str:
-    """The warning where n pairs can't reach alpha by sign flips; '' where they can."""
-    if n < 2:
-        return f"{n} pair with the baseline, so no comparison is possible: add seeds to the plan"
-    if stats.choose_test(n, family, alpha) == "sign-flip":
-        return ""
-    holm = f", {min(1.0, family * 2.0 ** (1 - n)):.3g} with Holm over {family}"
-    return (
-        f"with {n} pairs no exact p below {alpha:g} is possible (smallest 2/{2**n} = "
-        f"{2.0 ** (1 - n):.4g}{holm if family > 1 else ''}), so the paired t test decides, which "
-        "takes the differences for normal"
-    )
+def _smallest_seen(pairs: int, others: int, level: float) -> float:
+    """Smallest effect seen with 80% power, in spreads of the difference of two cells of one seed.
+
+    Args:
+        pairs: cells of the arm, whose seeds the other arm has too.
+        others: cells of the other arm.
+    """
+    shared = min(pairs, others)
+    df = stats.degrees_of_freedom(shared, pairs + others - 2 * shared)
+    return stats.detectable_ratio(df, level) * stats.planned_error(pairs, others, shared)
 
 
 # ---- what an arm changes ---------------------------------------------------------------------
@@ -324,9 +318,8 @@ def measured_spreads(root: Path, plan: PlanConfig) -> dict[tuple[str, str], floa
         if manifest.get("primary") != plan.primary or manifest.get("study") != plan.study:
             continue
         for c in manifest.get("comparisons", []):
-            if c["detectable"]:
-                sd = c["detectable"] / stats.detectable_factor(c["n"], manifest["plan"]["alpha"])
-                spreads[manifest["run"], c["arm"]] = sd
+            if c.get("spread"):
+                spreads[manifest["run"], c["arm"]] = c["spread"]
     return spreads
 
 
@@ -350,7 +343,7 @@ def check_text(run: RunCheck) -> str:
     lines = [
         f"{task.name}: {task.run.title}",
         f"  plan {plan_hash(plan)}: {plan.primary}, {plan.direction} is better, smallest effect of "
-        f"interest {plan.sesoi:g}, Holm over {_family(plan, compared)}, alpha {plan.alpha:g}"
+        f"interest {plan.sesoi:g}, family of {_family(plan, compared)}, alpha {plan.alpha:g}"
         + (", confirmatory" if task.purpose == "confirm" else ", exploratory"),
         f"  {len(run.specs)} cells, {run.tokens:,} tokens, about {clock(run.seconds)} with "
         f"{run.workers} workers and nothing in the cache",
@@ -368,7 +361,7 @@ def _arm_lines(arm: ArmCheck, plan: PlanConfig) -> list[str]:
         notes.append(f"{arm.pairs} pairs")
     if arm.sees is not None:
         unit = f" ({arm.spread_of})" if arm.spread is not None else " spreads of the differences"
-        notes += [arm.test, f"sees {plan.primary} from {arm.sees:.3g}{unit}"]
+        notes += [f"sees {plan.primary} from {arm.sees:.3g}{unit}"]
     if arm.second_wave:
         notes.append("second wave")
     if arm.against != BASELINE:

@@ -20,13 +20,13 @@ class Word(NamedTuple):
 
 
 WORDS: dict[str, Word] = {
-    "helps": Word("▲", "helps", "better than the baseline; p, adjusted for the number of arms, is"
-                  " small enough"),
-    "hurts": Word("▼", "hurts", "worse than the baseline, by the same test"),
-    "no evidence": Word("=", "none", "no difference is shown, and an effect worth having is"
-                        " excluded"),
-    "cannot tell": Word("?", "open", "no difference is shown, and an effect worth having is not"
-                        " excluded"),
+    "helps": Word("▲", "helps", "better than the baseline by at least the smallest effect of"
+                  " interest, or fewer of its cells fail"),
+    "hurts": Word("▼", "hurts", "worse than the baseline, by the same rule"),
+    "equivalent": Word("=", "none", "any difference is smaller than the smallest effect of"
+                       " interest"),
+    "cannot tell yet": Word("?", "open", "the interval leaves both possible; the number of seeds"
+                            " that could decide it is given"),
     "refused": Word("✕", "refused", "no comparison is made; the reason is given next to it"),
 }  # fmt: skip
 
@@ -69,30 +69,28 @@ def sentence(c: Comparison, plan: PlanConfig) -> str:
     name = metric_name(c.metric)
     if c.word == "refused" or c.mean_diff is None:
         return f"{who} is not compared: {c.reason}."
-    numbers = f"({_interval_text(c)}, {_pairs_text(c.n)})"
+    numbers = f"({_interval_text(c)}, {_cells_text(c)})"
     where = "below" if c.mean_diff < 0 else "above"
     other = "the baseline" if c.against == BASELINE else c.against
     amount = f"{name} is {abs(c.mean_diff):.4f} {where} that of {other} {numbers}"
     if c.word in ("helps", "hurts"):
-        small = abs(c.mean_diff) < plan.sesoi
-        less = f", less than the smallest effect of interest, {plan.sesoi:g}" if small else ""
-        return f"{who} {c.word}: {amount}{less}."
-    if c.word == "no evidence":
-        return f"No evidence for {who}: {amount}; an effect of {plan.sesoi:g} is excluded."
+        return f"{who} {c.word}: {amount}{f'; {c.failures}' if c.failures else ''}."
+    if c.word == "equivalent":
+        return f"{who} is equivalent: {amount}; an effect of {plan.sesoi:g} is excluded."
     more = (
         f"about {c.needed_seeds} seeds would decide it"
         if c.needed_seeds
         else "more seeds would not decide it"
     )
-    return f"Cannot tell for {who}: {amount}; {more}."
+    return f"Cannot tell yet for {who}: {amount}; {more}."
 
 
 def _interval_text(c: Comparison) -> str:
-    return "without interval" if c.low is None else f"95% interval {format_span(c.low, c.high)}"
+    return "without interval" if c.low is None else f"interval {format_span(c.low, c.high)}"
 
 
-def _pairs_text(n: int) -> str:
-    return f"{n} pair{'s' * (n != 1)}"
+def _cells_text(c: Comparison) -> str:
+    return f"{c.n} and {c.n_baseline} cells"
 
 
 def bars(comparisons: Sequence[Comparison], sesoi: float) -> list[Bar]:
@@ -130,12 +128,12 @@ def row(c: Comparison, bar: Bar, plan: PlanConfig, comment: str) -> Mapping[str,
         "bar": bar,
         "difference": format_signed(c.mean_diff),
         "interval": format_span(c.low, c.high),
-        "pairs": c.n,
-        "p": "–" if c.p_holm is None else f"{c.p_holm:.3g}",
-        "test": c.test or "–",
+        "cells": f"{c.n}/{c.n_baseline}",
+        "coverage": f"{1 - c.level:.2%}",
+        "p": "–" if c.p is None else f"{c.p:.3g}",
+        "correlation": "–" if c.correlation is None else f"{c.correlation:.2f}",
         "detectable": "–" if c.detectable is None else f"{c.detectable:.2g}",
         "needed": c.needed_seeds or "–",
-        "bca": "" if c.bca_low is None else format_span(c.bca_low, c.bca_high),
         "reason": c.reason,
         "sentence": sentence(c, plan),
         "exploratory": c.exploratory,

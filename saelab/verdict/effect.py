@@ -30,6 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from saelab import stats
 from saelab.stats import ROUNDING, Array
@@ -57,7 +58,7 @@ class Effect:
     correlation: Array
     n: tuple[int, int, int]
     pair_sd: Array
-    flat: Array
+    flat: NDArray[np.bool_]
 
     @property
     def se(self) -> Array:
@@ -112,7 +113,7 @@ def estimate(arm: Array, baseline: Array, shared: int, extra: float = 0.0) -> Ef
         pooled = ((n_a - 1) * var_a + (n_b - 1) * var_b) / (n_a + n_b - 2)
         scale = 1 / n_a + 1 / n_b - 2 * r * shared / (n_a * n_b)
         variance = np.maximum(variance, pooled * scale)
-    df = np.full(variance.shape, degrees_of_freedom(shared, alone))
+    df = np.full(variance.shape, stats.degrees_of_freedom(shared, alone))
     largest = np.maximum(np.abs(a).max(axis=-1), np.abs(b).max(axis=-1))
     flat = variance <= (ROUNDING * largest) ** 2
     variance = np.where(flat, 0.0, variance)
@@ -131,23 +132,6 @@ def estimate(arm: Array, baseline: Array, shared: int, extra: float = 0.0) -> Ef
         pair_sd=np.sqrt(np.maximum(var_a + var_b - 2 * r * np.sqrt(var_a * var_b), 0.0)),
         flat=flat,
     )
-
-
-def degrees_of_freedom(shared: int, alone: int) -> float:
-    """Degrees of freedom for so many seeds that both sides have, and that one has alone."""
-    return shared - 1 + alone * (alone + shared - 1) / (alone + 2 * shared)
-
-
-def planned_error(n_arm: int, n_baseline: int, shared: int) -> float:
-    """Standard error of arm - baseline before anything is measured, in units of the standard
-    deviation of the difference of two cells of one seed.
-
-    Where seeds are not shared, cells of one seed are taken to be independent, which is the largest
-    error for any correlation that is not negative.
-    """
-    if n_arm == n_baseline == shared:
-        return 1 / math.sqrt(shared)
-    return math.sqrt((1 / n_arm + 1 / n_baseline) / 2)
 
 
 def _correlation(a: Array, b: Array) -> Array:

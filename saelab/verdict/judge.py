@@ -57,6 +57,7 @@ class Comparison:
         level: 1 - coverage of the interval.
         p: two-sided p of no difference in the metric; below `level` it decides.
         correlation: of arm and baseline within a seed.
+        spread: standard deviation of the difference of two cells of one seed.
         failures: k of n on both sides, as a sentence; '' where no cell failed.
         p_failures: two-sided p of equal shares of failures; None where no cell failed.
         sesoi: smallest effect of interest, in the metric's unit.
@@ -81,6 +82,7 @@ class Comparison:
     level: float
     p: float | None = None
     correlation: float | None = None
+    spread: float | None = None
     failures: str = ""
     p_failures: float | None = None
     sesoi: float
@@ -297,6 +299,7 @@ def _with_numbers(blank: Comparison, effect: Effect) -> Comparison:
         high=float(high),
         p=float(effect.p),
         correlation=float(effect.correlation),
+        spread=float(effect.pair_sd),
         detectable=stats.detectable_ratio(float(effect.df), blank.level, POWER) * float(effect.se),
     )
 

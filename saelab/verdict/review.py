@@ -296,15 +296,16 @@ def text(found: Review) -> str:
 
 
 def _table(found: Review) -> str:
-    heads = ["arm", "metric", "pairs", "difference", "95% interval", "p", "p (Holm)", "detectable"]
+    heads = ["arm", "metric", "cells", "difference", "interval", "coverage", "p", "r", "detectable"]
     lines = [[*heads, "seeds to tell", "verdict"]]
     for c in found.comparisons:
-        numbers = [_signed(c.mean_diff), _span(c), _p(c.p), _p(c.p_holm), _plain(c.detectable)]
+        numbers = [_signed(c.mean_diff), _span(c), f"{1 - c.level:.2%}", _p(c.p)]
+        numbers += [_plain(c.correlation), _plain(c.detectable)]
         needed = str(c.needed_seeds or "-")
         arm = c.arm if c.against == BASELINE else f"{c.arm} - {c.against}"
-        lines.append([arm, c.metric, str(c.n), *numbers, needed, c.word])
+        lines.append([arm, c.metric, f"{c.n}/{c.n_baseline}", *numbers, needed, c.word])
     for d in found.differences:
-        none = ["-", "-", "-", "-"]
+        none = ["95.00%", "-", "-", "-", "-"]
         lines.append([d.arm, d.metric, str(d.n), _signed(d.mean_diff), _span(d), *none, ""])
     return align_columns(lines)
 

@@ -21,7 +21,7 @@ from saelab.runs.schema import CellId
 from saelab.seeding import numpy_stream
 from saelab.study.plan import PlanConfig
 from saelab.verdict.arms import ArmResult, CellGate
-from saelab.verdict.effect import Effect, degrees_of_freedom, estimate
+from saelab.verdict.effect import Effect, estimate
 from saelab.verdict.final_info import judge_run
 from saelab.verdict.judge import Cells, Rules, choose_words, judge
 from saelab.verdict.l0_adjustment import Matched
@@ -58,14 +58,14 @@ class Row:
     high: float
 
     @property
-    def kept(self) -> bool:
+    def is_kept(self) -> bool:
         """True where the share lies inside the bounds, 3 standard errors of simulation allowed."""
         errors = [3 * math.sqrt(p * (1 - p) / self.studies) for p in (self.low, self.high)]
         return self.low - errors[0] <= self.observed <= self.high + errors[1]
 
     def line(self) -> str:
         bounds = f"{self.low:.3f}-{self.high:.3f}"
-        word = "kept" if self.kept else "BROKEN"
+        word = "kept" if self.is_kept else "BROKEN"
         return _format_row(self.promise, self.cells, f"{self.observed:.3f}", bounds, word)
 
 
@@ -210,7 +210,7 @@ def _interval_rows(studies: int, seed: int) -> Iterator[Row]:
 
 
 def _power_rows(studies: int, seed: int) -> Iterator[Row]:
-    """What is there is found: three cells use all of the baseline's, and `detectable` is true."""
+    """An effect is found: three cells use all of the baseline's, and `detectable` is true."""
     for r in CORRELATIONS:
         design = Design(3, 8, 12)
         effect = draw_effects(design, "normal", r, 0.0096 / 0.00122, studies, seed)
@@ -225,7 +225,7 @@ def _power_rows(studies: int, seed: int) -> Iterator[Row]:
         )
     for design in (Design(8, 8), Design(8, 8, 6), Design(3, 3), Design(3, 3, 6)):
         level = _level(design)
-        df = degrees_of_freedom(design.shared, 0)
+        df = stats.degrees_of_freedom(design.shared, 0)
         size = stats.detectable_ratio(df, level) * math.sqrt(2 / design.shared)
         effect = draw_effects(design, "normal", 0.0, size, studies, seed)
         yield Row(
@@ -254,7 +254,7 @@ def _power_rows(studies: int, seed: int) -> Iterator[Row]:
 # ------------------------------------------------------------------------------------- failures
 
 
-def _cells(values: stats.Array, failed: stats.Array | None = None) -> Cells:
+def _cells(values: stats.Array, failed: np.ndarray | None = None) -> Cells:
     lost = set() if failed is None else set(np.flatnonzero(failed).tolist())
     by_seed = {seed: None if seed in lost else float(v) for seed, v in enumerate(values)}
     return Cells(matched=Matched(values=by_seed), failed=frozenset(lost))

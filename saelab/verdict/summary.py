@@ -121,7 +121,7 @@ def summary_text(
         "",
         "**Verdict.**" + (" Exploratory." if task.purpose != "confirm" else " Confirmatory."),
         "",
-        "| arm | what it is | verdict | difference | 95% interval | pairs |",
+        "| arm | what it is | verdict | difference | interval | cells |",
         "|---|---|---|---|---|---|",
     ]
     comments = {arm.name: arm.comment for arm in task.run.arms}
@@ -130,9 +130,9 @@ def summary_text(
         difference = "-" if c.mean_diff is None else f"{c.mean_diff:+.4f}"
         arm = c.arm if c.against == BASELINE else f"{c.arm}, against {c.against}"
         names = f"{markdown(arm)} | {markdown(comments.get(c.arm, ''))}"
-        lines.append(f"| {names} | {c.word} | {difference} | {interval} | {c.n} |")
+        lines.append(f"| {names} | {c.word} | {difference} | {interval} | {c.n}/{c.n_baseline} |")
     if comparisons:
-        lines += ["", COVERS, "", "**Why.**", ""]
+        lines += ["", *_covers(comparisons), "", "**Why.**", ""]
         lines += [f"- {markdown(f'{c.arm}: {c.reason}')}" for c in comparisons]
     else:
         lines[-2:] = [f"There is one arm, {BASELINE}, and nothing to compare it with.", ""]
@@ -159,6 +159,13 @@ def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) ->
         cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in shown]
         lines.append(f"| {name.removeprefix(schema.CONTROL)} | {' | '.join(cells)} |")
     return [*lines, *_planted_lines(planted)] if by_control else []
+
+
+def _covers(comparisons: Sequence[Comparison]) -> list[str]:
+    """Says what the intervals hold, and that they hold together."""
+    level = min(c.level for c in comparisons)
+    together = f"Each interval has coverage {1 - level:.2%}, so that all of them hold together."
+    return [f"{together} {COVERS}"]
 
 
 def _mean_values(arm: ArmResult) -> Iterator[tuple[str, str]]:
@@ -203,7 +210,7 @@ def _next_steps(comparisons: Sequence[Comparison]) -> list[str]:
         return ["- add an arm to compare it with (`experiment.py`, or `saelab.compare`)."]
     lines = []
     for c in comparisons:
-        if c.word == "cannot tell" and c.needed_seeds:
+        if c.word == "cannot tell yet" and c.needed_seeds:
             lines.append(f"- {markdown(c.arm)}: about {c.needed_seeds} seeds would decide it.")
         elif c.word == "helps":
             lines.append(f"- {markdown(c.arm)}: confirm it on seeds that no other run uses.")

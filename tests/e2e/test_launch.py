@@ -99,7 +99,7 @@ def test_means_hold_metrics_verdict_gate_and_settings(launched: Launched) -> Non
     means = info["rate"]["means"]
     assert (means["training_steps"], means["tokens"], means["layer"]) == (64, 8_192, 2)
     assert (means["dict_size"], means["learning_rate"]) == (256, 2e-3)
-    assert means["verdict.fvu"] in ("helps", "hurts", "no evidence", "cannot tell")
+    assert means["verdict.fvu"] in ("helps", "hurts", "equivalent", "cannot tell yet")
 
 
 def test_means_and_errors_are_those_of_the_seeds(launched: Launched) -> None:

@@ -159,7 +159,7 @@ class Gain(Scaling):
 register("scaling", GainConfig)
 """
 
-WORDS = ("helps", "hurts", "no evidence", "cannot tell")
+WORDS = ("helps", "hurts", "equivalent", "cannot tell yet")
 SQUARE = 'Arm("square", {"sae.losses+": {"kind": "square"}}, "a loss of our own", primary=True)'
 OWN = 'Arm("own", {"train.lr": 1e-3}, "a module of our own", module=TopKSAE)'
 TWO = PLAN.replace("seeds = 3", "seeds = 2")

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from projects import BASELINE, LONGER, PLAN, RATE, SCALED, Project, cli
 
+from saelab.analysis.difference import difference
+from saelab.errors import SettingError, SourceError
 from saelab.launch.controls import SUBJECTS
 from saelab.storage.atomic import read_json, write_json
 from saelab.verdict.review import complete_runs
@@ -58,13 +60,32 @@ def test_without_a_name_it_judges_every_complete_run(project: Project) -> None:
 def test_a_twin_differs_by_exactly_nothing(project: Project) -> None:
     c = next(c for c in judged(project)[0]["comparisons"] if c["arm"] == "twin")
     assert (c["mean_diff"], c["low"], c["high"], c["p"]) == (0.0, 0.0, 0.0, 1.0)
-    assert c["word"] == "no evidence"
+    assert c["word"] == "equivalent"
+
+
+def test_the_difference_of_two_arms_is_that_of_the_verdict(project: Project) -> None:
+    folder = project.folder / "run_1"
+    c = next(c for c in judged(project)[0]["comparisons"] if c["arm"] == "rate")
+    found = difference(folder, "rate", "baseline")
+    assert found.mean_diff == c["mean_diff"] and found.n == c["n"]
+    assert found.low is not None and c["low"] < found.low  # its coverage is not the family's
+    turned = difference(folder, "baseline", "rate")
+    assert turned.mean_diff == pytest.approx(-c["mean_diff"], rel=0.2)  # the other arm's frontier
+    said = cli(project.folder, "difference", "run_1", "rate", "twin")
+    assert said.out.startswith("rate - twin, fvu: ") and "95% interval" in said.out
+    with pytest.raises(SettingError, match="no such arm"):
+        difference(folder, "rate", "rats")
+    with pytest.raises(SettingError, match="not measured in both"):
+        difference(folder, "rate", "twin", "lo")
+    with pytest.raises(SourceError, match="complete run"):
+        difference(project.folder / "none", "rate", "twin")
 
 
 def test_a_bad_cell_stops_nothing_and_is_listed(project: Project) -> None:
     (found,) = judged(project)
     c = next(c for c in found["comparisons"] if c["arm"] == "broken")
-    assert c["word"] in ("hurts", "cannot tell") and "failed and count against" in c["reason"]
+    assert c["word"] in ("hurts", "cannot tell yet", "refused")
+    assert "cells of the arm failed" in c["reason"] or "healthy cell" in c["reason"]
     notes = [note for note in found["cells"] if note["cell"].startswith("broken/")]
     assert {note["outcome"] for note in notes} >= {"failed"}
     declared = [note for note in found["cells"] if note["cell"].startswith("declared/")]
@@ -92,7 +113,7 @@ def test_an_effect_of_known_size_is_found_and_the_controls_are_shown(project: Pr
 
 def test_the_terminal_shows_all_of_it(project: Project) -> None:
     said = cli(project.folder, "verdict").out
-    for words in ("p (Holm)", "detectable", "seeds to tell", "no evidence", "broken, ", "plan "):
+    for words in ("coverage", "detectable", "seeds to tell", "equivalent", "broken, ", "plan "):
         assert words in said
     assert "declared, not_converged (expected)" in said
     assert "other models or texts" in said
@@ -155,7 +176,7 @@ def test_arms_of_other_definitions_are_refused(project: Project, tmp_path: Path)
     found = json.loads(cli(tmp_path, "verdict", "run_2", "--json").out)[0]["comparisons"]
     words = {c["arm"]: (c["word"], c["reason"]) for c in found}
     assert words["rate"][0] == "refused" and "core/2" in words["rate"][1]
-    assert words["twin"][0] == "no evidence"
+    assert words["twin"][0] == "equivalent"
 
 
 def test_what_is_no_complete_run_is_told(project: Project, tmp_path: Path) -> None:
@@ -205,7 +226,7 @@ def test_plan_check_trains_nothing(tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     (found,) = json.loads(ended.out)
     assert (found["run"], found["cells"], found["primary"]) == ("run_1", 10, "fvu")
-    assert any("no exact p below" in warning for warning in found["warnings"])
+    assert all(arm["sees"] > 0 for arm in found["arms"][1:])
     assert "scaled" in cli(made.folder, "plan", "check", "run_1").out
     assert not (made.folder / ".saelab").exists() and not (made.folder / "run_1").exists()
     ended = cli(made.folder, "plan", "check", "run_2")

@@ -295,9 +295,9 @@ def _verdict(arm: list[float | None], baseline: list[float | None]) -> dict[str,
         }
     half = {2: 12.7, 3: 4.3, 8: 2.36}.get(len(d), 2.5) * d.std(ddof=1) / math.sqrt(len(d))
     low, high = d.mean() - half, d.mean() + half
-    word = "helps" if high < 0 else "hurts" if low > 0 else "cannot tell"
-    if word == "cannot tell" and max(abs(low), abs(high)) < 0.005:
-        word = "no evidence"
+    word = "helps" if high < 0 else "hurts" if low > 0 else "cannot tell yet"
+    if word == "cannot tell yet" and max(abs(low), abs(high)) < 0.005:
+        word = "equivalent"
     return {
         "verdict.fvu": word,
         "diff.fvu": float(d.mean()),

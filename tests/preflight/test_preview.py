@@ -80,44 +80,36 @@ def test_the_second_wave_is_named_and_what_it_waits_for(tmp_path: Path) -> None:
 
 def test_the_smallest_effect_is_in_spreads_until_a_run_is_finished(tmp_path: Path) -> None:
     arm = checked_run(tmp_path, RATE).arms[1]
-    assert arm.spread is None and arm.sees == pytest.approx(stats.detectable_factor(8))
+    assert arm.spread is None and arm.sees == pytest.approx(
+        stats.detectable_ratio(7, 0.05) / 8**0.5
+    )
     comparisons = [
-        {"arm": name, "n": n, "detectable": sd * stats.detectable_factor(n)}
+        {"arm": name, "n": n, "spread": sd}
         for name, n, sd in (("rate", 8, 0.002), ("other", 3, 0.004), ("third", 3, 0.008))
     ]
     manifest = {"run": "run_1", "primary": "fvu", "study": "test", "plan": {"alpha": 0.05}}
     write_json(tmp_path / "run_1" / "manifest.json", manifest | {"comparisons": comparisons})
     rate, learned = checked_run(tmp_path, RATE, LEARNED).arms[1:]
     assert rate.spread == pytest.approx(0.002) and rate.spread_of == "of rate in run_1"
-    assert rate.sees == pytest.approx(0.002 * stats.detectable_factor(8))
+    assert rate.sees == pytest.approx(0.002 * stats.detectable_ratio(7, 0.025) / 8**0.5)
     assert learned.spread == pytest.approx(0.004) and "median" in learned.spread_of
     other = checked_run(tmp_path, RATE, study="another").arms[1]
     assert other.spread is None  # numbers of another study say nothing
 
 
-@pytest.mark.parametrize(
-    ("seeds", "arms", "words"),
-    [
-        (5, 1, "smallest 2/32 = 0.0625)"),
-        (6, 1, ""),
-        (6, 2, "2/64 = 0.03125, 0.0625 with Holm over 2"),
-        (8, 6, ""),
-        (8, 7, "0.0547 with Holm over 7"),
-        (1, 1, "no comparison is possible: add seeds"),
-    ],
-)
-def test_it_warns_where_no_exact_p_is_possible(
-    tmp_path: Path, seeds: int, arms: int, words: str
-) -> None:
-    table = [Arm(f"a{i}", {"train.lr": 1.1e-3 * (i + 1)}, primary=True) for i in range(arms)]
-    warnings = checked_run(tmp_path, *table, seeds=seeds).warnings
-    assert bool(warnings) == bool(words)
-    assert all(words in warning and "a0" in warning for warning in warnings)
+def test_it_warns_where_no_comparison_is_possible(tmp_path: Path) -> None:
+    (warning,) = checked_run(tmp_path, RATE, seeds=1).warnings
+    assert "rate" in warning and "no comparison is possible: add seeds" in warning
+    assert not checked_run(tmp_path, RATE, seeds=2).warnings
 
 
-def test_the_planned_family_counts(tmp_path: Path) -> None:
-    (warning,) = checked_run(tmp_path, RATE, family=7).warnings
-    assert "Holm over 7" in warning
+def test_the_planned_family_and_the_baselines_further_seeds_count(tmp_path: Path) -> None:
+    alone, planned = (checked_run(tmp_path, RATE, family=n).arms[1].sees for n in (1, 7))
+    assert alone is not None and planned is not None and alone < planned
+    side = Arm("side", {"train.lr": 3e-3})
+    few = checked_run(tmp_path, RATE, side, seeds_other=3).arms[2].sees
+    three = stats.detectable_ratio(2, 0.025) / 3**0.5  # with three cells on each side
+    assert few is not None and few < three
 
 
 def test_exclusions_and_deviations_are_shown(tmp_path: Path) -> None:

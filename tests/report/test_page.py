@@ -218,9 +218,9 @@ def comparison(word: str, mean: float | None, low: float | None, high: float | N
         mean_diff=mean,
         low=low,
         high=high,
+        n_baseline=8,
+        level=0.05,
         p=0.01,
-        p_holm=0.02,
-        test="t",
         sesoi=0.005,
         detectable=0.001,
         needed_seeds=31,
@@ -233,10 +233,13 @@ def comparison(word: str, mean: float | None, low: float | None, high: float | N
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        (("helps", -0.02, -0.03, -0.01), "A helps: FVU is 0.0200 below that of the baseline (95%"),
-        (("hurts", 0.002, 0.001, 0.003), "less than the smallest effect of interest, 0.005."),
-        (("no evidence", 0.001, -0.001, 0.003), "an effect of 0.005 is excluded."),
-        (("cannot tell", 0.004, -0.01, 0.02), "about 31 seeds would decide it."),
+        (
+            ("helps", -0.02, -0.03, -0.01),
+            "A helps: FVU is 0.0200 below that of the baseline (interval",
+        ),
+        (("hurts", 0.02, 0.01, 0.03), "A hurts: FVU is 0.0200 above"),
+        (("equivalent", 0.001, -0.001, 0.003), "an effect of 0.005 is excluded."),
+        (("cannot tell yet", 0.004, -0.01, 0.02), "about 31 seeds would decide it."),
         (("refused", None, None, None), "A is not compared: its L0 is off target."),
     ],
 )

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from saelab import stats
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.activations.stream import Batch
 from saelab.evals.core import CoreData, measure_reconstruction
@@ -14,7 +13,9 @@ from saelab.sae import SAEConfig
 from saelab.seeding import numpy_stream, torch_stream
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
-from saelab.verdict.judge import Rules, choose_words, judge
+from saelab.verdict.effect import estimate
+from saelab.verdict.judge import Cells, Rules, choose_words, judge
+from saelab.verdict.l0_adjustment import Matched
 
 CELLS, DRAWS, D = 24, 4000, 16
 CONFIG = SAEConfig.parse(
@@ -59,19 +60,18 @@ def test_cells_of_different_seeds_are_told_apart_no_more_often_than_alpha(
     """Pairs of disjoint cells, drawn anew each time; no arm differs from the other."""
     stream = numpy_stream(n, "test-a-a")
     chosen = np.array([stream.permutation(CELLS)[: 2 * n] for _ in range(DRAWS)])
-    d = fvu[chosen[:, :n]] - fvu[chosen[:, n:]]
+    effect = estimate(fvu[chosen[:, :n]], fvu[chosen[:, n:]], n)
     assert fvu.std() > 0
-    p = stats.chosen_p(d, 1)
-    told = choose_words(-d.mean(axis=1), p, np.ones(DRAWS), 0.05)
-    share = float(np.isin(told, ["helps", "hurts"]).mean())
+    low, high = effect.interval(0.05)
+    word = choose_words(effect.mean, low, high, 0.0)
+    share = float(np.isin(word, ["helps", "hurts"]).mean())
     assert share <= 0.05 + 3 * (0.05 * 0.95 / DRAWS) ** 0.5
-    low, high = stats.t_interval(d)
     assert 0.93 <= float(((low <= 0) & (high >= 0)).mean()) <= 0.97
 
 
 def test_the_same_cells_differ_by_exactly_nothing(fvu: np.ndarray) -> None:
     values = dict(enumerate(map(float, fvu[:8])))
-    (c,) = judge(
-        Rules(primary="fvu", direction="lower", sesoi=0.005), values, {"twin": dict(values)}, {}
-    )
-    assert (c.mean_diff, c.low, c.high, c.p, c.word) == (0.0, 0.0, 0.0, 1.0, "no evidence")
+    cells = Cells(matched=Matched(values=values))
+    rules = Rules(primary="fvu", direction="lower", sesoi=0.005)
+    (c,) = judge(rules, cells, {"twin": cells})
+    assert (c.mean_diff, c.low, c.high, c.p, c.word) == (0.0, 0.0, 0.0, 1.0, "equivalent")

@@ -57,6 +57,7 @@ from saelab.report.figures.training import loss
 from saelab.report.run_data import Run, load
 from saelab.runtime.safe_text import visible
 from saelab.runtime.signals import exit_on_signal
+from saelab.verdict.judge import OLD_WORDS
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -69,7 +70,7 @@ BIN = 0.25
 MOST_SCALARS = 12
 #: Runs from which on further processes are worth their start. Our choice.
 MANY = 4
-WORDS = ("helps", "hurts", "no evidence", "cannot tell", "refused")
+WORDS = ("helps", "hurts", "equivalent", "cannot tell yet", "refused")
 
 #: Draws a figure, or returns the reason why there is none; '' where nobody would expect one.
 Picture = Callable[[Run], "Figure | str"]
@@ -307,7 +308,8 @@ def verdict(run: Run) -> Figure | str:
     words = []
     for y, arm in enumerate(arms):
         means, look = run.info[arm]["means"], arm_styles(run)[arm]
-        words.append(str(means[f"verdict.{metric}"] or "no word"))
+        word = str(means[f"verdict.{metric}"] or "no word")
+        words.append(OLD_WORDS.get(word, word))
         middle, low, high = (means.get(f"diff.{metric}{end}") for end in ("", ".low", ".high"))
         if middle is not None:
             axes.plot(middle, y, **look.marks(markersize=9))
@@ -335,9 +337,9 @@ def verdict(run: Run) -> Figure | str:
     return page.finish(
         f"{run.title} – {name} against the baseline: {', '.join(counts)}",
         [
-            f"Mean difference paired by seed at {l0_text(run)}, with its 95% t interval, which"
-            " covers SAE initialisation and data order, not other models or texts. The words rest"
-            " on p adjusted for the number of arms (Holm)."
+            f"Mean difference at {l0_text(run)} with the interval that the word is chosen by, which"
+            " covers SAE initialisation and data order, not other models or texts. All intervals"
+            " of the run hold together."
         ],
         handles,
     )

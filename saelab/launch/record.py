@@ -176,7 +176,7 @@ class Record:
                 "python": platform.python_version(),
                 **{name: version(name) for name in PACKAGES},
                 "threads_per_worker": 1,
-                "kernels": kernels_name(),
+                "kernels": kernels_name(torch.device(self.base.model.device)),
                 "cpu": torch.backends.cpu.get_cpu_capability(),
             },
         }

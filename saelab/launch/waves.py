@@ -11,12 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from saelab.evals import of_control
 from saelab.evals.measure import probing_rows
 from saelab.launch import controls, progress_lines
-from saelab.launch.cell_key import Key, cell_folder, cell_key, resume_folder
+from saelab.launch.cell_key import (
+    Key,
+    cell_folder,
+    cell_key,
+    check_machine,
+    resume_folder,
+)
 from saelab.launch.cell_store import finish, is_finished
 from saelab.launch.executors import JobSet, executor
 from saelab.launch.executors.local import worker_count
@@ -71,7 +75,7 @@ class PreparedLaunch:
         prepared = prepare(base, cache, base.model.device, overlap)
         data = _data(base, prepared, task)
         content = _data_content(base, prepared, data)
-        beside = _controls(before.specs, content, prepared)
+        beside = _controls(before.specs, content, prepared, data.device)
         return cls(
             task=task,
             base=base,
@@ -88,7 +92,10 @@ class PreparedLaunch:
         task = self.task
         specs = cells(task.plan, task.base, task.run, task.purpose)
         measured = {there: self.content | {"at_target": there} for there in (False, True)}
-        return {spec: cell_key(spec, measured[spec.is_at_target(task.plan)]) for spec in specs}
+        device = self.data.device
+        return {
+            spec: cell_key(spec, measured[spec.is_at_target(task.plan)], device) for spec in specs
+        }
 
     def place(self, key: Key) -> Path:
         """Folder of a finished cell; blocks until the training activations are complete."""
@@ -137,22 +144,21 @@ def _data_content(base: BaseConfig, prepared: LaunchData, data: WorkerData) -> d
         "missing_entries": data.missing_entries,
         "threads": 1,
         "device": data.device,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
     }
 
 
 def _controls(
-    specs: Sequence[CellSpec], content: dict[str, Any], prepared: LaunchData
+    specs: Sequence[CellSpec], content: dict[str, Any], prepared: LaunchData, device: str
 ) -> list[JobCell]:
     """Cells of the control subjects; the one that is trained comes first."""
     first = next(spec for spec in specs if spec.id.arm == BASELINE)
     job_cells = []
     if first.module is None and not first.sae.tied:
         frozen = controls.frozen_spec(first)
-        job_cells.append(JobCell.of(frozen, cell_key(frozen, content)))
+        job_cells.append(JobCell.of(frozen, cell_key(frozen, content, device)))
     for name in (schema.CHANNELS, *controls.SUBJECTS):
         if name != schema.CHANNELS or prepared.probing is not None:
-            key = replace(cell_key(first, content), control=schema.control_arm(name))
+            key = replace(cell_key(first, content, device), control=schema.control_arm(name))
             job_cells.append(JobCell.of(first, key, control=name))
     return job_cells
 
@@ -295,7 +301,11 @@ def other_seeds(specs: Iterable[CellSpec], plan: PlanConfig) -> dict[CellSpec, l
 
 
 def _work(job: Job, advance: Any, state: dict[str, Any]) -> None:
-    """One job in a worker; the opened data stays for the next one."""
+    """One job in a worker; the opened data stays for the next one.
+
+    Raises: MismatchError in a worker that computes with other kernels than the launch's process.
+    """
+    check_machine(job.cells[0].key.machine, job.data.device)
     if job.experiment is not None:
         load_experiment(job.experiment)
     if state.get("data") != job.data:

@@ -32,6 +32,7 @@ from saelab.runs.schema import CellId
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import digest, write_json
 from saelab.storage.cache import cache_folder
+from saelab.storage.links import refuse_links
 from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
 from saelab.training.cell import TrainingCell
 from saelab.training.curves import write_curves
@@ -53,6 +54,7 @@ def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) ->
     Returns: the rows of the core evaluation, on every rank.
     Raises: UsageError for bad input, CellFailure when the loss is not finite; on every rank.
     """
+    refuse_links(out_dir)
     if (out_dir / "metrics.json").exists():
         remedy = "is complete: name another folder, or delete it first"
         raise SettingError("out_dir", str(out_dir), remedy)

@@ -4,6 +4,7 @@ cell's content hash, which is its folder's name, and the checksums of all other 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,17 @@ from saelab.storage.atomic import check_key, read_sealed, remove_leftovers, sha2
 FILE = "cell.json"
 
 
-def finish(folder: Path, record: dict[str, Any]) -> None:
-    """Writes the record of a cell whose other files are there."""
+def finish(folder: Path, record: dict[str, Any], names: Collection[str] = ()) -> None:
+    """Writes the record of a cell whose other files are there.
+
+    Args:
+        names: of those files; any other in the folder is of another cell, and is removed.
+    """
     remove_leftovers(folder)
-    names = sorted(f.name for f in folder.glob("[!.]*") if f.name != FILE)
-    sums = {name: sha256(folder / name) for name in names}
+    for file in folder.glob("[!.]*"):
+        if file.name not in (FILE, *names):
+            file.unlink()
+    sums = {name: sha256(folder / name) for name in sorted(names)}
     write_sealed(folder / FILE, record | {"key": folder.name, "sha256": sums})
 
 

@@ -50,7 +50,7 @@ def partners(members: Sequence[T]) -> dict[T, list[T]]:
 
 def compare(cache: Path, one: Path, other: Path) -> None:
     """Compares two cells, by their folders, unless that is done or one of them is not there."""
-    if _stored(cache, one, other) or not (_comparable(one) and _comparable(other)):
+    if _is_compared(cache, one, other) or not (_comparable(one) and _comparable(other)):
         return
     first, second = sorted((one, other), key=lambda folder: folder.name)
     found = match_dictionaries(_decoder(first), _decoder(second))
@@ -78,24 +78,31 @@ def _pairs(cache: Path, own: Path, others: Sequence[Path]) -> list[SeedPair] | s
         return "the arm has one seed"
     if not _comparable(own):
         return "the cell failed, or is no SAE made of parts"
-    pairs = [_stored(cache, own, other) for other in others]
-    return [
-        pair[own.name] for pair in pairs if pair
-    ] or "no other seed of the arm has a trained SAE"
+    present = [other for other in others if _file(cache, own, other).is_file()]
+    pairs = [_read(cache, own, other)[own.name] for other in present]
+    return pairs or "no other seed of the arm has a trained SAE"
 
 
-def _stored(cache: Path, one: Path, other: Path) -> dict[str, SeedPair]:
-    """Cell -> its side of a pair; {} where it is to be made. A file that is damaged, or of another
-    pair, is named on stderr."""
-    file = _file(cache, one, other)
-    if not file.is_file():
-        return {}
+def _is_compared(cache: Path, one: Path, other: Path) -> bool:
+    """Returns True if a pair was compared; a file that is damaged, or of another pair, is named on
+    stderr."""
+    if not _file(cache, one, other).is_file():
+        return False
     try:
-        pair = read_sealed(file)
-        check_key(sorted(pair), sorted((one.name, other.name)), file)
+        return bool(_read(cache, one, other))
     except DamageError as error:
         print(f"{error} (done now)", file=sys.stderr)
-        return {}
+        return False
+
+
+def _read(cache: Path, one: Path, other: Path) -> dict[str, SeedPair]:
+    """Cell -> its side of a pair.
+
+    Raises: DamageError when the file was changed, or is of another pair.
+    """
+    file = _file(cache, one, other)
+    pair = read_sealed(file)
+    check_key(sorted(pair), sorted((one.name, other.name)), file)
     return pair
 
 

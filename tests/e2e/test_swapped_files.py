@@ -125,7 +125,10 @@ from saelab.study.plan import Arm, Run
 BASELINE = Arm("baseline")
 SQUARE = Arm("square", {{"sae.losses+": {{"kind": "square"}}}}, primary=True)
 OWN = Arm("own", {{"train.lr": 1e-3}}, module=helper.TopKSAE)
-RUNS = {{"run_1": Run("One", [BASELINE, SQUARE, OWN]), "run_2": Run("Two", [BASELINE, OWN])}}
+RUNS = {{
+    "run_1": Run("One", [BASELINE, SQUARE, OWN]),
+    "run_2": Run("Two", [BASELINE, OWN], {{"evaluation.probing.test_size": 5}}),
+}}
 
 if __name__ == "__main__":
     main(RUNS, __file__)
@@ -367,7 +370,7 @@ def check_launch(source: Project, harm: Harm, folder: Path, expected: Any) -> st
     own_code = harm.kind.endswith(".py")
     found = launched(project, own_code)
     if isinstance(found, str):
-        return "refused"
+        return f"refused: {found}"
     if expected is None:
         shutil.rmtree(project.folder / ".saelab")
         expected = launched(project, own_code)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from projects import Copy, Ended, Project, wait_for
+from projects import Copy, Ended, Project, cli, wait_for
 from safetensors.torch import load_file, save_file
 
 PLAN = """\
@@ -448,3 +448,144 @@ def test_no_file_that_a_launch_reads_gives_another_number(
     ends += tried(interrupted, lambda harm: is_made(harm.kind), expected, tmp_path / "resumed")
     assert len(ends) > 60
     report_and_check(ends)
+
+
+# ---- run folders -----------------------------------------------------------------------------
+
+PARTS = ("--experiment", "experiment.py")
+#: Commands that read a run.
+COMMANDS = {
+    "verdict": ("verdict", "run_1", "--json"),
+    "difference": ("difference", "run_1", "square", "baseline"),
+    "probing": ("probing", "run_1"),
+    "saebench": ("saebench", "run_1", "--out", "result.json"),
+    "eval": ("eval", "run_1", "--arm", "baseline", "--arm", "square", "--evals", "core", *PARTS),
+    "export": ("export", "run_1", "--arm", "baseline", "--out", "exported"),
+    "report": ("report", "run_1", "--latents", "3", "--cells", "2", *PARTS),
+    "watch": ("watch", "run_1"),
+}
+
+
+def said(folder: Path, command: str) -> tuple[Any, ...] | str:
+    """What a command prints and writes, without times, or how it refuses."""
+    ended = cli(folder, *COMMANDS[command])
+    assert "Traceback" not in ended.err, ended.err
+    if ended.code:
+        assert ended.last, ended
+        return f"refused: {ended.last}"
+    written = content(folder / "exported") if (folder / "exported").is_dir() else {}
+    shutil.rmtree(folder / "exported", ignore_errors=True)
+    out = re.sub(r"\d{10,}|eval_id.*|[0-9a-f-]{36}|\d+:\d\d|[\d.]+ MB", "", ended.out)
+    weights = {name: data for name, data in written.items() if name.suffix != ".json"}
+    return ended.code, out.replace(str(folder), ""), weights
+
+
+def link(path: Path) -> None:
+    """The same content, through a link that leads out of the run."""
+    root = next(folder for folder in path.parents if (folder / "experiment.py").is_file())
+    target = root.parent / "elsewhere" / path.name
+    target.parent.mkdir(exist_ok=True)
+    path.rename(target)
+    path.symlink_to(target)
+
+
+def is_of_run(kind: str) -> bool:
+    """Returns whether files of the kind lie in a run folder, which itself may be moved."""
+    return kind.startswith("run_<>/") and kind != "run_<>/"
+
+
+def run_harms(root: Path) -> Iterator[Harm]:
+    """Everything that is done to a run folder."""
+    yield from (harm for harm in harms(root) if is_of_run(harm.kind))
+    for kind, paths in paths_of_kinds(root).items():
+        if is_of_run(kind):
+            yield Harm(f"link {kind}", kind, paths[0], lambda r, p=paths[0]: link(r / p))
+
+
+def check_readers(source: Project, harm: Harm, folder: Path, before: dict[str, Any]) -> list[str]:
+    """Harms a copy of a project and reads its run with every command; returns how that ended."""
+    project = source.copied(folder)
+    harm.do(project.folder)
+    ends = []
+    for command, expected in before.items():
+        if command == "watch" and not harm.name.startswith("link"):
+            continue  # it shows metrics.jsonl alone, under the name of the run in there
+        found = said(project.folder, command)
+        end = found if isinstance(found, str) else "same" if found == expected else "WRONG"
+        ends.append(f"{end} ({harm.name}: {command})")
+    return ends
+
+
+def tried_readers(source: Project, wanted: Callable[[Harm], bool], place: Path) -> list[str]:
+    original = source.copied(place / "original" / "project")
+    before = {command: said(original.folder, command) for command in COMMANDS}
+    assert not [end for end in before.values() if isinstance(end, str)]
+    ends = []
+    for i, harm in enumerate(h for h in run_harms(source.folder) if wanted(h)):
+        ends += check_readers(source, harm, place / str(i) / "project", before)
+        shutil.rmtree(place / str(i))
+    return ends
+
+
+#: A few for every run of the tests; the slow test has all.
+FEW_OF_RUNS = (
+    *("swap run_<>/cells/<>/seed<>-l<>_<>/", "swap run_<>/final_info.json"),
+    *("link run_<>/metrics.jsonl", "link run_<>/cells/<>/seed<>-l<>_<>/sae.safetensors"),
+)
+
+
+def test_swapped_files_of_a_run_are_never_believed(finished: Project, tmp_path: Path) -> None:
+    ends = tried_readers(finished, lambda harm: harm.name in FEW_OF_RUNS, tmp_path)
+    assert len(ends) >= 7 * len(FEW_OF_RUNS)
+    refused = {end.rpartition("(")[2] for end in ends if end.startswith("refused")}
+    for name in FEW_OF_RUNS:
+        assert any(place.startswith(name) for place in refused), (name, ends)
+    report_and_check(ends)
+
+
+@pytest.mark.slow
+def test_no_file_of_a_run_gives_another_answer(finished: Project, tmp_path: Path) -> None:
+    ends = tried_readers(finished, lambda harm: True, tmp_path)
+    assert len(ends) > 300
+    report_and_check(ends)
+
+
+def test_a_launch_writes_through_no_link(finished: Project, tmp_path: Path) -> None:
+    """Whichever file of the run folder it is; what the link leads to is as before."""
+    tries = [harm for harm in run_harms(finished.folder) if harm.name.startswith("link")]
+    assert len(tries) >= 12
+    for i, harm in enumerate(tries):
+        project = finished.copied(tmp_path / str(i) / "project")
+        harm.do(project.folder)
+        before = content(tmp_path / str(i) / "elsewhere")
+        (project.folder / "run_1" / "final_info.json").unlink(missing_ok=True)
+        ended = project.call(f"--out_dir={harm.path.parts[0]}")
+        remade = harm.path.name == "final_info.json"  # its link was removed above
+        assert ended.code == (0 if remade else 2), (harm.name, ended.err)
+        assert remade or "is a link" in ended.last
+        assert content(tmp_path / str(i) / "elsewhere") == before
+        shutil.rmtree(tmp_path / str(i))
+
+
+def test_cells_that_the_manifest_does_not_name_are_named_and_left_out(
+    finished: Project, tmp_path: Path
+) -> None:
+    """A launch with more seeds has left one, and an arm of its own."""
+    project = finished.copied(tmp_path / "project")
+    before = said(project.folder, "eval")
+    cells = project.folder / "run_1" / "cells"
+    first = next((cells / "baseline").iterdir())
+    shutil.copytree(first, cells / "baseline" / "seed99-l0_16")
+    shutil.copytree(cells / "square", cells / "gone")
+    ended = cli(project.folder, *COMMANDS["eval"])
+    assert "3 folders (baseline/seed99-l0_16, gone/" in ended.err and "ignored" in ended.err
+    assert ended.err.count("does not name") == 1
+    assert said(project.folder, "eval") == before
+    exported = cli(project.folder, *COMMANDS["export"])
+    assert exported.code == 0, exported.err
+    assert not list((project.folder / "exported").rglob("seed99*"))
+    lone = cli(project.folder, "eval", "run_1/cells/baseline/seed99-l0_16")
+    assert lone.code == 2 and "does not name cells/baseline/seed99-l0_16" in lone.last
+    shutil.rmtree(first)
+    missing = cli(project.folder, *COMMANDS["eval"])
+    assert missing.code == 1 and f"{first.name}/sae.safetensors is missing" in missing.last

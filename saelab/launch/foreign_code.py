@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+from saelab.config import digest
 from saelab.errors import SettingError
 from saelab.parts.base import Dims
 from saelab.sae import SAEConfig
@@ -55,6 +56,17 @@ def foreign_code(sae: SAEConfig, module: Any = None, arm: str = "") -> list[str]
         values = list(_Values(files).of(module))
     texts = [_code(file, arm if module else None) for file in _with_imports(files)]
     return [*texts, *values]
+
+
+def study_code(experiment: Path, arms: Iterable[str]) -> str:
+    """Returns a hash of experiment.py and of all that it imports.
+
+    Args:
+        arms: names of those whose entries in the run table count, as they bring modules.
+    """
+    files = _with_imports([experiment])
+    entries = [_code(experiment, arm) for arm in sorted(arms)]
+    return digest([*(_code(file, None) for file in files), *entries])
 
 
 # ---- values ----------------------------------------------------------------------------------

@@ -182,3 +182,32 @@ register("loss", SquareConfig)
     assert second.code == 0 and "2 cells to train" in second.err, second.err
     changed = {name for name, weights in project.weights().items() if weights != before[name]}
     assert {name.split("/")[0] for name in changed} == {"square"}
+
+
+@pytest.mark.parametrize("edited", ["the table", "the helper"])
+def test_code_that_was_changed_during_the_launch_is_refused(
+    tmp_path: Path, edited: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not what the launch has imported; the run table may be edited meanwhile."""
+    from saelab.launch import waves
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    project = Project.make_smallest(tmp_path / "project")
+    project.table(('Arm("baseline")', 'Arm("rate", {"train.lr": 1e-3})'), "import helper")
+    project.write("helper.py", "STRENGTH = 2")
+    prepare = waves.prepare
+
+    def edit_and_prepare(*arguments: object, **options: object) -> object:
+        if edited == "the helper":
+            project.write("helper.py", "STRENGTH = 3")
+        else:
+            project.replace("experiment.py", '"rate"', '"another"')
+        return prepare(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(waves, "prepare", edit_and_prepare)
+    ended = project.call()
+    if edited == "the table":
+        assert ended.code == 0, ended.err
+    else:
+        assert ended.code == 2 and "was changed after the launch had begun" in ended.last
+        assert "Traceback" not in ended.err and not project.finished_cells()

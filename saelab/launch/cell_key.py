@@ -83,7 +83,7 @@ def machine(device: str) -> dict[str, str]:
     }
 
 
-def same_everywhere(ranks: Ranks, device: str) -> None:
+def check_ranks(ranks: Ranks, device: str) -> None:
     """Compares what the processes of a job compute with; all of them call it.
 
     Raises: MismatchError on all of them when there is a difference.

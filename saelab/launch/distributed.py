@@ -25,7 +25,7 @@ from saelab.distributed.ranks import Ranks, check_split, join_ranks, process_cou
 from saelab.errors import SettingError
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
-from saelab.launch.cell_key import machine, same_everywhere
+from saelab.launch.cell_key import check_ranks, machine
 from saelab.launch.foreign_code import foreign_code
 from saelab.launch.prepare import LaunchData, prepare
 from saelab.runs.schema import CellId
@@ -62,7 +62,7 @@ def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) ->
     split = check_split(base.parallel.data, base.parallel.latents), base.parallel.latents
     seed = study_seeds(study, "explore", 1)[0]
     with join_ranks(*split, base.model.device) as ranks:
-        same_everywhere(ranks, str(ranks.device))
+        check_ranks(ranks, str(ranks.device))
         cache = cache_folder(root)
         prepared = _prepared(base, cache, ranks)
         kept = cache / "resume" / _key(base, prepared, seed)

@@ -170,6 +170,7 @@ def browse(
 
 
 def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int) -> Browsed:
+    run.check_cells([cell])
     sae = formats.load(cell.folder).sae
     sae = sae.to(torch.device(base_of_run(run).model.device)).eval()
     survey = latent_examples.survey(sae, data.source, examples)

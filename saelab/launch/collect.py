@@ -84,7 +84,7 @@ def _plant_effects(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> l
         wanted = spec.id.arm == BASELINE and spec.is_at_target(plan)
         if not wanted or not (folder / "sae.json").is_file() or len(places) >= plan.seeds_other:
             continue
-        key = cell_key(spec, ready.content)
+        key = cell_key(spec, ready.content, ready.data.device)
         place = ready.place(replace(key, control=schema.control_arm(schema.PLANTED)))
         if not is_finished(place):
             with one_thread():

@@ -25,11 +25,14 @@ from saelab.distributed.ranks import Ranks, check_split, join_ranks, process_cou
 from saelab.errors import SettingError
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
+from saelab.launch.cell_key import check_ranks, machine
+from saelab.launch.foreign_code import foreign_code
 from saelab.launch.prepare import LaunchData, prepare
 from saelab.runs.schema import CellId
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import digest, write_json
-from saelab.storage.cache import cache_folder, package_digest
+from saelab.storage.cache import cache_folder
+from saelab.storage.links import refuse_links
 from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
 from saelab.training.cell import TrainingCell
 from saelab.training.curves import write_curves
@@ -51,6 +54,7 @@ def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) ->
     Returns: the rows of the core evaluation, on every rank.
     Raises: UsageError for bad input, CellFailure when the loss is not finite; on every rank.
     """
+    refuse_links(out_dir)
     if (out_dir / "metrics.json").exists():
         remedy = "is complete: name another folder, or delete it first"
         raise SettingError("out_dir", str(out_dir), remedy)
@@ -58,6 +62,7 @@ def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) ->
     split = check_split(base.parallel.data, base.parallel.latents), base.parallel.latents
     seed = study_seeds(study, "explore", 1)[0]
     with join_ranks(*split, base.model.device) as ranks:
+        check_ranks(ranks, str(ranks.device))
         cache = cache_folder(root)
         prepared = _prepared(base, cache, ranks)
         kept = cache / "resume" / _key(base, prepared, seed)
@@ -94,8 +99,9 @@ def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> LaunchData:
 def _key(base: BaseConfig, prepared: LaunchData, seed: int) -> str:
     """Key of the checkpoints: all that their numbers depend on; the split is not part of it."""
     settings = [part.model_dump(mode="json") for part in (base.sae, base.train)]
-    place = [base.layout, prepared.train.digest, package_digest(), "over ranks"]
-    return digest([*settings, seed, *place])
+    code = [machine(base.model.device), *foreign_code(base.sae)]
+    place = [base.layout, prepared.train.digest, "over ranks"]
+    return digest([*settings, seed, *place, *code])
 
 
 def _train(base: BaseConfig, source: Source, seed: int, ranks: Ranks, folder: Path) -> TrainingCell:

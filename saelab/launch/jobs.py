@@ -107,6 +107,8 @@ class Job:
         seed: of initialisation and data order.
         experiment: the file of the run table, which may define parts; None without one.
         run: name of the run in that table.
+        code: hash of that file and all that it imports, as `study_code` returned it in the launch.
+        modules: names of arms that bring modules, which count in it.
     """
 
     cells: list[JobCell]
@@ -115,6 +117,8 @@ class Job:
     cache: Path
     experiment: Path | None
     run: str
+    code: str = ""
+    modules: tuple[str, ...] = ()
 
 
 def evaluation_cost(config: TrainConfig) -> float:

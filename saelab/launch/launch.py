@@ -42,6 +42,7 @@ from saelab.runtime import exhaustion
 from saelab.runtime.safe_text import visible
 from saelab.storage.atomic import WriteError, read_sealed
 from saelab.storage.cache import cache_folder, has_activations
+from saelab.storage.links import refuse_links
 from saelab.storage.lock import lock_folder
 from saelab.study.plan import (
     BASELINE,
@@ -205,10 +206,10 @@ def _check_folder(folder: Path) -> None:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise SettingError("out_dir", str(folder), f"{there} is not a folder: name another")
-    for inside in (folder, folder / "cells"):
-        if inside.is_symlink():
-            remedy = f"{inside} is a link, and so leads elsewhere: name another"
-            raise SettingError("out_dir", str(folder), remedy)
+    if folder.is_symlink():
+        remedy = f"{folder} is a link, and so leads elsewhere: name another"
+        raise SettingError("out_dir", str(folder), remedy)
+    refuse_links(folder)
     if not os.access(there, os.W_OK | os.X_OK):
         raise WriteError(f"{folder} can't be written in {there}: choose another folder")
 

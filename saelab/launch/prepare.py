@@ -232,11 +232,12 @@ def _activations(
         "asked_tokens": tokens,
         "dtype": base.harvest.dtype,
     }
-    folder = activations_folder(cache) / digest(asked)
+    key = digest(asked)
+    folder = activations_folder(cache) / key
     done = folder / base.hook_name.replace("/", "_")
     if (done / "header.json").is_file():
         try:
-            expected = {"asked_tokens": tokens, "hook_name": base.hook_name}
+            expected = {"asked_tokens": tokens, "hook_name": base.hook_name, "key": key}
             found = FolderSource.open(done, expected, base.harvest.read_ahead)
             if not found.checks_reads:
                 found.verify()
@@ -246,8 +247,11 @@ def _activations(
         except (DamageError, SourceError) as error:
             print(f"{error} (done now)", file=sys.stderr)
             reopen(done)
-    found = tokenize(text, model.tokenizer, base.context, tokens, cache=folder / "tokens")
-    extras = {"asked_tokens": tokens, "corpus": asked["corpus"]}
+    place = folder / "tokens"
+    found = tokenize(
+        text, model.tokenizer, base.context, tokens, cache=place, model_digest=model.digest
+    )
+    extras = {"asked_tokens": tokens, "corpus": asked["corpus"], "key": key}
     if in_steps:
         return harvest_steps(model, found, base.hook_name, base.harvest, folder, extras)
     made = harvest(model, found, [base.hook_name], base.harvest, folder, extras)
@@ -292,7 +296,7 @@ def _probing(
     dtype = torch.float32 if as_saebench else PROBING_DTYPE
     asked = identity(model, base.hook_name, entries, context, dtype, as_saebench)
     folder = cache / "probing" / digest(asked)
-    if not (fetch(cache, folder, "probing.json") and ProbingData.is_saved(folder)):
+    if not (fetch(cache, folder, "probing.json") and ProbingData.is_saved(folder, asked)):
         with lock_folder(folder, "is harvesting its probing activations"):
             made = harvest_probing(model, base.hook_name, entries, context, dtype, as_saebench)
             made.save(folder)

@@ -14,10 +14,20 @@ import torch
 
 from saelab.kernels import kernels_name
 from saelab.launch.prepare import LaunchData
-from saelab.runs.folder import CURVES, GATE, INFO, MANIFEST, METRICS, SUMMARY, seal_run
+from saelab.runs.folder import (
+    CURVES,
+    GATE,
+    INFO,
+    MANIFEST,
+    METRICS,
+    OF_CELLS,
+    SUMMARY,
+    seal_run,
+)
 from saelab.runs.schema import CELLS, CURVE_COLUMNS, CURVE_TYPES
 from saelab.storage.atomic import explain_write_errors, remove_leftovers, write_json, write_text
 from saelab.storage.cache import link_or_copy, package_digest, package_state
+from saelab.storage.links import inside
 from saelab.storage.parquet import write_columns, write_rows
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.registry import Attempt, attempts, plan_hash
@@ -124,15 +134,13 @@ class Record:
 
     def _place_checkpoints(self, out: Path) -> None:
         for spec, folder in self.folders.items():
-            target = out / spec.id.folder
-            for place_ in (target, target.parent):
-                if place_.is_symlink():  # it would lead out of the run
-                    place_.unlink()
-            for name in ("sae.safetensors", "sae.json", "module.safetensors", "latents.parquet"):
-                source = folder / name
-                if source.is_file():
-                    with explain_write_errors(target / name):
-                        link_or_copy(source, target / name)
+            for name in OF_CELLS:
+                source, target = folder / name, inside(out, spec.id.folder / name)
+                with explain_write_errors(target):
+                    if source.is_file():
+                        link_or_copy(source, target)
+                    else:  # an earlier launch may have left one
+                        target.unlink(missing_ok=True)
 
     def _manifest(self) -> dict[str, Any]:
         task, plan = self.task, self.task.plan
@@ -176,7 +184,7 @@ class Record:
                 "python": platform.python_version(),
                 **{name: version(name) for name in PACKAGES},
                 "threads_per_worker": 1,
-                "kernels": kernels_name(),
+                "kernels": kernels_name(torch.device(self.base.model.device)),
                 "cpu": torch.backends.cpu.get_cpu_capability(),
             },
         }

@@ -155,6 +155,15 @@ def check_seal(data: Any, path: Place, remedy: str = "make it again") -> dict[st
     return data
 
 
+def check_key(stored: object, key: object, path: Place, remedy: str = "make it again") -> None:
+    """Compares the key inside a sealed file with the one that its place stands for.
+
+    Raises: DamageError when the file belongs elsewhere: it was moved, renamed or swapped.
+    """
+    if stored != key:
+        raise DamageError(f"{path} belongs to {stored!r}, not to {key!r}: {remedy}")
+
+
 def append_line(path: Path, text: str) -> None:
     """Adds one line of JSON to a file, after it has removed a torn last line.
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saelab.errors import DamageError
-from saelab.storage.atomic import read_sealed, sha256, write_atomically, write_sealed
+from saelab.storage.atomic import check_key, read_sealed, sha256, write_atomically, write_sealed
 from saelab.storage.remote import Place, Remote, place_of
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def share(cache: Path, folder: Path) -> None:
     files = [file for file in sorted(folder.glob("[!.]*")) if file.is_file()]
     for file in files:
         (there / file.name).put(file)
-    write_sealed(there / CONTENT, {"sha256": {file.name: sha256(file) for file in files}})
+    sums = {file.name: sha256(file) for file in files}
+    write_sealed(there / CONTENT, {"key": _place_in_cache(cache, folder), "sha256": sums})
 
 
 def fetch(cache: Path, folder: Path, last: str) -> bool:
@@ -113,7 +114,7 @@ def fetch(cache: Path, folder: Path, last: str) -> bool:
     if there is None or not (there / CONTENT).is_file():
         return False
     try:
-        content = _content(there / CONTENT)
+        content = _content(there / CONTENT, _place_in_cache(cache, folder))
         for name in sorted(content, key=lambda name: name == last):
             write_atomically(folder / name, _copy(there / name, content[name]))
     except (DamageError, FileNotFoundError) as error:
@@ -123,11 +124,18 @@ def fetch(cache: Path, folder: Path, last: str) -> bool:
     return True
 
 
-def _content(file: Remote) -> dict[str, str]:
-    """Name -> checksum of what `share` put beside the file."""
+def _content(file: Remote, key: str) -> dict[str, str]:
+    """Name -> checksum of what `share` put next to the file for the folder `key` of the cache."""
     from saelab.storage.validation import Name, validate  # which load pydantic
 
-    return validate(read_sealed(file).get("sha256"), dict[Name, str], file)
+    content = read_sealed(file)
+    check_key(content.get("key"), key, file)
+    return validate(content.get("sha256"), dict[Name, str], file)
+
+
+def _place_in_cache(cache: Path, folder: Path) -> str:
+    """Returns the place of a folder in the cache, 'cells/0123456789abcdef'."""
+    return folder.relative_to(cache).as_posix()
 
 
 def _copy(source: Remote, checksum: str) -> Callable[[Path], object]:
@@ -142,7 +150,7 @@ def _copy(source: Remote, checksum: str) -> Callable[[Path], object]:
 def shared_twin(cache: Path, folder: Path) -> Remote | None:
     """The place of a folder of the cache in the shared one, if there is one."""
     shared = remote_cache()
-    return None if shared is None else shared / folder.relative_to(cache).as_posix()
+    return None if shared is None else shared / _place_in_cache(cache, folder)
 
 
 @functools.cache

@@ -13,6 +13,8 @@ from saelab.errors import SourceError
 def load_experiment(path: Path) -> ModuleType:
     """Imports experiment.py from its file (which registers its own parts).
 
+    Files next to it can be imported from then on, as when Python is started with the file.
+
     Raises: SourceError when the file is missing or defines no RUNS.
     """
     name = "saelab_experiment"
@@ -22,6 +24,8 @@ def load_experiment(path: Path) -> ModuleType:
         raise SourceError(f"{path} does not exist: run in the folder that holds experiment.py")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -182,6 +182,8 @@ def judge_files(run: RunFolder) -> Judged:
     plan = PlanConfig.parse(manifest["plan"], where=f"{run.folder.name}/{MANIFEST}")
     gates = cell_gates(run)
     _check_named(manifest, gates, run.folder)
+    if manifest.get("cells", gates).keys() != gates.keys():
+        raise DamageError(f"{run.folder} has a {GATE} of other cells than {MANIFEST}: {REMEDY}")
     arms = _arms(manifest["arms"], gates, run.metrics, level_of(plan.target_l0))
     exploratory = manifest["purpose"] != "confirm"
     comparisons, differences = judge_run(arms, plan, exploratory)

@@ -160,7 +160,7 @@ def make_cell(folder: Path) -> None:
     pq.write_table(pa.table(names), folder / "curves.parquet")
     pq.write_table(pa.table({"density": [0.1, 0.2]}), folder / "latents.parquet")
     rows = [{"metric": "fvu", "value": 0.25, "slice": "", "reason": "", "definition": "core/1"}]
-    finish(folder, {"rows": rows, "last": {"loss": 1.0}})
+    finish(folder, {"rows": rows, "last": {"loss": 1.0}}, OF_CELL)
 
 
 def read_cell(folder: Path) -> Any:
@@ -225,6 +225,7 @@ def make_run(folder: Path) -> None:
         "purpose": "explore",
         "base": BaseConfig().model_dump(mode="json"),
         "deviations": [],
+        "cells": dict.fromkeys(gates, "0123456789abcdef"),
     }
     for seed in range(2):
         (run / "cells" / "other" / f"seed{seed}-l0_32").mkdir(parents=True)

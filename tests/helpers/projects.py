@@ -385,14 +385,21 @@ def called(
 
 @contextlib.contextmanager
 def as_if_fresh() -> Iterator[None]:
-    """Forgets run tables read earlier; parts that one registers are gone afterwards."""
+    """Forgets run tables read earlier; parts that one registers, and the files next to it that it
+    imports, are gone afterwards."""
     from saelab.parts import TABLE
 
     before = {seam: dict(kinds) for seam, kinds in TABLE.items()}
     sys.modules.pop("saelab_experiment", None)
+    here, places, loaded = Path.cwd(), list(sys.path), set(sys.modules)
     try:
         yield
     finally:
+        sys.path[:] = places
+        for name in set(sys.modules) - loaded:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).is_relative_to(here) and not name.startswith("saelab"):
+                del sys.modules[name]
         for seam in list(TABLE):
             TABLE[seam] = before.get(seam, {})
 

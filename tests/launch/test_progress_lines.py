@@ -125,7 +125,7 @@ def test_all_token_steps_are_counted_and_the_state_follows(told) -> None:
 
 
 def test_a_control_is_named_as_one() -> None:
-    key = Key([], {}, [])
+    key = Key(settings=[], data={}, code=[], machine={})
     control = JobCell(id=BASELINE, sae={}, train={}, key=key, control="PCA")
     found = progress_lines.line(control.display_id, "evaluate")
     assert (found["arm"], found["stage"], found["seed"]) == ("control:PCA", "evaluate", 3)

@@ -452,7 +452,10 @@ class FolderWriter:
 
 
 def check_identity(
-    header: Mapping[str, Any], expected: Mapping[str, Any], where: str = "the activations"
+    header: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    where: str = "the activations",
+    remedy: str = "name another folder, or delete this one",
 ) -> None:
     """Compares the fields of `expected` with a header.
 
@@ -462,8 +465,7 @@ def check_identity(
         value = header.get(field)
         if value != needed:
             raise MismatchError(
-                f"{where} has {field} = {value!r}, but {needed!r} is needed: "
-                "name another folder, or delete this one"
+                f"{where} has {field} = {value!r}, but {needed!r} is needed: {remedy}"
             )
 
 

@@ -21,7 +21,7 @@ from saelab.data.activations.store import check_identity
 from saelab.data.language_model import LanguageModel
 from saelab.data.probing.embedded import Entry, entries_digest
 from saelab.data.text.tokens import tokenize_texts
-from saelab.errors import DamageError, SourceError
+from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.progress import progress
 from saelab.storage.atomic import read_sealed, sha256, write_atomically, write_sealed
 from saelab.storage.safetensors_file import read_shapes, read_weights
@@ -105,13 +105,15 @@ class ProbingData:
         return sum(shape[0] for name, shape in shapes.items() if name.endswith(".rows"))
 
     @classmethod
-    def is_saved(cls, folder: Path) -> bool:
-        """Returns whether `load` can read a folder; damage is reported on stderr."""
+    def is_saved(cls, folder: Path, expected: Mapping[str, Any] | None = None) -> bool:
+        """Returns whether `load` can read a folder with these header fields; damage, or a folder of
+        another identity, is reported on stderr."""
         if not (folder / "probing.json").is_file():
             return False
         try:
-            cls._read_record(folder, "it is made again now")
-        except DamageError as error:
+            record = cls._read_record(folder, "it is made again now")
+            check_identity(record["header"], expected or {}, str(folder), "it is made again now")
+        except (DamageError, MismatchError) as error:
             print(error, file=sys.stderr)
             return False
         return True

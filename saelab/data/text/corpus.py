@@ -86,7 +86,8 @@ def resume_documents(
 def manifest(config: TextConfig) -> dict[str, Any]:
     """Returns the identity of the corpus, for the header of everything made from it.
 
-    It is the library's manifest, the local files with a content hash, or the data set's name.
+    It is the library's manifest, the local files with a content hash, or the data set's name, with
+    a content hash of each file of a data set on this machine.
     """
     if config.kind == "stdlib":
         return {**stdlib.manifest(), "split": config.split}
@@ -94,7 +95,11 @@ def manifest(config: TextConfig) -> dict[str, Any]:
         root = Path(_required_path(config)).expanduser()
         hashes = {_relative_name(root, file): sha256(file) for file in _local_files(config)}
         return {"corpus": root.name, "split": config.split, "files": hashes}
-    return {"corpus": config.path, "name": config.name, "split": config.split}
+    identity = {"corpus": config.path, "name": config.name, "split": config.split}
+    if (local := Path(_required_path(config)).expanduser()).exists():
+        files = [local] if local.is_file() else sorted(f for f in local.rglob("*") if f.is_file())
+        identity["files"] = {_relative_name(local, file): sha256(file) for file in files}
+    return identity
 
 
 def _relative_name(root: Path, file: Path) -> str:

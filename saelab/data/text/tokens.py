@@ -110,6 +110,7 @@ def tokenize(
     tokens: int,
     seed: int = 0,
     cache: Place | None = None,
+    model_digest: str = "",
 ) -> Tokens:
     """Returns the first contexts that have at least `tokens` counted positions.
 
@@ -120,6 +121,7 @@ def tokenize(
         tokens: number of counted positions.
         seed: seed of the stream 'text order', which decides the order of contexts of local texts.
         cache: folder for the tokens of a streamed data set; an interrupted call goes on there.
+        model_digest: of the model that the tokenizer belongs to; cached tokens must have the same.
 
     Raises: SourceError when the text has fewer tokens; MismatchError or DamageError when `cache`
         contains other or damaged tokens.
@@ -133,6 +135,7 @@ def tokenize(
     cut = functools.partial(cut, width=context - 1)
     if config.kind == "dataset" and cache is not None:
         settings = {"columns": config.columns, "joined": config.joined, "context": context}
+        settings |= {"model_digest": model_digest}
         parts = TokenParts(cache, manifest(config) | settings)
         with closing(_resume_dataset(config, parts, tokenizer, ids.end, cut)) as windows:
             return _fill_contexts(windows, ids, context, tokens, source_title(config))

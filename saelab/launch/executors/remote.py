@@ -21,7 +21,7 @@ from saelab.progress.journal import Journal, Tail
 from saelab.progress.run import log_progress
 
 #: Environment variables that are passed on to workers.
-FORWARDED_VARIABLES = ("SAELAB_CACHE", "SAELAB_CHECKPOINT_SECONDS")
+FORWARDED_VARIABLES = ("SAELAB_CACHE", "SAELAB_CHECKPOINT_SECONDS", "SAELAB_KERNELS")
 #: What a worker process keeps between its jobs.
 _state: dict[str, Any] = {}
 

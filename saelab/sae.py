@@ -200,13 +200,15 @@ class SAE(nn.Module):
         super().__init__()
         self.config, self.d_in, self.d_sae = config, dims.d_in, dims.d_sae
         self.ranks = dims.ranks
-        self.W_enc = nn.Parameter(torch.zeros(dims.n_local, dims.d_in))
-        self.b_enc = nn.Parameter(torch.zeros(dims.n_local), requires_grad=config.encoder_bias)
-        self.W_dec = nn.Parameter(torch.zeros(dims.n_local, dims.d_in))
+        self.W_enc = nn.Parameter(torch.zeros(dims.n_local, dims.d_in, dtype=torch.float32))
+        self.b_enc = nn.Parameter(
+            torch.zeros(dims.n_local, dtype=torch.float32), requires_grad=config.encoder_bias
+        )
+        self.W_dec = nn.Parameter(torch.zeros(dims.n_local, dims.d_in, dtype=torch.float32))
         if config.tied:
             self.W_enc = self.W_dec
-        self.b_dec = nn.Parameter(torch.zeros(dims.d_in))
-        self.register_buffer("scale", torch.ones(()))
+        self.b_dec = nn.Parameter(torch.zeros(dims.d_in, dtype=torch.float32))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.activation = cast(Activation, config.activation.build(dims))
         self.scaling = cast(Scaling, config.scaling.build(dims)) if config.scaling else None
         self.losses = _build_parts(config.losses, dims)
@@ -624,7 +626,7 @@ def _normal_rows(rows: int, width: int, stream: torch.Generator) -> Iterator[tup
     while first < rows:
         left = rows - first
         count = ROWS_DRAWN_AT_ONCE if left >= 2 * ROWS_DRAWN_AT_ONCE else left
-        yield first, torch.randn(count, width, generator=stream)
+        yield first, torch.randn(count, width, generator=stream, dtype=torch.float32, device="cpu")
         first += count
 
 

@@ -40,6 +40,7 @@ from saelab.progress.trackers import open_tracker
 from saelab.runs.folder import RunFolder
 from saelab.runtime import exhaustion
 from saelab.runtime.safe_text import visible
+from saelab.runtime.torch_defaults import standard_torch
 from saelab.storage.atomic import WriteError, read_sealed
 from saelab.storage.cache import cache_folder, has_activations
 from saelab.storage.lock import lock_folder
@@ -69,6 +70,7 @@ from saelab.verdict.review import Judged, judge_files
 from saelab.verdict.summary import table
 
 
+@standard_torch()
 def launch(task: Launch) -> list[Comparison]:
     """Runs one launch and writes its folder; prints the table of results.
 

@@ -29,6 +29,7 @@ from saelab.evals.core import CoreData
 from saelab.evals.measure import EvalData, evaluate
 from saelab.progress import progress
 from saelab.runs.schema import CellId, level_of
+from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import study_seeds
 from saelab.study.plan import check_layout
@@ -104,6 +105,7 @@ class Conditions:
                 raise SettingError("tokens and batch_size", (own.tokens, own.batch_size), remedy)
 
 
+@standard_torch()
 def train_on(
     source: Source, held_out: Source, arms: Mapping[str, SAEConfig], conditions: Conditions
 ) -> list[Outcome]:

@@ -260,7 +260,8 @@ class _TokenisedTexts:
 
     def __init__(self, entry: Entry, model: LanguageModel, context: int, unknown: bool) -> None:
         texts, labels, is_train = _labelled_texts(entry)
-        self.labels, self.is_train = torch.tensor(labels), torch.tensor(is_train)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.is_train = torch.tensor(is_train, dtype=torch.bool)
         self.ids, self.attention, self.mask = tokenize_texts(
             texts, model.tokenizer, context, unknown
         )
@@ -285,7 +286,8 @@ def _harvest_rows(
         torch.cat([getattr(part, name) for part in parts])
         for name in ("attention", "mask", "places")
     )
-    owner = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p.ids) for p in parts]))
+    sizes = torch.tensor([len(p.ids) for p in parts], dtype=torch.int64)
+    owner = torch.arange(len(parts)).repeat_interleave(sizes)
     lengths = attention.sum(1)
     d = model.activations(ids[:1, :2], None, [hook_name])[hook_name].shape[-1]
     rows = [torch.empty(int(part.offsets[-1]), d, dtype=dtype) for part in parts]

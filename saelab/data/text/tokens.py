@@ -166,7 +166,7 @@ def _fill_contexts(
         )
     full = np.full((len(rows), context), ids.fill, dtype=np.int64)
     full[:, 0] = ids.first
-    lengths = torch.tensor([1 + len(row) for row in rows])
+    lengths = torch.tensor([1 + len(row) for row in rows], dtype=torch.int64)
     for target, row in zip(full, rows, strict=True):
         target[1 : 1 + len(row)] = row
     padded = bool((lengths < context).any())

@@ -29,6 +29,7 @@ from saelab.launch.executors import JobSet
 from saelab.progress import Progress
 from saelab.progress.run import log_progress
 from saelab.runtime import signals
+from saelab.runtime.torch_defaults import one_thread
 
 #: Seconds between two checks of the workers, and between two reports of a worker about its tokens.
 POLL = 0.25
@@ -142,19 +143,6 @@ def _run_inline(job_set: JobSet, bar: Progress) -> None:
     with one_thread():
         for job in job_set.jobs:
             job_set.function(job, functools.partial(report_progress, bar), state)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Limits torch to one thread within the block, as in a worker, so that the bits are equal."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _stop(pool: ProcessPoolExecutor, unfinished: bool) -> None:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from saelab.data.devices import check_device
 from saelab.data.hub import hide_progress_bars
-from saelab.data.language_model import check_device
 from saelab.data.text import stdlib
 from saelab.errors import SettingError
 from saelab.progress import progress

@@ -225,6 +225,7 @@ def _activations(
         "model_digest": model.digest,
         "model_dtype": base.model.dtype,
         "hook_name": base.hook_name,
+        **model.hook_identity(base.hook_name),
         "corpus": manifest(text),
         "column": text.column,
         "joined": text.joined,

@@ -20,7 +20,7 @@ from saelab import stats
 from saelab.config import Frozen, read_toml
 from saelab.data.activations.store import Source
 from saelab.data.activations.stream import Layout
-from saelab.data.language_model import check_device
+from saelab.data.devices import check_device
 from saelab.data.synthetic.chains import Process, SyntheticConfig, generate, parse_process
 from saelab.errors import CellFailure, SettingError, nearest
 from saelab.evals import check_names

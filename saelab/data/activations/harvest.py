@@ -143,6 +143,7 @@ def _headers(
     for name in ("batch", "shard_tokens"):
         if getattr(config, name) < 1:
             raise SettingError(f"harvest.{name}", getattr(config, name), "use at least 1")
+    model.check_ids(tokens.ids)
     hooks = list(dict.fromkeys(hook_names))
     if not hooks:
         raise SettingError("hook_names", hook_names, "name at least one hook point")
@@ -177,6 +178,7 @@ def _header(
         "model_digest": model.digest,
         "model_dtype": model.config.dtype,
         "hook_name": hook,
+        **model.hook_identity(hook),
         "text_digest": tokens.digest,
         "n_contexts": int(tokens.ids.shape[0]),
         "context": int(tokens.ids.shape[1]),

@@ -192,6 +192,7 @@ def identity(
         "model_digest": model.digest,
         "model_dtype": model.config.dtype,
         "hook_name": hook_name,
+        **model.hook_identity(hook_name),
         "context": context,
         "entries": entries_digest(tuple(entries)),
         "dtype": str(dtype).removeprefix("torch."),

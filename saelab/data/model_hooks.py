@@ -65,9 +65,9 @@ def skip_modules(modules: Iterable[nn.Module], output: Any) -> Iterator[None]:
 
 def _output_hook(name: str, function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple) and output:
+        if isinstance(output, (tuple, list)) and output:
             new = function(_tensor(output[0], name, module, "output"))
-            return None if new is None else (new, *output[1:])
+            return None if new is None else type(output)([new, *output[1:]])
         return function(_tensor(output, name, module, "output"))
 
     return hook

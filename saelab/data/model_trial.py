@@ -181,8 +181,8 @@ def _watch(block: nn.Module, run: BlockRun) -> list[Any]:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Returns a module's output, or the first entry of a tuple; None if that is not a tensor."""
-    x = output[0] if isinstance(output, tuple) and output else output
+    """Returns a module's output, or its first entry; None if that is not a tensor."""
+    x = output[0] if isinstance(output, (tuple, list)) and output else output
     return x if isinstance(x, Tensor) else None
 
 

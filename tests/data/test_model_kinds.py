@@ -60,10 +60,20 @@ ADDITIVE: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma3": lambda: built("Gemma3TextConfig", "Gemma3ForCausalLM", **GROUPED, head_dim=8),
     "mixtral": lambda: built("MixtralConfig", "MixtralForCausalLM", **GROUPED, num_local_experts=2),
     "llama": llama,
+    "codegen": lambda: built(
+        *("CodeGenConfig", "CodeGenForCausalLM"),
+        **IDS | {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4},
+        n_positions=CONTEXT,
+        rotary_dim=4,
+    ),
 }
 #: Families in which a norm follows each sum.
 NORMED: dict[str, Callable[[], PreTrainedModel]] = {
     "roberta": lambda: built("RobertaConfig", "RobertaModel", **SIZES),
+    "openai gpt, whose blocks return lists": lambda: built(
+        *("OpenAIGPTConfig", "OpenAIGPTLMHeadModel"),
+        **IDS | {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "n_positions": CONTEXT},
+    ),
     "distilbert": lambda: built(
         *("DistilBertConfig", "DistilBertModel"),
         vocab_size=VOCABULARY,
@@ -148,6 +158,10 @@ def test_a_norm_may_follow_each_sum(tmp_path: Path, family: str) -> None:
     block: Any = lm.blocks[1]
     if family == "roberta":
         first, second = block.attention.output.LayerNorm, block.output.LayerNorm
+    elif family.startswith("openai"):
+        first, second = block.ln_1, block.ln_2
+        spliced = lm.logits(ids(), None, ("blocks.1.hook_resid_post", lambda x: x))
+        assert torch.equal(spliced, lm.logits(ids()))
     else:
         first, second = block.sa_layer_norm, block.output_layer_norm
     torch.testing.assert_close(second(first(before + attention) + mlp), after)

@@ -59,6 +59,7 @@ from saelab.data.model_structure import (
 )
 from saelab.data.model_trial import POSITIONS, BlockRun, trial_ids, try_blocks
 from saelab.errors import SaelabError, SettingError, SourceError, nearest
+from saelab.runtime.panics import panics_as_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -491,7 +492,7 @@ def _load_errors_as_sentence(config: ModelConfig) -> Iterator[str]:
     path = locate_model(config.path)
     check_device(config.device)
     try:
-        with silence_loggers(), hide_progress_bars():
+        with silence_loggers(), hide_progress_bars(), panics_as_errors():
             yield path
     except (SaelabError, MemoryError):
         raise

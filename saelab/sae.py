@@ -278,10 +278,9 @@ class SAE(nn.Module):
         device = self.W_dec.device
         mean = sample.mean(0)
         power = float((sample - mean).square().sum(1).mean())
-        if not power > 0:
-            raise SettingError(
-                "activations", power, "are constant or not finite: check model, hook and text"
-            )
+        if not 0 < power < math.inf:
+            remedy = "are constant, too large or not finite: check model, hook and text"
+            raise SettingError("activations", power, remedy)
         self.scale.fill_(math.sqrt(power / self.d_in))
         local = self.ranks.own(self.d_sae)
         for first, drawn in _normal_rows(self.d_sae, self.d_in, torch_stream(seed, "init")):

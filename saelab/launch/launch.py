@@ -23,6 +23,7 @@ from typing import Any
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.launch.collect import collect
 from saelab.launch.executors import LOCAL, executor_name
+from saelab.launch.executors.local import refuse_unguarded_script
 from saelab.launch.record import Record
 from saelab.launch.waves import (
     PreparedLaunch,
@@ -77,6 +78,7 @@ def launch(task: Launch) -> list[Comparison]:
     Raises: UsageError for bad input, StudyFailure when the baseline has no valid cell, BusyError
         while another launch has the same folder.
     """
+    refuse_unguarded_script()
     _check_folder(task.out_dir)
     with (
         exhaustion.as_usage_error(),

@@ -30,6 +30,7 @@ from saelab.data.text.corpus import TextConfig, documents, manifest
 from saelab.data.text.tokens import tokenize
 from saelab.errors import DamageError, SettingError, SourceError
 from saelab.evals.measure import PROBING
+from saelab.launch.executors.local import refuse_unguarded_script
 from saelab.storage.cache import activations_folder, fetch, share
 from saelab.storage.lock import lock_folder
 from saelab.storage.remote import Place, RemoteError, place_of
@@ -89,6 +90,7 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
 
     Raises: SourceError, SettingError or MismatchError when a model, text or hook can't be used.
     """
+    refuse_unguarded_script()
     if base.activations is not None:
         return _foreign(base)
     _check_texts(base.train_text, base.eval_text)

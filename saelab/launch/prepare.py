@@ -21,6 +21,7 @@ from saelab.data.activations.foreign import ForeignSource
 from saelab.data.activations.growing import GrowingSource
 from saelab.data.activations.harvest import harvest, harvest_steps
 from saelab.data.activations.store import FolderSource, Shard, Source, reopen
+from saelab.data.devices import check_device
 from saelab.data.language_model import LanguageModel
 from saelab.data.probing.activations import ProbingData, harvest_probing, identity
 from saelab.data.probing.embedded import Entry, embedded_entries
@@ -91,6 +92,7 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
     Raises: SourceError, SettingError or MismatchError when a model, text or hook can't be used.
     """
     refuse_unguarded_script()
+    check_device(device)
     if base.activations is not None:
         return _foreign(base)
     _check_texts(base.train_text, base.eval_text)

@@ -37,7 +37,7 @@ ROUNDING = 4
 
 @dataclass
 class BlockRun:
-    """What one block did in the trial.
+    """Findings about one block in the trial.
 
     Args:
         attention, mlp: paths in the block of the modules whose outputs are added; "" if none is.

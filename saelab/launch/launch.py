@@ -23,7 +23,6 @@ from typing import Any
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.launch.collect import collect
 from saelab.launch.executors import LOCAL, executor_name
-from saelab.launch.executors.local import refuse_unguarded_script
 from saelab.launch.record import Record
 from saelab.launch.waves import (
     PreparedLaunch,
@@ -40,6 +39,7 @@ from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
 from saelab.runs.folder import RunFolder
 from saelab.runtime import exhaustion
+from saelab.runtime.main_guard import refuse_unguarded_script
 from saelab.runtime.safe_text import visible
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.storage.atomic import WriteError, read_sealed

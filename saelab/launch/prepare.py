@@ -31,7 +31,7 @@ from saelab.data.text.corpus import TextConfig, documents, manifest
 from saelab.data.text.tokens import tokenize
 from saelab.errors import DamageError, SettingError, SourceError
 from saelab.evals.measure import PROBING
-from saelab.launch.executors.local import refuse_unguarded_script
+from saelab.runtime.main_guard import refuse_unguarded_script
 from saelab.storage.cache import activations_folder, fetch, share
 from saelab.storage.lock import lock_folder
 from saelab.storage.remote import Place, RemoteError, place_of

@@ -30,6 +30,7 @@ from saelab.launch.executors import JobSet
 from saelab.progress import Progress
 from saelab.progress.run import log_progress
 from saelab.runtime import signals
+from saelab.runtime.main_guard import GUARD, STARTING, UNGUARDED, refuse_unguarded_script
 from saelab.runtime.torch_defaults import one_thread
 
 #: Seconds between two checks of the workers, and between two reports of a worker about its tokens.
@@ -40,14 +41,8 @@ LAST_MESSAGES_SECONDS = 5.0
 #: choice: what schedulers give.
 GRACE_SECONDS = 30.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-#: Environment variable of a worker that starts, and exit code of one that runs a script again.
-STARTING, UNGUARDED = "SAELAB_STARTING", 97
 #: Exit codes of workers that have not ended by themselves.
 TERMINATED = (None, 0, -signal.SIGTERM, 128 + signal.SIGTERM)
-GUARD = (
-    "the script starts worker processes, and each of them runs the script again: put the call "
-    'under `if __name__ == "__main__":`, or use workers=0'
-)
 
 _channel: Any = None
 _busy = False
@@ -103,18 +98,6 @@ def _starting_workers(pool: ProcessPoolExecutor, processes: list[BaseProcess]) -
     finally:
         os.environ.pop(STARTING, None)
         processes += (pool._processes or {}).values()
-
-
-def refuse_unguarded_script() -> None:
-    """Ends a worker that runs the user's script again while it starts: it would start workers too.
-
-    Raises: SystemExit in a worker of a launch, which reports it; UsageError in any other process
-        that a script without a main guard has started.
-    """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        if os.environ.get(STARTING):
-            raise SystemExit(UNGUARDED)
-        raise UsageError(GUARD)
 
 
 def _death(processes: Sequence[BaseProcess], logs: Path) -> SaelabError:

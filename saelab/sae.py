@@ -200,13 +200,15 @@ class SAE(nn.Module):
         super().__init__()
         self.config, self.d_in, self.d_sae = config, dims.d_in, dims.d_sae
         self.ranks = dims.ranks
-        self.W_enc = nn.Parameter(torch.zeros(dims.n_local, dims.d_in))
-        self.b_enc = nn.Parameter(torch.zeros(dims.n_local), requires_grad=config.encoder_bias)
-        self.W_dec = nn.Parameter(torch.zeros(dims.n_local, dims.d_in))
+        self.W_enc = nn.Parameter(torch.zeros(dims.n_local, dims.d_in, dtype=torch.float32))
+        self.b_enc = nn.Parameter(
+            torch.zeros(dims.n_local, dtype=torch.float32), requires_grad=config.encoder_bias
+        )
+        self.W_dec = nn.Parameter(torch.zeros(dims.n_local, dims.d_in, dtype=torch.float32))
         if config.tied:
             self.W_enc = self.W_dec
-        self.b_dec = nn.Parameter(torch.zeros(dims.d_in))
-        self.register_buffer("scale", torch.ones(()))
+        self.b_dec = nn.Parameter(torch.zeros(dims.d_in, dtype=torch.float32))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.activation = cast(Activation, config.activation.build(dims))
         self.scaling = cast(Scaling, config.scaling.build(dims)) if config.scaling else None
         self.losses = _build_parts(config.losses, dims)
@@ -276,10 +278,9 @@ class SAE(nn.Module):
         device = self.W_dec.device
         mean = sample.mean(0)
         power = float((sample - mean).square().sum(1).mean())
-        if not power > 0:
-            raise SettingError(
-                "activations", power, "are constant or not finite: check model, hook and text"
-            )
+        if not 0 < power < math.inf:
+            remedy = "are constant, too large or not finite: check model, hook and text"
+            raise SettingError("activations", power, remedy)
         self.scale.fill_(math.sqrt(power / self.d_in))
         local = self.ranks.own(self.d_sae)
         for first, drawn in _normal_rows(self.d_sae, self.d_in, torch_stream(seed, "init")):
@@ -624,7 +625,7 @@ def _normal_rows(rows: int, width: int, stream: torch.Generator) -> Iterator[tup
     while first < rows:
         left = rows - first
         count = ROWS_DRAWN_AT_ONCE if left >= 2 * ROWS_DRAWN_AT_ONCE else left
-        yield first, torch.randn(count, width, generator=stream)
+        yield first, torch.randn(count, width, generator=stream, dtype=torch.float32, device="cpu")
         first += count
 
 

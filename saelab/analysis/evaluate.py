@@ -29,6 +29,7 @@ from saelab.formats import Loaded
 from saelab.launch.prepare import prepare
 from saelab.runs.folder import Member, RunFolder, run_cells
 from saelab.runs.schema import CellId
+from saelab.runtime.torch_defaults import one_thread
 from saelab.storage.atomic import write_json
 from saelab.storage.parquet import write_rows
 from saelab.study.plan import BaseConfig, base_of_run, read_base
@@ -63,6 +64,7 @@ class Bench:
         )
 
     @torch.no_grad()
+    @one_thread()
     def rows(self, subject: Subject, evals: Sequence[str]) -> list[Row]:
         """Evaluates a subject.
 

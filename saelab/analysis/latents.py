@@ -96,7 +96,9 @@ class HeldOut:
     def _ids(self) -> Tensor:
         """Token ids of all contexts; empty if they were not stored."""
         shards = (self.source.shard(i) for i in range(self.source.n_shards))
-        return torch.cat([torch.zeros(0) if s.ids is None else s.ids for s in shards])
+        return torch.cat(
+            [torch.zeros(0, dtype=torch.float32) if s.ids is None else s.ids for s in shards]
+        )
 
     @property
     def why_no_text(self) -> str:

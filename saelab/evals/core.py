@@ -121,7 +121,7 @@ class CoreData:
                 runs.append(Batch(rows.x[low:high].float(), rows.positions[low:high]))
         stride = max(1, round(math.sqrt(len(runs))))
         runs = [run for first in range(stride) for run in runs[first::stride]]
-        lengths = torch.tensor([0, *(run.n for run in runs)])
+        lengths = torch.tensor([0, *(run.n for run in runs)], dtype=torch.int64)
         x, positions = torch.cat([r.x for r in runs]), torch.cat([r.positions for r in runs])
         return x, positions, lengths.cumsum(0)
 
@@ -164,7 +164,7 @@ class CoreData:
         assert self.model is not None
         ids, mask = self.contexts
         ce: list[Tensor] = []
-        kl: list[Tensor] = [torch.zeros(0, ids.shape[1] - 1)]
+        kl: list[Tensor] = [torch.zeros(0, ids.shape[1] - 1, dtype=torch.float32)]
         batches = zip(ids.split(CONTEXTS), mask.split(CONTEXTS), self.starts, strict=True)
         for i, (batch, counted, start) in enumerate(batches):
             splice = (self.hook_name, _splice_counted(instead, counted)) if instead else None
@@ -329,7 +329,7 @@ def measure_reconstruction(
             most = int(starts[-1])
         x, positions = x[:most], positions[:most]
     groups = positions // BUCKET if by_position else torch.zeros_like(positions)
-    error, active, cosine = (torch.empty(len(x)) for _ in range(3))
+    error, active, cosine = (torch.empty(len(x), dtype=torch.float32) for _ in range(3))
     firings = torch.zeros(int(groups.max()) + 1, subject.d_sae, dtype=torch.int64)
     chunk = _rows_at_once(subject, data.device) if starts is None else len(x)
     for start in range(0, len(x), chunk):

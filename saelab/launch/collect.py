@@ -14,11 +14,11 @@ from saelab.launch import controls
 from saelab.launch.cell_facts import PROBED
 from saelab.launch.cell_key import cell_key
 from saelab.launch.cell_store import finish, is_finished
-from saelab.launch.executors.local import one_thread
 from saelab.launch.seed_pairs import compare, rows_of_seeds
 from saelab.launch.waves import PreparedLaunch, other_seeds
 from saelab.runs import schema
 from saelab.runs.schema import SCALAR, SCALARS_DEFINITION
+from saelab.runtime.torch_defaults import one_thread
 from saelab.storage.atomic import read_sealed
 from saelab.study.plan import BASELINE, CellSpec
 from saelab.verdict.arms import CellGate

@@ -103,7 +103,7 @@ def _zero(of: Setting) -> Subject:
 
 def _top_channels(of: Setting) -> Subject:
     mean = of.sample.mean(0)
-    return TopOfBasis(mean, torch.eye(len(mean), device=mean.device), of.k)
+    return TopOfBasis(mean, torch.eye(len(mean), device=mean.device, dtype=torch.float32), of.k)
 
 
 def _pca(of: Setting) -> Subject:
@@ -152,7 +152,7 @@ def turn_decoder(sae: SAE, seed: int, degrees: float = ANGLE) -> SAE:
     """
     copied = copy.deepcopy(sae)
     w = copied.W_dec
-    draw = torch.randn(w.shape, generator=torch_stream(seed, "planted")).to(w)
+    draw = torch.randn(w.shape, generator=torch_stream(seed, "planted"), dtype=torch.float32).to(w)
     unit = normalize(w, dim=1)
     across = normalize(draw - (draw * unit).sum(1, keepdim=True) * unit, dim=1)
     a = math.radians(degrees)

@@ -39,7 +39,9 @@ from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
 from saelab.runs.folder import RunFolder
 from saelab.runtime import exhaustion
+from saelab.runtime.main_guard import refuse_unguarded_script
 from saelab.runtime.safe_text import visible
+from saelab.runtime.torch_defaults import standard_torch
 from saelab.storage.atomic import WriteError, read_sealed
 from saelab.storage.cache import cache_folder, has_activations
 from saelab.storage.links import refuse_links
@@ -70,12 +72,14 @@ from saelab.verdict.review import Judged, judge_files
 from saelab.verdict.summary import table
 
 
+@standard_torch()
 def launch(task: Launch) -> list[Comparison]:
     """Runs one launch and writes its folder; prints the table of results.
 
     Raises: UsageError for bad input, StudyFailure when the baseline has no valid cell, BusyError
         while another launch has the same folder.
     """
+    refuse_unguarded_script()
     _check_folder(task.out_dir)
     with (
         exhaustion.as_usage_error(),

@@ -21,6 +21,7 @@ from saelab.data.activations.foreign import ForeignSource
 from saelab.data.activations.growing import GrowingSource
 from saelab.data.activations.harvest import harvest, harvest_steps
 from saelab.data.activations.store import FolderSource, Shard, Source, reopen
+from saelab.data.devices import check_device
 from saelab.data.language_model import LanguageModel
 from saelab.data.probing.activations import ProbingData, harvest_probing, identity
 from saelab.data.probing.embedded import Entry, embedded_entries
@@ -30,6 +31,7 @@ from saelab.data.text.corpus import TextConfig, documents, manifest
 from saelab.data.text.tokens import tokenize
 from saelab.errors import DamageError, SettingError, SourceError
 from saelab.evals.measure import PROBING
+from saelab.runtime.main_guard import refuse_unguarded_script
 from saelab.storage.cache import activations_folder, fetch, share
 from saelab.storage.lock import lock_folder
 from saelab.storage.remote import Place, RemoteError, place_of
@@ -89,6 +91,8 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
 
     Raises: SourceError, SettingError or MismatchError when a model, text or hook can't be used.
     """
+    refuse_unguarded_script()
+    check_device(device)
     if base.activations is not None:
         return _foreign(base)
     _check_texts(base.train_text, base.eval_text)
@@ -225,6 +229,7 @@ def _activations(
         "model_digest": model.digest,
         "model_dtype": base.model.dtype,
         "hook_name": base.hook_name,
+        **model.hook_identity(base.hook_name),
         "corpus": manifest(text),
         "column": text.column,
         "joined": text.joined,

@@ -20,7 +20,7 @@ from saelab import stats
 from saelab.config import Frozen, read_toml
 from saelab.data.activations.store import Source
 from saelab.data.activations.stream import Layout
-from saelab.data.language_model import check_device
+from saelab.data.devices import check_device
 from saelab.data.synthetic.chains import Process, SyntheticConfig, generate, parse_process
 from saelab.errors import CellFailure, SettingError, nearest
 from saelab.evals import check_names
@@ -29,6 +29,7 @@ from saelab.evals.core import CoreData
 from saelab.evals.measure import EvalData, evaluate
 from saelab.progress import progress
 from saelab.runs.schema import CellId, level_of
+from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import study_seeds
 from saelab.study.plan import check_layout
@@ -104,6 +105,7 @@ class Conditions:
                 raise SettingError("tokens and batch_size", (own.tokens, own.batch_size), remedy)
 
 
+@standard_torch()
 def train_on(
     source: Source, held_out: Source, arms: Mapping[str, SAEConfig], conditions: Conditions
 ) -> list[Outcome]:

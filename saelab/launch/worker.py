@@ -54,6 +54,7 @@ from saelab.launch.prepare import open_source
 from saelab.launch.progress_lines import Reports
 from saelab.launch.seed_pairs import compare
 from saelab.runs.schema import REACH
+from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
@@ -73,6 +74,7 @@ CURVES, SNAPSHOTS = "curves.parquet", "snapshots.safetensors"
 class Worker:
     """State that a process keeps between jobs: the opened data and the language model."""
 
+    @standard_torch()
     def __init__(self, data: WorkerData) -> None:
         self.data = data
         growing = data.train_digest is None
@@ -91,6 +93,7 @@ class Worker:
             missing_entries=data.missing_entries,
         )
 
+    @standard_torch()
     def run(self, job: Job, advance: Advance) -> None:
         """Trains and evaluates the job's cells; `advance` takes token-steps and lines."""
         members = [self._restored(job, sent) for sent in job.cells]

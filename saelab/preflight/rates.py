@@ -117,7 +117,8 @@ def thread_rates(precision: Precision = "auto") -> Rates:
     try:
         a, b = torch.ones(n, d, dtype=dtype), torch.ones(latents, d, dtype=dtype)
         matrix = 2 * n * d * latents / best_seconds(lambda: torch.nn.functional.linear(a, b))
-        x, y = torch.ones(FLOATS), torch.ones(FLOATS)
+        x = torch.ones(FLOATS, dtype=torch.float32)
+        y = x.clone()
         memory = 3 * 4 * FLOATS / best_seconds(lambda: y.add_(x))
     finally:
         torch.set_num_threads(before)

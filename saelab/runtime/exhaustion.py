@@ -6,14 +6,21 @@ A full disk is reported by the functions that write files (storage/atomic.py).
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from saelab.errors import UsageError
 
-#: Phrases of libraries for a failed allocation, if they do not raise MemoryError.
-NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "not enough memory")
-NO_HANDLES = ("Too many open files", "os error 24")
+#: What libraries say of a failed allocation, if they do not raise MemoryError. "could not" is how
+#: oneDNN words it; a primitive descriptor that it can't create is of an unsupported kind instead.
+NO_MEMORY = re.compile(
+    r"can't allocate memory|Cannot allocate memory|bad_alloc|not enough memory"
+    r"|could not create a memory object|could not (create|execute) a primitive(?! descriptor)"
+    r"|([Uu]nable|[Ff]ailed) to allocate|could not allocate|(CUDA|HIP)\S* out of memory"
+    r"|CUDA error: out of memory"
+)
+NO_HANDLES = re.compile(r"Too many open files|os error 24")
 
 
 class ExhaustedError(UsageError):
@@ -48,18 +55,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _sentence(error: BaseException) -> str:
     """Returns the sentence with the remedy, or "" for an error of another kind."""
     code, text = getattr(error, "errno", None), str(error)
-    if isinstance(error, MemoryError) or code == errno.ENOMEM or _says(text, NO_MEMORY):
+    if isinstance(error, MemoryError) or code == errno.ENOMEM or NO_MEMORY.search(text):
         return (
             "the memory is used up: lower harvest.shard_tokens, harvest.batch or sae.d_sae, or the "
             "number of workers with SAELAB_WORKERS; the same command goes on where it stopped"
         )
-    if code in (errno.EMFILE, errno.ENFILE) or _says(text, NO_HANDLES):
+    if code in (errno.EMFILE, errno.ENFILE) or NO_HANDLES.search(text):
         return (
             "no more files can be opened: raise the limit (ulimit -n 1024), or close other "
             "programs; the same command goes on where it stopped"
         )
     return ""
-
-
-def _says(text: str, phrases: tuple[str, ...]) -> bool:
-    return any(phrase in text for phrase in phrases)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from saelab.errors import SourceError
+from saelab.runtime.torch_defaults import standard_torch
 
 
 def load_experiment(path: Path) -> ModuleType:
@@ -28,7 +29,8 @@ def load_experiment(path: Path) -> ModuleType:
         sys.path.insert(0, str(path.parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with standard_torch():  # whatever the file sets is set back, as its cells share no process
+        spec.loader.exec_module(module)
     if not hasattr(module, "RUNS"):
         raise SourceError(f"{path} defines no RUNS: keep the run table under that name")
     return module

@@ -18,6 +18,7 @@ from saelab.distributed.sharded_file import Shards
 from saelab.errors import CellFailure
 from saelab.parts.base import Pass
 from saelab.runtime.signals import defer_signals
+from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE, SAEConfig
 from saelab.training.cell import TrainingCell
 from saelab.training.optim import Optimiser, TrainConfig
@@ -161,6 +162,7 @@ class Cell(TrainingCell):
                 self.optimiser.clear(sae, reset.latents)
 
 
+@standard_torch()
 def train(
     cells: Sequence[TrainingCell],
     stream: Iterable[tuple[Batch, Any]],

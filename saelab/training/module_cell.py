@@ -82,6 +82,7 @@ class ModuleCell(TrainingCell):
     def _step(self, batch: Batch) -> dict[str, float]:
         """Takes one optimiser step on the module's own loss."""
         x = self.rows(batch).x
+        x = x.clone() if x.is_inference() else x  # the module's own loss may record it
         loss = self.sae.loss(x)
         self._drop_gradients()
         loss.backward()

@@ -72,7 +72,9 @@ class Group:
     def __post_init__(self) -> None:
         self.first = [torch.zeros_like(p) for p in self.parameters]
         self.second = [torch.zeros_like(p) for p in self.parameters]
-        self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
+        self.steps = [
+            torch.zeros((), device=p.device, dtype=torch.float32) for p in self.parameters
+        ]
 
     def _indices_with_gradient(self) -> list[int]:
         return [i for i, p in enumerate(self.parameters) if p.grad is not None]

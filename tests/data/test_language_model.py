@@ -191,9 +191,6 @@ def test_attention_and_mlp_outputs_add_up_to_the_block(
         names = [f"blocks.{n}.{kind}" for kind in kinds]
         found = lm.activations(ids, None, names)
         before, attention, mlp, after = (found[name].clone() for name in names)
-        if family == "gemma2":
-            attention = block.post_attention_layernorm(attention)
-            mlp = block.post_feedforward_layernorm(mlp)
         if family == "bert":
             middle = block.attention.output.LayerNorm(before + attention)
             together = block.output.LayerNorm(middle + mlp)

@@ -42,9 +42,20 @@ from saelab.storage.validation import Loose, Name, validate
 FORMAT = 1
 #: Why loss recovered and probing are missing for activations without their model.
 FOREIGN_REASON = "activations were made elsewhere"
+#: The largest squared length of an activation. Our choice: sums over 10^8 of them stay finite in
+#: float32, and no model comes near it.
+MOST_SQUARE = 1e30
 #: Reads of an object that does not match its checksum, before it counts as damaged: an error of the
 #: transfer does not occur twice.
 MAX_READS = 2
+
+
+def are_usable(x: Tensor) -> Tensor:
+    """Returns whether each activation [..., d] is finite and small enough to compute with.
+
+    This is decided in float32, the precision of all computations; bool [...].
+    """
+    return x.float().square().sum(-1) <= MOST_SQUARE
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,7 @@ def identity(
         "model_digest": model.digest,
         "model_dtype": model.config.dtype,
         "hook_name": hook_name,
+        **model.hook_identity(hook_name),
         "context": context,
         "entries": entries_digest(tuple(entries)),
         "dtype": str(dtype).removeprefix("torch."),
@@ -262,7 +263,8 @@ class _TokenisedTexts:
 
     def __init__(self, entry: Entry, model: LanguageModel, context: int, unknown: bool) -> None:
         texts, labels, is_train = _labelled_texts(entry)
-        self.labels, self.is_train = torch.tensor(labels), torch.tensor(is_train)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.is_train = torch.tensor(is_train, dtype=torch.bool)
         self.ids, self.attention, self.mask = tokenize_texts(
             texts, model.tokenizer, context, unknown
         )
@@ -287,7 +289,8 @@ def _harvest_rows(
         torch.cat([getattr(part, name) for part in parts])
         for name in ("attention", "mask", "places")
     )
-    owner = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p.ids) for p in parts]))
+    sizes = torch.tensor([len(p.ids) for p in parts], dtype=torch.int64)
+    owner = torch.arange(len(parts)).repeat_interleave(sizes)
     lengths = attention.sum(1)
     d = model.activations(ids[:1, :2], None, [hook_name])[hook_name].shape[-1]
     rows = [torch.empty(int(part.offsets[-1]), d, dtype=dtype) for part in parts]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from saelab.config import Frozen
 from saelab.data.hub import silence_loggers
 from saelab.data.text import stdlib
+from saelab.data.text.characters import whole_characters
 from saelab.errors import SettingError, SourceError, UnreachableError, nearest
 from saelab.storage.atomic import sha256
 from saelab.storage.parquet import stream_rows
@@ -225,7 +226,7 @@ def _json_row(line: bytes, where: str) -> dict[str, Any]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # without a mark of byte order
     except UnicodeDecodeError as error:
         raise SourceError(f"{file} is not UTF-8 text ({error.reason}): convert it") from None
 
@@ -247,7 +248,7 @@ def _row_text(row: dict[str, Any], columns: Sequence[str], where: str) -> str:
     if not isinstance(row[column], str):
         kind = type(row[column]).__name__
         raise SourceError(f"column {column!r} of {where} holds {kind}, not text: name another")
-    return row[column]
+    return whole_characters(row[column])
 
 
 def _dataset_texts(config: TextConfig) -> Iterator[str]:

@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from saelab.data.text.characters import whole_characters
 from saelab.data.text.corpus import TextConfig, documents, manifest, resume_documents, source_title
 from saelab.data.text.token_cache import PART_TOKENS, TokenParts
 from saelab.errors import SettingError, SourceError
+from saelab.runtime.panics import panics_as_errors
 from saelab.seeding import numpy_stream
 from saelab.storage.remote import Place
 
@@ -169,7 +171,7 @@ def _fill_contexts(
         )
     full = np.full((len(rows), context), ids.fill, dtype=np.int64)
     full[:, 0] = ids.first
-    lengths = torch.tensor([1 + len(row) for row in rows])
+    lengths = torch.tensor([1 + len(row) for row in rows], dtype=torch.int64)
     for target, row in zip(full, rows, strict=True):
         target[1 : 1 + len(row)] = row
     padded = bool((lengths < context).any())
@@ -239,7 +241,35 @@ def _encode_documents(
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Returns the ids of each text, without special tokens."""
+    """Returns the ids of each text, without special tokens.
+
+    Raises: SourceError when the tokenizer can't read a text.
+    """
+    texts = [whole_characters(text) for text in texts]
+    try:
+        with panics_as_errors():
+            return _encode_all(texts, tokenizer)
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raise no class of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = next((text for text in texts if not _is_readable(text, tokenizer)), texts[0])
+        raise SourceError(
+            f"the tokenizer can't read a text ({reason}), which begins with {text[:40]!r}: leave "
+            "the text out, or take another tokenizer"
+        ) from error
+
+
+def _is_readable(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        with panics_as_errors():
+            _encode_all([text], tokenizer)
+    except Exception:
+        return False
+    return True
+
+
+def _encode_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     if (fast := _plain_backend(tokenizer)) is not None:
         return [piece.ids for piece in fast.encode_batch_fast(texts, add_special_tokens=False)]
     batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)

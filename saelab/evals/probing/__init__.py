@@ -387,7 +387,7 @@ def _sparse_log_odds(
 
 def _best_columns(code: Tensor, tasks: Sequence[Task], k: int, scale: Tensor | None) -> Tensor:
     """Finds the k columns whose scaled class means differ most, best first; int64 [tasks, k]."""
-    sign = torch.zeros(len(tasks), len(code))
+    sign = torch.zeros(len(tasks), len(code), dtype=torch.float32)
     for i, task in enumerate(tasks):
         positive = task.train.positive
         sign[i, task.train.index] = positive / positive.sum() - ~positive / (~positive).sum()

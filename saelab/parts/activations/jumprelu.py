@@ -51,7 +51,7 @@ class JumpReLU(Activation):
     def __init__(self, config: JumpReLUConfig, dims: Dims) -> None:
         super().__init__()
         self.bandwidth, self.lr = config.bandwidth, config.lr
-        start = torch.full((dims.n_local,), math.log(config.threshold))
+        start = torch.full((dims.n_local,), math.log(config.threshold), dtype=torch.float32)
         self.log_threshold = nn.Parameter(start)
 
     @property

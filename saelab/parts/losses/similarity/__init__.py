@@ -164,7 +164,7 @@ class Similarity(LossTerm):
         self.balance = build_balance(config, dims.seed)
         self.moments = LatentMoments(dims.d_sae, config.momentum)
         # EMAs of the products and their squares, of the two terms, and how many updates they had
-        self.register_buffer("products", torch.zeros(2))
+        self.register_buffer("products", torch.zeros(2, dtype=torch.float32))
         self.register_buffer("running", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         # sums of both terms over the reference window, and its steps
@@ -204,7 +204,7 @@ class Similarity(LossTerm):
         }
         shares = _shares(parts, p.gradient_norms)
         shown = [alpha, terms.act, terms.weight, *shares, here.f.shape[1]]
-        self.shown.copy_(torch.tensor(shown, dtype=torch.float64))
+        self.shown.copy_(self.shown.new_tensor(shown))
         if self._is_active(p):
             self.balance.update(relative)
         self._gather(p, here, terms)

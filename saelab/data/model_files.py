@@ -30,18 +30,15 @@ MULTIMODAL = "ForConditionalGeneration"
 #: Fields of a model's config.json that are numbers of blocks or experts, and their limit.
 COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
 MOST_PARTS = 1024
-<<<<<<< HEAD
 #: Endings of files in a model's folder that nothing reads: weights in other formats, texts about
 #: the model.
 UNREAD = (
     *(".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pickle", ".pkl", ".pt"),
     *(".pth", ".tflite", ".md"),
 )
-=======
 #: Weights in the blocks of older files that models compute themselves: masks and rotations; and the
 #: scales of a quantised cache, which is never used.
 UNUSED = re.compile(r"(inv_freq|masked_bias|(attn|attention)\.bias|\.[kv]_scale)$")
->>>>>>> i15-2
 
 
 def locate_model(path: str) -> str:

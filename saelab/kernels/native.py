@@ -153,7 +153,7 @@ def _version(compiler: str) -> str:
 def _cpu() -> str:
     """Describes the CPU as far as -march=native depends on it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return f"{platform.machine()} {platform.processor()}"
@@ -175,7 +175,12 @@ def _output(command: list[str]) -> str:
     """
     try:
         result = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} does not run ({error})") from error

@@ -23,6 +23,7 @@ from typing import Any
 
 from saelab.errors import DamageError, SourceError
 from saelab.storage.remote import Place, Remote
+from saelab.storage.small_files import check_depth, read_small_file
 
 #: Largest JSON file, in bytes; parsed it takes up to twenty times as much. Ours have a few MB.
 MOST_JSON = 32 * 2**20
@@ -214,23 +215,28 @@ def parse_json(path: Place) -> Any:
 
     Raises: OSError when it can't be opened; ValueError for anything else that is wrong with it.
     """
-    content = _read_start(path, MOST_JSON + 1)
-    if len(content) > MOST_JSON:
-        raise ValueError(f"it is over {MOST_JSON // 2**20} MB")
+    content = read_whole(path, MOST_JSON)
     try:
-        return json.loads(
+        data = json.loads(
             content.decode(), parse_constant=_reject_constant, parse_float=_parse_float
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    check_depth(data)
+    return data
 
 
-def _read_start(path: Place, size: int) -> bytes:
-    """Reads the first bytes of a file, or a whole object at a URL, which is one request."""
-    if isinstance(path, Remote):
-        return path.read_bytes()
-    with path.open("rb") as file:
-        return file.read(size)
+def read_whole(path: Place, most: int) -> bytes:
+    """Reads a small file, or a whole object at a URL, which is one request.
+
+    Raises: OSError when it can't be opened, ValueError when it has more than `most` bytes.
+    """
+    if not isinstance(path, Remote):
+        return read_small_file(path, most)
+    content = path.read_bytes()
+    if len(content) > most:
+        raise ValueError(f"it is over {most // 2**20} MB")
+    return content
 
 
 def _reject_constant(text: str) -> float:

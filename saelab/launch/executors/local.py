@@ -12,6 +12,7 @@ import ctypes
 import functools
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -29,6 +30,7 @@ from saelab.launch.executors import JobSet
 from saelab.progress import Progress
 from saelab.progress.run import log_progress
 from saelab.runtime import signals
+from saelab.runtime.cores import usable_cores
 
 #: Seconds between two checks of the workers, and between two reports of a worker about its tokens.
 POLL = 0.25
@@ -37,6 +39,8 @@ LAST_MESSAGES_SECONDS = 5.0
 #: Seconds that workers have to end their round and write a checkpoint before they are killed. Our
 #: choice: what schedulers give.
 GRACE_SECONDS = 30.0
+#: The most workers that may be asked for. Our choice: several times the cores of any machine.
+MOST_WORKERS = 4096
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _channel: Any = None
@@ -251,11 +255,10 @@ def worker_count(device: str) -> int:
 
     Raises: SettingError when the variable is not a number.
     """
-    value = os.environ.get("SAELAB_WORKERS", "")
-    if value.isdigit():
+    value = os.environ.get("SAELAB_WORKERS", "").strip()
+    if re.fullmatch("[0-9]{1,6}", value) and int(value) <= MOST_WORKERS:
         return int(value)
     if value:
-        raise SettingError("SAELAB_WORKERS", value, "use a number of processes, 0 for none")
-    if device != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        remedy = f"use a number of processes up to {MOST_WORKERS}, 0 for none"
+        raise SettingError("SAELAB_WORKERS", value, remedy)
+    return usable_cores() if device == "cpu" else 1

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from saelab.kernels import eager
+from saelab.runtime.variables import is_set_to
 
 if TYPE_CHECKING:
     from saelab.kernels.code import Support
@@ -90,8 +91,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def eager_requested() -> bool:
-    """Returns whether the environment asks for the eager kernels, on any device."""
-    return os.environ.get("SAELAB_KERNELS") == "eager"
+    """Returns whether the environment asks for the eager kernels, on any device.
+
+    Raises: SettingError when SAELAB_KERNELS has another value.
+    """
+    return is_set_to("SAELAB_KERNELS", "eager")
 
 
 def library() -> ctypes.CDLL | None:

@@ -1,4 +1,4 @@
-"""Turns out-of-memory and too-many-open-files errors into one sentence.
+"""Turns errors of the system into one sentence: no memory, too many open files, unusable paths.
 
 A full disk is reported by the functions that write files (storage/atomic.py).
 """
@@ -9,7 +9,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from saelab.errors import UsageError
+from saelab.errors import UsageError, shorten
 
 #: Phrases of libraries for a failed allocation, if they do not raise MemoryError.
 NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "not enough memory")
@@ -20,11 +20,16 @@ class ExhaustedError(UsageError):
     """Memory or file handles are used up: exit code 2."""
 
 
+class PathError(UsageError):
+    """The system refuses a path, such as one with a name that is too long: exit code 2."""
+
+
 @contextmanager
 def as_usage_error() -> Iterator[None]:
-    """Replaces errors of exhausted memory or file handles inside the block by one sentence.
+    """Replaces errors of the system inside the block by one sentence.
 
-    Raises: ExhaustedError in place of the error of the system or the library.
+    Raises: ExhaustedError for exhausted memory or file handles; PathError for an error that names a
+        path.
     """
     try:
         yield
@@ -33,6 +38,9 @@ def as_usage_error() -> Iterator[None]:
     except Exception as error:  # also errors of saelab that were caused by the exhaustion
         if sentence := next(filter(None, map(_sentence, _chain(error))), ""):
             raise ExhaustedError(sentence) from error
+        if isinstance(error, OSError) and error.filename is not None:
+            place, reason = shorten(str(error.filename)), error.strerror or type(error).__name__
+            raise PathError(f"{place} can't be used ({reason}): name another path") from error
         raise
 
 

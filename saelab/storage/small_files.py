@@ -17,6 +17,9 @@ from typing import Any
 MOST_SETTINGS = 2**20
 #: Deepest nesting of data in a file. Our choice: ours are at most 8 levels deep.
 MOST_DEPTH = 50
+#: Flags of `os.open`: a link is refused and a pipe is not waited for.
+NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+READ_AT_ONCE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 def read_small_file(path: Path, most: int) -> bytes:
@@ -27,23 +30,25 @@ def read_small_file(path: Path, most: int) -> bytes:
 
     Raises: OSError when it can't be opened or is not a regular file; ValueError when it is larger.
     """
-    with os.fdopen(_open_regular(path), "rb") as file:
+    with os.fdopen(check_regular(os.open(path, READ_AT_ONCE), path), "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it is over {most / 2**20:g} MB")
     return content
 
 
-def _open_regular(path: Path) -> int:
-    """Opens a file for reading; returns its descriptor."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+def check_regular(handle: int, path: Path) -> int:
+    """Returns the descriptor of an open file; closes it if it is not that of a regular file.
+
+    Raises: OSError when it is a folder, a pipe, a socket or a device.
+    """
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode):
         return handle
     os.close(handle)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-    raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    raise OSError(errno.ENXIO, "it is a pipe or a device, not a file", str(path))
 
 
 def read_small_text(path: Path, most: int = MOST_SETTINGS) -> str:

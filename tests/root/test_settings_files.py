@@ -78,7 +78,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [PlanConfig, BaseConfig])
 def test_numbers_and_texts_beyond_reason(kind: type[Frozen]) -> None:
-    values = (2**53, -(2**63), 10**400, int("f" * 9000, 16), "x" * 10**6, ["x"] * 10**5)
+    values = (2**53, -(2**63), 10**400, int("f" * 9000, 16), "x" * 10**5, ["x"] * 10**4)
     for name, value in itertools.product(kind.model_fields, values):
         try:
             kind.parse({"study": "s", name: value} if kind is PlanConfig else {name: value})

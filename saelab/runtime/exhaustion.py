@@ -13,6 +13,8 @@ from saelab.errors import UsageError, shorten
 
 #: Phrases of libraries for a failed allocation, if they do not raise MemoryError.
 NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "not enough memory")
+#: First words of what `Path.resolve` says of a link to itself, until Python 3.12.
+LOOP = "Symlink loop"
 NO_HANDLES = ("Too many open files", "os error 24")
 
 
@@ -38,10 +40,19 @@ def as_usage_error() -> Iterator[None]:
     except Exception as error:  # also errors of saelab that were caused by the exhaustion
         if sentence := next(filter(None, map(_sentence, _chain(error))), ""):
             raise ExhaustedError(sentence) from error
-        if isinstance(error, OSError) and error.filename is not None:
-            place, reason = shorten(str(error.filename)), error.strerror or type(error).__name__
-            raise PathError(f"{place} can't be used ({reason}): name another path") from error
+        if sentence := _of_path(error):
+            raise PathError(sentence) from error
         raise
+
+
+def _of_path(error: Exception) -> str:
+    """Returns the sentence for an error of the system that names a path, "" for any other error."""
+    if isinstance(error, OSError) and error.filename is not None:
+        place, reason = shorten(str(error.filename)), error.strerror or type(error).__name__
+        return f"{place} can't be used ({reason}): name another path"
+    if isinstance(error, RuntimeError) and str(error).startswith(LOOP):
+        return f"{error}: name a path that leads to a file or a folder"
+    return ""
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

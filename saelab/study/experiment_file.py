@@ -13,7 +13,7 @@ from saelab.errors import SourceError
 def load_experiment(path: Path) -> ModuleType:
     """Imports experiment.py from its file (which registers its own parts).
 
-    Raises: SourceError when the file is missing or defines no RUNS.
+    Raises: SourceError when the file is missing, is not Python or defines no RUNS.
     """
     name = "saelab_experiment"
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
@@ -21,7 +21,8 @@ def load_experiment(path: Path) -> ModuleType:
     if not path.is_file():
         raise SourceError(f"{path} does not exist: run in the folder that holds experiment.py")
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise SourceError(f"{path} is not a Python file: name one that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

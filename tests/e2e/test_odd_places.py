@@ -51,9 +51,7 @@ def refused(ended: Ended, project: Project, *words: str) -> None:
 
 
 @pytest.mark.parametrize(("place", "odd"), CASES)
-def test_something_else_lies_there(
-    place: str, odd: str, template: Project, tmp_path: Path
-) -> None:
+def test_something_else_lies_there(place: str, odd: str, template: Project, tmp_path: Path) -> None:
     project = template.copied(tmp_path / "project")
     path = project.folder / place
     path.parent.mkdir(exist_ok=True)

@@ -76,7 +76,7 @@ def _check_parts(base: BaseConfig) -> None:
         remedy = f"there are only {base.sae.d_sae} latents: use fewer ranks"
         raise SettingError("parallel.latents", latents, remedy)
     data = base.parallel.data or max(1, process_count() // latents)
-    base.sae.build(2, ranks=Ranks(data, latents))
+    base.sae.outline(ranks=Ranks(data, latents))
 
 
 def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> LaunchData:

@@ -472,7 +472,7 @@ def check_layout(arm: str, config: SAEConfig, layout: Layout) -> None:
     Raises: SettingError for a part that can't be built or that needs whole contexts.
     """
     with naming_arm(arm):
-        parts = config.build(2).parts()
+        parts = config.outline().parts()
     for part in parts:
         if part.needs_contexts and layout == "rows":
             name = type(part).__name__

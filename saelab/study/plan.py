@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from saelab.config import Frozen, read_toml
 from saelab.data.activations.harvest import HarvestConfig
@@ -25,7 +25,7 @@ from saelab.errors import SettingError, nearest
 from saelab.evals import check_extra
 from saelab.parts import HOW_TO_SET_L0
 from saelab.runs.folder import MANIFEST, RunFolder
-from saelab.runs.schema import CONTROL, CellId, level_of
+from saelab.runs.schema import CONTROL, CellId, Level, level_of
 from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.storage.validation import is_name
@@ -73,6 +73,8 @@ class ProbingConfig(Frozen):
 
 #: Seeds at most: each is a cell of every arm, and the list of cells is made first. Our choice.
 MOST_SEEDS = 1000
+#: Smallest level of a verdict. Our choice: below it two pairs detect no effect of any size.
+LEAST_ALPHA = 1e-4
 
 
 class EvalConfig(Frozen):
@@ -90,7 +92,7 @@ class EvalConfig(Frozen):
 
     tokens: PositiveInt = 65_024
     loss_contexts: PositiveInt = 128
-    snapshots: int = Field(default=10, ge=0)
+    snapshots: int = Field(default=10, ge=0, le=1000)
     extra: tuple[str, ...] = ()
     probing: ProbingConfig = ProbingConfig()
 
@@ -165,15 +167,15 @@ class PlanConfig(Frozen):
     base: str = "configs/embedded.toml"
     primary: str = "fvu"
     direction: Literal["lower", "higher"] = "lower"
-    sesoi: PositiveFloat = 0.005
-    target_l0: Annotated[PositiveFloat | None, BeforeValidator(_none)] = 32
-    levels: tuple[PositiveFloat, ...] = (16, 64)
-    tolerance: PositiveFloat = 0.05
+    sesoi: float = Field(default=0.005, gt=0, le=1e12)
+    target_l0: Annotated[Level | None, BeforeValidator(_none)] = 32
+    levels: tuple[Level, ...] = (16, 64)
+    tolerance: float = Field(default=0.05, gt=0, lt=1)
     seeds: int = Field(default=8, gt=0, le=MOST_SEEDS)
     seeds_other: int = Field(default=3, gt=0, le=MOST_SEEDS)
     seeds_levels: int = Field(default=2, ge=0, le=MOST_SEEDS)
-    alpha: float = Field(default=0.05, gt=0, lt=1)
-    family: PositiveInt | None = None
+    alpha: float = Field(default=0.05, ge=LEAST_ALPHA, lt=0.5)
+    family: int | None = Field(default=None, gt=0, le=MOST_SEEDS)
     exclusions: tuple[str, ...] = ()
 
 

@@ -6,6 +6,7 @@ builds from it; derived values are properties; `patched` changes the named field
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from saelab.storage.small_files import check_depth, read_small_text
 NUL_REMEDY = "a text can't hold the character NUL: leave it out"
 #: Whole numbers of settings are below this, so that each is a float and a tensor's size.
 MOST = 2**53
+#: Other numbers are below this, so that each is finite in float32, which SAEs compute with.
+MOST_FLOAT = 3e38
 
 
 class Frozen(BaseModel):
@@ -44,8 +47,9 @@ class Frozen(BaseModel):
         for path, value in leaves:
             if isinstance(value, str) and "\0" in value:
                 raise SettingError(_name(where, path), value, NUL_REMEDY)
-            if isinstance(value, int) and abs(value) >= MOST:
-                raise SettingError(_name(where, path), value, f"use a number below {MOST:,}")
+            most = MOST if isinstance(value, int) else MOST_FLOAT
+            if isinstance(value, (int, float)) and most <= abs(value) != math.inf:
+                raise SettingError(_name(where, path), value, f"use a number below {most:g}")
         try:
             settings = cls.model_validate(data)
         except ValidationError as error:

@@ -445,9 +445,11 @@ def _check_settings(settings: BaseConfig) -> None:
             remedy = f"no such controller{nearest(name, known)}: add one, or use a number"
             raise SettingError(f"{loss.kind}.coefficient", name, remedy)
     low, high = settings.train.positions or (0, 1)
-    context = settings.context if settings.activations is None else high
-    if not 0 <= low < min(high, context):
-        remedy = f"use 0 <= low < high, within the context of {context}"
+    foreign = settings.activations is not None
+    context = high if foreign else settings.context
+    least = 1 if foreign else 2  # position 0 is BOS, which is not trained on
+    if settings.train.positions and not (low < min(high, context) and high >= least):
+        remedy = f"use 0 <= low < high, from {least} to the context of {context}"
         raise SettingError("train.positions", settings.train.positions, remedy)
 
 
@@ -471,10 +473,14 @@ def _check_equal(arm: Arm, digest: str, digests: dict[str, str]) -> None:
 def check_layout(arm: str, config: SAEConfig, layout: Layout) -> None:
     """Shows impossible settings now, not in a worker.
 
-    Raises: SettingError for a part that can't be built or that needs whole contexts.
+    Raises: SettingError for a part that can't be built or that needs whole contexts, or for an L0
+        above the number of latents.
     """
     with naming_arm(arm):
         parts = config.outline().parts()
+        for name, l0 in (("target L0", config.target_l0), ("sae.initial_l0", config.initial_l0)):
+            if l0 is not None and l0 > config.d_sae:
+                raise SettingError(name, l0, f"must be at most d_sae = {config.d_sae}")
     for part in parts:
         if part.needs_contexts and layout == "rows":
             name = type(part).__name__

@@ -125,3 +125,30 @@ def test_cells_of_different_levels_have_different_folders(levels: list[float]) -
     for spec in specs:
         assert CellId.parse(spec.id.name) == spec.id
         assert CellId.of_folder("baseline", spec.id.folder.name) == spec.id
+
+
+# ---------------------------------------------------------------- settings that fit only together
+
+TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
+    "only BOS": ({"train": {"positions": [0, 1]}}, "train.positions"),
+    "no position": ({"train": {"positions": [5, 5]}}, "train.positions"),
+    "beyond the context": ({"train": {"positions": [128, 200]}}, "train.positions"),
+    "start beyond all latents": ({"sae": {"d_sae": 64, "initial_l0": 65}}, "sae.initial_l0"),
+    "target beyond all latents": (
+        {"sae": {"d_sae": 64, "controllers": [{"kind": "l0_target", "target": 65}]}},
+        "target L0",
+    ),
+    "beyond float32": ({"train": {"lr": 1e39}}, "train.lr"),
+    "a part beyond float32": (
+        {"sae": {"scaling": {"kind": "variance", "tau": 1e300}}},
+        "sae.scaling",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_settings_that_can_not_be_trained(name: str) -> None:
+    data, setting = TOGETHER[name]
+    plan = PlanConfig(study="s", target_l0=None, seeds=1)
+    with pytest.raises(SettingError, match=setting):
+        cells(plan, BaseConfig.parse(data), Run("", [Arm("baseline")]))

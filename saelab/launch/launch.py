@@ -44,6 +44,7 @@ from saelab.runtime.safe_text import visible
 from saelab.storage.atomic import WriteError, read_sealed
 from saelab.storage.cache import cache_folder, has_activations
 from saelab.storage.lock import lock_folder
+from saelab.study.checks import naming_arm
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
@@ -55,7 +56,6 @@ from saelab.study.plan import (
     cells,
     first_wave,
     later_arms,
-    naming_arm,
     resolve,
     resolve_with_placeholders,
 )

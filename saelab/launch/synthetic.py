@@ -31,7 +31,7 @@ from saelab.progress import progress
 from saelab.runs.schema import CellId, Level, level_of
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import study_seeds
-from saelab.study.plan import check_layout
+from saelab.study.checks import check_layout
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
 from saelab.training.resume import ResumableCell

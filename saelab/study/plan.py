@@ -7,8 +7,7 @@ settings of the base and nothing else. A cell is an arm at one seed and one spar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +28,7 @@ from saelab.runs.schema import CONTROL, CellId, Level, level_of
 from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.storage.validation import is_name
+from saelab.study.checks import check_latents, check_layout, check_settings, naming_arm
 from saelab.training.optim import TrainConfig
 
 BASELINE = "baseline"
@@ -372,7 +372,7 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
     for arm in run.arms:
         settings = arm_settings(base, run, arm)
         with naming_arm(arm.name):
-            _check_settings(settings)
+            check_settings(settings)
         _check_equal(arm, settings.digest(), digests)
         main = arm.name == BASELINE or arm.primary
         further = _further_levels(plan) if main and arm.levels else []
@@ -382,6 +382,7 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
         for level, seed in places:
             sae = settings.sae.at_l0(level) if level else settings.sae
             check_layout(arm.name, sae, settings.layout)
+            check_latents(arm.name, sae)
             specs.append(
                 CellSpec(
                     id=CellId(arm.name, seed, level),
@@ -427,32 +428,6 @@ def has_levels(arm: Arm, sae: SAEConfig, level: float) -> bool:
     return arm.module is None and sae.l0_rules(level) == {"set"}
 
 
-@contextmanager
-def naming_arm(name: str) -> Iterator[None]:
-    """Adds the arm's name to the setting that a SettingError is about."""
-    try:
-        yield
-    except SettingError as error:
-        raise SettingError(f"{name}: {error.setting}", error.value, error.remedy) from None
-
-
-def _check_settings(settings: BaseConfig) -> None:
-    """Raises: SettingError for settings that fit only on their own."""
-    known = [str(getattr(controller, "name", "")) for controller in settings.sae.controllers]
-    for loss in settings.sae.losses:
-        name = getattr(loss, "coefficient", None)
-        if isinstance(name, str) and name not in known:
-            remedy = f"no such controller{nearest(name, known)}: add one, or use a number"
-            raise SettingError(f"{loss.kind}.coefficient", name, remedy)
-    low, high = settings.train.positions or (0, 1)
-    foreign = settings.activations is not None
-    context = high if foreign else settings.context
-    least = 1 if foreign else 2  # position 0 is BOS, which is not trained on
-    if settings.train.positions and not (low < min(high, context) and high >= least):
-        remedy = f"use 0 <= low < high, from {least} to the context of {context}"
-        raise SettingError("train.positions", settings.train.positions, remedy)
-
-
 def _check_equal(arm: Arm, digest: str, digests: dict[str, str]) -> None:
     """Refuses an arm that repeats another unless it is declared its twin, and a twin that is none.
 
@@ -468,24 +443,6 @@ def _check_equal(arm: Arm, digest: str, digests: dict[str, str]) -> None:
         raise SettingError("arm", arm.name, remedy)
     if arm.module is None:
         digests[arm.name] = digest
-
-
-def check_layout(arm: str, config: SAEConfig, layout: Layout) -> None:
-    """Shows impossible settings now, not in a worker.
-
-    Raises: SettingError for a part that can't be built or that needs whole contexts, or for an L0
-        above the number of latents.
-    """
-    with naming_arm(arm):
-        parts = config.outline().parts()
-        for name, l0 in (("target L0", config.target_l0), ("sae.initial_l0", config.initial_l0)):
-            if l0 is not None and l0 > config.d_sae:
-                raise SettingError(name, l0, f"must be at most d_sae = {config.d_sae}")
-    for part in parts:
-        if part.needs_contexts and layout == "rows":
-            name = type(part).__name__
-            remedy = f"{name} needs whole contexts: set layout = 'contexts' for the launch"
-            raise SettingError(f"{arm}: layout", layout, remedy)
 
 
 def _check_arms(run: Run) -> None:

@@ -147,7 +147,8 @@ def work(job, advance, state):
         Path("said").touch()
 
 if __name__ == "__main__":
-    run_jobs(JobSet(work, [0], 1, Path("logs"), nullcontext(Progress("", 1))))
+    bar = nullcontext(Progress("", 1))
+    run_jobs(JobSet(function=work, jobs=[0], workers=1, logs=Path("logs"), bar=bar))
 """
 
 

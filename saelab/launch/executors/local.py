@@ -69,10 +69,19 @@ def run_jobs(job_set: JobSet) -> None:
     workers = min(job_set.workers, max(1, len(job_set.jobs)))
     pool = ProcessPoolExecutor(workers, context, _initialise, (channel, job_set.logs, os.getpid()))
     futures: list[Future[None]] = []
+    with _kill_at_the_end(pool):
+        _run_in_workers(job_set, pool, receiver, futures)
+
+
+def _run_in_workers(
+    job_set: JobSet, pool: ProcessPoolExecutor, receiver: Connection, futures: list[Future[None]]
+) -> None:
+    """Runs the jobs in the workers of the pool and stops these."""
     try:
         with job_set.bar as bar, _listen_to_workers(receiver, bar):
             with _block_keyboard_interrupts():  # inherited by the workers
-                futures = [pool.submit(_run_job, job_set.function, job) for job in job_set.jobs]
+                for job in job_set.jobs:
+                    futures.append(pool.submit(_run_job, job_set.function, job))
             for _ in job_set.local_work:
                 _raise_failures(futures)
             _wait(futures)
@@ -165,17 +174,32 @@ def _stop(pool: ProcessPoolExecutor, unfinished: bool) -> None:
     """Ends all workers and waits for them; those that do not end in time are killed."""
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
-    try:
-        if unfinished:
-            for process in processes:
-                process.terminate()
-        deadline = time.monotonic() + GRACE_SECONDS
+    if unfinished:
         for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-    finally:  # even if a second interrupt ends the waiting
-        for process in processes:
+            process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+
+
+@contextmanager
+def _kill_at_the_end(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Kills the workers that are left after the block, whatever ends it: a signal that is raised in
+    the middle of stopping them too, so that the process need not wait for their jobs."""
+    processes = pool._processes  # the pool forgets them when it is shut down
+
+    def kill() -> None:
+        for process in list(processes.values()):
             if process.is_alive():
                 process.kill()
+
+    try:
+        yield
+    finally:
+        try:
+            kill()
+        finally:  # at most one more signal is raised
+            kill()
 
 
 def _initialise(channel: Any, logs: Path, parent: int) -> None:

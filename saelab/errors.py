@@ -18,6 +18,9 @@ from collections.abc import Iterable
 
 from saelab.runtime.safe_text import visible
 
+#: Characters of a setting's name or value that an error message shows.
+LONGEST_SHOWN = 300
+
 
 class SaelabError(Exception):
     """Base of the tree; `exit_code` is the exit code of the command line."""
@@ -41,7 +44,7 @@ class SettingError(UsageError):
     """A setting has an impossible value or an unknown name."""
 
     def __init__(self, setting: str, value: object, remedy: str) -> None:
-        super().__init__(f"{setting} = {value!r}: {remedy}")
+        super().__init__(f"{shorten(setting)} = {_repr(value)}: {remedy}")
         self.setting, self.value, self.remedy = setting, value, remedy
 
 
@@ -71,6 +74,20 @@ class CellFailure(SaelabError):
 
 class StudyFailure(SaelabError):
     """The launch has no usable result (for example no valid baseline cell)."""
+
+
+def shorten(text: str, most: int = LONGEST_SHOWN) -> str:
+    """Returns the text, with its middle left out where it is longer than `most` characters."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def _repr(value: object) -> str:
+    """Returns a value as an error message shows it."""
+    try:
+        return shorten(repr(value))
+    except (ValueError, RecursionError):  # more digits, or deeper, than Python writes
+        return f"<{type(value).__name__} that is too long to show>"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

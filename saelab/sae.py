@@ -69,8 +69,7 @@ from saelab.parts.base import (
 )
 from saelab.seeding import torch_stream
 
-#: The most latents of an SAE: twice as many as any published SAE has. Our choice; parts are built
-#: before memory is checked, so a mistyped number must not exhaust it.
+#: The most latents of an SAE: twice as many as any published SAE has. Our choice.
 MOST_LATENTS = 2**26
 #: The largest error of a bfloat16 selection relative to |u| |w| + |b|: 2^-9 for the rounding of
 #: each factor and of the result, and a little for the products of these errors.
@@ -119,6 +118,21 @@ class SAEConfig(Frozen):
         Raises: SettingError on several ranks for a part that is not `shardable`.
         """
         return SAE(self, Dims(d_in, self.d_sae, steps=steps, seed=seed, ranks=ranks))
+
+    def outline(self, d_in: int = 2, ranks: Ranks = ALONE) -> SAE:
+        """Builds the SAE without the memory of its large tensors, to check its parts.
+
+        Raises: SettingError for parts that are impossible or do not fit together.
+        """
+        dims = Dims(d_in, self.d_sae, ranks=ranks)
+        try:
+            with torch.device("meta"):
+                sae = SAE(self, dims, checked=False)
+            sae.controllers = _build_parts(self.controllers, dims)  # asked for their first values
+            sae.check_parts()
+        except (NotImplementedError, RuntimeError):  # a user's part that reads its own tensors
+            return self.build(d_in, ranks=ranks)
+        return sae
 
     def parts(self) -> dict[str, tuple[PartConfig, ...]]:
         """Name of each field that holds parts -> its parts, in the order of `SAE.parts`."""
@@ -219,12 +233,16 @@ class SAE(nn.Module):
         self._z_wanted = any(part.uses_preactivations for part in self.parts())
         for part in self.parts():
             part.ranks = dims.ranks
-            if not checked:
-                continue
-            _check_shardable(part, dims.ranks)
-            part.check(self)
+        if checked:
+            self.check_parts()
 
     # ---- composition -------------------------------------------------------------------------
+
+    def check_parts(self) -> None:
+        """Raises: SettingError for parts that do not fit together."""
+        for part in self.parts():
+            _check_shardable(part, self.ranks)
+            part.check(self)
 
     def parts(self) -> list[Part]:
         """Returns all parts in the order in which they are updated."""

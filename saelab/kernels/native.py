@@ -1,37 +1,28 @@
 """The kernels for CPUs: `native.cpp`, compiled on the machine where it runs and called by ctypes.
 
-It is compiled once (about 3 s) with the machine's own C++ compiler and stored in the user's cache
-under a hash of source, compiler and CPU. If that fails, `library()` is None, `unavailable_reason()`
-says why, and the eager kernels are used. `SAELAB_KERNELS=eager` asks for those.
+It is compiled once (about 3 s) with the machine's own C++ compiler (`build.py`). If that fails,
+`library()` is None, `unavailable_reason()` says why, and the eager kernels are used.
+`SAELAB_KERNELS=eager` asks for those.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from saelab.kernels import eager
+from saelab.kernels.build import Unavailable, load_library
+from saelab.runtime.variables import is_set_to
 
 if TYPE_CHECKING:
     from saelab.kernels.code import Support
     from saelab.kernels.eager import Adaptation
 
-SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
-COMPILERS = ("g++", "clang++", "c++")
-TIMEOUT = 120  # seconds for the compiler
 #: Bytes that stay in a core's own cache together with other data. Our choice: half of 1 MiB.
 CACHE_BYTES = 1 << 19
 #: Share of all pairs that the first scan for a code has room for. Our choice: several times that of
@@ -67,11 +58,7 @@ for _suffix in ("float32", "bfloat16"):
     }
 
 
-# ---------------------------------------------------------------- building
-
-
-class Unavailable(Exception):
-    """The kernels can't be built or loaded on this machine; the message says why."""
+# ---------------------------------------------------------------- loading
 
 
 @functools.cache
@@ -80,7 +67,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if eager_requested():
         return None, "SAELAB_KERNELS=eager asks for the plain ones"
     try:
-        library = ctypes.CDLL(str(_build()))
+        library = load_library()
     except (Unavailable, OSError) as error:
         return None, str(error)
     for name, (result, arguments) in _SIGNATURES.items():
@@ -90,8 +77,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def eager_requested() -> bool:
-    """Returns whether the environment asks for the eager kernels, on any device."""
-    return os.environ.get("SAELAB_KERNELS") == "eager"
+    """Returns whether the environment asks for the eager kernels, on any device.
+
+    Raises: SettingError when SAELAB_KERNELS has another value.
+    """
+    return is_set_to("SAELAB_KERNELS", "eager")
 
 
 def library() -> ctypes.CDLL | None:
@@ -102,87 +92,6 @@ def library() -> ctypes.CDLL | None:
 def unavailable_reason() -> str:
     """Returns the reason why `library()` is None, '' if it is not."""
     return _load()[1]
-
-
-def _build() -> Path:
-    """Returns the compiled library's file, which is compiled if the cache does not have it.
-
-    Raises: Unavailable when there is no compiler, it fails, or no folder can be written.
-    """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
-    if compiler is None:
-        raise Unavailable(f"no C++ compiler ({', '.join(COMPILERS)}) is installed")
-    key = hashlib.sha256(SOURCE.read_bytes())
-    key.update(repr((_version(compiler), FLAGS, _cpu())).encode())
-    name = f"saelab-{key.hexdigest()[:16]}.so"
-    reason = ""
-    for folder in _folders():
-        file = folder / name
-        if file.is_file():
-            return file
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            return _compile(compiler, file)
-        except OSError as error:
-            reason = str(error)
-    raise Unavailable(f"no folder to store the compiled kernels in ({reason})")
-
-
-def _folders() -> list[Path]:
-    """Lists the folders for the compiled file: the user's cache and, in case that can't be written,
-    a temporary folder that only this user can write."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    temporary = Path(tempfile.gettempdir()) / f"saelab-kernels-{user}"
-    return [cache / "saelab", *([temporary] if _is_private(temporary) else [])]
-
-
-def _is_private(folder: Path) -> bool:
-    """Returns whether no other user could have put anything into the folder."""
-    if not folder.exists():
-        return True
-    status = folder.lstat()
-    return folder.is_dir() and status.st_uid == os.getuid() and not status.st_mode & 0o022
-
-
-def _version(compiler: str) -> str:
-    """Returns the first line of what the compiler says of its version."""
-    return _output([compiler, "--version"]).splitlines()[0]
-
-
-def _cpu() -> str:
-    """Describes the CPU as far as -march=native depends on it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"
-
-
-def _compile(compiler: str, file: Path) -> Path:
-    """Compiles the source to `file`, which appears complete or not at all."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        temporary = Path(folder) / file.name
-        _output([compiler, *FLAGS, str(SOURCE), "-o", str(temporary)])
-        temporary.replace(file)
-    return file
-
-
-def _output(command: list[str]) -> str:
-    """Runs a command and returns what it printed.
-
-    Raises: Unavailable when it does not run or fails.
-    """
-    try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]} does not run ({error})") from error
-    if result.returncode:
-        message = (result.stderr.strip() or "no message").splitlines()[0]
-        raise Unavailable(f"{command[0]} failed: {message}")
-    return result.stdout or result.stderr or " "
 
 
 # ---------------------------------------------------------------- calls

@@ -21,7 +21,13 @@ import torch
 from saelab import checkpoint
 from saelab.data import language_model
 from saelab.data.activations.store import Source
-from saelab.distributed.ranks import Ranks, check_split, join_ranks, process_count
+from saelab.distributed.ranks import (
+    Ranks,
+    check_split,
+    join_ranks,
+    process_count,
+    started_by_torchrun,
+)
 from saelab.errors import SettingError
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
@@ -41,8 +47,12 @@ from saelab.training.train import train_one
 
 
 def wants_ranks(base: BaseConfig) -> bool:
-    """Returns True if the settings, or how the process was started, ask for several ranks."""
-    return process_count() > 1 or base.parallel not in (ParallelConfig(), ParallelConfig(data=1))
+    """Returns True if the settings ask for several ranks, or torchrun has started the process.
+
+    Also one process of torchrun writes the files, and goes on from the checkpoints, of any number.
+    """
+    alone = base.parallel in (ParallelConfig(), ParallelConfig(data=1))
+    return started_by_torchrun() or not alone
 
 
 def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) -> list[Row]:
@@ -81,7 +91,7 @@ def _check_parts(base: BaseConfig) -> None:
         remedy = f"there are only {base.sae.d_sae} latents: use fewer ranks"
         raise SettingError("parallel.latents", latents, remedy)
     data = base.parallel.data or max(1, process_count() // latents)
-    base.sae.build(2, ranks=Ranks(data, latents))
+    base.sae.outline(ranks=Ranks(data, latents))
 
 
 def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> LaunchData:

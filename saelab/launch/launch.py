@@ -22,6 +22,7 @@ from typing import Any
 
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.launch.collect import collect
+from saelab.launch.environment import check_environment
 from saelab.launch.executors import LOCAL, executor_name
 from saelab.launch.record import Record
 from saelab.launch.waves import (
@@ -37,7 +38,7 @@ from saelab.preflight.preview import RunCheck, check, check_limit
 from saelab.progress import clock
 from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
-from saelab.runs.folder import RunFolder
+from saelab.runs.folder import MANIFEST, SEALED, RunFolder
 from saelab.runtime import exhaustion
 from saelab.runtime.main_guard import refuse_unguarded_script
 from saelab.runtime.safe_text import visible
@@ -46,6 +47,7 @@ from saelab.storage.atomic import WriteError, read_sealed
 from saelab.storage.cache import cache_folder, has_activations
 from saelab.storage.links import refuse_links
 from saelab.storage.lock import lock_folder
+from saelab.study.checks import naming_arm
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
@@ -57,7 +59,6 @@ from saelab.study.plan import (
     cells,
     first_wave,
     later_arms,
-    naming_arm,
     resolve,
     resolve_with_placeholders,
 )
@@ -80,12 +81,10 @@ def launch(task: Launch) -> list[Comparison]:
         while another launch has the same folder.
     """
     refuse_unguarded_script()
-    _check_folder(task.out_dir)
-    with (
-        exhaustion.as_usage_error(),
-        lock_folder(task.out_dir, f"is making {task.name}"),
-    ):
-        return _launch(task)
+    with exhaustion.as_usage_error():
+        _check_folder(task.out_dir)
+        with lock_folder(task.out_dir, f"is making {task.name}"):
+            return _launch(task)
 
 
 def _launch(task: Launch) -> list[Comparison]:
@@ -161,6 +160,7 @@ def check_launch(task: Launch) -> RunCheck:
 
     Raises: UsageError for what is impossible.
     """
+    check_environment(task.executor)
     specs = cells(task.plan, task.base, resolve_with_placeholders(task.run), task.purpose)
     for arm in task.run.arms:
         with naming_arm(arm.name):
@@ -214,6 +214,10 @@ def _check_folder(folder: Path) -> None:
         remedy = f"{folder} is a link, and so leads elsewhere: name another"
         raise SettingError("out_dir", str(folder), remedy)
     refuse_links(folder)
+    for name in (MANIFEST, *SEALED):
+        if (folder / name).is_dir():
+            remedy = f"{folder / name} is a folder where a file belongs: move it, or name another"
+            raise SettingError("out_dir", str(folder), remedy)
     if not os.access(there, os.W_OK | os.X_OK):
         raise WriteError(f"{folder} can't be written in {there}: choose another folder")
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from saelab import stats
 from saelab.config import Frozen, read_toml
@@ -28,11 +28,11 @@ from saelab.evals.base import Row
 from saelab.evals.core import CoreData
 from saelab.evals.measure import EvalData, evaluate
 from saelab.progress import progress
-from saelab.runs.schema import CellId, level_of
+from saelab.runs.schema import CellId, Level, level_of
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import study_seeds
-from saelab.study.plan import check_layout
+from saelab.study.checks import check_layout
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
 from saelab.training.resume import ResumableCell
@@ -230,8 +230,8 @@ class SyntheticStudyConfig(Frozen):
     arms: dict[str, SAEConfig] = Field(min_length=1)
     otherwise: dict[str, dict[str, Any]] = Field(default={})
     seeds: PositiveInt = 3
-    target_l0: PositiveFloat
-    levels: tuple[PositiveFloat, ...]
+    target_l0: Level
+    levels: tuple[Level, ...]
     baseline: str | None = None
     evals: tuple[str, ...] = EVALS
     metrics: tuple[str, ...] = SHOWN

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, NonNegativeFloat
 
 from saelab.config import Frozen
 from saelab.errors import SettingError
@@ -57,7 +57,7 @@ class PartConfig(Frozen):
     """
 
     kind: str
-    lr: float | None = None
+    lr: NonNegativeFloat | None = None
 
     def build(self, dims: Dims) -> Part:
         """Builds the part.

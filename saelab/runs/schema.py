@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from saelab.storage.parquet import Kind
 
@@ -33,6 +35,20 @@ def control_arm(name: str) -> str:
 def level_of(target_l0: float | None) -> float:
     """Level of the cells at a plan's target L0; 0 where every arm is left at its own L0."""
     return target_l0 or 0.0
+
+
+def check_level(level: float) -> float:
+    """Returns a level of L0 that the name of a cell holds without rounding.
+
+    Raises: ValueError for any other, since two levels could then share one folder.
+    """
+    if float(f"{level:g}") != level:
+        raise ValueError(f"is named {level:g} in files: use at most 6 digits")
+    return level
+
+
+#: Level of sparsity in a study's settings, in active latents per token.
+Level = Annotated[float, Field(gt=0, le=2**26), AfterValidator(check_level)]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def load_experiment(path: Path) -> ModuleType:
 
     Files next to it can be imported from then on, as when Python is started with the file.
 
-    Raises: SourceError when the file is missing or defines no RUNS.
+    Raises: SourceError when the file is missing, is not Python or defines no RUNS.
     """
     name = "saelab_experiment"
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
@@ -24,7 +24,8 @@ def load_experiment(path: Path) -> ModuleType:
     if not path.is_file():
         raise SourceError(f"{path} does not exist: run in the folder that holds experiment.py")
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise SourceError(f"{path} is not a Python file: name one that ends in .py")
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     module = importlib.util.module_from_spec(spec)

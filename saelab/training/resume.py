@@ -312,7 +312,7 @@ class Pace:
     """Decides when checkpoints are due; they take at most `TIME_SHARE` of the time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock, self.interval = clock, _fixed_interval()
+        self.clock, self.interval = clock, fixed_interval()
         self.start = self.last = clock()
         self.spent, self.cost = 0.0, math.nan
 
@@ -346,12 +346,12 @@ def _first_cost(state: State) -> float:
     return 2 * FILE_COST + BYTE_COST * size
 
 
-def _fixed_interval() -> float | None:
+def fixed_interval() -> float | None:
     """Returns the seconds between checkpoints that the environment asks for, None if it does not.
 
     Raises: SettingError when the variable is not a number of seconds.
     """
-    value = os.environ.get(INTERVAL_VARIABLE, "")
+    value = os.environ.get(INTERVAL_VARIABLE, "").strip()
     try:
         seconds = float(value) if value else None
     except ValueError:

@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 from saelab.data.text import stdlib
 from saelab.progress.journal import Tail
+from saelab.runtime.signals import preserve_handlers
 from saelab.storage.atomic import read_json, sha256
 
 ROOT = Path(__file__).parents[2]
@@ -370,6 +371,7 @@ def called(
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         as_if_fresh(),
+        preserve_handlers(),  # a process that a signal ends ignores further ones
     ):
         for name in ("SAELAB_CACHE", "SAELAB_PROGRESS"):
             os.environ.pop(name, None)

@@ -594,7 +594,8 @@ class TestChoice:
                 check=True,
             )
             assert done.stdout == "native\n"
-            (file,) = (tmp_path / "saelab").iterdir()
+            file, checksum = sorted((tmp_path / "saelab").iterdir())
+            assert checksum.name == f"{file.name}.sha256"
             times.append(file.stat().st_mtime_ns)
         assert times[0] == times[1]
 

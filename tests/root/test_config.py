@@ -285,7 +285,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("other", ["a", "nobody"])
     def test_a_false_twin_is_refused(self, other: str) -> None:
-        arms = [Arm("baseline"), Arm("a", {"sae.d_sae": 8}), Arm("twin", twin_of=other)]
+        arms = [Arm("baseline"), Arm("a", {"sae.d_sae": 80}), Arm("twin", twin_of=other)]
         with pytest.raises(SettingError, match="twin_of = .* must be an arm before this one"):
             cells(self.PLAN, BaseConfig(), Run("title", arms))
 

@@ -107,10 +107,9 @@ def test_a_signal_leaves_a_checkpoint_and_the_rest_follows_exactly(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(resume.INTERVAL_VARIABLE, "1000")  # the signal's is the only one
-    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended, exit_on_signal():
         trained(activations, kept(activations, tmp_path), signalled(number, 9))
-    assert ended.value.code == code and signal.getsignal(number) is before
+    assert ended.value.code == code and signal.getsignal(number) is signal.SIG_IGN
     assert capsys.readouterr().err.splitlines()[-1].endswith("goes on where it stopped")
     again = kept(activations, tmp_path)
     assert [member.cell.steps_done for member in again] == [9, 9]
@@ -124,7 +123,7 @@ def test_cells_may_be_grouped_otherwise(
 ) -> None:
     """One cell stopped early, one late, one not begun."""
     for name, step in (("a", 6), ("b", 15)):
-        with pytest.raises(SystemExit), exit_on_signal():
+        with signals.preserve_handlers(), pytest.raises(SystemExit), exit_on_signal():
             trained(activations, kept(activations, tmp_path, name), signalled(signal.SIGTERM, step))
     again = kept(activations, tmp_path)
     assert [member.cell.steps_done for member in again] == [6, 15]

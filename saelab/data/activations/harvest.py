@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from saelab.config import Frozen
 from saelab.data.activations.growing import GrowingSource
@@ -58,8 +58,8 @@ class HarvestConfig(Frozen):
             are stored at a URL; no number depends on it.
     """
 
-    batch: int = 32
-    shard_tokens: int = 65536
+    batch: PositiveInt = 32
+    shard_tokens: PositiveInt = 65536
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     overlap: Literal["auto", True, False] = "auto"
     read_ahead: NonNegativeInt = 512 * 2**20

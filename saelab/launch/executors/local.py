@@ -12,6 +12,7 @@ import ctypes
 import functools
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ from saelab.launch.executors import JobSet
 from saelab.progress import Progress
 from saelab.progress.run import log_progress
 from saelab.runtime import signals
+from saelab.runtime.cores import usable_cores
 from saelab.runtime.main_guard import GUARD, STARTING, UNGUARDED, refuse_unguarded_script
 from saelab.runtime.torch_defaults import one_thread
 
@@ -40,6 +42,8 @@ LAST_MESSAGES_SECONDS = 5.0
 #: Seconds that workers have to end their round and write a checkpoint before they are killed. Our
 #: choice: what schedulers give.
 GRACE_SECONDS = 30.0
+#: The most workers that may be asked for. Our choice: several times the cores of any machine.
+MOST_WORKERS = 4096
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 #: Exit codes of workers that have not ended by themselves.
 TERMINATED = (None, 0, -signal.SIGTERM, 128 + signal.SIGTERM)
@@ -73,10 +77,23 @@ def run_jobs(job_set: JobSet) -> None:
     pool = ProcessPoolExecutor(workers, context, _initialise, (channel, job_set.logs, os.getpid()))
     futures: list[Future[None]] = []
     processes: list[BaseProcess] = []
+    with _kill_at_the_end(pool):
+        _run_in_workers(job_set, pool, receiver, futures, processes)
+
+
+def _run_in_workers(
+    job_set: JobSet,
+    pool: ProcessPoolExecutor,
+    receiver: Connection,
+    futures: list[Future[None]],
+    processes: list[BaseProcess],
+) -> None:
+    """Runs the jobs in the workers of the pool and stops these."""
     try:
         with job_set.bar as bar, _listen_to_workers(receiver, bar):
             with _block_keyboard_interrupts(), _starting_workers(pool, processes):  # inherited
-                futures = [pool.submit(_run_job, job_set.function, job) for job in job_set.jobs]
+                for job in job_set.jobs:
+                    futures.append(pool.submit(_run_job, job_set.function, job))
             for _ in job_set.local_work:
                 _raise_failures(futures)
             _wait(futures)
@@ -187,17 +204,32 @@ def _stop(pool: ProcessPoolExecutor, unfinished: bool) -> None:
     """Ends all workers and waits for them; those that do not end in time are killed."""
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
-    try:
-        if unfinished:
-            for process in processes:
-                process.terminate()
-        deadline = time.monotonic() + GRACE_SECONDS
+    if unfinished:
         for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-    finally:  # even if a second interrupt ends the waiting
-        for process in processes:
+            process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+
+
+@contextmanager
+def _kill_at_the_end(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Kills the workers that are left after the block, whatever ends it: a signal that is raised in
+    the middle of stopping them too, so that the process need not wait for their jobs."""
+    processes = pool._processes  # the pool forgets them when it is shut down
+
+    def kill() -> None:
+        for process in list(processes.values()):
             if process.is_alive():
                 process.kill()
+
+    try:
+        yield
+    finally:
+        try:
+            kill()
+        finally:  # at most one more signal is raised
+            kill()
 
 
 def _initialise(channel: Any, logs: Path, parent: int) -> None:
@@ -277,11 +309,10 @@ def worker_count(device: str) -> int:
 
     Raises: SettingError when the variable is not a number.
     """
-    value = os.environ.get("SAELAB_WORKERS", "")
-    if value.isdigit():
+    value = os.environ.get("SAELAB_WORKERS", "").strip()
+    if re.fullmatch("[0-9]{1,6}", value) and int(value) <= MOST_WORKERS:
         return int(value)
     if value:
-        raise SettingError("SAELAB_WORKERS", value, "use a number of processes, 0 for none")
-    if device != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        remedy = f"use a number of processes up to {MOST_WORKERS}, 0 for none"
+        raise SettingError("SAELAB_WORKERS", value, remedy)
+    return usable_cores() if device == "cpu" else 1

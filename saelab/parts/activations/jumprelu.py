@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from saelab.kernels import Support, gate, jump, support_above
@@ -30,7 +30,7 @@ class JumpReLUConfig(PartConfig):
     kind: Literal["jumprelu"] = "jumprelu"
     threshold: PositiveFloat = 0.5
     bandwidth: PositiveFloat = 0.5
-    lr: float | None = 1e-2
+    lr: NonNegativeFloat | None = 1e-2
 
     def build(self, dims: Dims) -> JumpReLU:
         return JumpReLU(self, dims)

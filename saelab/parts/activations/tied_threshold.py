@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from saelab.errors import SettingError
@@ -90,7 +90,7 @@ class TiedThresholdConfig(TemperatureFields):
     bandwidth: PositiveFloat = 0.5
     momentum: float = Field(default=0.99, ge=0, lt=1)
     context: PositiveInt = 128
-    lr: float | None = 1e-2
+    lr: NonNegativeFloat | None = 1e-2
 
     def build(self, dims: Dims) -> TiedThreshold:
         return TiedThreshold(self, dims)

@@ -16,7 +16,6 @@ texts above the panels hold the main numbers. A note in the picture says what is
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -55,6 +54,7 @@ from saelab.report.figures.style import (
 )
 from saelab.report.figures.training import loss
 from saelab.report.run_data import Run, load
+from saelab.runtime.cores import usable_cores
 from saelab.runtime.safe_text import visible
 from saelab.runtime.signals import exit_on_signal
 
@@ -110,7 +110,7 @@ Drawn = tuple[list[tuple[str, bool]], str, int]
 
 def _draw_runs(work: Sequence[tuple[Path, str]]) -> Iterator[Drawn]:
     """Draws runs (folder and title) in their order; many of them on all cores, a run on one."""
-    processes = min(len(work), os.cpu_count() or 1)
+    processes = min(len(work), usable_cores())
     if len(work) < MANY or processes < 2:
         yield from map(_draw_with_errors, work)
         return

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from saelab import stats
@@ -116,7 +116,7 @@ class SimilarityConfig(PartConfig):
     form: Form = "max"
     chunk: int = Field(default=512, ge=2)
     chunks: PositiveInt | None = None
-    lr: float | None = 1e-2
+    lr: NonNegativeFloat | None = 1e-2
 
     def build(self, dims: Dims) -> Similarity:
         return Similarity(self, dims)

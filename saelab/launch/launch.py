@@ -139,7 +139,7 @@ def _launched(
     info = final_info(judged.arms, judged.comparisons, judged.differences, settings, hook_name)
     record.write_verdict(judged, info, collected.rows, time.monotonic() - start)
     _check_baseline(task, judged.arms)
-    shown = table(info, judged.comparisons, task.plan, collected.controls)
+    shown = table(info, judged.comparisons, task.plan, collected.controls, judged.rivals)
     return judged, shown, len(folders)
 
 

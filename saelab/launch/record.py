@@ -24,7 +24,7 @@ from saelab.study.registry import Attempt, attempts, plan_hash
 from saelab.training.curves import read_curves
 from saelab.verdict.arms import CellGate
 from saelab.verdict.review import Judged
-from saelab.verdict.summary import control_lines, summary_text
+from saelab.verdict.summary import summary_text
 from saelab.version import __version__
 
 if TYPE_CHECKING:
@@ -78,13 +78,7 @@ class Record:
     ) -> None:
         """Writes summary.md, the sealed manifest and, last, final_info.json."""
         text = summary_text(
-            self.task,
-            judged.arms,
-            judged.comparisons,
-            self._missing(rows),
-            self.deviations,
-            self._earlier(),
-            control_lines(rows, judged.planted),
+            self.task, judged, self._missing(rows), self.deviations, self._earlier(), rows
         )
         write_text(self.task.out_dir / SUMMARY, text)
         manifest = self._manifest() | {

@@ -35,6 +35,7 @@ from saelab.study.plan import PlanConfig
 from saelab.study.registry import Attempt, attempts
 from saelab.verdict.judge import COVERS, POWER
 from saelab.verdict.review import CellNote, Review, differences_of, group_notes, review_run
+from saelab.verdict.rivals import rivals_sentence
 from saelab.verdict.summary import COLUMNS, mean_and_half_width
 from saelab.version import __version__
 
@@ -290,6 +291,7 @@ def _run(
         "heads": list(COLUMNS.values()),
         "numbers": list(_numbers(run, comments)),
         "controls": list(_controls(run)),
+        "rivals": rivals_sentence(checked.rivals),
         "planted": _planted_text(manifest.get("planted")),
         "cells": len(manifest["cells"]),
         "outcomes": _outcomes(checked.cells),

@@ -29,6 +29,7 @@ from saelab.verdict.arms import ArmResult, CellGate
 from saelab.verdict.final_info import Planted, judge_planted, judge_run
 from saelab.verdict.gate import ORDER, Outcome
 from saelab.verdict.judge import COVERS, Comparison, Difference
+from saelab.verdict.rivals import Rival, find_rivals, rivals_sentence
 from saelab.verdict.summary import align_columns
 
 
@@ -56,6 +57,7 @@ class Review:
         definition: of the primary metric.
         provenance: where the primary metric was measured.
         sealed: whether the run's files carry checksums, with which they agree.
+        rivals: controls that are as good as an arm on the primary metric, or better.
     """
 
     run: str
@@ -69,6 +71,7 @@ class Review:
     definition: str
     provenance: Mapping[str, Any]
     sealed: bool = True
+    rivals: tuple[Rival, ...] = ()
 
     @cached_property
     def plan_hash(self) -> str:
@@ -90,6 +93,7 @@ class Review:
             "comparisons": [asdict(c) for c in self.comparisons],
             "differences": [asdict(d) for d in self.differences],
             "cells": [asdict(note) for note in self.cells],
+            "rivals": [asdict(rival) for rival in self.rivals],
         }
 
 
@@ -147,6 +151,7 @@ def review_run(run: RunFolder) -> Review:
         definition=baseline.definitions.get(plan.primary, "not measured"),
         provenance={name: measured.get(name) for name in PROVENANCE} if measured else {},
         sealed=run.sealed,
+        rivals=tuple(judged.rivals),
     )
 
 
@@ -160,6 +165,7 @@ class Judged:
         gates: facts of every cell, by its name.
         comparisons, differences: of the primary metric, and of secondary ones without words.
         planted: the verdict on an effect of known size; None where none was planted.
+        rivals: controls that are as good as an arm on the primary metric, or better.
     """
 
     plan: PlanConfig
@@ -169,6 +175,7 @@ class Judged:
     comparisons: list[Comparison]
     differences: list[Difference]
     planted: Planted | None
+    rivals: list[Rival]
 
 
 def judge_files(run: RunFolder) -> Judged:
@@ -194,6 +201,7 @@ def judge_files(run: RunFolder) -> Judged:
         comparisons=comparisons,
         differences=differences,
         planted=judge_planted(controls, arms[BASELINE], plan),
+        rivals=find_rivals(arms, controls, plan),
     )
 
 
@@ -289,6 +297,8 @@ def text(found: Review) -> str:
     if not found.sealed:
         heading += "\nits files carry no checksums: an older version made them, or another hand"
     parts = [heading, *(f"deviation from the registered plan: {d}" for d in found.deviations)]
+    if loud := rivals_sentence(found.rivals):
+        parts += ["", loud]
     parts += ["", _table(found), "", *(f"{c.arm}: {c.reason}" for c in found.comparisons)]
     if found.cells:
         parts += ["", "gate:", *_cell_lines(found.cells)]

@@ -11,11 +11,13 @@ from saelab.runtime.safe_text import markdown
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import Attempt, plan_hash
 from saelab.verdict.judge import COVERS, Comparison
+from saelab.verdict.rivals import Rival, control_values, rivals_sentence
 
 if TYPE_CHECKING:
     from saelab.study.task import Launch
     from saelab.verdict.arms import ArmResult
     from saelab.verdict.final_info import Planted
+    from saelab.verdict.review import Judged
 
 #: Columns of the printed table: metric -> heading.
 COLUMNS = {
@@ -34,9 +36,10 @@ def table(
     comparisons: Sequence[Comparison],
     plan: PlanConfig,
     rows: Sequence[Mapping[str, Any]] = (),
+    rivals: Sequence[Rival] = (),
 ) -> str:
     """Table of arms x metrics: mean and 95% t interval (half width) over seeds, and the verdict;
-    then the controls among the rows, with means alone."""
+    then the controls among the rows, with means alone, and those that are as good as an arm."""
     words = {c.arm: c.word for c in comparisons}
     heads = ["arm", "seeds", *COLUMNS.values(), f"verdict on {plan.primary}"]
     lines = [heads]
@@ -49,23 +52,8 @@ def table(
     for name, values in control_values(rows).items():
         cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in COLUMNS]
         lines.append([name, "", *cells, ""])
-    return align_columns(lines)
-
-
-def control_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Control -> metric -> mean over all data; the model's channels under the names of an SAE."""
-    by_control: dict[str, dict[str, list[float]]] = {}
-    for name in schema.control_names(rows):
-        of_metric = by_control.setdefault(name, {})
-        for row in rows:
-            if row["arm"] == name and not row["slice"] and row["value"] is not None:
-                metric = row["metric"]
-                metric = f"sae{metric[3:]}" if metric.startswith("llm_") else metric
-                of_metric.setdefault(metric, []).append(row["value"])
-    return {
-        name: {metric: sum(values) / len(values) for metric, values in of_metric.items()}
-        for name, of_metric in by_control.items()
-    }
+    loud = rivals_sentence(rivals)
+    return align_columns(lines) + (f"\n\n{loud}" if loud else "")
 
 
 def align_columns(lines: Sequence[Sequence[str]]) -> str:
@@ -91,22 +79,24 @@ def mean_and_half_width(values: Sequence[float | None]) -> str:
 
 def summary_text(
     task: Launch,
-    arms: Mapping[str, ArmResult],
-    comparisons: Sequence[Comparison],
+    judged: Judged,
     missing: Sequence[str],
     deviations: Sequence[str] = (),
     earlier: Sequence[Attempt] = (),
-    of_controls: Sequence[str] = (),
+    rows: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Text of summary.md: question, plan, verdict, cells that do not count, next steps.
 
     Args:
+        judged: the run, judged from its files.
         missing: metrics that could not be measured, and why.
         deviations: of the plan from the registered one.
         earlier: attempts at this run before the present one.
-        of_controls: lines about the control subjects.
+        rows: of all subjects, of which those of controls are shown.
     """
-    plan = task.plan
+    plan, arms, comparisons = task.plan, judged.arms, judged.comparisons
+    loud = rivals_sentence(judged.rivals)
+    of_controls = control_lines(rows, judged.planted)
     better = "lower" if plan.direction == "lower" else "higher"
     lines = [
         f"# {markdown(f'{task.name}: {task.run.title}')}",
@@ -119,6 +109,7 @@ def summary_text(
         *(f"- deviation: {markdown(text)}" for text in deviations),
         *(f"- left out on purpose: {markdown(text)}" for text in plan.exclusions),
         "",
+        *([f"**{markdown(loud)}.**", ""] if loud else []),
         "**Verdict.**" + (" Exploratory." if task.purpose != "confirm" else " Confirmatory."),
         "",
         "| arm | what it is | verdict | difference | 95% interval | pairs |",

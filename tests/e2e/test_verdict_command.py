@@ -90,6 +90,18 @@ def test_an_effect_of_known_size_is_found_and_the_controls_are_shown(project: Pr
     assert list(ends) == sorted(ends, reverse=True)
 
 
+def test_controls_as_good_as_an_arm_are_named_by_launch_summary_and_verdict(
+    project: Project,
+) -> None:
+    (found,) = judged(project)
+    rivals = {(rival["control"], rival["arm"]) for rival in found["rivals"]}
+    assert ("PCA", "rate") in rivals  # which is hardly trained
+    summary = (project.folder / "run_1" / "summary.md").read_text(encoding="utf-8")
+    assert summary.count("CONTROLS AS GOOD AS ARMS: on fvu, ") == 1
+    assert summary.index("CONTROLS AS") < summary.index("**Verdict.**")
+    assert cli(project.folder, "verdict").out.count("CONTROLS AS GOOD AS ARMS") == 1
+
+
 def test_the_terminal_shows_all_of_it(project: Project) -> None:
     said = cli(project.folder, "verdict").out
     for words in ("p (Holm)", "detectable", "seeds to tell", "no evidence", "broken, ", "plan "):

@@ -197,7 +197,9 @@ def _scalars(specs: Iterable[CellSpec]) -> dict[str, dict[str, str]]:
     units: dict[str, str] = {}
     for spec in specs:
         for name, scalar in spec.sae.logged.items():
-            meanings.setdefault(name, {})[scalar.meaning] = None
+            unsigned = " (its sign is free, so final_info.json has its absolute value)"
+            meaning = f"{scalar.meaning}{unsigned * scalar.free_sign}"
+            meanings.setdefault(name, {})[meaning] = None
             units.setdefault(name, scalar.unit)
     return {n: {"meaning": ", or ".join(meanings[n]), "unit": units[n]} for n in meanings}
 

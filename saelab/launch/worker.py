@@ -41,6 +41,7 @@ from saelab.launch.cell_facts import (
     _weights_facts,
     code_std,
     input_facts,
+    largest_weight,
     not_finite,
     part_facts,
     removes_mean,
@@ -53,7 +54,7 @@ from saelab.launch.latent_table import FILE, write_latents
 from saelab.launch.prepare import open_source
 from saelab.launch.progress_lines import Reports
 from saelab.launch.seed_pairs import compare
-from saelab.runs.schema import REACH
+from saelab.runs.schema import MOVED, REACH
 from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
@@ -187,8 +188,10 @@ class Worker:
             "probing_accuracy": values.get(PROBED),
             "not_finite": not_finite(rows),
             **self.input_facts,
+            "largest_weight": largest_weight(cell.sae),
             **_weights_facts(cell.sae, largest),
             **_curve_facts(cell.log),
+            **{f"{MOVED}{name}": moved for name, moved in cell.scalar_distance().items()},
             **{f"{REACH}{name}": share for name, share in cell.scalar_reach().items()},
             **part_facts(cell),
         }

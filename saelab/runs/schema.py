@@ -21,8 +21,10 @@ CONTROL = "control:"
 CHANNELS, FROZEN, PLANTED = "model channels", "frozen decoder", "planted effect"
 _FOLDER = re.compile(r"seed(\d+)-l0_(.+)")
 
-#: Facts of one learned scalar begin with this; the scalar's name follows.
-REACH = "scalar_reach."
+#: Facts of one learned scalar begin with these; the scalar's name follows. Its distance from its
+#: start, in all and as a share of how far it could have moved; and the standard deviation of that
+#: distance over the seeds of its arm.
+MOVED, REACH, MOVED_SPREAD = "scalar_moved.", "scalar_reach.", "scalar_spread."
 
 
 def control_arm(name: str) -> str:
@@ -106,6 +108,8 @@ CURVE_TYPES |= {"step": "int64", "tokens": "int64", "name": "string", "value": "
 SCALAR = "scalar."
 #: Definition of those rows and of `final_loss`: the value of the last training step.
 SCALARS_DEFINITION = "last_logged/1"
+#: The same of a scalar whose sign is free: its absolute value.
+UNSIGNED_DEFINITION = "last_logged_absolute/1"
 
 
 def metric_columns(*names: str) -> dict[str, Kind]:

@@ -65,13 +65,17 @@ class Cell(TrainingCell):
         self._learned = {n: p for part in sae.parts() for n, p in part.learned().items()}
         self._began = {name: p.detach().clone() for name, p in self._learned.items()}
 
-    def scalar_reach(self) -> dict[str, float]:
-        """Returns the distance of each learned scalar (mean over its entries) from its start, as a
-        share of the sum of its learning rates, which is about as far as Adam can move it."""
-        distance = {
+    def scalar_distance(self) -> dict[str, float]:
+        """Returns the distance of each learned scalar (mean over its entries) from its start."""
+        return {
             n: float(self.ranks.mean_over_latents((p.detach() - self._began[n]).abs()))
             for n, p in self._learned.items()
         }
+
+    def scalar_reach(self) -> dict[str, float]:
+        """Returns the distance of each learned scalar from its start, as a share of the sum of its
+        learning rates, which is about as far as Adam can move it."""
+        distance = self.scalar_distance()
         return {
             n: distance[n] / max(self.optimiser.travel(p), 1e-30) for n, p in self._learned.items()
         }

@@ -22,6 +22,7 @@ from typing import Any
 from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.runs.folder import GATE, INFO, MANIFEST, METRICS, REMEDY, RunFolder
 from saelab.runs.schema import CONTROL, PROVENANCE, CellId, level_of
+from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import changes, plan_hash
@@ -320,19 +321,21 @@ def _table(found: Review) -> str:
 
 
 def group_notes(cells: Sequence[CellNote]) -> list[tuple[str, str, bool, list[CellNote]]]:
-    """Notes by arm, check and whether it was expected."""
-    groups: dict[tuple[str, str, bool], list[CellNote]] = {}
+    """Notes by arm, check and whether it was expected; one for each cell, of whose scalars several
+    may be found."""
+    groups: dict[tuple[str, str, bool], dict[str, CellNote]] = {}
     for note in cells:
         arm = CellId.parse(note.cell).arm
-        groups.setdefault((arm, note.check, note.expected), []).append(note)
-    return [(*key, some) for key, some in groups.items()]
+        groups.setdefault((arm, note.check, note.expected), {}).setdefault(note.cell, note)
+    return [(*key, list(by_cell.values())) for key, by_cell in groups.items()]
 
 
 def _cell_lines(cells: Sequence[CellNote]) -> list[str]:
     """One line for each check and arm, with how many cells it is about."""
     return [
-        f"- {arm}, {check}{' (expected)' * expected}, {len(some)} cells: {some[0].sentence}"
-        for arm, check, expected, some in group_notes(cells)
+        f"- {arm}, {check}{' (expected)' * expected}, {count(len(notes), 'cell')}: "
+        f"{notes[0].sentence}"
+        for arm, check, expected, notes in group_notes(cells)
     ]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from saelab import stats
 from saelab.runs import schema
+from saelab.runtime.counting import count
 from saelab.runtime.safe_text import markdown
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import Attempt, plan_hash
@@ -178,13 +179,15 @@ def _registration_text(deviations: Sequence[str]) -> str:
 def _gate_lines(arms: Mapping[str, ArmResult]) -> list[str]:
     lines = []
     for name, arm in arms.items():
-        by_check = {}
-        for result in arm.gates.values():
+        by_check: dict[tuple[str, bool], dict[int, str]] = {}  # of a cell the first finding
+        for seed, result in arm.gates.items():
             for finding in result.findings:
-                by_check.setdefault((finding.check, finding.expected), []).append(finding.sentence)
-        for (check, expected), sentences in by_check.items():
+                cells = by_check.setdefault((finding.check, finding.expected), {})
+                cells.setdefault(seed, finding.sentence)
+        for (check, expected), cells in by_check.items():
             note = " (expected)" if expected else ""
-            line = f"{name}, {check}{note}, {len(sentences)} cells: {sentences[0]}"
+            first = next(iter(cells.values()))
+            line = f"{name}, {check}{note}, {count(len(cells), 'cell')}: {first}"
             lines.append(f"- {markdown(line)}")
     return lines or ["- no findings"]
 

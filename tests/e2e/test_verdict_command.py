@@ -15,8 +15,8 @@ from saelab.storage.atomic import read_json, write_json
 from saelab.verdict.review import complete_runs
 
 TWIN = 'Arm("twin", {}, twin_of="baseline")'
-#: Its learning rate is so high that it diverges or ends worse than the mean.
-BROKEN = 'Arm("broken", {"train.lr": 1e9})'
+#: Its learning rate is so high that it diverges at once and has weights of zero.
+BROKEN = 'Arm("broken", {"train.lr": 1e30})'
 DECLARED = 'Arm("declared", {"train.lr": 3e-3}, expected=["not_converged"])'
 
 
@@ -67,6 +67,7 @@ def test_a_bad_cell_stops_nothing_and_is_listed(project: Project) -> None:
     assert c["word"] in ("hurts", "cannot tell") and "failed and count against" in c["reason"]
     notes = [note for note in found["cells"] if note["cell"].startswith("broken/")]
     assert {note["outcome"] for note in notes} >= {"failed"}
+    assert "invalid" not in {note["outcome"] for note in notes}  # it is not the software's fault
     declared = [note for note in found["cells"] if note["cell"].startswith("declared/")]
     assert declared and all(n["expected"] for n in declared if n["check"] == "not_converged")
     kept = read_json(project.folder / "run_1" / "gate.json")
@@ -108,6 +109,13 @@ def test_the_terminal_shows_all_of_it(project: Project) -> None:
         assert words in said
     assert "declared, not_converged (expected)" in said
     assert "other models or texts" in said
+
+
+def test_the_report_shows_an_arm_that_diverged(project: Project) -> None:
+    ended = cli(project.folder, "report", "--features", "broken", "--latents", "8")
+    assert ended.code == 0, ended.err
+    page = (project.folder / "report.html").read_text(encoding="utf-8")
+    assert '"arm":"broken"' in page and "NaN" not in page
 
 
 def copied(project: Project, folder: Path) -> Path:

@@ -85,7 +85,7 @@ def _cell_row(cell: CellState) -> list[str]:
     stage = "failed" if cell.failure else f"{cell.stage}{share}"
     numbers = [cell.values.get(name) for name in VALUES]
     texts = ["" if number is None else f"{number:.4g}" for number in numbers]
-    return [cell.arm, str(cell.seed), f"{cell.level:g}", stage, *texts]
+    return [cell.arm, str(cell.seed), cell.id.level_text.removeprefix("L0 "), stage, *texts]
 
 
 @contextmanager

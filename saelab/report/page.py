@@ -29,14 +29,14 @@ from saelab.report.figures.common import PICTURES
 from saelab.report.figures.style import STYLE, ArmStyle, arm_styles, legend_name
 from saelab.report.run_data import Run, run_data
 from saelab.runs.folder import RunFolder
-from saelab.runs.schema import CELLS, CONTROL
+from saelab.runs.schema import CELLS, CONTROL, PLANTED, control_arm
 from saelab.storage.atomic import write_text
 from saelab.study.plan import PlanConfig
 from saelab.study.registry import Attempt, attempts
 from saelab.verdict.judge import COVERS, POWER
 from saelab.verdict.review import CellNote, Review, differences_of, group_notes, review_run
 from saelab.verdict.rivals import rivals_sentence
-from saelab.verdict.summary import COLUMNS, mean_and_half_width
+from saelab.verdict.summary import COLUMNS, mean_and_half_width, too_few_planted
 from saelab.version import __version__
 
 #: Bytes that a page may have. Our choice: small enough for a mail or a slow line.
@@ -292,7 +292,7 @@ def _run(
         "numbers": list(_numbers(run, comments)),
         "controls": list(_controls(run)),
         "rivals": rivals_sentence(checked.rivals),
-        "planted": _planted_text(manifest.get("planted")),
+        "planted": _planted_text(manifest.get("planted"), run),
         "cells": len(manifest["cells"]),
         "outcomes": _outcomes(checked.cells),
         "gate": [_gate_row(*group) for group in group_notes(checked.cells)],
@@ -344,9 +344,10 @@ def _controls(run: Run) -> Iterator[dict[str, Any]]:
         yield {"name": name.removeprefix(CONTROL), "values": values}
 
 
-def _planted_text(planted: Mapping[str, Any] | None) -> str:
+def _planted_text(planted: Mapping[str, Any] | None, run: Run) -> str:
     if not planted:
-        return ""
+        n = len(run.numbers("fvu").get(control_arm(PLANTED), ()))
+        return f"{too_few_planted(n)}." if n else "No effect was planted."
     c, expected = planted["comparison"], planted["expected"]
     seen = "was found" if c["word"] == "hurts" else "was missed"
     size = verdict_table.format_signed(expected)

@@ -137,7 +137,7 @@ def summary_text(
         lines += [f"- {markdown(attempt.line())}" for attempt in earlier]
     if missing:
         lines += ["", "**Missing.**", "", *(f"- {markdown(text)}" for text in missing)]
-    lines += ["", "**What to try next.**", "", *_next_steps(comparisons)]
+    lines += ["", "**What to try next.**", "", *_next_steps(comparisons, arms)]
     return "\n".join(lines) + "\n"
 
 
@@ -150,7 +150,9 @@ def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) ->
     for name, values in by_control.items():
         cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in shown]
         lines.append(f"| {name.removeprefix(schema.CONTROL)} | {' | '.join(cells)} |")
-    return [*lines, *_planted_lines(planted)] if by_control else []
+    turned = [row for row in rows if row["arm"] == schema.control_arm(schema.PLANTED)]
+    n = len({row["seed"] for row in turned if row["metric"] == "fvu"})
+    return [*lines, *_planted_lines(planted, n)] if by_control else []
 
 
 def _mean_values(arm: ArmResult) -> Iterator[tuple[str, str]]:
@@ -161,9 +163,14 @@ def _mean_values(arm: ArmResult) -> Iterator[tuple[str, str]]:
             yield metric, f"{value:.4g}"
 
 
-def _planted_lines(planted: Planted | None) -> list[str]:
+def too_few_planted(n: int) -> str:
+    """Says that an effect was planted in n SAEs, which are too few for a verdict on it."""
+    return f"An effect was planted in {count(n, 'SAE')}: a verdict on it needs two with numbers"
+
+
+def _planted_lines(planted: Planted | None, n: int) -> list[str]:
     if planted is None:
-        return []
+        return ["", f"{too_few_planted(n)}."] if n else []
     c = planted.comparison
     seen = "" if c.word == "hurts" else ": an effect of this size is missed"
     return [
@@ -192,10 +199,27 @@ def _gate_lines(arms: Mapping[str, ArmResult]) -> list[str]:
     return lines or ["- no findings"]
 
 
-def _next_steps(comparisons: Sequence[Comparison]) -> list[str]:
-    if not comparisons:
-        return ["- add an arm to compare it with (`experiment.py`, or `saelab.compare`)."]
+def _open_findings(arms: Mapping[str, ArmResult]) -> list[str]:
+    """One line for each check of the gate that was not expected: how many cells, and the remedy."""
+    by_check: dict[str, tuple[list[str], str]] = {}
+    for name, arm in arms.items():
+        for result in arm.gates.values():
+            unexpected = {f.check: f for f in result.findings if not f.expected}
+            for check, finding in unexpected.items():
+                remedy = finding.sentence.rpartition("; ")[2]
+                by_check.setdefault(check, ([], remedy))[0].append(name)
     lines = []
+    for check, (names, remedy) in by_check.items():
+        where = ", ".join(dict.fromkeys(names))
+        text = f"{check} in {count(len(names), 'cell')} of {where}: {remedy}."
+        lines.append(f"- {markdown(text)}")
+    return lines
+
+
+def _next_steps(comparisons: Sequence[Comparison], arms: Mapping[str, ArmResult]) -> list[str]:
+    lines = []
+    if not comparisons:
+        lines = ["- add an arm to compare it with (`experiment.py`, or `saelab.compare`)."]
     for c in comparisons:
         if c.word == "cannot tell" and c.needed_seeds:
             lines.append(f"- {markdown(c.arm)}: about {c.needed_seeds} seeds would decide it.")
@@ -203,4 +227,5 @@ def _next_steps(comparisons: Sequence[Comparison]) -> list[str]:
             lines.append(f"- {markdown(c.arm)}: confirm it on seeds that no other run uses.")
         elif c.word == "refused":
             lines.append(f"- {markdown(f'{c.arm}: {c.reason}.')}")
+    lines += _open_findings(arms)
     return lines or [f"- nothing: every arm differs from {BASELINE} or is shown to be as good."]

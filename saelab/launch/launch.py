@@ -38,7 +38,9 @@ from saelab.progress import clock
 from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
 from saelab.runs.folder import RunFolder
+from saelab.runs.schema import CELLS, CellId
 from saelab.runtime import exhaustion
+from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.storage.atomic import WriteError, read_sealed
 from saelab.storage.cache import cache_folder, has_activations
@@ -100,8 +102,18 @@ def _launch(task: Launch) -> list[Comparison]:
         judged, shown, cells_made = _launched(task, before, deviations, start)
     print(visible(shown, keep="\n"))
     taken = clock(time.monotonic() - start)
-    print(f"\n{task.out_dir}: {cells_made} cells in {taken}")
+    print(f"\n{task.out_dir}: {count(cells_made, 'cell')} in {taken}")
+    print(visible(_place_text(task, [gate.id for gate in judged.gates.values()])))
     return judged.comparisons
+
+
+def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
+    """Says where the trained SAEs of a launch lie."""
+    folder = task.out_dir / CELLS
+    if len(ids) == 1:
+        return f"the trained SAE is in {folder / ids[0].folder}"
+    example = folder / ids[0].folder
+    return f"the trained SAEs are in {folder}, such as {example}"
 
 
 def _launched(

@@ -2,7 +2,8 @@
 
 A cell is an arm at one seed and one sparsity level; its name, 'A1/seed 7/L0 32', stands in
 gate.json and in the manifest, its folder, 'A1/seed7-l0_32', below `cells/`. Where every arm is left
-at the L0 that its settings give, the level is 0 and the names are 'A1/seed 7/own L0' and 'A1/seed7'.
+at the L0 that its settings give, the level is 0, and the names are 'A1/seed 7/own L0' and
+'A1/seed7'.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ settings of the base and nothing else. A cell is an arm at one seed and one spar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +21,7 @@ from saelab.data.activations.stream import Layout
 from saelab.data.language_model import ModelConfig
 from saelab.data.probing.saebench import Definition, SourceConfig
 from saelab.data.text.corpus import TextConfig
-from saelab.errors import SettingError, nearest
+from saelab.errors import SettingError, naming_setting, nearest
 from saelab.evals import check_extra
 from saelab.parts import HOW_TO_SET_L0
 from saelab.runs.folder import MANIFEST, RunFolder
@@ -425,23 +425,19 @@ def has_levels(arm: Arm, sae: SAEConfig, level: float) -> bool:
     return arm.module is None and sae.l0_rules(level) == {"set"}
 
 
-@contextmanager
-def naming_arm(name: str) -> Iterator[None]:
+def naming_arm(name: str) -> AbstractContextManager[None]:
     """Adds the arm's name to the setting that a SettingError is about."""
-    try:
-        yield
-    except SettingError as error:
-        raise SettingError(f"{name}: {error.setting}", error.value, error.remedy) from None
+    return naming_setting(f"{name}: ")
 
 
 def _check_settings(settings: BaseConfig) -> None:
     """Raises: SettingError for settings that fit only on their own."""
     known = [str(getattr(controller, "name", "")) for controller in settings.sae.controllers]
-    for loss in settings.sae.losses:
+    for i, loss in enumerate(settings.sae.losses):
         name = getattr(loss, "coefficient", None)
         if isinstance(name, str) and name not in known:
             remedy = f"no such controller{nearest(name, known)}: add one, or use a number"
-            raise SettingError(f"{loss.kind}.coefficient", name, remedy)
+            raise SettingError(f"sae.losses.{i}.coefficient", name, remedy)
     low, high = settings.train.positions or (0, 1)
     context = settings.context if settings.activations is None else high
     if not 0 <= low < min(high, context):
@@ -471,7 +467,7 @@ def check_layout(arm: str, config: SAEConfig, layout: Layout) -> None:
 
     Raises: SettingError for a part that can't be built or that needs whole contexts.
     """
-    with naming_arm(arm):
+    with naming_arm(arm), naming_setting("sae"):
         parts = config.build(2).parts()
     for part in parts:
         if part.needs_contexts and layout == "rows":

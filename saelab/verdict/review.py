@@ -300,7 +300,10 @@ def text(found: Review) -> str:
     parts = [heading, *(f"deviation from the registered plan: {d}" for d in found.deviations)]
     if loud := rivals_sentence(found.rivals):
         parts += ["", loud]
-    parts += ["", _table(found), "", *(f"{c.arm}: {c.reason}" for c in found.comparisons)]
+    if found.comparisons:
+        parts += ["", _table(found), "", *(f"{c.arm}: {c.reason}" for c in found.comparisons)]
+    else:
+        parts += ["", f"There is one arm, {BASELINE}, and nothing to compare it with."]
     if found.cells:
         parts += ["", "gate:", *_cell_lines(found.cells)]
     return visible("\n".join([*parts, "", COVERS]), keep="\n")

@@ -42,17 +42,19 @@ def table(
     """Table of arms x metrics: mean and 95% t interval (half width) over seeds, and the verdict;
     then the controls among the rows, with means alone, and those that are as good as an arm."""
     words = {c.arm: c.word for c in comparisons}
-    heads = ["arm", "seeds", *COLUMNS.values(), f"verdict on {plan.primary}"]
+    verdict = [f"verdict on {plan.primary}"] if comparisons else []
+    heads = ["arm" if comparisons else "SAE", "seeds", *COLUMNS.values(), *verdict]
     lines = [heads]
     for arm, group in info.items():
         seeds = max((len(v) for v in group["final_info_dict"].values()), default=0)
         cells = [
             mean_and_half_width(group["final_info_dict"].get(metric, [])) for metric in COLUMNS
         ]
-        lines.append([arm, str(seeds), *cells, words.get(arm, "")])
+        name = arm if comparisons else f"as {plan.base} says"
+        lines.append([name, str(seeds), *cells, *([words.get(arm, "")] if verdict else [])])
     for name, values in control_values(rows).items():
         cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in COLUMNS]
-        lines.append([name, "", *cells, ""])
+        lines.append([name, "", *cells, *([""] if verdict else [])])
     loud = rivals_sentence(rivals)
     return align_columns(lines) + (f"\n\n{loud}" if loud else "")
 
@@ -98,13 +100,10 @@ def summary_text(
     plan, arms, comparisons = task.plan, judged.arms, judged.comparisons
     loud = rivals_sentence(judged.rivals)
     of_controls = control_lines(rows, judged.planted)
-    better = "lower" if plan.direction == "lower" else "higher"
     lines = [
         f"# {markdown(f'{task.name}: {task.run.title}')}",
         "",
-        f"**Question.** Does an arm change {plan.primary} ({better} is better) against the "
-        f"baseline {f'at L0 {plan.target_l0:g}' if plan.target_l0 else 'at its own L0'}, by at "
-        f"least {plan.sesoi:g}?",
+        f"**Question.** {_question(plan, bool(comparisons))}",
         "",
         f"**Plan.** {plan_hash(plan)}, {_registration_text(deviations)}",
         *(f"- deviation: {markdown(text)}" for text in deviations),
@@ -139,6 +138,16 @@ def summary_text(
         lines += ["", "**Missing.**", "", *(f"- {markdown(text)}" for text in missing)]
     lines += ["", "**What to try next.**", "", *_next_steps(comparisons, arms)]
     return "\n".join(lines) + "\n"
+
+
+def _question(plan: PlanConfig, compares: bool) -> str:
+    if not compares:
+        return f"How good is the SAE that {markdown(plan.base)} describes?"
+    where = f"at L0 {plan.target_l0:g}" if plan.target_l0 else "at its own L0"
+    return (
+        f"Does an arm change {plan.primary} ({plan.direction} is better) against the baseline "
+        f"{where}, by at least {plan.sesoi:g}?"
+    )
 
 
 def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) -> list[str]:

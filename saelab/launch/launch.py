@@ -206,8 +206,8 @@ def _within_memory(task: Launch, before: RunCheck) -> Launch:
     if workers is None:
         refuse(before.base, before.specs, GROUP)
     elif workers < before.workers:
-        told = f"{workers or 'no'} worker{'s' * (workers > 1)} instead of {before.workers}"
-        print(f"{task.name}: {told}, which fits the memory here", file=sys.stderr)
+        fewer = f"{count(workers, 'worker')} instead of {before.workers}"
+        print(f"{task.name}: {fewer}, which fits the memory here", file=sys.stderr)
         return replace(task, workers=workers)
     return task
 

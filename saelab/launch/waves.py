@@ -29,6 +29,7 @@ from saelab.preflight.preview import RunCheck
 from saelab.progress import clock, progress
 from saelab.progress.state import DONE, EVALUATE
 from saelab.runs import schema
+from saelab.runtime.counting import count
 from saelab.seeding import study_seeds
 from saelab.storage.cache import cache_folder, fetch, share
 from saelab.study.experiment_file import load_experiment
@@ -219,8 +220,8 @@ def _run(task: Launch, waves: Sequence[_Wave], workers: int, logs: Path) -> None
     at_once = max(1, min(workers, len(jobs)))
     seconds = [training_seconds(w.specs, w.ready.prepared.held_out.d, at_once) for w in waves]
     print(
-        f"{task.name}: {sum(len(wave.specs) for wave in waves)} cells to train "
-        f"({sum(wave.cached for wave in waves)} in the cache), {workers} workers, "
+        f"{task.name}: {count(sum(len(wave.specs) for wave in waves), 'cell')} to train "
+        f"({sum(wave.cached for wave in waves)} in the cache), {count(workers, 'worker')}, "
         f"about {clock(sum(seconds))}",
         file=sys.stderr,
     )

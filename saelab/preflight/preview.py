@@ -29,6 +29,7 @@ from saelab.preflight.cost import Needs, harvest_seconds, launch_needs, training
 from saelab.preflight.rates import thread_rates
 from saelab.progress import clock
 from saelab.runs.folder import MANIFEST, RunFolder
+from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.storage.remote import place_of
 from saelab.study.plan import (
@@ -245,7 +246,7 @@ def _no_exact_p(n: int, family: int, alpha: float) -> str:
         return ""
     holm = f", {min(1.0, family * 2.0 ** (1 - n)):.3g} with Holm over {family}"
     return (
-        f"with {n} pairs no exact p below {alpha:g} is possible (smallest 2/{2**n} = "
+        f"with {count(n, 'pair')} no exact p below {alpha:g} is possible (smallest 2/{2**n} = "
         f"{2.0 ** (1 - n):.4g}{holm if family > 1 else ''}), so the paired t test decides, which "
         "takes the differences for normal"
     )
@@ -352,8 +353,8 @@ def check_text(run: RunCheck) -> str:
         f"  plan {plan_hash(plan)}: {plan.primary}, {plan.direction} is better, smallest effect of "
         f"interest {plan.sesoi:g}, Holm over {_family(plan, compared)}, alpha {plan.alpha:g}"
         + (", confirmatory" if task.purpose == "confirm" else ", exploratory"),
-        f"  {len(run.specs)} cells, {run.tokens:,} tokens, about {clock(run.seconds)} with "
-        f"{run.workers} workers and nothing in the cache",
+        f"  {count(len(run.specs), 'cell')}, {count(run.tokens, 'token')}, about "
+        f"{clock(run.seconds)} with {count(run.workers, 'worker')} and nothing in the cache",
         f"  {run.needs.line()}",
     ]
     for arm in run.arms:
@@ -363,9 +364,9 @@ def check_text(run: RunCheck) -> str:
 
 
 def _arm_lines(arm: ArmCheck, plan: PlanConfig) -> list[str]:
-    notes = [f"{arm.cells} cells"]
+    notes = [count(arm.cells, "cell")]
     if arm.name != BASELINE:
-        notes.append(f"{arm.pairs} pairs")
+        notes.append(count(arm.pairs, "pair"))
     if arm.sees is not None:
         unit = f" ({arm.spread_of})" if arm.spread is not None else " spreads of the differences"
         notes += [arm.test, f"sees {plan.primary} from {arm.sees:.3g}{unit}"]

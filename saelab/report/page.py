@@ -30,6 +30,7 @@ from saelab.report.figures.style import STYLE, ArmStyle, arm_styles, legend_name
 from saelab.report.run_data import Run, run_data
 from saelab.runs.folder import RunFolder
 from saelab.runs.schema import CELLS, CONTROL, PLANTED, control_arm
+from saelab.runtime.counting import count
 from saelab.storage.atomic import write_text
 from saelab.study.plan import PlanConfig
 from saelab.study.registry import Attempt, attempts
@@ -393,8 +394,8 @@ def _missing(run: Run) -> list[str]:
                 if value.value is None:
                     lost[metric, value.arm, value.reason] += 1
     arms: dict[tuple[str, str], list[str]] = {}
-    for (metric, arm, reason), count in lost.items():
-        arms.setdefault((metric, reason), []).append(f"{legend_name(arm)} ({count})")
+    for (metric, arm, reason), n in lost.items():
+        arms.setdefault((metric, reason), []).append(f"{legend_name(arm)} ({n})")
     return [f"{metric}: {', '.join(names)}: {reason}" for (metric, reason), names in arms.items()]
 
 
@@ -423,7 +424,7 @@ def _provenance(checked: Review, manifest: Mapping[str, Any]) -> Iterator[tuple[
             digest = f", sha256 {corpus['sha256'][:16]}" if "sha256" in corpus else ""
             yield (
                 f"{part} text".replace("_", " "),
-                f"{text}, {source.get('n_tokens')} tokens{digest}",
+                f"{text}, {count(source.get('n_tokens') or 0, 'token')}{digest}",
             )
     for name, value in manifest["versions"].items():
         yield name.replace("_", " "), _plain(value)

@@ -17,6 +17,7 @@ from saelab.distributed.ranks import ALONE, Ranks
 from saelab.distributed.sharded_file import Shards
 from saelab.errors import CellFailure
 from saelab.parts.base import Pass
+from saelab.runtime.counting import count
 from saelab.runtime.signals import defer_signals
 from saelab.sae import SAE, SAEConfig
 from saelab.training.cell import TrainingCell
@@ -109,7 +110,7 @@ class Cell(TrainingCell):
         """Returns this rank's part of the rows."""
         ranks = self.ranks
         if len(rows.x) < ranks.data:
-            reason = f"a batch of {len(rows.x)} rows is too small for {ranks.data} ranks"
+            reason = f"a batch of {len(rows.x)} rows is too small for {count(ranks.data, 'rank')}"
             raise CellFailure(self.name, self.steps_done, f"{reason}: enlarge it")
         return rows.part(ranks.rows(len(rows.x)))
 

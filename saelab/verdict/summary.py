@@ -231,7 +231,9 @@ def _next_steps(comparisons: Sequence[Comparison], arms: Mapping[str, ArmResult]
         lines = ["- add an arm to compare it with (`experiment.py`, or `saelab.compare`)."]
     for c in comparisons:
         if c.word == "cannot tell" and c.needed_seeds:
-            lines.append(f"- {markdown(c.arm)}: about {c.needed_seeds} seeds would decide it.")
+            lines.append(
+                f"- {markdown(c.arm)}: about {count(c.needed_seeds, 'seed')} would decide it."
+            )
         elif c.word == "helps":
             lines.append(f"- {markdown(c.arm)}: confirm it on seeds that no other run uses.")
         elif c.word == "refused":

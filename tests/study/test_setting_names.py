@@ -38,7 +38,6 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"train.lr": -1.0}, "train.lr"),
     ({"sae.d_sae": 0}, "sae.d_sae"),
     ({"evaluation.loss_contexts": 0}, "evaluation.loss_contexts"),
-    ({"harvest.batch": 0}, "harvest.batch"),
 ]
 
 

@@ -31,7 +31,7 @@ from saelab.launch.waves import (
     _wave,
     _workers,
 )
-from saelab.preflight.cost import training_seconds
+from saelab.preflight.launch_time import training_seconds
 from saelab.preflight.memory import fit_workers, refuse
 from saelab.preflight.preview import RunCheck, check, check_limit
 from saelab.progress import clock
@@ -283,8 +283,7 @@ def _trained(ready: PreparedLaunch, later: Sequence[CellSpec] = ()) -> dict[Cell
     if wave.jobs:
         workers = _workers(task, device)
         at_once = max(1, min(workers, len(wave.jobs)))
-        width = ready.prepared.held_out.d
-        whole = training_seconds([*wave.specs, *later], width, at_once)
+        whole = training_seconds([*wave.specs, *later], wave.measured, at_once, wave.controls)
         check_limit(task.name, whole, task.limit)
         _run(task, [wave], workers, ready.cache / "logs")
     return {spec: ready.place(key) for spec, key in ready.keys.items()}

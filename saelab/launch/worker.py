@@ -90,7 +90,7 @@ class Worker:
         )
 
     def run(self, job: Job, advance: Advance) -> None:
-        """Trains and evaluates the job's cells; `advance` takes token-steps and lines."""
+        """Trains and evaluates the job's cells; `advance` takes tokens and lines."""
         members = [self._restored(job, sent) for sent in job.cells]
         ids = [sent.display_id for sent in job.cells]
         reports = Reports([member.cell for member in members], ids, advance)

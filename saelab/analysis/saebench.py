@@ -19,7 +19,6 @@ from saelab.evals.probing.saebench import DEFINITION
 from saelab.evals.saebench import About, build_result, definition_of, read_result, rows_of
 from saelab.runs import schema
 from saelab.runs.folder import MANIFEST, METRICS, RunFolder
-from saelab.runtime.counting import count
 from saelab.sae import SAE
 from saelab.storage.atomic import read_json
 from saelab.study.plan import BaseConfig
@@ -161,8 +160,8 @@ def comparison_lines(path: Path, other: Mapping[str, Any] | None = None) -> list
     tasks = f"{config['probe_train_set_size']} / {config['probe_test_set_size']}"
     checked = gate(read_saebench_result(path))
     lines = [
-        f"{path.name}: {config['model_name']}, {_hook(result)}, {count(tasks, 'text')} a task, "
-        f"{count(config['context_length'], 'token')} a text, definition {definition_of(result)}",
+        f"{path.name}: {config['model_name']}, {_hook(result)}, {tasks} texts a task, "
+        f"{config['context_length']} tokens a text, definition {definition_of(result)}",
         *gate_lines(checked),
     ]
     theirs = rows_of(result)

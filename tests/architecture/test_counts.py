@@ -44,7 +44,7 @@ def unguarded(text: str) -> Iterator[str]:
 #: Values that are words, or sizes that are far above 1.
 ALLOWED = (
     *("{side} texts", "({name} tokens)", "tokens in contexts of", "{self.n_layers} layers"),
-    *("A causal language model", "with its 95% t interval; dots:"),
+    *("A causal language model", "with its 95% t interval; dots:", "texts a task"),
 )
 MODULES = sorted(ROOT.rglob("*.py"))
 

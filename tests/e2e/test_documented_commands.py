@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from projects import BASE, ROOT, SMALLEST, Ended, Project, cli, run
 
-from saelab.assets import EMBEDDED_MODEL
 from saelab.data.text import stdlib
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-#: A line of a block of commands: indented by four, or in a fence.
-LINE = re.compile(r"^(?: {4})?((?:saelab|python experiment\.py|python plot\.py)(?: .*)?)$")
+FENCE = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.M | re.S)
+#: A line of a block of commands.
+LINE = re.compile(r"^ {4}((?:saelab|python experiment\.py|python plot\.py)(?: .*)?)$")
 INLINE = re.compile(r"`(saelab [^`]+)`")
 #: What follows a command in its line.
 COMMENT = re.compile(r"\s{2,}.*$|\s#.*$")
@@ -35,7 +36,9 @@ TABLE = """\
 from saelab.launch.entry import main
 from saelab.study.plan import Arm, Confirmation, Run
 
-ARMS = [Arm("baseline"), *(Arm(n, {{"train.lr": 4e-3 - 1e-4 * i}}) for i, n in enumerate({arms}, 1))]
+NAMES = {arms}
+RATES = [{{"train.lr": 1e-3 + 1e-4 * i}} for i in range(len(NAMES))]
+ARMS = [Arm("baseline"), *map(Arm, NAMES, RATES)]
 RUNS = {{f"run_{{i}}": Run(f"Run {{i}}", ARMS) for i in range(10)}}
 RUNS["run_11"] = Run("Run 11", ARMS)
 RUNS["run_10"] = Confirmation("Confirmation", ["run_1"])
@@ -58,7 +61,9 @@ def commands() -> Iterator[tuple[str, str]]:
     seen = set()
     for file in FILES:
         text = file.read_text(encoding="utf-8")
-        lines = [match[1] for line in text.splitlines() if (match := LINE.match(line))]
+        fenced = [f"    {line}" for block in FENCE.findall(text) for line in block.splitlines()]
+        shown = [*text.splitlines(), *fenced]
+        lines = [match[1] for line in shown if (match := LINE.match(line))]
         inline = [" ".join(match.split()) for match in INLINE.findall(text)]
         for command in [COMMENT.sub("", line) for line in [*lines, *inline]]:
             command = command.strip()
@@ -100,13 +105,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     ended = cli(folder, "export", "run_1", "--out", "exported", "--arm", "baseline")
     assert ended.code == 0, ended.err
     shutil.copytree(folder / ended.out.splitlines()[0], folder / "downloaded_sae")
-    cell = next((folder / "run_1/cells/baseline").iterdir()).relative_to(folder)
-    ended = cli(folder, "eval", str(cell), "--evals", "core", "--saebench-json", "result.json")
     return made
 
 
 def carry_out(project: Project, command: str) -> Ended:
     words = [STAND_INS.get(word, word) for word in shlex.split(command)]
+    for option in ("--out", "--out_dir"):  # of a command that ran before
+        if option in words and (folder := project.folder / words[words.index(option) + 1]).is_dir():
+            shutil.rmtree(folder)
     if words[0] == "saelab":
         return cli(project.folder, *words[1:])
     if words[1] == "plot.py":
@@ -122,22 +128,36 @@ def test_a_documented_command_works(
     if "ray" in command:
         pytest.importorskip("ray")
     if "dictionary_learning" in command:
-        pickle = project.folder / "ae_folder"
-        pickle.mkdir(exist_ok=True)
-        write_dictionary(pickle)
+        write_dictionary(project.folder / "ae_folder")
+    if "FILE" in command:
+        write_result(project.folder)
     ended = carry_out(project, command)
     assert ended.code == 0, f"{command}: {ended.out[-300:]} {ended.err[-1000:]}"
 
 
 def write_dictionary(folder: Path) -> None:
     """Writes an SAE of the embedded model as dictionary_learning saves it."""
+    folder.mkdir(exist_ok=True)
     draw, shape = torch.Generator().manual_seed(0), (64, 192)
-    tensors = {"encoder.weight": torch.randn(shape, generator=draw), "encoder.bias": torch.zeros(64)}
+    tensors = {
+        "encoder.weight": torch.randn(shape, generator=draw),
+        "encoder.bias": torch.zeros(64),
+    }
     tensors |= {"decoder.weight": tensors["encoder.weight"].T.clone(), "bias": torch.zeros(192)}
-    trainer = {"dict_class": "AutoEncoder", "lm_name": EMBEDDED_MODEL.name, "layer": 2}
+    trainer = {"dict_class": "AutoEncoder", "lm_name": "embedded", "layer": 2}
     trainer |= {"submodule_name": "resid_post_layer_2", "activation_dim": 192}
     (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
     torch.save(tensors, folder / "ae.pt")
+
+
+def write_result(folder: Path) -> None:
+    """Writes SAEBench's result file of one of the project's SAEs."""
+    options = ["--evals", "core,probing,model_channels", "--saebench-json", "result.json"]
+    probing = {"entries": "embedded", "train_size": 20, "test_size": 10, "context": 32}
+    for name, value in probing.items():
+        options += ["--set", f"evaluation.probing.{name}={value}"]
+    ended = cli(folder, "eval", "downloaded_sae", "--config", "mine.toml", *options)
+    assert ended.code == 0, ended.err
 
 
 def test_commands_are_found() -> None:

@@ -162,7 +162,7 @@ def _setting_error(cls: type[BaseModel], error: ValidationError, where: str) -> 
         names = [kind.strip(" '") for kind in tags.split(",")]
         remedy = f"unknown kind {tag!r}{nearest(tag, names)}; known: {', '.join(names)}"
     elif first["type"] == AT_PLACE:
-        inner = first["ctx"]
+        inner = first.get("ctx", {})
         place = (*first["loc"], *([inner["setting"]] if inner["setting"] else []))
         return SettingError(_name(where, place), inner["value"], inner["remedy"])
     else:

@@ -100,8 +100,9 @@ def largest_weight(module: Any) -> float:
 def _curve_facts(log: Log) -> dict[str, float | None]:
     """Latents per row at the first step, large spikes of the loss, and its improvement over the
     last tenth of the run."""
-    loss, l0 = log.loss, log.columns.get("l0", ())
-    facts: dict[str, float | None] = {"l0_at_start": float(l0[0])} if log.length and len(l0) else {}
+    loss, facts = log.loss, dict[str, float | None]()
+    if log.length and "l0" in log.columns:
+        facts["l0_at_start"] = float(log.columns["l0"][0])
     if len(loss) < FEWEST:
         return facts
     tenth = max(1, len(loss) // 10)

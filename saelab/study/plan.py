@@ -8,7 +8,7 @@ settings of the base and nothing else. A cell is an arm at one seed and one spar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -379,7 +379,7 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
         places += [(level, seed) for level in further for seed in seeds[: plan.seeds_levels]]
         for level, seed in places:
             sae = settings.sae.at_l0(level) if level else settings.sae
-            check_layout(arm.name, sae, settings.layout)
+            check_layout(arm.name, sae, settings.layout, "sae")
             specs.append(
                 CellSpec(
                     id=CellId(arm.name, seed, level),
@@ -462,12 +462,12 @@ def _check_equal(arm: Arm, digest: str, digests: dict[str, str]) -> None:
         digests[arm.name] = digest
 
 
-def check_layout(arm: str, config: SAEConfig, layout: Layout) -> None:
+def check_layout(arm: str, config: SAEConfig, layout: Layout, place: str = "") -> None:
     """Shows impossible settings now, not in a worker.
 
     Raises: SettingError for a part that can't be built or that needs whole contexts.
     """
-    with naming_arm(arm), naming_setting("sae"):
+    with naming_arm(arm), naming_setting(place) if place else nullcontext():
         parts = config.build(2).parts()
     for part in parts:
         if part.needs_contexts and layout == "rows":

@@ -29,7 +29,7 @@ from saelab.study.plan import base_of_run
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
+    """Result of an export.
 
     Args:
         written: the folders that now hold an SAE.

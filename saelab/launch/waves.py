@@ -180,7 +180,7 @@ class _Wave:
 
     @property
     def measured(self) -> Measured:
-        """What its cells are measured on."""
+        """Data that its cells are measured on."""
         ready = self.ready
         level = schema.level_of(ready.task.plan.target_l0)
         return Measured.of(ready.base, ready.prepared.held_out.d, level)

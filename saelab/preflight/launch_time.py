@@ -50,7 +50,7 @@ WIDE_CONTROLS, NARROW_CONTROLS = 2, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What the cells of a launch are measured on.
+    """Data that the cells of a launch are measured on.
 
     Args:
         base: settings of the launch.

@@ -1,4 +1,4 @@
-"""What the checks of the gate look for in the facts of one cell, see `gate.CHECKS`.
+"""Looks of the gate's checks: what they search for in the facts of one cell, see `gate.CHECKS`.
 
 A check's look takes facts and threshold and yields (subject, observation) for each finding.
 """

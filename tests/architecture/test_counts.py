@@ -45,6 +45,7 @@ def unguarded(text: str) -> Iterator[str]:
 ALLOWED = (
     *("{side} texts", "({name} tokens)", "tokens in contexts of", "{self.n_layers} layers"),
     *("A causal language model", "with its 95% t interval; dots:", "texts a task"),
+    "({stop} positions)",
 )
 MODULES = sorted(ROOT.rglob("*.py"))
 

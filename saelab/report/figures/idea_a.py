@@ -36,7 +36,6 @@ from saelab.report.figures.axes import (
 )
 from saelab.report.figures.style import Page, arm_styles, handle, legend_name, log_axis, wrap
 from saelab.report.run_data import Run
-from saelab.runtime.counting import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -192,7 +191,7 @@ def positions(run: Run) -> Figure | str:
             page.panels[name].axvline(
                 stop - 0.5, color="#555555", linewidth=1, linestyle=(0, (2, 2))
             )
-    cut = [f"{legend_name(arm)} ({count(stop, 'position')})" for arm, stop in stops.items()]
+    cut = [f"{legend_name(arm)} ({stop} positions)" for arm, stop in stops.items()]
     notes = [f"Dashed: end of the training of these arms: {', '.join(cut)}."] if cut else []
     if probed:
         notes.append(

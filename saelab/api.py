@@ -189,7 +189,8 @@ def compare(
     Returns: one `Comparison` per arm.
     """
     table = [Arm(BASELINE), *(Arm(name, changes) for name, changes in arms.items())]
-    options = {"seeds": seeds, "seeds_other": seeds, "seeds_levels": 0, "levels": ()} | plan
+    options = {"seeds": seeds, "seeds_other": seeds, "seeds_levels": 0, "levels": ()}
+    options |= {"base": "settings given in Python"} | plan
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(out_dir) if out_dir else Path(temporary) / "compare"
         return launch(

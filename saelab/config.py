@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError
 
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.storage.atomic import digest
 from saelab.storage.small_files import check_depth, read_small_text
 
+#: Type of pydantic's errors that hold a SettingError.
+AT_PLACE = "setting_at_place"
 #: Remedy for a text with the one character that no name of a file or a module can contain.
 NUL_REMEDY = "a text can't hold the character NUL: leave it out"
 #: Whole numbers of settings are below this, so that each is a float and a tensor's size.
@@ -156,6 +159,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     return data
 
 
+def setting_error_at_place(error: SettingError) -> PydanticCustomError:
+    """Turns the error of a part of the settings into one to which pydantic adds the place."""
+    ctx = {"setting": error.setting, "value": error.value, "remedy": error.remedy}
+    return PydanticCustomError(AT_PLACE, "{remedy}", ctx)
+
+
 def _setting_error(cls: type[BaseModel], error: ValidationError, where: str) -> SettingError:
     """Returns the first of pydantic's findings as setting, value and remedy."""
     first = error.errors()[0]
@@ -168,6 +177,10 @@ def _setting_error(cls: type[BaseModel], error: ValidationError, where: str) -> 
         tag = str(first.get("ctx", {}).get("tag", ""))
         names = [kind.strip(" '") for kind in tags.split(",")]
         remedy = f"unknown kind {tag!r}{nearest(tag, names)}; known: {', '.join(names)}"
+    elif first["type"] == AT_PLACE:
+        inner = first.get("ctx", {})
+        place = (*first["loc"], *([inner["setting"]] if inner["setting"] else []))
+        return SettingError(_name(where, place), inner["value"], inner["remedy"])
     else:
         remedy = first["msg"][0].lower() + first["msg"][1:]
     return SettingError(name, first.get("input"), remedy)

@@ -14,7 +14,8 @@ SaelabError                  something went wrong that the user can act on
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from saelab.runtime.safe_text import visible
 
@@ -46,6 +47,28 @@ class SettingError(UsageError):
     def __init__(self, setting: str, value: object, remedy: str) -> None:
         super().__init__(f"{shorten(setting)} = {_repr(value)}: {remedy}")
         self.setting, self.value, self.remedy = setting, value, remedy
+
+
+@contextmanager
+def naming_setting(place: str, kind: str = "") -> Iterator[None]:
+    """Puts the place of a setting before the name that a SettingError has for it.
+
+    Args:
+        place: such as 'sae.losses.1'; it ends in ': ' where the rest is a name of its own.
+        kind: of the part there, whose errors may begin with it.
+    """
+    try:
+        yield
+    except SettingError as error:
+        first, dot, rest = error.setting.partition(".")
+        field = place.split(".")[0]
+        if kind and first == kind and dot:
+            name = f"{place}.{rest}"
+        elif first == field or place.endswith(": "):
+            name = f"{place}{error.setting}" if place.endswith(": ") else error.setting
+        else:
+            name = f"{place}.{error.setting}"
+        raise SettingError(name, error.value, error.remedy) from None
 
 
 class SourceError(UsageError):

@@ -26,7 +26,7 @@ from torch.nn.functional import linear, normalize
 from saelab.config import Frozen
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.distributed.sharded_file import Shards
-from saelab.errors import SettingError
+from saelab.errors import SettingError, naming_setting
 from saelab.kernels import (
     Code,
     Precision,
@@ -128,7 +128,7 @@ class SAEConfig(Frozen):
         try:
             with torch.device("meta"):
                 sae = SAE(self, dims, checked=False)
-            sae.controllers = _build_parts(self.controllers, dims)  # asked for their first values
+            sae.controllers = _build_parts("controllers", self.controllers, dims)  # asked for their first values
             sae.check_parts()
         except (NotImplementedError, RuntimeError):  # a user's part that reads its own tensors
             return self.build(d_in, ranks=ranks)
@@ -223,12 +223,13 @@ class SAE(nn.Module):
             self.W_enc = self.W_dec
         self.b_dec = nn.Parameter(torch.zeros(dims.d_in, dtype=torch.float32))
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
-        self.activation = cast(Activation, config.activation.build(dims))
-        self.scaling = cast(Scaling, config.scaling.build(dims)) if config.scaling else None
-        self.losses = _build_parts(config.losses, dims)
-        self.controllers = _build_parts(config.controllers, dims)
-        self.constraints = _build_parts(config.constraints, dims)
-        self.observers = _build_parts(config.observers, dims)
+        self.activation = cast(Activation, _build_part("activation", config.activation, dims))
+        scaling = _build_part("scaling", config.scaling, dims) if config.scaling else None
+        self.scaling = cast(Scaling | None, scaling)
+        self.losses = _build_parts("losses", config.losses, dims)
+        self.controllers = _build_parts("controllers", config.controllers, dims)
+        self.constraints = _build_parts("constraints", config.constraints, dims)
+        self.observers = _build_parts("observers", config.observers, dims)
         self._norms_wanted = any(t.uses_decoder_norms for t in self.loss_terms().values())
         self._z_wanted = any(part.uses_preactivations for part in self.parts())
         for part in self.parts():
@@ -240,9 +241,10 @@ class SAE(nn.Module):
 
     def check_parts(self) -> None:
         """Raises: SettingError for parts that do not fit together."""
-        for part in self.parts():
+        for place, part in zip(_places(self.config), self.parts(), strict=True):
             _check_shardable(part, self.ranks)
-            part.check(self)
+            with naming_setting(place):
+                part.check(self)
 
     def parts(self) -> list[Part]:
         """Returns all parts in the order in which they are updated."""
@@ -661,12 +663,27 @@ def _decode_without_norms(values: Tensor, w_dec: Tensor, support: Support) -> tu
     return decode_at(values, w_dec, support), None
 
 
-def _build_parts(configs: Any, dims: Dims) -> nn.ModuleDict:
+def _places(config: SAEConfig) -> Iterator[str]:
+    """Yields the place of each part among the settings, in the order of `SAE.parts`."""
+    yield "activation"
+    if config.scaling:
+        yield "scaling"
+    for field in ("losses", "controllers", "constraints", "observers"):
+        yield from (f"{field}.{i}" for i in range(len(getattr(config, field))))
+
+
+def _build_part(place: str, config: Any, dims: Dims) -> Part:
+    """Builds a part; an error names the part's place among the settings of the SAE."""
+    with naming_setting(place, config.kind):
+        return config.build(dims)
+
+
+def _build_parts(field: str, configs: Any, dims: Dims) -> nn.ModuleDict:
     """Builds parts under the names of their kinds; a second part of a kind gets a number."""
     built = nn.ModuleDict()
-    for config in configs:
+    for i, config in enumerate(configs):
         name = config.kind
         while name in built:
             name = f"{config.kind}_{len(built)}"
-        built[name] = config.build(dims)
+        built[name] = _build_part(f"{field}.{i}", config, dims)
     return built

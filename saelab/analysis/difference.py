@@ -13,6 +13,7 @@ from typing import Any
 
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.runs.folder import INFO, RunFolder
+from saelab.runtime.counting import count
 from saelab.verdict.judge import Difference, compare_secondary
 
 
@@ -51,7 +52,7 @@ def difference_line(result: Difference, arm: str, other: str) -> str:
     title = f"{arm} - {other}, {result.metric}"
     if result.low is None or result.high is None or result.mean_diff is None:
         return f"{title}: {result.reason}"
-    interval = f"95% interval {result.low:+.4f} to {result.high:+.4f}, {result.n} pairs"
+    interval = f"95% interval {result.low:+.4f} to {result.high:+.4f}, {count(result.n, 'pair')}"
     return f"{title}: {result.mean_diff:+.4f}  ({interval})"
 
 

@@ -33,6 +33,7 @@ from saelab.evals.base import (
     number,
 )
 from saelab.kernels import Code
+from saelab.training.sample import check_rows_differ
 
 DEFINITION = "core/1"
 #: Rows encoded at once; bounds the dense code to that x d_sae floats. Our choice: a CPU keeps such
@@ -98,9 +99,14 @@ class CoreData:
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """All counted rows: x float32 [n, d], position int64 [n]."""
+        """All counted rows: x float32 [n, d], position int64 [n].
+
+        Raises: SourceError when all rows are the same.
+        """
         shards = [self.source.shard(i).rows() for i in range(self.source.n_shards)]
-        return torch.cat([x for x, _ in shards]), torch.cat([p for _, p in shards])
+        x = torch.cat([x for x, _ in shards])
+        check_rows_differ(x, "held-out activations")
+        return x, torch.cat([p for _, p in shards])
 
     @cached_property
     def shuffled_runs(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,6 +35,7 @@ from saelab.launch.cell_key import check_ranks, machine
 from saelab.launch.foreign_code import foreign_code
 from saelab.launch.prepare import LaunchData, prepare
 from saelab.runs.schema import CellId
+from saelab.runtime.counting import count
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import digest, write_json
 from saelab.storage.cache import cache_folder
@@ -88,7 +89,7 @@ def _check_parts(base: BaseConfig) -> None:
     """Raises: SettingError for a part that does not work on several ranks."""
     latents = base.parallel.latents
     if latents > base.sae.d_sae:
-        remedy = f"there are only {base.sae.d_sae} latents: use fewer ranks"
+        remedy = f"there are only {count(base.sae.d_sae, 'latent')}: use fewer ranks"
         raise SettingError("parallel.latents", latents, remedy)
     data = base.parallel.data or max(1, process_count() // latents)
     base.sae.outline(ranks=Ranks(data, latents))

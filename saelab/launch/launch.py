@@ -32,14 +32,16 @@ from saelab.launch.waves import (
     _wave,
     _workers,
 )
-from saelab.preflight.cost import training_seconds
+from saelab.preflight.launch_time import training_seconds
 from saelab.preflight.memory import fit_workers, refuse
 from saelab.preflight.preview import RunCheck, check, check_limit
 from saelab.progress import clock
 from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
 from saelab.runs.folder import MANIFEST, SEALED, RunFolder
+from saelab.runs.schema import CELLS, CellId
 from saelab.runtime import exhaustion
+from saelab.runtime.counting import count
 from saelab.runtime.main_guard import refuse_unguarded_script
 from saelab.runtime.safe_text import visible
 from saelab.runtime.torch_defaults import standard_torch
@@ -104,8 +106,18 @@ def _launch(task: Launch) -> list[Comparison]:
         judged, shown, cells_made = _launched(task, before, deviations, start)
     print(visible(shown, keep="\n"))
     taken = clock(time.monotonic() - start)
-    print(f"\n{task.out_dir}: {cells_made} cells in {taken}")
+    print(f"\n{task.out_dir}: {count(cells_made, 'cell')} in {taken}")
+    print(visible(_place_text(task, [gate.id for gate in judged.gates.values()])))
     return judged.comparisons
+
+
+def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
+    """Says where the trained SAEs of a launch lie."""
+    folder = task.out_dir / CELLS
+    if len(ids) == 1:
+        return f"the trained SAE is in {folder / ids[0].folder}"
+    example = folder / ids[0].folder
+    return f"the trained SAEs are in {folder}, such as {example}"
 
 
 def _launched(
@@ -143,7 +155,7 @@ def _launched(
     info = final_info(judged.arms, judged.comparisons, judged.differences, settings, hook_name)
     record.write_verdict(judged, info, collected.rows, time.monotonic() - start)
     _check_baseline(task, judged.arms)
-    shown = table(info, judged.comparisons, task.plan, collected.controls)
+    shown = table(info, judged.comparisons, task.plan, collected.controls, judged.rivals)
     return judged, shown, len(folders)
 
 
@@ -199,8 +211,8 @@ def _within_memory(task: Launch, before: RunCheck) -> Launch:
     if workers is None:
         refuse(before.base, before.specs, GROUP)
     elif workers < before.workers:
-        told = f"{workers or 'no'} worker{'s' * (workers > 1)} instead of {before.workers}"
-        print(f"{task.name}: {told}, which fits the memory here", file=sys.stderr)
+        fewer = f"{count(workers, 'worker')} instead of {before.workers}"
+        print(f"{task.name}: {fewer}, which fits the memory here", file=sys.stderr)
         return replace(task, workers=workers)
     return task
 
@@ -280,8 +292,7 @@ def _trained(ready: PreparedLaunch, later: Sequence[CellSpec] = ()) -> dict[Cell
     if wave.jobs:
         workers = _workers(task, device)
         at_once = max(1, min(workers, len(wave.jobs)))
-        width = ready.prepared.held_out.d
-        whole = training_seconds([*wave.specs, *later], width, at_once)
+        whole = training_seconds([*wave.specs, *later], wave.measured, at_once, wave.controls)
         check_limit(task.name, whole, task.limit)
         _run(task, [wave], workers, ready.cache / "logs")
     return {spec: ready.place(key) for spec, key in ready.keys.items()}

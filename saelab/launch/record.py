@@ -34,7 +34,7 @@ from saelab.study.registry import Attempt, attempts, plan_hash
 from saelab.training.curves import read_curves
 from saelab.verdict.arms import CellGate
 from saelab.verdict.review import Judged
-from saelab.verdict.summary import control_lines, summary_text
+from saelab.verdict.summary import summary_text
 from saelab.version import __version__
 
 if TYPE_CHECKING:
@@ -88,13 +88,7 @@ class Record:
     ) -> None:
         """Writes summary.md, the sealed manifest and, last, final_info.json."""
         text = summary_text(
-            self.task,
-            judged.arms,
-            judged.comparisons,
-            self._missing(rows),
-            self.deviations,
-            self._earlier(),
-            control_lines(rows, judged.planted),
+            self.task, judged, self._missing(rows), self.deviations, self._earlier(), rows
         )
         write_text(self.task.out_dir / SUMMARY, text)
         manifest = self._manifest() | {
@@ -211,7 +205,9 @@ def _scalars(specs: Iterable[CellSpec]) -> dict[str, dict[str, str]]:
     units: dict[str, str] = {}
     for spec in specs:
         for name, scalar in spec.sae.logged.items():
-            meanings.setdefault(name, {})[scalar.meaning] = None
+            unsigned = " (its sign is free, so final_info.json has its absolute value)"
+            meaning = f"{scalar.meaning}{unsigned * scalar.free_sign}"
+            meanings.setdefault(name, {})[meaning] = None
             units.setdefault(name, scalar.unit)
     return {n: {"meaning": ", or ".join(meanings[n]), "unit": units[n]} for n in meanings}
 

@@ -29,6 +29,7 @@ from saelab.evals.core import CoreData
 from saelab.evals.measure import EvalData, evaluate
 from saelab.progress import progress
 from saelab.runs.schema import CellId, Level, level_of
+from saelab.runtime.counting import count
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import study_seeds
@@ -331,7 +332,7 @@ def table(config: SyntheticStudyConfig, outcomes: Sequence[Outcome]) -> dict[str
 def study_lines(table: Mapping[str, Any]) -> Iterator[str]:
     """Lines of a `table`: metrics and scalars with their range, then paired differences."""
     config, n = table["config"], len(table["seeds"])
-    yield f"at L0 {config['target_l0']:g}, mean over seeds (lowest to highest), {n} seeds"
+    yield f"at L0 {config['target_l0']:g}, mean over seeds (lowest to highest), {count(n, 'seed')}"
     for arm, metrics in table["values"].items():
         yield arm
         for name, values in metrics.items():

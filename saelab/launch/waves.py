@@ -26,15 +26,16 @@ from saelab.launch.cell_store import finish, is_finished
 from saelab.launch.executors import JobSet, executor
 from saelab.launch.executors.local import worker_count
 from saelab.launch.foreign_code import study_code
-from saelab.launch.jobs import Job, JobCell, WorkerData, evaluation_cost
+from saelab.launch.jobs import Job, JobCell, WorkerData
 from saelab.launch.prepare import LaunchData, prepare, source_path
 from saelab.launch.seed_pairs import partners
 from saelab.launch.worker import Worker
-from saelab.preflight.cost import training_seconds
+from saelab.preflight.launch_time import Measured, frozen_control, training_seconds
 from saelab.preflight.preview import RunCheck
 from saelab.progress import clock, progress
 from saelab.progress.state import DONE, EVALUATE
 from saelab.runs import schema
+from saelab.runtime.counting import count
 from saelab.seeding import study_seeds
 from saelab.storage.cache import cache_folder, fetch, share
 from saelab.study.experiment_file import load_experiment
@@ -177,8 +178,8 @@ def _controls(
     """Cells of the control subjects; the one that is trained comes first."""
     first = next(spec for spec in specs if spec.id.arm == BASELINE)
     job_cells = []
-    if first.module is None and not first.sae.tied:
-        frozen = controls.frozen_spec(first)
+    if trained := frozen_control(specs):
+        frozen = controls.frozen_spec(trained)
         job_cells.append(JobCell.of(frozen, cell_key(frozen, content, device)))
     for name in (schema.CHANNELS, *controls.SUBJECTS):
         if name != schema.CHANNELS or prepared.probing is not None:
@@ -196,7 +197,8 @@ class _Wave:
         specs: cells that are not in the cache.
         cached: how many are.
         jobs: of those cells and of the controls.
-        tokens: that they count for.
+        tokens: that its cells, and the control that is trained, are trained on.
+        controls: whether control subjects are among the jobs.
     """
 
     ready: PreparedLaunch
@@ -204,6 +206,14 @@ class _Wave:
     cached: int
     jobs: list[Job]
     tokens: float
+    controls: bool
+
+    @property
+    def measured(self) -> Measured:
+        """Data that its cells are measured on."""
+        ready = self.ready
+        level = schema.level_of(ready.task.plan.target_l0)
+        return Measured.of(ready.base, ready.prepared.held_out.d, level)
 
     @property
     def places(self) -> set[Path]:
@@ -229,8 +239,14 @@ def _wave(ready: PreparedLaunch, taken: Collection[Path] = ()) -> _Wave:
         if group:
             jobs.append(_job(ready, group))
     trainings = [spec.train for spec in specs] + [control.train_config for control in trained]
-    tokens = sum(config.tokens + evaluation_cost(config) for config in trainings)
-    return _Wave(ready=ready, specs=specs, cached=len(keys) - len(specs), jobs=jobs, tokens=tokens)
+    return _Wave(
+        ready=ready,
+        specs=specs,
+        cached=len(keys) - len(specs),
+        jobs=jobs,
+        tokens=sum(config.tokens for config in trainings),
+        controls=bool(beside),
+    )
 
 
 def _tidy(ready: PreparedLaunch, unfinished: Collection[Key]) -> None:
@@ -247,10 +263,10 @@ def _run(task: Launch, waves: Sequence[_Wave], workers: int, logs: Path) -> None
     if not jobs:
         return
     at_once = max(1, min(workers, len(jobs)))
-    seconds = [training_seconds(w.specs, w.ready.prepared.held_out.d, at_once) for w in waves]
+    seconds = [training_seconds(w.specs, w.measured, at_once, w.controls) for w in waves]
     print(
-        f"{task.name}: {sum(len(wave.specs) for wave in waves)} cells to train "
-        f"({sum(wave.cached for wave in waves)} in the cache), {workers} workers, "
+        f"{task.name}: {count(sum(len(wave.specs) for wave in waves), 'cell')} to train "
+        f"({sum(wave.cached for wave in waves)} in the cache), {count(workers, 'worker')}, "
         f"about {clock(sum(seconds))}",
         file=sys.stderr,
     )

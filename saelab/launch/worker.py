@@ -41,6 +41,7 @@ from saelab.launch.cell_facts import (
     _weights_facts,
     code_std,
     input_facts,
+    largest_weight,
     not_finite,
     part_facts,
     removes_mean,
@@ -53,7 +54,7 @@ from saelab.launch.latent_table import FILE, write_latents
 from saelab.launch.prepare import open_source
 from saelab.launch.progress_lines import Reports
 from saelab.launch.seed_pairs import compare
-from saelab.runs.schema import REACH
+from saelab.runs.schema import MOVED, REACH
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically
@@ -95,7 +96,7 @@ class Worker:
 
     @standard_torch()
     def run(self, job: Job, advance: Advance) -> None:
-        """Trains and evaluates the job's cells; `advance` takes token-steps and lines."""
+        """Trains and evaluates the job's cells; `advance` takes tokens and lines."""
         members = [self._restored(job, sent) for sent in job.cells]
         ids = [sent.display_id for sent in job.cells]
         reports = Reports([member.cell for member in members], ids, advance)
@@ -208,8 +209,10 @@ class Worker:
             "probing_accuracy": values.get(PROBED),
             "not_finite": not_finite(rows),
             **self.input_facts,
+            "largest_weight": largest_weight(cell.sae),
             **_weights_facts(cell.sae, largest),
             **_curve_facts(cell.log),
+            **{f"{MOVED}{name}": moved for name, moved in cell.scalar_distance().items()},
             **{f"{REACH}{name}": share for name, share in cell.scalar_reach().items()},
             **part_facts(cell),
         }

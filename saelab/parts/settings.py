@@ -34,12 +34,14 @@ class Scalar:
             'state', a value that the part holds or a rule sets; 'measured', a number about the run.
         reported: whether its last value stands in final_info.json.
         unit: '' for a number without one.
+        free_sign: whether seeds take either sign by chance; its absolute value is reported then.
     """
 
     meaning: str
     role: Role = "learned"
     reported: bool = True
     unit: str = ""
+    free_sign: bool = False
 
 
 def measurement(meaning: str, unit: str = "") -> Scalar:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from saelab.report.figures.axes import NAMES
+from saelab.runtime.counting import count
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.verdict.judge import Comparison
 
@@ -80,7 +81,7 @@ def sentence(c: Comparison, plan: PlanConfig) -> str:
     if c.word == "no evidence":
         return f"No evidence for {who}: {amount}; an effect of {plan.sesoi:g} is excluded."
     more = (
-        f"about {c.needed_seeds} seeds would decide it"
+        f"about {count(c.needed_seeds, 'seed')} would decide it"
         if c.needed_seeds
         else "more seeds would not decide it"
     )
@@ -92,7 +93,7 @@ def _interval_text(c: Comparison) -> str:
 
 
 def _pairs_text(n: int) -> str:
-    return f"{n} pair{'s' * (n != 1)}"
+    return count(n, "pair")
 
 
 def bars(comparisons: Sequence[Comparison], sesoi: float) -> list[Bar]:

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from saelab.data.activations.stream import Layout
-from saelab.errors import SettingError, nearest
+from saelab.errors import SettingError, naming_setting, nearest
 from saelab.sae import SAEConfig
 
 if TYPE_CHECKING:
     from saelab.study.plan import BaseConfig
 
 
-@contextmanager
-def naming_arm(name: str) -> Iterator[None]:
+def naming_arm(name: str) -> AbstractContextManager[None]:
     """Adds the arm's name to the setting that a SettingError is about."""
-    try:
-        yield
-    except SettingError as error:
-        raise SettingError(f"{name}: {error.setting}", error.value, error.remedy) from None
+    return naming_setting(f"{name}: ")
 
 
 def check_settings(settings: BaseConfig) -> None:
     """Raises: SettingError for settings that fit only on their own."""
     known = [str(getattr(controller, "name", "")) for controller in settings.sae.controllers]
-    for loss in settings.sae.losses:
+    for i, loss in enumerate(settings.sae.losses):
         name = getattr(loss, "coefficient", None)
         if isinstance(name, str) and name not in known:
             remedy = f"no such controller{nearest(name, known)}: add one, or use a number"
-            raise SettingError(f"{loss.kind}.coefficient", name, remedy)
+            raise SettingError(f"sae.losses.{i}.coefficient", name, remedy)
     low, high = settings.train.positions or (0, 1)
     foreign = settings.activations is not None
     context = high if foreign else settings.context
@@ -40,12 +35,12 @@ def check_settings(settings: BaseConfig) -> None:
         raise SettingError("train.positions", settings.train.positions, remedy)
 
 
-def check_layout(arm: str, config: SAEConfig, layout: Layout) -> None:
+def check_layout(arm: str, config: SAEConfig, layout: Layout, place: str = "") -> None:
     """Shows impossible settings now, not in a worker.
 
     Raises: SettingError for a part that can't be built or that needs whole contexts.
     """
-    with naming_arm(arm):
+    with naming_arm(arm), naming_setting(place) if place else nullcontext():
         parts = config.outline().parts()
     for part in parts:
         if part.needs_contexts and layout == "rows":

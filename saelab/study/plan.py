@@ -381,7 +381,7 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
         places += [(level, seed) for level in further for seed in seeds[: plan.seeds_levels]]
         for level, seed in places:
             sae = settings.sae.at_l0(level) if level else settings.sae
-            check_layout(arm.name, sae, settings.layout)
+            check_layout(arm.name, sae, settings.layout, "sae")
             check_latents(arm.name, sae)
             specs.append(
                 CellSpec(

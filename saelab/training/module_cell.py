@@ -60,6 +60,10 @@ class ModuleCell(TrainingCell):
         """Returns that no tensor is split: a module is trained in one process."""
         return WHOLE
 
+    def scalar_distance(self) -> dict[str, float]:
+        """Returns nothing: which scalars of a module are learned is not known."""
+        return {}
+
     def scalar_reach(self) -> dict[str, float]:
         """Returns nothing: which scalars of a module are learned is not known."""
         return {}

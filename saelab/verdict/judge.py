@@ -30,6 +30,7 @@ import numpy as np
 from saelab import stats
 from saelab.errors import SettingError
 from saelab.evals.base import check_one_definition, other_definition
+from saelab.runtime.counting import count
 
 Word = Literal["helps", "hurts", "no evidence", "cannot tell", "refused"]
 Direction = Literal["lower", "higher"]
@@ -358,7 +359,7 @@ def _shared_values(baseline: Values, values: Values) -> dict[int, tuple[float, f
 
 def _too_few_text(n: int, excluded: int) -> str:
     why = f", {excluded} excluded because a cell is invalid or missing" if excluded else ""
-    return f"{_count(n, 'usable pair')}{why}: two are needed, so fix those cells or add seeds"
+    return f"{count(n, 'usable pair')}{why}: two are needed, so fix those cells or add seeds"
 
 
 # ------------------------------------------------------------------------------------- the verdict
@@ -429,22 +430,22 @@ def _reason(c: Comparison, pairs: _Pairs, m: int) -> str:
     if pairs.failed:
         parts.append(_failed_text(pairs))
     if pairs.excluded:
-        parts.append(f"{_count(pairs.excluded, 'pair')} excluded as invalid or missing")
+        parts.append(f"{count(pairs.excluded, 'pair')} excluded as invalid or missing")
     return "; ".join(part for part in parts if part)
 
 
 def _difference_text(c: Comparison) -> str:
     if c.mean_diff is None:
-        return f"no number over {_count(c.n, 'pair')}"
+        return f"no number over {count(c.n, 'pair')}"
     span = f"[{c.low:.4g}, {c.high:.4g}]"
-    return f"{c.metric} differs by {c.mean_diff:+.4g} {span} over {_count(c.n, 'pair')}"
+    return f"{c.metric} differs by {c.mean_diff:+.4g} {span} over {count(c.n, 'pair')}"
 
 
 def _open_text(c: Comparison, pairs: _Pairs) -> str:
     if pairs.failed:
         return "an arm with a failed cell can't get the word helps, with any number of seeds"
     if c.needed_seeds is not None:
-        return f"with this spread {c.needed_seeds} seeds could decide"
+        return f"with this spread {count(c.needed_seeds, 'seed')} could decide"
     if c.sesoi == 0:
         return "no smallest effect of interest is declared, so none can be excluded"
     return f"the number of seeds that could decide is unknown (or above {stats.MOST_PAIRS})"
@@ -455,10 +456,6 @@ def _failed_text(pairs: _Pairs) -> str:
     if pairs.losses and pairs.measured:
         text += f", {pairs.losses} as losses as large as the largest measured difference"
     return text
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _check_values(baseline_name: str, baseline: Values, arms: Mapping[str, Values]) -> None:

@@ -66,7 +66,7 @@ class VarianceScalingConfig(TemperatureFields):
     def logged(self) -> Mapping[str, Scalar]:
         return {
             "beta": Scalar("factor of the scaled input"),
-            "theta": Scalar("shift of the scaled input"),
+            "theta": Scalar("shift of the scaled input", free_sign=self.theta == 0),
             "tau": self.temperature_scalar,
             **self.schedule_scalars,
             "spread": measurement("standard deviation of log variance over input dimensions"),

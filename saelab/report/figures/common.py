@@ -188,7 +188,8 @@ def scalars(run: Run) -> Figure | str:
             low, high = (f(of_cell[0] for of_cell in values) for f in (min, max))
             still.append(f"{name} ({low:.3g}{f' to {high:.3g}, by arm' if high > low else ''})")
     if not moving:
-        return f"no learned scalar moves in any arm (logged: {', '.join(run.scalars) or 'none'})"
+        logged = f"logged: {', '.join(run.scalars) or 'none'}"
+        return f"no learned scalar moves in any arm ({logged}{_moving_by_rule(run)})"
     moving, others = moving[:MOST_SCALARS], moving[MOST_SCALARS:]
     rows = -(-len(moving) // 3)
     columns = -(-len(moving) // rows)
@@ -220,6 +221,18 @@ def scalars(run: Run) -> Figure | str:
             *[f"{'; '.join(said)}."] * bool(said),
         ],
     )
+
+
+def _moving_by_rule(run: Run) -> str:
+    """Names the k that a rule moves without being learned, with its first and last values."""
+    ends: dict[str, tuple[float, float]] = {}
+    for (name, arm), cells in run.curves.items():
+        values = next(iter(cells.values())).values
+        others = name not in run.scalars and arm in run.arms and run.unit(name)
+        if others and np.ptp(values) > 1e-6 * np.abs(values).max():
+            ends.setdefault(name, (float(values[0]), float(values[-1])))
+    texts = [f"{name} from {first:.4g} to {last:.4g}" for name, (first, last) in ends.items()]
+    return f"; moved by a rule: {', '.join(texts)}" if texts else ""
 
 
 # ---------------------------------------------------------------- density

@@ -230,6 +230,7 @@ class Similarity(LossTerm):
         if learned:
             reach = sum(parameter.numel() * travel(parameter) for parameter in learned)
             facts["scalar_reach.alpha"] = stats.moved_share(alpha, reach)
+            facts["scalar_moved.alpha"] = stats.moved_share(alpha, 1.0)
         return facts
 
     def _is_active(self, p: Pass) -> bool:

@@ -20,10 +20,12 @@ from saelab.analysis.evaluate import Bench
 from saelab.analysis.saebench import result_of
 from saelab.config import read_toml
 from saelab.data.probing.saebench import Definition
+from saelab.errors import SettingError
 from saelab.evals import check_names, of_subject
 from saelab.evals.base import Row, Subject
 from saelab.launch.launch import launch
 from saelab.launch.prepare import prepare
+from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE
 from saelab.storage.cache import cache_folder
 from saelab.study.plan import BASELINE, Arm, BaseConfig, PlanConfig, Run
@@ -38,6 +40,25 @@ class Scores(dict[str, float]):
     rows: list[Row]
 
 
+#: What the functions take as settings: `BaseConfig`, the same as plain data, or a TOML file.
+Base = BaseConfig | Mapping[str, Any] | str | Path
+
+
+def _settings(base: Base) -> BaseConfig:
+    """Returns the settings that a caller gave in any of their forms.
+
+    Raises: SettingError for anything else; SourceError, SettingError as `settings`.
+    """
+    if isinstance(base, BaseConfig):
+        return base
+    if isinstance(base, (str, Path)):
+        return settings(base)
+    if isinstance(base, Mapping):
+        return BaseConfig.parse(dict(base))
+    remedy = "give settings: saelab.settings(...), the path of a TOML file, or a dict of them"
+    raise SettingError("base", type(base).__name__, remedy)
+
+
 def settings(path: str | Path, changes: Mapping[str, Any] | None = None) -> BaseConfig:
     """Reads base settings from a TOML file and changes dotted settings.
 
@@ -47,22 +68,25 @@ def settings(path: str | Path, changes: Mapping[str, Any] | None = None) -> Base
     return BaseConfig.parse(read_toml(path), where=path.name).patched(dict(changes or {}))
 
 
-def train(base: BaseConfig, seed: int = 0, cache: str | Path = ".") -> SAE:
+@standard_torch()
+def train(base: Base, seed: int = 0, cache: str | Path = ".") -> SAE:
     """Trains one SAE on the activations that `base` describes.
 
     Args:
-        base: model, texts, hook, SAE and training.
+        base: model, texts, hook, SAE and training, as settings, a dict, or the path of a TOML file.
         seed: of initialisation, data order and resampling.
         cache: harvested activations are stored in `<cache>/.saelab`.
 
     Returns: the SAE in evaluation mode.
     Raises: CellFailure when the loss is not finite; UsageError for bad input.
     """
+    base = _settings(base)
     prepared = prepare(base, cache_folder(Path(cache)), base.model.device)
     source, device = prepared.train, base.model.device
     return train_one(source, base.sae, base.train, seed, layout=base.layout, device=device).sae
 
 
+@standard_torch()
 def load(path: str | Path, format: str = "") -> SAE:
     """Loads the SAE in a directory of ours, SAELens or sparsify, in evaluation mode.
 
@@ -75,6 +99,7 @@ def load(path: str | Path, format: str = "") -> SAE:
     return formats.load(path, format).sae
 
 
+@standard_torch()
 def save(
     sae: SAE, folder: str | Path, format: str = "saelens", about: Mapping[str, Any] | None = None
 ) -> None:
@@ -88,9 +113,10 @@ def save(
     formats.saver(format)(sae, Path(folder), about or {})
 
 
+@standard_torch()
 def evaluate(
     subject: Subject,
-    base: BaseConfig,
+    base: Base,
     evals: Sequence[str] = ("core", "probing"),
     seed: int = 0,
     cache: str | Path = ".",
@@ -109,6 +135,7 @@ def evaluate(
         MismatchError for activations of another width.
     """
     check_names(evals)
+    base = _settings(base)
     if definition is not None:
         base = base.patched({"evaluation.probing.definition": definition})
     rows = Bench(base, cache_folder(Path(cache)), seed).rows(subject, evals)
@@ -121,8 +148,9 @@ _TABLE = "\n        ".join(f"'{one.name}': {one.description}" for one in of_subj
 evaluate.__doc__ = inspect.cleandoc(evaluate.__doc__ or "").replace("{evals}", _TABLE)
 
 
+@standard_torch()
 def saebench_result(
-    scores: Scores, subject: Subject, base: BaseConfig, name: str = "custom_sae", seed: int = 0
+    scores: Scores, subject: Subject, base: Base, name: str = "custom_sae", seed: int = 0
 ) -> dict[str, Any]:
     """Builds SAEBench's result file of an evaluation, as plain data.
 
@@ -134,11 +162,12 @@ def saebench_result(
 
     Raises: SourceError when the scores lack what the schema asks for.
     """
-    return result_of(scores.rows, subject, base, name, seed)
+    return result_of(scores.rows, subject, _settings(base), name, seed)
 
 
+@standard_torch()
 def compare(
-    base: BaseConfig,
+    base: Base,
     arms: Mapping[str, Mapping[str, Any]],
     seeds: int = 8,
     out_dir: str | Path | None = None,
@@ -160,7 +189,8 @@ def compare(
     Returns: one `Comparison` per arm.
     """
     table = [Arm(BASELINE), *(Arm(name, changes) for name, changes in arms.items())]
-    options = {"seeds": seeds, "seeds_other": seeds, "seeds_levels": 0, "levels": ()} | plan
+    options = {"seeds": seeds, "seeds_other": seeds, "seeds_levels": 0, "levels": ()}
+    options |= {"base": "settings given in Python"} | plan
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(out_dir) if out_dir else Path(temporary) / "compare"
         return launch(
@@ -168,7 +198,7 @@ def compare(
                 name=folder.name,
                 run=Run(f"Compare {', '.join(arms)}", table),
                 plan=PlanConfig.parse({"study": study, **options}),
-                base=base,
+                base=_settings(base),
                 out_dir=folder,
                 root=Path(),
                 workers=workers,

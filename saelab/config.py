@@ -6,18 +6,27 @@ builds from it; derived values are properties; `patched` changes the named field
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError
 
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.storage.atomic import digest
+from saelab.storage.small_files import check_depth, read_small_text
 
+#: Type of pydantic's errors that hold a SettingError.
+AT_PLACE = "setting_at_place"
 #: Remedy for a text with the one character that no name of a file or a module can contain.
 NUL_REMEDY = "a text can't hold the character NUL: leave it out"
+#: Whole numbers of settings are below this, so that each is a float and a tensor's size.
+MOST = 2**53
+#: Other numbers are below this, so that each is finite in float32, which SAEs compute with.
+MOST_FLOAT = 3e38
 
 
 class Frozen(BaseModel):
@@ -41,6 +50,9 @@ class Frozen(BaseModel):
         for path, value in leaves:
             if isinstance(value, str) and "\0" in value:
                 raise SettingError(_name(where, path), value, NUL_REMEDY)
+            most = MOST if isinstance(value, int) else MOST_FLOAT
+            if isinstance(value, (int, float)) and most <= abs(value) != math.inf:
+                raise SettingError(_name(where, path), value, f"use a number below {most:g}")
         try:
             settings = cls.model_validate(data)
         except ValidationError as error:
@@ -130,14 +142,27 @@ def _name(where: str, path: tuple[str | int, ...]) -> str:
 def read_toml(path: Path) -> dict[str, Any]:
     """Parses a TOML file.
 
-    Raises: SourceError when the file is missing or is not valid TOML.
+    Raises: SourceError when the file is missing, can't be read or is not valid TOML.
     """
     try:
-        return tomllib.loads(path.read_text())
+        data = tomllib.loads(read_small_text(path))
+        check_depth(data)
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist: name an existing TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise SourceError(f"{path} can't be read ({reason}): name a TOML file") from None
+    except RecursionError:
+        raise SourceError(f"{path} is nested too deeply: fix the file") from None
+    except ValueError as error:  # not TOML, not UTF-8, too large, or a number of too many digits
         raise SourceError(f"{path} is not valid TOML ({error}): fix the file") from None
+    return data
+
+
+def setting_error_at_place(error: SettingError) -> PydanticCustomError:
+    """Turns the error of a part of the settings into one to which pydantic adds the place."""
+    ctx = {"setting": error.setting, "value": error.value, "remedy": error.remedy}
+    return PydanticCustomError(AT_PLACE, "{remedy}", ctx)
 
 
 def _setting_error(cls: type[BaseModel], error: ValidationError, where: str) -> SettingError:
@@ -152,6 +177,10 @@ def _setting_error(cls: type[BaseModel], error: ValidationError, where: str) -> 
         tag = str(first.get("ctx", {}).get("tag", ""))
         names = [kind.strip(" '") for kind in tags.split(",")]
         remedy = f"unknown kind {tag!r}{nearest(tag, names)}; known: {', '.join(names)}"
+    elif first["type"] == AT_PLACE:
+        inner = first.get("ctx", {})
+        place = (*first["loc"], *([inner["setting"]] if inner["setting"] else []))
+        return SettingError(_name(where, place), inner["value"], inner["remedy"])
     else:
         remedy = first["msg"][0].lower() + first["msg"][1:]
     return SettingError(name, first.get("input"), remedy)

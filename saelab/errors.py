@@ -14,9 +14,13 @@ SaelabError                  something went wrong that the user can act on
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from saelab.runtime.safe_text import visible
+
+#: Characters of a setting's name or value that an error message shows.
+LONGEST_SHOWN = 300
 
 
 class SaelabError(Exception):
@@ -41,8 +45,30 @@ class SettingError(UsageError):
     """A setting has an impossible value or an unknown name."""
 
     def __init__(self, setting: str, value: object, remedy: str) -> None:
-        super().__init__(f"{setting} = {value!r}: {remedy}")
+        super().__init__(f"{shorten(setting)} = {_repr(value)}: {remedy}")
         self.setting, self.value, self.remedy = setting, value, remedy
+
+
+@contextmanager
+def naming_setting(place: str, kind: str = "") -> Iterator[None]:
+    """Puts the place of a setting before the name that a SettingError has for it.
+
+    Args:
+        place: such as 'sae.losses.1'; it ends in ': ' where the rest is a name of its own.
+        kind: of the part there, whose errors may begin with it.
+    """
+    try:
+        yield
+    except SettingError as error:
+        first, dot, rest = error.setting.partition(".")
+        field = place.split(".")[0]
+        if kind and first == kind and dot:
+            name = f"{place}.{rest}"
+        elif first == field or place.endswith(": "):
+            name = f"{place}{error.setting}" if place.endswith(": ") else error.setting
+        else:
+            name = f"{place}.{error.setting}"
+        raise SettingError(name, error.value, error.remedy) from None
 
 
 class SourceError(UsageError):
@@ -71,6 +97,20 @@ class CellFailure(SaelabError):
 
 class StudyFailure(SaelabError):
     """The launch has no usable result (for example no valid baseline cell)."""
+
+
+def shorten(text: str, most: int = LONGEST_SHOWN) -> str:
+    """Returns the text, with its middle left out where it is longer than `most` characters."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def _repr(value: object) -> str:
+    """Returns a value as an error message shows it."""
+    try:
+        return shorten(repr(value))
+    except (ValueError, RecursionError):  # more digits, or deeper, than Python writes
+        return f"<{type(value).__name__} that is too long to show>"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

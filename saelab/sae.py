@@ -26,7 +26,7 @@ from torch.nn.functional import linear, normalize
 from saelab.config import Frozen
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.distributed.sharded_file import Shards
-from saelab.errors import SettingError
+from saelab.errors import SettingError, naming_setting
 from saelab.kernels import (
     Code,
     Precision,
@@ -69,8 +69,7 @@ from saelab.parts.base import (
 )
 from saelab.seeding import torch_stream
 
-#: The most latents of an SAE: twice as many as any published SAE has. Our choice; parts are built
-#: before memory is checked, so a mistyped number must not exhaust it.
+#: The most latents of an SAE: twice as many as any published SAE has. Our choice.
 MOST_LATENTS = 2**26
 #: The largest error of a bfloat16 selection relative to |u| |w| + |b|: 2^-9 for the rounding of
 #: each factor and of the result, and a little for the products of these errors.
@@ -119,6 +118,23 @@ class SAEConfig(Frozen):
         Raises: SettingError on several ranks for a part that is not `shardable`.
         """
         return SAE(self, Dims(d_in, self.d_sae, steps=steps, seed=seed, ranks=ranks))
+
+    def outline(self, d_in: int = 2, ranks: Ranks = ALONE) -> SAE:
+        """Builds the SAE without the memory of its large tensors, to check its parts.
+
+        Raises: SettingError for parts that are impossible or do not fit together.
+        """
+        dims = Dims(d_in, self.d_sae, ranks=ranks)
+        try:
+            with torch.device("meta"):
+                sae = SAE(self, dims, checked=False)
+            sae.controllers = _build_parts(
+                "controllers", self.controllers, dims
+            )  # asked for their first values
+            sae.check_parts()
+        except (NotImplementedError, RuntimeError):  # a user's part that reads its own tensors
+            return self.build(d_in, ranks=ranks)
+        return sae
 
     def parts(self) -> dict[str, tuple[PartConfig, ...]]:
         """Name of each field that holds parts -> its parts, in the order of `SAE.parts`."""
@@ -200,29 +216,37 @@ class SAE(nn.Module):
         super().__init__()
         self.config, self.d_in, self.d_sae = config, dims.d_in, dims.d_sae
         self.ranks = dims.ranks
-        self.W_enc = nn.Parameter(torch.zeros(dims.n_local, dims.d_in))
-        self.b_enc = nn.Parameter(torch.zeros(dims.n_local), requires_grad=config.encoder_bias)
-        self.W_dec = nn.Parameter(torch.zeros(dims.n_local, dims.d_in))
+        self.W_enc = nn.Parameter(torch.zeros(dims.n_local, dims.d_in, dtype=torch.float32))
+        self.b_enc = nn.Parameter(
+            torch.zeros(dims.n_local, dtype=torch.float32), requires_grad=config.encoder_bias
+        )
+        self.W_dec = nn.Parameter(torch.zeros(dims.n_local, dims.d_in, dtype=torch.float32))
         if config.tied:
             self.W_enc = self.W_dec
-        self.b_dec = nn.Parameter(torch.zeros(dims.d_in))
-        self.register_buffer("scale", torch.ones(()))
-        self.activation = cast(Activation, config.activation.build(dims))
-        self.scaling = cast(Scaling, config.scaling.build(dims)) if config.scaling else None
-        self.losses = _build_parts(config.losses, dims)
-        self.controllers = _build_parts(config.controllers, dims)
-        self.constraints = _build_parts(config.constraints, dims)
-        self.observers = _build_parts(config.observers, dims)
+        self.b_dec = nn.Parameter(torch.zeros(dims.d_in, dtype=torch.float32))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
+        self.activation = cast(Activation, _build_part("activation", config.activation, dims))
+        scaling = _build_part("scaling", config.scaling, dims) if config.scaling else None
+        self.scaling = cast(Scaling | None, scaling)
+        self.losses = _build_parts("losses", config.losses, dims)
+        self.controllers = _build_parts("controllers", config.controllers, dims)
+        self.constraints = _build_parts("constraints", config.constraints, dims)
+        self.observers = _build_parts("observers", config.observers, dims)
         self._norms_wanted = any(t.uses_decoder_norms for t in self.loss_terms().values())
         self._z_wanted = any(part.uses_preactivations for part in self.parts())
         for part in self.parts():
             part.ranks = dims.ranks
-            if not checked:
-                continue
-            _check_shardable(part, dims.ranks)
-            part.check(self)
+        if checked:
+            self.check_parts()
 
     # ---- composition -------------------------------------------------------------------------
+
+    def check_parts(self) -> None:
+        """Raises: SettingError for parts that do not fit together."""
+        for place, part in zip(_places(self.config), self.parts(), strict=True):
+            _check_shardable(part, self.ranks)
+            with naming_setting(place):
+                part.check(self)
 
     def parts(self) -> list[Part]:
         """Returns all parts in the order in which they are updated."""
@@ -276,10 +300,9 @@ class SAE(nn.Module):
         device = self.W_dec.device
         mean = sample.mean(0)
         power = float((sample - mean).square().sum(1).mean())
-        if not power > 0:
-            raise SettingError(
-                "activations", power, "are constant or not finite: check model, hook and text"
-            )
+        if not 0 < power < math.inf:
+            remedy = "are constant, too large or not finite: check model, hook and text"
+            raise SettingError("activations", power, remedy)
         self.scale.fill_(math.sqrt(power / self.d_in))
         local = self.ranks.own(self.d_sae)
         for first, drawn in _normal_rows(self.d_sae, self.d_in, torch_stream(seed, "init")):
@@ -624,7 +647,7 @@ def _normal_rows(rows: int, width: int, stream: torch.Generator) -> Iterator[tup
     while first < rows:
         left = rows - first
         count = ROWS_DRAWN_AT_ONCE if left >= 2 * ROWS_DRAWN_AT_ONCE else left
-        yield first, torch.randn(count, width, generator=stream)
+        yield first, torch.randn(count, width, generator=stream, dtype=torch.float32, device="cpu")
         first += count
 
 
@@ -642,12 +665,27 @@ def _decode_without_norms(values: Tensor, w_dec: Tensor, support: Support) -> tu
     return decode_at(values, w_dec, support), None
 
 
-def _build_parts(configs: Any, dims: Dims) -> nn.ModuleDict:
+def _places(config: SAEConfig) -> Iterator[str]:
+    """Yields the place of each part among the settings, in the order of `SAE.parts`."""
+    yield "activation"
+    if config.scaling:
+        yield "scaling"
+    for field in ("losses", "controllers", "constraints", "observers"):
+        yield from (f"{field}.{i}" for i in range(len(getattr(config, field))))
+
+
+def _build_part(place: str, config: Any, dims: Dims) -> Part:
+    """Builds a part; an error names the part's place among the settings of the SAE."""
+    with naming_setting(place, config.kind):
+        return config.build(dims)
+
+
+def _build_parts(field: str, configs: Any, dims: Dims) -> nn.ModuleDict:
     """Builds parts under the names of their kinds; a second part of a kind gets a number."""
     built = nn.ModuleDict()
-    for config in configs:
+    for i, config in enumerate(configs):
         name = config.kind
         while name in built:
             name = f"{config.kind}_{len(built)}"
-        built[name] = config.build(dims)
+        built[name] = _build_part(f"{field}.{i}", config, dims)
     return built

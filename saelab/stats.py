@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from saelab.errors import SettingError
+from saelab.runtime.counting import count
 
 Array = NDArray[np.float64]
 
@@ -174,7 +175,9 @@ def at_l0(levels: Sequence[float | None], values: Sequence[float | None], target
     if not target > 0:
         raise SettingError("target_l0", target, "must be positive")
     if len(levels) != len(values):
-        raise SettingError("levels", len(levels), f"there are {len(values)} values: give as many")
+        raise SettingError(
+            "levels", len(levels), f"there are {count(len(values), 'value')}: give as many"
+        )
     pairs = zip(levels, values, strict=True)
     present = [(x, y) for x, y in pairs if x is not None and y is not None]
     usable = [(x, y) for x, y in present if math.isfinite(x) and math.isfinite(y) and x > 0]

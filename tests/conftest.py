@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from saelab.runtime.signals import preserve_handlers
 
 # A busy machine must not fail a property test.
 settings.register_profile("saelab", deadline=None)
@@ -29,6 +32,13 @@ def interruptible() -> None:
     """Tests send SIGINT, which a command in the background of a shell ignores."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def signals_again() -> Iterator[None]:
+    """A process that a signal ends ignores further ones: not so the tests after it."""
+    with preserve_handlers():
+        yield
 
 
 @pytest.fixture(scope="session")

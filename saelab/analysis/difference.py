@@ -11,6 +11,7 @@ from pathlib import Path
 
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.runs.folder import INFO, RunFolder
+from saelab.runtime.counting import count
 from saelab.verdict.final_info import cells_at_target
 from saelab.verdict.judge import Difference, compare_secondary
 from saelab.verdict.review import judge_files
@@ -49,5 +50,5 @@ def difference_line(result: Difference, arm: str, other: str) -> str:
     title = f"{arm} - {other}, {result.metric}"
     if result.low is None or result.high is None or result.mean_diff is None:
         return f"{title}: {result.reason}"
-    interval = f"95% interval {result.low:+.4f} to {result.high:+.4f}, {result.n} cells"
+    interval = f"95% interval {result.low:+.4f} to {result.high:+.4f}, {count(result.n, 'cell')}"
     return f"{title}: {result.mean_diff:+.4f}  ({interval})"

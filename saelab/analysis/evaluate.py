@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from saelab.formats import Loaded
 from saelab.launch.prepare import prepare
 from saelab.runs.folder import Member, RunFolder, run_cells
 from saelab.runs.schema import CellId
+from saelab.runtime.torch_defaults import one_thread
 from saelab.storage.atomic import write_json
 from saelab.storage.parquet import write_rows
 from saelab.study.plan import BaseConfig, base_of_run, read_base
@@ -62,6 +64,7 @@ class Bench:
         )
 
     @torch.no_grad()
+    @one_thread()
     def rows(self, subject: Subject, evals: Sequence[str]) -> list[Row]:
         """Evaluates a subject.
 
@@ -94,10 +97,11 @@ class Choice:
     allow_mismatch: bool = False
     without_trace: bool = False
 
+    @cached_property
     def members(self) -> list[Member]:
         """The cells of a run folder; the directory alone, as a cell without name, otherwise."""
-        found = run_cells(self.path, self.arms, self.seeds)
-        return [Member(self.path, CellId("", -1, 0.0))] if found is None else found
+        cells = run_cells(self.path, self.arms, self.seeds)
+        return [Member(self.path, CellId("", -1, 0.0))] if cells is None else cells
 
 
 def evaluate_to_files(
@@ -127,7 +131,7 @@ def evaluate_to_files(
     if out is not None and out.suffix not in (".json", ".parquet"):
         raise SettingError("--out", str(out), "name a file that ends in .parquet or .json")
     if saebench_json is not None:
-        if len(choice.members()) > 1:
+        if len(choice.members) > 1:
             remedy = "is of one SAE: choose it by --arm and --seed"
             raise SettingError("--saebench-json", str(saebench_json), remedy)
         evals = [*evals, *(name for name in FOR_SAEBENCH if name not in evals)]
@@ -175,7 +179,7 @@ def evaluate_choice(
     place = (base.model.path, base.hook_name)
     if bench is not None:
         place = ("", bench.provenance["hook_name"])
-    for member in choice.members():
+    for member in choice.members:
         loaded = formats.load(member.folder, choice.format)
         if not choice.allow_mismatch:
             loaded.origin.check(*place)
@@ -193,7 +197,7 @@ def saebench_file(
     choice: Choice, base: BaseConfig, rows: Sequence[Mapping[str, Any]], seed: int
 ) -> dict[str, Any]:
     """Builds SAEBench's result of one SAE from its rows and those of the model's channels."""
-    (member,) = choice.members()
+    (member,) = choice.members
     sae = formats.load(member.folder, choice.format).sae
     plain = [Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in rows]
     return result_of(plain, sae, base, choice.path.name, seed)

@@ -1,8 +1,9 @@
-"""Writes trained SAEs as directories of other tools, all of them or none.
+"""Writes trained SAEs as directories of other tools.
 
 Of a run, the cells at the plan's L0 are written, each in a folder of its arm and seed; any other
-SAE that `formats` reads is written as it is. Everything is written next to the target folder first
-and renamed at the end.
+SAE that `formats` reads is written as it is. What the format can't hold is refused by name, and the
+rest is written. Everything is written next to the target folder first and renamed at the end, so an
+error leaves nothing.
 """
 
 from __future__ import annotations
@@ -11,18 +12,32 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from saelab import formats
-from saelab.errors import SettingError, SourceError
+from saelab.errors import SettingError, SourceError, UsageError
 from saelab.formats import Loaded
 from saelab.runs.folder import RunFolder, run_cells
 from saelab.sae import SAE
 from saelab.storage.atomic import explain_write_errors
 from saelab.study.plan import base_of_run
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Result of an export.
+
+    Args:
+        written: the folders that now hold an SAE.
+        refused: a sentence on each SAE that the format can't hold.
+    """
+
+    written: list[Path]
+    refused: list[str]
 
 
 def export(
@@ -33,7 +48,7 @@ def export(
     arms: Sequence[str] = (),
     seeds: Sequence[int] = (),
     without_trace: bool = False,
-) -> list[Path]:
+) -> Exported:
     """Writes a run's SAEs, or one SAE, in another format.
 
     Args:
@@ -43,21 +58,32 @@ def export(
         arms, seeds: of a run, which cells; all by default.
         without_trace: write an adapting threshold with beta = 0, which is another function.
 
-    Returns: the folders that now hold an SAE.
-    Raises: SettingError when a part can't be written, SourceError when `out` is not empty.
+    Returns: the folders that now hold an SAE, and the refusals.
+    Raises: SettingError or SourceError when nothing can be written, SourceError when `out` is not
+        empty.
     """
     save = formats.saver(to)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SourceError(f"{out} exists and is not empty: name a new folder")
     cells = run_cells(path, arms, seeds)
     places = {Path(cell.id.folder): cell.folder for cell in cells} if cells else {Path(): path}
+    written: list[Path] = []
+    errors: dict[Path, UsageError] = {}
     with _all_or_nothing(out) as fresh:
         for place, folder in places.items():
-            loaded = formats.load(folder, source)
-            with _naming(folder, loaded.sae):
-                sae = without_context(loaded.sae) if without_trace else loaded.sae
-                save(sae, fresh / place, about(loaded, folder, without_trace))
-    return [out / place for place in places]
+            try:
+                loaded = formats.load(folder, source)
+                with _naming(folder, loaded.sae):
+                    sae = without_context(loaded.sae) if without_trace else loaded.sae
+                    save(sae, fresh / place, about(loaded, folder, without_trace))
+            except (SettingError, SourceError) as error:
+                errors[place] = error
+                shutil.rmtree(fresh / place, ignore_errors=True)
+            else:
+                written.append(out / place)
+        if not written:
+            raise next(iter(errors.values()))
+    return Exported(written, [f"{place} is not written: {e}" for place, e in errors.items()])
 
 
 def about(loaded: Loaded, folder: Path, without_trace: bool = False) -> dict[str, Any]:
@@ -65,10 +91,18 @@ def about(loaded: Loaded, folder: Path, without_trace: bool = False) -> dict[str
     run = RunFolder.of(folder)
     base = base_of_run(run) if run else None
     text = base.train_text if base and base.activations is None else None
-    dataset = str(text.path or text.kind) if text else loaded.about.get("dataset", "")
-    named = {"model": loaded.origin.model, "hook_name": loaded.origin.hook_name, "dataset": dataset}
+    dataset = str(text.path or text.kind) if text else str(loaded.about.get("dataset") or "")
+    model = _without_folders(loaded.origin.model)
+    named = {"model": model, "hook_name": loaded.origin.hook_name}
+    named |= {"dataset": _without_folders(dataset)}
     mark = {"without_trace": True} if without_trace and loaded.sae.needs_contexts else {}
     return {**loaded.about, **named, **mark}
+
+
+def _without_folders(name: str) -> str:
+    """The last part of a place on this disk; a name on the hub as it is."""
+    path = Path(name).expanduser()
+    return path.name if path.is_absolute() or path.exists() else name
 
 
 @torch.no_grad()
@@ -98,7 +132,7 @@ def _naming(folder: Path, sae: SAE) -> Iterator[None]:
 
 @contextmanager
 def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """Yields a folder to fill; it becomes `out` at the end and is removed on failure."""
+    """Yields a folder to fill; it becomes `out` at the end, or is removed after an error."""
     fresh = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
     try:
         yield fresh

@@ -96,7 +96,9 @@ class HeldOut:
     def _ids(self) -> Tensor:
         """Token ids of all contexts; empty if they were not stored."""
         shards = (self.source.shard(i) for i in range(self.source.n_shards))
-        return torch.cat([torch.zeros(0) if s.ids is None else s.ids for s in shards])
+        return torch.cat(
+            [torch.zeros(0, dtype=torch.float32) if s.ids is None else s.ids for s in shards]
+        )
 
     @property
     def why_no_text(self) -> str:
@@ -170,6 +172,7 @@ def browse(
 
 
 def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int) -> Browsed:
+    run.check_cells([cell])
     sae = formats.load(cell.folder).sae
     sae = sae.to(torch.device(base_of_run(run).model.device)).eval()
     survey = latent_examples.survey(sae, data.source, examples)

@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from saelab.cli.common import Folders, Json, OwnParts, register_parts, say, show
+from saelab.runtime.counting import count
 
 
 def verdict(
@@ -111,4 +112,4 @@ def report(
     why_not = "none was asked for" if not (cells or features) else "the runs keep no cells"
     browsed = list(browse(chosen, latents, 8, cache_folder(Path())))
     content = write(Study(runs, browsed, "" if browsed else why_not, ledger(runs)), out)
-    show(json_, content, [f"{out}: {len(runs)} runs, {content['bytes'] / 1e6:.1f} MB"])
+    show(json_, content, [f"{out}: {count(len(runs), 'run')}, {content['bytes'] / 1e6:.1f} MB"])

@@ -120,14 +120,25 @@ def export(
     saelab export run_1 --out for_saelens --arm baseline
 
     Of a run every cell at the plan's L0 is written, as OUT/<arm>/seed<s>-l0_<level>. Input scaling,
-    centring, beta, theta and the activations' norm are folded into the weights; what can't be
-    folded is refused, and then nothing is written (docs/formats.md).
+    centring, beta, theta and the activations' norm are folded into the weights. An SAE that can't
+    be folded is refused with the reason, the others are written, and the exit code is 2
+    (docs/formats.md).
     """
     from saelab.analysis.export import export
+    from saelab.errors import UsageError
+    from saelab.runtime.counting import count
 
     register_parts(experiment)
-    for folder in export(path, out, format, source, arm or (), seed or (), without_trace):
+    exported = export(path, out, format, source, arm or (), seed or (), without_trace)
+    for folder in exported.written:
         say(str(folder))
+    for sentence in exported.refused:
+        say(sentence, err=True)
+    if refused := exported.refused:
+        raise UsageError(
+            f"{count(len(exported.written), 'SAE')} written to {out}, {len(refused)} refused: name "
+            "the arms that can be written with --arm"
+        )
 
 
 def saebench(

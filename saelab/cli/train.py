@@ -35,6 +35,7 @@ def train(
     from saelab.study.task import Launch
 
     base = settings(config, parse_changes(set_))
+    plan = {"study": config.stem, "base": str(config), "seeds": seeds, "target_l0": None}
     if distributed.wants_ranks(base):
         _train_over_ranks(base, out_dir, config.stem, seeds)
         return
@@ -42,7 +43,7 @@ def train(
         Launch(
             name=out_dir.name,
             run=Run(config.stem, [Arm(BASELINE, comment=f"as {config.name} says")]),
-            plan=PlanConfig.parse({"study": config.stem, "seeds": seeds, "target_l0": None}),
+            plan=PlanConfig.parse(plan | {"levels": []}),
             base=base,
             out_dir=out_dir,
             root=Path(),

@@ -8,13 +8,13 @@ Hook points of block N, named as in TransformerLens:
 
     blocks.N.hook_resid_pre    input of the block
     blocks.N.hook_resid_post   output of the block; for the last block, before the final norm
-    blocks.N.hook_mlp_out      output of the block's MLP module, before it is added
-    blocks.N.hook_attn_out     output of the block's attention module, before it is added
+    blocks.N.hook_attn_out     what attention adds to the stream
+    blocks.N.hook_mlp_out      what the MLP adds to the stream
 
-The last two are the outputs of the modules. Gemma-2 norms them once more before they are added, and
-TransformerLens takes them after that norm: name `model.layers.N.post_attention_layernorm` or
-`...post_feedforward_layernorm` for it. In BERT they are taken before dropout, addition and norm.
-Any other module is named by its path in `model.named_modules()`; its output is taken.
+The last two sum up with the input of the block to its output (in BERT, to the inputs of its norms).
+The modules that give them are found when the model is loaded, see `model_trial`; where no module
+does, the names are refused. Any other module is named by its path in `model.named_modules()`; its
+output is taken.
 """
 
 from __future__ import annotations
@@ -32,28 +32,40 @@ import torch
 from torch import Tensor, nn
 
 from saelab.config import Frozen
+from saelab.data.devices import check_device
 from saelab.data.hub import hide_progress_bars, silence_loggers
 from saelab.data.model_files import (
-    check_counts,
+    check_loaded_weights,
     check_stored_weights,
+    fit_tokenizer,
     folder_digest,
     load_error,
     locate_model,
+    read_settings,
 )
-from saelab.data.model_hooks import HookPoint, keep_shape_and_dtype, run_hooks, skip_modules
+from saelab.data.model_hooks import (
+    HookPoint,
+    check_shape,
+    keep_shape_and_dtype,
+    run_hooks,
+    skip_modules,
+)
+from saelab.data.model_structure import (
+    embedding_rows,
+    find_blocks,
+    longest_context,
+    path_of,
+    token_settings,
+)
+from saelab.data.model_trial import POSITIONS, BlockRun, trial_ids, try_blocks
 from saelab.errors import SaelabError, SettingError, SourceError, nearest
+from saelab.runtime.panics import panics_as_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Endings of architecture names that have a next-token head.
-HEADS = ("ForCausalLM", "LMHeadModel")
 BLOCK_HOOKS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
 _BLOCK = re.compile(r"blocks\.(\d+)\.(hook_\w+)")
-#: Names of a block's attention and MLP in the model families; the first that exists is used. The
-#: dotted ones are BERT's, whose modules with the plain names add the residual themselves.
-_ATTENTION = ("attention.output.dense", "self_attn", "attention", "attn", "self_attention")
-_MLP = ("mlp", "output.dense", "feed_forward", "ffn", "block_sparse_moe")
 
 
 class ModelConfig(Frozen):
@@ -99,6 +111,8 @@ class LanguageModel:
         config: settings from which it was loaded.
         digest: content hash of its files, or the commit on the hub.
         has_head: whether it predicts the next token.
+
+    Raises: SourceError when it does not run on text alone, or predicts tokens from later ones.
     """
 
     def __init__(
@@ -114,8 +128,10 @@ class LanguageModel:
         self.digest, self.has_head = digest, has_head
         self.n_layers = int(text.num_hidden_layers)
         self.d_model = int(text.hidden_size)
-        self.max_context: int | None = getattr(text, "max_position_embeddings", None)
-        self.blocks = _find_blocks(model, self.n_layers)
+        self.max_context = longest_context(model)
+        self.vocabulary = embedding_rows(model)
+        self.blocks = find_blocks(model, self.n_layers)
+        self.block_runs = self._try()
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +145,7 @@ class LanguageModel:
         weights = chain(self.model.parameters(), self.model.buffers())
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model, {id(weight): weight for weight in weights})
-        twin.blocks = _find_blocks(twin.model, twin.n_layers)
+        twin.blocks = find_blocks(twin.model, twin.n_layers)
         return twin
 
     def hook_point(self, name: str) -> HookPoint:
@@ -153,23 +169,43 @@ class LanguageModel:
             last = f"blocks.{self.n_layers - 1}.{kind}"
             remedy = f"the model has {self.n_layers} layers, counted from 0: the last is {last}"
             raise SettingError("hook_name", name, remedy)
-        return self._block_point(name, self.blocks[layer], kind)
+        return self._block_point(name, layer, kind)
+
+    def hook_identity(self, name: str) -> dict[str, str]:
+        """Returns the module that gives the activations, if their name alone does not say it."""
+        self.hook_point(name)
+        match = _BLOCK.fullmatch(name)
+        path = self.block_runs[int(match[1])].path(match[2]) if match else ""
+        return {"hook_module": path} if path else {}
 
     def block_hook_names(self) -> list[str]:
         """Returns the names of all hook points that belong to a block."""
         return [f"blocks.{n}.{kind}" for n in range(self.n_layers) for kind in BLOCK_HOOKS]
 
-    def _block_point(self, name: str, block: nn.Module, kind: str) -> HookPoint:
+    def _block_point(self, name: str, layer: int, kind: str) -> HookPoint:
+        block = self.blocks[layer]
         if kind in ("hook_resid_pre", "hook_resid_post"):
             return HookPoint(name, block, "input" if kind == "hook_resid_pre" else "output")
-        inside = dict(block.named_modules())
-        candidates = _ATTENTION if kind == "hook_attn_out" else _MLP
-        for candidate in candidates:
-            if candidate in inside:
-                return HookPoint(name, inside[candidate], "output")
-        children = ", ".join(n for n, _ in block.named_children())
-        remedy = f"this model's blocks have {children}: name one by its module path"
+        path = self.block_runs[layer].path(kind)
+        if path:
+            return HookPoint(name, block.get_submodule(path), "output")
+        place = f"{path_of(self.model, self.blocks)}.{layer}"
+        paths = ", ".join(f"{place}.{child}" for child, _ in block.named_children())
+        remedy = f"no module of this block gives what is added to the stream: name one of {paths}"
         raise SettingError("hook_name", name, remedy)
+
+    @torch.inference_mode()
+    def _try(self) -> list[BlockRun]:
+        """Runs two short contexts; returns what each block did, raises as this class."""
+        special = [*self.tokenizer.all_special_ids, *token_settings(self.model.config)]
+        positions = min(POSITIONS, self.max_context or POSITIONS)
+        ids = trial_ids(self.vocabulary, special, positions)
+        title = f"model {self.config.path} ({type(self.model).__name__})"
+
+        def run() -> None:
+            self._body(**self._inputs(ids, None))
+
+        return try_blocks(self.blocks, run, title, ids.shape, self.has_head)
 
     # ------------------------------------------------------------ running
 
@@ -193,7 +229,9 @@ class LanguageModel:
 
         def capture(point: HookPoint) -> Callable[[Tensor], None]:
             def hook(x: Tensor) -> None:
-                captured.setdefault(point.name, x)
+                if point.name not in captured:
+                    last = len(captured) + 1 == len(points)
+                    captured[point.name] = x if last else x.clone()  # later code may change it
                 if len(captured) == len(points):
                     raise _Stop
 
@@ -205,7 +243,7 @@ class LanguageModel:
         missed = [point.name for point in points if point.name not in captured]
         if missed:
             raise SettingError("hook_name", missed[0], "the model never runs it on text")
-        return {name: _check_shape(captured[name], ids, name) for name in dict.fromkeys(hooks)}
+        return {name: check_shape(captured[name], ids, name) for name in dict.fromkeys(hooks)}
 
     @torch.inference_mode()
     def start(self, ids: Tensor, attention_mask: Tensor | None, hook_name: str) -> Start | None:
@@ -260,7 +298,7 @@ class LanguageModel:
             )
         hooks = {}
         if splice is not None:
-            hooks[self.hook_point(splice[0])] = keep_shape_and_dtype(splice[1])
+            hooks[self.hook_point(splice[0])] = keep_shape_and_dtype(splice[1], ids.shape)
         skipped = [] if start is None else self.blocks[: start.blocks]
         with run_hooks(hooks), skip_modules(skipped, start.output if start else None):
             return self.model(**self._inputs(ids, attention_mask)).logits
@@ -298,13 +336,42 @@ class LanguageModel:
         return self.model.base_model
 
     def check_context(self, positions: int) -> None:
-        """Raises: SettingError when the model does not support so many positions."""
+        """Checks that the model runs on contexts of so many positions, by a pass over one.
+
+        Raises: SettingError when it does not.
+        """
+        self._check_length(positions)
+        row = trial_ids(self.vocabulary, self.tokenizer.all_special_ids, POSITIONS)[0]
+        ids = row.repeat(-(-positions // len(row)))[None, :positions]
+        try:
+            with torch.inference_mode():
+                self._body(**self._inputs(ids, None))
+        except (SaelabError, MemoryError):
+            raise
+        except Exception as error:  # an index beyond a table, a mask of another size ...
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            remedy = f"model {self.config.path} does not run on so many positions ({reason})"
+            raise SettingError("context", positions, f"{remedy}: lower the context") from error
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raises: SourceError for a token id that the model has no embedding for."""
+        most = int(ids.max()) if ids.numel() else 0
+        if self.vocabulary is not None and most >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(most)
+            raise SourceError(
+                f"the text holds the token {token!r} (id {most}), but model {self.config.path} has "
+                f"embeddings for {self.vocabulary} ids: take the tokenizer that it was trained "
+                "with, or enlarge its embeddings"
+            )
+
+    def _check_length(self, positions: int) -> None:
         if self.max_context is not None and positions > self.max_context:
             limit = f"model {self.config.path} takes at most {self.max_context} positions"
             raise SettingError("context", positions, f"{limit}: lower the context")
 
     def _inputs(self, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
-        self.check_context(ids.shape[1])
+        self._check_length(ids.shape[1])
+        self.check_ids(ids)
         inputs: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.to(self.device, torch.int64)
@@ -338,32 +405,6 @@ def _blocks_before(hook_name: str) -> int:
     return int(match[1]) + (match[2] == "hook_resid_post") if match else 0
 
 
-def _check_shape(x: Tensor, ids: Tensor, name: str) -> Tensor:
-    """Returns x; raises SettingError unless its shape is [contexts, positions, d]."""
-    if x.dim() != 3 or x.shape[:2] != ids.shape:
-        shape = f"its output has shape {list(x.shape)}, not [contexts, positions, d]"
-        raise SettingError("hook_name", name, f"{shape}: name another module")
-    return x
-
-
-def _find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
-    """Returns the blocks: of the module lists with `n_layers` entries the one with most weights.
-
-    Raises: SourceError when there is no such list.
-    """
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers
-    ]
-    if not lists:
-        raise SourceError(
-            f"{type(model).__name__} has no list of {n_layers} blocks: only models with a plain "
-            "list of layers can be hooked"
-        )
-    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-
-
 # ---------------------------------------------------------------- loading
 
 
@@ -372,10 +413,10 @@ def load(config: ModelConfig) -> LanguageModel:
 
     Raises: SourceError when the folder is missing or incomplete, or the hub is not reached.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer
 
     with _load_errors_as_sentence(config) as path:
-        settings, model_class, options = _read_settings(config, path)
+        settings, model_class, options = read_settings(config.path, path, config.revision)
         if Path(path).is_dir():
             check_stored_weights(model_class, settings, Path(path))
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -384,18 +425,17 @@ def load(config: ModelConfig) -> LanguageModel:
             dtype=getattr(torch, config.dtype),
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused with the names and shapes below
             **options,
         )
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-    if missing:
-        raise SourceError(
-            f"model {config.path} lacks {len(missing)} weights (the first is {missing[0]!r}): "
-            "complete its folder or download it again"
-        )
+    layers = int(settings.get_text_config().num_hidden_layers)
+    blocks = path_of(model, find_blocks(model, layers))
+    check_loaded_weights(config.path, info, blocks, layers)
+    fit_tokenizer(tokenizer, embedding_rows(model), config.path)
     folder = Path(path)
     commit = getattr(settings, "_commit_hash", None) or str(config.revision)
     content = folder_digest(folder) if folder.is_dir() else commit
-    has_head = _has_head(settings)
+    has_head = model_class is not AutoModel
     return LanguageModel(model.eval().to(config.device), tokenizer, config, content, has_head)
 
 
@@ -425,11 +465,11 @@ def size(config: ModelConfig) -> Size:
     Raises: SourceError when its folder is missing or incomplete, or the hub is not reached.
     """
     with _load_errors_as_sentence(config) as path:
-        settings, model_class, _ = _read_settings(config, path)
+        settings, model_class, _ = read_settings(config.path, path, config.revision)
         with torch.device("meta"):
             model = model_class.from_config(settings)
     text = settings.get_text_config()
-    blocks = _find_blocks(model, int(text.num_hidden_layers))
+    blocks = find_blocks(model, int(text.num_hidden_layers))
     heads = int(getattr(text, "num_attention_heads", 1))
     head = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     return Size(
@@ -452,37 +492,9 @@ def _load_errors_as_sentence(config: ModelConfig) -> Iterator[str]:
     path = locate_model(config.path)
     check_device(config.device)
     try:
-        with silence_loggers(), hide_progress_bars():
+        with silence_loggers(), hide_progress_bars(), panics_as_errors():
             yield path
     except (SaelabError, MemoryError):
         raise
     except Exception as error:  # `transformers` raises any kind for a strange config.json
         raise load_error(config.path, path, error) from error
-
-
-def _read_settings(config: ModelConfig, path: str) -> tuple[Any, Any, dict[str, Any]]:
-    """Reads a model's settings; returns them, the model's class, and options for all readers."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if config.revision is not None:
-        options["revision"] = config.revision
-    settings = AutoConfig.from_pretrained(path, **options)
-    check_counts(settings)
-    return settings, AutoModelForCausalLM if _has_head(settings) else AutoModel, options
-
-
-def _has_head(settings: Any) -> bool:
-    """Returns whether the model predicts the next token."""
-    names = getattr(settings, "architectures", None) or []
-    return any(name.endswith(HEADS) for name in names)
-
-
-def check_device(name: str, setting: str = "model.device") -> None:
-    """Raises: SettingError for a device that this machine does not have."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise SettingError(setting, name, "no such device: use 'cpu' or 'cuda'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingError(setting, name, "this machine has no CUDA device: use 'cpu'")

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from saelab.data.devices import check_device
 from saelab.data.hub import hide_progress_bars
-from saelab.data.language_model import check_device
 from saelab.data.text import stdlib
 from saelab.errors import SettingError
 from saelab.progress import progress
@@ -259,7 +259,7 @@ def _build_or_resume(out: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerFa
         {
             "state": {
                 i: {
-                    "step": torch.tensor(float(state["step"])),
+                    "step": torch.tensor(float(state["step"]), dtype=torch.float32),
                     "exp_avg": tensors[f"mean.{n}"],
                     "exp_avg_sq": tensors[f"square.{n}"],
                 }
@@ -313,7 +313,7 @@ def sample(model, tokenizer, prompt: str, length: int, seed: int, temperature: f
     generator = torch.Generator().manual_seed(seed)
     ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     for _ in range(length):
-        logits = model(torch.tensor([ids])).logits[0, -1] / temperature
+        logits = model(torch.tensor([ids], dtype=torch.int64)).logits[0, -1] / temperature
         ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
     return tokenizer.decode(ids[1:])
 

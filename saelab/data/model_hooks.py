@@ -6,12 +6,14 @@ module's output is a tuple or its input a keyword argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+
+from saelab.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ def run_hooks(functions: Mapping[HookPoint, Callable[[Tensor], Tensor | None]]) 
     try:
         for point, function in functions.items():
             if point.side == "input":
-                hook = _input_hook(function)
+                hook = _input_hook(point.name, function)
                 handles.append(point.module.register_forward_pre_hook(hook, with_kwargs=True))
             else:
-                handles.append(point.module.register_forward_hook(_output_hook(function)))
+                handles.append(
+                    point.module.register_forward_hook(_output_hook(point.name, function))
+                )
         yield
     finally:
         for handle in handles:
@@ -59,37 +63,74 @@ def skip_modules(modules: Iterable[nn.Module], output: Any) -> Iterator[None]:
                 module.forward = forward
 
 
-def _output_hook(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+def _output_hook(name: str, function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            new = function(output[0])
-            return None if new is None else (new, *output[1:])
-        return function(output)
+        if isinstance(output, (tuple, list)) and output:
+            new = function(_tensor(output[0], name, module, "output"))
+            return None if new is None else type(output)([new, *output[1:]])
+        return function(_tensor(output, name, module, "output"))
 
     return hook
 
 
-def _input_hook(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+def _input_hook(name: str, function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            new = function(args[0])
+            new = function(_tensor(args[0], name, module, "input"))
             return None if new is None else ((new, *args[1:]), kwargs)
-        new = function(kwargs["hidden_states"])
+        new = function(_tensor(kwargs.get("hidden_states"), name, module, "input"))
         return None if new is None else (args, {**kwargs, "hidden_states": new})
 
     return hook
 
 
-def keep_shape_and_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _tensor(x: Any, name: str, module: nn.Module, side: str) -> Tensor:
+    """Returns x; raises SettingError unless it is a tensor."""
+    if not isinstance(x, Tensor):
+        problem = f"the {side} of its module ({type(module).__name__}) is {type(x).__name__}, "
+        raise SettingError("hook_name", name, f"{problem}not a tensor: name another module")
+    return x
+
+
+def with_contexts(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns [contexts * positions, d] as [contexts, positions, d], and anything else unchanged.
+
+    Args:
+        x: a module's activation; OPT's code joins contexts and positions.
+        shape: number of contexts and positions.
+    """
+    joined = x.dim() == 2 and len(x) == shape[0] * shape[1]
+    return x.view(*shape, x.shape[1]) if joined else x
+
+
+def keep_shape_and_dtype(
+    function: Callable[[Tensor], Tensor], shape: Sequence[int]
+) -> Callable[[Tensor], Tensor]:
     """Returns a function that applies a splice in float32 and keeps the activation's dtype.
+
+    Args:
+        function: the splice, of activations [contexts, positions, d].
+        shape: number of contexts and positions.
 
     Raises: ValueError, when it is called, if the splice changes the shape.
     """
 
     def replace(x: Tensor) -> Tensor:
-        new = function(x.float())
-        if new.shape != x.shape:
-            raise ValueError(f"a splice must keep the shape {list(x.shape)}, not {list(new.shape)}")
-        return new.to(x.dtype)
+        given = with_contexts(x.float(), shape)
+        new = function(given)
+        if new.shape != given.shape:
+            raise ValueError(
+                f"a splice must keep the shape {list(given.shape)}, not {list(new.shape)}"
+            )
+        return new.to(x.dtype).view_as(x)
 
     return replace
+
+
+def check_shape(x: Tensor, ids: Tensor, name: str) -> Tensor:
+    """Returns x as [contexts, positions, d]; raises SettingError if it is anything else."""
+    x = with_contexts(x, ids.shape)
+    if x.dim() != 3 or x.shape[:2] != ids.shape:
+        shape = f"its output has shape {list(x.shape)}, not [contexts, positions, d]"
+        raise SettingError("hook_name", name, f"{shape}: name another module")
+    return x

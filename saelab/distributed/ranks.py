@@ -14,6 +14,7 @@ On one rank every method returns its argument.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -263,9 +264,22 @@ class _Spread(torch.autograd.Function):
         return ctx.ranks._reduce(g, ctx.ranks.same_rows), None
 
 
+def started_by_torchrun() -> bool:
+    """Returns True in a process that torchrun has started, alone or with others."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def process_count() -> int:
-    """Returns the number of processes that torchrun has started for this job; 1 without it."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    """Returns the number of processes that torchrun has started for this job; 1 without it.
+
+    Raises: SettingError when WORLD_SIZE is not a number.
+    """
+    if not started_by_torchrun():
+        return 1
+    count = os.environ["WORLD_SIZE"]
+    if not re.fullmatch("[1-9][0-9]{0,5}", count):
+        raise SettingError("WORLD_SIZE", count, "is set by torchrun to a number: leave it out")
+    return int(count)
 
 
 def check_split(data: int | None, latents: int) -> int:

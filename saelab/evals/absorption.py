@@ -220,7 +220,7 @@ class _Counts:
         count, wanted = fires.sum(0)[:, None], on.sum(0)
         best = (2 * both / (count + wanted).clamp(min=1)).topk(min(TRIED, len(both)), dim=0).indices
         parts, going = torch.ones_like(wanted), torch.ones_like(wanted, dtype=torch.bool)
-        union, before = torch.zeros_like(on), torch.zeros(len(wanted))
+        union, before = torch.zeros_like(on), torch.zeros(len(wanted), dtype=torch.float32)
         for k, latents in enumerate(best, start=1):
             union |= fires[:, latents]
             f1 = 2 * (union & on).sum(0) / (union.sum(0) + wanted).clamp(min=1)
@@ -245,7 +245,9 @@ def _count_random(
     seen = 0
     for x, codes in paired_rows(source, truth):
         top = (x @ directions.T).topk(k, dim=1, sorted=False)
-        f = torch.zeros(len(x), n).scatter_(1, top.indices, top.values.clamp(min=0))
+        f = torch.zeros(len(x), n, dtype=torch.float32).scatter_(
+            1, top.indices, top.values.clamp(min=0)
+        )
         counts.count(f, codes)
         seen += len(x)
         if seen >= ROWS:

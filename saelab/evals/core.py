@@ -33,6 +33,7 @@ from saelab.evals.base import (
     number,
 )
 from saelab.kernels import Code
+from saelab.training.sample import check_rows_differ
 
 DEFINITION = "core/1"
 #: Rows encoded at once; bounds the dense code to that x d_sae floats. Our choice: a CPU keeps such
@@ -98,9 +99,14 @@ class CoreData:
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """All counted rows: x float32 [n, d], position int64 [n]."""
+        """All counted rows: x float32 [n, d], position int64 [n].
+
+        Raises: SourceError when all rows are the same.
+        """
         shards = [self.source.shard(i).rows() for i in range(self.source.n_shards)]
-        return torch.cat([x for x, _ in shards]), torch.cat([p for _, p in shards])
+        x = torch.cat([x for x, _ in shards])
+        check_rows_differ(x, "held-out activations")
+        return x, torch.cat([p for _, p in shards])
 
     @cached_property
     def shuffled_runs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +127,7 @@ class CoreData:
                 runs.append(Batch(rows.x[low:high].float(), rows.positions[low:high]))
         stride = max(1, round(math.sqrt(len(runs))))
         runs = [run for first in range(stride) for run in runs[first::stride]]
-        lengths = torch.tensor([0, *(run.n for run in runs)])
+        lengths = torch.tensor([0, *(run.n for run in runs)], dtype=torch.int64)
         x, positions = torch.cat([r.x for r in runs]), torch.cat([r.positions for r in runs])
         return x, positions, lengths.cumsum(0)
 
@@ -164,7 +170,7 @@ class CoreData:
         assert self.model is not None
         ids, mask = self.contexts
         ce: list[Tensor] = []
-        kl: list[Tensor] = [torch.zeros(0, ids.shape[1] - 1)]
+        kl: list[Tensor] = [torch.zeros(0, ids.shape[1] - 1, dtype=torch.float32)]
         batches = zip(ids.split(CONTEXTS), mask.split(CONTEXTS), self.starts, strict=True)
         for i, (batch, counted, start) in enumerate(batches):
             splice = (self.hook_name, _splice_counted(instead, counted)) if instead else None
@@ -329,7 +335,7 @@ def measure_reconstruction(
             most = int(starts[-1])
         x, positions = x[:most], positions[:most]
     groups = positions // BUCKET if by_position else torch.zeros_like(positions)
-    error, active, cosine = (torch.empty(len(x)) for _ in range(3))
+    error, active, cosine = (torch.empty(len(x), dtype=torch.float32) for _ in range(3))
     firings = torch.zeros(int(groups.max()) + 1, subject.d_sae, dtype=torch.int64)
     chunk = _rows_at_once(subject, data.device) if starts is None else len(x)
     for start in range(0, len(x), chunk):

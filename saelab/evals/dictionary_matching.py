@@ -127,7 +127,7 @@ def _auction_prices(similarity: Tensor) -> Tensor:
     second choice would be as good.
     """
     values, n = similarity.float(), similarity.shape[1]
-    prices, owner, free = torch.zeros(n), np.full(n, -1), np.arange(n)
+    prices, owner, free = torch.zeros(n, dtype=torch.float32), np.full(n, -1), np.arange(n)
     for _ in range(ROUNDS if n > 1 else 0):
         if len(free) == 0:
             break
@@ -161,7 +161,11 @@ def chance_cosines(n: int, d: int, seed: int) -> tuple[float, float]:
 
 def random_directions(n: int, d: int, seed: int, draw: int = 0) -> Tensor:
     """Draws random unit rows, float32 [n, d]."""
-    return normalize(torch.randn(n, d, generator=torch_stream(seed, "evaluation", "chance", draw)))
+    return normalize(
+        torch.randn(
+            n, d, generator=torch_stream(seed, "evaluation", "chance", draw), dtype=torch.float32
+        )
+    )
 
 
 def largest_cosines(rows: Tensor) -> Tensor:

@@ -117,11 +117,11 @@ def decoder_vectors(subject: Subject, device: str = "cpu") -> Tensor:
 
     Row j is decode(e_j) - decode(0), for any affine decoder.
     """
-    origin = subject.decode(torch.zeros(1, subject.d_sae, device=device))
+    origin = subject.decode(torch.zeros(1, subject.d_sae, device=device, dtype=torch.float32))
     parts = []
     for start in range(0, subject.d_sae, CHUNK):
         count = min(CHUNK, subject.d_sae - start)
-        one = torch.zeros(count, subject.d_sae, device=device)
+        one = torch.zeros(count, subject.d_sae, device=device, dtype=torch.float32)
         one[torch.arange(count), start + torch.arange(count)] = 1
         parts.append(subject.decode(one) - origin)
     return torch.cat(parts).float().cpu()
@@ -288,5 +288,8 @@ def _chance(source: Source, truth: KnownTruth, n: int, k: int, seed: int) -> dic
 def _mean(source: Source) -> Tensor:
     """Mean activation, float32 [d]."""
     shards = [source.shard(i).x.flatten(0, 1) for i in range(source.n_shards)]
-    total = sum((x.sum(0, dtype=torch.float64) for x in shards), torch.zeros(source.d).double())
+    total = sum(
+        (x.sum(0, dtype=torch.float64) for x in shards),
+        torch.zeros(source.d, dtype=torch.float64),
+    )
     return (total / sum(len(x) for x in shards)).float()

@@ -98,7 +98,8 @@ def survey(sae: SAE, source: Source, examples: int = 8) -> Survey:
     mean, tokens = _mean(source)
     firings, gain = (torch.zeros(sae.d_sae, dtype=torch.float64) for _ in range(2))
     power = 0.0
-    best = [torch.zeros(0, sae.d_sae)] + [torch.zeros(0, sae.d_sae, dtype=torch.int64)] * 2
+    none = torch.zeros(0, sae.d_sae, dtype=torch.int64)
+    best = [torch.zeros(0, sae.d_sae, dtype=torch.float32), none, none]
     rows = (sae.W_dec * sae.scale).cpu()
     norms = rows.square().sum(1)
     for block in _blocks(sae, source):
@@ -136,7 +137,8 @@ class _Block:
             if len(code):
                 value, row = code.max(0)
             else:
-                value, row = torch.zeros(d_sae), torch.zeros(d_sae, dtype=torch.int64)
+                value = torch.zeros(d_sae, dtype=torch.float32)
+                row = torch.zeros(d_sae, dtype=torch.int64)
             values.append(value)
             peaks.append(mask.nonzero()[:, 0][row] if len(code) else row)
         contexts = self.first + torch.arange(len(parts))
@@ -188,7 +190,9 @@ def pick(surveyed: Survey, n: int, seed: int) -> dict[int, str]:
     """
     n = min(n, surveyed.d_sae)
     fires = surveyed.density > 0
-    draw = torch.rand(surveyed.d_sae, generator=torch_stream(seed, "evaluation", "features"))
+    draw = torch.rand(
+        surveyed.d_sae, generator=torch_stream(seed, "evaluation", "features"), dtype=torch.float32
+    )
     rare = torch.where(fires, surveyed.density, torch.inf)
     keys = (-surveyed.density, rare, -surveyed.loss_share, draw.double())
     picked: dict[int, str] = {}

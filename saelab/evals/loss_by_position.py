@@ -26,6 +26,7 @@ from torch import Tensor
 
 from saelab.evals.base import Row, Subject, missing, number
 from saelab.evals.core import CoreData, TokenLosses
+from saelab.runtime.counting import count
 
 DEFINITION = "positions/1"
 METRICS = ("kl", "ce_clean", "ce_zero", "ce_spliced", "loss_recovered", "share")
@@ -105,7 +106,7 @@ def _slice_rows(
     if bool(measured.any()):
         yield number("token.kl", _mean(losses.kl, measured), DEFINITION, name)
     else:
-        contexts = f"the first {len(losses.kl)} contexts"
+        contexts = f"the first {count(len(losses.kl), 'context')}"
         reason = f"none of its tokens is in {contexts}, on which KL is measured"
         yield missing("token.kl", DEFINITION, reason, name)
     clean, zero = (_mean(data.reference_tokens[key], inside) for key in ("ce_clean", "ce_zero"))

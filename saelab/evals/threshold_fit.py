@@ -72,7 +72,9 @@ def _fit(sae: SAE, x: Tensor) -> list[Row]:
     values = dict(zip(FIT, (sign * slope, r2, slope, intercept), strict=True))
     rows = [number(f"consistency.{name}", value, DEFINITION) for name, value in values.items()]
     ranked = log_v.argsort()
-    for i in ranked[torch.linspace(0, len(ranked) - 1, min(POINTS, len(ranked))).long()].tolist():
+    for i in ranked[
+        torch.linspace(0, len(ranked) - 1, min(POINTS, len(ranked)), dtype=torch.float32).long()
+    ].tolist():
         where = f"latent={int(features[i])}"
         rows.append(number("consistency.variance", float(log_v[i].exp()), DEFINITION, where))
         rows.append(number("consistency.threshold", float(log_t[i].exp()), DEFINITION, where))

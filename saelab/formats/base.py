@@ -110,7 +110,8 @@ class Plain:
     def validate(self, where: Path) -> Plain:
         """Returns itself after a check of shapes and values; `where` is named in the message.
 
-        Raises: SourceError when the shapes do not fit together or a weight is not finite.
+        Raises: SourceError when the shapes do not fit together, a weight is not finite, or k is
+            more than there are latents.
         """
         if self.W_enc.dim() != 2:
             raise SourceError(f"{where}: the encoder is not a matrix: name an SAE's directory")
@@ -125,6 +126,8 @@ class Plain:
                 raise SourceError(f"{where}: {name} has the shape {actual}, not {list(shape)}")
             if not bool(tensor.isfinite().all()):
                 raise SourceError(f"{where}: {name} holds a value that is not finite")
+        if self.k is not None and not 1 <= self.k <= self.d_sae:
+            raise SourceError(f"{where}: k = {self.k}, but there are {self.d_sae} latents")
         return self
 
     # ---- folding what other tools store separately ---------------------------------------------

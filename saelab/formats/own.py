@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from saelab import checkpoint
-from saelab.formats.base import Loaded, Origin
+from saelab.errors import SourceError
+from saelab.formats.base import MATRICES, Loaded, Origin
 
 FILES = ("sae.json", "sae.safetensors")
 
@@ -13,8 +14,12 @@ FILES = ("sae.json", "sae.safetensors")
 def load(folder: Path) -> Loaded:
     """Loads a folder of `checkpoint.save`.
 
-    Raises: SourceError and DamageError as `checkpoint.load`.
+    Raises: SourceError and DamageError as `checkpoint.load`; SourceError for a weight that is not
+        finite.
     """
     sae, about = checkpoint.load(folder)
+    for name in (*MATRICES, "scale"):
+        if not bool(getattr(sae, name).isfinite().all()):
+            raise SourceError(f"{folder}: {name} holds a value that is not finite: train it again")
     origin = Origin(str(about.get("model") or ""), str(about.get("hook_name") or ""))
     return Loaded(sae, origin, about)

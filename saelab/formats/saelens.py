@@ -10,17 +10,18 @@
 
     activation_scaler.json, activation_whitening.safetensors    of a training checkpoint
 
-`RULES` says for every field whether it is honoured, changes nothing, or is refused; docs/formats.md
-shows the table. A field of cfg.json that the table lacks is refused, because it may change what the
-SAE computes; metadata that the table lacks is only descriptive.
+`RULES` (saelens_fields.py) says for every field whether it is honoured, changes nothing, or is
+refused; docs/formats.md shows the table. A field of cfg.json that the table lacks is refused,
+because it may change what the SAE computes; metadata that the table lacks is only descriptive.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -37,142 +38,24 @@ from saelab.formats.base import (
     shape_errors_as_source_error,
     take,
 )
+from saelab.formats.saelens_fields import (
+    DESCRIBES,
+    HARMLESS,
+    OLD_NAMES,
+    OTHER_WEIGHTS,
+    RULES,
+    SCALER,
+    WHITENING,
+)
 from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically, write_json
 from saelab.version import __version__
 
 FILES = CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 #: The version whose layout is written. SAELens takes a cfg.json without a version of 6 or later for
 #: an old flat one.
 VERSION = "6.54.0"
 DTYPES = {"float32", "float64", "float16", "bfloat16"}
-
-# ---- the fields ---------------------------------------------------------------------------------
-
-Kind = Literal["honoured", "nothing", "refused"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """The treatment of a field.
-
-    Args:
-        kind: 'honoured'; 'nothing', if it does not change the function; or 'refused'.
-        reason: what is done, or the reason for the refusal and the remedy.
-        unused: values that a refused field may have, because they mean that it is not used.
-    """
-
-    kind: Kind
-    reason: str
-    unused: tuple[Any, ...] = (None, False)
-
-    def accepts(self, value: Any) -> bool:
-        """Returns whether an SAE with this value is read; head 0 is not the same as no head."""
-        equal = (type(value) is type(other) and value == other for other in self.unused)
-        return self.kind != "refused" or any(equal)
-
-
-def _rules(kind: Kind, reason: str, *names: str, **options: Any) -> dict[str, Rule]:
-    return {name: Rule(kind, reason, **options) for name in names}
-
-
-RULES: dict[str, Rule] = {
-    **_rules("honoured", "decides which tensors there are and what they compute", "architecture"),
-    **_rules("honoured", "compared with the shapes of the weights", "d_in", "d_sae"),
-    **_rules("honoured", "weights are rounded to it; arithmetic is float32 here", "dtype"),
-    **_rules("honoured", "active latents per row of a topk SAE", "k"),
-    **_rules("honoured", "whether b_dec is subtracted before the encoder", "apply_b_dec_to_input"),
-    **_rules(
-        "honoured",
-        "'none' needs nothing; 'expected_average_only_in' and 'covariance_whitening' are folded "
-        f"with the statistics in {SCALER} or {WHITENING} and refused without them; 'layer_norm' "
-        "and 'constant_norm_rescale' are refused",
-        "normalize_activations",
-    ),
-    **_rules(
-        "honoured", "decoder norms are folded into the encoder", "rescale_acts_by_decoder_norm"
-    ),
-    **_rules(
-        "refused",
-        "belongs to an SAE on the concatenated outputs of attention heads: activations here have "
-        "no heads",
-        "reshape_activations",
-        unused=("none", None),
-    ),
-    **_rules(
-        "refused",
-        "is not an activation of SAELens 6: only relu and topk are read",
-        "activation_fn",
-        unused=("relu", "topk", None),
-    ),
-    **_rules("honoured", "k of an old topk SAE; other entries are refused", "activation_fn_kwargs"),
-    **_rules(
-        "refused",
-        "multiplies the code by a learned factor, which SAELens 6 can't load: fold it into W_dec",
-        "finetuning_scaling_factor",
-    ),
-    **_rules(
-        "refused",
-        "adds the error of the reconstruction back, so that nothing could be measured: set it to "
-        "false",
-        "use_error_term",
-    ),
-    **_rules(
-        "refused",
-        "belongs to a transcoder, which reconstructs other activations than it reads: only "
-        "autoencoders are read",
-        *("d_out", "hook_name_out", "hook_layer_out", "hook_head_index_out", "hf_hook_name_out"),
-    ),
-    **_rules(
-        "refused",
-        "selects one attention head, but activations here contain all heads",
-        "hook_head_index",
-    ),
-    **_rules(
-        "honoured",
-        "'center_writing_weights' is refused: it subtracts the mean of every activation, so the "
-        "SAE belongs to a processed model; settings that do not change activations at these hooks "
-        "are read (fold_ln, fold_value_biases, center_unembed, refactor_factored_attn_matrices, "
-        "dtypes and devices); other weights (revision, checkpoint_index) are reported as a "
-        "difference; all else is refused",
-        "model_from_pretrained_kwargs",
-    ),
-    **_rules("honoured", "compared with those of the data", "model_name", "hook_name"),
-    **_rules("honoured", "compared: contexts here begin with BOS", "prepend_bos"),
-    **_rules("honoured", "compared: all positions count here", "seqpos_slice"),
-    **_rules(
-        "nothing",
-        "describes the training run",
-        *("context_size", "dataset_path", "hook_layer", "model_class_name", "neuronpedia_id"),
-        *("exclude_special_tokens", "sae_lens_version", "sae_lens_training_version"),
-        *("training_architecture", "training_architecture_details", "hf_hook_name"),
-    ),
-    **_rules("nothing", "where it was computed", "device"),
-    **_rules(
-        "nothing",
-        "is used only in training",
-        *("l1_coefficient", "lp_norm", "l1_warm_up_steps", "decoder_init_norm"),
-        *("use_sparse_activations", "aux_loss_coefficient", "topk_threshold_lr"),
-        *("matryoshka_widths", "use_matryoshka_aux_loss", "jumprelu_init_threshold"),
-        *("jumprelu_bandwidth", "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale"),
-        *("jumprelu_ste_to_input", "l0_coefficient", "l0_warm_up_steps"),
-        *("pre_act_loss_coefficient", "target_l0"),
-    ),
-}
-#: Metadata that is preserved when such an SAE is written again.
-DESCRIBES = {name for name, rule in RULES.items() if rule.kind != "refused"} | {"saelab"}
-#: Options for loading a TransformerLens model that do not change activations at our hook points.
-HARMLESS = {
-    *("fold_ln", "fold_value_biases", "center_unembed", "refactor_factored_attn_matrices"),
-    *("dtype", "torch_dtype", "device", "device_map", "n_devices", "n_ctx", "trust_remote_code"),
-    *("first_n_layers", "default_padding_side", "local_files_only"),
-}
-#: Options that select other weights of the same model: reported as a difference.
-OTHER_WEIGHTS = ("revision", "checkpoint_index", "checkpoint_value")
-#: Old names of fields, before 6.0.
-OLD_NAMES = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
-OLD_NAMES |= {"activation_fn_str": "activation_fn", "hook_point_layer": "hook_layer"}
 
 
 def _as_current_form(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bool]:
@@ -182,9 +65,6 @@ def _as_current_form(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     if version.split(".")[0].isdigit() and int(version.split(".")[0]) >= 6:
         return {n: v for n, v in config.items() if n != "metadata"}, metadata, False
     flat = {OLD_NAMES.get(name, name): value for name, value in (config | metadata).items()}
-    k = _entries(flat, "activation_fn_kwargs").get("k")
-    if flat.get("activation_fn") == "topk" and k is not None:
-        flat |= {"architecture": "topk", "k": k}
     if "hook_z" in str(flat.get("hook_name", "")):
         flat.setdefault("reshape_activations", "hook_z")
     kinds = {True: "expected_average_only_in", False: "none", None: "none"}
@@ -245,6 +125,39 @@ def _round_to_dtype(
     return {key: tensor.to(getattr(torch, name)).float() for key, tensor in tensors.items()}
 
 
+def _with_topk(fields: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Returns the fields of a TopK SAE in the current form, however they say it; others unchanged.
+
+    Raises: SettingError for a k of two values, or one that the architecture does not use.
+    """
+    architecture = str(fields.get("architecture", "standard"))
+    named = fields.get("activation_fn") == "topk"
+    nested = _entries(fields, "activation_fn_kwargs").get("k")
+    k = fields.get("k") if fields.get("k") is not None else nested
+    if named and architecture not in ("standard", "topk"):
+        remedy = f"does not fit architecture {architecture!r}: save the SAE again"
+        raise SettingError(f"{where}: activation_fn", "topk", remedy)
+    if architecture == "standard" and not named:
+        if k is not None:
+            remedy = "belongs to a topk SAE: set architecture to 'topk', or leave k out"
+            raise SettingError(f"{where}: k", k, remedy)
+        return dict(fields)
+    if nested is not None and nested != k:
+        raise SettingError(f"{where}: activation_fn_kwargs.k", nested, f"k is {k}: leave one out")
+    return {**fields, "architecture": "topk" if named else architecture, "k": k}
+
+
+def _switch(fields: Mapping[str, Any], name: str, default: bool, where: Path) -> bool:
+    """Returns a field that is true or false.
+
+    Raises: SettingError when it is anything else; a text such as "false" would count as true.
+    """
+    value = fields.get(name, default)
+    if not isinstance(value, bool):
+        raise SettingError(f"{where}: {name}", value, "use true or false")
+    return value
+
+
 # ---- reading ------------------------------------------------------------------------------------
 
 
@@ -258,6 +171,7 @@ def load(folder: Path) -> Loaded:
     fields, metadata, old = _as_current_form(read_config(where))
     _check(where, fields, all_known=not old)
     _check(where, metadata, all_known=False)
+    fields = _with_topk(fields, where)
     architecture = str(fields.get("architecture", "standard"))
     if architecture not in READERS:
         remedy = f"only autoencoders of these kinds are read: {', '.join(READERS)}"
@@ -266,14 +180,15 @@ def load(folder: Path) -> Loaded:
     tensors = _round_to_dtype(tensors, fields, where)
     with shape_errors_as_source_error(folder / WEIGHTS):
         plain = READERS[architecture](tensors, fields, folder / WEIGHTS)
-    plain = replace(plain, centre=bool(fields.get("apply_b_dec_to_input", True)))
+    plain = replace(plain, centre=_switch(fields, "apply_b_dec_to_input", True, where))
     plain = plain.validate(folder / WEIGHTS)
     for name, size in (("d_in", plain.d_in), ("d_sae", plain.d_sae)):
         if fields.get(name, size) != size:
             raise SettingError(f"{where}: {name}", fields[name], f"the weights have {size}")
     about = {"context": metadata.get("context_size"), "dataset": metadata.get("dataset_path")}
     about["saelens"] = {name: metadata.get(name) for name in metadata if name in DESCRIBES}
-    return Loaded(_fold_normalisation(plain, fields, folder).build(), _origin(metadata, old), about)
+    plain = _fold_normalisation(plain, fields, folder).validate(folder / WEIGHTS)
+    return Loaded(plain.build(), _origin(metadata, old), about)
 
 
 def _drop_unused_factor(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -299,9 +214,10 @@ def _read_standard(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], whe
 
 def _read_topk(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
     k = fields.get("k")
-    if not isinstance(k, int) or k < 1:
+    if type(k) is not int or k < 1:
         raise SettingError(f"{where.parent / CONFIG}: k", k, "use a whole number of at least 1")
-    return replace(_fold_decoder_norms(_from_linear(take(tensors, MATRICES, where)), fields), k=k)
+    plain = _from_linear(take(tensors, MATRICES, where))
+    return replace(_fold_decoder_norms(plain, fields, where), k=k)
 
 
 def _read_jumprelu(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
@@ -314,7 +230,7 @@ def _read_jumprelu(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], whe
 
 def _read_batchtopk(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
     tensors = take(tensors, (*MATRICES, "topk_threshold"), where)
-    plain = _fold_decoder_norms(_from_linear(tensors), fields)
+    plain = _fold_decoder_norms(_from_linear(tensors), fields, where)
     return replace(plain, threshold=tensors["topk_threshold"].expand(plain.d_sae))
 
 
@@ -325,8 +241,9 @@ def _read_gated(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where:
     return plain.with_gate(tensors["r_mag"].exp(), tensors["b_gate"], tensors["b_mag"])
 
 
-def _fold_decoder_norms(plain: Plain, fields: Mapping[str, Any]) -> Plain:
-    return plain.with_unit_decoder() if fields.get("rescale_acts_by_decoder_norm") else plain
+def _fold_decoder_norms(plain: Plain, fields: Mapping[str, Any], where: Path) -> Plain:
+    name = "rescale_acts_by_decoder_norm"
+    return plain.with_unit_decoder() if _switch(fields, name, False, where) else plain
 
 
 #: Architecture -> function that reads its tensors.
@@ -355,6 +272,9 @@ def _fold_normalisation(plain: Plain, fields: Mapping[str, Any], folder: Path) -
         if factor is None:
             remedy = f"its factor is not in {SCALER}: fold it in SAELens before saving"
             raise SettingError(setting, kind, f"{remedy} (fold_activation_norm_scaling_factor)")
+        if type(factor) not in (int, float) or not 0 < factor < math.inf:
+            remedy = "is not a positive number: save the SAE again"
+            raise SettingError(f"{folder / SCALER}: scaling_factor", factor, remedy)
         return plain.without_scaling(float(factor))
     if kind == "covariance_whitening":
         if not _has(folder, WHITENING):

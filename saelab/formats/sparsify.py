@@ -42,8 +42,9 @@ def load(folder: Path) -> Loaded:
     tensors = take(read_tensors(folder / WEIGHTS), TENSORS, folder / WEIGHTS)
     w_enc, b_enc, w_dec, b_dec = (tensors[name].float() for name in TENSORS)
     plain = Plain(w_enc, b_enc, w_dec, b_dec, k=config["k"]).validate(folder / WEIGHTS)
-    if config.get("d_in", plain.d_in) != plain.d_in:
-        raise SettingError(f"{where}: d_in", config["d_in"], f"the weights have {plain.d_in}")
+    for name, size in (("d_in", plain.d_in), ("num_latents", plain.d_sae)):
+        if config.get(name, size) not in (size, 0):  # 0: d_in times the expansion factor
+            raise SettingError(f"{where}: {name}", config[name], f"the weights have {size}")
     return Loaded(plain.build(), Origin(_model(folder), _hook(folder.resolve().name)), config)
 
 
@@ -63,7 +64,7 @@ def _check(where: Path, config: dict[str, object]) -> None:
         remedy = "no part here takes the largest latent of each group: only topk is read"
         raise SettingError(f"{where}: activation", config["activation"], remedy)
     k = config.get("k")
-    if not isinstance(k, int) or k < 1:
+    if type(k) is not int or k < 1:
         raise SettingError(f"{where}: k", k, "use a whole number of at least 1")
 
 

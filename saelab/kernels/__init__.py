@@ -20,6 +20,7 @@ from saelab.kernels.table import (
     Precision,
     has_fast_bfloat16,
     kernels_for,
+    kernels_kind,
     kernels_name,
     selection_dtype,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "has_fast_bfloat16",
     "jump",
     "kernels_for",
+    "kernels_kind",
     "kernels_name",
     "mean_square",
     "moments",

@@ -1,37 +1,28 @@
 """The kernels for CPUs: `native.cpp`, compiled on the machine where it runs and called by ctypes.
 
-It is compiled once (about 3 s) with the machine's own C++ compiler and stored in the user's cache
-under a hash of source, compiler and CPU. If that fails, `library()` is None, `unavailable_reason()`
-says why, and the eager kernels are used. `SAELAB_KERNELS=eager` asks for those.
+It is compiled once (about 3 s) with the machine's own C++ compiler (`build.py`). If that fails,
+`library()` is None, `unavailable_reason()` says why, and the eager kernels are used.
+`SAELAB_KERNELS=eager` asks for those.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from saelab.kernels import eager
+from saelab.kernels.build import Unavailable, load_library
+from saelab.runtime.variables import is_set_to
 
 if TYPE_CHECKING:
     from saelab.kernels.code import Support
     from saelab.kernels.eager import Adaptation
 
-SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
-COMPILERS = ("g++", "clang++", "c++")
-TIMEOUT = 120  # seconds for the compiler
 #: Bytes that stay in a core's own cache together with other data. Our choice: half of 1 MiB.
 CACHE_BYTES = 1 << 19
 #: Share of all pairs that the first scan for a code has room for. Our choice: several times that of
@@ -67,11 +58,7 @@ for _suffix in ("float32", "bfloat16"):
     }
 
 
-# ---------------------------------------------------------------- building
-
-
-class Unavailable(Exception):
-    """The kernels can't be built or loaded on this machine; the message says why."""
+# ---------------------------------------------------------------- loading
 
 
 @functools.cache
@@ -80,7 +67,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if eager_requested():
         return None, "SAELAB_KERNELS=eager asks for the plain ones"
     try:
-        library = ctypes.CDLL(str(_build()))
+        library = load_library()
     except (Unavailable, OSError) as error:
         return None, str(error)
     for name, (result, arguments) in _SIGNATURES.items():
@@ -90,8 +77,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def eager_requested() -> bool:
-    """Returns whether the environment asks for the eager kernels, on any device."""
-    return os.environ.get("SAELAB_KERNELS") == "eager"
+    """Returns whether the environment asks for the eager kernels, on any device.
+
+    Raises: SettingError when SAELAB_KERNELS has another value.
+    """
+    return is_set_to("SAELAB_KERNELS", "eager")
 
 
 def library() -> ctypes.CDLL | None:
@@ -104,87 +94,6 @@ def unavailable_reason() -> str:
     return _load()[1]
 
 
-def _build() -> Path:
-    """Returns the compiled library's file, which is compiled if the cache does not have it.
-
-    Raises: Unavailable when there is no compiler, it fails, or no folder can be written.
-    """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
-    if compiler is None:
-        raise Unavailable(f"no C++ compiler ({', '.join(COMPILERS)}) is installed")
-    key = hashlib.sha256(SOURCE.read_bytes())
-    key.update(repr((_version(compiler), FLAGS, _cpu())).encode())
-    name = f"saelab-{key.hexdigest()[:16]}.so"
-    reason = ""
-    for folder in _folders():
-        file = folder / name
-        if file.is_file():
-            return file
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            return _compile(compiler, file)
-        except OSError as error:
-            reason = str(error)
-    raise Unavailable(f"no folder to store the compiled kernels in ({reason})")
-
-
-def _folders() -> list[Path]:
-    """Lists the folders for the compiled file: the user's cache and, in case that can't be written,
-    a temporary folder that only this user can write."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    temporary = Path(tempfile.gettempdir()) / f"saelab-kernels-{user}"
-    return [cache / "saelab", *([temporary] if _is_private(temporary) else [])]
-
-
-def _is_private(folder: Path) -> bool:
-    """Returns whether no other user could have put anything into the folder."""
-    if not folder.exists():
-        return True
-    status = folder.lstat()
-    return folder.is_dir() and status.st_uid == os.getuid() and not status.st_mode & 0o022
-
-
-def _version(compiler: str) -> str:
-    """Returns the first line of what the compiler says of its version."""
-    return _output([compiler, "--version"]).splitlines()[0]
-
-
-def _cpu() -> str:
-    """Describes the CPU as far as -march=native depends on it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"
-
-
-def _compile(compiler: str, file: Path) -> Path:
-    """Compiles the source to `file`, which appears complete or not at all."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        temporary = Path(folder) / file.name
-        _output([compiler, *FLAGS, str(SOURCE), "-o", str(temporary)])
-        temporary.replace(file)
-    return file
-
-
-def _output(command: list[str]) -> str:
-    """Runs a command and returns what it printed.
-
-    Raises: Unavailable when it does not run or fails.
-    """
-    try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]} does not run ({error})") from error
-    if result.returncode:
-        message = (result.stderr.strip() or "no message").splitlines()[0]
-        raise Unavailable(f"{command[0]} failed: {message}")
-    return result.stdout or result.stderr or " "
-
-
 # ---------------------------------------------------------------- calls
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -195,6 +104,17 @@ def _function(name: str, dtype: torch.dtype | None = None) -> Any:
     kernels = library()
     assert kernels is not None
     return getattr(kernels, name if dtype is None else f"{name}_{DTYPES[dtype]}")
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Allocates an output on the CPU, whatever torch's default dtype and device are: the compiled
+    functions write that many bytes."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _all_float32(*inputs: Tensor | None) -> bool:
+    """Returns whether the compiled functions can read all these inputs; None is left out."""
+    return all(x is None or x.dtype == torch.float32 for x in inputs)
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -225,13 +145,13 @@ def _scan_with_retry(
 
 def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] | None:
     """Computes `eager.above`."""
-    if z.dtype not in DTYPES:
+    if z.dtype not in DTYPES or not _all_float32(floor):
         return eager.above(z, floor, limit)
     z, floor = z.contiguous(), None if floor is None else floor.contiguous()
-    offsets = torch.empty(z.shape[0] + 1, dtype=torch.int64)
+    offsets = _empty(z.shape[0] + 1, dtype=torch.int64)
 
     def scan(room: int) -> tuple[list[Tensor], int]:
-        latents = torch.empty(room, dtype=torch.int64)
+        latents = _empty(room, dtype=torch.int64)
         nnz = _function("above", z.dtype)(
             z.data_ptr(),
             _pointer(floor),
@@ -251,16 +171,16 @@ def trace_above(
     z: Tensor, rule: Adaptation, starts: Tensor, drivers: Tensor, limit: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """Computes `eager.trace_above` in one pass over z; the trace is held for one row at a time."""
-    if z.dtype not in DTYPES or rule.rho.dtype != torch.float32:
+    if z.dtype not in DTYPES or not _all_float32(*rule):
         return eager.trace_above(z, rule, starts, drivers, limit)
     z, rules = z.contiguous(), torch.stack(rule)
     starts, drivers = starts.contiguous(), drivers.contiguous()
-    offsets = torch.empty(z.shape[0] + 1, dtype=torch.int64)
-    moments = torch.empty(3, z.shape[1])
+    offsets = _empty(z.shape[0] + 1, dtype=torch.int64)
+    moments = _empty(3, z.shape[1])
 
     def scan(room: int) -> tuple[list[Tensor], int]:
-        latents = torch.empty(room, dtype=torch.int64)
-        trace, slope = torch.empty(room), torch.empty(room)
+        latents = _empty(room, dtype=torch.int64)
+        trace, slope = _empty(room), _empty(room)
         nnz = _function("traced", z.dtype)(
             z.data_ptr(),
             rules.data_ptr(),
@@ -287,7 +207,7 @@ def topk(z: Tensor, k: int) -> Tensor:
     if z.dtype not in DTYPES:
         return eager.topk(z, k)
     z = z.contiguous()
-    out = torch.empty(z.shape[0], k, dtype=torch.int64)
+    out = _empty(z.shape[0], k, dtype=torch.int64)
     _function("topk", z.dtype)(z.data_ptr(), *z.shape, k, torch.get_num_threads(), out.data_ptr())
     return out
 
@@ -303,7 +223,7 @@ def kth_largest(z: Tensor, rank: int) -> float:
 def by_latent(offsets: Tensor, latents: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     """Computes `eager.by_latent` by counting."""
     order, rows = torch.empty_like(latents), torch.empty_like(latents)
-    starts = torch.empty(d_sae + 1, dtype=torch.int64)
+    starts = _empty(d_sae + 1, dtype=torch.int64)
     _function("by_latent")(
         offsets.data_ptr(),
         latents.data_ptr(),
@@ -318,9 +238,9 @@ def by_latent(offsets: Tensor, latents: Tensor, d_sae: int) -> tuple[Tensor, Ten
 
 def firings(values: Tensor, support: Support) -> tuple[Tensor, int]:
     """Computes `eager.firings`."""
-    if values.dtype != torch.float32:
+    if not _all_float32(values):
         return eager.firings(values, support)
-    values, out = values.contiguous(), torch.empty(support.d_sae, dtype=torch.int64)
+    values, out = values.contiguous(), _empty(support.d_sae, dtype=torch.int64)
     active = _function("firings")(
         values.data_ptr(), support.latents.data_ptr(), support.nnz, support.d_sae, out.data_ptr()
     )
@@ -329,10 +249,10 @@ def firings(values: Tensor, support: Support) -> tuple[Tensor, int]:
 
 def encode(u: Tensor, w: Tensor, bias: Tensor | None, support: Support) -> Tensor:
     """Computes `eager.encode` latent by latent, so that w is read once and in order."""
-    if u.dtype != torch.float32:
+    if not _all_float32(u, w, bias):
         return eager.encode(u, w, bias, support)
     u, w, bias = u.contiguous(), w.contiguous(), None if bias is None else bias.contiguous()
-    out = torch.empty(support.nnz)
+    out = _empty(support.nnz)
     _function("encode")(
         u.data_ptr(),
         w.data_ptr(),
@@ -347,10 +267,10 @@ def encode(u: Tensor, w: Tensor, bias: Tensor | None, support: Support) -> Tenso
 
 def encode_backward(g: Tensor, u: Tensor, support: Support) -> tuple[Tensor, Tensor]:
     """Computes `eager.encode_backward`."""
-    if u.dtype != torch.float32:
+    if not _all_float32(g, u):
         return eager.encode_backward(g, u, support)
     g, u = g.contiguous(), u.contiguous()
-    g_w, g_b = torch.empty(support.d_sae, u.shape[1]), torch.empty(support.d_sae)
+    g_w, g_b = _empty(support.d_sae, u.shape[1]), _empty(support.d_sae)
     _function("encode_backward")(
         g.data_ptr(),
         u.data_ptr(),
@@ -368,10 +288,10 @@ def decode(values: Tensor, w: Tensor, support: Support) -> Tensor:
 
     Both orders add the terms of a row in the same order: by rising latent.
     """
-    if w.dtype != torch.float32:
+    if not _all_float32(values, w):
         return eager.decode(values, w, support)
     values, w = values.contiguous(), w.contiguous()
-    out = torch.empty(support.n_rows, w.shape[1])
+    out = _empty(support.n_rows, w.shape[1])
     if torch.get_num_threads() == 1 and 4 * out.numel() <= CACHE_BYTES < 4 * w.numel():
         shape = w.shape[0], *out.shape
         _function("combine_by_latent")(
@@ -394,7 +314,7 @@ def decode_backward(
     g: Tensor, values: Tensor, w: Tensor, support: Support, shares: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Computes `eager.decode_backward`, both results from one read of g."""
-    if w.dtype != torch.float32:
+    if not _all_float32(g, values, w, shares):
         return eager.decode_backward(g, values, w, support, shares)
     g, values, w = g.contiguous(), values.contiguous(), w.contiguous()
     shares = None if shares is None else shares.contiguous()
@@ -415,7 +335,7 @@ def decode_backward(
 
 def project_out(g: Tensor, w: Tensor) -> None:
     """Computes `eager.project_out`."""
-    if not _in_place(g) or w.dtype != torch.float32:
+    if not _in_place(g) or not _all_float32(w):
         eager.project_out(g, w)
         return
     w = w.contiguous()
@@ -437,10 +357,10 @@ def _in_place(x: Tensor) -> bool:
 
 def gram_product(z: Tensor, weights: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Computes `eager.gram_product` from one read of z, on one thread."""
-    if z.dtype != torch.float32:
+    if not _all_float32(z, weights, v):
         return eager.gram_product(z, weights, v)
     z, weights, v = z.contiguous(), weights.contiguous(), v.contiguous()
-    along, out = torch.empty(z.shape[0]), torch.empty(z.shape[1])
+    along, out = _empty(z.shape[0]), _empty(z.shape[1])
     _function("gram_product")(
         z.data_ptr(),
         weights.data_ptr(),
@@ -454,7 +374,7 @@ def gram_product(z: Tensor, weights: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 
 def pool(values: Tensor, support: Support, cuts: Tensor, sums: Tensor) -> None:
     """Computes `eager.pool`."""
-    if values.dtype != torch.float32 or not sums.is_contiguous():
+    if not _all_float32(values, sums) or not sums.is_contiguous():
         eager.pool(values, support, cuts, sums)
         return
     values, cuts = values.contiguous(), cuts.contiguous()

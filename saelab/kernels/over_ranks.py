@@ -57,7 +57,8 @@ def gather_code(code: Code, d_sae: int, ranks: Ranks) -> Code:
         whole = torch.cat([block[:, :n] for block, n in zip(blocks, widths, strict=True)], 1)
         return Code(whole, whole, None)
     assert support is not None
-    counts = ranks.gather(torch.tensor([nnz], device=code.values.device)).tolist()
+    count = torch.tensor([nnz], dtype=torch.int64, device=code.values.device)
+    counts = ranks.gather(count).tolist()
     pairs = torch.stack([support.rows, support.latents + ranks.own(d_sae).start])
     rows, latents = _gather_columns(pairs, counts, ranks)
     both = torch.stack([code.values.detach(), code.pre.detach()])

@@ -14,6 +14,7 @@ finds no C compiler, or if `SAELAB_KERNELS=eager` asks for it.
 from __future__ import annotations
 
 import functools
+import sys
 from types import ModuleType
 from typing import Literal
 
@@ -22,31 +23,56 @@ import torch
 from saelab.kernels import eager, native
 
 Precision = Literal["auto", "float32", "bfloat16"]
+CPU = torch.device("cpu")
 
 
 def kernels_for(device: torch.device) -> ModuleType:
-    """Returns the module for tensors of that device: `native`, `gpu` or `eager`."""
+    """Returns the module for tensors of that device: `native`, `gpu` or `eager`.
+
+    Eager kernels that nobody asked for are reported on stderr, once.
+    """
     if device.type == "cuda":
-        return _cuda_kernels()
-    return native if device.type == "cpu" and native.library() is not None else eager
+        kernels, reason = _cuda_kernels()
+    elif device.type == "cpu" and native.library() is not None:
+        return native
+    else:
+        kernels, reason = eager, native.unavailable_reason()
+    if reason and not native.eager_requested():
+        _report_fallback(reason)
+    return kernels
 
 
 @functools.cache
-def _cuda_kernels() -> ModuleType:
+def _report_fallback(reason: str) -> None:
+    print(f"the slower eager kernels are used: {reason}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _cuda_kernels() -> tuple[ModuleType, str]:
     """Returns `gpu`, imported at the first call because only torch's CUDA packages bring Triton, or
-    `eager`."""
+    `eager` with the reason."""
     if native.eager_requested():
-        return eager
+        return eager, "SAELAB_KERNELS=eager asks for them"
     try:
         from saelab.kernels import gpu
-    except ImportError:
-        return eager
-    return eager if gpu.unavailable_reason() else gpu
+    except ImportError as error:
+        return eager, f"Triton can't be imported ({error})"
+    reason = gpu.unavailable_reason()
+    return (eager, reason) if reason else (gpu, "")
 
 
-def kernels_name() -> str:
-    """Returns 'native', or 'eager' with the reason, for the kernels on the CPU in a manifest."""
-    return "native" if native.library() is not None else f"eager ({native.unavailable_reason()})"
+def kernels_kind(device: torch.device) -> str:
+    """Returns 'native', 'gpu' or 'eager': the kernels for tensors of that device."""
+    return kernels_for(device).__name__.rpartition(".")[2]
+
+
+def kernels_name(device: torch.device = CPU) -> str:
+    """Returns `kernels_kind`, with the reason for eager ones, for a manifest."""
+    kind = kernels_kind(device)
+    if kind != "eager":
+        return kind
+    reason = _cuda_kernels()[1] if device.type == "cuda" else native.unavailable_reason()
+    return f"eager ({reason or 'the only ones for this device'})"
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

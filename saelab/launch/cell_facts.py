@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,8 +22,13 @@ from saelab.training.loop import Cell
 PROBED = "sae_top_5_test_accuracy"
 
 
+#: Largest float32.
+LARGEST = float(torch.finfo(torch.float32).max)
 #: Metrics that the gate looks at under their own names.
-MEASURED = ("l0", "explained_variance", "loss_recovered", "dead_share")
+MEASURED = (
+    *("l0", "explained_variance", "loss_recovered", "dead_share"),
+    *("ce_clean", "ce_spliced", "ce_zero"),
+)
 
 
 #: Held-out rows on which a code is asked whether it is constant, and contexts that the activations
@@ -80,15 +86,29 @@ def _weights_facts(sae: Any, largest: Tensor | None) -> dict[str, float]:
     return {"weights_zero": float(zero), "near_duplicate_share": twins / len(largest)}
 
 
+def largest_weight(module: Any) -> float:
+    """Returns the largest absolute value of a module's parameters; the largest float32 where one
+    is not finite."""
+    largest = 0.0
+    for parameter in module.parameters():
+        if parameter.numel():
+            value = float(parameter.detach().abs().max())
+            largest = max(largest, value if math.isfinite(value) else LARGEST)
+    return largest
+
+
 def _curve_facts(log: Log) -> dict[str, float | None]:
-    """Large spikes of the loss and its improvement over the last tenth of the run."""
-    loss = log.loss
+    """Latents per row at the first step, large spikes of the loss, and its improvement over the
+    last tenth of the run."""
+    loss, facts = log.loss, dict[str, float | None]()
+    if log.length and "l0" in log.columns:
+        facts["l0_at_start"] = float(log.columns["l0"][0])
     if len(loss) < FEWEST:
-        return {}
+        return facts
     tenth = max(1, len(loss) // 10)
     before, last = loss[-2 * tenth : -tenth].mean(), loss[-tenth:].mean()
     large = float(spikes(loss, LARGE))
-    return {"last_tenth_improvement": float(1 - last / before), "spikes": large}
+    return facts | {"last_tenth_improvement": float(1 - last / before), "spikes": large}
 
 
 def part_facts(cell: TrainingCell) -> dict[str, float]:

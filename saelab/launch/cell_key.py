@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
+import os
+import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
 
 from saelab.config import digest
 from saelab.data.activations.store import Source
-from saelab.errors import SettingError
-from saelab.kernels import kernels_name
-from saelab.parts.base import Dims
+from saelab.distributed.ranks import Ranks
+from saelab.errors import MismatchError
+from saelab.kernels import kernels_kind, kernels_name, selection_dtype
+from saelab.launch.foreign_code import foreign_code
 from saelab.storage.cache import package_digest
 from saelab.study.plan import CellSpec
 
+#: Remedies for what differs between a worker and its launch.
+REMEDIES = {
+    "saelab": "install the same version there",
+    "torch": "install the same version there",
+    "kernels": "see that the same C++ compiler works there, or set SAELAB_KERNELS=eager for all",
+}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Key:
     """Contents of a cell's hash, except for the training activations.
 
@@ -30,76 +37,85 @@ class Key:
     Args:
         settings: of the SAE and its training, seed and level.
         data: what else the cell's numbers depend on.
-        code: that computes them.
+        code: of the user that computes them.
+        machine: what computes them, as `machine` of the launch's process returns it.
         control: name of a control subject, '' for a cell.
     """
 
     settings: list[Any]
     data: dict[str, Any]
     code: list[str]
+    machine: dict[str, str]
     control: str = ""
 
     def hash(self, train: str) -> str:
         """The content hash, with the digest of the training activations."""
-        own = digest([*self.settings, self.data | {"train": train}, self.code])
+        data = self.data | {"train": train}
+        own = digest([*self.settings, data, self.code, self.machine])
         return digest([self.control, own]) if self.control else own
 
 
-def cell_key(spec: CellSpec, data: dict[str, Any]) -> Key:
-    """The key of a cell: settings, seed, data, and the code that computes it."""
-    code = [package_digest(), torch.__version__, kernels_name(), *_foreign_code(spec)]
-    sae, training = spec.sae.model_dump(mode="json"), spec.train.model_dump(mode="json")
-    return Key([sae, training, spec.id.seed, spec.id.level], data, code)
+def cell_key(spec: CellSpec, data: dict[str, Any], device: str) -> Key:
+    """The key of a cell: settings, seed, data, and the code that computes it.
 
-
-def _foreign_code(spec: CellSpec) -> list[str]:
-    """Code outside the package that the cell runs: the files that define its parts and module."""
-    owners: list[Any] = [spec.module] if spec.module else []
-    for part in spec.sae.all_parts():
-        if not type(part).__module__.startswith("saelab."):
-            owners += [type(part), type(part.build(Dims(2, spec.sae.d_sae)))]
-    files = {_file_of(owner) for owner in owners}
-    return [_code(file, spec.id.arm if spec.module else None) for file in sorted(files)]
-
-
-def _file_of(owner: Any) -> Path:
-    """The file that defines a class, a function or what a callable is made of.
-
-    Raises: SettingError when there is none, as for code typed into an interpreter.
+    Args:
+        device: on which it is trained.
     """
-    while isinstance(owner, functools.partial):
-        owner = owner.func
-    owner = owner if isinstance(owner, (type, FunctionType)) else type(owner)
-    try:
-        return Path(inspect.getfile(owner)).resolve(strict=True)
-    except (TypeError, OSError):
-        remedy = "its source can't be read, so its cells could be mistaken for older ones: keep it "
-        raise SettingError("code", owner.__qualname__, f"{remedy}in a file") from None
+    sae, training = spec.sae.model_dump(mode="json"), spec.train.model_dump(mode="json")
+    return Key(
+        settings=[sae, training, spec.id.seed, spec.id.level],
+        data=data,
+        code=foreign_code(spec.sae, spec.module, spec.id.arm),
+        machine=machine(device),
+    )
 
 
-def _code(file: Path, arm: str | None) -> str:
-    """A file's code without comments and without its run table; of that, the entry of `arm`."""
-    kept: list[ast.AST] = []
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if not _of_table(node):
-            kept.append(node)
-        elif arm is not None:
-            calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
-            kept += [call for call in calls if _names(call, arm)] or [node]
-    return "\n".join(map(ast.unparse, kept))
+def machine(device: str) -> dict[str, str]:
+    """Returns what this process computes with on a device, as far as bits depend on it."""
+    here = torch.device(device)
+    gpu = {"GPU": torch.cuda.get_device_name(here)} if here.type == "cuda" else {}
+    return gpu | {
+        "saelab": package_digest(),
+        "torch": torch.__version__,
+        "kernels": kernels_kind(here),
+        "selection": str(selection_dtype("auto", here)).removeprefix("torch."),
+        "CPU": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
-def _of_table(node: ast.stmt) -> bool:
-    """Returns True if a statement fills RUNS, or is the file's `if __name__ == "__main__"`."""
-    places = [getattr(node, name, None) for name in ("target", "test")]
-    places += getattr(node, "targets", [])
-    inside = [part for place in places if place is not None for part in ast.walk(place)]
-    return any(isinstance(part, ast.Name) and part.id in ("RUNS", "__name__") for part in inside)
+def check_ranks(ranks: Ranks, device: str) -> None:
+    """Compares what the processes of a job compute with; all of them call it.
+
+    Raises: MismatchError on all of them when there is a difference.
+    """
+    here = machine(device)
+    number = int(digest(here)[:15], 16)
+    numbers = ranks.gather(torch.tensor([number], device=ranks.device), everywhere=True)
+    if not bool((numbers == number).all()):
+        described = ", ".join(f"{name} = {value}" for name, value in here.items())
+        raise MismatchError(
+            f"the processes compute with different versions or kernels (process {ranks.rank} on "
+            f"{platform.node()} has {described}): start them on machines of one kind"
+        )
 
 
-def _names(call: ast.Call, arm: str) -> bool:
-    values = [*call.args, *(keyword.value for keyword in call.keywords)]
-    return any(isinstance(value, ast.Constant) and value.value == arm for value in values)
+def check_machine(launched: Mapping[str, str], device: str) -> None:
+    """Compares what a worker process computes with, with that of the launch's process.
+
+    Raises: MismatchError naming the first difference.
+    """
+    here = machine(device)
+    for name, needed in launched.items():
+        actual = here.get(name, "none")
+        if actual == needed:
+            continue
+        if name == "kernels":
+            actual = kernels_name(torch.device(device))
+        worker = f"worker process {os.getpid()} on {platform.node()}"
+        raise MismatchError(
+            f"{worker} has {name} = {actual}, but the launch has {needed}, which gives other bits: "
+            f"{REMEDIES.get(name, 'train on machines of one kind')}"
+        )
 
 
 def cell_folder(cache: Path, key: Key, train: str) -> Path:

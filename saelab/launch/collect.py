@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +15,17 @@ from saelab.launch import controls
 from saelab.launch.cell_facts import PROBED
 from saelab.launch.cell_key import cell_key
 from saelab.launch.cell_store import finish, is_finished
-from saelab.launch.executors.local import one_thread
 from saelab.launch.seed_pairs import compare, rows_of_seeds
 from saelab.launch.waves import PreparedLaunch, other_seeds
 from saelab.runs import schema
-from saelab.runs.schema import SCALAR, SCALARS_DEFINITION
+from saelab.runs.schema import MOVED, MOVED_SPREAD, SCALAR, SCALARS_DEFINITION, UNSIGNED_DEFINITION
+from saelab.runtime.torch_defaults import one_thread
 from saelab.storage.atomic import read_sealed
 from saelab.study.plan import BASELINE, CellSpec
 from saelab.verdict.arms import CellGate
+
+#: Seeds from which a spread is computed. Our choice.
+FEWEST_SEEDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +57,53 @@ def collect(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> Collecte
     partners = other_seeds(folders, plan)
     rows: list[dict[str, Any]] = []
     gates: dict[str, CellGate] = {}
+    made = {spec: read_sealed(folder / "cell.json") for spec, folder in folders.items()}
+    spreads = scalar_spreads({spec: cell["facts"] for spec, cell in made.items()})
     for spec, folder in folders.items():
-        cell = read_sealed(folder / "cell.json")
+        cell = made[spec]
         others = [folders[other] for other in partners.get(spec, ())]
         measured = [*cell["rows"], *(row.as_dict() for row in _scalar_rows(spec, cell["last"]))]
         if spec in partners:
             measured += _seed_rows(ready.cache, folder, others, ready.base.evaluation.extra)
         rows += [row | spec.id.as_dict() for row in measured]
-        facts = cell["facts"] | (band if spec.is_at_target(plan) else {})
+        facts = cell["facts"] | spreads[spec] | (band if spec.is_at_target(plan) else {})
         gates[spec.id.name] = CellGate(id=spec.id, expected=spec.expected, facts=facts)
     return Collected(rows=rows + of_controls, controls=of_controls, gates=gates)
 
 
+def scalar_spreads(
+    facts: Mapping[CellSpec, Mapping[str, Any]],
+) -> dict[CellSpec, dict[str, float]]:
+    """Cell -> facts on how much the distance that each learned scalar moved differs between the
+    seeds of its arm and level (standard deviation); none with fewer than `FEWEST_SEEDS`."""
+    groups: dict[tuple[str, float], list[CellSpec]] = {}
+    for spec in facts:
+        groups.setdefault((spec.id.arm, spec.id.level), []).append(spec)
+    spreads: dict[CellSpec, dict[str, float]] = {}
+    for members in groups.values():
+        names = dict.fromkeys(n for spec in members for n in facts[spec] if n.startswith(MOVED))
+        own: dict[str, float] = {}
+        for name in names:
+            moved = [value for m in members if (value := facts[m].get(name)) is not None]
+            if len(moved) >= FEWEST_SEEDS:
+                own[f"{MOVED_SPREAD}{name.removeprefix(MOVED)}"] = statistics.stdev(moved)
+        spreads |= dict.fromkeys(members, own)
+    return spreads
+
+
 def _scalar_rows(spec: CellSpec, last: Mapping[str, float | None]) -> Iterator[Row]:
-    """Rows of the last logged value of each scalar that the parts report, and of the loss."""
-    names = {name: f"{SCALAR}{name}" for name, s in spec.sae.logged.items() if s.reported}
+    """Rows of the last logged value of each scalar that the parts report, and of the loss; of a
+    scalar whose sign is free the absolute value, since a mean over both signs is none of them."""
+    logged = spec.sae.logged
+    names = {name: f"{SCALAR}{name}" for name, s in logged.items() if s.reported}
     for name, metric in (names | {"loss": "final_loss"}).items():
         if name in last:
-            value = last[name]
-            reason = "it was not finite at the last step"
-            yield number_or_reason(metric, reason if value is None else value, SCALARS_DEFINITION)
+            value, reason = last[name], "it was not finite at the last step"
+            unsigned = name in logged and logged[name].free_sign
+            definition = UNSIGNED_DEFINITION if unsigned else SCALARS_DEFINITION
+            if unsigned and value is not None:
+                value = abs(value)
+            yield number_or_reason(metric, reason if value is None else value, definition)
 
 
 def _plant_effects(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> list[Path]:
@@ -84,7 +115,7 @@ def _plant_effects(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> l
         wanted = spec.id.arm == BASELINE and spec.is_at_target(plan)
         if not wanted or not (folder / "sae.json").is_file() or len(places) >= plan.seeds_other:
             continue
-        key = cell_key(spec, ready.content)
+        key = cell_key(spec, ready.content, ready.data.device)
         place = ready.place(replace(key, control=schema.control_arm(schema.PLANTED)))
         if not is_finished(place):
             with one_thread():

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from saelab.errors import SettingError, SourceError
+from saelab.errors import MismatchError, SettingError, SourceError
 from saelab.runs.folder import RunFolder
 from saelab.runs.schema import CellId
 from saelab.storage.atomic import read_json, write_json
@@ -115,7 +115,11 @@ def best_arm(run: Confirmation, runs: Mapping[str, Run], root: Path) -> Candidat
         raise SourceError(
             f"none of {', '.join(names)} is finished in {root}: run one of them first"
         )
-    found = [c for one in review_all(folders) for c in candidates(one) if c.arm not in run.leave]
+    reviews = review_all(folders)
+    for folder, review in zip(folders, reviews, strict=True):
+        if review.run != folder.name:
+            raise MismatchError(f"{folder} holds the run {review.run}: put it back in its place")
+    found = [c for review in reviews for c in candidates(review) if c.arm not in run.leave]
     if not found:
         raise SourceError(f"{', '.join(f.name for f in folders)}: no arm is valid, see their gates")
     return max(found, key=lambda candidate: candidate.worst)

@@ -40,6 +40,9 @@ from saelab.study.plan import CellSpec
 #: By which the planted effect turns decoder rows, in degrees. Our choice: on the embedded default
 #: FVU then worsens by somewhat more than the smallest effect of interest.
 ANGLE = 7.0
+#: Rows on which the code of the untrained SAE is brought to the target L0 where it starts denser
+#: than this relative distance. Our choice: few, since the code is dense.
+L0_ROWS, L0_TOLERANCE = 2048, 0.05
 #: Rows on which the planted effect's expected error is computed.
 EXPECTED_ROWS = 2048
 
@@ -97,13 +100,28 @@ class TopOfBasis:
         return f @ self.basis + self.mean
 
 
+class LargestEntries:
+    """An SAE of whose code the entries below a threshold are left out."""
+
+    def __init__(self, sae: SAE, threshold: float) -> None:
+        self.sae, self.threshold = sae, threshold
+        self.d_in, self.d_sae = sae.d_in, sae.d_sae
+
+    def encode(self, x: Tensor) -> Tensor:
+        f = self.sae.encode(x)
+        return f.where(f >= self.threshold, 0.0)
+
+    def decode(self, f: Tensor) -> Tensor:
+        return self.sae.decode(f)
+
+
 def _zero(of: Setting) -> Subject:
     return Zero(of.sample.shape[1], of.sae.d_sae)
 
 
 def _top_channels(of: Setting) -> Subject:
     mean = of.sample.mean(0)
-    return TopOfBasis(mean, torch.eye(len(mean), device=mean.device), of.k)
+    return TopOfBasis(mean, torch.eye(len(mean), device=mean.device, dtype=torch.float32), of.k)
 
 
 def _pca(of: Setting) -> Subject:
@@ -114,12 +132,23 @@ def _pca(of: Setting) -> Subject:
 
 
 def _untrained(of: Setting) -> Subject:
-    config = of.sae
-    if of.level and config.initial_l0 is None:
-        config = config.patched({"initial_l0": of.level})
+    config, level = of.sae, of.level or of.sae.target_l0
+    if level:
+        config = config.patched({"initial_l0": level})
     sae = config.build(of.sample.shape[1], 1, of.seed)
     sae.to(of.sample.device).initialise(of.sample, of.seed)
-    return sae.eval()
+    sae.eval()
+    return sae if sae.needs_contexts or not level else _at_l0(sae, of.sample[:L0_ROWS], level)
+
+
+def _at_l0(sae: SAE, rows: Tensor, level: float) -> Subject:
+    """The SAE, without the smaller entries of its code where it starts denser than the level: a k
+    that training moves or a threshold that it learns is not there yet."""
+    code = sae.encode(rows)
+    if float((code != 0).sum()) / len(rows) <= (1 + L0_TOLERANCE) * level:
+        return sae
+    entries, kept = code.flatten(), max(1, round(level * len(rows)))
+    return LargestEntries(sae, float(entries.kthvalue(len(entries) - kept + 1).values))
 
 
 #: Name -> how a control is made that needs no training; every evaluation takes it. The model's
@@ -152,7 +181,7 @@ def turn_decoder(sae: SAE, seed: int, degrees: float = ANGLE) -> SAE:
     """
     copied = copy.deepcopy(sae)
     w = copied.W_dec
-    draw = torch.randn(w.shape, generator=torch_stream(seed, "planted")).to(w)
+    draw = torch.randn(w.shape, generator=torch_stream(seed, "planted"), dtype=torch.float32).to(w)
     unit = normalize(w, dim=1)
     across = normalize(draw - (draw * unit).sum(1, keepdim=True) * unit, dim=1)
     a = math.radians(degrees)

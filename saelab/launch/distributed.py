@@ -21,15 +21,25 @@ import torch
 from saelab import checkpoint
 from saelab.data import language_model
 from saelab.data.activations.store import Source
-from saelab.distributed.ranks import Ranks, check_split, join_ranks, process_count
+from saelab.distributed.ranks import (
+    Ranks,
+    check_split,
+    join_ranks,
+    process_count,
+    started_by_torchrun,
+)
 from saelab.errors import SettingError
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
+from saelab.launch.cell_key import check_ranks, machine
+from saelab.launch.foreign_code import foreign_code
 from saelab.launch.prepare import LaunchData, prepare
 from saelab.runs.schema import CellId
+from saelab.runtime.counting import count
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import digest, write_json
-from saelab.storage.cache import cache_folder, package_digest
+from saelab.storage.cache import cache_folder
+from saelab.storage.links import refuse_links
 from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
 from saelab.training.cell import TrainingCell
 from saelab.training.curves import write_curves
@@ -38,8 +48,12 @@ from saelab.training.train import train_one
 
 
 def wants_ranks(base: BaseConfig) -> bool:
-    """Returns True if the settings, or how the process was started, ask for several ranks."""
-    return process_count() > 1 or base.parallel not in (ParallelConfig(), ParallelConfig(data=1))
+    """Returns True if the settings ask for several ranks, or torchrun has started the process.
+
+    Also one process of torchrun writes the files, and goes on from the checkpoints, of any number.
+    """
+    alone = base.parallel in (ParallelConfig(), ParallelConfig(data=1))
+    return started_by_torchrun() or not alone
 
 
 def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) -> list[Row]:
@@ -51,6 +65,7 @@ def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) ->
     Returns: the rows of the core evaluation, on every rank.
     Raises: UsageError for bad input, CellFailure when the loss is not finite; on every rank.
     """
+    refuse_links(out_dir)
     if (out_dir / "metrics.json").exists():
         remedy = "is complete: name another folder, or delete it first"
         raise SettingError("out_dir", str(out_dir), remedy)
@@ -58,6 +73,7 @@ def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) ->
     split = check_split(base.parallel.data, base.parallel.latents), base.parallel.latents
     seed = study_seeds(study, "explore", 1)[0]
     with join_ranks(*split, base.model.device) as ranks:
+        check_ranks(ranks, str(ranks.device))
         cache = cache_folder(root)
         prepared = _prepared(base, cache, ranks)
         kept = cache / "resume" / _key(base, prepared, seed)
@@ -73,10 +89,10 @@ def _check_parts(base: BaseConfig) -> None:
     """Raises: SettingError for a part that does not work on several ranks."""
     latents = base.parallel.latents
     if latents > base.sae.d_sae:
-        remedy = f"there are only {base.sae.d_sae} latents: use fewer ranks"
+        remedy = f"there are only {count(base.sae.d_sae, 'latent')}: use fewer ranks"
         raise SettingError("parallel.latents", latents, remedy)
     data = base.parallel.data or max(1, process_count() // latents)
-    base.sae.build(2, ranks=Ranks(data, latents))
+    base.sae.outline(ranks=Ranks(data, latents))
 
 
 def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> LaunchData:
@@ -94,8 +110,9 @@ def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> LaunchData:
 def _key(base: BaseConfig, prepared: LaunchData, seed: int) -> str:
     """Key of the checkpoints: all that their numbers depend on; the split is not part of it."""
     settings = [part.model_dump(mode="json") for part in (base.sae, base.train)]
-    place = [base.layout, prepared.train.digest, package_digest(), "over ranks"]
-    return digest([*settings, seed, *place])
+    code = [machine(base.model.device), *foreign_code(base.sae)]
+    place = [base.layout, prepared.train.digest, "over ranks"]
+    return digest([*settings, seed, *place, *code])
 
 
 def _train(base: BaseConfig, source: Source, seed: int, ranks: Ranks, folder: Path) -> TrainingCell:

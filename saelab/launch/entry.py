@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from saelab.errors import SaelabError, SettingError, nearest
 from saelab.runtime import exhaustion
 from saelab.runtime.signals import exit_on_signal
-from saelab.storage.atomic import read_json
 
 with exit_on_signal():  # torch is loaded here, which takes seconds
     from saelab.study.plan import BASELINE, Confirmation, Run, find_run, read_base, read_plan
@@ -112,6 +111,7 @@ def tune_one(runs: Mapping[str, Run], experiment: Path, name: str) -> dict[str, 
     """
     from saelab.launch.confirmation import keep_best, trial_plan, trials
     from saelab.launch.launch import launch
+    from saelab.runs.folder import RunFolder
 
     task = task_of(runs, experiment, Path(name), True, experiment.parent / "plan.toml")
     arms = [arm for arm in task.run.arms if arm.against == BASELINE]
@@ -126,7 +126,7 @@ def tune_one(runs: Mapping[str, Run], experiment: Path, name: str) -> dict[str, 
         purpose="tune",
     )
     launch(trying)
-    info = read_json(folder / "final_info.json")
+    info = RunFolder(folder).info
     return keep_best(task.root, name, task.run, task.base, task.plan, info, names)
 
 

@@ -107,6 +107,8 @@ class Job:
         seed: of initialisation and data order.
         experiment: the file of the run table, which may define parts; None without one.
         run: name of the run in that table.
+        code: hash of that file and all that it imports, as `study_code` returned it in the launch.
+        modules: names of arms that bring modules, which count in it.
     """
 
     cells: list[JobCell]
@@ -115,8 +117,15 @@ class Job:
     cache: Path
     experiment: Path | None
     run: str
+    code: str = ""
+    modules: tuple[str, ...] = ()
+
+
+#: Share of a cell's tokens that the progress bar counts when it is trained; the rest is counted
+#: when it is evaluated, so that the bar adds up to the tokens. Our measurement.
+TRAINING_SHARE = 2 / 3
 
 
 def evaluation_cost(config: TrainConfig) -> float:
-    """Share of the progress bar that evaluating a cell takes, in token-steps. Our measurement."""
-    return 0.5 * config.tokens
+    """Tokens of the progress bar that evaluating a cell counts for."""
+    return (1 - TRAINING_SHARE) * config.tokens

@@ -22,6 +22,7 @@ from typing import Any
 
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.launch.collect import collect
+from saelab.launch.environment import check_environment
 from saelab.launch.executors import LOCAL, executor_name
 from saelab.launch.record import Record
 from saelab.launch.waves import (
@@ -31,18 +32,24 @@ from saelab.launch.waves import (
     _wave,
     _workers,
 )
-from saelab.preflight.cost import training_seconds
+from saelab.preflight.launch_time import training_seconds
 from saelab.preflight.memory import fit_workers, refuse
 from saelab.preflight.preview import RunCheck, check, check_limit
 from saelab.progress import clock
 from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
-from saelab.runs.folder import RunFolder
+from saelab.runs.folder import MANIFEST, SEALED, RunFolder
+from saelab.runs.schema import CELLS, CellId
 from saelab.runtime import exhaustion
+from saelab.runtime.counting import count
+from saelab.runtime.main_guard import refuse_unguarded_script
 from saelab.runtime.safe_text import visible
+from saelab.runtime.torch_defaults import standard_torch
 from saelab.storage.atomic import WriteError, read_sealed
 from saelab.storage.cache import cache_folder, has_activations
+from saelab.storage.links import refuse_links
 from saelab.storage.lock import lock_folder
+from saelab.study.checks import naming_arm
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
@@ -54,7 +61,6 @@ from saelab.study.plan import (
     cells,
     first_wave,
     later_arms,
-    naming_arm,
     resolve,
     resolve_with_placeholders,
 )
@@ -69,18 +75,18 @@ from saelab.verdict.review import Judged, judge_files
 from saelab.verdict.summary import table
 
 
+@standard_torch()
 def launch(task: Launch) -> list[Comparison]:
     """Runs one launch and writes its folder; prints the table of results.
 
     Raises: UsageError for bad input, StudyFailure when the baseline has no valid cell, BusyError
         while another launch has the same folder.
     """
-    _check_folder(task.out_dir)
-    with (
-        exhaustion.as_usage_error(),
-        lock_folder(task.out_dir, f"is making {task.name}"),
-    ):
-        return _launch(task)
+    refuse_unguarded_script()
+    with exhaustion.as_usage_error():
+        _check_folder(task.out_dir)
+        with lock_folder(task.out_dir, f"is making {task.name}"):
+            return _launch(task)
 
 
 def _launch(task: Launch) -> list[Comparison]:
@@ -100,8 +106,18 @@ def _launch(task: Launch) -> list[Comparison]:
         judged, shown, cells_made = _launched(task, before, deviations, start)
     print(visible(shown, keep="\n"))
     taken = clock(time.monotonic() - start)
-    print(f"\n{task.out_dir}: {cells_made} cells in {taken}")
+    print(f"\n{task.out_dir}: {count(cells_made, 'cell')} in {taken}")
+    print(visible(_place_text(task, [gate.id for gate in judged.gates.values()])))
     return judged.comparisons
+
+
+def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
+    """Says where the trained SAEs of a launch lie."""
+    folder = task.out_dir / CELLS
+    if len(ids) == 1:
+        return f"the trained SAE is in {folder / ids[0].folder}"
+    example = folder / ids[0].folder
+    return f"the trained SAEs are in {folder}, such as {example}"
 
 
 def _launched(
@@ -139,7 +155,7 @@ def _launched(
     info = final_info(judged.arms, judged.comparisons, judged.differences, settings, hook_name)
     record.write_verdict(judged, info, collected.rows, time.monotonic() - start)
     _check_baseline(task, judged.arms)
-    shown = table(info, judged.comparisons, task.plan, collected.controls)
+    shown = table(info, judged.comparisons, task.plan, collected.controls, judged.rivals)
     return judged, shown, len(folders)
 
 
@@ -156,6 +172,7 @@ def check_launch(task: Launch) -> RunCheck:
 
     Raises: UsageError for what is impossible.
     """
+    check_environment(task.executor)
     specs = cells(task.plan, task.base, resolve_with_placeholders(task.run), task.purpose)
     for arm in task.run.arms:
         with naming_arm(arm.name):
@@ -194,8 +211,8 @@ def _within_memory(task: Launch, before: RunCheck) -> Launch:
     if workers is None:
         refuse(before.base, before.specs, GROUP)
     elif workers < before.workers:
-        told = f"{workers or 'no'} worker{'s' * (workers > 1)} instead of {before.workers}"
-        print(f"{task.name}: {told}, which fits the memory here", file=sys.stderr)
+        fewer = f"{count(workers, 'worker')} instead of {before.workers}"
+        print(f"{task.name}: {fewer}, which fits the memory here", file=sys.stderr)
         return replace(task, workers=workers)
     return task
 
@@ -205,9 +222,13 @@ def _check_folder(folder: Path) -> None:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise SettingError("out_dir", str(folder), f"{there} is not a folder: name another")
-    for inside in (folder, folder / "cells"):
-        if inside.is_symlink():
-            remedy = f"{inside} is a link, and so leads elsewhere: name another"
+    if folder.is_symlink():
+        remedy = f"{folder} is a link, and so leads elsewhere: name another"
+        raise SettingError("out_dir", str(folder), remedy)
+    refuse_links(folder)
+    for name in (MANIFEST, *SEALED):
+        if (folder / name).is_dir():
+            remedy = f"{folder / name} is a folder where a file belongs: move it, or name another"
             raise SettingError("out_dir", str(folder), remedy)
     if not os.access(there, os.W_OK | os.X_OK):
         raise WriteError(f"{folder} can't be written in {there}: choose another folder")
@@ -271,8 +292,7 @@ def _trained(ready: PreparedLaunch, later: Sequence[CellSpec] = ()) -> dict[Cell
     if wave.jobs:
         workers = _workers(task, device)
         at_once = max(1, min(workers, len(wave.jobs)))
-        width = ready.prepared.held_out.d
-        whole = training_seconds([*wave.specs, *later], width, at_once)
+        whole = training_seconds([*wave.specs, *later], wave.measured, at_once, wave.controls)
         check_limit(task.name, whole, task.limit)
         _run(task, [wave], workers, ready.cache / "logs")
     return {spec: ready.place(key) for spec, key in ready.keys.items()}

@@ -21,6 +21,7 @@ from saelab.data.activations.foreign import ForeignSource
 from saelab.data.activations.growing import GrowingSource
 from saelab.data.activations.harvest import harvest, harvest_steps
 from saelab.data.activations.store import FolderSource, Shard, Source, reopen
+from saelab.data.devices import check_device
 from saelab.data.language_model import LanguageModel
 from saelab.data.probing.activations import ProbingData, harvest_probing, identity
 from saelab.data.probing.embedded import Entry, embedded_entries
@@ -30,6 +31,7 @@ from saelab.data.text.corpus import TextConfig, documents, manifest
 from saelab.data.text.tokens import tokenize
 from saelab.errors import DamageError, SettingError, SourceError
 from saelab.evals.measure import PROBING
+from saelab.runtime.main_guard import refuse_unguarded_script
 from saelab.storage.cache import activations_folder, fetch, share
 from saelab.storage.lock import lock_folder
 from saelab.storage.remote import Place, RemoteError, place_of
@@ -89,6 +91,8 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
 
     Raises: SourceError, SettingError or MismatchError when a model, text or hook can't be used.
     """
+    refuse_unguarded_script()
+    check_device(device)
     if base.activations is not None:
         return _foreign(base)
     _check_texts(base.train_text, base.eval_text)
@@ -225,6 +229,7 @@ def _activations(
         "model_digest": model.digest,
         "model_dtype": base.model.dtype,
         "hook_name": base.hook_name,
+        **model.hook_identity(base.hook_name),
         "corpus": manifest(text),
         "column": text.column,
         "joined": text.joined,
@@ -232,11 +237,12 @@ def _activations(
         "asked_tokens": tokens,
         "dtype": base.harvest.dtype,
     }
-    folder = activations_folder(cache) / digest(asked)
+    key = digest(asked)
+    folder = activations_folder(cache) / key
     done = folder / base.hook_name.replace("/", "_")
     if (done / "header.json").is_file():
         try:
-            expected = {"asked_tokens": tokens, "hook_name": base.hook_name}
+            expected = {"asked_tokens": tokens, "hook_name": base.hook_name, "key": key}
             found = FolderSource.open(done, expected, base.harvest.read_ahead)
             if not found.checks_reads:
                 found.verify()
@@ -246,8 +252,11 @@ def _activations(
         except (DamageError, SourceError) as error:
             print(f"{error} (done now)", file=sys.stderr)
             reopen(done)
-    found = tokenize(text, model.tokenizer, base.context, tokens, cache=folder / "tokens")
-    extras = {"asked_tokens": tokens, "corpus": asked["corpus"]}
+    place = folder / "tokens"
+    found = tokenize(
+        text, model.tokenizer, base.context, tokens, cache=place, model_digest=model.digest
+    )
+    extras = {"asked_tokens": tokens, "corpus": asked["corpus"], "key": key}
     if in_steps:
         return harvest_steps(model, found, base.hook_name, base.harvest, folder, extras)
     made = harvest(model, found, [base.hook_name], base.harvest, folder, extras)
@@ -292,7 +301,7 @@ def _probing(
     dtype = torch.float32 if as_saebench else PROBING_DTYPE
     asked = identity(model, base.hook_name, entries, context, dtype, as_saebench)
     folder = cache / "probing" / digest(asked)
-    if not (fetch(cache, folder, "probing.json") and ProbingData.is_saved(folder)):
+    if not (fetch(cache, folder, "probing.json") and ProbingData.is_saved(folder, asked)):
         with lock_folder(folder, "is harvesting its probing activations"):
             made = harvest_probing(model, base.hook_name, entries, context, dtype, as_saebench)
             made.save(folder)

@@ -20,6 +20,7 @@ import numpy as np
 from saelab.errors import CellFailure
 from saelab.evals.base import Row
 from saelab.launch.executors import Advance
+from saelab.launch.jobs import TRAINING_SHARE
 from saelab.progress.state import DONE, EVALUATE, TRAIN
 from saelab.runs.schema import CellId
 from saelab.training.cell import TrainingCell
@@ -45,7 +46,7 @@ class Reports:
     Args:
         cells: in training, in the order of `ids`.
         ids: which cells they are.
-        advance: takes token-steps, and a line.
+        advance: takes tokens of the bar, and a line.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class Reports:
 
     def steps(self, steps: int, living: Sequence[TrainingCell]) -> None:
         """After some steps of the living cells, see `training.loop.train`."""
-        self._advance(sum(steps * cell.config.batch_size for cell in living))
+        tokens = sum(steps * cell.config.batch_size for cell in living)
+        self._advance(TRAINING_SHARE * tokens)
         for cell in living:
             last, tokens, then = self._last[cell.name]
             if cell.steps_done * POINTS // cell.config.steps == last * POINTS // cell.config.steps:

@@ -14,17 +14,27 @@ import torch
 
 from saelab.kernels import kernels_name
 from saelab.launch.prepare import LaunchData
-from saelab.runs.folder import CURVES, GATE, INFO, MANIFEST, METRICS, SUMMARY, seal_run
+from saelab.runs.folder import (
+    CURVES,
+    GATE,
+    INFO,
+    MANIFEST,
+    METRICS,
+    OF_CELLS,
+    SUMMARY,
+    seal_run,
+)
 from saelab.runs.schema import CELLS, CURVE_COLUMNS, CURVE_TYPES
 from saelab.storage.atomic import explain_write_errors, remove_leftovers, write_json, write_text
 from saelab.storage.cache import link_or_copy, package_digest, package_state
+from saelab.storage.links import inside
 from saelab.storage.parquet import write_columns, write_rows
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.registry import Attempt, attempts, plan_hash
 from saelab.training.curves import read_curves
 from saelab.verdict.arms import CellGate
 from saelab.verdict.review import Judged
-from saelab.verdict.summary import control_lines, summary_text
+from saelab.verdict.summary import summary_text
 from saelab.version import __version__
 
 if TYPE_CHECKING:
@@ -78,13 +88,7 @@ class Record:
     ) -> None:
         """Writes summary.md, the sealed manifest and, last, final_info.json."""
         text = summary_text(
-            self.task,
-            judged.arms,
-            judged.comparisons,
-            self._missing(rows),
-            self.deviations,
-            self._earlier(),
-            control_lines(rows, judged.planted),
+            self.task, judged, self._missing(rows), self.deviations, self._earlier(), rows
         )
         write_text(self.task.out_dir / SUMMARY, text)
         manifest = self._manifest() | {
@@ -124,15 +128,13 @@ class Record:
 
     def _place_checkpoints(self, out: Path) -> None:
         for spec, folder in self.folders.items():
-            target = out / spec.id.folder
-            for place_ in (target, target.parent):
-                if place_.is_symlink():  # it would lead out of the run
-                    place_.unlink()
-            for name in ("sae.safetensors", "sae.json", "module.safetensors", "latents.parquet"):
-                source = folder / name
-                if source.is_file():
-                    with explain_write_errors(target / name):
-                        link_or_copy(source, target / name)
+            for name in OF_CELLS:
+                source, target = folder / name, inside(out, spec.id.folder / name)
+                with explain_write_errors(target):
+                    if source.is_file():
+                        link_or_copy(source, target)
+                    else:  # an earlier launch may have left one
+                        target.unlink(missing_ok=True)
 
     def _manifest(self) -> dict[str, Any]:
         task, plan = self.task, self.task.plan
@@ -176,7 +178,7 @@ class Record:
                 "python": platform.python_version(),
                 **{name: version(name) for name in PACKAGES},
                 "threads_per_worker": 1,
-                "kernels": kernels_name(),
+                "kernels": kernels_name(torch.device(self.base.model.device)),
                 "cpu": torch.backends.cpu.get_cpu_capability(),
             },
         }
@@ -203,7 +205,9 @@ def _scalars(specs: Iterable[CellSpec]) -> dict[str, dict[str, str]]:
     units: dict[str, str] = {}
     for spec in specs:
         for name, scalar in spec.sae.logged.items():
-            meanings.setdefault(name, {})[scalar.meaning] = None
+            unsigned = " (its sign is free, so final_info.json has its absolute value)"
+            meaning = f"{scalar.meaning}{unsigned * scalar.free_sign}"
+            meanings.setdefault(name, {})[meaning] = None
             units.setdefault(name, scalar.unit)
     return {n: {"meaning": ", or ".join(meanings[n]), "unit": units[n]} for n in meanings}
 

@@ -30,7 +30,7 @@ from saelab.evals.dictionary_consistency import OF_SEEDS, sums_by_frequency
 from saelab.evals.dictionary_matching import Agreement, match_dictionaries
 from saelab.evals.measure import evaluate_seeds
 from saelab.launch.latent_table import FILE, read_density
-from saelab.storage.atomic import read_sealed, write_sealed
+from saelab.storage.atomic import check_key, read_sealed, write_sealed
 
 T = TypeVar("T")
 
@@ -50,14 +50,13 @@ def partners(members: Sequence[T]) -> dict[T, list[T]]:
 
 def compare(cache: Path, one: Path, other: Path) -> None:
     """Compares two cells, by their folders, unless that is done or one of them is not there."""
-    file = _file(cache, one, other)
-    if _is_compared(file) or not (_comparable(one) and _comparable(other)):
+    if _is_compared(cache, one, other) or not (_comparable(one) and _comparable(other)):
         return
     first, second = sorted((one, other), key=lambda folder: folder.name)
     found = match_dictionaries(_decoder(first), _decoder(second))
     sides = {first: found, second: found.transpose()}
     sums = {cell.name: _sums(side, read_density(cell / FILE)) for cell, side in sides.items()}
-    write_sealed(file, sums)
+    write_sealed(_file(cache, one, other), sums)
 
 
 def rows_of_seeds(
@@ -79,18 +78,32 @@ def _pairs(cache: Path, own: Path, others: Sequence[Path]) -> list[SeedPair] | s
         return "the arm has one seed"
     if not _comparable(own):
         return "the cell failed, or is no SAE made of parts"
-    files = [_file(cache, own, other) for other in others]
-    pairs = [read_sealed(file)[own.name] for file in files if file.is_file()]
+    present = [other for other in others if _file(cache, own, other).is_file()]
+    pairs = [_read(cache, own, other)[own.name] for other in present]
     return pairs or "no other seed of the arm has a trained SAE"
 
 
-def _is_compared(file: Path) -> bool:
-    """Returns True if a pair was compared; a damaged file is named on stderr."""
+def _is_compared(cache: Path, one: Path, other: Path) -> bool:
+    """Returns True if a pair was compared; a file that is damaged, or of another pair, is named on
+    stderr."""
+    if not _file(cache, one, other).is_file():
+        return False
     try:
-        return file.is_file() and bool(read_sealed(file))
+        return bool(_read(cache, one, other))
     except DamageError as error:
         print(f"{error} (done now)", file=sys.stderr)
         return False
+
+
+def _read(cache: Path, one: Path, other: Path) -> dict[str, SeedPair]:
+    """Cell -> its side of a pair.
+
+    Raises: DamageError when the file was changed, or is of another pair.
+    """
+    file = _file(cache, one, other)
+    pair = read_sealed(file)
+    check_key(sorted(pair), sorted((one.name, other.name)), file)
+    return pair
 
 
 def _file(cache: Path, one: Path, other: Path) -> Path:

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from saelab import stats
 from saelab.config import Frozen, read_toml
 from saelab.data.activations.store import Source
 from saelab.data.activations.stream import Layout
-from saelab.data.language_model import check_device
+from saelab.data.devices import check_device
 from saelab.data.synthetic.chains import Process, SyntheticConfig, generate, parse_process
 from saelab.errors import CellFailure, SettingError, nearest
 from saelab.evals import check_names
@@ -28,10 +28,12 @@ from saelab.evals.base import Row
 from saelab.evals.core import CoreData
 from saelab.evals.measure import EvalData, evaluate
 from saelab.progress import progress
-from saelab.runs.schema import CellId, level_of
+from saelab.runs.schema import CellId, Level, level_of
+from saelab.runtime.counting import count
+from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import study_seeds
-from saelab.study.plan import check_layout
+from saelab.study.checks import check_layout
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
 from saelab.training.resume import ResumableCell
@@ -104,6 +106,7 @@ class Conditions:
                 raise SettingError("tokens and batch_size", (own.tokens, own.batch_size), remedy)
 
 
+@standard_torch()
 def train_on(
     source: Source, held_out: Source, arms: Mapping[str, SAEConfig], conditions: Conditions
 ) -> list[Outcome]:
@@ -228,8 +231,8 @@ class SyntheticStudyConfig(Frozen):
     arms: dict[str, SAEConfig] = Field(min_length=1)
     otherwise: dict[str, dict[str, Any]] = Field(default={})
     seeds: PositiveInt = 3
-    target_l0: PositiveFloat
-    levels: tuple[PositiveFloat, ...]
+    target_l0: Level
+    levels: tuple[Level, ...]
     baseline: str | None = None
     evals: tuple[str, ...] = EVALS
     metrics: tuple[str, ...] = SHOWN
@@ -329,7 +332,7 @@ def table(config: SyntheticStudyConfig, outcomes: Sequence[Outcome]) -> dict[str
 def study_lines(table: Mapping[str, Any]) -> Iterator[str]:
     """Lines of a `table`: metrics and scalars with their range, then paired differences."""
     config, n = table["config"], len(table["seeds"])
-    yield f"at L0 {config['target_l0']:g}, mean over seeds (lowest to highest), {n} seeds"
+    yield f"at L0 {config['target_l0']:g}, mean over seeds (lowest to highest), {count(n, 'seed')}"
     for arm, metrics in table["values"].items():
         yield arm
         for name, values in metrics.items():

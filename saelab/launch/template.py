@@ -18,6 +18,7 @@ from saelab import assets
 from saelab.errors import MismatchError, SettingError
 from saelab.runs.folder import RunFolder
 from saelab.storage.atomic import write_json, write_text
+from saelab.storage.links import refuse_links
 from saelab.study.plan import read_base, read_plan
 from saelab.study.registry import changes, register
 from saelab.verdict.review import review_run
@@ -62,6 +63,7 @@ def write_template(folder: Path, run_0: Path | None = None) -> None:
 
 def _check_baseline(run_0: Path) -> None:
     """Checks that a run can stand as the baseline of what will be compared with it."""
+    refuse_links(run_0)
     run = RunFolder(run_0)
     found = review_run(run)
     if texts := changes(read_plan(SOURCE / "plan.toml"), found.plan):

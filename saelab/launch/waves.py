@@ -11,24 +11,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from saelab.errors import MismatchError
 from saelab.evals import of_control
 from saelab.evals.measure import probing_rows
 from saelab.launch import controls, progress_lines
-from saelab.launch.cell_key import Key, cell_folder, cell_key, resume_folder
+from saelab.launch.cell_key import (
+    Key,
+    cell_folder,
+    cell_key,
+    check_machine,
+    resume_folder,
+)
 from saelab.launch.cell_store import finish, is_finished
 from saelab.launch.executors import JobSet, executor
 from saelab.launch.executors.local import worker_count
-from saelab.launch.jobs import Job, JobCell, WorkerData, evaluation_cost
+from saelab.launch.foreign_code import study_code
+from saelab.launch.jobs import Job, JobCell, WorkerData
 from saelab.launch.prepare import LaunchData, prepare, source_path
 from saelab.launch.seed_pairs import partners
 from saelab.launch.worker import Worker
-from saelab.preflight.cost import training_seconds
+from saelab.preflight.launch_time import Measured, frozen_control, training_seconds
 from saelab.preflight.preview import RunCheck
 from saelab.progress import clock, progress
 from saelab.progress.state import DONE, EVALUATE
 from saelab.runs import schema
+from saelab.runtime.counting import count
 from saelab.seeding import study_seeds
 from saelab.storage.cache import cache_folder, fetch, share
 from saelab.study.experiment_file import load_experiment
@@ -54,6 +61,8 @@ class PreparedLaunch:
         content: what their numbers depend on besides their settings.
         beside: cells of controls.
         cache: where finished cells lie.
+        code: hash of experiment.py and all that it imports, from before the harvest.
+        modules: names of the arms that bring their own modules.
     """
 
     task: Launch
@@ -63,15 +72,19 @@ class PreparedLaunch:
     content: dict[str, Any]
     beside: list[JobCell]
     cache: Path
+    code: str
+    modules: tuple[str, ...]
 
     @classmethod
     def of(cls, task: Launch, before: RunCheck, overlap: bool = False) -> PreparedLaunch:
         """Harvests what is missing; with `overlap` all but the activations to train on."""
         base, cache = before.base, cache_folder(task.root)
+        modules = tuple(arm.name for arm in task.run.arms if arm.module)
+        code = study_code(task.experiment, modules) if task.experiment else ""
         prepared = prepare(base, cache, base.model.device, overlap)
         data = _data(base, prepared, task)
         content = _data_content(base, prepared, data)
-        beside = _controls(before.specs, content, prepared)
+        beside = _controls(before.specs, content, prepared, data.device)
         return cls(
             task=task,
             base=base,
@@ -80,19 +93,38 @@ class PreparedLaunch:
             content=content,
             beside=beside,
             cache=cache,
+            code=code,
+            modules=modules,
         )
 
     @cached_property
     def keys(self) -> dict[CellSpec, Key]:
-        """Key of every cell of the task's run."""
+        """Key of every cell of the task's run.
+
+        Raises: MismatchError when the code that was imported is no longer that on the disk.
+        """
         task = self.task
+        if task.experiment is not None:
+            _check_code(task.experiment, self.modules, self.code)
         specs = cells(task.plan, task.base, task.run, task.purpose)
         measured = {there: self.content | {"at_target": there} for there in (False, True)}
-        return {spec: cell_key(spec, measured[spec.is_at_target(task.plan)]) for spec in specs}
+        device = self.data.device
+        return {
+            spec: cell_key(spec, measured[spec.is_at_target(task.plan)], device) for spec in specs
+        }
 
     def place(self, key: Key) -> Path:
         """Folder of a finished cell; blocks until the training activations are complete."""
         return cell_folder(self.cache, key, self.prepared.train.digest)
+
+
+def _check_code(experiment: Path, modules: Iterable[str], code: str) -> None:
+    """Raises: MismatchError when `study_code` is no longer what it was."""
+    if study_code(experiment, modules) != code:
+        raise MismatchError(
+            f"{experiment}, or a file that it imports, was changed after the launch had begun: "
+            "start the same command again, which goes on with the cells of unchanged code"
+        )
 
 
 def _workers(task: Launch, device: str) -> int:
@@ -137,22 +169,21 @@ def _data_content(base: BaseConfig, prepared: LaunchData, data: WorkerData) -> d
         "missing_entries": data.missing_entries,
         "threads": 1,
         "device": data.device,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
     }
 
 
 def _controls(
-    specs: Sequence[CellSpec], content: dict[str, Any], prepared: LaunchData
+    specs: Sequence[CellSpec], content: dict[str, Any], prepared: LaunchData, device: str
 ) -> list[JobCell]:
     """Cells of the control subjects; the one that is trained comes first."""
     first = next(spec for spec in specs if spec.id.arm == BASELINE)
     job_cells = []
-    if first.module is None and not first.sae.tied:
-        frozen = controls.frozen_spec(first)
-        job_cells.append(JobCell.of(frozen, cell_key(frozen, content)))
+    if trained := frozen_control(specs):
+        frozen = controls.frozen_spec(trained)
+        job_cells.append(JobCell.of(frozen, cell_key(frozen, content, device)))
     for name in (schema.CHANNELS, *controls.SUBJECTS):
         if name != schema.CHANNELS or prepared.probing is not None:
-            key = replace(cell_key(first, content), control=schema.control_arm(name))
+            key = replace(cell_key(first, content, device), control=schema.control_arm(name))
             job_cells.append(JobCell.of(first, key, control=name))
     return job_cells
 
@@ -166,7 +197,8 @@ class _Wave:
         specs: cells that are not in the cache.
         cached: how many are.
         jobs: of those cells and of the controls.
-        tokens: that they count for.
+        tokens: that its cells, and the control that is trained, are trained on.
+        controls: whether control subjects are among the jobs.
     """
 
     ready: PreparedLaunch
@@ -174,6 +206,14 @@ class _Wave:
     cached: int
     jobs: list[Job]
     tokens: float
+    controls: bool
+
+    @property
+    def measured(self) -> Measured:
+        """Data that its cells are measured on."""
+        ready = self.ready
+        level = schema.level_of(ready.task.plan.target_l0)
+        return Measured.of(ready.base, ready.prepared.held_out.d, level)
 
     @property
     def places(self) -> set[Path]:
@@ -199,8 +239,14 @@ def _wave(ready: PreparedLaunch, taken: Collection[Path] = ()) -> _Wave:
         if group:
             jobs.append(_job(ready, group))
     trainings = [spec.train for spec in specs] + [control.train_config for control in trained]
-    tokens = sum(config.tokens + evaluation_cost(config) for config in trainings)
-    return _Wave(ready=ready, specs=specs, cached=len(keys) - len(specs), jobs=jobs, tokens=tokens)
+    return _Wave(
+        ready=ready,
+        specs=specs,
+        cached=len(keys) - len(specs),
+        jobs=jobs,
+        tokens=sum(config.tokens for config in trainings),
+        controls=bool(beside),
+    )
 
 
 def _tidy(ready: PreparedLaunch, unfinished: Collection[Key]) -> None:
@@ -217,10 +263,10 @@ def _run(task: Launch, waves: Sequence[_Wave], workers: int, logs: Path) -> None
     if not jobs:
         return
     at_once = max(1, min(workers, len(jobs)))
-    seconds = [training_seconds(w.specs, w.ready.prepared.held_out.d, at_once) for w in waves]
+    seconds = [training_seconds(w.specs, w.measured, at_once, w.controls) for w in waves]
     print(
-        f"{task.name}: {sum(len(wave.specs) for wave in waves)} cells to train "
-        f"({sum(wave.cached for wave in waves)} in the cache), {workers} workers, "
+        f"{task.name}: {count(sum(len(wave.specs) for wave in waves), 'cell')} to train "
+        f"({sum(wave.cached for wave in waves)} in the cache), {count(workers, 'worker')}, "
         f"about {clock(sum(seconds))}",
         file=sys.stderr,
     )
@@ -252,6 +298,8 @@ def _job(ready: PreparedLaunch, members: list[JobCell]) -> Job:
         cache=ready.cache,
         experiment=ready.task.experiment,
         run=ready.task.name,
+        code=ready.code,
+        modules=ready.modules,
     )
 
 
@@ -295,9 +343,16 @@ def other_seeds(specs: Iterable[CellSpec], plan: PlanConfig) -> dict[CellSpec, l
 
 
 def _work(job: Job, advance: Any, state: dict[str, Any]) -> None:
-    """One job in a worker; the opened data stays for the next one."""
-    if job.experiment is not None:
+    """One job in a worker; the opened data stays for the next one.
+
+    Raises: MismatchError in a worker that has other kernels or other code of the user than the
+        launch's process.
+    """
+    check_machine(job.cells[0].key.machine, job.data.device)
+    if job.experiment is not None and state.get("code") != job.code:
         load_experiment(job.experiment)
+        _check_code(job.experiment, job.modules, job.code)
+        state["code"] = job.code
     if state.get("data") != job.data:
         state["data"], state["worker"] = job.data, Worker(job.data)
     worker: Worker = state["worker"]

@@ -41,6 +41,7 @@ from saelab.launch.cell_facts import (
     _weights_facts,
     code_std,
     input_facts,
+    largest_weight,
     not_finite,
     part_facts,
     removes_mean,
@@ -53,7 +54,8 @@ from saelab.launch.latent_table import FILE, write_latents
 from saelab.launch.prepare import open_source
 from saelab.launch.progress_lines import Reports
 from saelab.launch.seed_pairs import compare
-from saelab.runs.schema import REACH
+from saelab.runs.schema import MOVED, REACH
+from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
@@ -66,10 +68,14 @@ from saelab.training.resume import ResumableCell, remove_checkpoints, restore_ce
 from saelab.training.sample import initial_sample
 from saelab.training.train import train_members
 
+#: Files of a finished cell besides its weights and latents.
+CURVES, SNAPSHOTS = "curves.parquet", "snapshots.safetensors"
+
 
 class Worker:
     """State that a process keeps between jobs: the opened data and the language model."""
 
+    @standard_torch()
     def __init__(self, data: WorkerData) -> None:
         self.data = data
         growing = data.train_digest is None
@@ -88,8 +94,9 @@ class Worker:
             missing_entries=data.missing_entries,
         )
 
+    @standard_torch()
     def run(self, job: Job, advance: Advance) -> None:
-        """Trains and evaluates the job's cells; `advance` takes token-steps and lines."""
+        """Trains and evaluates the job's cells; `advance` takes tokens and lines."""
         members = [self._restored(job, sent) for sent in job.cells]
         ids = [sent.display_id for sent in job.cells]
         reports = Reports([member.cell for member in members], ids, advance)
@@ -104,9 +111,9 @@ class Worker:
             if failure:
                 facts["nonfinite_step"] = failure.step
             folder = self.folder(job.cache, sent.key)
-            if sent.at_target and not failure:
-                self._write_latents(folder, cell)
-            self._write(folder, cell, sent, rows, facts, member.seconds)
+            names = self._write_latents(folder, cell) if sent.at_target and not failure else []
+            names += self._write_weights(folder, cell, sent)
+            self._write(folder, cell, sent, rows, facts, member.seconds, names)
             share(job.cache, folder)
             kept = self._resume_folder(job, sent)
             remove_checkpoints(kept, shared_twin(job.cache, kept))
@@ -145,13 +152,28 @@ class Worker:
         names = of_cell(at_target, self.data.extra, failed=failure is not None)
         return self.evaluate(cell.sae, names, training)
 
-    def _write_latents(self, folder: Path, cell: TrainingCell) -> None:
+    def _write_latents(self, folder: Path, cell: TrainingCell) -> list[str]:
+        """Returns the names of the files that were written."""
         density = self.evaluation.core.density
         if cell.snapshots is None or density is None:
-            return
+            return []
         write_latents(folder / FILE, cell.sae, density)
-        if cell.snapshots.tokens:
-            cell.snapshots.save(folder / "snapshots.safetensors")
+        if not cell.snapshots.tokens:
+            return [FILE]
+        cell.snapshots.save(folder / SNAPSHOTS)
+        return [FILE, SNAPSHOTS]
+
+    def _write_weights(self, folder: Path, cell: TrainingCell, sent: JobCell) -> list[str]:
+        """Returns the names of the files that were written."""
+        sae: Any = cell.sae
+        if isinstance(sae, SAE):
+            checkpoint.save(sae, folder, {**self.data.provenance, **sent.id.as_dict()})
+            return ["sae.safetensors", "sae.json"]
+        state = sae.state_dict().items()
+        tensors = {n: t.detach().cpu().clone() for n, t in state if isinstance(t, torch.Tensor)}
+        file = folder / "module.safetensors"
+        write_atomically(file, lambda temporary: save_file(tensors, temporary))
+        return [file.name]
 
     def _build(self, job: Job, sent: JobCell) -> TrainingCell:
         name, sae, config = sent.id.name, sent.sae_config, sent.train_config
@@ -187,8 +209,10 @@ class Worker:
             "probing_accuracy": values.get(PROBED),
             "not_finite": not_finite(rows),
             **self.input_facts,
+            "largest_weight": largest_weight(cell.sae),
             **_weights_facts(cell.sae, largest),
             **_curve_facts(cell.log),
+            **{f"{MOVED}{name}": moved for name, moved in cell.scalar_distance().items()},
             **{f"{REACH}{name}": share for name, share in cell.scalar_reach().items()},
             **part_facts(cell),
         }
@@ -201,17 +225,11 @@ class Worker:
         rows: list[Row],
         facts: dict[str, Any],
         seconds: float,
+        names: list[str],
     ) -> None:
-        sae: Any = cell.sae
-        if isinstance(sae, SAE):
-            checkpoint.save(sae, folder, {**self.data.provenance, **sent.id.as_dict()})
-        else:
-            state = sae.state_dict().items()
-            tensors = {n: t.detach().cpu().clone() for n, t in state if isinstance(t, torch.Tensor)}
-            file = folder / "module.safetensors"
-            write_atomically(file, lambda temporary: save_file(tensors, temporary))
+        """Finishes the cell's folder, in which the files of these names are written already."""
         own = [row.of_cell(sent.id).as_dict() for row in rows]
-        write_curves(folder / "curves.parquet", cell)
+        write_curves(folder / CURVES, cell)
         last = {
             name: _finite(values[cell.log.length - 1]) for name, values in logged_columns(cell.log)
         }
@@ -227,7 +245,7 @@ class Worker:
             "last": last,
             "seconds": round(seconds, 3),
         }
-        finish(folder, record)
+        finish(folder, record, [*names, CURVES])
 
 
 def _finite(value: Any) -> Any:

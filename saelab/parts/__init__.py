@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import nn
 
+from saelab.config import setting_error_at_place
 from saelab.errors import SettingError, nearest
 from saelab.parts.activations.batchtopk import BatchTopKConfig
 from saelab.parts.activations.jumprelu import JumpReLUConfig
@@ -100,22 +101,31 @@ for _seam, _configs in {
 def parse_part(seam: str, data: Any) -> PartConfig:
     """Reads a part's configuration from plain data, by its `kind`.
 
-    Raises: SettingError for an unknown kind (nearest name suggested) or an unknown field.
+    Raises: SettingError for an unknown kind (nearest name suggested) or an unknown field; it names
+        the field of the part.
     """
     configs = TABLE[seam]
     if isinstance(data, PartConfig):
         if type(data) not in configs.values():
-            raise SettingError(seam, data.kind, f"is no {seam}; known: {', '.join(configs)}")
+            raise SettingError("kind", data.kind, f"is no {seam}; known: {', '.join(configs)}")
         return data
     if isinstance(data, str):
         data = {"kind": data}
     if not isinstance(data, dict) or "kind" not in data:
-        raise SettingError(seam, data, f"needs a 'kind', one of: {', '.join(configs)}")
+        raise SettingError("", data, f"needs a 'kind', one of: {', '.join(configs)}")
     kind = data["kind"]
     if not isinstance(kind, str) or kind not in configs:
         remedy = f"no such {seam}{nearest(str(kind), configs)}; known: {', '.join(configs)}"
-        raise SettingError(f"{seam}.kind", kind, remedy)
-    return configs[kind].parse(data, where=f"{seam}[{kind}]")
+        raise SettingError("kind", kind, remedy)
+    return configs[kind].parse(data)
+
+
+def _validate_part(seam: str, data: Any) -> PartConfig:
+    """`parse_part` for pydantic, which knows the place of the part among the settings."""
+    try:
+        return parse_part(seam, data)
+    except SettingError as error:
+        raise setting_error_at_place(error) from None
 
 
 def activation_of(form: Form) -> PartConfig:
@@ -130,7 +140,7 @@ def activation_of(form: Form) -> PartConfig:
 
 
 def _field(seam: str) -> Any:
-    return Annotated[SerializeAsAny[PartConfig], BeforeValidator(lambda d: parse_part(seam, d))]
+    return Annotated[SerializeAsAny[PartConfig], BeforeValidator(lambda d: _validate_part(seam, d))]
 
 
 if TYPE_CHECKING:  # to a type checker every such field is a part's configuration

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, NonNegativeFloat
 
 from saelab.config import Frozen
 from saelab.errors import SettingError
@@ -34,12 +34,14 @@ class Scalar:
             'state', a value that the part holds or a rule sets; 'measured', a number about the run.
         reported: whether its last value stands in final_info.json.
         unit: '' for a number without one.
+        free_sign: whether seeds take either sign by chance; its absolute value is reported then.
     """
 
     meaning: str
     role: Role = "learned"
     reported: bool = True
     unit: str = ""
+    free_sign: bool = False
 
 
 def measurement(meaning: str, unit: str = "") -> Scalar:
@@ -57,7 +59,7 @@ class PartConfig(Frozen):
     """
 
     kind: str
-    lr: float | None = None
+    lr: NonNegativeFloat | None = None
 
     def build(self, dims: Dims) -> Part:
         """Builds the part.

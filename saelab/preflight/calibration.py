@@ -185,7 +185,9 @@ def _harvest_trial(base: BaseConfig, tokens: int) -> tuple[int, float, int]:
 
 def _step_seconds(base: BaseConfig, n: int, d: int, width: int, steps: int = STEPS) -> float:
     """Processor seconds of a training step at the L0 of the settings, on made rows."""
-    rows = torch.randn(n * steps, 1, d, generator=torch_stream(0, "trial rows"))
+    rows = torch.randn(
+        n * steps, 1, d, generator=torch_stream(0, "trial rows"), dtype=torch.float32
+    )
     source = MemorySource([Shard(rows, torch.ones(rows.shape[:2], dtype=torch.bool))], {})
     activation = base.sae.activation
     initial_l0 = min(active_latents(base.sae), width / 4)

@@ -4,7 +4,6 @@
     step      (2 N d F / (R matrix rate) + bytes / (R memory rate)) / efficiency
               + 8 N d / link [R > 1] + overhead
     bytes     36 P + 8 N F + 16 N L0 d,    P = 2 d F + F + d     [one device: P/R, F/R, L0/R]
-    launch    start + 1.5 x (sum of its steps) / workers
 
     memory
     SAEs      4 (3 sum P + max P) + CODES 4 N F                  trained in turns in one job
@@ -40,7 +39,7 @@ from saelab.data.activations.parallel_passes import AHEAD, lane_count
 from saelab.data.language_model import Size
 from saelab.evals import core, probing
 from saelab.evals.dictionary_matching import matching_bytes
-from saelab.preflight.rates import Rates, thread_rates
+from saelab.preflight.rates import Rates
 from saelab.sae import SAEConfig
 from saelab.storage.cache import remote_cache
 from saelab.study.plan import BaseConfig, CellSpec
@@ -49,9 +48,6 @@ from saelab.training.snapshots import snapshot_bytes
 
 #: Active latents a row where the settings name no number. Our choice.
 L0 = 64
-#: Seconds until workers have imported torch and opened their data, and what evaluation adds to
-#: training. Our fits to launches on two cores.
-START_SECONDS, WITH_EVALUATION = 10.0, 1.5
 #: Bytes moved per parameter, per pre-activation, and per active latent and channel, in a step.
 PARAMETER_BYTES, CODE_BYTES, ACTIVE_BYTES = 36, 8, 16
 #: A process with torch, transformers and the tokenizer, in bytes. Measured: 390 to 450 MB.
@@ -112,21 +108,6 @@ def step_seconds(rates: Rates, n: int, d: int, d_sae: int, l0: float, ranks: int
     if ranks > 1:
         seconds += 8 * n * d / rates.link
     return seconds + rates.step_seconds
-
-
-def training_seconds(specs: Sequence[CellSpec], d_in: int, at_once: int) -> float:
-    """Seconds to train and evaluate cells on this machine, good to about a factor of 1.5.
-
-    Args:
-        d_in: width of the activations.
-        at_once: cells at work at a time, each on one thread.
-    """
-    total = 0.0
-    for spec in specs:
-        rates, n = thread_rates(spec.sae.precision), spec.train.batch_size
-        step = step_seconds(rates, n, d_in, spec.sae.d_sae, active_latents(spec.sae))
-        total += WITH_EVALUATION * spec.train.steps * step
-    return START_SECONDS + total / max(1, at_once)
 
 
 # ---- memory of a harvest and of SAEs ---------------------------------------------------------
@@ -228,7 +209,7 @@ def launch_needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, grou
     size = language_model.size(base.model)
     d = size.d_model
     harvested = harvest_bytes(size, base, base.train.tokens)
-    probed = 2 * _probing_rows(base) * d
+    probed = 2 * probing_rows(base) * d
     shard, rows = shard_bytes(base.harvest.shard_tokens, d, base.harvest.dtype)
     if remote_cache() is not None:  # not mapped: read ahead, and a shard of training and held-out
         rows += base.harvest.read_ahead + 4 * shard  # activations each, with its bytes while read
@@ -244,11 +225,16 @@ def launch_needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, grou
     )
 
 
-def _probing_rows(base: BaseConfig) -> int:
+def probing_classes(base: BaseConfig) -> int:
+    """Classes of all probing entries, about."""
+    settings = base.evaluation.probing
+    return (CLASSES if settings.entries == "embedded" else 0) + 2 * len(settings.tables)
+
+
+def probing_rows(base: BaseConfig) -> int:
     """Rows of probing activations, about."""
     settings = base.evaluation.probing
-    groups = (CLASSES if settings.entries == "embedded" else 0) + 2 * len(settings.tables)
-    texts = groups * (settings.train_size + settings.test_size)
+    texts = probing_classes(base) * (settings.train_size + settings.test_size)
     return int(texts * TEXT_SHARE * min(settings.context, base.context))
 
 

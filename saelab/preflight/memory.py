@@ -15,12 +15,18 @@ from typing import NoReturn
 
 from saelab.errors import SettingError
 from saelab.preflight.cost import launch_needs
+from saelab.runtime.cores import group_folders
 from saelab.study.plan import BaseConfig, CellSpec
 
 #: Variable that names how much memory a launch may take.
 BUDGET = "SAELAB_MEMORY"
 #: Bytes where nothing limits them.
 ENDLESS = 2**62
+#: Version of control groups -> their files with the limit and the use of memory.
+MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    2: ("memory.max", "memory.current"),
+}
 
 
 def fit_workers(
@@ -62,7 +68,7 @@ def room_here() -> int:
 def _free_memory() -> int:
     """Bytes that the machine has free."""
     try:
-        text = Path("/proc/meminfo").read_text()
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
     except OSError:  # not Linux: nothing is known
         return ENDLESS
     free = dict(re.findall(r"^(MemAvailable|SwapFree):\s+(\d+) kB", text, re.MULTILINE))
@@ -71,31 +77,16 @@ def _free_memory() -> int:
 
 def _room_of_groups() -> Iterator[int]:
     """Bytes left by each memory control group of this process and those above it (v2 or v1)."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            root = Path("/sys/fs/cgroup/memory")
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        place = root / path.strip("/")
-        for folder in (place, *place.parents):
-            with suppress(OSError, ValueError):
-                limit, used = (int((folder / name).read_text()) for name in names)
-                yield max(0, limit - used + _cached_bytes(folder))
-            if folder == root:
-                break
+    for folder, version in group_folders("memory"):
+        with suppress(OSError, ValueError):
+            files = (folder / name for name in MEMORY_FILES[version])
+            limit, used = (int(file.read_text(encoding="utf-8")) for file in files)
+            yield max(0, limit - used + _cached_bytes(folder))
 
 
 def _cached_bytes(folder: Path) -> int:
     """Bytes of files in memory that a control group counts and gives back when asked."""
-    text = (folder / "memory.stat").read_text()
+    text = (folder / "memory.stat").read_text(encoding="utf-8")
     match = re.search(r"^(?:total_)?inactive_file (\d+)$", text, re.MULTILINE)
     return int(match[1]) if match else 0
 
@@ -107,5 +98,5 @@ def _room_of_process() -> Iterator[int]:
 
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit != resource.RLIM_INFINITY:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
             yield max(0, limit - pages * resource.getpagesize())

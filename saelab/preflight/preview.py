@@ -18,17 +18,22 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from saelab import stats
 from saelab.data import language_model
 from saelab.data.activations.foreign import ForeignSource
 from saelab.errors import SettingError
 from saelab.parts import TABLE
-from saelab.preflight.cost import Needs, harvest_seconds, launch_needs, training_seconds
-from saelab.preflight.rates import thread_rates
+from saelab.preflight.cost import Needs, launch_needs
+from saelab.preflight.launch_time import (
+    Measured,
+    frozen_control,
+    preparation_seconds,
+    training_seconds,
+)
 from saelab.progress import clock
 from saelab.runs.folder import MANIFEST, RunFolder
+from saelab.runs.schema import level_of
+from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.storage.remote import place_of
 from saelab.study.plan import (
@@ -111,21 +116,22 @@ class RunCheck:
 
     @property
     def tokens(self) -> int:
-        """Over all cells."""
-        return sum(spec.train.tokens for spec in self.specs)
+        """Over all cells and the control that is trained."""
+        frozen = frozen_control(self.specs)
+        trained = [*self.specs, *([frozen] if frozen else [])]
+        return sum(spec.train.tokens for spec in trained)
 
     @cached_property
     def seconds(self) -> float:
         """Expected time of the launch with nothing in the cache; timed when it is first asked."""
         base = self.base
         if base.activations is not None:
-            width, harvest = ForeignSource.open(place_of(base.activations)).d, 0.0
+            width = ForeignSource.open(place_of(base.activations)).d
         else:
-            size = language_model.size(base.model)
-            tokens = base.train.tokens + base.evaluation.tokens
-            seconds = harvest_seconds(size, base, tokens, thread_rates())
-            width, harvest = size.d_model, seconds / torch.get_num_threads()
-        return harvest + training_seconds(self.specs, width, max(1, self.workers))
+            width = language_model.size(base.model).d_model
+        measured = Measured.of(base, width, level_of(self.task.plan.target_l0))
+        whole = training_seconds(self.specs, measured, max(1, self.workers))
+        return preparation_seconds(base) + whole
 
     @property
     def warnings(self) -> list[str]:
@@ -345,8 +351,8 @@ def check_text(run: RunCheck) -> str:
         f"  plan {plan_hash(plan)}: {plan.primary}, {plan.direction} is better, smallest effect of "
         f"interest {plan.sesoi:g}, family of {_family(plan, compared)}, alpha {plan.alpha:g}"
         + (", confirmatory" if task.purpose == "confirm" else ", exploratory"),
-        f"  {len(run.specs)} cells, {run.tokens:,} tokens, about {clock(run.seconds)} with "
-        f"{run.workers} workers and nothing in the cache",
+        f"  {count(len(run.specs), 'cell')} and the controls, {count(run.tokens, 'token')}, about "
+        f"{clock(run.seconds)} with {count(run.workers, 'worker')} and nothing in the cache",
         f"  {run.needs.line()}",
     ]
     for arm in run.arms:
@@ -356,9 +362,9 @@ def check_text(run: RunCheck) -> str:
 
 
 def _arm_lines(arm: ArmCheck, plan: PlanConfig) -> list[str]:
-    notes = [f"{arm.cells} cells"]
+    notes = [count(arm.cells, "cell")]
     if arm.name != BASELINE:
-        notes.append(f"{arm.pairs} pairs")
+        notes.append(count(arm.pairs, "pair"))
     if arm.sees is not None:
         unit = f" ({arm.spread_of})" if arm.spread is not None else " spreads of the differences"
         notes += [f"sees {plan.primary} from {arm.sees:.3g}{unit}"]

@@ -19,7 +19,7 @@ from saelab.assets import EMBEDDED_MODEL
 from saelab.config import Frozen, read_toml
 from saelab.data import language_model
 from saelab.data.language_model import ModelConfig, Size
-from saelab.errors import SettingError, nearest
+from saelab.errors import SettingError, SourceError, nearest
 from saelab.kernels.table import Precision, selection_dtype
 
 RATES = EMBEDDED_MODEL.parent / "rates.toml"
@@ -84,6 +84,8 @@ def read_rates(name: str, file: Path = RATES) -> Rates:
     Raises: SettingError for a device that is not there; SourceError for a file that can't be read.
     """
     devices = read_toml(file).get("devices", {})
+    if not isinstance(devices, dict):
+        raise SourceError(f"{file} has no tables [devices.NAME]: name a table of rates")
     if name not in devices:
         remedy = f"no such device{nearest(name, devices)}; use here or {', '.join(devices)}"
         raise SettingError("--device", name, remedy)
@@ -117,7 +119,8 @@ def thread_rates(precision: Precision = "auto") -> Rates:
     try:
         a, b = torch.ones(n, d, dtype=dtype), torch.ones(latents, d, dtype=dtype)
         matrix = 2 * n * d * latents / best_seconds(lambda: torch.nn.functional.linear(a, b))
-        x, y = torch.ones(FLOATS), torch.ones(FLOATS)
+        x = torch.ones(FLOATS, dtype=torch.float32)
+        y = x.clone()
         memory = 3 * 4 * FLOATS / best_seconds(lambda: y.add_(x))
     finally:
         torch.set_num_threads(before)

@@ -7,11 +7,12 @@ nothing.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from saelab.runtime.variables import is_set_to
 
 #: Seconds between two plain lines when stderr is not a terminal. Our choice: a log stays short.
 PLAIN_INTERVAL = 15.0
@@ -89,8 +90,11 @@ class Silent(Progress):
 
 
 def display_mode() -> str:
-    """Returns how progress is shown: 'off', 'live' on a terminal, or 'plain'."""
-    if os.environ.get("SAELAB_PROGRESS") == "off":
+    """Returns how progress is shown: 'off', 'live' on a terminal, or 'plain'.
+
+    Raises: SettingError when SAELAB_PROGRESS has another value than 'off'.
+    """
+    if is_set_to("SAELAB_PROGRESS", "off"):
         return "off"
     return "live" if sys.stderr.isatty() else "plain"
 

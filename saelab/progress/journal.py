@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab.storage.atomic import explain_write_errors
+from saelab.storage.links import open_plain
 
 JOURNAL_FILE = "metrics.jsonl"
 
@@ -30,7 +31,7 @@ def replace_non_finite(value: Any) -> Any:
 class Journal:
     """Appends lines to a file; the first line creates the file and its folder.
 
-    Raises: WriteError when the disk is full or the folder can't be written.
+    Raises: WriteError when the disk is full or the folder can't be written, SourceError for a link.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +48,7 @@ class Journal:
 
     def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        file = open_plain(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":
             os.write(file, b"\n")
@@ -70,9 +71,9 @@ class Tail:
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yields the new lines, without damaged ones.
 
-        Raises: FileNotFoundError when the file no longer exists.
+        Raises: FileNotFoundError when the file no longer exists, SourceError for a link.
         """
-        with self.path.open("rb") as file:
+        with os.fdopen(open_plain(self.path, os.O_RDONLY), "rb") as file:
             if os.fstat(file.fileno()).st_size < self._offset:  # another file of the same name
                 self._offset, self._rest = 0, b""
             file.seek(self._offset)

@@ -28,6 +28,7 @@ from saelab.progress.bar import Progress, display_mode, redirect_bars
 from saelab.progress.journal import JOURNAL_FILE, Journal
 from saelab.progress.state import CELLS, END, LAUNCH, State
 from saelab.progress.trackers import Tracker, open_tracker
+from saelab.runs.schema import CellId
 from saelab.storage.atomic import WriteError
 
 #: Seconds between two lines of a stage in the journal. Our choice: a line is 130 bytes, so two
@@ -85,7 +86,7 @@ class RunProgress:
         if "arm" not in line:
             return
         values = {name: v for name, v in line.get("values", {}).items() if v is not None}
-        cell = f"{line['arm']}/seed{line['seed']}-l0_{line['level']:g}"
+        cell = str(CellId(line["arm"], line["seed"], line["level"]).folder)
         if values:
             self._call_tracker(lambda tracker: tracker.log(cell, int(line.get("step", 0)), values))
 
@@ -223,7 +224,7 @@ def process_start_time(pid: int) -> str:
     It is '' if the process has ended or the system has no /proc.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from saelab.runs.schema import CONTROL
+from saelab.runs.schema import CONTROL, CellId
 
 #: Stages of a cell; the lines of all other stages are of the launch.
 TRAIN, EVALUATE, DONE = "train", "evaluate", "done"
@@ -64,6 +64,11 @@ class CellState:
     seconds: float = 0.0
     values: dict[str, float | None] = field(default_factory=dict)
     failure: str = ""
+
+    @property
+    def id(self) -> CellId:
+        """Which cell it is."""
+        return CellId(self.arm, self.seed, self.level)
 
     @property
     def control(self) -> bool:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from saelab.progress.bar import clock
 from saelab.progress.state import TRAIN, CellState, State
+from saelab.runtime.counting import count
 
 #: Rows of each kind, and redraws per second. Our choice.
 STAGES, RUNNING, FINISHED, REDRAWS = 2, 5, 2, 2
@@ -77,7 +78,7 @@ def _cells(state: State) -> Iterator[Table | Text]:
     yield table
     more = len(state.cells) - len(running)
     if more:
-        yield Text(f"and {more} more cells at work", style="dim")
+        yield Text(f"and {count(more, 'more cell')} at work", style="dim")
 
 
 def _cell_row(cell: CellState) -> list[str]:
@@ -85,7 +86,7 @@ def _cell_row(cell: CellState) -> list[str]:
     stage = "failed" if cell.failure else f"{cell.stage}{share}"
     numbers = [cell.values.get(name) for name in VALUES]
     texts = ["" if number is None else f"{number:.4g}" for number in numbers]
-    return [cell.arm, str(cell.seed), f"{cell.level:g}", stage, *texts]
+    return [cell.arm, str(cell.seed), cell.id.level_text.removeprefix("L0 "), stage, *texts]
 
 
 @contextmanager

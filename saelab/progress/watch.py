@@ -141,5 +141,5 @@ def state_lines(state: State, now: float | None = None) -> Iterator[str]:
         yield f"{stage.name}: {stage.share:4.0%}  {amount}  {left} left"
     for cell in state.cells.values():
         values = [f"{name} {value:.4g}" for name, value in cell.values.items() if value is not None]
-        title = f"{cell.arm}/seed {cell.seed}/L0 {cell.level:g}: {cell.stage}"
+        title = f"{cell.id.name}: {cell.stage}"
         yield "  ".join([f"  {title} {cell.step}/{cell.steps}", *values])

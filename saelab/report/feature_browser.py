@@ -9,6 +9,7 @@ largest, and only those that are not 0 are stored:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -103,8 +104,12 @@ def _latent(latent: Latent, texts: _Texts) -> dict[str, Any]:
         "density": _short(latent.density),
         "loss": _short(latent.loss_share),
         "max": _short(latent.largest),
-        "examples": [_example(example, latent.largest) for example in latent.examples],
-        "near": [[other, round(cosine, 3)] for other, cosine in latent.neighbours],
+        "examples": [
+            _example(example, latent.largest)
+            for example in latent.examples
+            if all(map(math.isfinite, (*example.values, latent.largest)))
+        ],
+        "near": [[i, round(cosine, 3)] for i, cosine in latent.neighbours if math.isfinite(cosine)],
     }
     if latent.lens is not None:
         packed |= _lens(latent.lens, texts)
@@ -127,10 +132,15 @@ def _example(example: Example, largest: float) -> list[Any]:
 
 def _lens(lens: Lens, texts: _Texts) -> dict[str, Any]:
     return {
-        name: [[texts.number(token), round(value, 2)] for token, value in tokens]
+        name: [
+            [texts.number(token), round(value, 2)]
+            for token, value in tokens
+            if math.isfinite(value)
+        ]
         for name, tokens in (("raised", lens.raised), ("lowered", lens.lowered))
     }
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.3g}")
+def _short(value: float) -> float | None:
+    """Rounds a number; None where it is not finite, as in an SAE whose training diverged."""
+    return float(f"{value:.3g}") if math.isfinite(value) else None

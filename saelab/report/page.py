@@ -29,13 +29,15 @@ from saelab.report.figures.common import PICTURES
 from saelab.report.figures.style import STYLE, ArmStyle, arm_styles, legend_name
 from saelab.report.run_data import Run, run_data
 from saelab.runs.folder import RunFolder
-from saelab.runs.schema import CELLS, CONTROL
+from saelab.runs.schema import CELLS, CONTROL, PLANTED, control_arm
+from saelab.runtime.counting import count
 from saelab.storage.atomic import write_text
 from saelab.study.plan import PlanConfig
 from saelab.study.registry import Attempt, attempts
 from saelab.verdict.judge import COVERS, POWER
 from saelab.verdict.review import CellNote, Review, differences_of, group_notes, review_run
-from saelab.verdict.summary import COLUMNS, mean_and_half_width
+from saelab.verdict.rivals import rivals_sentence
+from saelab.verdict.summary import COLUMNS, mean_and_half_width, too_few_planted
 from saelab.version import __version__
 
 #: Bytes that a page may have. Our choice: small enough for a mail or a slow line.
@@ -290,7 +292,8 @@ def _run(
         "heads": list(COLUMNS.values()),
         "numbers": list(_numbers(run, comments)),
         "controls": list(_controls(run)),
-        "planted": _planted_text(manifest.get("planted")),
+        "rivals": rivals_sentence(checked.rivals),
+        "planted": _planted_text(manifest.get("planted"), run),
         "cells": len(manifest["cells"]),
         "outcomes": _outcomes(checked.cells),
         "gate": [_gate_row(*group) for group in group_notes(checked.cells)],
@@ -342,9 +345,10 @@ def _controls(run: Run) -> Iterator[dict[str, Any]]:
         yield {"name": name.removeprefix(CONTROL), "values": values}
 
 
-def _planted_text(planted: Mapping[str, Any] | None) -> str:
+def _planted_text(planted: Mapping[str, Any] | None, run: Run) -> str:
     if not planted:
-        return ""
+        n = len(run.numbers("fvu").get(control_arm(PLANTED), ()))
+        return f"{too_few_planted(n)}." if n else "No effect was planted."
     c, expected = planted["comparison"], planted["expected"]
     seen = "was found" if c["word"] == "hurts" else "was missed"
     size = verdict_table.format_signed(expected)
@@ -390,8 +394,8 @@ def _missing(run: Run) -> list[str]:
                 if value.value is None:
                     lost[metric, value.arm, value.reason] += 1
     arms: dict[tuple[str, str], list[str]] = {}
-    for (metric, arm, reason), count in lost.items():
-        arms.setdefault((metric, reason), []).append(f"{legend_name(arm)} ({count})")
+    for (metric, arm, reason), n in lost.items():
+        arms.setdefault((metric, reason), []).append(f"{legend_name(arm)} ({n})")
     return [f"{metric}: {', '.join(names)}: {reason}" for (metric, reason), names in arms.items()]
 
 
@@ -420,7 +424,7 @@ def _provenance(checked: Review, manifest: Mapping[str, Any]) -> Iterator[tuple[
             digest = f", sha256 {corpus['sha256'][:16]}" if "sha256" in corpus else ""
             yield (
                 f"{part} text".replace("_", " "),
-                f"{text}, {source.get('n_tokens')} tokens{digest}",
+                f"{text}, {count(source.get('n_tokens') or 0, 'token')}{digest}",
             )
     for name, value in manifest["versions"].items():
         yield name.replace("_", " "), _plain(value)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from saelab.report.figures.axes import NAMES
+from saelab.runtime.counting import count
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.verdict.judge import Comparison
 
@@ -78,7 +79,7 @@ def sentence(c: Comparison, plan: PlanConfig) -> str:
     if c.word == "equivalent":
         return f"{who} is equivalent: {amount}; an effect of {plan.sesoi:g} is excluded."
     more = (
-        f"about {c.needed_seeds} seeds would decide it"
+        f"about {count(c.needed_seeds, 'seed')} would decide it"
         if c.needed_seeds
         else "more seeds would not decide it"
     )
@@ -90,7 +91,7 @@ def _interval_text(c: Comparison) -> str:
 
 
 def _cells_text(c: Comparison) -> str:
-    return f"{c.n} and {c.n_baseline} cells"
+    return f"{c.n} and {count(c.n_baseline, 'cell')}"
 
 
 def bars(comparisons: Sequence[Comparison], sesoi: float) -> list[Bar]:

@@ -4,17 +4,19 @@
     final_info.json, metrics.parquet, curves.parquet, gate.json, summary.md
     cells/<arm>/seed<s>-l0_<level>/
 
-Each file is read and checked once, when it is first asked for. Whether a missing file is an error
-is up to its reader: a driver may copy final_info.json alone. A file that exists must be as it was
-written, of the types that it is written with. A manifest without a seal comes from an older version
-or was made by hand; `sealed` says so, and `saelab verdict` reports it.
+Each file is read and checked once, when it is first asked for, and through no link. The manifest
+decides which cells the run has; other folders among its cells are named and ignored. Whether a
+missing file is an error is up to its reader: a driver may copy final_info.json alone. A file that
+exists must be as it was written, of the types that it is written with. A manifest without a seal
+comes from an older version or was made by hand; `sealed` says so, and `saelab verdict` reports it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,15 +42,16 @@ from saelab.storage.atomic import (
     write_sealed,
     write_text,
 )
+from saelab.storage.links import inside, refuse_links
 from saelab.storage.parquet import Kind, column_types, read_rows
 from saelab.storage.validation import Int64, Loose, Name, Number, validate
 
 MANIFEST, INFO, GATE = "manifest.json", "final_info.json", "gate.json"
 SUMMARY = "summary.md"
 METRICS, CURVES = "metrics.parquet", "curves.parquet"
-#: What the manifest answers for, beside files of single cells that carry no checksum themselves.
+#: Files that the manifest holds checksums of: of the run, and of each of its cells.
 SEALED = (INFO, METRICS, CURVES, GATE, SUMMARY)
-OF_CELLS = ("latents.parquet", "module.safetensors")
+OF_CELLS = ("sae.safetensors", "sae.json", "module.safetensors", "latents.parquet")
 #: Key of file -> checksum in the manifest. A manifest with it and without a digest was changed.
 SUMS = "sha256"
 REMEDY = "make the run again, or take the folder from where it was copied"
@@ -82,6 +85,7 @@ class _Manifest(Loose):
     purpose: str = ""
     target_l0: Number | None = None
     arms: dict[Name, _Arm] = Field(default_factory=dict)
+    cells: dict[str, str] = Field(default_factory=dict)
     scalars: dict[str, _Scalar] = Field(default_factory=dict)
     plan: dict[str, Any] = Field(default_factory=dict)
     base: dict[str, Any] = Field(default_factory=dict)
@@ -134,7 +138,7 @@ class RunFolder:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """manifest.json; {} where there is none."""
-        path = self.folder / MANIFEST
+        path = inside(self.folder, MANIFEST)
         if not path.is_file():
             return {}
         data = validate(read_json(path), _Manifest, path, REMEDY)
@@ -164,8 +168,11 @@ class RunFolder:
         return all((self.folder / name).is_file() for name in names)
 
     def file(self, name: str) -> Path:
-        """Path of a file that is as it was written, or that the manifest has no checksum of."""
-        path, expected = self.folder / name, self._sums.get(name)
+        """Path of a file that is as it was written, or that the manifest has no checksum of.
+
+        Raises: DamageError for a changed file, SourceError for a link.
+        """
+        path, expected = inside(self.folder, name), self._sums.get(name)
         if expected is not None and path.is_file() and sha256(path) != expected:
             raise DamageError(f"{path} was changed after the run wrote it: {REMEDY}")
         return path
@@ -213,13 +220,56 @@ class RunFolder:
 
     @cached_property
     def cells(self) -> tuple[Member, ...]:
-        """All cells, in the order of the arms."""
-        members = []
-        for arm in self.required("arms")["arms"]:
-            for folder in sorted((self.folder / CELLS / arm).glob("seed*")):
-                if cell := CellId.of_folder(arm, folder.name):
-                    members.append(Member(folder, cell))
-        return tuple(members)
+        """All cells that the manifest names, in the order of the arms; () where no folder of a cell
+        was copied with the run. Other folders among them are named on stderr."""
+        manifest = self.required("arms", "cells")
+        if self.leftovers:
+            print(_leftovers_line(self.folder / CELLS, self.leftovers), file=sys.stderr)
+        if not (self.folder / CELLS).is_dir():
+            return ()
+        arms = list(manifest["arms"])
+        members = [Member(self.folder / CELLS / cell.folder, cell) for cell in self._cell_ids]
+        return tuple(sorted(members, key=lambda m: (arms.index(m.id.arm), m.folder.name)))
+
+    @cached_property
+    def _cell_ids(self) -> list[CellId]:
+        """Cells that the manifest names, of arms that it names."""
+        path, ids = self.folder / MANIFEST, []
+        for name in self.manifest.get("cells", {}):
+            try:
+                ids.append(CellId.parse(name))
+            except ValueError as error:
+                raise DamageError(f"{path} is damaged ({error}): {REMEDY}") from None
+            if ids[-1].arm not in self.manifest["arms"]:
+                raise DamageError(f"{path} names the cell {name!r} of no arm: {REMEDY}")
+        return ids
+
+    @cached_property
+    def leftovers(self) -> list[str]:
+        """Folders of cells that the manifest does not name, as 'A1/seed7-l0_32': another launch,
+        with more arms or seeds, has left them."""
+        named = {cell.folder.as_posix() for cell in self._cell_ids}
+        arms = (self.folder / CELLS).glob("[!.]*")
+        found = [cell for arm in arms if not arm.is_symlink() for cell in arm.glob("[!.]*")]
+        names = (cell.relative_to(self.folder / CELLS).as_posix() for cell in found)
+        return sorted(name for name in names if name not in named)
+
+    def check_cells(self, members: Iterable[Member]) -> None:
+        """Compares all files of cells with their checksums in the manifest.
+
+        Raises: DamageError for a cell of which a file is missing or changed, SourceError for a link
+            or for a cell that the manifest does not name.
+        """
+        known = set(self._cell_ids)
+        for member in members:
+            place = f"{CELLS}/{member.id.folder}/"
+            if member.id not in known:
+                remedy = "another launch has left it: name a cell of this run, or copy it elsewhere"
+                raise SourceError(f"{self.folder / MANIFEST} does not name {place[:-1]}: {remedy}")
+            for name in (name for name in self._sums if name.startswith(place)):
+                if not self.file(name).is_file():
+                    raise DamageError(f"{self.folder / name} is missing: {REMEDY}")
+            refuse_links(inside(self.folder, place))
 
     def choose(self, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Member]:
         """The cells at the plan's L0: of the named arms and seeds, or all of them.
@@ -228,7 +278,7 @@ class RunFolder:
             no cell.
         """
         target = self.target_level
-        at_target = [cell for cell in self.cells if cell.id.level == target]
+        at_target = [cell for cell in self.cells if f"{cell.id.level:g}" == f"{target:g}"]
         if not at_target:
             raise SourceError(f"{self.folder} has no cell at L0 {target:g}: name a complete run")
         for name in arms:
@@ -248,24 +298,48 @@ class RunFolder:
 def run_cells(
     path: Path, arms: Sequence[str] = (), seeds: Sequence[int] = ()
 ) -> list[Member] | None:
-    """The cells that a run folder stands for; None when the path is not a run folder.
+    """The cells that a run folder stands for, checked; None when the path is not a run folder.
 
-    Raises: what `RunFolder.choose` does; SettingError when arms or seeds are chosen of another
-        folder.
+    A path that is a cell of a run is checked as well.
+
+    Raises: what `RunFolder.choose` and `check_cells` do; SettingError when arms or seeds are chosen
+        of another folder.
     """
     if (path / MANIFEST).is_file():
-        return RunFolder(path).choose(arms, seeds)
+        run = RunFolder(path)
+        chosen = run.choose(arms, seeds)
+        run.check_cells(chosen)
+        return chosen
     if arms or seeds:
         remedy = f"{path} is not a run folder, so it has no arms or seeds to choose: leave it out"
         raise SettingError("arm" if arms else "seed", (arms or seeds)[0], remedy)
+    _check_lone_cell(path)
     return None
+
+
+def _check_lone_cell(path: Path) -> None:
+    """Checks a cell that is named by its folder in a run; see `RunFolder.check_cells`."""
+    place = path.absolute()  # links are not followed
+    above = place.parents[2] if len(place.parents) > 2 else place
+    if place.parent.parent.name == CELLS and (above / MANIFEST).is_file():
+        cell = CellId.of_folder(place.parent.name, place.name)
+        if cell is None:
+            raise SourceError(f"{path} is not the folder of a cell: name one of {above}")
+        RunFolder(above).check_cells([Member(place, cell)])
+
+
+def _leftovers_line(folder: Path, names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > 3 else ""
+    plural = "s" if len(names) > 1 else ""
+    listed = f"{len(names)} folder{plural} ({', '.join(names[:3])}{more})"
+    return f"{folder} holds {listed} that the run's manifest does not name: ignored"
 
 
 def seal_run(folder: Path, manifest: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Writes the manifest of a run whose other files are all there, then final_info.json, with
     which the run is complete."""
-    cells = sorted(p for name in OF_CELLS for p in (folder / CELLS).glob(f"*/*/{name}"))
-    names = [*SEALED, *(file.relative_to(folder).as_posix() for file in cells)]
+    cells = (f"{CELLS}/{CellId.parse(name).folder}" for name in sorted(manifest.get("cells", {})))
+    names = [*SEALED, *(f"{cell}/{name}" for cell in cells for name in OF_CELLS)]
     present = [name for name in names if name != INFO and (folder / name).is_file()]
     sums = {name: sha256(folder / name) for name in present}
     text = json_text(info)

@@ -1,7 +1,9 @@
 """Names that every reader and writer of a run's files shares: cells, columns, controls.
 
 A cell is an arm at one seed and one sparsity level; its name, 'A1/seed 7/L0 32', stands in
-gate.json and in the manifest, its folder, 'A1/seed7-l0_32', below `cells/`.
+gate.json and in the manifest, its folder, 'A1/seed7-l0_32', below `cells/`. Where every arm is left
+at the L0 that its settings give, the level is 0, and the names are 'A1/seed 7/own L0' and
+'A1/seed7'.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from saelab.storage.parquet import Kind
 
@@ -19,10 +23,14 @@ CELLS = "cells"
 #: What the name of every control subject begins with.
 CONTROL = "control:"
 CHANNELS, FROZEN, PLANTED = "model channels", "frozen decoder", "planted effect"
-_FOLDER = re.compile(r"seed(\d+)-l0_(.+)")
+#: The level of a cell that is left at its own L0, in words.
+OWN_L0 = "own L0"
+_FOLDER = re.compile(r"seed(\d+)(?:-l0_(.+))?")
 
-#: Facts of one learned scalar begin with this; the scalar's name follows.
-REACH = "scalar_reach."
+#: Facts of one learned scalar begin with these; the scalar's name follows. Its distance from its
+#: start, in all and as a share of how far it could have moved; and the standard deviation of that
+#: distance over the seeds of its arm.
+MOVED, REACH, MOVED_SPREAD = "scalar_moved.", "scalar_reach.", "scalar_spread."
 
 
 def control_arm(name: str) -> str:
@@ -33,6 +41,20 @@ def control_arm(name: str) -> str:
 def level_of(target_l0: float | None) -> float:
     """Level of the cells at a plan's target L0; 0 where every arm is left at its own L0."""
     return target_l0 or 0.0
+
+
+def check_level(level: float) -> float:
+    """Returns a level of L0 that the name of a cell holds without rounding.
+
+    Raises: ValueError for any other, since two levels could then share one folder.
+    """
+    if float(f"{level:g}") != level:
+        raise ValueError(f"is named {level:g} in files: use at most 6 digits")
+    return level
+
+
+#: Level of sparsity in a study's settings, in active latents per token.
+Level = Annotated[float, Field(gt=0, le=2**26), AfterValidator(check_level)]
 
 
 @dataclass(frozen=True)
@@ -46,7 +68,12 @@ class CellId:
     @property
     def name(self) -> str:
         """'A1/seed 7/L0 32'."""
-        return f"{self.arm}/seed {self.seed}/L0 {self.level:g}"
+        return f"{self.arm}/seed {self.seed}/{self.level_text}"
+
+    @property
+    def level_text(self) -> str:
+        """'L0 32', or 'own L0' of a cell that is not brought to a level."""
+        return f"L0 {self.level:g}" if self.level else OWN_L0
 
     @classmethod
     def parse(cls, name: str) -> CellId:
@@ -55,7 +82,8 @@ class CellId:
         Raises: ValueError for a text that is not a cell's name.
         """
         arm, _, rest = name.rpartition("/seed ")
-        seed, _, level = rest.partition("/L0 ")
+        seed, _, level = rest.partition("/")
+        level = "0" if level == OWN_L0 else level.removeprefix("L0 ")
         if not arm:
             raise ValueError(f"{name!r} is not the name of a cell")
         return cls(arm, int(seed), float(level))
@@ -63,13 +91,14 @@ class CellId:
     @property
     def folder(self) -> PurePosixPath:
         """'A1/seed7-l0_32', below `CELLS`."""
-        return PurePosixPath(self.arm, f"seed{self.seed}-l0_{self.level:g}")
+        level = f"-l0_{self.level:g}" if self.level else ""
+        return PurePosixPath(self.arm, f"seed{self.seed}{level}")
 
     @classmethod
     def of_folder(cls, arm: str, folder: str) -> CellId | None:
         """The inverse of `folder`; None for a folder of another name."""
         match = _FOLDER.fullmatch(folder)
-        return cls(arm, int(match[1]), float(match[2])) if match else None
+        return cls(arm, int(match[1]), float(match[2] or 0)) if match else None
 
     def as_dict(self) -> dict[str, Any]:
         """The columns that name the cell in every table."""
@@ -106,6 +135,8 @@ CURVE_TYPES |= {"step": "int64", "tokens": "int64", "name": "string", "value": "
 SCALAR = "scalar."
 #: Definition of those rows and of `final_loss`: the value of the last training step.
 SCALARS_DEFINITION = "last_logged/1"
+#: The same of a scalar whose sign is free: its absolute value.
+UNSIGNED_DEFINITION = "last_logged_absolute/1"
 
 
 def metric_columns(*names: str) -> dict[str, Kind]:

@@ -5,8 +5,9 @@
             step()
 
 Files are written whole or not at all, so most places are safe. A second SIGINT never waits; a
-second SIGTERM soon after the first, as a process group receives it, changes nothing. A signal that
-was ignored when the command started stays ignored.
+third changes nothing, and so does a second SIGTERM soon after the first, as a process group
+receives it. From the sentence on, the process ignores both. A signal that was ignored when the
+command started stays ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 #: Seconds for which a further SIGTERM counts as a repetition of the first one. Our choice.
 SOON = 5.0
@@ -47,12 +48,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Pending:
-    """State of the process: number and time of the first signal, whether it was raised, and the
-    depth of nested `defer_signals` blocks."""
+    """State of the process: number and time of the first signal, whether it was raised, whether a
+    further one was raised, and the depth of nested `defer_signals` blocks."""
 
     number: int | None = None
     at = 0.0
     raised = False
+    raised_again = False
     depth = 0
 
 
@@ -63,7 +65,9 @@ def handle_signal(number: int, frame: Any) -> None:
         raise_now, at_once = not _Pending.depth, False
     else:
         late = time.monotonic() - _Pending.at > SOON and not _Pending.depth
-        raise_now, at_once = number == signal.SIGINT or late, True
+        raise_now = (number == signal.SIGINT or late) and not _Pending.raised_again
+        _Pending.raised_again |= raise_now
+        at_once = True
     if raise_now:
         _Pending.raised = True
         raise Interrupted(_Pending.number, at_once)
@@ -105,18 +109,51 @@ def preserve_handlers() -> Iterator[None]:
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
     """Exits with one sentence on stderr when a signal arrives within the block."""
+    _replace_excepthook()
     try:
-        with _install_handlers():
-            yield
-    except KeyboardInterrupt as error:
-        stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
-        print(stop, file=sys.stderr, flush=True)
-        sys.exit(stop.exit_code)
+        try:
+            with _install_handlers():
+                yield
+        except KeyboardInterrupt as error:
+            _exit(error)
+    except KeyboardInterrupt as further:  # while the first one was handled
+        _exit(further)
+
+
+def _exit(error: KeyboardInterrupt) -> NoReturn:
+    """Ends the process, which ignores both signals from now on, with one sentence on stderr."""
+    _ignore_signals()
+    stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+    print(stop, file=sys.stderr, flush=True)
+    sys.exit(stop.exit_code)
+
+
+def _ignore_signals() -> None:
+    """Ignores both signals, in the main thread."""
+    if threading.current_thread() is threading.main_thread():
+        for number in WORDS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _replace_excepthook() -> None:
+    """Ends the process in the same way where a signal is raised between two `exit_on_signal`
+    blocks, or in the code that enters or leaves one."""
+    if getattr(sys.excepthook, "__module__", "") == __name__:
+        return
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            _exit(error)
+        before(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 @contextmanager
 def _install_handlers() -> Iterator[None]:
-    """Handles both signals within the block, in the main thread; restores the handlers after it."""
+    """Handles both signals within the block, in the main thread; restores the handlers after it,
+    unless a signal has ended the block: both are ignored then."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -126,9 +163,10 @@ def _install_handlers() -> Iterator[None]:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     signal.signal(number, handle_signal)
             yield
-    except KeyboardInterrupt as error:  # raised by a library in place of `Interrupted`
+    except KeyboardInterrupt as error:
+        _ignore_signals()
         if isinstance(error, Interrupted) or _Pending.number is None:
             raise
-        raise Interrupted(_Pending.number) from None
+        raise Interrupted(_Pending.number) from None  # a library raised it instead
     finally:
-        _Pending.number, _Pending.raised = None, False
+        _Pending.number, _Pending.raised, _Pending.raised_again = None, False, False

@@ -17,18 +17,29 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from saelab.errors import DamageError, SourceError
 from saelab.storage.remote import Place, Remote
+from saelab.storage.small_files import (
+    NOT_FOLLOWED,
+    check_depth,
+    check_regular,
+    read_small_file,
+)
 
 #: Largest JSON file, in bytes; parsed it takes up to twenty times as much. Ours have a few MB.
 MOST_JSON = 32 * 2**20
 #: For tests: '<file>:<pattern>:<n>' appends the path of every matching write to the file, and kills
 #: the process group between the bytes and the rename of the n-th; n = 0 kills nothing.
 FAILPOINT = "SAELAB_FAILPOINT"
+#: Errors of a path that can't be written: access, and what lies there already.
+UNWRITABLE = (
+    *(errno.EACCES, errno.EROFS, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+)
 
 
 class WriteError(SourceError):
@@ -93,7 +104,8 @@ def _alive(process: int) -> bool:
 def explain_write_errors(path: Path) -> Iterator[None]:
     """Turns the system's write errors inside the block into one sentence with the remedy.
 
-    Raises: WriteError when the disk is full or the folder can't be written.
+    Raises: WriteError when the disk is full, the folder can't be written, or the path is none that
+        a file can have.
     """
     try:
         yield
@@ -104,9 +116,27 @@ def explain_write_errors(path: Path) -> Iterator[None]:
             raise WriteError(
                 f"{path} can't be written, the disk is full: free some space"
             ) from error
-        if code in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise WriteError(f"{path} can't be written ({why}): choose another folder") from error
+        if code in UNWRITABLE:
+            reason = _obstacle(Path(path)) or why
+            raise WriteError(
+                f"{path} can't be written ({reason}): choose another folder"
+            ) from error
         raise
+
+
+def _obstacle(path: Path) -> str:
+    """Names what lies where the file or one of its folders belongs; "" for nothing of that kind."""
+    with suppress(OSError):  # such as a name that is too long
+        for folder in reversed(path.absolute().parents):
+            if folder.is_symlink() and not folder.exists():
+                return f"{folder} is a link that leads nowhere"
+            if folder.exists() and not folder.is_dir():
+                return f"{folder} is not a folder"
+        if path.is_symlink():
+            return "it is a link"
+        if path.exists() and not path.is_file():
+            return "it is a folder" if path.is_dir() else "it is a pipe or a device"
+    return ""
 
 
 def write_text(path: Place, text: str) -> None:
@@ -155,6 +185,15 @@ def check_seal(data: Any, path: Place, remedy: str = "make it again") -> dict[st
     return data
 
 
+def check_key(stored: object, key: object, path: Place, remedy: str = "make it again") -> None:
+    """Compares the key inside a sealed file with the one that its place stands for.
+
+    Raises: DamageError when the file belongs elsewhere: it was moved, renamed or swapped.
+    """
+    if stored != key:
+        raise DamageError(f"{path} belongs to {stored!r}, not to {key!r}: {remedy}")
+
+
 def append_line(path: Path, text: str) -> None:
     """Adds one line of JSON to a file, after it has removed a torn last line.
 
@@ -165,7 +204,9 @@ def append_line(path: Path, text: str) -> None:
     """
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b", buffering=0) as file:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | NOT_FOLLOWED
+        handle = check_regular(os.open(path, flags, 0o644), path)
+        with os.fdopen(handle, "r+b", buffering=0) as file:
             file.seek(0)
             content = file.read()
             whole = drop_torn_line(content)
@@ -214,23 +255,28 @@ def parse_json(path: Place) -> Any:
 
     Raises: OSError when it can't be opened; ValueError for anything else that is wrong with it.
     """
-    content = _read_start(path, MOST_JSON + 1)
-    if len(content) > MOST_JSON:
-        raise ValueError(f"it is over {MOST_JSON // 2**20} MB")
+    content = read_whole(path, MOST_JSON)
     try:
-        return json.loads(
+        data = json.loads(
             content.decode(), parse_constant=_reject_constant, parse_float=_parse_float
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    check_depth(data)
+    return data
 
 
-def _read_start(path: Place, size: int) -> bytes:
-    """Reads the first bytes of a file, or a whole object at a URL, which is one request."""
-    if isinstance(path, Remote):
-        return path.read_bytes()
-    with path.open("rb") as file:
-        return file.read(size)
+def read_whole(path: Place, most: int) -> bytes:
+    """Reads a small file, or a whole object at a URL, which is one request.
+
+    Raises: OSError when it can't be opened, ValueError when it has more than `most` bytes.
+    """
+    if not isinstance(path, Remote):
+        return read_small_file(path, most)
+    content = path.read_bytes()
+    if len(content) > most:
+        raise ValueError(f"it is over {most // 2**20} MB")
+    return content
 
 
 def _reject_constant(text: str) -> float:

@@ -23,19 +23,26 @@ import base64
 import functools
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saelab.errors import DamageError
-from saelab.storage.atomic import read_sealed, sha256, write_atomically, write_sealed
+from saelab.errors import DamageError, SettingError
+from saelab.storage.atomic import check_key, read_sealed, sha256, write_atomically, write_sealed
 from saelab.storage.remote import Place, Remote, place_of
 
 if TYPE_CHECKING:
     from importlib.metadata import PackagePath
 
+#: Variable that names another cache.
+VARIABLE = "SAELAB_CACHE"
+#: Form of a URL, and of a folder, which may not look like a URL that lacks a slash.
+URL, NO_URL = r"[A-Za-z][A-Za-z0-9+.:-]*://", r"(?![A-Za-z][A-Za-z0-9+.-]+:/)"
+#: Longest name of a folder or a file, in bytes, that usual file systems take.
+LONGEST_PART = 255
 #: The folder of the package.
 PACKAGE = Path(__file__).parent.parent
 #: Rooms and modules whose code can't alter a number in the cache, so that rewording them trains no
@@ -60,9 +67,27 @@ SOURCE_TREE = "a source tree, not a release"
 
 
 def cache_folder(root: Path) -> Path:
-    """The cache of the study in `root`, on this machine."""
+    """The cache of the study in `root`, on this machine.
+
+    Raises: SettingError when something else lies in its place.
+    """
     named = _named_cache()
-    return named if isinstance(named, Path) else root / ".saelab"
+    if isinstance(named, Path):
+        return named
+    folder = root / ".saelab"
+    if obstacle := _obstacle(folder):
+        raise SettingError("cache", str(folder), f"{obstacle}: move it away")
+    return folder
+
+
+def _obstacle(folder: Path) -> str:
+    """Says why there can't be a folder at the path; "" if there can."""
+    if any(len(os.fsencode(part)) > LONGEST_PART for part in folder.parts):
+        return "has a name that is too long"
+    for place in (folder, *folder.absolute().parents):
+        if place.exists() or place.is_symlink():
+            return "" if place.is_dir() else f"{place} is not a folder"
+    return ""
 
 
 def remote_cache() -> Remote | None:
@@ -72,8 +97,32 @@ def remote_cache() -> Remote | None:
 
 
 def _named_cache() -> Place | None:
-    named = os.environ.get("SAELAB_CACHE")
-    return place_of(named) if named else None
+    """The place that SAELAB_CACHE names, None where it names none.
+
+    Raises: SettingError when that can't be a cache.
+    """
+    named = os.environ.get(VARIABLE)
+    if not named:
+        return None
+    if not re.match(URL if "://" in named else NO_URL, named):
+        raise SettingError(VARIABLE, named, "write a folder, or a URL as in s3://bucket/cache")
+    place = place_of(named)
+    if isinstance(place, Remote):
+        return place
+    try:
+        place = place.expanduser()
+        obstacle = _obstacle(place)
+    except (OSError, RuntimeError) as error:  # no access, or no such user
+        obstacle = getattr(error, "strerror", None) or str(error)
+    if obstacle:
+        raise SettingError(VARIABLE, named, f"{obstacle}: name a folder or a URL")
+    return place
+
+
+def check_cache() -> None:
+    """Raises: SettingError or RemoteError when SAELAB_CACHE names no place for a cache."""
+    if (shared := remote_cache()) is not None:
+        shared.check()
 
 
 def activations_folder(cache: Path) -> Place:
@@ -96,7 +145,8 @@ def share(cache: Path, folder: Path) -> None:
     files = [file for file in sorted(folder.glob("[!.]*")) if file.is_file()]
     for file in files:
         (there / file.name).put(file)
-    write_sealed(there / CONTENT, {"sha256": {file.name: sha256(file) for file in files}})
+    sums = {file.name: sha256(file) for file in files}
+    write_sealed(there / CONTENT, {"key": _place_in_cache(cache, folder), "sha256": sums})
 
 
 def fetch(cache: Path, folder: Path, last: str) -> bool:
@@ -113,7 +163,7 @@ def fetch(cache: Path, folder: Path, last: str) -> bool:
     if there is None or not (there / CONTENT).is_file():
         return False
     try:
-        content = _content(there / CONTENT)
+        content = _content(there / CONTENT, _place_in_cache(cache, folder))
         for name in sorted(content, key=lambda name: name == last):
             write_atomically(folder / name, _copy(there / name, content[name]))
     except (DamageError, FileNotFoundError) as error:
@@ -123,11 +173,18 @@ def fetch(cache: Path, folder: Path, last: str) -> bool:
     return True
 
 
-def _content(file: Remote) -> dict[str, str]:
-    """Name -> checksum of what `share` put beside the file."""
+def _content(file: Remote, key: str) -> dict[str, str]:
+    """Name -> checksum of what `share` put next to the file for the folder `key` of the cache."""
     from saelab.storage.validation import Name, validate  # which load pydantic
 
-    return validate(read_sealed(file).get("sha256"), dict[Name, str], file)
+    content = read_sealed(file)
+    check_key(content.get("key"), key, file)
+    return validate(content.get("sha256"), dict[Name, str], file)
+
+
+def _place_in_cache(cache: Path, folder: Path) -> str:
+    """Returns the place of a folder in the cache, 'cells/0123456789abcdef'."""
+    return folder.relative_to(cache).as_posix()
 
 
 def _copy(source: Remote, checksum: str) -> Callable[[Path], object]:
@@ -142,7 +199,7 @@ def _copy(source: Remote, checksum: str) -> Callable[[Path], object]:
 def shared_twin(cache: Path, folder: Path) -> Remote | None:
     """The place of a folder of the cache in the shared one, if there is one."""
     shared = remote_cache()
-    return None if shared is None else shared / folder.relative_to(cache).as_posix()
+    return None if shared is None else shared / _place_in_cache(cache, folder)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from saelab.errors import UsageError
 from saelab.storage.atomic import explain_write_errors
+from saelab.storage.small_files import NOT_FOLLOWED, check_regular
 
 try:
     import fcntl
@@ -41,8 +42,8 @@ def lock_folder(place: Path, doing: str) -> Iterator[None]:
     """
     place = place.absolute()
     file = place.with_name(f".{place.name}.lock")
-    new_folders = [folder for folder in place.parents if not folder.exists()]
     with explain_write_errors(file):
+        new_folders = [folder for folder in place.parents if not folder.exists()]
         place.parent.mkdir(parents=True, exist_ok=True)
         handle = _acquire(file, f"{place} is in use: {{}} {doing}")
     try:
@@ -61,7 +62,7 @@ def _acquire(file: Path, busy: str) -> int:
     Raises: BusyError, with the holder filled into the text `busy`.
     """
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        handle = check_regular(os.open(file, os.O_RDWR | os.O_CREAT | NOT_FOLLOWED, 0o644), file)
         try:
             if not _try_lock(handle):
                 holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"

@@ -66,6 +66,10 @@ class Remote:
         """Last part of the URL."""
         return self.url.rstrip("/").rpartition("/")[2]
 
+    def check(self) -> None:
+        """Sends no request. Raises: RemoteError when no store could be at this URL."""
+        self._open()
+
     def is_file(self) -> bool:
         """Returns whether there is an object at this URL."""
         try:

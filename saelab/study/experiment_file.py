@@ -8,12 +8,15 @@ from pathlib import Path
 from types import ModuleType
 
 from saelab.errors import SourceError
+from saelab.runtime.torch_defaults import standard_torch
 
 
 def load_experiment(path: Path) -> ModuleType:
     """Imports experiment.py from its file (which registers its own parts).
 
-    Raises: SourceError when the file is missing or defines no RUNS.
+    Files next to it can be imported from then on, as when Python is started with the file.
+
+    Raises: SourceError when the file is missing, is not Python or defines no RUNS.
     """
     name = "saelab_experiment"
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
@@ -21,10 +24,14 @@ def load_experiment(path: Path) -> ModuleType:
     if not path.is_file():
         raise SourceError(f"{path} does not exist: run in the folder that holds experiment.py")
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise SourceError(f"{path} is not a Python file: name one that ends in .py")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with standard_torch():  # whatever the file sets is set back, as its cells share no process
+        spec.loader.exec_module(module)
     if not hasattr(module, "RUNS"):
         raise SourceError(f"{path} defines no RUNS: keep the run table under that name")
     return module

@@ -7,13 +7,12 @@ settings of the base and nothing else. A cell is an arm at one seed and one spar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from saelab.config import Frozen, read_toml
 from saelab.data.activations.harvest import HarvestConfig
@@ -25,10 +24,11 @@ from saelab.errors import SettingError, nearest
 from saelab.evals import check_extra
 from saelab.parts import HOW_TO_SET_L0
 from saelab.runs.folder import MANIFEST, RunFolder
-from saelab.runs.schema import CONTROL, CellId, level_of
+from saelab.runs.schema import CONTROL, CellId, Level, level_of
 from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.storage.validation import is_name
+from saelab.study.checks import check_latents, check_layout, check_settings, naming_arm
 from saelab.training.optim import TrainConfig
 
 BASELINE = "baseline"
@@ -73,6 +73,8 @@ class ProbingConfig(Frozen):
 
 #: Seeds at most: each is a cell of every arm, and the list of cells is made first. Our choice.
 MOST_SEEDS = 1000
+#: Smallest level of a verdict. Our choice: below it two pairs detect no effect of any size.
+LEAST_ALPHA = 1e-4
 
 
 class EvalConfig(Frozen):
@@ -90,7 +92,7 @@ class EvalConfig(Frozen):
 
     tokens: PositiveInt = 65_024
     loss_contexts: PositiveInt = 128
-    snapshots: int = Field(default=10, ge=0)
+    snapshots: int = Field(default=10, ge=0, le=1000)
     extra: tuple[str, ...] = ()
     probing: ProbingConfig = ProbingConfig()
 
@@ -165,15 +167,15 @@ class PlanConfig(Frozen):
     base: str = "configs/embedded.toml"
     primary: str = "fvu"
     direction: Literal["lower", "higher"] = "lower"
-    sesoi: PositiveFloat = 0.005
-    target_l0: Annotated[PositiveFloat | None, BeforeValidator(_none)] = 32
-    levels: tuple[PositiveFloat, ...] = (16, 64)
-    tolerance: PositiveFloat = 0.05
+    sesoi: float = Field(default=0.005, gt=0, le=1e12)
+    target_l0: Annotated[Level | None, BeforeValidator(_none)] = 32
+    levels: tuple[Level, ...] = (16, 64)
+    tolerance: float = Field(default=0.05, gt=0, lt=1)
     seeds: int = Field(default=8, gt=0, le=MOST_SEEDS)
     seeds_other: int = Field(default=3, gt=0, le=MOST_SEEDS)
     seeds_levels: int = Field(default=2, ge=0, le=MOST_SEEDS)
-    alpha: float = Field(default=0.05, gt=0, lt=1)
-    family: PositiveInt | None = None
+    alpha: float = Field(default=0.05, ge=LEAST_ALPHA, lt=0.5)
+    family: int | None = Field(default=None, gt=0, le=MOST_SEEDS)
     exclusions: tuple[str, ...] = ()
 
 
@@ -370,7 +372,7 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
     for arm in run.arms:
         settings = arm_settings(base, run, arm)
         with naming_arm(arm.name):
-            _check_settings(settings)
+            check_settings(settings)
         _check_equal(arm, settings.digest(), digests)
         main = arm.name == BASELINE or arm.primary
         further = _further_levels(plan) if main and arm.levels else []
@@ -379,7 +381,8 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
         places += [(level, seed) for level in further for seed in seeds[: plan.seeds_levels]]
         for level, seed in places:
             sae = settings.sae.at_l0(level) if level else settings.sae
-            check_layout(arm.name, sae, settings.layout)
+            check_layout(arm.name, sae, settings.layout, "sae")
+            check_latents(arm.name, sae)
             specs.append(
                 CellSpec(
                     id=CellId(arm.name, seed, level),
@@ -425,30 +428,6 @@ def has_levels(arm: Arm, sae: SAEConfig, level: float) -> bool:
     return arm.module is None and sae.l0_rules(level) == {"set"}
 
 
-@contextmanager
-def naming_arm(name: str) -> Iterator[None]:
-    """Adds the arm's name to the setting that a SettingError is about."""
-    try:
-        yield
-    except SettingError as error:
-        raise SettingError(f"{name}: {error.setting}", error.value, error.remedy) from None
-
-
-def _check_settings(settings: BaseConfig) -> None:
-    """Raises: SettingError for settings that fit only on their own."""
-    known = [str(getattr(controller, "name", "")) for controller in settings.sae.controllers]
-    for loss in settings.sae.losses:
-        name = getattr(loss, "coefficient", None)
-        if isinstance(name, str) and name not in known:
-            remedy = f"no such controller{nearest(name, known)}: add one, or use a number"
-            raise SettingError(f"{loss.kind}.coefficient", name, remedy)
-    low, high = settings.train.positions or (0, 1)
-    context = settings.context if settings.activations is None else high
-    if not 0 <= low < min(high, context):
-        remedy = f"use 0 <= low < high, within the context of {context}"
-        raise SettingError("train.positions", settings.train.positions, remedy)
-
-
 def _check_equal(arm: Arm, digest: str, digests: dict[str, str]) -> None:
     """Refuses an arm that repeats another unless it is declared its twin, and a twin that is none.
 
@@ -464,20 +443,6 @@ def _check_equal(arm: Arm, digest: str, digests: dict[str, str]) -> None:
         raise SettingError("arm", arm.name, remedy)
     if arm.module is None:
         digests[arm.name] = digest
-
-
-def check_layout(arm: str, config: SAEConfig, layout: Layout) -> None:
-    """Shows impossible settings now, not in a worker.
-
-    Raises: SettingError for a part that can't be built or that needs whole contexts.
-    """
-    with naming_arm(arm):
-        parts = config.build(2).parts()
-    for part in parts:
-        if part.needs_contexts and layout == "rows":
-            name = type(part).__name__
-            remedy = f"{name} needs whole contexts: set layout = 'contexts' for the launch"
-            raise SettingError(f"{arm}: layout", layout, remedy)
 
 
 def _check_arms(run: Run) -> None:

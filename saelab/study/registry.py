@@ -22,8 +22,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from saelab.config import digest
-from saelab.errors import DamageError, SaelabError, UsageError
-from saelab.storage.atomic import append_line, drop_torn_line, read_json, write_json
+from saelab.errors import DamageError, SaelabError, SourceError, UsageError
+from saelab.storage.atomic import MOST_JSON, append_line, drop_torn_line, read_json, write_json
+from saelab.storage.small_files import read_small_file
 from saelab.storage.validation import Loose, Number, validate
 from saelab.study.plan import PlanConfig
 
@@ -166,9 +167,14 @@ def attempts(root: Path) -> list[Attempt]:
     """
     file = root / FOLDER / ATTEMPTS
     found: dict[int, Attempt] = {}
-    if not file.is_file():
+    try:
+        content = read_small_file(file, MOST_JSON)
+    except FileNotFoundError:
         return []
-    for number, text in enumerate(drop_torn_line(file.read_bytes()).splitlines(), start=1):
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(f"{file} can't be read ({reason}): move it away") from None
+    for number, text in enumerate(drop_torn_line(content).splitlines(), start=1):
         where, remedy = f"{file}:{number}", "fix the line, or take the file from a copy"
         try:
             line = json.loads(text)

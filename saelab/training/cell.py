@@ -105,6 +105,10 @@ class TrainingCell(ABC):
         return self.steps_done >= self.config.steps
 
     @abstractmethod
+    def scalar_distance(self) -> dict[str, float]:
+        """Returns how far each learned scalar (mean over its entries) is from its start."""
+
+    @abstractmethod
     def scalar_reach(self) -> dict[str, float]:
         """Returns how far each learned scalar moved, as a share of how far it could have moved."""
 

@@ -17,7 +17,9 @@ from saelab.distributed.ranks import ALONE, Ranks
 from saelab.distributed.sharded_file import Shards
 from saelab.errors import CellFailure
 from saelab.parts.base import Pass
+from saelab.runtime.counting import count
 from saelab.runtime.signals import defer_signals
+from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE, SAEConfig
 from saelab.training.cell import TrainingCell
 from saelab.training.optim import Optimiser, TrainConfig
@@ -65,13 +67,17 @@ class Cell(TrainingCell):
         self._learned = {n: p for part in sae.parts() for n, p in part.learned().items()}
         self._began = {name: p.detach().clone() for name, p in self._learned.items()}
 
-    def scalar_reach(self) -> dict[str, float]:
-        """Returns the distance of each learned scalar (mean over its entries) from its start, as a
-        share of the sum of its learning rates, which is about as far as Adam can move it."""
-        distance = {
+    def scalar_distance(self) -> dict[str, float]:
+        """Returns the distance of each learned scalar (mean over its entries) from its start."""
+        return {
             n: float(self.ranks.mean_over_latents((p.detach() - self._began[n]).abs()))
             for n, p in self._learned.items()
         }
+
+    def scalar_reach(self) -> dict[str, float]:
+        """Returns the distance of each learned scalar from its start, as a share of the sum of its
+        learning rates, which is about as far as Adam can move it."""
+        distance = self.scalar_distance()
         return {
             n: distance[n] / max(self.optimiser.travel(p), 1e-30) for n, p in self._learned.items()
         }
@@ -105,7 +111,7 @@ class Cell(TrainingCell):
         """Returns this rank's part of the rows."""
         ranks = self.ranks
         if len(rows.x) < ranks.data:
-            reason = f"a batch of {len(rows.x)} rows is too small for {ranks.data} ranks"
+            reason = f"a batch of {len(rows.x)} rows is too small for {count(ranks.data, 'rank')}"
             raise CellFailure(self.name, self.steps_done, f"{reason}: enlarge it")
         return rows.part(ranks.rows(len(rows.x)))
 
@@ -161,6 +167,7 @@ class Cell(TrainingCell):
                 self.optimiser.clear(sae, reset.latents)
 
 
+@standard_torch()
 def train(
     cells: Sequence[TrainingCell],
     stream: Iterable[tuple[Batch, Any]],

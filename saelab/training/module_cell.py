@@ -60,6 +60,10 @@ class ModuleCell(TrainingCell):
         """Returns that no tensor is split: a module is trained in one process."""
         return WHOLE
 
+    def scalar_distance(self) -> dict[str, float]:
+        """Returns nothing: which scalars of a module are learned is not known."""
+        return {}
+
     def scalar_reach(self) -> dict[str, float]:
         """Returns nothing: which scalars of a module are learned is not known."""
         return {}
@@ -82,6 +86,7 @@ class ModuleCell(TrainingCell):
     def _step(self, batch: Batch) -> dict[str, float]:
         """Takes one optimiser step on the module's own loss."""
         x = self.rows(batch).x
+        x = x.clone() if x.is_inference() else x  # the module's own loss may record it
         loss = self.sae.loss(x)
         self._drop_gradients()
         loss.backward()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Annotated, cast
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from saelab.config import Frozen
@@ -19,6 +19,10 @@ WEIGHTS = "weights"
 EPSILON = 1e-8
 
 
+#: Decay of a moment of Adam.
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Frozen):
     """Settings of a cell's training.
 
@@ -28,6 +32,7 @@ class TrainConfig(Frozen):
         lr: Adam's learning rate for the weights.
         warmup: share of the run, at its start, in which the rate rises linearly.
         decay: share of the run, at its end, in which the rate falls linearly to 0.
+        betas: decay of Adam's two moments.
         grad_clip: largest norm of the weights' gradient.
         positions: train on token positions [low, high) only.
     """
@@ -37,9 +42,9 @@ class TrainConfig(Frozen):
     lr: PositiveFloat = 1e-3
     warmup: float = Field(default=0.05, ge=0, le=1)
     decay: float = Field(default=0.2, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     grad_clip: PositiveFloat = 1.0
-    positions: tuple[int, int] | None = None
+    positions: tuple[NonNegativeInt, PositiveInt] | None = None
 
     @property
     def steps(self) -> int:
@@ -72,7 +77,9 @@ class Group:
     def __post_init__(self) -> None:
         self.first = [torch.zeros_like(p) for p in self.parameters]
         self.second = [torch.zeros_like(p) for p in self.parameters]
-        self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
+        self.steps = [
+            torch.zeros((), device=p.device, dtype=torch.float32) for p in self.parameters
+        ]
 
     def _indices_with_gradient(self) -> list[int]:
         return [i for i, p in enumerate(self.parameters) if p.grad is not None]

@@ -1,8 +1,8 @@
 """Checkpoints of cells in training: interrupted work resumes where it stopped, bit for bit.
 
     <folder>/00000120.safetensors   tensors of the cell's state after 120 steps
-             00000120.json          its numbers, the stream's position, the checksum of the tensors;
-                                    sealed, written last
+             00000120.json          its numbers, the stream's position, the checksum of the tensors,
+                                    the name of the folder; sealed, written last
 
 Every cell has its own folder, named after everything that its bits depend on, so that cells may be
 grouped differently when they resume. A cell on several ranks can resume on any number of ranks;
@@ -29,6 +29,7 @@ from saelab.distributed.sharded_file import WHOLE, Shards
 from saelab.errors import CellFailure, DamageError, SaelabError, SettingError
 from saelab.runtime.signals import Interrupted, defer_signals
 from saelab.storage.atomic import (
+    check_key,
     read_sealed,
     remove_leftovers,
     sha256,
@@ -78,6 +79,7 @@ def write_checkpoint(
     file = folder / f"{step:08d}.safetensors"
     record = {
         "format": FORMAT,
+        "key": _key_of(file),
         "sha256": shards.write(file, state.tensors),
         "position": asdict(position),
         "seconds": seconds,
@@ -109,11 +111,12 @@ def read_checkpoint(file: Path, shards: Shards = WHOLE) -> tuple[State, Position
 def read_record(file: Path) -> dict[str, Any]:
     """Reads a checkpoint's JSON after comparing both files with their checksums.
 
-    Raises: DamageError when one of them has changed.
+    Raises: DamageError when one of them has changed, or belongs to another cell or step.
     """
     record, tensors = read_sealed(file), file.with_suffix(".safetensors")
     if record.get("format") != FORMAT:
         raise DamageError(f"{file} has another format")
+    check_key(record.get("key"), _key_of(file), file)
     if not tensors.is_file() or sha256(tensors) != record["sha256"]:
         raise DamageError(f"{tensors} does not match its checksum")
     return record
@@ -156,6 +159,11 @@ def remove_checkpoints(folder: Path, twin: Remote | None = None) -> None:
             (twin / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
+
+
+def _key_of(file: Path) -> str:
+    """Returns what a checkpoint's place stands for: the folder's name and the step."""
+    return f"{file.parent.name}/{file.stem}"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -304,7 +312,7 @@ class Pace:
     """Decides when checkpoints are due; they take at most `TIME_SHARE` of the time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock, self.interval = clock, _fixed_interval()
+        self.clock, self.interval = clock, fixed_interval()
         self.start = self.last = clock()
         self.spent, self.cost = 0.0, math.nan
 
@@ -338,12 +346,12 @@ def _first_cost(state: State) -> float:
     return 2 * FILE_COST + BYTE_COST * size
 
 
-def _fixed_interval() -> float | None:
+def fixed_interval() -> float | None:
     """Returns the seconds between checkpoints that the environment asks for, None if it does not.
 
     Raises: SettingError when the variable is not a number of seconds.
     """
-    value = os.environ.get(INTERVAL_VARIABLE, "")
+    value = os.environ.get(INTERVAL_VARIABLE, "").strip()
     try:
         seconds = float(value) if value else None
     except ValueError:

@@ -89,7 +89,7 @@ class Snapshots:
         """Writes a safetensors file: decoder, float16 [points, d_sae, d_in]; b_enc and, if there is
         one, threshold, float32 [points, d_sae]; all in the order of tokens, int64 [points]."""
         tensors = {
-            "tokens": torch.tensor(self.tokens),
+            "tokens": torch.tensor(self.tokens, dtype=torch.int64),
             "decoder": torch.stack(self.decoders),
             "b_enc": torch.stack(self.biases),
         }

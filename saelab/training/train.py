@@ -16,6 +16,7 @@ from saelab.data.activations.stream import Layout, batches
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import CellFailure
 from saelab.progress import progress
+from saelab.runtime.torch_defaults import one_thread, standard_torch
 from saelab.sae import SAEConfig
 from saelab.training.cell import TrainingCell
 from saelab.training.loop import Cell
@@ -44,6 +45,8 @@ def train_members(
     )
 
 
+@standard_torch()
+@one_thread()
 def train_one(
     source: Source,
     sae: SAEConfig,

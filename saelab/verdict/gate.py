@@ -5,7 +5,8 @@ read the facts of one cell, a plain dictionary, and change nothing. The outcomes
 
     invalid      the software's fault: the cell's number is null and its pair is excluded
     failed       the arm's fault (it died, diverged, lost its sparsity): the pair stays and counts
-                 against the arm, because dropping it would leave the survivors only
+                 against the arm, because dropping it would leave the survivors only. What follows
+                 from such a failure (weights of zero, numbers beyond float32) is not invalid too
     relabelled   a learned scalar did not move or collapsed: the arm is named fixed, numbers stay
     warning      shown next to the numbers
     ok           no check fired
@@ -17,17 +18,39 @@ shown and do not count.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
 from saelab.errors import SettingError, nearest
 from saelab.runs.schema import REACH
+from saelab.verdict.gate_looks import (
+    EXPLODED,
+    Facts,
+    Hits,
+    above,
+    arm_died,
+    at_most,
+    below,
+    find_collapsed,
+    find_constant_probing,
+    find_control_band,
+    find_hook_mismatch,
+    find_inert,
+    find_loss_recovered,
+    find_nonfinite_step,
+    find_not_finite,
+    find_repeated_data,
+    find_zero_weights,
+    flag,
+    has_diverged,
+    number,
+    predicts_badly,
+    ratio,
+    unless,
+)
 
-Facts = Mapping[str, float | str | None]
 Outcome = Literal["invalid", "failed", "relabelled", "warning"]
-Hits = Iterator[tuple[str, str]]
 
 #: Outcomes from worst to mildest.
 ORDER: tuple[Outcome, ...] = ("invalid", "failed", "relabelled", "warning")
@@ -144,146 +167,6 @@ def check_expected(names: Collection[str]) -> None:
             raise SettingError("expected", name, f"no such check of the gate{hint}")
 
 
-# ------------------------------------------------------------------------------- reading the facts
-
-
-def _number(facts: Facts, name: str) -> float | None:
-    """Reads a fact as a finite number; None where it is missing or not finite."""
-    value = facts.get(name)
-    if isinstance(value, str):
-        raise SettingError(name, value, "this fact must be a number or None")
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _flag(facts: Facts, name: str) -> bool:
-    return bool(_number(facts, name))
-
-
-def _above(fact: str, what: str, unit: str = "") -> Callable[[Facts, float], Hits]:
-    """Makes a check that fires when the fact is larger than the threshold."""
-
-    def look(facts: Facts, threshold: float) -> Hits:
-        value = _number(facts, fact)
-        if value is not None and value > threshold:
-            yield "", f"{what} is {value:.6g}{unit} (limit: at most {threshold:g})"
-
-    return look
-
-
-def _at_most(fact: str, what: str, unit: str = "") -> Callable[[Facts, float], Hits]:
-    """Makes a check that fires when the fact is not larger than the threshold."""
-
-    def look(facts: Facts, threshold: float) -> Hits:
-        value = _number(facts, fact)
-        if value is not None and value <= threshold:
-            yield "", f"{what} is {value:.6g}{unit} (limit: above {threshold:g})"
-
-    return look
-
-
-def _below(fact: str, what: str) -> Callable[[Facts, float], Hits]:
-    """Makes a check that fires when the fact is smaller than the threshold."""
-
-    def look(facts: Facts, threshold: float) -> Hits:
-        value = _number(facts, fact)
-        if value is not None and value < threshold:
-            yield "", f"{what} is {value:.6g} (limit: at least {threshold:g})"
-
-    return look
-
-
-def _ratio(fact: str, to: str, what: str, than: str) -> Callable[[Facts, float], Hits]:
-    """Makes a check that fires when fact / to is larger than the threshold."""
-
-    def look(facts: Facts, threshold: float) -> Hits:
-        value, base = _number(facts, fact), _number(facts, to)
-        if value is not None and base and value > threshold * base:
-            yield "", f"{what} is {value:.6g} (limit: {threshold:g} x {than}, {base:g})"
-
-    return look
-
-
-def _unless(
-    excuse: Callable[[Facts], bool], look: Callable[[Facts, float], Hits]
-) -> Callable[[Facts, float], Hits]:
-    """Makes a check silent where another fact excuses it."""
-    return lambda facts, threshold: iter(()) if excuse(facts) else look(facts, threshold)
-
-
-def _find_zero_weights(facts: Facts, _: float) -> Hits:
-    if _flag(facts, "weights_zero"):
-        yield "", "the encoder's or the decoder's weights are all zero"
-
-
-def _find_hook_mismatch(facts: Facts, _: float) -> Hits:
-    names = ("hook_sae", "hook_activations", "hook_evaluation")
-    hooks = {name: facts[name] for name in names if facts.get(name) is not None}
-    if len(set(hooks.values())) > 1:
-        names = ", ".join(f"{name.removeprefix('hook_')} {hook}" for name, hook in hooks.items())
-        yield "", f"hooks are not the same ({names})"
-
-
-def _find_not_finite(facts: Facts, _: float) -> Hits:
-    numbers = {k: v for k, v in facts.items() if isinstance(v, (int, float))}
-    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
-    bad += [str(names)] if (names := facts.get("not_finite")) else []  # missing rows have no value
-    if bad and facts.get("nonfinite_step") is None:
-        yield "", f"measured numbers are not finite ({', '.join(bad)})"
-
-
-def _find_nonfinite_step(facts: Facts, _: float) -> Hits:
-    step = _number(facts, "nonfinite_step")
-    if step is not None:
-        yield "", f"the loss or a gradient is not finite at step {step:.0f}"
-
-
-def _has_diverged(facts: Facts) -> bool:
-    """Returns whether a failure of the arm stopped training, maybe at its first step."""
-    return facts.get("nonfinite_step") is not None
-
-
-def _find_constant_probing(facts: Facts, _: float) -> Hits:
-    if _flag(facts, "probing_constant"):
-        yield "", "every probing task scores exactly its class prior"
-
-
-def _arm_died(facts: Facts) -> bool:
-    """Returns whether the arm failed, which is a separate finding and explains the probes."""
-    at_zero = ("l0", "code_std", "explained_variance")
-    values = [value for name in at_zero if (value := _number(facts, name)) is not None]
-    return facts.get("nonfinite_step") is not None or any(value <= 0 for value in values)
-
-
-def _find_control_band(facts: Facts, _: float) -> Hits:
-    value = _number(facts, "probing_accuracy")
-    low, high = _number(facts, "random_control_low"), _number(facts, "random_control_high")
-    if value is not None and low is not None and high is not None and low <= value <= high:
-        band = f"{low:.4g} to {high:.4g}"
-        yield "", f"probing accuracy {value:.4g} lies in the band of the random controls, {band}"
-
-
-def _find_repeated_data(facts: Facts, _: float) -> Hits:
-    passes, planned = _number(facts, "data_passes"), _number(facts, "planned_passes")
-    if passes is not None and planned is not None and passes > planned:
-        yield "", f"the data was read {passes:.3g} times (planned: {planned:.3g})"
-
-
-def _find_inert(facts: Facts, threshold: float) -> Hits:
-    for name in facts:
-        reach = _number(facts, name) if name.startswith(REACH) else None
-        if reach is not None and reach < threshold:
-            scalar = name.removeprefix(REACH)
-            text = f"the learned {scalar} moved {reach:.1%} of its reach (limit: {threshold:.0%})"
-            yield scalar, text
-
-
-def _find_collapsed(facts: Facts, threshold: float) -> Hits:
-    share = _number(facts, "alpha_outside_share")
-    if share is not None and share > threshold:
-        text = f"alpha lay outside [0.02, 0.98] for {share:.1%} of the steps"
-        yield "alpha", f"{text} (limit: {threshold:.0%})"
-
-
 # ---------------------------------------------------------------------------------------- the table
 
 #: Every rule of the gate. A threshold without a source is our choice, argued in the explanation.
@@ -292,178 +175,193 @@ CHECKS: tuple[Check, ...] = (
         name="weights_zero", outcome="invalid", threshold=None, needs=("weights_zero",),
         explanation="no gradient can flow, so this SAE was never trained",
         remedy="start from unit decoder rows and their transpose",
-        look=_find_zero_weights,
+        look=find_zero_weights,
     ),
     Check(
         name="no_steps", outcome="invalid", threshold=0.0, needs=("steps",),
         explanation="no training step was taken or recorded",
         remedy="train the cell and record its steps",
-        look=_unless(_has_diverged, _at_most("steps", "the number of training steps")),
+        look=unless(has_diverged, at_most("steps", "the number of training steps")),
     ),
     Check(
         name="no_tokens", outcome="invalid", threshold=0.0, needs=("tokens",),
         explanation="no token was trained on or recorded",
         remedy="train the cell and record its tokens",
-        look=_unless(_has_diverged, _at_most("tokens", "the number of training tokens")),
+        look=unless(has_diverged, at_most("tokens", "the number of training tokens")),
     ),
     Check(
         name="hook_mismatch", outcome="invalid", threshold=None, needs=("hook_",),
         explanation="the SAE was trained, fed or scored on activations of another place",
         remedy="name one hook for training, activations and evaluation",
-        look=_find_hook_mismatch,
+        look=find_hook_mismatch,
     ),
     Check(
         name="probing_constant", outcome="invalid", threshold=None, needs=("probing_constant",),
         explanation="the probes saw nothing of the model",
         remedy="check that the SAE was trained and that its code reaches the probes",
-        look=_unless(_arm_died, _find_constant_probing),
+        look=unless(arm_died, find_constant_probing),
     ),
     Check(
         name="loss_recovered_impossible", outcome="invalid", threshold=1.02,
         needs=("loss_recovered",),
-        explanation="no reconstruction beats the activations themselves by more than rounding",
+        explanation="the model predicts this text well, and no reconstruction beats the "
+        "activations themselves by more than rounding",
         remedy="check the hook, the mask and the ablation of that evaluation",
-        look=_above("loss_recovered", "loss recovered"),
+        look=unless(predicts_badly, find_loss_recovered),
     ),
     Check(
         name="not_finite", outcome="invalid", threshold=None, needs=(),
         explanation="training was finite, so the measurement is at fault",
         remedy="report the evaluation that gave these numbers",
-        look=_find_not_finite,
+        look=find_not_finite,
     ),
     Check(
         name="nonfinite_training", outcome="failed", threshold=None, needs=("nonfinite_step",),
         explanation="the arm diverged",
         remedy="lower its learning rate or the weight of its own loss terms",
-        look=_find_nonfinite_step,
+        look=find_nonfinite_step,
+    ),
+    Check(
+        name="weights_exploded", outcome="failed", threshold=EXPLODED, needs=("largest_weight",),
+        explanation="the arm diverged, and what it reconstructs is beyond float32",
+        remedy="lower its learning rate or the weight of its own loss terms",
+        look=above("largest_weight", "the largest weight"),
     ),
     Check(
         name="no_firing", outcome="failed", threshold=0.0, needs=("l0",),
         explanation="no latent fires on any token",
         remedy="lower the penalty or the threshold, or warm it up more slowly",
-        look=_at_most("l0", "L0", " latents per token"),
+        look=at_most("l0", "L0", " latents per token"),
     ),
     Check(
         name="constant_code", outcome="failed", threshold=0.0, needs=("code_std",),
         explanation="the code is the same for every token and carries nothing",
         remedy="lower the penalty or the threshold, or use another start",
-        look=_unless(
-            lambda facts: _number(facts, "l0") == 0,
-            _at_most("code_std", "the largest standard deviation of a latent over tokens"),
+        look=unless(
+            lambda facts: number(facts, "l0") == 0,
+            at_most("code_std", "the largest standard deviation of a latent over tokens"),
         ),
     ),
     Check(
         name="worse_than_mean", outcome="failed", threshold=0.0, needs=("explained_variance",),
         explanation="the reconstruction is no better than the mean activation",
         remedy="lower the penalty or the learning rate",
-        look=_at_most("explained_variance", "explained variance"),
+        look=at_most("explained_variance", "explained variance"),
     ),
     Check(
         name="loss_not_recovered", outcome="failed", threshold=0.0, needs=("loss_recovered",),
         explanation="the reconstruction serves the model no better than ablating the hook",
         remedy="lower the penalty or the learning rate",
-        look=_at_most("loss_recovered", "loss recovered"),
+        look=at_most("loss_recovered", "loss recovered"),
     ),
     Check(
         name="far_above_target", outcome="failed", threshold=10.0, needs=("l0", "target_l0"),
         explanation="the arm did not keep its sparsity",
         remedy="raise its penalty or threshold and calibrate it again",
-        look=_ratio("l0", "target_l0", "L0", "the target"),
+        look=ratio("l0", "target_l0", "L0", "the target"),
     ),
     Check(
         name="dense_code", outcome="failed", threshold=0.5, needs=("l0", "d_sae"),
         explanation="more than half of the latents fire on a token, so the code is not sparse",
         remedy="raise the penalty or the threshold",
-        look=_ratio("l0", "d_sae", "L0", "d_sae"),
+        look=ratio("l0", "d_sae", "L0", "d_sae"),
     ),
     Check(
         name="inert_scalar", outcome="relabelled", threshold=0.05, needs=(REACH,),
-        explanation="the arm is reported as fixed, a label only: noise alone reaches 15% in 200 "
-        "steps and a converged scalar shows 2.8% after 20,000",
+        explanation="the arm is reported as fixed, a label only, unless the seeds moved it alike: "
+        "noise alone reaches 15% in 200 steps and a converged scalar shows 2.8% after 20,000",
         remedy="look at its path, or raise its own learning rate",
-        look=_find_inert,
+        look=find_inert,
     ),
     Check(
         name="collapsed_balance", outcome="relabelled", threshold=0.10,
         needs=("alpha_outside_share",),
         explanation="the balance chose one term for good and the arm is reported as fixed",
         remedy="use a balance with an equilibrium (minimax, gradnorm), or report the fixed arm",
-        look=_find_collapsed,
+        look=find_collapsed,
     ),
     Check(
         name="random_band", outcome="warning", threshold=None,
         needs=("probing_accuracy", "random_control_low", "random_control_high"),
         explanation="that is a result and no fault, since random dictionaries do as well",
         remedy="claim nothing about features from this score",
-        look=_find_control_band,
+        look=find_control_band,
+    ),
+    Check(
+        name="loss_below_clean", outcome="warning", threshold=1.02,
+        needs=("loss_recovered", "ce_clean", "ce_zero"),
+        explanation="the model predicts this text so badly that a reconstruction may serve it "
+        "better than its own activations",
+        remedy="measure on text that the model knows before anything is said of its losses",
+        look=unless(lambda facts: not predicts_badly(facts), find_loss_recovered),
     ),
     Check(
         name="dead_latents", outcome="warning", threshold=0.5, needs=("dead_share",),
         explanation="most of the dictionary is unused",
         remedy="resample or use AuxK, or lower d_sae",
-        look=_above("dead_share", "the share of dead latents"),
+        look=above("dead_share", "the share of dead latents"),
     ),
     Check(
         name="near_duplicates", outcome="warning", threshold=0.05, needs=("near_duplicate_share",),
         explanation="latents repeat each other, with a decoder cosine above 0.95",
         remedy="lower d_sae or penalise similar decoder rows",
-        look=_above("near_duplicate_share", "the share of latents with a near twin"),
+        look=above("near_duplicate_share", "the share of latents with a near twin"),
     ),
     Check(
         name="penalty_negligible", outcome="warning", threshold=0.01, needs=("penalty_share",),
         explanation="the penalty hardly acts, so the arm is nearly the baseline",
         remedy="raise its weight until the share is 0.05 to 0.3",
-        look=_below("penalty_share", "the penalty's share of the gradient"),
+        look=below("penalty_share", "the penalty's share of the gradient"),
     ),
     Check(
         name="penalty_dominant", outcome="warning", threshold=0.9, needs=("penalty_share",),
         explanation="the penalty drowns the reconstruction",
         remedy="lower its weight until the share is 0.05 to 0.3",
-        look=_above("penalty_share", "the penalty's share of the gradient"),
+        look=above("penalty_share", "the penalty's share of the gradient"),
     ),
     Check(
         name="loss_spikes", outcome="warning", threshold=0.0, needs=("spikes",),
         explanation="training was not stable: a spike is above 10 median absolute deviations of "
         "the log loss for at least 3 steps",
         remedy="lower the learning rate or clip gradients",
-        look=_above("spikes", "the number of loss spikes"),
+        look=above("spikes", "the number of loss spikes"),
     ),
     Check(
         name="repeated_data", outcome="warning", threshold=None,
         needs=("data_passes", "planned_passes"),
         explanation="the cell saw the same activations more often than the plan says",
         remedy="add text, or plan the repetition",
-        look=_find_repeated_data,
+        look=find_repeated_data,
     ),
     Check(
         name="not_converged", outcome="warning", threshold=0.02, needs=("last_tenth_improvement",),
         explanation="the comparison is one of speed rather than of end points",
         remedy="train on more tokens",
-        look=_above("last_tenth_improvement", "the share by which the last tenth improved FVU"),
+        look=above("last_tenth_improvement", "the share by which the last tenth improved FVU"),
     ),
     Check(
         name="bos_variance", outcome="warning", threshold=0.2, needs=("bos_variance_share",),
         explanation="the first token's own direction makes up much of what is reconstructed",
         remedy="mask BOS positions in training and evaluation",
-        look=_unless(
-            lambda facts: _flag(facts, "bos_masked"),
-            _above("bos_variance_share", "the share of variance at BOS positions"),
+        look=unless(
+            lambda facts: flag(facts, "bos_masked"),
+            above("bos_variance_share", "the share of variance at BOS positions"),
         ),
     ),
     Check(
         name="large_mean", outcome="warning", threshold=3.0, needs=("mean_over_std",),
         explanation="the mean dominates the activations and latents will be spent on it",
         remedy="centre the activations",
-        look=_unless(
-            lambda facts: _flag(facts, "centred"),
-            _above("mean_over_std", "norm(mean) / norm(std) of the activations"),
+        look=unless(
+            lambda facts: flag(facts, "centred"),
+            above("mean_over_std", "norm(mean) / norm(std) of the activations"),
         ),
     ),
     Check(
         name="wider_than_input", outcome="warning", threshold=1.0, needs=("l0", "d_in"),
         explanation="more latents fire than the input has dimensions",
         remedy="raise the penalty or the threshold",
-        look=_ratio("l0", "d_in", "L0", "d_in"),
+        look=ratio("l0", "d_in", "L0", "d_in"),
     ),
 )  # fmt: skip
 

@@ -29,6 +29,7 @@ import numpy as np
 from saelab import stats
 from saelab.errors import SettingError
 from saelab.evals.base import check_one_definition, other_definition
+from saelab.runtime.counting import count
 from saelab.verdict.effect import Effect, estimate_by_seed
 from saelab.verdict.failures import Failures
 from saelab.verdict.l0_adjustment import Matched, slope_variance
@@ -351,9 +352,7 @@ def _refusal(cells: Cells, baseline: Cells) -> str:
 
 
 def _too_few(cells: Cells, baseline: Cells) -> str:
-    counts = (
-        f"{_count(len(cells.healthy), 'healthy cell')} and {len(baseline.healthy)} of the other"
-    )
+    counts = f"{count(len(cells.healthy), 'healthy cell')} and {len(baseline.healthy)} of the other"
     invalid = cells.invalid + baseline.invalid
     why = f", {invalid} excluded as invalid or missing" if invalid else ""
     return f"{counts}{why}: two on each side are needed, so fix those cells or add seeds"
@@ -371,7 +370,7 @@ def _reason(c: Comparison, rules: Rules, failures: Failures, cells: Cells, basel
     if failures.any:
         parts.append(f"{failures} (p = {c.p_failures:.3g})")
     if invalid := cells.invalid + baseline.invalid:
-        parts.append(f"{_count(invalid, 'cell')} excluded as invalid or missing")
+        parts.append(f"{count(invalid, 'cell')} excluded as invalid or missing")
     parts.append(_l0_text(cells.matched, baseline.matched))
     return "; ".join(part for part in parts if part)
 
@@ -380,7 +379,7 @@ def _difference_text(c: Comparison) -> str:
     if c.mean_diff is None:
         return f"{c.metric} has no number on one side"
     span = f"[{c.low:.4g}, {c.high:.4g}]"
-    counts = f"{_count(c.n, 'cell')} and {c.n_baseline}, {_count(c.n_shared, 'seed')} in common"
+    counts = f"{count(c.n, 'cell')} and {c.n_baseline}, {count(c.n_shared, 'seed')} in common"
     return f"{c.metric} differs by {c.mean_diff:+.4g} {span} over {counts}"
 
 
@@ -397,7 +396,7 @@ def _open_text(c: Comparison, failures: Failures) -> str:
         more = "the arm" if failures.balance > 0 else "the baseline"
         return f"more cells of {more} failed, so that its survivors can't decide"
     if c.needed_seeds is not None:
-        return f"with this spread {c.needed_seeds} seeds could decide"
+        return f"with this spread {count(c.needed_seeds, 'seed')} could decide"
     if c.sesoi == 0:
         return "no smallest effect of interest is declared, so none can be excluded"
     return f"the number of seeds that could decide is unknown (or above {stats.MOST_PAIRS})"
@@ -408,10 +407,6 @@ def _l0_text(arm: Matched, baseline: Matched) -> str:
     if "unknown" in (arm.origin, baseline.origin) and slope_variance(arm, baseline) > 0:
         return "the interval is wider since no further levels say how the metric changes with L0"
     return ""
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _check_values(name: str, baseline: Cells, arms: Mapping[str, Cells]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.runs.folder import GATE, INFO, MANIFEST, METRICS, REMEDY, RunFolder
 from saelab.runs.schema import CONTROL, PROVENANCE, CellId, level_of
+from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import changes, plan_hash
@@ -29,6 +30,7 @@ from saelab.verdict.arms import ArmResult, CellGate
 from saelab.verdict.final_info import Planted, judge_planted, judge_run
 from saelab.verdict.gate import ORDER, Outcome
 from saelab.verdict.judge import COVERS, Comparison, Difference
+from saelab.verdict.rivals import Rival, find_rivals, rivals_sentence
 from saelab.verdict.summary import align_columns
 
 
@@ -56,6 +58,7 @@ class Review:
         definition: of the primary metric.
         provenance: where the primary metric was measured.
         sealed: whether the run's files carry checksums, with which they agree.
+        rivals: controls that are as good as an arm on the primary metric, or better.
     """
 
     run: str
@@ -69,6 +72,7 @@ class Review:
     definition: str
     provenance: Mapping[str, Any]
     sealed: bool = True
+    rivals: tuple[Rival, ...] = ()
 
     @cached_property
     def plan_hash(self) -> str:
@@ -90,6 +94,7 @@ class Review:
             "comparisons": [asdict(c) for c in self.comparisons],
             "differences": [asdict(d) for d in self.differences],
             "cells": [asdict(note) for note in self.cells],
+            "rivals": [asdict(rival) for rival in self.rivals],
         }
 
 
@@ -147,6 +152,7 @@ def review_run(run: RunFolder) -> Review:
         definition=baseline.definitions.get(plan.primary, "not measured"),
         provenance={name: measured.get(name) for name in PROVENANCE} if measured else {},
         sealed=run.sealed,
+        rivals=tuple(judged.rivals),
     )
 
 
@@ -160,6 +166,7 @@ class Judged:
         gates: facts of every cell, by its name.
         comparisons, differences: of the primary metric, and of secondary ones without words.
         planted: the verdict on an effect of known size; None where none was planted.
+        rivals: controls that are as good as an arm on the primary metric, or better.
     """
 
     plan: PlanConfig
@@ -169,6 +176,7 @@ class Judged:
     comparisons: list[Comparison]
     differences: list[Difference]
     planted: Planted | None
+    rivals: list[Rival]
 
 
 def judge_files(run: RunFolder) -> Judged:
@@ -182,6 +190,8 @@ def judge_files(run: RunFolder) -> Judged:
     plan = PlanConfig.parse(manifest["plan"], where=f"{run.folder.name}/{MANIFEST}")
     gates = cell_gates(run)
     _check_named(manifest, gates, run.folder)
+    if manifest.get("cells", gates).keys() != gates.keys():
+        raise DamageError(f"{run.folder} has a {GATE} of other cells than {MANIFEST}: {REMEDY}")
     arms = _arms(manifest["arms"], gates, run.metrics, level_of(plan.target_l0))
     exploratory = manifest["purpose"] != "confirm"
     comparisons, differences = judge_run(arms, plan, exploratory)
@@ -194,6 +204,7 @@ def judge_files(run: RunFolder) -> Judged:
         comparisons=comparisons,
         differences=differences,
         planted=judge_planted(controls, arms[BASELINE], plan),
+        rivals=find_rivals(arms, controls, plan),
     )
 
 
@@ -289,7 +300,12 @@ def text(found: Review) -> str:
     if not found.sealed:
         heading += "\nits files carry no checksums: an older version made them, or another hand"
     parts = [heading, *(f"deviation from the registered plan: {d}" for d in found.deviations)]
-    parts += ["", _table(found), "", *(f"{c.arm}: {c.reason}" for c in found.comparisons)]
+    if loud := rivals_sentence(found.rivals):
+        parts += ["", loud]
+    if found.comparisons:
+        parts += ["", _table(found), "", *(f"{c.arm}: {c.reason}" for c in found.comparisons)]
+    else:
+        parts += ["", f"There is one arm, {BASELINE}, and nothing to compare it with."]
     if found.cells:
         parts += ["", "gate:", *_cell_lines(found.cells)]
     return visible("\n".join([*parts, "", COVERS]), keep="\n")
@@ -311,19 +327,21 @@ def _table(found: Review) -> str:
 
 
 def group_notes(cells: Sequence[CellNote]) -> list[tuple[str, str, bool, list[CellNote]]]:
-    """Notes by arm, check and whether it was expected."""
-    groups: dict[tuple[str, str, bool], list[CellNote]] = {}
+    """Notes by arm, check and whether it was expected; one for each cell, of whose scalars several
+    may be found."""
+    groups: dict[tuple[str, str, bool], dict[str, CellNote]] = {}
     for note in cells:
         arm = CellId.parse(note.cell).arm
-        groups.setdefault((arm, note.check, note.expected), []).append(note)
-    return [(*key, some) for key, some in groups.items()]
+        groups.setdefault((arm, note.check, note.expected), {}).setdefault(note.cell, note)
+    return [(*key, list(by_cell.values())) for key, by_cell in groups.items()]
 
 
 def _cell_lines(cells: Sequence[CellNote]) -> list[str]:
     """One line for each check and arm, with how many cells it is about."""
     return [
-        f"- {arm}, {check}{' (expected)' * expected}, {len(some)} cells: {some[0].sentence}"
-        for arm, check, expected, some in group_notes(cells)
+        f"- {arm}, {check}{' (expected)' * expected}, {count(len(notes), 'cell')}: "
+        f"{notes[0].sentence}"
+        for arm, check, expected, notes in group_notes(cells)
     ]
 
 

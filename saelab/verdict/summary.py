@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from saelab import stats
 from saelab.runs import schema
+from saelab.runtime.counting import count
 from saelab.runtime.safe_text import markdown
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import Attempt, plan_hash
 from saelab.verdict.judge import COVERS, Comparison
+from saelab.verdict.rivals import Rival, control_values, rivals_sentence
 
 if TYPE_CHECKING:
     from saelab.study.task import Launch
     from saelab.verdict.arms import ArmResult
     from saelab.verdict.final_info import Planted
+    from saelab.verdict.review import Judged
 
 #: Columns of the printed table: metric -> heading.
 COLUMNS = {
@@ -34,38 +37,26 @@ def table(
     comparisons: Sequence[Comparison],
     plan: PlanConfig,
     rows: Sequence[Mapping[str, Any]] = (),
+    rivals: Sequence[Rival] = (),
 ) -> str:
     """Table of arms x metrics: mean and 95% t interval (half width) over seeds, and the verdict;
-    then the controls among the rows, with means alone."""
+    then the controls among the rows, with means alone, and those that are as good as an arm."""
     words = {c.arm: c.word for c in comparisons}
-    heads = ["arm", "seeds", *COLUMNS.values(), f"verdict on {plan.primary}"]
+    verdict = [f"verdict on {plan.primary}"] if comparisons else []
+    heads = ["arm" if comparisons else "SAE", "seeds", *COLUMNS.values(), *verdict]
     lines = [heads]
     for arm, group in info.items():
         seeds = max((len(v) for v in group["final_info_dict"].values()), default=0)
         cells = [
             mean_and_half_width(group["final_info_dict"].get(metric, [])) for metric in COLUMNS
         ]
-        lines.append([arm, str(seeds), *cells, words.get(arm, "")])
+        name = arm if comparisons else f"as {plan.base} says"
+        lines.append([name, str(seeds), *cells, *([words.get(arm, "")] if verdict else [])])
     for name, values in control_values(rows).items():
         cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in COLUMNS]
-        lines.append([name, "", *cells, ""])
-    return align_columns(lines)
-
-
-def control_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Control -> metric -> mean over all data; the model's channels under the names of an SAE."""
-    by_control: dict[str, dict[str, list[float]]] = {}
-    for name in schema.control_names(rows):
-        of_metric = by_control.setdefault(name, {})
-        for row in rows:
-            if row["arm"] == name and not row["slice"] and row["value"] is not None:
-                metric = row["metric"]
-                metric = f"sae{metric[3:]}" if metric.startswith("llm_") else metric
-                of_metric.setdefault(metric, []).append(row["value"])
-    return {
-        name: {metric: sum(values) / len(values) for metric, values in of_metric.items()}
-        for name, of_metric in by_control.items()
-    }
+        lines.append([name, "", *cells, *([""] if verdict else [])])
+    loud = rivals_sentence(rivals)
+    return align_columns(lines) + (f"\n\n{loud}" if loud else "")
 
 
 def align_columns(lines: Sequence[Sequence[str]]) -> str:
@@ -91,34 +82,34 @@ def mean_and_half_width(values: Sequence[float | None]) -> str:
 
 def summary_text(
     task: Launch,
-    arms: Mapping[str, ArmResult],
-    comparisons: Sequence[Comparison],
+    judged: Judged,
     missing: Sequence[str],
     deviations: Sequence[str] = (),
     earlier: Sequence[Attempt] = (),
-    of_controls: Sequence[str] = (),
+    rows: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Text of summary.md: question, plan, verdict, cells that do not count, next steps.
 
     Args:
+        judged: the run, judged from its files.
         missing: metrics that could not be measured, and why.
         deviations: of the plan from the registered one.
         earlier: attempts at this run before the present one.
-        of_controls: lines about the control subjects.
+        rows: of all subjects, of which those of controls are shown.
     """
-    plan = task.plan
-    better = "lower" if plan.direction == "lower" else "higher"
+    plan, arms, comparisons = task.plan, judged.arms, judged.comparisons
+    loud = rivals_sentence(judged.rivals)
+    of_controls = control_lines(rows, judged.planted)
     lines = [
         f"# {markdown(f'{task.name}: {task.run.title}')}",
         "",
-        f"**Question.** Does an arm change {plan.primary} ({better} is better) against the "
-        f"baseline {f'at L0 {plan.target_l0:g}' if plan.target_l0 else 'at its own L0'}, by at "
-        f"least {plan.sesoi:g}?",
+        f"**Question.** {_question(plan, bool(comparisons))}",
         "",
         f"**Plan.** {plan_hash(plan)}, {_registration_text(deviations)}",
         *(f"- deviation: {markdown(text)}" for text in deviations),
         *(f"- left out on purpose: {markdown(text)}" for text in plan.exclusions),
         "",
+        *([f"**{markdown(loud)}.**", ""] if loud else []),
         "**Verdict.**" + (" Exploratory." if task.purpose != "confirm" else " Confirmatory."),
         "",
         "| arm | what it is | verdict | difference | interval | cells |",
@@ -145,8 +136,18 @@ def summary_text(
         lines += [f"- {markdown(attempt.line())}" for attempt in earlier]
     if missing:
         lines += ["", "**Missing.**", "", *(f"- {markdown(text)}" for text in missing)]
-    lines += ["", "**What to try next.**", "", *_next_steps(comparisons)]
+    lines += ["", "**What to try next.**", "", *_next_steps(comparisons, arms)]
     return "\n".join(lines) + "\n"
+
+
+def _question(plan: PlanConfig, compares: bool) -> str:
+    if not compares:
+        return f"How good is the SAE that {markdown(plan.base)} describes?"
+    where = f"at L0 {plan.target_l0:g}" if plan.target_l0 else "at its own L0"
+    return (
+        f"Does an arm change {plan.primary} ({plan.direction} is better) against the baseline "
+        f"{where}, by at least {plan.sesoi:g}?"
+    )
 
 
 def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) -> list[str]:
@@ -158,7 +159,9 @@ def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) ->
     for name, values in by_control.items():
         cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in shown]
         lines.append(f"| {name.removeprefix(schema.CONTROL)} | {' | '.join(cells)} |")
-    return [*lines, *_planted_lines(planted)] if by_control else []
+    turned = [row for row in rows if row["arm"] == schema.control_arm(schema.PLANTED)]
+    n = len({row["seed"] for row in turned if row["metric"] == "fvu"})
+    return [*lines, *_planted_lines(planted, n)] if by_control else []
 
 
 def _covers(comparisons: Sequence[Comparison]) -> list[str]:
@@ -176,9 +179,14 @@ def _mean_values(arm: ArmResult) -> Iterator[tuple[str, str]]:
             yield metric, f"{value:.4g}"
 
 
-def _planted_lines(planted: Planted | None) -> list[str]:
+def too_few_planted(n: int) -> str:
+    """Says that an effect was planted in n SAEs, which are too few for a verdict on it."""
+    return f"An effect was planted in {count(n, 'SAE')}: a verdict on it needs two with numbers"
+
+
+def _planted_lines(planted: Planted | None, n: int) -> list[str]:
     if planted is None:
-        return []
+        return ["", f"{too_few_planted(n)}."] if n else []
     c = planted.comparison
     seen = "" if c.word == "hurts" else ": an effect of this size is missed"
     return [
@@ -194,26 +202,48 @@ def _registration_text(deviations: Sequence[str]) -> str:
 def _gate_lines(arms: Mapping[str, ArmResult]) -> list[str]:
     lines = []
     for name, arm in arms.items():
-        by_check = {}
-        for result in arm.gates.values():
+        by_check: dict[tuple[str, bool], dict[int, str]] = {}  # of a cell the first finding
+        for seed, result in arm.gates.items():
             for finding in result.findings:
-                by_check.setdefault((finding.check, finding.expected), []).append(finding.sentence)
-        for (check, expected), sentences in by_check.items():
+                cells = by_check.setdefault((finding.check, finding.expected), {})
+                cells.setdefault(seed, finding.sentence)
+        for (check, expected), cells in by_check.items():
             note = " (expected)" if expected else ""
-            line = f"{name}, {check}{note}, {len(sentences)} cells: {sentences[0]}"
+            first = next(iter(cells.values()))
+            line = f"{name}, {check}{note}, {count(len(cells), 'cell')}: {first}"
             lines.append(f"- {markdown(line)}")
     return lines or ["- no findings"]
 
 
-def _next_steps(comparisons: Sequence[Comparison]) -> list[str]:
-    if not comparisons:
-        return ["- add an arm to compare it with (`experiment.py`, or `saelab.compare`)."]
+def _open_findings(arms: Mapping[str, ArmResult]) -> list[str]:
+    """One line for each check of the gate that was not expected: how many cells, and the remedy."""
+    by_check: dict[str, tuple[list[str], str]] = {}
+    for name, arm in arms.items():
+        for result in arm.gates.values():
+            unexpected = {f.check: f for f in result.findings if not f.expected}
+            for check, finding in unexpected.items():
+                remedy = finding.sentence.rpartition("; ")[2]
+                by_check.setdefault(check, ([], remedy))[0].append(name)
     lines = []
+    for check, (names, remedy) in by_check.items():
+        where = ", ".join(dict.fromkeys(names))
+        text = f"{check} in {count(len(names), 'cell')} of {where}: {remedy}."
+        lines.append(f"- {markdown(text)}")
+    return lines
+
+
+def _next_steps(comparisons: Sequence[Comparison], arms: Mapping[str, ArmResult]) -> list[str]:
+    lines = []
+    if not comparisons:
+        lines = ["- add an arm to compare it with (`experiment.py`, or `saelab.compare`)."]
     for c in comparisons:
         if c.word == "cannot tell yet" and c.needed_seeds:
-            lines.append(f"- {markdown(c.arm)}: about {c.needed_seeds} seeds would decide it.")
+            lines.append(
+                f"- {markdown(c.arm)}: about {count(c.needed_seeds, 'seed')} would decide it."
+            )
         elif c.word == "helps":
             lines.append(f"- {markdown(c.arm)}: confirm it on seeds that no other run uses.")
         elif c.word == "refused":
             lines.append(f"- {markdown(f'{c.arm}: {c.reason}.')}")
+    lines += _open_findings(arms)
     return lines or [f"- nothing: every arm differs from {BASELINE} or is shown to be as good."]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fuzzing import answer, as_json, harm, other_json, profile
+from fuzzing import answer, as_json, as_toml, harm, other_json, profile
 from hypothesis import given
 from hypothesis import strategies as st
 from run_folders import write_run
@@ -38,11 +39,22 @@ from saelab.launch.cell_store import finish, is_finished
 from saelab.launch.confirmation import _tuned
 from saelab.launch.latent_table import read_density
 from saelab.launch.seed_pairs import rows_of_seeds
+from saelab.launch.synthetic import read_study as read_synthetic
+from saelab.preflight.rates import RATES, read_rates
 from saelab.report.run_data import load
 from saelab.runs.folder import RunFolder, run_cells, seal_run
 from saelab.sae import SAEConfig
 from saelab.storage.atomic import read_json, write_json, write_sealed
-from saelab.study.plan import BaseConfig, PlanConfig, base_of_run
+from saelab.study.plan import (
+    Arm,
+    BaseConfig,
+    PlanConfig,
+    Run,
+    base_of_run,
+    cells,
+    read_base,
+    read_plan,
+)
 from saelab.study.registry import attempts, deviations, register
 from saelab.training.curves import read_curve
 from saelab.verdict.review import review, text
@@ -160,7 +172,7 @@ def make_cell(folder: Path) -> None:
     pq.write_table(pa.table(names), folder / "curves.parquet")
     pq.write_table(pa.table({"density": [0.1, 0.2]}), folder / "latents.parquet")
     rows = [{"metric": "fvu", "value": 0.25, "slice": "", "reason": "", "definition": "core/1"}]
-    finish(folder, {"rows": rows, "last": {"loss": 1.0}})
+    finish(folder, {"rows": rows, "last": {"loss": 1.0}}, OF_CELL)
 
 
 def read_cell(folder: Path) -> Any:
@@ -225,6 +237,7 @@ def make_run(folder: Path) -> None:
         "purpose": "explore",
         "base": BaseConfig().model_dump(mode="json"),
         "deviations": [],
+        "cells": dict.fromkeys(gates, "0123456789abcdef"),
     }
     for seed in range(2):
         (run / "cells" / "other" / f"seed{seed}-l0_32").mkdir(parents=True)
@@ -399,8 +412,48 @@ def make_study(folder: Path) -> None:
     (folder / "plan.toml").write_text("study = 's'\nlevels = [16, 64]\nseeds = 8\n")
     base = "context = 32\n[sae]\nd_sae = 256\nactivation = { kind = 'topk', k = 16 }\n"
     (folder / "base.toml").write_text(base + "[train]\ntokens = 16_384\nlr = 4e-3\n")
+    (folder / "whole.toml").write_bytes(
+        as_toml(_without_none(BaseConfig().model_dump(mode="json")))
+    )
+    (folder / "numbers.toml").write_bytes(
+        as_toml(PlanConfig(study="s").model_dump(exclude_none=True))
+    )
+    (folder / "synthetic.toml").write_text(SYNTHETIC)
+    (folder / "rates.toml").write_bytes(RATES.read_bytes())
     write_json(folder / "base.json", BaseConfig().model_dump(mode="json"))
     write_json(folder / "plan.json", PlanConfig(study="s").model_dump(mode="json"))
+
+
+#: A small comparison on synthetic activations.
+SYNTHETIC = """
+target_l0 = 4
+levels = [2, 8]
+evals = ["core"]
+[data]
+d = 8
+features = 16
+l0 = 2.0
+[arms.a]
+d_sae = 16
+[arms.b]
+d_sae = 16
+activation = { kind = "topk", k = 4 }
+controllers = []
+"""
+
+
+def _without_none(data: Any) -> Any:
+    """The data without what TOML has no word for."""
+    if isinstance(data, dict):
+        return {k: _without_none(v) for k, v in data.items() if v is not None}
+    return [_without_none(v) for v in data] if isinstance(data, list) else data
+
+
+def read_cells_of_plan(folder: Path) -> Any:
+    """The cells of a study, as `saelab plan check` works them out."""
+    plan, base = read_plan(folder / "numbers.toml"), read_base(folder / "whole.toml")
+    specs = cells(plan, base, Run("", [Arm("baseline"), Arm("a", {"train.lr": 1e-4})]))
+    return [(spec.id, spec.sae.target_l0, spec.train.steps) for spec in specs]
 
 
 def read_study(folder: Path) -> Any:
@@ -495,6 +548,15 @@ FORMATS: dict[str, Format] = {
     ),
     "plan.toml": Format(make_study, settings_of(PlanConfig, "plan.toml"), ("plan.toml",)),
     "base.toml": Format(make_study, settings_of(BaseConfig, "base.toml"), ("base.toml",)),
+    "cells of a plan": Format(make_study, read_cells_of_plan, ("numbers.toml", "whole.toml")),
+    "synthetic.toml": Format(
+        make_study,
+        lambda folder: read_synthetic(folder / "synthetic.toml").model_dump(mode="json"),
+        ("synthetic.toml",),
+    ),
+    "rates.toml": Format(
+        make_study, lambda folder: read_rates("h100", folder / "rates.toml"), ("rates.toml",)
+    ),
     "settings": Format(make_study, settings_of(BaseConfig, "base.json"), ("base.json",)),
     "plan": Format(make_study, settings_of(PlanConfig, "plan.json"), ("plan.json",)),
 }
@@ -516,6 +578,9 @@ def _attack(kind: Format, folder: Path, file: str, cases: int, before: tuple[str
     good, bad = folder / "good", folder / "bad"
     content = (good / file).read_bytes()
     attack = harm(content)
+    if file.endswith(".toml"):
+        settings = other_json(tomllib.loads(content.decode())).map(as_toml)
+        attack = st.one_of(attack, settings, settings, harm(content, text=True))
     if file.endswith(".json"):
         others = other_json(json.loads(content)).map(as_json)
         attack = others if kind.reseal else st.one_of(attack, others)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ambient import torch_defaults
 from torch import Tensor
 from variants import VARIANTS
 
@@ -324,6 +325,32 @@ class TestLife:
         assert same(states[0].tensors, states[1].tensors) and states[0].plain == states[1].plain
         assert whole.scalar_reach() == cut.scalar_reach()
         assert whole.log.last(RESETS[observer["kind"]]) > 0
+
+    @pytest.mark.parametrize("ambient", [(torch.float64, "meta"), (torch.bfloat16, "cpu")], ids=str)
+    def test_torchs_defaults_in_the_process_change_no_bit(
+        self, seam: str, kind: str, ambient: tuple[torch.dtype, str], global_random_seed: int
+    ) -> None:
+        config = composed(seam, kind, observers=[eager(kind)] if kind in RESETS else [])
+        one, other = (cell(config, global_random_seed) for _ in range(2))
+        batches = [batch(data(global_random_seed + i + 1)) for i in range(5)]
+        for given in batches:
+            one.step(given)
+        with torch_defaults(*ambient):
+            for given in batches:
+                other.step(given)
+        states = one.state().tensors, other.state().tensors
+        assert all(states[1][name].dtype == states[0][name].dtype for name in states[0])
+        assert same(*states)
+        rows, cuts, starts = batches[0].x, torch.tensor([0, 20, ROWS]), torch.arange(ROWS + 1)
+
+        def codes(sae: SAE) -> list[Tensor]:
+            code = sae.encode(rows, starts)
+            return [code, sae.decode(code), sae.pooled(rows, cuts, starts)]
+
+        wanted, measured = codes(one.sae.eval()), other.sae.eval()
+        with torch_defaults(*ambient):
+            assert all(map(torch.equal, codes(measured), wanted))
+            assert config.build(D_IN).W_enc.dtype == torch.float32
 
     def test_every_parameter_of_the_part_is_trained(
         self, seam: str, kind: str, global_random_seed: int

@@ -244,6 +244,19 @@ def test_files_named_after_the_split_are_chosen(tmp_path: Path) -> None:
     assert set(documents(config.patched({"split": "all"}))) == {"one", "two", "three"}
 
 
+def test_a_data_set_on_this_machine_is_known_by_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "texts" / "train.jsonl"
+    file.parent.mkdir()
+    for path in (file.parent, file):
+        file.write_text('{"text": "one"}\n')
+        config = TextConfig(kind="dataset", path=str(path))
+        before = manifest(config)
+        assert manifest(config) == before
+        file.write_text('{"text": "two"}\n')
+        assert manifest(config) != before
+    assert "files" not in manifest(TextConfig(kind="dataset", path="owner/name"))
+
+
 def test_files_of_one_name_in_several_folders_are_all_in_the_manifest(tmp_path: Path) -> None:
     for name in ("news", "code"):
         (tmp_path / name).mkdir()

@@ -190,6 +190,19 @@ def test_overflow_in_the_stored_dtype_is_an_error(model: LanguageModel, tokens: 
     assert harvest(loud, tokens, HOOKS[:1], HarvestConfig(dtype="bfloat16"))
 
 
+def test_activations_that_can_not_be_squared_are_an_error(
+    model: LanguageModel, tokens: Tokens
+) -> None:
+    class Loud(LanguageModel):
+        def activations(self, ids, attention_mask, hooks):
+            found = super().activations(ids, attention_mask, hooks)
+            return {name: x * 1e20 for name, x in found.items()}
+
+    loud = Loud(model.model, model.tokenizer, model.config, "0123", True)
+    with pytest.raises(SourceError, match=r"blocks.0.hook_resid_post are too large as float32"):
+        harvest(loud, tokens, HOOKS[:1])
+
+
 def test_bytes_needed_is_what_a_harvest_takes(model: LanguageModel, tokens: Tokens) -> None:
     full = Tokens(tokens.ids, tokens.ids != 0)  # EOS counts: contexts without a gap
     for dtype in ("float32", "float16"):

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from saelab.data.language_model import LanguageModel, ModelConfig, load
-from saelab.data.model_files import EXTRAS
+from saelab.data.model_files import EXTRAS, folder_digest
 from saelab.data.text.corpus import TextConfig, documents
 from saelab.data.text.tokens import tokenize_texts
 from saelab.errors import SettingError, SourceError
@@ -191,9 +191,6 @@ def test_attention_and_mlp_outputs_add_up_to_the_block(
         names = [f"blocks.{n}.{kind}" for kind in kinds]
         found = lm.activations(ids, None, names)
         before, attention, mlp, after = (found[name].clone() for name in names)
-        if family == "gemma2":
-            attention = block.post_attention_layernorm(attention)
-            mlp = block.post_feedforward_layernorm(mlp)
         if family == "bert":
             middle = block.attention.output.LayerNorm(before + attention)
             together = block.output.LayerNorm(middle + mlp)
@@ -445,6 +442,47 @@ def test_the_digest_is_of_the_content_not_the_place(tmp_path: Path) -> None:
     weights["gpt_neox.final_layer_norm.bias"] += 1
     save_file(weights, second / "model.safetensors", {"format": "pt"})
     assert load(ModelConfig(path=str(second))).digest != digests[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"),
+        *("spiece.model", "chat_template.jinja", "model.safetensors", "a_file_of_a_later_version"),
+    ],
+)
+def test_the_digest_is_of_every_file_that_can_be_read(tmp_path: Path, name: str) -> None:
+    """Also of one that nobody had thought of when this was written."""
+    folder = save(randomised(neox), tmp_path / "model")
+    (folder / name).touch()
+    before = folder_digest(folder)
+    (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+    assert folder_digest(folder) != before
+    (folder / name).rename(folder / "renamed")
+    assert folder_digest(folder) != before
+
+
+def test_the_digest_is_of_weights_in_subfolders_that_the_index_names(tmp_path: Path) -> None:
+    folder = save(randomised(neox), tmp_path / "model")
+    (folder / "sub").mkdir()
+    (folder / "model.safetensors").rename(folder / "sub" / "part.safetensors")
+    index = {"weight_map": {"a": "sub/part.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "sub" / "other.safetensors").write_bytes(b"read by nobody")
+    before = folder_digest(folder)
+    (folder / "sub" / "other.safetensors").unlink()
+    assert folder_digest(folder) == before
+    save_file({"a": torch.ones(1)}, folder / "sub" / "part.safetensors")
+    assert folder_digest(folder) != before
+
+
+def test_files_that_nothing_reads_leave_the_digest(tmp_path: Path) -> None:
+    folder = save(randomised(neox), tmp_path / "model")
+    before = folder_digest(folder)
+    for name in ("README.md", "pytorch_model.bin", ".gitattributes"):
+        (folder / name).write_bytes(b"content")
+    assert folder_digest(folder) == before
 
 
 def test_missing_folders_are_named(tmp_path: Path) -> None:

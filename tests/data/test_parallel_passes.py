@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saelab.data.activations import parallel_passes
 from saelab.data.activations.harvest import HarvestConfig, harvest
 from saelab.data.activations.parallel_passes import group_by_length, lane_count, run_in_lanes
 from saelab.data.language_model import LanguageModel, ModelConfig, load
@@ -30,7 +31,8 @@ def model() -> LanguageModel:
 
 
 @pytest.fixture
-def three_threads() -> Iterator[None]:
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(parallel_passes, "usable_cores", lambda: 3)
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(1)
@@ -48,15 +50,16 @@ def some_tokens(contexts: int = 37, positions: int = 12) -> Tokens:
 
 
 def test_a_harvest_has_the_same_bits_for_any_number_of_threads(
-    model: LanguageModel, tmp_path: Path
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = HarvestConfig(batch=4, shard_tokens=120)
     digests = []
-    for threads in (1, 2, 3):
+    for threads, cores in ((1, 3), (2, 3), (3, 3), (3, 1)):  # the last: a container's quota
+        monkeypatch.setattr(parallel_passes, "usable_cores", lambda n=cores: n)
         torch.set_num_threads(threads)
         try:
             memory = harvest(model, some_tokens(), HOOKS, config)
-            folder = harvest(model, some_tokens(), HOOKS, config, tmp_path / str(threads))
+            folder = harvest(model, some_tokens(), HOOKS, config, tmp_path / f"{threads} {cores}")
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(1)
@@ -79,7 +82,11 @@ def test_probing_rows_have_the_same_bits_for_any_number_of_threads(
     assert side.digest == alone.digest
 
 
-def test_results_come_in_the_order_of_the_items(model: LanguageModel, three_threads: None) -> None:
+@pytest.mark.parametrize("cores", [1, 3])
+def test_results_come_in_the_order_of_the_items(
+    cores: int, model: LanguageModel, three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel_passes, "usable_cores", lambda: cores)
     seen: set[str] = set()
 
     def work(twin: LanguageModel, item: int) -> int:
@@ -89,7 +96,7 @@ def test_results_come_in_the_order_of_the_items(model: LanguageModel, three_thre
         return item
 
     assert list(run_in_lanes(model, work, range(30))) == list(range(30))
-    assert len(seen) == 3
+    assert len(seen) == cores
 
 
 def test_twins_share_weights_but_no_hooks(model: LanguageModel) -> None:

@@ -372,6 +372,15 @@ def test_foreign_contexts_keep_their_positions(tmp_path: Path) -> None:
     [
         ({"x": torch.tensor([[1.0, float("nan")]])}, "values that are not finite"),
         ({"x": torch.tensor([[1.0, float("inf")]], dtype=torch.float16)}, "not finite"),
+        ({"x": torch.tensor([[1.0, 2.0], [1e30, 0.0]])}, "too large for float32 in row 1: remove"),
+        ({"x": torch.full((2, 2), 1e15)}, "too large for float32 in row 0"),
+        ({"x": torch.full((2, 2), 1e300, dtype=torch.float64)}, "too large for float32 in row 0"),
+        ({"x": torch.full((2, 2), 3e38, dtype=torch.bfloat16)}, "too large for float32 in row 0"),
+        ({"x": torch.ones(2, 2).to(torch.float8_e4m3fn)}, r"holds float8_e4m3fn \[2, 2\].*conv"),
+        ({"x": torch.ones(2, 2).to(torch.float8_e5m2)}, r"holds float8_e5m2 \[2, 2\]"),
+        ({"x": torch.ones(2, 2, dtype=torch.complex64)}, r"holds complex64 \[2, 2\]"),
+        ({"x": torch.ones(2, 2, dtype=torch.bool)}, r"holds bool \[2, 2\]"),
+        ({"x": torch.ones(2, 2, dtype=torch.uint16)}, r"holds uint16 \[2, 2\]"),
         ({"x": torch.ones(4)}, r"holds float32 \[4\]"),
         ({"x": torch.ones(1, 2, 3, 4)}, r"holds float32 \[1, 2, 3, 4\]"),
         ({"x": torch.ones(2, 2, dtype=torch.int64)}, r"holds int64 \[2, 2\]"),
@@ -387,6 +396,15 @@ def test_unusable_foreign_files_are_named(
     save_file(tensors, tmp_path / "b.safetensors")
     with pytest.raises(SourceError, match=rf"b.safetensors.*{message}"):
         ForeignSource.open(tmp_path)
+
+
+def test_float64_activations_are_read_and_large_ones_that_can_be_computed_with(
+    tmp_path: Path,
+) -> None:
+    x = torch.tensor([[1e13, -2.0], [0.5, 1e-300]], dtype=torch.float64)
+    save_file({"x": x}, tmp_path / "a.safetensors")
+    rows, _ = ForeignSource.open(tmp_path).shard(0).rows()
+    assert torch.equal(rows, x.float()) and rows.dtype == torch.float32
 
 
 def test_a_foreign_folder_without_readable_files_is_refused(tmp_path: Path) -> None:

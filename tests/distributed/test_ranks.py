@@ -22,10 +22,11 @@ from saelab.cli import app
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.activations.stream import Batch, Position, batches
 from saelab.distributed.ranks import ALONE, Ranks
-from saelab.errors import CellFailure, SettingError, SourceError
+from saelab.errors import CellFailure, MismatchError, SettingError, SourceError
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.kernels import Code, Support, kernels_for, support_of_topk, topk_over_ranks
 from saelab.kernels.over_ranks import gather_code, select_latents
+from saelab.launch import cell_key
 from saelab.parts import TABLE
 from saelab.parts.base import Dims
 from saelab.sae import ROWS_DRAWN_AT_ONCE, SAEConfig, _normal_rows
@@ -418,3 +419,21 @@ class TestCommand:
     def test_a_support_stays_sorted(self) -> None:
         support = topk_over_ranks(torch.tensor([[3.0, 1.0, 2.0]]), 2, Ranks())
         assert isinstance(support, Support) and support.latents.tolist() == [0, 2]
+
+
+def refusal(ranks: Ranks, others: bool) -> str:
+    """The sentence of one rank, where the last one may have other kernels."""
+    if others and ranks.rank == ranks.size - 1:
+        cell_key.kernels_kind = lambda device: "eager"
+    try:
+        cell_key.check_ranks(ranks, "cpu")
+    except MismatchError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_different_kernels_refuse() -> None:
+    assert in_ranks(1, 2, refusal, False) == ["", ""]
+    first, last = in_ranks(1, 2, refusal, True)
+    assert "kernels = eager" in last and first != last
+    assert "machines of one kind" in first and "\n" not in first

@@ -147,7 +147,8 @@ def work(job, advance, state):
         Path("said").touch()
 
 if __name__ == "__main__":
-    run_jobs(JobSet(work, [0], 1, Path("logs"), nullcontext(Progress("", 1))))
+    bar = nullcontext(Progress("", 1))
+    run_jobs(JobSet(function=work, jobs=[0], workers=1, logs=Path("logs"), bar=bar))
 """
 
 
@@ -157,7 +158,7 @@ def test_a_worker_ends_that_has_something_to_say_to_a_parent_which_is_gone(tmp_p
         [sys.executable, "orphan.py"], cwd=tmp_path, env=environment(), start_new_session=True
     )
     try:
-        wait_for((tmp_path / "working").exists, "the worker")
+        wait_for((tmp_path / "working").exists, "the worker", launch=process)
         process.kill()
         process.wait()
         wait_for(lambda: group_is_gone(process.pid), "the worker to end")

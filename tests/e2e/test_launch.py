@@ -28,6 +28,7 @@ CONTROLS = ("model channels", "frozen decoder", "planted effect", *SUBJECTS)
 DEFINITIONS = (
     "planted/1",
     "last_logged/1",
+    "last_logged_absolute/1",
     *("core/1", "sparse_probing/2"),
     *("sensitivity/1", "consistency/1", "convergence/1"),
     *("positions/1", "truth/2", "absorption/1"),

@@ -140,7 +140,7 @@ def test_fewer_workers_are_taken_where_memory_is_short(tmp_path: Path, finished:
     with patch.dict(os.environ, {"SAELAB_MEMORY": str(between)}):
         ended = project.call(workers=1)
     assert ended.code == 0, ended.err
-    assert "no worker instead of 1, which fits the memory here" in ended.err
+    assert "0 workers instead of 1, which fits the memory here" in ended.err
     assert project.info() == finished.info() and project.weights() == finished.weights()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -37,10 +38,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(processes: int, out: str, *changes: str) -> list[str]:
+def command(processes: int, out: str, *changes: str, torchrun: bool = False) -> list[str]:
     sets = [word for change in changes for word in ("--set", change)]
     run = [sys.executable, "-m"]
-    if processes > 1:
+    if processes > 1 or torchrun:
         run += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     return [*run, "saelab", "train", "small.toml", "--out_dir", out, *sets]
 
@@ -49,9 +50,15 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "SAELAB_PROGRESS": "off"} | more
 
 
-def run(folder: Path, *words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *words: str, processes: int = 1, torchrun: bool = False
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(processes, *words), cwd=folder, env=environment(), capture_output=True, text=True
+        command(processes, *words, torchrun=torchrun),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
 
 
@@ -95,10 +102,32 @@ def test_refused_in_one_sentence(folder: Path) -> None:
     assert "exitcode  : 2" in done.stderr  # torchrun's own report of the ranks
 
 
-def test_killed_and_gone_on_with_other_ranks(folder: Path) -> None:
+def kill_with_ranks(first: subprocess.Popen[bytes]) -> None:
+    """Kills torchrun and its ranks, which lead sessions of their own, and waits for their end."""
+    ranks = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    os.killpg(first.pid, signal.SIGKILL)
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(rank), signal.SIGKILL)
+    first.wait()
+    deadline = time.monotonic() + 60
+    while any(is_running(rank) for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def is_running(process: str) -> bool:
+    """Whether the process exists and has not ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 1), (1, 2)])
+def test_killed_and_gone_on_with_other_ranks(before: int, after: int, folder: Path) -> None:
     words = ("long", "train.tokens=150000")
     first = subprocess.Popen(
-        command(4, *words, "parallel.latents=4"),
+        command(before, *words, f"parallel.latents={before}", torchrun=True),
         cwd=folder,
         env=environment(SAELAB_CHECKPOINT_SECONDS="0"),
         start_new_session=True,
@@ -107,12 +136,15 @@ def test_killed_and_gone_on_with_other_ranks(folder: Path) -> None:
     deadline = time.monotonic() + 300
     while not list(folder.glob(".saelab/resume/*/*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    assert list(folder.glob(".saelab/resume/*/*.json")) and not (folder / "long").exists()
-    done = run(folder, *words, "parallel.latents=2", processes=2)
+    kill_with_ranks(first)
+    (kept,) = folder.glob(".saelab/resume/*")
+    last = max(file.stem for file in kept.glob("*.json"))
+    assert not (folder / "long").exists()
+    done = run(folder, *words, f"parallel.latents={after}", processes=after, torchrun=True)
     assert done.returncode == 0, done.stderr
-    whole = run(folder, "whole", *words[1:], processes=2)
+    assert int(last) > 0 and not kept.exists()  # it went on from there
+    assert (folder / "long" / "metrics.json").is_file()
+    whole = run(folder, "whole", *words[1:], processes=after, torchrun=True)
     assert whole.returncode == 0, whole.stderr
     found, wanted = (loss_curve(folder / name / "curves.parquet")[:6] for name in ("long", "whole"))
     assert found == pytest.approx(wanted, rel=1e-5)

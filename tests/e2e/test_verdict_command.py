@@ -17,8 +17,8 @@ from saelab.storage.atomic import read_json, write_json
 from saelab.verdict.review import complete_runs
 
 TWIN = 'Arm("twin", {}, twin_of="baseline")'
-#: Its learning rate is so high that it diverges or ends worse than the mean.
-BROKEN = 'Arm("broken", {"train.lr": 1e9})'
+#: Its learning rate is so high that it diverges at once and has weights of zero.
+BROKEN = 'Arm("broken", {"train.lr": 1e30})'
 DECLARED = 'Arm("declared", {"train.lr": 3e-3}, expected=["not_converged"])'
 
 
@@ -88,6 +88,7 @@ def test_a_bad_cell_stops_nothing_and_is_listed(project: Project) -> None:
     assert "cells of the arm failed" in c["reason"] or "healthy cell" in c["reason"]
     notes = [note for note in found["cells"] if note["cell"].startswith("broken/")]
     assert {note["outcome"] for note in notes} >= {"failed"}
+    assert "invalid" not in {note["outcome"] for note in notes}  # it is not the software's fault
     declared = [note for note in found["cells"] if note["cell"].startswith("declared/")]
     assert declared and all(n["expected"] for n in declared if n["check"] == "not_converged")
     kept = read_json(project.folder / "run_1" / "gate.json")
@@ -111,12 +112,31 @@ def test_an_effect_of_known_size_is_found_and_the_controls_are_shown(project: Pr
     assert list(ends) == sorted(ends, reverse=True)
 
 
+def test_controls_as_good_as_an_arm_are_named_by_launch_summary_and_verdict(
+    project: Project,
+) -> None:
+    (found,) = judged(project)
+    rivals = {(rival["control"], rival["arm"]) for rival in found["rivals"]}
+    assert ("PCA", "rate") in rivals  # which is hardly trained
+    summary = (project.folder / "run_1" / "summary.md").read_text(encoding="utf-8")
+    assert summary.count("CONTROLS AS GOOD AS ARMS: on fvu, ") == 1
+    assert summary.index("CONTROLS AS") < summary.index("**Verdict.**")
+    assert cli(project.folder, "verdict").out.count("CONTROLS AS GOOD AS ARMS") == 1
+
+
 def test_the_terminal_shows_all_of_it(project: Project) -> None:
     said = cli(project.folder, "verdict").out
     for words in ("coverage", "detectable", "seeds to tell", "equivalent", "broken, ", "plan "):
         assert words in said
     assert "declared, not_converged (expected)" in said
     assert "other models or texts" in said
+
+
+def test_the_report_shows_an_arm_that_diverged(project: Project) -> None:
+    ended = cli(project.folder, "report", "--features", "broken", "--latents", "8")
+    assert ended.code == 0, ended.err
+    page = (project.folder / "report.html").read_text(encoding="utf-8")
+    assert '"arm":"broken"' in page and "NaN" not in page
 
 
 def copied(project: Project, folder: Path) -> Path:

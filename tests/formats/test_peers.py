@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_saelens import activation
 
 from saelab import formats
-from saelab.formats.saelens import RULES
+from saelab.formats.saelens_fields import RULES
 from saelab.parts import TABLE
 from saelab.sae import SAE
 

@@ -13,10 +13,10 @@ from saes import D_IN, D_SAE, clear, random_weights, rows, same, same_function, 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saelab import formats
+from saelab import checkpoint, formats
 from saelab.analysis.export import about, without_context
 from saelab.errors import SettingError, SourceError, UsageError
-from saelab.formats.saelens import RULES
+from saelab.formats.saelens_fields import RULES
 from saelab.parts import TABLE
 from saelab.parts.activations.relu import ReLU
 from saelab.parts.base import Activation
@@ -254,6 +254,82 @@ def test_each_architecture_is_read(name: str, tmp_path: Path, global_random_seed
     tensors = random_weights(global_random_seed, *names)
     write(tmp_path, cfg, WEIGHTS, tensors)
     check(tmp_path, tensors, encode, global_random_seed)
+
+
+OLD = {"sae_lens_version": "3.9.0", "d_in": D_IN, "d_sae": D_SAE, "normalize_activations": "none"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        OLD | {"architecture": "standard", "activation_fn_str": "topk", "k": 3},
+        OLD | {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}},
+        OLD | {"architecture": "topk", "activation_fn_kwargs": {"k": 3}},
+        config("standard", activation_fn="topk", activation_fn_kwargs={"k": 3}),
+        config("standard", activation_fn="topk", k=3),
+        config("topk", activation_fn="relu", k=3, activation_fn_kwargs={"k": 3}),
+    ],
+)
+def test_topk_is_read_however_it_is_said(
+    tmp_path: Path, fields: dict[str, Any], global_random_seed: int
+) -> None:
+    tensors = random_weights(global_random_seed, *LINEAR)
+    write(tmp_path, fields, WEIGHTS, tensors)
+    check(tmp_path, tensors, topk, global_random_seed)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (OLD | {"activation_fn_str": "topk"}, "k = None: use a whole number"),
+        (config("standard", activation_fn="topk"), "k = None: use a whole number"),
+        (config("standard", k=3), "k = 3: belongs to a topk SAE"),
+        (config("standard", activation_fn_kwargs={"k": 3}), "k = 3: belongs to a topk SAE"),
+        (config("topk", k=3, activation_fn_kwargs={"k": 4}), "kwargs.k = 4: k is 3"),
+        (config("jumprelu", activation_fn="topk", k=3), "does not fit architecture 'jumprelu'"),
+        (config("topk", k=True), "k = True: use a whole number"),
+        (config("topk", k=3.0), "k = 3.0: use a whole number"),
+        (config("topk", k=D_SAE + 1), f"k = {D_SAE + 1}, but there are {D_SAE} latents"),
+        (config("standard", apply_b_dec_to_input="false"), "'false': use true or false"),
+        (config("topk", k=3, rescale_acts_by_decoder_norm=1), "= 1: use true or false"),
+    ],
+)
+def test_contradictions_about_the_function_are_refused(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    names = (*LINEAR, "threshold") if fields.get("architecture") == "jumprelu" else LINEAR
+    write(tmp_path, fields, WEIGHTS, random_weights(0, *names))
+    with pytest.raises(UsageError, match=message):
+        formats.load(tmp_path)
+
+
+@pytest.mark.parametrize("factor", [0, 0.0, -1.0, "2", True, None, 1e-39, 1e39, 10**400])
+def test_factors_that_can_not_be_divided_by_are_refused(tmp_path: Path, factor: Any) -> None:
+    """The weights are looked at once more after they are folded."""
+    fields = config("standard", normalize_activations="expected_average_only_in")
+    write(tmp_path, fields, WEIGHTS, random_weights(0, *LINEAR))
+    (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": factor}))
+    with pytest.raises(UsageError, match="not a positive|not finite|is not in|too large|not read"):
+        formats.load(tmp_path)
+
+
+def test_a_whitening_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    fields = config("standard", normalize_activations="covariance_whitening")
+    write(tmp_path, fields, WEIGHTS, random_weights(0, *LINEAR))
+    whitening = {"mean": torch.zeros(D_IN), "matrix": torch.eye(D_IN)}
+    whitening["inverse_matrix"] = torch.full((D_IN, D_IN), torch.inf)
+    save_file(whitening, tmp_path / "activation_whitening.safetensors")
+    with pytest.raises(SourceError, match="holds a value that is not finite"):
+        formats.load(tmp_path)
+
+
+def test_our_own_folder_with_weights_that_are_not_finite_is_refused(tmp_path: Path) -> None:
+    sae = trained(0)
+    with torch.no_grad():
+        sae.W_dec[3, 1] = torch.nan
+    checkpoint.save(sae, tmp_path, {})
+    with pytest.raises(SourceError, match="W_dec holds a value that is not finite: train it again"):
+        formats.load(tmp_path)
 
 
 def test_input_is_not_centred_where_it_says_so(tmp_path: Path, global_random_seed: int) -> None:

@@ -82,6 +82,8 @@ def test_the_folder_names_the_hook(name: str, hook: str, tmp_path: Path) -> None
         ("skip_connection", True),
         ("signed", True),
         ("k", 0),
+        ("k", True),
+        ("num_latents", D_SAE + 1),
         ("d_in", D_IN + 1),
         ("squash", False),
     ],

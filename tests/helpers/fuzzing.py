@@ -110,6 +110,25 @@ def _places(data: Any) -> Any:
             yield from _places(data[i])
 
 
+def as_toml(data: Any) -> bytes:
+    """TOML of data from `other_json`, as inline tables; what TOML has no word for is left as JSON
+    has it, and then is no TOML."""
+    lines = (f"{_toml_key(key)} = {_toml(value)}" for key, value in data.items())
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{_toml_key(k)} = {_toml(v)}' for k, v in value.items())} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=isinstance(value, str) and not value.isprintable())
+
+
+def _toml_key(key: str) -> str:
+    return json.dumps(key, ensure_ascii=False)
+
+
 def as_json(data: Any) -> bytes:
     return json.dumps(data).encode()
 

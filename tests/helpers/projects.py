@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 from saelab.data.text import stdlib
 from saelab.progress.journal import Tail
+from saelab.runtime.signals import preserve_handlers
 from saelab.storage.atomic import read_json, sha256
 
 ROOT = Path(__file__).parents[2]
@@ -370,6 +371,7 @@ def called(
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         as_if_fresh(),
+        preserve_handlers(),  # a process that a signal ends ignores further ones
     ):
         for name in ("SAELAB_CACHE", "SAELAB_PROGRESS"):
             os.environ.pop(name, None)
@@ -385,14 +387,21 @@ def called(
 
 @contextlib.contextmanager
 def as_if_fresh() -> Iterator[None]:
-    """Forgets run tables read earlier; parts that one registers are gone afterwards."""
+    """Forgets run tables read earlier; parts that one registers, and the files next to it that it
+    imports, are gone afterwards."""
     from saelab.parts import TABLE
 
     before = {seam: dict(kinds) for seam, kinds in TABLE.items()}
     sys.modules.pop("saelab_experiment", None)
+    here, places, loaded = Path.cwd(), list(sys.path), set(sys.modules)
     try:
         yield
     finally:
+        sys.path[:] = places
+        for name in set(sys.modules) - loaded:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).is_relative_to(here) and not name.startswith("saelab"):
+                del sys.modules[name]
         for seam in list(TABLE):
             TABLE[seam] = before.get(seam, {})
 
@@ -410,7 +419,7 @@ def wait_for(
     what: str,
     seconds: float = 300,
     *,
-    launch: subprocess.Popen[str] | None = None,
+    launch: subprocess.Popen[Any] | None = None,
 ) -> None:
     """Waits for a condition; fails after `seconds`, or at once where the launch ends before it."""
     end = time.monotonic() + seconds

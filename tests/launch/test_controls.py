@@ -120,6 +120,31 @@ def test_untrained_is_the_baseline_before_training_at_the_target_l0() -> None:
     assert torch.equal(sae.W_enc, start.W_enc) and torch.equal(sae.b_enc, start.b_enc)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation": {"kind": "batchtopk", "k": K}},
+        {"activation": {"kind": "jumprelu"}},
+        {"initial_l0": 40.0},
+        {"encoder_bias": False},
+        {
+            "activation": {"kind": "topk", "k": "k"},
+            "controllers": [{"kind": "annealed_k", "start": 40, "end": K}],
+        },
+    ],
+)
+@pytest.mark.parametrize("level", [K, 0.0])
+def test_untrained_is_at_the_target_l0_whatever_sets_that_of_a_trained_one(
+    changes: dict[str, Any], level: float
+) -> None:
+    """Without a level it is at the L0 that the settings name, where they name one."""
+    plain = SAEConfig.parse({"d_sae": F, "controllers": [], "losses": ["reconstruction"]})
+    config = plain.patched(changes)
+    l0 = measure_reconstruction(subject("untrained", level, config), core(data(2048, 1))).l0
+    if target := level or config.target_l0:
+        assert l0 == pytest.approx(target, rel=0.2)
+
+
 def test_the_frozen_decoder_stays_as_drawn_while_the_rest_learns() -> None:
     spec = controls.frozen_spec(CellSpec(id=CellId("baseline", 5, K), sae=TOPK, train=TRAIN))
     assert spec.id.arm == "control:frozen decoder" and not spec.sae.observers

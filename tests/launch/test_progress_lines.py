@@ -18,7 +18,7 @@ from saelab.launch import progress_lines
 from saelab.launch.cell_key import Key
 from saelab.launch.executors import JobSet
 from saelab.launch.executors.local import run_jobs
-from saelab.launch.jobs import JobCell
+from saelab.launch.jobs import TRAINING_SHARE, JobCell
 from saelab.launch.progress_lines import LOGGED, POINTS, Reports
 from saelab.progress import Progress
 from saelab.progress.state import State
@@ -113,7 +113,7 @@ def test_never_more_than_a_hundred_lines(monkeypatch) -> None:
 
 def test_all_token_steps_are_counted_and_the_state_follows(told) -> None:
     _, lines, amount = told
-    assert amount == 2 * SIZE * STEPS
+    assert amount == pytest.approx(TRAINING_SHARE * 2 * SIZE * STEPS)
     state = State()
     for line in lines:
         state.fold({"time": 1.0, **line})
@@ -125,7 +125,7 @@ def test_all_token_steps_are_counted_and_the_state_follows(told) -> None:
 
 
 def test_a_control_is_named_as_one() -> None:
-    key = Key([], {}, [])
+    key = Key(settings=[], data={}, code=[], machine={})
     control = JobCell(id=BASELINE, sae={}, train={}, key=key, control="PCA")
     found = progress_lines.line(control.display_id, "evaluate")
     assert (found["arm"], found["stage"], found["seed"]) == ("control:PCA", "evaluate", 3)

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from saelab.data.language_model import ModelConfig, size
-from saelab.preflight import cost
+from saelab.preflight import launch_time
 from saelab.preflight.cost import (
-    START_SECONDS,
-    WITH_EVALUATION,
     harvest_flops,
     harvest_seconds,
     parameters,
     step_seconds,
+)
+from saelab.preflight.launch_time import (
+    START_SECONDS,
+    Measured,
+    preparation_seconds,
     training_seconds,
 )
 from saelab.preflight.rates import RATES, Rates, size_of, thread_rates
@@ -51,20 +54,42 @@ def test_a_step_by_hand() -> None:
     assert shared == pytest.approx(alone / 4 + 8 * n * d / 1e9 + 0.25)
 
 
-def test_a_launch_is_its_steps_on_the_threads_of_this_machine(
+def test_a_launch_is_cells_evaluations_and_controls_on_the_threads_of_this_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cost, "thread_rates", lambda precision: rates())
+    monkeypatch.setattr(launch_time, "thread_rates", lambda precision="auto": rates())
     base = BaseConfig()
     specs = cells(PlanConfig(study="test"), base, Run("test", [Arm("baseline")]))
-    step = step_seconds(rates(), base.train.batch_size, 192, base.sae.d_sae, 32)
     levels = sorted({spec.id.level for spec in specs})
     assert levels == [16, 32, 64]  # which change the L0 of a step, and so its seconds
     at_target = [spec for spec in specs if spec.id.level == 32]
-    whole = WITH_EVALUATION * len(at_target) * base.train.steps * step
-    assert training_seconds(at_target, 192, 2) == pytest.approx(START_SECONDS + whole / 2)
-    assert training_seconds(at_target, 192, 0) == pytest.approx(START_SECONDS + whole)
-    assert training_seconds(specs, 192, 1) > START_SECONDS + whole
+    measured = Measured.of(base, 192, 32)
+    steps = base.train.steps * step_seconds(rates(), base.train.batch_size, 192, base.sae.d_sae, 32)
+    evaluation = measured.evaluation_seconds(rates(), base.sae.d_sae)
+    assert measured.cell_seconds(at_target[0]) == pytest.approx(steps + evaluation)
+    whole = len(at_target) * (steps + evaluation)
+    alone = training_seconds(at_target, measured, 1, controls=False)
+    assert alone == pytest.approx(START_SECONDS + whole)
+    halved = training_seconds(at_target, measured, 2, controls=False)
+    assert halved == pytest.approx(START_SECONDS + whole / 2)
+    many = training_seconds(at_target, measured, 1000, controls=False)
+    assert many == pytest.approx(START_SECONDS + steps + evaluation)  # no less than one cell
+    controls = training_seconds(at_target, measured, 1) - alone
+    assert controls > steps + 3 * evaluation  # one is trained, five are evaluated
+    assert training_seconds(specs, measured, 1) > training_seconds(at_target, measured, 1)
+
+
+def test_what_is_not_measured_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_time, "thread_rates", lambda precision="auto": rates())
+    base = BaseConfig()
+    unprobed = base.patched({"evaluation.probing.entries": "none"})
+    with_probes, without = (
+        Measured.of(one, 192, 32).evaluation_seconds(rates(), 1536) for one in (base, unprobed)
+    )
+    of_level = Measured.of(base, 192, 32).evaluation_seconds(rates(), 1536, at_target=False)
+    assert with_probes > without > of_level > 0
+    assert preparation_seconds(base) > preparation_seconds(unprobed)
+    assert preparation_seconds(base.patched({"activations": "folder"})) == 0
 
 
 def test_a_harvest_runs_every_position_of_its_contexts() -> None:

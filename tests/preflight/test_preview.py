@@ -63,7 +63,7 @@ def test_it_counts_cells_tokens_pairs_and_cost(tmp_path: Path) -> None:
     by_name = {arm.name: arm for arm in found.arms}
     assert [by_name[name].cells for name in ("baseline", "rate", "learned")] == [12, 12, 3]
     assert (by_name["rate"].pairs, by_name["learned"].pairs) == (8, 3)
-    assert len(found.specs) == 27 and found.tokens == 27 * BASE.train.tokens
+    assert len(found.specs) == 27 and found.tokens == 28 * BASE.train.tokens  # and a control
     assert found.seconds > 10 and found.needs.memory > 1e8
     data = found.as_dict()
     assert data["cells"] == 27 and data["arms"][1]["changes"][0]["setting"] == "train.lr"

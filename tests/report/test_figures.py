@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from run_folders import ARMS, CHANNELS, TARGET, UNTRAINED, Rows, write_run
 
 from saelab.errors import DamageError, SourceError
 from saelab.report.figures import common, style
-from saelab.report.run_data import Run, load
+from saelab.report.run_data import Curve, Run, load
 from saelab.storage.atomic import read_json, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +102,19 @@ def test_plot_py_draws_every_picture_of_the_labelled_runs(tmp_path: Path) -> Non
         pixels = imread(path)[..., :3]
         assert pixels.shape[1] == style.WIDTH * style.DPI
         assert (pixels[[0, -1]] == 1).all() and (pixels[:, [0, -1]] == 1).all()  # nothing cut off
-    assert "Confirmation" in svg_comments(tmp_path / "run_10_loss.svg")
+    assert "Title of run_10" in svg_comments(tmp_path / "run_10_loss.svg")  # not the package's
+
+
+def test_a_picture_names_the_k_that_a_rule_moves_where_no_scalar_is_learned(tmp_path: Path) -> None:
+    run = load(write_run(tmp_path / "run_1", ARMS[:1], seeds=1, scalars=False))
+    k = Curve(np.array([0, 100]), np.array([199.5, 32.0]))
+    scalars = {"topk.k": {"meaning": "latents per token", "unit": "latents per token"}}
+    curves = {**run.curves, ("topk.k", "baseline"): {0: k}}
+    moving = replace(run, curves=curves, manifest=run.manifest | {"scalars": scalars})
+    assert common.scalars(moving) == (
+        "no learned scalar moves in any arm (logged: none; moved by a rule: topk.k from 199.5 to "
+        "32)"
+    )
 
 
 def run_plot(where: Path) -> subprocess.CompletedProcess[str]:

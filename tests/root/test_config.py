@@ -111,11 +111,11 @@ class TestPatched:
             ({"sae.losses.1.coeficient": 1}, ["did you mean 'coefficient'?"]),
             ({"sae.activation": {"kind": "topk", "kk": 3}}, ["kk", "did you mean 'k'?"]),
             ({"sae.activation": {"kind": "topks"}}, ["'topks'", "did you mean 'topk'?", "known:"]),
-            ({"sae.activation": "rellu"}, ["activation.kind", "did you mean 'relu'?"]),
-            ({"sae.losses": ["relu"]}, ["loss.kind", "known: reconstruction"]),
+            ({"sae.activation": "rellu"}, ["sae.activation.kind", "did you mean 'relu'?"]),
+            ({"sae.losses": ["relu"]}, ["sae.losses.0.kind", "known: reconstruction"]),
             ({"sae.d_sae": -4}, ["sae.d_sae = -4", "greater than 0"]),
             ({"sae.d_sae": "many"}, ["sae.d_sae = 'many'", "integer"]),
-            ({"sae.activation": {"kind": "topk", "k": 0}}, ["activation[topk].k = 0"]),
+            ({"sae.activation": {"kind": "topk", "k": 0}}, ["sae.activation.k = 0"]),
             ({"train": {"toekns": 5}}, ["train.toekns", "did you mean 'tokens'?"]),
             ({"evaluation.probing": {"tables": [{"nam": 1}]}}, ["tables.0"]),
             ({"layout": "row"}, ["layout = 'row'", "'rows'"]),
@@ -285,7 +285,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("other", ["a", "nobody"])
     def test_a_false_twin_is_refused(self, other: str) -> None:
-        arms = [Arm("baseline"), Arm("a", {"sae.d_sae": 8}), Arm("twin", twin_of=other)]
+        arms = [Arm("baseline"), Arm("a", {"sae.d_sae": 80}), Arm("twin", twin_of=other)]
         with pytest.raises(SettingError, match="twin_of = .* must be an arm before this one"):
             cells(self.PLAN, BaseConfig(), Run("title", arms))
 

@@ -58,17 +58,17 @@ def test_another_machine_goes_on_from_the_twin(
     source: MemorySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "LONGEST_TURN", 3)
-    wanted = trained(source, kept(source, tmp_path / "whole", None))
+    wanted = trained(source, kept(source, tmp_path / "whole" / "a", None))
     monkeypatch.setenv(resume.INTERVAL_VARIABLE, "0")
     flaky_store(monkeypatch)
     twin = Remote("flaky://bucket/resume/a")
     with pytest.raises(Lost):
-        trained(source, kept(source, tmp_path / "one", twin), until=9)
+        trained(source, kept(source, tmp_path / "one" / "a", twin), until=9)
     assert {name.partition(".")[2] for name in twin.sizes()} == {"json", "safetensors"}
     assert len(twin.sizes()) <= 2 * resume.CHECKPOINTS_PER_CELL
-    other = kept(source, tmp_path / "other", twin)
+    other = kept(source, tmp_path / "other" / "a", twin)
     assert 0 < other.cell.steps_done <= 9
     found = trained(source, other)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    remove_checkpoints(tmp_path / "other", twin)
-    assert twin.sizes() == {} and not (tmp_path / "other").exists()
+    remove_checkpoints(tmp_path / "other" / "a", twin)
+    assert twin.sizes() == {} and not (tmp_path / "other" / "a").exists()

@@ -587,6 +587,12 @@ class TestInitialise:
         with pytest.raises(SettingError, match="are constant"):
             sae_config().build(4).initialise(torch.ones(10, 4), 0)
 
+    def test_activations_whose_scale_is_not_finite_are_refused(self) -> None:
+        sample = torch.randn(8, D_IN, generator=torch_stream(0, "test rows"))
+        sample[3, 0] = 1e30
+        with pytest.raises(SettingError, match="too large or not finite"):
+            sae_config().build(D_IN).initialise(sample, 0)
+
     def test_zero_weights_are_refused(self) -> None:
         with pytest.raises(SettingError, match="W_enc = 0: is all zero"):
             sae_config().build(4).check_alive()

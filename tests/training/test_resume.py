@@ -107,10 +107,9 @@ def test_a_signal_leaves_a_checkpoint_and_the_rest_follows_exactly(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(resume.INTERVAL_VARIABLE, "1000")  # the signal's is the only one
-    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended, exit_on_signal():
         trained(activations, kept(activations, tmp_path), signalled(number, 9))
-    assert ended.value.code == code and signal.getsignal(number) is before
+    assert ended.value.code == code and signal.getsignal(number) is signal.SIG_IGN
     assert capsys.readouterr().err.splitlines()[-1].endswith("goes on where it stopped")
     again = kept(activations, tmp_path)
     assert [member.cell.steps_done for member in again] == [9, 9]
@@ -124,7 +123,7 @@ def test_cells_may_be_grouped_otherwise(
 ) -> None:
     """One cell stopped early, one late, one not begun."""
     for name, step in (("a", 6), ("b", 15)):
-        with pytest.raises(SystemExit), exit_on_signal():
+        with signals.preserve_handlers(), pytest.raises(SystemExit), exit_on_signal():
             trained(activations, kept(activations, tmp_path, name), signalled(signal.SIGTERM, step))
     again = kept(activations, tmp_path)
     assert [member.cell.steps_done for member in again] == [6, 15]
@@ -257,6 +256,37 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     (member,) = kept(activations, tmp_path, "b")
     assert member.cell.steps_done == 9
     assert_same(trained(activations, [member])[0].cell.state(), whole_run[1].cell.state())
+
+
+@pytest.mark.parametrize("move", ["folders are swapped", "files are swapped", "it is renamed"])
+def test_a_checkpoint_of_another_cell_or_step_is_named_and_not_used(
+    move: str,
+    activations: MemorySource,
+    whole_run: list[ResumableCell],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each is as sealed as before."""
+    with pytest.raises(SystemExit), exit_on_signal():
+        trained(activations, kept(activations, tmp_path), signalled(signal.SIGTERM, 12))
+    moved = tmp_path / "moved"
+    if move == "folders are swapped":
+        swaps = [(tmp_path / "a", tmp_path / "b")]
+    elif move == "files are swapped":
+        swaps = [(f, tmp_path / "b" / f.name) for f in (tmp_path / "a").iterdir()]
+    else:
+        swaps = []
+        for file in [*(tmp_path / "a").iterdir(), *(tmp_path / "b").iterdir()]:
+            file.rename(file.with_name(f"1{file.name[1:]}"))
+    for one, other in swaps:
+        one.rename(moved)
+        other.rename(one)
+        moved.rename(other)
+    members = kept(activations, tmp_path)
+    assert [member.cell.steps_done for member in members] == [0, 0]
+    assert "belongs to" in capsys.readouterr().err
+    for member, whole in zip(trained(activations, members), whole_run, strict=False):
+        assert_same(member.cell.state(), whole.cell.state())
 
 
 def test_where_all_are_damaged_the_cell_starts_afresh(

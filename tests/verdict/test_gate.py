@@ -25,6 +25,7 @@ HEALTHY: dict[str, float | str | None] = {
     "weights_zero": 0.0, "nonfinite_step": None, "steps": 500.0, "tokens": 5e5,
     "hook_sae": HOOK, "hook_activations": HOOK, "hook_evaluation": HOOK,
     "near_duplicate_share": 0.01, "penalty_share": 0.1, "spikes": 0.0,
+    "largest_weight": 1.5, "l0_at_start": 40.0, "ce_clean": 2.0, "ce_spliced": 2.4, "ce_zero": 10.0,
     "last_tenth_improvement": 0.01, "data_passes": 1.0, "planned_passes": 1.0,
     "bos_variance_share": 0.05, "bos_masked": 0.0, "mean_over_std": 1.0, "centred": 0.0,
     "scalar_reach.beta": 0.4, "scalar_reach.alpha": 0.3, "alpha_outside_share": 0.0,
@@ -32,7 +33,9 @@ HEALTHY: dict[str, float | str | None] = {
 
 #: check -> (facts that make it fire, facts just on the healthy side, what the sentence must hold)
 CASES: dict[str, tuple[Facts, Facts, str]] = {
-    "weights_zero": ({"weights_zero": 1.0}, {"weights_zero": 0.0}, "all zero"),
+    "weights_zero": (
+        {"weights_zero": 1.0, "l0_at_start": 0.0}, {"weights_zero": 1.0}, "all zero",
+    ),
     "no_steps": ({"steps": 0}, {"steps": 1}, "steps is 0 (limit: above 0)"),
     "no_tokens": ({"tokens": -100000}, {"tokens": 1}, "tokens is -100000"),
     "hook_mismatch": (
@@ -42,6 +45,12 @@ CASES: dict[str, tuple[Facts, Facts, str]] = {
     ),
     "probing_constant": ({"probing_constant": 1.0}, {"probing_constant": 0.0}, "class prior"),
     "loss_recovered_impossible": ({"loss_recovered": 1.03}, {"loss_recovered": 1.02}, "1.03"),
+    "loss_below_clean": (
+        {"loss_recovered": 1.03, "ce_clean": 5.1, "ce_spliced": 4.95},
+        {"loss_recovered": 1.02, "ce_clean": 5.1, "ce_spliced": 5.0},
+        "1.03, from a loss of 4.95 nats with the reconstruction and 5.1 without (limit:",
+    ),
+    "weights_exploded": ({"largest_weight": 2e9}, {"largest_weight": 1e9}, "weight is 2e+09"),
     "not_finite": ({"explained_variance": math.nan}, {"explained_variance": 0.5}, "(explained_var"),
     "nonfinite_training": ({"nonfinite_step": 17}, {"nonfinite_step": None}, "at step 17"),
     "no_firing": ({"l0": 0.0}, {"l0": 0.001}, "L0 is 0 latents per token"),
@@ -133,8 +142,20 @@ def test_a_dead_arm_fails_and_its_probes_do_not_make_it_invalid() -> None:
     assert result.summary() == "failed: no_firing, worse_than_mean, loss_not_recovered"
     diverged = HEALTHY | {"nonfinite_step": 3, "explained_variance": math.nan}
     assert gate(diverged | {"probing_constant": 1.0}).summary() == "failed: nonfinite_training"
-    untrained = HEALTHY | dead | {"weights_zero": 1.0}
+    untrained = HEALTHY | dead | {"weights_zero": 1.0, "l0_at_start": 0.0}
     assert gate(untrained).outcome == "invalid"
+    for fault in ({"nonfinite_step": 1}, {"largest_weight": 1e30}):  # the arm's, not the software's
+        ended = {"weights_zero": 1.0, "not_finite": "fvu", "explained_variance": None}
+        assert gate(HEALTHY | {"l0_at_start": None} | ended | fault).outcome == "failed"
+
+
+def test_a_scalar_that_all_seeds_move_alike_is_not_inert_however_short_its_way() -> None:
+    short = HEALTHY | {"scalar_reach.theta": 0.017, "scalar_moved.theta": 0.10}
+    assert gate(short).fixed_scalars == ("theta",)  # one seed alone
+    assert gate(short | {"scalar_spread.theta": 0.02}).outcome == "ok"
+    assert gate(short | {"scalar_spread.theta": 0.03}).fixed_scalars == ("theta",)
+    still = short | {"scalar_moved.theta": 0.0, "scalar_spread.theta": 0.0}
+    assert gate(still).fixed_scalars == ("theta",)
 
 
 def test_every_inert_scalar_is_named() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.activations.stream import Batch
-from saelab.errors import CellFailure
+from saelab.errors import CellFailure, SourceError
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, measure_reconstruction
 from saelab.evals.dictionary_matching import largest_cosines
@@ -22,6 +22,7 @@ from saelab.seeding import torch_stream
 from saelab.training.cell import Log
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
+from saelab.training.sample import initial_sample
 from saelab.verdict.gate import gate
 
 D, F, K, CONTEXT = 16, 64, 4, 8
@@ -76,6 +77,7 @@ def facts(cell: Cell, held_out: MemorySource | None = None) -> dict[str, Any]:
         "code_std": cell_facts.code_std(cell.sae, data),
         "centred": float(cell_facts.removes_mean(cell)),
         **cell_facts.input_facts(data.source),
+        "largest_weight": cell_facts.largest_weight(cell.sae),
         **cell_facts._weights_facts(cell.sae, largest_cosines(cell.sae.W_dec)),
         **cell_facts._curve_facts(cell.log),
     }
@@ -106,6 +108,9 @@ def test_a_healthy_cell_is_not_found_at_fault(healthy: Cell) -> None:
 
 def test_zero_weights(healthy: Cell) -> None:
     zero = edited(healthy, W_dec=torch.zeros(F, D))
+    assert gate(facts(zero)).outcome == "failed"  # it fired at its start, so training made it so
+    zero.log = Log(TRAIN.steps)
+    zero.log.append({"loss": 1.0, "l0": 0.0})
     result = gate(facts(zero))
     assert result.outcome == "invalid" and "weights_zero" in result.summary()
 
@@ -180,6 +185,16 @@ def test_a_measurement_that_is_not_finite(healthy: Cell) -> None:
     result = gate({"not_finite": named})
     assert result.outcome == "invalid" and named in result.findings[0].sentence
     assert gate({"not_finite": named, "nonfinite_step": 3}).outcome == "failed"
+    largest = {"largest_weight": cell_facts.largest_weight(broken.sae)}
+    assert gate({"not_finite": named} | largest).outcome == "failed"
+
+
+def test_rows_that_are_all_the_same_are_refused_before_an_arm_is_blamed() -> None:
+    same = torch.ones(64, 1, D)
+    with pytest.raises(SourceError, match="all 64 rows of the training activations are the same"):
+        initial_sample(source(same, first_counts=True))
+    with pytest.raises(SourceError, match="all 64 rows of the held-out activations are the same"):
+        _ = CoreData(source(same, first_counts=True), None).rows
 
 
 def rows_of(cell: Cell) -> list[Row]:

@@ -97,7 +97,8 @@ def test_nothing_is_extrapolated_and_an_unknown_slope_widens_the_interval(
 
 def test_cells_at_one_l0_need_no_slope() -> None:
     sides = (("baseline", 0.18), ("arm", 0.17))
-    found = judged(*(Made(at, -0.07, (32.0,) * 4, levels=()).arm(name) for name, at in sides))
+    base, arm = (Made(at, -0.07, (32.0,) * 4, levels=()).arm(name) for name, at in sides)
+    found = judged(base, arm)
     matched = match({"baseline": BASE.arm("baseline")}, "baseline", "fvu", PLAN)["baseline"]
     assert found.mean_diff == pytest.approx(-0.01) and matched.distance != 0
     assert (found.low, found.high) == pytest.approx((-0.01, 0))  # four equal pairs: p = 1/8

@@ -13,6 +13,7 @@ from saelab.data.activations.read_ahead import ReadAhead
 from saelab.data.activations.store import (
     FOREIGN_REASON,
     Shard,
+    are_usable,
     source_digest,
     tensor_file_sizes,
 )
@@ -21,8 +22,10 @@ from saelab.storage.atomic import sha256
 from saelab.storage.remote import Place, Remote
 from saelab.storage.safetensors_file import parse_weights, read_weights
 
-#: Rows checked for non-finite values at a time; bounds the memory.
+#: Rows checked at a time; bounds the memory.
 CHECKED_ROWS = 65536
+#: Types that activations are read in; other tools store them in these.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class ForeignSource:
@@ -123,16 +126,21 @@ def _read_only_tensor(file: Place, data: bytes | None = None) -> Tensor:
 def _check_tensor(file: Place, x: Tensor) -> tuple[int, int, int]:
     """Checks a file's tensor; returns its shape as (contexts, positions, d).
 
-    Raises: SourceError for a wrong shape or type, or a value that is not finite.
+    Raises: SourceError for a wrong shape or type, or a value that is not finite or too large.
     """
-    if not x.is_floating_point() or x.dim() not in (2, 3) or x.numel() == 0:
+    if x.dtype not in DTYPES or x.dim() not in (2, 3) or x.numel() == 0:
         kind = str(x.dtype).removeprefix("torch.")
+        types = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise SourceError(
-            f"{file} holds {kind} {list(x.shape)}: activations are floating-point "
-            "[n, d] or [contexts, positions, d]"
+            f"{file} holds {kind} {list(x.shape)}: activations are [n, d] or "
+            f"[contexts, positions, d] of the type {types}, so convert them"
         )
-    for part in x.view(-1, x.shape[-1]).split(CHECKED_ROWS):
-        if not bool(torch.isfinite(part).all()):
-            raise SourceError(f"{file} has values that are not finite: remove them")
+    for i, part in enumerate(x.view(-1, x.shape[-1]).split(CHECKED_ROWS)):
+        wrong = (~are_usable(part)).nonzero().flatten()
+        if len(wrong):
+            row = i * CHECKED_ROWS + int(wrong[0])
+            finite = bool(part[wrong[0]].isfinite().all())
+            problem = "values too large for float32" if finite else "values that are not finite"
+            raise SourceError(f"{file} has {problem} in row {row}: remove or rescale them")
     contexts, positions = (x.shape[0], 1) if x.dim() == 2 else (x.shape[0], x.shape[1])
     return contexts, positions, x.shape[-1]

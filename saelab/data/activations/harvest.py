@@ -16,12 +16,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from saelab.config import Frozen
 from saelab.data.activations.growing import GrowingSource
 from saelab.data.activations.parallel_passes import group_by_length, run_in_lanes
-from saelab.data.activations.store import FolderSource, FolderWriter, MemorySource, Shard, Source
+from saelab.data.activations.store import (
+    FolderSource,
+    FolderWriter,
+    MemorySource,
+    Shard,
+    Source,
+    are_usable,
+)
 from saelab.data.language_model import LanguageModel
 from saelab.data.text.tokens import Tokens
 from saelab.errors import SettingError, SourceError
@@ -51,8 +58,8 @@ class HarvestConfig(Frozen):
             are stored at a URL; no number depends on it.
     """
 
-    batch: int = 32
-    shard_tokens: int = 65536
+    batch: PositiveInt = 32
+    shard_tokens: PositiveInt = 65536
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     overlap: Literal["auto", True, False] = "auto"
     read_ahead: NonNegativeInt = 512 * 2**20
@@ -143,6 +150,7 @@ def _headers(
     for name in ("batch", "shard_tokens"):
         if getattr(config, name) < 1:
             raise SettingError(f"harvest.{name}", getattr(config, name), "use at least 1")
+    model.check_ids(tokens.ids)
     hooks = list(dict.fromkeys(hook_names))
     if not hooks:
         raise SettingError("hook_names", hook_names, "name at least one hook point")
@@ -177,6 +185,7 @@ def _header(
         "model_digest": model.digest,
         "model_dtype": model.config.dtype,
         "hook_name": hook,
+        **model.hook_identity(hook),
         "text_digest": tokens.digest,
         "n_contexts": int(tokens.ids.shape[0]),
         "context": int(tokens.ids.shape[1]),
@@ -329,9 +338,10 @@ class _Part:
             x = x.to("cpu", getattr(torch, self.config.dtype))
             if attention is not None:
                 x = x.where(attention[..., None], 0)
-            if not bool(torch.isfinite(x).all()):
+            if not bool(are_usable(x).all()):
+                problem = "too large" if bool(torch.isfinite(x).all()) else "not finite"
                 raise SourceError(
-                    f"activations at {hook} are not finite as {self.config.dtype}: set "
+                    f"activations at {hook} are {problem} as {self.config.dtype}: set "
                     "harvest.dtype to bfloat16 or float32, and model.dtype likewise"
                 )
             self._stored[hook][contexts, : ids.shape[1]] = x

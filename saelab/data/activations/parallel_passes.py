@@ -1,6 +1,7 @@
 """Parallel passes of a language model over many contexts, in groups of similar length.
 
-    lanes    = threads of torch on a CPU for a model of d_model <= NARROW, else 1
+    lanes    = threads of torch, but no more than the cores that this process may use, on a CPU for
+               a model of d_model <= NARROW, else 1
     one lane = a thread that runs whole passes on one core, with its own hooks
 
 A narrow model's layers are too small for several threads to share one, so each core takes its own
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from saelab.data.language_model import LanguageModel
+from saelab.runtime.cores import usable_cores
 
 #: Widest model that runs one pass per core. Our choice: above it one layer feeds all cores, and as
 #: many passes at once would take as many times the memory.
@@ -33,9 +35,14 @@ Result = TypeVar("Result")
 
 def lane_count(device: str, d_model: int) -> int:
     """Returns the number of passes that run at once."""
-    if torch.device(device).type != "cpu" or d_model > NARROW:
+    if not _has_lanes(device, d_model):
         return 1
-    return torch.get_num_threads()
+    return min(torch.get_num_threads(), usable_cores())
+
+
+def _has_lanes(device: str, d_model: int) -> bool:
+    """Returns True where each pass runs on one core."""
+    return torch.device(device).type == "cpu" and d_model <= NARROW
 
 
 def run_in_lanes(
@@ -52,7 +59,7 @@ def run_in_lanes(
     Raises: the errors of `work`.
     """
     n = lane_count(model.device.type, model.d_model)
-    if n == 1:
+    if torch.get_num_threads() == 1 or not _has_lanes(model.device.type, model.d_model):
         yield from (work(model, item) for item in items)
         return
     local = threading.local()

@@ -42,9 +42,20 @@ from saelab.storage.validation import Loose, Name, validate
 FORMAT = 1
 #: Why loss recovered and probing are missing for activations without their model.
 FOREIGN_REASON = "activations were made elsewhere"
+#: The largest squared length of an activation. Our choice: sums over 10^8 of them stay finite in
+#: float32, and no model comes near it.
+MOST_SQUARE = 1e30
 #: Reads of an object that does not match its checksum, before it counts as damaged: an error of the
 #: transfer does not occur twice.
 MAX_READS = 2
+
+
+def are_usable(x: Tensor) -> Tensor:
+    """Returns whether each activation [..., d] is finite and small enough to compute with.
+
+    This is decided in float32, the precision of all computations; bool [...].
+    """
+    return x.float().square().sum(-1) <= MOST_SQUARE
 
 
 @dataclass(frozen=True)
@@ -452,7 +463,10 @@ class FolderWriter:
 
 
 def check_identity(
-    header: Mapping[str, Any], expected: Mapping[str, Any], where: str = "the activations"
+    header: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    where: str = "the activations",
+    remedy: str = "name another folder, or delete this one",
 ) -> None:
     """Compares the fields of `expected` with a header.
 
@@ -462,8 +476,7 @@ def check_identity(
         value = header.get(field)
         if value != needed:
             raise MismatchError(
-                f"{where} has {field} = {value!r}, but {needed!r} is needed: "
-                "name another folder, or delete this one"
+                f"{where} has {field} = {value!r}, but {needed!r} is needed: {remedy}"
             )
 
 

@@ -21,7 +21,7 @@ from saelab.data.activations.store import check_identity
 from saelab.data.language_model import LanguageModel
 from saelab.data.probing.embedded import Entry, entries_digest
 from saelab.data.text.tokens import tokenize_texts
-from saelab.errors import DamageError, SourceError
+from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.progress import progress
 from saelab.storage.atomic import read_sealed, sha256, write_atomically, write_sealed
 from saelab.storage.safetensors_file import read_shapes, read_weights
@@ -105,13 +105,15 @@ class ProbingData:
         return sum(shape[0] for name, shape in shapes.items() if name.endswith(".rows"))
 
     @classmethod
-    def is_saved(cls, folder: Path) -> bool:
-        """Returns whether `load` can read a folder; damage is reported on stderr."""
+    def is_saved(cls, folder: Path, expected: Mapping[str, Any] | None = None) -> bool:
+        """Returns whether `load` can read a folder with these header fields; damage, or a folder of
+        another identity, is reported on stderr."""
         if not (folder / "probing.json").is_file():
             return False
         try:
-            cls._read_record(folder, "it is made again now")
-        except DamageError as error:
+            record = cls._read_record(folder, "it is made again now")
+            check_identity(record["header"], expected or {}, str(folder), "it is made again now")
+        except (DamageError, MismatchError) as error:
             print(error, file=sys.stderr)
             return False
         return True
@@ -192,6 +194,7 @@ def identity(
         "model_digest": model.digest,
         "model_dtype": model.config.dtype,
         "hook_name": hook_name,
+        **model.hook_identity(hook_name),
         "context": context,
         "entries": entries_digest(tuple(entries)),
         "dtype": str(dtype).removeprefix("torch."),
@@ -260,7 +263,8 @@ class _TokenisedTexts:
 
     def __init__(self, entry: Entry, model: LanguageModel, context: int, unknown: bool) -> None:
         texts, labels, is_train = _labelled_texts(entry)
-        self.labels, self.is_train = torch.tensor(labels), torch.tensor(is_train)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.is_train = torch.tensor(is_train, dtype=torch.bool)
         self.ids, self.attention, self.mask = tokenize_texts(
             texts, model.tokenizer, context, unknown
         )
@@ -285,7 +289,8 @@ def _harvest_rows(
         torch.cat([getattr(part, name) for part in parts])
         for name in ("attention", "mask", "places")
     )
-    owner = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p.ids) for p in parts]))
+    sizes = torch.tensor([len(p.ids) for p in parts], dtype=torch.int64)
+    owner = torch.arange(len(parts)).repeat_interleave(sizes)
     lengths = attention.sum(1)
     d = model.activations(ids[:1, :2], None, [hook_name])[hook_name].shape[-1]
     rows = [torch.empty(int(part.offsets[-1]), d, dtype=dtype) for part in parts]

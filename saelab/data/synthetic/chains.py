@@ -48,6 +48,7 @@ from saelab.config import Frozen, digest
 from saelab.data.activations.store import FolderWriter, MemorySource, Shard, Source
 from saelab.data.synthetic.trees import ForestConfig, ForestTruth, ShardedTruth
 from saelab.errors import SettingError
+from saelab.runtime.torch_defaults import standard_torch
 from saelab.seeding import torch_stream
 
 #: Why loss recovered and probing are missing for synthetic activations.
@@ -168,7 +169,9 @@ class Truth(ShardedTruth):
     def directions(self) -> Tensor:
         """Unit rows D_i, float32 [features, d]."""
         c = self.config
-        draw = torch.randn(c.features, c.d, generator=self._stream("directions"))
+        draw = torch.randn(
+            c.features, c.d, generator=self._stream("directions"), dtype=torch.float32
+        )
         if not c.orthogonal:
             return normalize(draw, dim=1)
         return torch.cat([torch.linalg.qr(block.T).Q.T for block in draw.split(c.d)])
@@ -176,19 +179,23 @@ class Truth(ShardedTruth):
     @cached_property
     def magnitudes(self) -> Tensor:
         """Mean value of each feature when it fires, float32 [features]."""
-        draw = torch.randn(self.config.features, generator=self._stream("magnitudes"))
+        draw = torch.randn(
+            self.config.features, generator=self._stream("magnitudes"), dtype=torch.float32
+        )
         return self.config.scale * (self.config.spread * draw).exp()
 
     @cached_property
     def loadings(self) -> Tensor:
         """Unit rows L_i of the correlated firings, float32 [features, rank]."""
         shape = self.config.features, self.config.rank
-        return normalize(torch.randn(shape, generator=self._stream("loadings")), dim=1)
+        return normalize(
+            torch.randn(shape, generator=self._stream("loadings"), dtype=torch.float32), dim=1
+        )
 
     @property
     def offset(self) -> Tensor:
         """Vector that is added to every row, float32 [d]: zeros."""
-        return torch.zeros(self.config.d)
+        return torch.zeros(self.config.d, dtype=torch.float32)
 
     @property
     def shard_rows(self) -> int:
@@ -210,7 +217,10 @@ class Truth(ShardedTruth):
         for codes in self.chunks(i):
             x = codes @ self.directions
             if c.noise:
-                x.add_(torch.randn(x.shape, generator=stream), alpha=c.scale * c.noise)
+                x.add_(
+                    torch.randn(x.shape, generator=stream, dtype=torch.float32),
+                    alpha=c.scale * c.noise,
+                )
             parts.append(x)
         x = torch.cat(parts)
         return Shard(x, torch.ones(x.shape[:2], dtype=torch.bool))
@@ -241,9 +251,12 @@ class Truth(ShardedTruth):
         c = self.config
         shape = c.positions, contexts, c.features
         if c.correlation != "correlated":
-            return torch.rand(shape, generator=stream)
-        shared = torch.randn(c.positions, contexts, c.rank, generator=stream) @ self.loadings.T
-        independent = torch.randn(shape, generator=stream)
+            return torch.rand(shape, generator=stream, dtype=torch.float32)
+        shared = (
+            torch.randn(c.positions, contexts, c.rank, generator=stream, dtype=torch.float32)
+            @ self.loadings.T
+        )
+        independent = torch.randn(shape, generator=stream, dtype=torch.float32)
         independent.mul_(math.sqrt(1 - c.strength))
         return independent.add_(shared, alpha=math.sqrt(c.strength))
 
@@ -266,7 +279,7 @@ class Truth(ShardedTruth):
     def _draw_waits(self, contexts: int, stream: Generator) -> Tensor:
         """Draws the positions of silence after a firing before the context [contexts, features]."""
         c = self.config
-        draw = torch.rand(contexts, c.features, generator=stream)
+        draw = torch.rand(contexts, c.features, generator=stream, dtype=torch.float32)
         wait = (draw / c.chain_probabilities.float()).floor() + 1
         return torch.where(wait <= c.refractory, wait, 0)
 
@@ -280,8 +293,11 @@ class Truth(ShardedTruth):
         c = self.config
         fires = fires.transpose(0, 1).contiguous()
         index = fires.view(-1).nonzero().squeeze(1)
-        size = (c.jitter * torch.randn(len(index), generator=stream) - c.jitter**2 / 2).exp_()
-        codes = torch.zeros(fires.shape)
+        size = (
+            c.jitter * torch.randn(len(index), generator=stream, dtype=torch.float32)
+            - c.jitter**2 / 2
+        ).exp_()
+        codes = torch.zeros(fires.shape, dtype=torch.float32)
         codes.view(-1)[index] = size.mul_(self.magnitudes[index % c.features])
         return codes
 
@@ -374,6 +390,7 @@ class SyntheticSource:
         return self._last[1]
 
 
+@standard_torch()
 def generate(
     config: Process,
     seed: int,

@@ -195,25 +195,31 @@ class ForestTruth(ShardedTruth):
     @cached_property
     def offset(self) -> Tensor:
         """b, float32 [d]."""
-        draw = torch.randn(self.config.d, generator=self._stream("offset"))
+        draw = torch.randn(self.config.d, generator=self._stream("offset"), dtype=torch.float32)
         return self.config.bias * normalize(draw, dim=0)
 
     @cached_property
     def magnitudes(self) -> Tensor:
         """m_i, float32 [features]."""
-        return torch.linspace(self.config.first, self.config.last, self.config.features)
+        return torch.linspace(
+            self.config.first, self.config.last, self.config.features, dtype=torch.float32
+        )
 
     @cached_property
     def deviations(self) -> Tensor:
         """t_i, float32 [features]."""
-        draw = torch.randn(self.config.features, generator=self._stream("deviations"))
+        draw = torch.randn(
+            self.config.features, generator=self._stream("deviations"), dtype=torch.float32
+        )
         return (self.config.sd_mean + self.config.sd_sd * draw).abs()
 
     @cached_property
     def loadings(self) -> Tensor:
         """L_i, float32 [features, rank]."""
         c = self.config
-        draw = c.strength * torch.randn(c.features, c.rank, generator=self._stream("loadings"))
+        draw = c.strength * torch.randn(
+            c.features, c.rank, generator=self._stream("loadings"), dtype=torch.float32
+        )
         length = draw.norm(dim=1, keepdim=True)
         return draw * (math.sqrt(1 - MIN_NOISE) / length).clamp(max=1)
 
@@ -225,7 +231,7 @@ class ForestTruth(ShardedTruth):
     def chunks(self, shard: int) -> Iterator[Tensor]:
         """Yields the true codes of a shard in order, each float32 [n, positions, features]."""
         for firings in self._draw_shard(shard):
-            codes = torch.zeros(firings.n, self.config.features)
+            codes = torch.zeros(firings.n, self.config.features, dtype=torch.float32)
             codes[firings.rows, firings.features] = firings.values
             yield codes.view(-1, self.config.positions, self.config.features)
 
@@ -257,7 +263,7 @@ class ForestTruth(ShardedTruth):
     def _draw_firings(self, n: int, stream: Generator) -> _Firings:
         """Draws the firings of n rows."""
         c = self.config
-        shared = torch.randn(n, c.rank, generator=stream)
+        shared = torch.randn(n, c.rank, generator=stream, dtype=torch.float32)
         levels = [self._draw_without_parents(torch.arange(c.nodes, c.features), shared, stream)]
         if c.depth:
             levels.append(self._draw_without_parents(torch.arange(c.roots), shared, stream))
@@ -281,7 +287,9 @@ class ForestTruth(ShardedTruth):
             stream: generator of all draws.
         """
         above, scale = self._noise_thresholds
-        noise = torch.randn(len(shared), len(which), generator=stream).mul_(scale[which])
+        noise = torch.randn(len(shared), len(which), generator=stream, dtype=torch.float32).mul_(
+            scale[which]
+        )
         rows, columns = (noise.add_(shared @ self.loadings[which].T) > above[which]).nonzero().T
         features = which[columns]
         values = self._draw_values(features, stream)
@@ -303,11 +311,13 @@ class ForestTruth(ShardedTruth):
         above, scale = self._noise_thresholds
         features = start + (parents.features - first)[:, None] * c.children
         features = features + torch.arange(c.children)
-        noise = scale[features] * torch.randn(features.shape, generator=stream)
+        noise = scale[features] * torch.randn(features.shape, generator=stream, dtype=torch.float32)
         mean = (self.loadings[features] * shared[parents.rows][:, None]).sum(2)
         values = self._draw_values(features, stream)
         on = (noise + mean > above[features]) & (values > 0)
-        lot = torch.rand(features.shape, generator=stream).masked_fill_(~on, -1)
+        lot = torch.rand(features.shape, generator=stream, dtype=torch.float32).masked_fill_(
+            ~on, -1
+        )
         winner = torch.zeros_like(on).scatter_(1, lot.argmax(1, keepdim=True), True)
         which, child = (on & winner).nonzero().T
         parent = parents.values[which] / self.magnitudes[parents.features[which]]
@@ -316,7 +326,7 @@ class ForestTruth(ShardedTruth):
 
     def _draw_values(self, features: Tensor, stream: Generator) -> Tensor:
         """Draws the values of firings of the features, which may be zero."""
-        draw = torch.randn(features.shape, generator=stream)
+        draw = torch.randn(features.shape, generator=stream, dtype=torch.float32)
         return draw.mul_(self.deviations[features]).add_(self.magnitudes[features]).relu_()
 
     def _activations(self, firings: _Firings) -> Tensor:
@@ -345,7 +355,9 @@ class _Firings:
 @lru_cache(maxsize=2)
 def _directions(features: int, d: int, steps: int, lr: float, seed: int) -> Tensor:
     """Returns the directions, cached, because pushing 16k of them apart takes minutes."""
-    draw = torch.randn(features, d, generator=torch_stream(seed, "forest directions"))
+    draw = torch.randn(
+        features, d, generator=torch_stream(seed, "forest directions"), dtype=torch.float32
+    )
     return push_apart(normalize(draw, dim=1), steps, lr)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from saelab.config import Frozen
 from saelab.data.hub import silence_loggers
 from saelab.data.text import stdlib
+from saelab.data.text.characters import whole_characters
 from saelab.errors import SettingError, SourceError, UnreachableError, nearest
 from saelab.storage.atomic import sha256
 from saelab.storage.parquet import stream_rows
@@ -86,7 +87,8 @@ def resume_documents(
 def manifest(config: TextConfig) -> dict[str, Any]:
     """Returns the identity of the corpus, for the header of everything made from it.
 
-    It is the library's manifest, the local files with a content hash, or the data set's name.
+    It is the library's manifest, the local files with a content hash, or the data set's name, with
+    a content hash of each file of a data set on this machine.
     """
     if config.kind == "stdlib":
         return {**stdlib.manifest(), "split": config.split}
@@ -94,7 +96,11 @@ def manifest(config: TextConfig) -> dict[str, Any]:
         root = Path(_required_path(config)).expanduser()
         hashes = {_relative_name(root, file): sha256(file) for file in _local_files(config)}
         return {"corpus": root.name, "split": config.split, "files": hashes}
-    return {"corpus": config.path, "name": config.name, "split": config.split}
+    identity = {"corpus": config.path, "name": config.name, "split": config.split}
+    if (local := Path(_required_path(config)).expanduser()).exists():
+        files = [local] if local.is_file() else sorted(f for f in local.rglob("*") if f.is_file())
+        identity["files"] = {_relative_name(local, file): sha256(file) for file in files}
+    return identity
 
 
 def _relative_name(root: Path, file: Path) -> str:
@@ -220,7 +226,7 @@ def _json_row(line: bytes, where: str) -> dict[str, Any]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # without a mark of byte order
     except UnicodeDecodeError as error:
         raise SourceError(f"{file} is not UTF-8 text ({error.reason}): convert it") from None
 
@@ -242,7 +248,7 @@ def _row_text(row: dict[str, Any], columns: Sequence[str], where: str) -> str:
     if not isinstance(row[column], str):
         kind = type(row[column]).__name__
         raise SourceError(f"column {column!r} of {where} holds {kind}, not text: name another")
-    return row[column]
+    return whole_characters(row[column])
 
 
 def _dataset_texts(config: TextConfig) -> Iterator[str]:

@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from saelab.data.text.characters import whole_characters
 from saelab.data.text.corpus import TextConfig, documents, manifest, resume_documents, source_title
 from saelab.data.text.token_cache import PART_TOKENS, TokenParts
 from saelab.errors import SettingError, SourceError
+from saelab.runtime.panics import panics_as_errors
 from saelab.seeding import numpy_stream
 from saelab.storage.remote import Place
 
@@ -110,6 +112,7 @@ def tokenize(
     tokens: int,
     seed: int = 0,
     cache: Place | None = None,
+    model_digest: str = "",
 ) -> Tokens:
     """Returns the first contexts that have at least `tokens` counted positions.
 
@@ -120,6 +123,7 @@ def tokenize(
         tokens: number of counted positions.
         seed: seed of the stream 'text order', which decides the order of contexts of local texts.
         cache: folder for the tokens of a streamed data set; an interrupted call goes on there.
+        model_digest: of the model that the tokenizer belongs to; cached tokens must have the same.
 
     Raises: SourceError when the text has fewer tokens; MismatchError or DamageError when `cache`
         contains other or damaged tokens.
@@ -133,6 +137,7 @@ def tokenize(
     cut = functools.partial(cut, width=context - 1)
     if config.kind == "dataset" and cache is not None:
         settings = {"columns": config.columns, "joined": config.joined, "context": context}
+        settings |= {"model_digest": model_digest}
         parts = TokenParts(cache, manifest(config) | settings)
         with closing(_resume_dataset(config, parts, tokenizer, ids.end, cut)) as windows:
             return _fill_contexts(windows, ids, context, tokens, source_title(config))
@@ -166,7 +171,7 @@ def _fill_contexts(
         )
     full = np.full((len(rows), context), ids.fill, dtype=np.int64)
     full[:, 0] = ids.first
-    lengths = torch.tensor([1 + len(row) for row in rows])
+    lengths = torch.tensor([1 + len(row) for row in rows], dtype=torch.int64)
     for target, row in zip(full, rows, strict=True):
         target[1 : 1 + len(row)] = row
     padded = bool((lengths < context).any())
@@ -236,7 +241,35 @@ def _encode_documents(
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Returns the ids of each text, without special tokens."""
+    """Returns the ids of each text, without special tokens.
+
+    Raises: SourceError when the tokenizer can't read a text.
+    """
+    texts = [whole_characters(text) for text in texts]
+    try:
+        with panics_as_errors():
+            return _encode_all(texts, tokenizer)
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raise no class of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = next((text for text in texts if not _is_readable(text, tokenizer)), texts[0])
+        raise SourceError(
+            f"the tokenizer can't read a text ({reason}), which begins with {text[:40]!r}: leave "
+            "the text out, or take another tokenizer"
+        ) from error
+
+
+def _is_readable(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        with panics_as_errors():
+            _encode_all([text], tokenizer)
+    except Exception:
+        return False
+    return True
+
+
+def _encode_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     if (fast := _plain_backend(tokenizer)) is not None:
         return [piece.ids for piece in fast.encode_batch_fast(texts, add_special_tokens=False)]
     batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)

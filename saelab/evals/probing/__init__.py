@@ -43,6 +43,7 @@ from saelab.evals.base import (
 from saelab.evals.probing.logistic import logistic_regression, logistic_regressions
 from saelab.evals.probing.tasks import Task, build_tasks
 from saelab.progress import progress
+from saelab.runtime.counting import count
 
 DEFINITION = "sparse_probing/2"
 K_VALUES = (1, 2, 5, 10, 20, 50)
@@ -250,7 +251,9 @@ def _rows_by_position(codes: ByPosition, entry: ProbingEntry, seed: int, prefix:
         for side in (True, False)
     )
     if fewest < LEAST_LONG:
-        reason = f"a class has {fewest} texts of more than {SPLIT} tokens (least: {LEAST_LONG})"
+        reason = (
+            f"a class has {count(fewest, 'text')} of more than {SPLIT} tokens (least: {LEAST_LONG})"
+        )
         return [missing(metric, DEFINITION, reason, where) for where in slices]
     long_texts = replace(entry, labels=labels, is_train=is_train)
     tasks, rows = build_tasks(long_texts, seed), []
@@ -387,7 +390,7 @@ def _sparse_log_odds(
 
 def _best_columns(code: Tensor, tasks: Sequence[Task], k: int, scale: Tensor | None) -> Tensor:
     """Finds the k columns whose scaled class means differ most, best first; int64 [tasks, k]."""
-    sign = torch.zeros(len(tasks), len(code))
+    sign = torch.zeros(len(tasks), len(code), dtype=torch.float32)
     for i, task in enumerate(tasks):
         positive = task.train.positive
         sign[i, task.train.index] = positive / positive.sum() - ~positive / (~positive).sum()

@@ -64,12 +64,20 @@ def executor(name: str = "") -> RunJobs:
 
     Raises: SettingError for an unknown name.
     """
+    return importlib.import_module(EXECUTORS[check_executor(name)]).run_jobs
+
+
+def check_executor(name: str = "") -> str:
+    """Returns the name of the executor that `executor` returns.
+
+    Raises: SettingError for an unknown name.
+    """
     setting = "executor" if name else "SAELAB_EXECUTOR"
     name = name or executor_name()
     if name not in EXECUTORS:
         remedy = f"use one of {', '.join(EXECUTORS)}{nearest(name, EXECUTORS)}"
         raise SettingError(setting, name, remedy)
-    return importlib.import_module(EXECUTORS[name]).run_jobs
+    return name
 
 
 def executor_name() -> str:

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,14 +22,18 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from saelab.errors import SettingError, StudyFailure
+from saelab.errors import SaelabError, SettingError, StudyFailure, UsageError
 from saelab.launch.executors import JobSet
 from saelab.progress import Progress
 from saelab.progress.run import log_progress
 from saelab.runtime import signals
+from saelab.runtime.cores import usable_cores
+from saelab.runtime.main_guard import GUARD, STARTING, UNGUARDED, refuse_unguarded_script
+from saelab.runtime.torch_defaults import one_thread
 
 #: Seconds between two checks of the workers, and between two reports of a worker about its tokens.
 POLL = 0.25
@@ -37,7 +42,11 @@ LAST_MESSAGES_SECONDS = 5.0
 #: Seconds that workers have to end their round and write a checkpoint before they are killed. Our
 #: choice: what schedulers give.
 GRACE_SECONDS = 30.0
+#: The most workers that may be asked for. Our choice: several times the cores of any machine.
+MOST_WORKERS = 4096
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+#: Exit codes of workers that have not ended by themselves.
+TERMINATED = (None, 0, -signal.SIGTERM, 128 + signal.SIGTERM)
 
 _channel: Any = None
 _busy = False
@@ -50,8 +59,10 @@ def run_jobs(job_set: JobSet) -> None:
     With 0 workers the jobs run one after the other in this process, after the local work, with the
     same bits.
 
-    Raises: what a job or a step of the local work raises; StudyFailure when a worker dies.
+    Raises: what a job or a step of the local work raises; StudyFailure when a worker dies;
+        UsageError when the workers run the user's script again.
     """
+    refuse_unguarded_script()
     if job_set.workers == 0:
         for _ in job_set.local_work:
             pass
@@ -65,22 +76,67 @@ def run_jobs(job_set: JobSet) -> None:
     workers = min(job_set.workers, max(1, len(job_set.jobs)))
     pool = ProcessPoolExecutor(workers, context, _initialise, (channel, job_set.logs, os.getpid()))
     futures: list[Future[None]] = []
+    processes: list[BaseProcess] = []
+    with _kill_at_the_end(pool):
+        _run_in_workers(job_set, pool, receiver, futures, processes)
+
+
+def _run_in_workers(
+    job_set: JobSet,
+    pool: ProcessPoolExecutor,
+    receiver: Connection,
+    futures: list[Future[None]],
+    processes: list[BaseProcess],
+) -> None:
+    """Runs the jobs in the workers of the pool and stops these."""
     try:
         with job_set.bar as bar, _listen_to_workers(receiver, bar):
-            with _block_keyboard_interrupts():  # inherited by the workers
-                futures = [pool.submit(_run_job, job_set.function, job) for job in job_set.jobs]
+            with _block_keyboard_interrupts(), _starting_workers(pool, processes):  # inherited
+                for job in job_set.jobs:
+                    futures.append(pool.submit(_run_job, job_set.function, job))
             for _ in job_set.local_work:
                 _raise_failures(futures)
             _wait(futures)
     except BrokenProcessPool:
-        raise StudyFailure(
-            f"a worker process died (out of memory?): see {job_set.logs}; free memory or lower the "
-            "number of workers with SAELAB_WORKERS, then run the same command again"
-        ) from None
+        raise _death(processes, job_set.logs) from None
     finally:
         for future in futures:
             future.cancel()
         _stop(pool, unfinished=not all(future.done() for future in futures))
+
+
+@contextmanager
+def _starting_workers(pool: ProcessPoolExecutor, processes: list[BaseProcess]) -> Iterator[None]:
+    """Tells the processes that the pool starts within the block whose workers they are, and adds
+    them to the list."""
+    os.environ[STARTING] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(STARTING, None)
+        processes += (pool._processes or {}).values()
+
+
+def _death(processes: Sequence[BaseProcess], logs: Path) -> SaelabError:
+    """Returns the error for workers of which one has ended by itself; the others were terminated
+    after it."""
+    deadline, code = time.monotonic() + LAST_MESSAGES_SECONDS, None
+    while code is None and time.monotonic() < deadline:  # the pool waits for them at the same time
+        codes = [process.exitcode for process in processes]
+        code = next((code for code in codes if code not in TERMINATED), None)
+        time.sleep(POLL / 10)
+    if code == UNGUARDED:
+        return UsageError(GUARD)
+    again = "then run the same command again"
+    if code == -signal.SIGKILL:
+        return StudyFailure(
+            f"a worker process was killed, as it happens when memory is used up: see {logs}; free "
+            f"memory or lower the number of workers with SAELAB_WORKERS, {again}"
+        )
+    how = "ended" if code is None else f"ended with exit code {code}"
+    if code is not None and code < 0:
+        how = f"was ended by {signal.Signals(-code).name}"
+    return StudyFailure(f"a worker process {how}: its log in {logs} says why; {again}")
 
 
 @contextmanager
@@ -144,34 +200,36 @@ def _run_inline(job_set: JobSet, bar: Progress) -> None:
             job_set.function(job, functools.partial(report_progress, bar), state)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Limits torch to one thread within the block, as in a worker, so that the bits are equal."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _stop(pool: ProcessPoolExecutor, unfinished: bool) -> None:
     """Ends all workers and waits for them; those that do not end in time are killed."""
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
-    try:
-        if unfinished:
-            for process in processes:
-                process.terminate()
-        deadline = time.monotonic() + GRACE_SECONDS
+    if unfinished:
         for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-    finally:  # even if a second interrupt ends the waiting
-        for process in processes:
+            process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+
+
+@contextmanager
+def _kill_at_the_end(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Kills the workers that are left after the block, whatever ends it: a signal that is raised in
+    the middle of stopping them too, so that the process need not wait for their jobs."""
+    processes = pool._processes  # the pool forgets them when it is shut down
+
+    def kill() -> None:
+        for process in list(processes.values()):
             if process.is_alive():
                 process.kill()
+
+    try:
+        yield
+    finally:
+        try:
+            kill()
+        finally:  # at most one more signal is raised
+            kill()
 
 
 def _initialise(channel: Any, logs: Path, parent: int) -> None:
@@ -251,11 +309,10 @@ def worker_count(device: str) -> int:
 
     Raises: SettingError when the variable is not a number.
     """
-    value = os.environ.get("SAELAB_WORKERS", "")
-    if value.isdigit():
+    value = os.environ.get("SAELAB_WORKERS", "").strip()
+    if re.fullmatch("[0-9]{1,6}", value) and int(value) <= MOST_WORKERS:
         return int(value)
     if value:
-        raise SettingError("SAELAB_WORKERS", value, "use a number of processes, 0 for none")
-    if device != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        remedy = f"use a number of processes up to {MOST_WORKERS}, 0 for none"
+        raise SettingError("SAELAB_WORKERS", value, remedy)
+    return usable_cores() if device == "cpu" else 1

@@ -15,13 +15,14 @@ from typing import Any
 
 from saelab.errors import SourceError
 from saelab.launch.executors import Work
-from saelab.launch.executors.local import POLL, one_thread
+from saelab.launch.executors.local import POLL
 from saelab.progress import Progress
 from saelab.progress.journal import Journal, Tail
 from saelab.progress.run import log_progress
+from saelab.runtime.torch_defaults import one_thread
 
 #: Environment variables that are passed on to workers.
-FORWARDED_VARIABLES = ("SAELAB_CACHE", "SAELAB_CHECKPOINT_SECONDS")
+FORWARDED_VARIABLES = ("SAELAB_CACHE", "SAELAB_CHECKPOINT_SECONDS", "SAELAB_KERNELS")
 #: What a worker process keeps between its jobs.
 _state: dict[str, Any] = {}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import time
 from typing import Any
@@ -98,5 +99,5 @@ def settings(text: str) -> dict[str, Any]:
         if not equals or not name.isidentifier() or not value:
             raise SettingError("SAELAB_SLURM", text, "write name=value, with commas between them")
         full = name if name in (*COMMON, "cluster") else f"slurm_{name}"
-        parameters[full] = int(value) if value.isdigit() else value
+        parameters[full] = int(value) if re.fullmatch("[0-9]{1,9}", value) else value
     return parameters

@@ -64,7 +64,7 @@ class BatchTopK(Activation):
         if config.k > dims.d_sae:
             raise SettingError("activation.k", config.k, f"must be at most d_sae = {dims.d_sae}")
         self.k, self.momentum = config.k, config.momentum
-        self.register_buffer("ema", torch.zeros(()))
+        self.register_buffer("ema", torch.zeros((), dtype=torch.float32))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @property

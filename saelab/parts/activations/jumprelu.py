@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from saelab.kernels import Support, gate, jump, support_above
@@ -30,7 +30,7 @@ class JumpReLUConfig(PartConfig):
     kind: Literal["jumprelu"] = "jumprelu"
     threshold: PositiveFloat = 0.5
     bandwidth: PositiveFloat = 0.5
-    lr: float | None = 1e-2
+    lr: NonNegativeFloat | None = 1e-2
 
     def build(self, dims: Dims) -> JumpReLU:
         return JumpReLU(self, dims)
@@ -51,7 +51,7 @@ class JumpReLU(Activation):
     def __init__(self, config: JumpReLUConfig, dims: Dims) -> None:
         super().__init__()
         self.bandwidth, self.lr = config.bandwidth, config.lr
-        start = torch.full((dims.n_local,), math.log(config.threshold))
+        start = torch.full((dims.n_local,), math.log(config.threshold), dtype=torch.float32)
         self.log_threshold = nn.Parameter(start)
 
     @property

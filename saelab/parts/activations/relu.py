@@ -37,7 +37,7 @@ class ReLU(Activation):
         return torch.relu(values)
 
     def floor(self) -> Tensor:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
 
     def export(self) -> Form:
         return Form()

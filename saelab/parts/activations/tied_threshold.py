@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from saelab.errors import SettingError
@@ -90,7 +90,7 @@ class TiedThresholdConfig(TemperatureFields):
     bandwidth: PositiveFloat = 0.5
     momentum: float = Field(default=0.99, ge=0, lt=1)
     context: PositiveInt = 128
-    lr: float | None = 1e-2
+    lr: NonNegativeFloat | None = 1e-2
 
     def build(self, dims: Dims) -> TiedThreshold:
         return TiedThreshold(self, dims)
@@ -159,7 +159,9 @@ class TiedThreshold(Activation):
         shape = (dims.d_sae,) if config.tying == "per_feature" else ()
 
         def scalar(name: Learnable, value: float, shape: tuple[int, ...] = ()) -> nn.Parameter:
-            return nn.Parameter(torch.full(shape, value), requires_grad=name in config.learned)
+            return nn.Parameter(
+                torch.full(shape, value, dtype=torch.float32), requires_grad=name in config.learned
+            )
 
         self.log_theta = scalar("theta", math.log(config.theta), shape)
         self.beta = scalar("beta", config.beta, shape)
@@ -172,8 +174,8 @@ class TiedThreshold(Activation):
             if config.trace == "mean":
                 self.beta.requires_grad_(False)
         self.temperature = Temperature(config)
-        self.register_buffer("variance", torch.ones(dims.d_sae))
-        self.register_buffer("rest", torch.zeros(dims.d_sae))
+        self.register_buffer("variance", torch.ones(dims.d_sae, dtype=torch.float32))
+        self.register_buffer("rest", torch.zeros(dims.d_sae, dtype=torch.float32))
 
     @property
     def is_static(self) -> bool:
@@ -325,7 +327,9 @@ class TiedThreshold(Activation):
         if isinstance(support, TracedSupport):
             return self._thresholds(support, support.trace, support.slope)
         assert self.is_static
-        nothing = torch.zeros(len(support.latents), device=support.latents.device)
+        nothing = torch.zeros(
+            len(support.latents), device=support.latents.device, dtype=torch.float32
+        )
         return self._thresholds(support, nothing, nothing)
 
     def _dense_thresholds(self, z: Tensor, starts: Tensor | None) -> _Thresholds:

@@ -94,7 +94,7 @@ class L0Target(Controller):
         target = math.log(c.target) + (1 - share) * max(0.0, first - math.log(c.target))
         error = max(-1.0, min(1.0, smooth - target))
         integral += c.integral * error / max(self.steps, SHORT)
-        self.state.copy_(torch.tensor([integral, smooth, first, error], dtype=torch.float64))
+        self.state.copy_(self.state.new_tensor([integral, smooth, first, error]))
 
     def scalars(self) -> dict[str, float]:
         return {self.name: self.value(0)}

@@ -39,7 +39,7 @@ class Reconstruction(LossTerm):
     def check(self, sae: SAE) -> None:
         if self.space == "scaled":
             if sae.scaling is None:
-                raise SettingError("reconstruction.space", "scaled", "needs a scaling: set one")
+                raise SettingError("space", "scaled", "needs a scaling: set one")
             sae.scaling.metric()
 
     def loss(self, p: Pass) -> Tensor:

@@ -33,7 +33,7 @@ class Centring(Scaling):
     def __init__(self, config: CentringConfig, dims: Dims) -> None:
         super().__init__()
         self.momentum = config.momentum
-        self.register_buffer("mean", torch.zeros(dims.d_in))
+        self.register_buffer("mean", torch.zeros(dims.d_in, dtype=torch.float32))
 
     def fit(self, sample: Tensor) -> None:
         self.mean.copy_(sample.mean(0))

@@ -69,9 +69,11 @@ class Temperature(nn.Module):
     def __init__(self, config: TemperatureFields) -> None:
         super().__init__()
         self.config, self.lr = config, config.tau_lr
-        self.register_buffer("share", torch.zeros(()))
-        self.register_buffer("start", torch.tensor(config.tau), persistent=False)
-        self.register_buffer("end", torch.tensor(config.tau_end), persistent=False)
+        self.register_buffer("share", torch.zeros((), dtype=torch.float32))
+        start = torch.tensor(config.tau, dtype=torch.float32)
+        end = torch.tensor(config.tau_end, dtype=torch.float32)
+        self.register_buffer("start", start, persistent=False)
+        self.register_buffer("end", end, persistent=False)
         if config.temperature == "learned":
             self.raw_tau = nn.Parameter(_raw_start("tau", config.tau))
         if config.temperature == "learned_schedule":

@@ -66,7 +66,7 @@ class VarianceScalingConfig(TemperatureFields):
     def logged(self) -> Mapping[str, Scalar]:
         return {
             "beta": Scalar("factor of the scaled input"),
-            "theta": Scalar("shift of the scaled input"),
+            "theta": Scalar("shift of the scaled input", free_sign=self.theta == 0),
             "tau": self.temperature_scalar,
             **self.schedule_scalars,
             "spread": measurement("standard deviation of log variance over input dimensions"),
@@ -82,12 +82,16 @@ class VarianceScaling(Scaling):
             raise SettingError("scaling.beta", 0, "can't start as a function: set start = 'scaled'")
         self.config, self.lr = config, config.lr
         self.keeps_start = config.start == "function"
-        self.register_buffer("variance", torch.ones(dims.d_in))
+        self.register_buffer("variance", torch.ones(dims.d_in, dtype=torch.float32))
         shape = (dims.d_in,) if config.tying == "per_feature" else ()
         learned = config.tying != "off"
-        self.beta = nn.Parameter(torch.full(shape, config.beta), requires_grad=learned)
+        self.beta = nn.Parameter(
+            torch.full(shape, config.beta, dtype=torch.float32), requires_grad=learned
+        )
         shifts = learned and config.tying != "scale"
-        self.theta = nn.Parameter(torch.full(shape, config.theta), requires_grad=shifts)
+        self.theta = nn.Parameter(
+            torch.full(shape, config.theta, dtype=torch.float32), requires_grad=shifts
+        )
         self.temperature = Temperature(config)
 
     def learned(self) -> dict[str, nn.Parameter]:

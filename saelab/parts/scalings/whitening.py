@@ -40,7 +40,7 @@ class Whitening(Scaling):
     def __init__(self, config: WhiteningConfig, dims: Dims) -> None:
         super().__init__()
         self.tau, self.keeps_start = config.tau, config.start == "function"
-        self.register_buffer("matrix", torch.eye(dims.d_in))
+        self.register_buffer("matrix", torch.eye(dims.d_in, dtype=torch.float32))
 
     def fit(self, sample: Tensor) -> None:
         centred = (sample - sample.mean(0)).double()

@@ -10,6 +10,7 @@ import numpy as np
 
 from saelab.report.figures.style import ArmStyle, arm_styles, handle, legend_name, log_axis
 from saelab.report.run_data import Curve, Run
+from saelab.runtime.counting import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +35,7 @@ def seeds_text(counts: Sequence[int]) -> str:
     low, high = min(counts), max(counts)
     if high == 1:
         return "one seed"
-    return f"{high} seeds" if low == high else f"{low} to {high} seeds"
+    return f"{count(high, 'seed')}" if low == high else f"{low} to {count(high, 'seed')}"
 
 
 def values_text(run: Run, means: Mapping[str, float], form: str = ".3f") -> str:

@@ -16,7 +16,6 @@ texts above the panels hold the main numbers. A note in the picture says what is
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -55,6 +54,7 @@ from saelab.report.figures.style import (
 )
 from saelab.report.figures.training import loss
 from saelab.report.run_data import Run, load
+from saelab.runtime.cores import usable_cores
 from saelab.runtime.safe_text import visible
 from saelab.runtime.signals import exit_on_signal
 from saelab.verdict.judge import OLD_WORDS
@@ -111,7 +111,7 @@ Drawn = tuple[list[tuple[str, bool]], str, int]
 
 def _draw_runs(work: Sequence[tuple[Path, str]]) -> Iterator[Drawn]:
     """Draws runs (folder and title) in their order; many of them on all cores, a run on one."""
-    processes = min(len(work), os.cpu_count() or 1)
+    processes = min(len(work), usable_cores())
     if len(work) < MANY or processes < 2:
         yield from map(_draw_with_errors, work)
         return
@@ -189,7 +189,8 @@ def scalars(run: Run) -> Figure | str:
             low, high = (f(of_cell[0] for of_cell in values) for f in (min, max))
             still.append(f"{name} ({low:.3g}{f' to {high:.3g}, by arm' if high > low else ''})")
     if not moving:
-        return f"no learned scalar moves in any arm (logged: {', '.join(run.scalars) or 'none'})"
+        logged = f"logged: {', '.join(run.scalars) or 'none'}"
+        return f"no learned scalar moves in any arm ({logged}{_moving_by_rule(run)})"
     moving, others = moving[:MOST_SCALARS], moving[MOST_SCALARS:]
     rows = -(-len(moving) // 3)
     columns = -(-len(moving) // rows)
@@ -221,6 +222,18 @@ def scalars(run: Run) -> Figure | str:
             *[f"{'; '.join(said)}."] * bool(said),
         ],
     )
+
+
+def _moving_by_rule(run: Run) -> str:
+    """Names the k that a rule moves without being learned, with its first and last values."""
+    ends: dict[str, tuple[float, float]] = {}
+    for (name, arm), cells in run.curves.items():
+        values = next(iter(cells.values())).values
+        others = name not in run.scalars and arm in run.arms and run.unit(name)
+        if others and np.ptp(values) > 1e-6 * np.abs(values).max():
+            ends.setdefault(name, (float(values[0]), float(values[-1])))
+    texts = [f"{name} from {first:.4g} to {last:.4g}" for name, (first, last) in ends.items()]
+    return f"; moved by a rule: {', '.join(texts)}" if texts else ""
 
 
 # ---------------------------------------------------------------- density

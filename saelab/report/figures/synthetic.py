@@ -23,6 +23,7 @@ from saelab.report.figures.style import (
     wrap,
 )
 from saelab.report.run_data import Run
+from saelab.runtime.counting import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +92,7 @@ def picture(table: Mapping[str, Any]) -> Figure:
             f" seeds, {scope}."
         ],
         [handle(arm, style[arm], line=False) for arm in arms],
-        [f"Missing: {len(table['missing'])} values."] if table["missing"] else [],
+        [f"Missing: {count(len(table['missing']), 'value')}."] if table["missing"] else [],
     )
 
 

@@ -504,7 +504,7 @@ for (const section of document.querySelectorAll("main > section")) spy.observe(s
 
 const browser = read("latents-data");
 if ($("browser")) {
-  const percent = (value) => value === 0 ? "0" : `${Number((100 * value).toPrecision(3))}%`;
+  const percent = (value) => value === null ? "–" : value === 0 ? "0" : `${Number((100 * value).toPrecision(3))}%`;
   const state = { cell: browser.cells[0], chosen: null, shown: [] };
   const strings = () => browser.texts[state.cell.text].strings;
   const visible = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥") || "∅";

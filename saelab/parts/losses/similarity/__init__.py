@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from saelab import stats
@@ -116,7 +116,7 @@ class SimilarityConfig(PartConfig):
     form: Form = "max"
     chunk: int = Field(default=512, ge=2)
     chunks: PositiveInt | None = None
-    lr: float | None = 1e-2
+    lr: NonNegativeFloat | None = 1e-2
 
     def build(self, dims: Dims) -> Similarity:
         return Similarity(self, dims)
@@ -164,7 +164,7 @@ class Similarity(LossTerm):
         self.balance = build_balance(config, dims.seed)
         self.moments = LatentMoments(dims.d_sae, config.momentum)
         # EMAs of the products and their squares, of the two terms, and how many updates they had
-        self.register_buffer("products", torch.zeros(2))
+        self.register_buffer("products", torch.zeros(2, dtype=torch.float32))
         self.register_buffer("running", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         # sums of both terms over the reference window, and its steps
@@ -204,7 +204,7 @@ class Similarity(LossTerm):
         }
         shares = _shares(parts, p.gradient_norms)
         shown = [alpha, terms.act, terms.weight, *shares, here.f.shape[1]]
-        self.shown.copy_(torch.tensor(shown, dtype=torch.float64))
+        self.shown.copy_(self.shown.new_tensor(shown))
         if self._is_active(p):
             self.balance.update(relative)
         self._gather(p, here, terms)
@@ -230,6 +230,7 @@ class Similarity(LossTerm):
         if learned:
             reach = sum(parameter.numel() * travel(parameter) for parameter in learned)
             facts["scalar_reach.alpha"] = stats.moved_share(alpha, reach)
+            facts["scalar_moved.alpha"] = stats.moved_share(alpha, 1.0)
         return facts
 
     def _is_active(self, p: Pass) -> bool:

@@ -59,7 +59,7 @@ class Fixed(Balance):
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
-        self.register_buffer("value", torch.tensor(alpha))
+        self.register_buffer("value", torch.tensor(alpha, dtype=torch.float32))
 
     def alpha(self, step: int, steps: int) -> Tensor:
         return self.value
@@ -70,7 +70,7 @@ class Replay(Balance):
 
     def __init__(self, path: tuple[float, ...]) -> None:
         super().__init__()
-        self.register_buffer("path", torch.tensor(path))
+        self.register_buffer("path", torch.tensor(path, dtype=torch.float32))
 
     def alpha(self, step: int, steps: int) -> Tensor:
         """The path's value at the same share of the run."""
@@ -80,7 +80,7 @@ class Replay(Balance):
 class Descent(Balance):
     def __init__(self, alpha: float) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.tensor(_logit(alpha)))
+        self.a = nn.Parameter(torch.tensor(_logit(alpha), dtype=torch.float32))
 
     def alpha(self, step: int, steps: int) -> Tensor:
         return self.a.sigmoid()
@@ -89,7 +89,8 @@ class Descent(Balance):
 class Uncertainty(Balance):
     def __init__(self, alpha: float) -> None:
         super().__init__()
-        self.log_variance = nn.Parameter(torch.tensor([-_logit(alpha) / 2, _logit(alpha) / 2]))
+        half = _logit(alpha) / 2
+        self.log_variance = nn.Parameter(torch.tensor([-half, half], dtype=torch.float32))
 
     def alpha(self, step: int, steps: int) -> Tensor:
         act, weight = self.log_variance.detach()
@@ -108,7 +109,7 @@ class _Stepped(Balance):
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
-        self.register_buffer("a", torch.tensor(_logit(alpha)))
+        self.register_buffer("a", torch.tensor(_logit(alpha), dtype=torch.float32))
 
     def alpha(self, step: int, steps: int) -> Tensor:
         return self.a.sigmoid()
@@ -143,7 +144,9 @@ def build_balance(config: SimilarityConfig, seed: int) -> Balance:
             return Fixed(config.alpha)
         case "frozen_random":
             low, high = RANGE
-            drawn = torch.rand((), generator=torch_stream(seed, "similarity balance"))
+            drawn = torch.rand(
+                (), generator=torch_stream(seed, "similarity balance"), dtype=torch.float32
+            )
             return Fixed(low + (high - low) * float(drawn))
         case "replay":
             return Replay(config.path)

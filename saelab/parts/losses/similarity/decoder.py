@@ -27,7 +27,7 @@ TINY = 1e-30
 
 def deal(n: int, size: int, draw: torch.Generator) -> list[Tensor]:
     """Random disjoint chunks of 0..n-1, as few as hold `size` each and of nearly equal length."""
-    order = torch.randperm(n, generator=draw)
+    order = torch.randperm(n, generator=draw, device="cpu")
     return list(order.tensor_split(max(1, -(-n // size))))
 
 

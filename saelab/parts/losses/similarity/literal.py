@@ -43,8 +43,8 @@ class SimilarityLiteral(LossTerm):
         self.config, self.coefficient = config, config.coefficient
         self.moments = LatentMoments(dims.d_sae, config.momentum)
         # EMAs of the norms' mean and mean square, and the weight that they have gathered
-        self.register_buffer("norms", torch.zeros(2))
-        self.register_buffer("gathered", torch.zeros(()))
+        self.register_buffer("norms", torch.zeros(2, dtype=torch.float32))
+        self.register_buffer("gathered", torch.zeros((), dtype=torch.float32))
 
     def loss(self, p: Pass) -> Tensor:
         mean, std = self.moments.standard(p.code, p.n)

@@ -23,8 +23,8 @@ class LatentMoments(nn.Module):
     def __init__(self, d_sae: int, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("ema", torch.zeros(2, d_sae))
-        self.register_buffer("weight", torch.zeros(d_sae))
+        self.register_buffer("ema", torch.zeros(2, d_sae, dtype=torch.float32))
+        self.register_buffer("weight", torch.zeros(d_sae, dtype=torch.float32))
 
     @torch.no_grad()
     def standard(self, code: Code, n: int) -> tuple[Tensor, Tensor]:

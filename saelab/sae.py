@@ -128,9 +128,8 @@ class SAEConfig(Frozen):
         try:
             with torch.device("meta"):
                 sae = SAE(self, dims, checked=False)
-            sae.controllers = _build_parts(
-                "controllers", self.controllers, dims
-            )  # asked for their first values
+            # controllers are asked for their first values
+            sae.controllers = _build_parts("controllers", self.controllers, dims)
             sae.check_parts()
         except (NotImplementedError, RuntimeError):  # a user's part that reads its own tensors
             return self.build(d_in, ranks=ranks)

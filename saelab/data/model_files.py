@@ -16,6 +16,7 @@ import torch
 from saelab.assets import EMBEDDED_MODEL
 from saelab.config import digest
 from saelab.errors import SourceError
+from saelab.runtime.counting import count
 from saelab.storage.atomic import parse_json, sha256
 from saelab.storage.safetensors_file import read_shapes
 
@@ -172,7 +173,9 @@ def check_loaded_weights(name: str, info: Mapping[str, Any], blocks: str, layers
         if match is None or UNUSED.search(key):
             continue
         if int(match[1]) >= layers:
-            problem = f"config.json has {layers} layers, but its files hold one more ({key})"
+            problem = (
+                f"config.json has {count(layers, 'layer')}, but its files hold one more ({key})"
+            )
         else:
             problem = f"its files hold the weight {key}, which its config.json does not describe"
         raise SourceError(f"model {name}: {problem}: {remedy}")

@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from saelab.data.activations.store import FOREIGN_REASON, Source
+from saelab.data.activations.store import FOREIGN_REASON, Source, check_rows_differ
 from saelab.data.activations.stream import Batch
 from saelab.data.language_model import LanguageModel, Start, next_token_losses
 from saelab.evals.base import (
@@ -33,7 +33,6 @@ from saelab.evals.base import (
     number,
 )
 from saelab.kernels import Code
-from saelab.training.sample import check_rows_differ
 
 DEFINITION = "core/1"
 #: Rows encoded at once; bounds the dense code to that x d_sae floats. Our choice: a CPU keeps such

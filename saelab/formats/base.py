@@ -25,6 +25,7 @@ from torch import Tensor
 from saelab.errors import MismatchError, SaelabError, SettingError, SourceError
 from saelab.parts import DEFAULT_LOSSES, activation_of
 from saelab.parts.base import Form
+from saelab.runtime.counting import count
 from saelab.sae import SAE, SAEConfig
 from saelab.storage.atomic import parse_json
 from saelab.storage.safetensors_file import read_weights
@@ -127,7 +128,7 @@ class Plain:
             if not bool(tensor.isfinite().all()):
                 raise SourceError(f"{where}: {name} holds a value that is not finite")
         if self.k is not None and not 1 <= self.k <= self.d_sae:
-            raise SourceError(f"{where}: k = {self.k}, but there are {self.d_sae} latents")
+            raise SourceError(f"{where}: k = {self.k}, but there are {count(self.d_sae, 'latent')}")
         return self
 
     # ---- folding what other tools store separately ---------------------------------------------

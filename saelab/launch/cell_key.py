@@ -16,8 +16,8 @@ from saelab.data.activations.store import Source
 from saelab.distributed.ranks import Ranks
 from saelab.errors import MismatchError
 from saelab.kernels import kernels_kind, kernels_name, selection_dtype
-from saelab.launch.foreign_code import foreign_code
 from saelab.storage.cache import package_digest
+from saelab.study.foreign_code import foreign_code
 from saelab.study.plan import CellSpec
 
 #: Remedies for what differs between a worker and its launch.
@@ -90,7 +90,9 @@ def check_ranks(ranks: Ranks, device: str) -> None:
     """
     here = machine(device)
     number = int(digest(here)[:15], 16)
-    numbers = ranks.gather(torch.tensor([number], device=ranks.device), everywhere=True)
+    numbers = ranks.gather(
+        torch.tensor([number], dtype=torch.int64, device=ranks.device), everywhere=True
+    )
     if not bool((numbers == number).all()):
         described = ", ".join(f"{name} = {value}" for name, value in here.items())
         raise MismatchError(

@@ -32,7 +32,6 @@ from saelab.errors import SettingError
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.launch.cell_key import check_ranks, machine
-from saelab.launch.foreign_code import foreign_code
 from saelab.launch.prepare import LaunchData, prepare
 from saelab.runs.schema import CellId
 from saelab.runtime.counting import count
@@ -40,6 +39,7 @@ from saelab.seeding import study_seeds
 from saelab.storage.atomic import digest, write_json
 from saelab.storage.cache import cache_folder
 from saelab.storage.links import refuse_links
+from saelab.study.foreign_code import foreign_code
 from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
 from saelab.training.cell import TrainingCell
 from saelab.training.curves import write_curves

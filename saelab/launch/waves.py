@@ -25,12 +25,11 @@ from saelab.launch.cell_key import (
 from saelab.launch.cell_store import finish, is_finished
 from saelab.launch.executors import JobSet, executor
 from saelab.launch.executors.local import worker_count
-from saelab.launch.foreign_code import study_code
 from saelab.launch.jobs import Job, JobCell, WorkerData
 from saelab.launch.prepare import LaunchData, prepare, source_path
 from saelab.launch.seed_pairs import partners
 from saelab.launch.worker import Worker
-from saelab.preflight.launch_time import Measured, frozen_control, training_seconds
+from saelab.preflight.launch_time import Measured, training_seconds
 from saelab.preflight.preview import RunCheck
 from saelab.progress import clock, progress
 from saelab.progress.state import DONE, EVALUATE
@@ -39,12 +38,14 @@ from saelab.runtime.counting import count
 from saelab.seeding import study_seeds
 from saelab.storage.cache import cache_folder, fetch, share
 from saelab.study.experiment_file import load_experiment
+from saelab.study.foreign_code import study_code
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
     CellSpec,
     PlanConfig,
     cells,
+    frozen_control,
 )
 from saelab.study.task import GROUP, Launch
 from saelab.training.resume import drop_damaged, remove_checkpoints

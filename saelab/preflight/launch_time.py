@@ -34,7 +34,7 @@ from saelab.preflight.cost import (
     step_seconds,
 )
 from saelab.preflight.rates import Rates, thread_rates
-from saelab.study.plan import BASELINE, BaseConfig, CellSpec
+from saelab.study.plan import BASELINE, BaseConfig, CellSpec, frozen_control
 
 #: Seconds until workers have imported torch and opened their data, and until the run folder is
 #: written. Our fit to launches on two cores.
@@ -116,13 +116,6 @@ def encode_seconds(rates: Rates, rows: float, d: int, width: int) -> float:
     """Seconds of the code of so many rows on one thread."""
     seconds = 2 * rows * d * width / rates.matrix + CODE_BYTES * rows * width / rates.memory
     return seconds / rates.step_efficiency
-
-
-def frozen_control(specs: Sequence[CellSpec]) -> CellSpec | None:
-    """The baseline's cell that a control trains again with a decoder that stays random; None where
-    it has no decoder of its own."""
-    first = next((spec for spec in specs if spec.id.arm == BASELINE), None)
-    return None if first is None or first.module is not None or first.sae.tied else first
 
 
 def training_seconds(

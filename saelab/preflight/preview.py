@@ -26,7 +26,6 @@ from saelab.parts import TABLE
 from saelab.preflight.cost import Needs, launch_needs
 from saelab.preflight.launch_time import (
     Measured,
-    frozen_control,
     preparation_seconds,
     training_seconds,
 )
@@ -43,6 +42,7 @@ from saelab.study.plan import (
     BaseConfig,
     CellSpec,
     PlanConfig,
+    frozen_control,
     later_arms,
     resolve_with_placeholders,
 )

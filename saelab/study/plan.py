@@ -418,6 +418,13 @@ def _check_l0(arm: Arm, sae: SAEConfig, target: float, further: Sequence[float])
         raise SettingError(f"{arm.name}: levels", further[0], remedy)
 
 
+def frozen_control(specs: Sequence[CellSpec]) -> CellSpec | None:
+    """Returns the baseline's cell that a control trains again with a decoder that stays random;
+    None where it has no decoder of its own."""
+    first = next((spec for spec in specs if spec.id.arm == BASELINE), None)
+    return None if first is None or first.module is not None or first.sae.tied else first
+
+
 def has_levels(arm: Arm, sae: SAEConfig, level: float) -> bool:
     """Says whether the cells of an arm at several levels differ.
 

@@ -197,6 +197,7 @@ DECIDE_NOTHING = {
 OF_LAUNCH = {
     "saelab.preflight": "names nothing",
     "saelab.preflight.cost": "seconds and bytes that are printed, and compared with limits",
+    "saelab.preflight.launch_time": "seconds that are printed, and compared with limits",
     "saelab.preflight.rates": "speed of this machine, from which seconds are estimated",
     "saelab.preflight.preview": "refuses a launch; settings of cells are in their keys",
     "saelab.progress.journal": "lines of metrics.jsonl",

@@ -342,9 +342,9 @@ def test_bad_settings_are_refused(model: LanguageModel, tokens: Tokens) -> None:
     with pytest.raises(SettingError, match="blocks.7.hook_resid_post"):
         harvest(model, tokens, ["blocks.7.hook_resid_post"])
     with pytest.raises(SettingError, match=r"harvest.batch = 0"):
-        harvest(model, tokens, HOOKS, HarvestConfig(batch=0))
+        harvest(model, tokens, HOOKS, HarvestConfig.parse({"batch": 0}, where="harvest"))
     with pytest.raises(SettingError, match=r"harvest.shard_tokens = 0"):
-        harvest(model, tokens, HOOKS, HarvestConfig(shard_tokens=0))
+        harvest(model, tokens, HOOKS, HarvestConfig.parse({"shard_tokens": 0}, where="harvest"))
 
 
 # ---------------------------------------------------------------- real model and text

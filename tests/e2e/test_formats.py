@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def test_bad_input_is_told(case: str, project: Project) -> None:
     assert not (project.folder / "x").exists()
 
 
-def test_an_adapting_arm_is_refused_whole(tmp_path: Path) -> None:
+def test_an_adapting_arm_is_refused_and_the_others_are_written(tmp_path: Path) -> None:
     project = Project.make(
         tmp_path / "p",
         (BASELINE, ADAPTING),
@@ -260,14 +261,12 @@ def test_an_adapting_arm_is_refused_whole(tmp_path: Path) -> None:
         changes='{"layout": "contexts"}',
     )
     assert project.call().code == 0
-    told(
-        cli(project.folder, "export", "run_1", "--out", "x"),
-        "adapting",
-        "follows the context",
-        "--without-trace",
-    )
-    left = [path.name for path in project.folder.iterdir() if "x" in path.name.split(".")]
-    assert left == []
+    ended = cli(project.folder, "export", "run_1", "--out", "x")
+    assert ended.code == 2 and "Traceback" not in ended.err
+    for words in ("adapting/seed", "follows the context", "--without-trace"):
+        assert words in ended.err
+    assert [path.name for path in (project.folder / "x").iterdir()] == ["baseline"]
+    shutil.rmtree(project.folder / "x")
     assert cli(project.folder, "export", "run_1", "--out", "x", "--without-trace").code == 0
     marks = {
         path.parent.parent.name: json.loads(path.read_text())["metadata"]["saelab"]

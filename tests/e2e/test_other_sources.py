@@ -269,7 +269,7 @@ def test_pythias_config_runs_on_a_tiny_neox_with_further_seeds(tmp_path: Path, t
     shutil.rmtree(out)
     arguments = ("--seeds", "2", *(p for c in changes_of(manifest) for p in ("--set", c)))
     ended = cli(tmp_path, "train", "configs/pythia-70m.toml", "--out_dir", "out", *arguments)
-    assert "1 cells to train (1 in the cache)" in ended.err
+    assert "1 cell to train (1 in the cache)" in ended.err
     assert len(read_json(out / "final_info.json")["baseline"]["final_info_dict"]["fvu"]) == 2
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from saelab.config import digest
 from saelab.data.activations.read_ahead import ReadAhead
 from saelab.errors import DamageError, MismatchError, SourceError
+from saelab.runtime.counting import count
 from saelab.storage.atomic import check_seal, read_json, sha256, write_atomically, write_sealed
 from saelab.storage.remote import Place, Remote
 from saelab.storage.safetensors_file import parse_weights, read_weights
@@ -483,3 +484,13 @@ def check_identity(
 def _to_json_types(data: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the data as JSON would return them (tuples become lists)."""
     return json.loads(json.dumps(dict(data)))
+
+
+def check_rows_differ(rows: Tensor, what: str) -> None:
+    """Raises: SourceError when all rows [n, d] are the same, since no SAE can explain a variance of
+    0 and none would be to blame."""
+    if not len(rows) or bool((rows == rows[:1]).all()):
+        raise SourceError(
+            f"all {count(len(rows), 'row')} of the {what} are the same, so there is nothing to "
+            "reconstruct: name another hook, other texts or other activations"
+        )

@@ -307,6 +307,7 @@ def letters_model() -> Any:
         computed=0,
         device=torch.device("cpu"),
         d_model=2,
+        hook_identity=lambda hook: {},
     )
     return model
 

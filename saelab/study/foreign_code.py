@@ -27,6 +27,7 @@ from typing import Any
 from saelab.config import digest
 from saelab.errors import SettingError
 from saelab.parts.base import Dims
+from saelab.runtime.counting import count
 from saelab.sae import SAEConfig
 from saelab.storage.cache import PACKAGE
 
@@ -113,7 +114,7 @@ class _Values:
             yield value.__name__
             self._files.update(_file_of_module(value))
         elif isinstance(value, (list, tuple)):
-            yield f"{len(value)} values"
+            yield count(len(value), "value")
             yield from self._values(enumerate(value), owner)
         elif isinstance(value, dict):
             yield f"{len(value)} names"

@@ -10,9 +10,9 @@ import pytest
 from projects import TWO_SEEDS, Project, as_if_fresh
 
 from saelab.errors import SettingError
-from saelab.launch.foreign_code import foreign_code
 from saelab.sae import SAEConfig
 from saelab.study.experiment_file import load_experiment
+from saelab.study.foreign_code import foreign_code
 
 FILES = {
     "experiment.py": """

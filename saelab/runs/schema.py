@@ -147,3 +147,7 @@ def metric_columns(*names: str) -> dict[str, Kind]:
 def control_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Arms of the control subjects among evaluation rows, in their order."""
     return [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm.startswith(CONTROL)]
+
+
+#: Words of the verdict's first edition, in older files -> today's; 'no evidence' meant equivalence.
+OLD_WORDS = {"no evidence": "equivalent", "cannot tell": "cannot tell yet"}

@@ -35,8 +35,6 @@ from saelab.verdict.failures import Failures
 from saelab.verdict.l0_adjustment import Matched, slope_variance
 
 Word = Literal["helps", "hurts", "equivalent", "cannot tell yet", "refused"]
-#: Words of the first edition, in files of before; 'no evidence' meant equivalence.
-OLD_WORDS = {"no evidence": "equivalent", "cannot tell": "cannot tell yet"}
 Direction = Literal["lower", "higher"]
 Values = Mapping[int, float | None]
 
@@ -344,9 +342,8 @@ def seeds_to_tell(effect: Effect, sesoi: float, level: float) -> int | None:
 
 def _refusal(cells: Cells, baseline: Cells) -> str:
     """Says why no comparison is made; '' where one is."""
-    if baseline.definition is not None and (
-        text := other_definition(cells.definition, baseline.definition)
-    ):
+    known = baseline.definition if cells.healthy else None
+    if known is not None and (text := other_definition(cells.definition, known)):
         return text
     return cells.matched.refusal or baseline.matched.refusal
 

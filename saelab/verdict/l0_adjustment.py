@@ -127,11 +127,14 @@ def _matched(
 
 
 def slope_variance(arm: Matched, baseline: Matched) -> float:
-    """Variance of arm - baseline that comes from what is not known of their slopes.
+    """Variance of arm - baseline that comes from what is not known of their slopes; 0 for the same
+    cells under two names.
 
     Where both have no slope of their own, they share the part of it that is unknown, so that only
     the difference of their distances counts, and the spread of arms about it.
     """
+    if arm.values == baseline.values and arm.distance == baseline.distance:
+        return 0.0  # the same cells, which have one frontier
     if arm.origin == baseline.origin == "unknown":
         apart = (arm.distance - baseline.distance) ** 2
         return arm.slope_variance * (apart + (SLOPE_SPREAD * arm.distance) ** 2)

@@ -18,6 +18,7 @@ import numpy as np
 
 from saelab import stats
 from saelab.runs.schema import CellId
+from saelab.runtime.counting import count
 from saelab.seeding import numpy_stream
 from saelab.study.plan import PlanConfig
 from saelab.verdict.arms import ArmResult, CellGate
@@ -102,8 +103,8 @@ class Design:
     arms: int = 1
 
     def __str__(self) -> str:
-        cells = f"{self.arm} and {self.baseline} cells"
-        return f"{cells}, {self.arms} arms" if self.arms > 1 else cells
+        cells = f"{self.arm} and {count(self.baseline, 'cell')}"
+        return f"{cells}, {count(self.arms, 'arm')}" if self.arms > 1 else cells
 
     @property
     def shared(self) -> int:
@@ -280,7 +281,7 @@ def _failure_rows(studies: int, seed: int) -> Iterator[Row]:
                 return judge(_rules(), base, {"arm": arm})[0].word
 
             words = _count(studies, study)
-            cells = f"normal, {n} and {n} cells, all fail with probability {q:g}"
+            cells = f"normal, {n} and {count(n, 'cell')}, all fail with probability {q:g}"
             wrong = words["helps"] + words["hurts"]
             yield Row(
                 promise="no effect: helps or hurts",
@@ -368,7 +369,7 @@ def _l0_rows(studies: int, seed: int) -> Iterator[Row]:
         words = _judge_frontiers(studies, seed, n, base, arm)
         yield Row(
             promise="no effect at the target: helps or hurts",
-            cells=f"{n} and {n} cells, L0 off by {base.off:.1%} and {arm.off:.1%}, {how}",
+            cells=f"{n} and {count(n, 'cell')}, L0 off by {base.off:.1%} and {arm.off:.1%}, {how}",
             studies=studies,
             observed=(words["helps"] + words["hurts"]) / studies,
             low=0.0,
@@ -379,7 +380,7 @@ def _l0_rows(studies: int, seed: int) -> Iterator[Row]:
         words = _judge_frontiers(studies, seed, n, one, wide)
         yield Row(
             promise="cells off the tolerance, levels: refused",
-            cells=f"{n} and {n} cells, L0 off by 4.0%, spread 1.5%",
+            cells=f"{n} and {count(n, 'cell')}, L0 off by 4.0%, spread 1.5%",
             studies=studies,
             observed=words["refused"] / studies,
             low=0.0,

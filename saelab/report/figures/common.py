@@ -54,10 +54,10 @@ from saelab.report.figures.style import (
 )
 from saelab.report.figures.training import loss
 from saelab.report.run_data import Run, load
+from saelab.runs.schema import OLD_WORDS
 from saelab.runtime.cores import usable_cores
 from saelab.runtime.safe_text import visible
 from saelab.runtime.signals import exit_on_signal
-from saelab.verdict.judge import OLD_WORDS
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

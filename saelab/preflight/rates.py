@@ -21,6 +21,7 @@ from saelab.data import language_model
 from saelab.data.language_model import ModelConfig, Size
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.kernels.table import Precision, selection_dtype
+from saelab.runtime.torch_defaults import one_thread
 
 RATES = EMBEDDED_MODEL.parent / "rates.toml"
 #: Times that a rate is measured; the best counts.
@@ -114,16 +115,12 @@ def thread_rates(precision: Precision = "auto") -> Rates:
     """
     dtype = selection_dtype(precision, torch.device("cpu"))
     n, d, latents = GEMM
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         a, b = torch.ones(n, d, dtype=dtype), torch.ones(latents, d, dtype=dtype)
         matrix = 2 * n * d * latents / best_seconds(lambda: torch.nn.functional.linear(a, b))
         x = torch.ones(FLOATS, dtype=torch.float32)
         y = x.clone()
         memory = 3 * 4 * FLOATS / best_seconds(lambda: y.add_(x))
-    finally:
-        torch.set_num_threads(before)
     return Rates(
         title="one thread of this machine's processor",
         source="measured by this command",

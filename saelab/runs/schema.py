@@ -139,11 +139,6 @@ SCALARS_DEFINITION = "last_logged/1"
 UNSIGNED_DEFINITION = "last_logged_absolute/1"
 
 
-def metric_columns(*names: str) -> dict[str, Kind]:
-    """The named columns of metrics.parquet with their kinds."""
-    return {name: METRIC_COLUMNS[name] for name in names}
-
-
 def control_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Arms of the control subjects among evaluation rows, in their order."""
     return [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm.startswith(CONTROL)]

@@ -1,4 +1,4 @@
-"""What was agreed about names and sentences (CONTRIBUTING, docs/glossary.md), held by a test."""
+"""Names and sentences follow the rules of CONTRIBUTING.md and docs/glossary.md."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, str, ast.Call]]:
 
 
 def is_binary(call: ast.Call) -> bool:
-    """Whether a call of `open` has a mode with a 'b', given by position or by name."""
+    """Returns True if a call of `open` has a mode with a 'b', given by position or by name."""
     modes = [k.value for k in call.keywords if k.arg == "mode"]
     first = call.args if isinstance(call.func, ast.Attribute) else call.args[1:]
     texts = [n.value for n in (*modes, *first[:1]) if isinstance(n, ast.Constant)]
@@ -34,7 +34,7 @@ def is_binary(call: ast.Call) -> bool:
 
 
 def is_text(name: str, whole: str, call: ast.Call) -> bool:
-    """Whether a call reads or writes text of a file or a process."""
+    """Returns True if a call reads or writes text of a file or a process."""
     keywords = {keyword.arg for keyword in call.keywords}
     if whole.startswith("subprocess."):
         return bool(keywords & {"text", "universal_newlines"})

@@ -41,7 +41,7 @@ RATES = [{{"train.lr": 1e-3 + 1e-4 * i}} for i in range(len(NAMES))]
 ARMS = [Arm("baseline"), *map(Arm, NAMES, RATES)]
 RUNS = {{f"run_{{i}}": Run(f"Run {{i}}", ARMS) for i in range(10)}}
 RUNS["run_11"] = Run("Run 11", ARMS)
-RUNS["run_10"] = Confirmation("Confirmation", ["run_1"])
+RUNS["run_10"] = Confirmation("Confirmation", [Arm("baseline")])
 
 if __name__ == "__main__":
     main(RUNS, __file__)
@@ -98,6 +98,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     for place in ("configs/gemma-2-2b.toml", "plot.py"):
         shutil.copyfile(ROOT / place, folder / place)
     tiny = (ROOT / "configs/synthetic/baselines.toml").read_text(encoding="utf-8")
+    for old, new in (("2_048_000", "204_800"), ("16384", "2048")):
+        assert tiny.count(old) == 1
+        tiny = tiny.replace(old, new)
     made.write("configs/synthetic/small.toml", tiny)
     for i in range(10):
         ended = made.call(f"--out_dir=run_{i}")
@@ -114,6 +117,9 @@ def carry_out(project: Project, command: str) -> Ended:
         if option in words and (folder := project.folder / words[words.index(option) + 1]).is_dir():
             shutil.rmtree(folder)
     if words[0] == "saelab":
+        if words[1] == "run":  # complete runs, which their cells in the cache make again
+            for name in (word for word in words[2:] if word.startswith("run_")):
+                shutil.rmtree(project.folder / name, ignore_errors=True)
         return cli(project.folder, *words[1:])
     if words[1] == "plot.py":
         return run(project.folder, "plot.py")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from projects import Copy, Ended, Project, cli, wait_for
+from projects import HELPED_LOSS, Copy, Ended, Project, cli, wait_for
 from safetensors.torch import load_file, save_file
 
 PLAN = """\
@@ -68,32 +68,8 @@ test_size = 6
 tables = [{ name = "words", path = "table" }]
 """
 
-CODE = """
-from typing import Literal
-
-import helper
-
-from saelab import register
-from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
-
-
-class SquareConfig(PartConfig):
-    kind: Literal["square"] = "square"
-
-    def build(self, dims: Dims) -> "Square":
-        return Square()
-
-
-class Square(LossTerm):
-    def loss(self, p: Pass):
-        return helper.STRENGTH * 0.1 * p.code.values.square().mean()
-
-
-register("loss", SquareConfig)
-"""
-
 HELPER = """
-STRENGTH = 2
+STRENGTH = 0.2
 K = 4
 
 import torch
@@ -194,7 +170,7 @@ def make(folder: Path) -> Project:
     project.write("plan.toml", PLAN)
     project.write("configs/small.toml", BASE)
     project.write("helper.py", HELPER)
-    project.write("experiment.py", TABLE.format(code=CODE))
+    project.write("experiment.py", TABLE.format(code=HELPED_LOSS))
     return project
 
 

@@ -113,6 +113,31 @@ SMALLEST = {
 #: The same for twice as many steps, after which arms have settled near their L0.
 LONGER = BASE.replace("tokens = 8_192", "tokens = 16_384")
 
+#: Own code of an experiment.py: a loss term whose strength a file next to it decides.
+HELPED_LOSS = """
+from typing import Literal
+
+import helper
+
+from saelab import register
+from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
+
+
+class SquareConfig(PartConfig):
+    kind: Literal["square"] = "square"
+
+    def build(self, dims: Dims) -> "Square":
+        return Square()
+
+
+class Square(LossTerm):
+    def loss(self, p: Pass):
+        return helper.STRENGTH * p.code.values.square().mean()
+
+
+register("loss", SquareConfig)
+"""
+
 
 @dataclass(frozen=True)
 class Ended:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from projects import TWO_SEEDS, Project, as_if_fresh
+from projects import HELPED_LOSS, TWO_SEEDS, Project, as_if_fresh
 
 from saelab.errors import SettingError
 from saelab.sae import SAEConfig
@@ -149,30 +149,9 @@ def test_a_value_that_can_not_be_hashed_is_refused() -> None:
 @pytest.mark.slow
 def test_a_changed_helper_trains_its_cells_again(tmp_path: Path) -> None:
     """In worker processes, which import it as well; the baseline is taken from the cache."""
-    code = """
-import helper
-from typing import Literal
-from saelab import register
-from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
-
-
-class SquareConfig(PartConfig):
-    kind: Literal["square"] = "square"
-
-    def build(self, dims: Dims) -> "Square":
-        return Square()
-
-
-class Square(LossTerm):
-    def loss(self, p: Pass):
-        return helper.STRENGTH * p.code.values.square().mean()
-
-
-register("loss", SquareConfig)
-"""
     arm = 'Arm("square", {"sae.losses+": {"kind": "square"}}, primary=True)'
     project = Project.make_smallest(tmp_path / "project", plan=TWO_SEEDS)
-    project.table(('Arm("baseline")', arm), code)
+    project.table(('Arm("baseline")', arm), HELPED_LOSS)
     project.write("helper.py", "STRENGTH = 0.5\n")
     first = project.call(workers=1)
     assert first.code == 0, first.err

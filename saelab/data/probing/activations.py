@@ -226,7 +226,8 @@ def harvest_probing(
     for entry, x in zip(entries, rows, strict=True):
         if not x.isfinite().all():
             raise SourceError(
-                f"{hook_name} has activations beyond {dtype} on entry {entry.name}: store float32"
+                f"{hook_name} has activations beyond {dtype} on entry {entry.name}: set "
+                "evaluation.probing.definition = 1, which stores float32, or name another hook"
             )
     results = [
         ProbingEntry(

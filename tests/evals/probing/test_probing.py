@@ -349,7 +349,7 @@ def test_activations_beyond_float16_are_refused() -> None:
     model = letters_model()
     small = model.activations
     model.activations = lambda *args: {k: 1e6 * v for k, v in small(*args).items()}
-    with pytest.raises(SourceError, match="store float32"):
+    with pytest.raises(SourceError, match="definition = 1, which stores float32"):
         harvest_probing(model, "hook", [letter_entry(3)])
     data = harvest_probing(model, "hook", [letter_entry(3)], dtype=torch.float32)
     assert data.entries[0].rows.isfinite().all()

@@ -159,7 +159,7 @@ class PlanConfig(Frozen):
         seeds, seeds_other, seeds_levels: number of seeds of the baseline and of the run's primary
             arm, of the other arms, and of the two main arms at the further levels.
         alpha: level of the verdict.
-        family: comparisons that Holm counts at least; None counts the run's arms.
+        family: comparisons whose intervals hold together, at least; None counts the run's arms.
         exclusions: in words, what is left out on purpose; shown in every report.
     """
 

@@ -275,7 +275,8 @@ def _compare(rules: Rules, level: float, name: str, baseline: Cells, cells: Cell
     if failures.any:
         blank = replace(blank, level=level / 2, failures=str(failures), p_failures=failures.p)
     if min(len(one), len(other)) < 2 and failures.p > blank.level:
-        return replace(blank, n=len(one), n_baseline=len(other), reason=_too_few(cells, baseline))
+        reason = _too_few(cells, baseline, failures)
+        return replace(blank, n=len(one), n_baseline=len(other), reason=reason)
     shared = sum(seed in other for seed in one)
     done = replace(blank, n=len(one), n_baseline=len(other), n_shared=shared)
     effect = None
@@ -348,10 +349,12 @@ def _refusal(cells: Cells, baseline: Cells) -> str:
     return cells.matched.refusal or baseline.matched.refusal
 
 
-def _too_few(cells: Cells, baseline: Cells) -> str:
+def _too_few(cells: Cells, baseline: Cells, failures: Failures) -> str:
     counts = f"{count(len(cells.healthy), 'healthy cell')} and {len(baseline.healthy)} of the other"
     invalid = cells.invalid + baseline.invalid
-    why = f", {invalid} excluded as invalid or missing" if invalid else ""
+    parts = [f"{invalid} excluded as invalid or missing"] if invalid else []
+    parts += [f"{failures} (p = {failures.p:.3g})"] if failures.any else []
+    why = "".join(f", {part}" for part in parts)
     return f"{counts}{why}: two on each side are needed, so fix those cells or add seeds"
 
 

@@ -191,9 +191,9 @@ def test_a_baseline_of_another_plan_is_not_put_into_a_template(tmp_path: Path) -
 def test_a_loss_term_and_an_arm_by_search_and_replace_get_a_verdict(tmp_path: Path) -> None:
     driver = Driver(small(tmp_path / "study"))
     driver.edit(PLACE, f"{LOSS}\n{PLACE}")
-    harmful = '{"sae.losses+": {"kind": "harmless", "weight": 30.0}}'
+    harmful = '{"sae.losses+": {"kind": "harmless", "weight": 0.3}}'
     idle = '{"sae.losses+": {"kind": "harmless"}}'
-    example = '{"sae.losses+": {"kind": "squared_code", "coefficient": 0.1}}'
+    example = '{"sae.losses+": {"kind": "squared_code", "coefficient": 0.002}}'
     driver.add_run(
         f'Arm("penalty", {harmful}, "new", primary=True), Arm("idle", {idle}, "weight 0"), '
         f'Arm("example", {example}, "the loss that experiment.py shows")'

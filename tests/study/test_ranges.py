@@ -28,6 +28,8 @@ from saelab.study.plan import (
     cells,
 )
 from saelab.training.optim import TrainConfig
+from saelab.verdict.arms import ArmResult, CellGate
+from saelab.verdict.final_info import cells_at_target
 from saelab.verdict.judge import Rules, judge
 
 KINDS = (PlanConfig, TrainConfig, EvalConfig, ProbingConfig, HarvestConfig, ParallelConfig)
@@ -92,11 +94,22 @@ def test_a_plan_that_is_read_can_be_judged(
         return
     names = {field.name for field in dataclasses.fields(Rules)}
     rules = Rules(**{n: v for n, v in plan.model_dump().items() if n in names})
-    baseline = dict.fromkeys(range(len(differences)), 0.5)
-    arm = {seed: 0.5 + d for seed, d in enumerate(differences)}
-    l0 = {name: dict.fromkeys(arm, plan.target_l0 or 1.0) for name in ("baseline", "arm")}
-    (comparison,) = judge(rules, baseline, {"arm": arm}, l0=l0)
-    assert comparison.word in ("helps", "hurts", "no evidence", "cannot tell")
+    fvu = {"baseline": [0.5] * len(differences), "arm": [0.5 + d for d in differences]}
+    arms = {name: _arm(name, values, plan) for name, values in fvu.items()}
+    cells = cells_at_target(arms, "baseline", "fvu", plan)
+    (comparison,) = judge(rules, cells["baseline"], {"arm": cells["arm"]})
+    assert comparison.word in ("helps", "hurts", "equivalent", "cannot tell yet")
+
+
+def _arm(name: str, fvu: list[float], plan: PlanConfig) -> ArmResult:
+    arm, level = ArmResult(name), plan.target_l0 or 1.0
+    for seed, value in enumerate(fvu):
+        rows = [
+            {"metric": metric, "value": number, "slice": "", "definition": "core/1"}
+            for metric, number in (("fvu", value), ("l0", level))
+        ]
+        arm.add(CellGate(id=CellId(name, seed, level), expected=(), facts={}), rows)
+    return arm
 
 
 # ---------------------------------------------------------------- levels and their names

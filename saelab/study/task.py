@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from saelab.study.plan import (
@@ -30,6 +31,7 @@ class Launch:
         limit: seconds that the launch may be expected to take.
         workers: processes; 0 works in this one, None takes one per core.
         executor: where the cells are trained, see `executors`; '' for what SAELAB_EXECUTOR names.
+        table: all runs of the study, this one among them.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Launch:
     limit: float = LONGEST
     workers: int | None = None
     executor: str = ""
+    table: Mapping[str, Run] = field(default_factory=dict)
 
     @property
     def judged(self) -> bool:

@@ -131,6 +131,8 @@ CURVE_TYPES = {"arm": "string", "seed": "int64", "level": "float64"}
 CURVE_TYPES |= {"step": "int64", "tokens": "int64", "name": "string", "value": "float64"}
 
 
+#: What the slice of a row begins with whose value belongs to the cell and another seed of its arm.
+PAIR = "seed="
 #: What the name of a metric begins with whose value is the last logged value of a scalar.
 SCALAR = "scalar."
 #: Definition of those rows and of `final_loss`: the value of the last training step.

@@ -11,6 +11,7 @@ from saelab.runtime.counting import count
 from saelab.runtime.safe_text import markdown
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import Attempt, plan_hash
+from saelab.verdict.agreement import agreement_text, coverage_text
 from saelab.verdict.judge import COVERS, Comparison
 from saelab.verdict.rivals import Rival, control_values, rivals_sentence
 
@@ -30,6 +31,9 @@ COLUMNS = {
     "sae_test_accuracy": "probe full",
     "dead_share": "dead",
 }
+
+#: The metric of pairs of seeds that the summary shows.
+AGREEMENT = "consistency.seeds"
 
 
 def table(
@@ -131,6 +135,8 @@ def summary_text(
     lines += ["", "**Gate.**", "", *_gate_lines(arms)]
     if of_controls:
         lines += ["", "**Controls.**", "", *of_controls]
+    if agreements := agreement_lines(arms):
+        lines += ["", "**Agreement between seeds.**", "", *agreements]
     if earlier:
         lines += ["", f"**Earlier attempts at {task.name}.**", ""]
         lines += [f"- {markdown(attempt.line())}" for attempt in earlier]
@@ -162,6 +168,17 @@ def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) ->
     turned = [row for row in rows if row["arm"] == schema.control_arm(schema.PLANTED)]
     n = len({row["seed"] for row in turned if row["metric"] == "fvu"})
     return [*lines, *_planted_lines(planted, n)] if by_control else []
+
+
+def agreement_lines(arms: Mapping[str, ArmResult]) -> list[str]:
+    """One line for each arm whose seeds were compared: mean over their pairs and its interval."""
+    lines = []
+    for name, arm in arms.items():
+        if (result := arm.agreement(AGREEMENT)) is not None:
+            lines.append(f"- {markdown(name)}: {agreement_text(result)}")
+    what = "Mean matched |cosine| of two dictionaries (PW-MCC)"
+    head = f"{what}, {coverage_text()} interval by the jackknife over seeds."
+    return [head, "", *lines] if lines else []
 
 
 def _covers(comparisons: Sequence[Comparison]) -> list[str]:

@@ -116,19 +116,22 @@ def summary_text(
         *([f"**{markdown(loud)}.**", ""] if loud else []),
         "**Verdict.**" + (" Exploratory." if task.purpose != "confirm" else " Confirmatory."),
         "",
-        "| arm | what it is | verdict | difference | interval | cells |",
-        "|---|---|---|---|---|---|",
+        "| arm | what it is | verdict | difference | over seeds | over texts | cells |",
+        "|---|---|---|---|---|---|---|",
     ]
     comments = {arm.name: arm.comment for arm in task.run.arms}
-    for c in comparisons:
-        interval = "-" if c.low is None else f"{c.low:+.4f} to {c.high:+.4f}"
+    for c, texts in zip(comparisons, judged.over_texts, strict=True):
+        interval = f"{_span(c.low, c.high)} | {_span(texts.low, texts.high)}"
         difference = "-" if c.mean_diff is None else f"{c.mean_diff:+.4f}"
         arm = c.arm if c.against == BASELINE else f"{c.arm}, against {c.against}"
         names = f"{markdown(arm)} | {markdown(comments.get(c.arm, ''))}"
         lines.append(f"| {names} | {c.word} | {difference} | {interval} | {c.n}/{c.n_baseline} |")
     if comparisons:
         lines += ["", *_covers(comparisons), "", "**Why.**", ""]
-        lines += [f"- {markdown(f'{c.arm}: {c.reason}')}" for c in comparisons]
+        lines += [
+            f"- {markdown(f'{c.arm}: {c.reason}; {texts.sentence(c)}')}"
+            for c, texts in zip(comparisons, judged.over_texts, strict=True)
+        ]
     else:
         lines[-2:] = [f"There is one arm, {BASELINE}, and nothing to compare it with.", ""]
         lines += [f"- {COLUMNS[name]}: {value}" for name, value in _mean_values(arms[BASELINE])]
@@ -144,6 +147,10 @@ def summary_text(
         lines += ["", "**Missing.**", "", *(f"- {markdown(text)}" for text in missing)]
     lines += ["", "**What to try next.**", "", *_next_steps(comparisons, arms)]
     return "\n".join(lines) + "\n"
+
+
+def _span(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
 
 
 def _question(plan: PlanConfig, compares: bool) -> str:

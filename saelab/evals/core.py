@@ -32,6 +32,7 @@ from saelab.evals.base import (
     needs_contexts,
     number,
 )
+from saelab.evals.text_sums import Clusters, TextSums, clusters_of, row_sums, with_losses
 from saelab.kernels import Code
 
 DEFINITION = "core/1"
@@ -84,6 +85,7 @@ class CoreData:
         density: share of the held-out rows in which each latent fires, of the subject that
             `evaluate_core` measured last; float64 [d_sae].
         with_kl: makes `evaluate_core` measure the KL divergence along with its losses.
+        text_sums: what the metrics of that subject are made of, document by document.
         last_losses: the subject that `evaluate_core` measured last and its losses, for evaluations
             that follow in one call of `measure.evaluate`, which clears them at its start and end.
     """
@@ -93,6 +95,7 @@ class CoreData:
     loss_contexts: int = 128
     device: str = "cpu"
     density: Tensor | None = field(default=None, init=False)
+    text_sums: TextSums | None = field(default=None, init=False)
     with_kl: bool = field(default=False, init=False)
     last_losses: tuple[Subject, TokenLosses] | None = field(default=None, init=False)
 
@@ -116,19 +119,30 @@ class CoreData:
 
         Returns: x float32 [n, d], position int64 [n], starts int64 [m + 1].
         """
-        shards = [self.source.shard(i) for i in range(self.source.n_shards)]
-        runs: list[Batch] = []
-        for shard in shards:
-            positions = torch.arange(shard.mask.shape[1]).expand(shard.mask.shape)
-            rows = Batch(shard.x, positions, shard.mask).rows()
+        (x, positions), (order, starts) = self.rows, self.shuffled_order
+        return x[order], positions[order], starts
+
+    @cached_property
+    def shuffled_order(self) -> tuple[Tensor, Tensor]:
+        """Numbers of the counted rows as `shuffled_runs` has them, int64 [n]; starts [m + 1]."""
+        runs: list[tuple[int, int]] = []
+        first = 0
+        for i in range(self.source.n_shards):
+            mask = self.source.shard(i).mask
+            rows = Batch(mask.unsqueeze(-1), torch.zeros_like(mask).long(), mask).rows()
             assert rows.starts is not None
-            for low, high in itertools.pairwise(rows.starts.tolist()):
-                runs.append(Batch(rows.x[low:high].float(), rows.positions[low:high]))
+            ends = (rows.starts + first).tolist()
+            runs += itertools.pairwise(ends)
+            first = ends[-1]
         stride = max(1, round(math.sqrt(len(runs))))
-        runs = [run for first in range(stride) for run in runs[first::stride]]
-        lengths = torch.tensor([0, *(run.n for run in runs)], dtype=torch.int64)
-        x, positions = torch.cat([r.x for r in runs]), torch.cat([r.positions for r in runs])
-        return x, positions, lengths.cumsum(0)
+        runs = [run for offset in range(stride) for run in runs[offset::stride]]
+        lengths = torch.tensor([0, *(high - low for low, high in runs)], dtype=torch.int64)
+        return torch.cat([torch.arange(low, high) for low, high in runs]), lengths.cumsum(0)
+
+    @cached_property
+    def clusters(self) -> Clusters:
+        """Documents of the held-out text, as far as they are known."""
+        return clusters_of(self.source)
 
     @cached_property
     def mean(self) -> Tensor:
@@ -266,7 +280,12 @@ def evaluate_core(subject: Subject, data: CoreData) -> list[Row]:
         loss_recovered_mean, ce_*; fvu, l0 and dead_share by position, and of positions 0-63 and
         64-127 as position.<metric>_early and _late; the density histogram.
     """
-    return [*_reconstruction_rows(subject, data), *_loss_rows(subject, data)]
+    data.last_losses = None
+    rows = [*_reconstruction_rows(subject, data), *_loss_rows(subject, data)]
+    if data.last_losses is not None and data.text_sums is not None:
+        losses = {**data.reference_tokens, "ce_spliced": data.last_losses[1].ce}
+        data.text_sums = with_losses(data.text_sums, data.clusters, losses)
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,6 +412,9 @@ def _reconstruction_rows(subject: Subject, data: CoreData) -> Iterator[Row]:
                 yield missing(name, DEFINITION, reason)
     firings, rows = whole.firings.sum(0), len(whole.error)
     data.density = firings.double() / rows
+    order = data.shuffled_order[0] if needs_contexts(subject) else None
+    values = {name: getattr(whole, name) for name in ("error", "power", "active", "cosine")}
+    data.text_sums = row_sums(data.clusters, values, order)
     yield from _density_rows(firings, rows)
 
 

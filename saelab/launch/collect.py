@@ -15,7 +15,7 @@ from saelab.launch import controls
 from saelab.launch.cell_facts import PROBED
 from saelab.launch.cell_key import cell_key
 from saelab.launch.cell_store import finish, is_finished
-from saelab.launch.seed_pairs import compare, rows_of_seeds
+from saelab.launch.seed_pairs import compare, rows_of_pairs, rows_of_seeds
 from saelab.launch.waves import PreparedLaunch, other_seeds
 from saelab.runs import schema
 from saelab.runs.schema import MOVED, MOVED_SPREAD, SCALAR, SCALARS_DEFINITION, UNSIGNED_DEFINITION
@@ -61,7 +61,7 @@ def collect(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> Collecte
     spreads = scalar_spreads({spec: cell["facts"] for spec, cell in made.items()})
     for spec, folder in folders.items():
         cell = made[spec]
-        others = [folders[other] for other in partners.get(spec, ())]
+        others = {other.id.seed: folders[other] for other in partners.get(spec, ())}
         measured = [*cell["rows"], *(row.as_dict() for row in _scalar_rows(spec, cell["last"]))]
         if spec in partners:
             measured += _seed_rows(ready.cache, folder, others, ready.base.evaluation.extra)
@@ -144,14 +144,15 @@ def random_band(rows: Sequence[dict[str, Any]], texts: int) -> dict[str, float]:
 
 
 def _seed_rows(
-    cache: Path, folder: Path, others: Sequence[Path], extra: Sequence[str]
+    cache: Path, folder: Path, others: Mapping[int, Path], extra: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The rows of a cell beside other seeds. Its worker has compared most pairs: not those of cells
     that other launches left in the cache, nor after an interruption."""
     with one_thread():
-        for other in others:
+        for other in others.values():
             compare(cache, folder, other)
-    return [row.as_dict() for row in rows_of_seeds(cache, folder, others, extra)]
+    rows = rows_of_seeds(cache, folder, list(others.values()), extra)
+    return [row.as_dict() for row in (*rows, *rows_of_pairs(cache, folder, others))]
 
 
 def _control_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:

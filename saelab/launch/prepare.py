@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -237,6 +237,9 @@ def _activations(
         "asked_tokens": tokens,
         "dtype": base.harvest.dtype,
     }
+    held_out = text == base.eval_text
+    if held_out:  # whose metrics have an interval over documents
+        asked["documents"] = True
     key = digest(asked)
     folder = activations_folder(cache) / key
     done = folder / base.hook_name.replace("/", "_")
@@ -256,6 +259,8 @@ def _activations(
     found = tokenize(
         text, model.tokenizer, base.context, tokens, cache=place, model_digest=model.digest
     )
+    if not held_out:
+        found = replace(found, documents=None)
     extras = {"asked_tokens": tokens, "corpus": asked["corpus"], "key": key}
     if in_steps:
         return harvest_steps(model, found, base.hook_name, base.harvest, folder, extras)

@@ -16,6 +16,7 @@ from saelab.kernels import kernels_name
 from saelab.launch.prepare import LaunchData
 from saelab.runs.folder import (
     CURVES,
+    DOCUMENTS,
     GATE,
     INFO,
     MANIFEST,
@@ -28,7 +29,7 @@ from saelab.runs.schema import CELLS, CURVE_COLUMNS, CURVE_TYPES
 from saelab.storage.atomic import explain_write_errors, remove_leftovers, write_json, write_text
 from saelab.storage.cache import link_or_copy, package_digest, package_state
 from saelab.storage.links import inside
-from saelab.storage.parquet import write_columns, write_rows
+from saelab.storage.parquet import join_tables, write_columns, write_rows
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.registry import Attempt, attempts, plan_hash
 from saelab.training.curves import read_curves
@@ -82,6 +83,7 @@ class Record:
         remove_leftovers(out)
         self._write_metrics(out / METRICS, rows)
         self._write_curves(out / CURVES)
+        self._write_documents(out / DOCUMENTS)
         self._place_checkpoints(out / CELLS)
         write_json(out / GATE, _gates(gates))
         write_json(out / MANIFEST, self._manifest())
@@ -123,6 +125,14 @@ class Record:
             for name, values in (repeated | curves.to_pydict()).items():
                 columns[name] += values
         write_columns(path, columns, CURVE_TYPES)
+
+    def _write_documents(self, path: Path) -> None:
+        """Joins the sums over documents of all cells that have them."""
+        files = {spec.id: folder / DOCUMENTS for spec, folder in self.folders.items()}
+        present = [(id.as_dict(), file) for id, file in files.items() if file.is_file()]
+        path.unlink(missing_ok=True)
+        if present:
+            join_tables(path, present, CURVE_TYPES)
 
     def _missing(self, rows: Sequence[dict[str, Any]]) -> list[str]:
         """Sentences on what no cell has of the printed table, each with its reason."""

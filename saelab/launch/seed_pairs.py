@@ -15,7 +15,7 @@ belongs to no pair.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,11 +25,12 @@ from torch import Tensor
 from saelab.config import digest
 from saelab.errors import DamageError
 from saelab.evals import of_seeds
-from saelab.evals.base import Row, SeedPair
-from saelab.evals.dictionary_consistency import OF_SEEDS, sums_by_frequency
+from saelab.evals.base import Row, SeedPair, number
+from saelab.evals.dictionary_consistency import DEFINITION, OF_SEEDS, sums_by_frequency
 from saelab.evals.dictionary_matching import Agreement, match_dictionaries
 from saelab.evals.measure import evaluate_seeds
 from saelab.launch.latent_table import FILE, read_density
+from saelab.runs.schema import PAIR
 from saelab.storage.atomic import check_key, read_sealed, write_sealed
 
 T = TypeVar("T")
@@ -70,6 +71,22 @@ def rows_of_seeds(
         extra: `evaluation.extra` of the launch.
     """
     return evaluate_seeds(_pairs(cache, own, others), of_seeds(extra))
+
+
+def rows_of_pairs(cache: Path, own: Path, others: Mapping[int, Path]) -> list[Row]:
+    """The rows of each pair of a cell, over all latents: what an interval of their mean is made of.
+
+    Args:
+        own: its folder.
+        others: seed -> folder of a cell that it has been compared with.
+    """
+    rows = []
+    for seed, other in others.items():
+        if _comparable(own) and _file(cache, own, other).is_file():
+            for metric, bins in _read(cache, own, other)[own.name].items():
+                total, latents = (sum(part) for part in zip(*bins.values(), strict=True))
+                rows.append(number(metric, total / latents, DEFINITION, f"{PAIR}{seed}"))
+    return rows
 
 
 def _pairs(cache: Path, own: Path, others: Sequence[Path]) -> list[SeedPair] | str:

@@ -6,6 +6,7 @@ A finished cell is a folder of the cache under its content hash:
     curves.parquet               every logged value over training, thinned
     snapshots.safetensors        decoders kept over training (of a cell at the plan's L0)
     latents.parquet              what is known of each latent (likewise)
+    documents.parquet            sums of its core metrics for each held-out document (likewise)
     cell.json                    rows, facts for the gate, failure if any, and the checksums of all
                                  other files; written last (finished.py)
 
@@ -54,11 +55,13 @@ from saelab.launch.latent_table import FILE, write_latents
 from saelab.launch.prepare import open_source
 from saelab.launch.progress_lines import Reports
 from saelab.launch.seed_pairs import compare
+from saelab.runs.folder import DOCUMENTS
 from saelab.runs.schema import MOVED, REACH
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
+from saelab.storage.parquet import write_columns
 from saelab.study.experiment_file import load_experiment
 from saelab.training.cell import TrainingCell
 from saelab.training.curves import logged_columns, write_curves
@@ -112,6 +115,7 @@ class Worker:
                 facts["nonfinite_step"] = failure.step
             folder = self.folder(job.cache, sent.key)
             names = self._write_latents(folder, cell) if sent.at_target and not failure else []
+            names += self._write_documents(folder) if sent.at_target and not failure else []
             names += self._write_weights(folder, cell, sent)
             self._write(folder, cell, sent, rows, facts, member.seconds, names)
             share(job.cache, folder)
@@ -162,6 +166,14 @@ class Worker:
             return [FILE]
         cell.snapshots.save(folder / SNAPSHOTS)
         return [FILE, SNAPSHOTS]
+
+    def _write_documents(self, folder: Path) -> list[str]:
+        """Returns the names of the files that were written."""
+        sums = self.evaluation.core.text_sums
+        if sums is None:
+            return []
+        write_columns(folder / DOCUMENTS, sums.columns())
+        return [DOCUMENTS]
 
     def _write_weights(self, folder: Path, cell: TrainingCell, sent: JobCell) -> list[str]:
         """Returns the names of the files that were written."""

@@ -274,8 +274,8 @@ def _run(
     comments = {arm: entry.get("comment", "") for arm, entry in manifest["arms"].items()}
     bars = verdict_table.bars(checked.comparisons, checked.plan.sesoi)
     rows = [
-        verdict_table.row(c, bar, checked.plan, comments.get(c.arm, ""))
-        for c, bar in zip(checked.comparisons, bars, strict=True)
+        verdict_table.row(c, texts, bar, checked.plan, comments.get(c.arm, ""))
+        for c, texts, bar in zip(checked.comparisons, checked.over_texts, bars, strict=True)
     ]
     primary = primary_arms(folder) if (folder.folder / CELLS).is_dir() else []
     return {
@@ -283,6 +283,7 @@ def _run(
         "title": checked.title,
         "kind": "exploratory" if checked.exploratory else "confirmatory",
         "metric": verdict_table.metric_name(checked.plan.primary),
+        "texts_notes": verdict_table.texts_notes(checked.comparisons, checked.over_texts),
         "direction": checked.plan.direction,
         "sesoi": f"{checked.plan.sesoi:g}",
         "verdicts": rows,

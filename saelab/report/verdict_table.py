@@ -10,6 +10,7 @@ from saelab.report.figures.axes import NAMES
 from saelab.runtime.counting import count
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.verdict.judge import Comparison
+from saelab.verdict.over_texts import OverTexts
 
 
 class Word(NamedTuple):
@@ -117,7 +118,17 @@ def count_words(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     ]
 
 
-def row(c: Comparison, bar: Bar, plan: PlanConfig, comment: str) -> Mapping[str, Any]:
+def texts_notes(comparisons: Sequence[Comparison], texts: Sequence[OverTexts]) -> list[str]:
+    """Sentences on the intervals over texts: what they are over, or why there are none."""
+    pairs = zip(comparisons, texts, strict=True)
+    sentences = [f"{c.arm}: {one.sentence(c)}" for c, one in pairs if not one.reason]
+    reasons = dict.fromkeys(one.reason for one in texts if one.reason)
+    return [*sentences, *(f"No interval over texts: {reason}." for reason in reasons)]
+
+
+def row(
+    c: Comparison, texts: OverTexts, bar: Bar, plan: PlanConfig, comment: str
+) -> Mapping[str, Any]:
     """Fields of one line of a verdict table."""
     return {
         "arm": c.arm,
@@ -129,6 +140,7 @@ def row(c: Comparison, bar: Bar, plan: PlanConfig, comment: str) -> Mapping[str,
         "bar": bar,
         "difference": format_signed(c.mean_diff),
         "interval": format_span(c.low, c.high),
+        "over_texts": format_span(texts.low, texts.high),
         "cells": f"{c.n}/{c.n_baseline}",
         "coverage": f"{1 - c.level:.2%}",
         "p": "–" if c.p is None else f"{c.p:.3g}",

@@ -1,7 +1,7 @@
 """A run folder, opened once: its files, unchanged since the launch, and its cells.
 
     manifest.json     is sealed (`storage.atomic.write_sealed`) and holds the others' checksums
-    final_info.json, metrics.parquet, curves.parquet, gate.json, summary.md
+    final_info.json, metrics.parquet, curves.parquet, documents.parquet, gate.json, summary.md
     cells/<arm>/seed<s>-l0_<level>/
 
 Each file is read and checked once, when it is first asked for, and through no link. The manifest
@@ -28,6 +28,7 @@ from saelab.errors import DamageError, SettingError, SourceError, nearest
 from saelab.runs.schema import (
     CELLS,
     CURVE_COLUMNS,
+    DOCUMENT_COLUMNS,
     METRIC_COLUMNS,
     OPTIONAL,
     CellId,
@@ -48,9 +49,9 @@ from saelab.storage.validation import Int64, Loose, Name, Number, validate
 
 MANIFEST, INFO, GATE = "manifest.json", "final_info.json", "gate.json"
 SUMMARY = "summary.md"
-METRICS, CURVES = "metrics.parquet", "curves.parquet"
+METRICS, CURVES, DOCUMENTS = "metrics.parquet", "curves.parquet", "documents.parquet"
 #: Files that the manifest holds checksums of: of the run, and of each of its cells.
-SEALED = (INFO, METRICS, CURVES, GATE, SUMMARY)
+SEALED = (INFO, METRICS, CURVES, DOCUMENTS, GATE, SUMMARY)
 OF_CELLS = ("sae.safetensors", "sae.json", "module.safetensors", "latents.parquet")
 #: Key of file -> checksum in the manifest. A manifest with it and without a digest was changed.
 SUMS = "sha256"
@@ -215,6 +216,11 @@ class RunFolder:
     def curves(self) -> list[dict[str, Any]]:
         """All rows of curves.parquet, see `schema.CURVE_COLUMNS`; none without the file."""
         return self._rows(CURVES, CURVE_COLUMNS)
+
+    @cached_property
+    def documents(self) -> list[dict[str, Any]]:
+        """All rows of documents.parquet, see `schema.DOCUMENT_COLUMNS`; none without the file."""
+        return self._rows(DOCUMENTS, DOCUMENT_COLUMNS)
 
     def _rows(self, name: str, columns: Mapping[str, Kind]) -> list[dict[str, Any]]:
         path = self.file(name)

@@ -124,13 +124,25 @@ CURVE_COLUMNS: dict[str, Kind] = {
     **_CELL,
     **{"step": "whole", "tokens": "whole", "name": "text", "value": "number?"},
 }
+#: Columns of documents.parquet: of each cell at the target what its core metrics are made of, for
+#: each document of the held-out text, or each context where documents are not known.
+_TEXT_SUMS = ("tokens", "error", "power", "active", "cosine")
+_LOSS_SUMS = ("loss_tokens", "ce_clean", "ce_zero", "ce_mean", "ce_spliced")
+DOCUMENT_COLUMNS: dict[str, Kind] = {
+    **_CELL,
+    **{"cluster": "whole", "kind": "text"},
+    **dict.fromkeys(_TEXT_SUMS, "number"),
+    **dict.fromkeys(_LOSS_SUMS, "number?"),
+}
 #: Columns that a table may lack, as older versions wrote it; their values are then None.
-OPTIONAL = {"reason", "step", "definition", *PROVENANCE}
+OPTIONAL = {"reason", "step", "definition", *PROVENANCE, *_LOSS_SUMS}
 #: Arrow types of those columns, as they are written.
 CURVE_TYPES = {"arm": "string", "seed": "int64", "level": "float64"}
 CURVE_TYPES |= {"step": "int64", "tokens": "int64", "name": "string", "value": "float64"}
 
 
+#: What the slice of a row begins with whose value belongs to the cell and another seed of its arm.
+PAIR = "seed="
 #: What the name of a metric begins with whose value is the last logged value of a scalar.
 SCALAR = "scalar."
 #: Definition of those rows and of `final_loss`: the value of the last training step.

@@ -52,6 +52,30 @@ def write_columns(path: Path, columns: Mapping[str, Any], kinds: Mapping[str, st
     _write(path, pa.table({n: pa.array(values, types.get(n)) for n, values in columns.items()}))
 
 
+def join_tables(
+    path: Path, parts: Sequence[tuple[Mapping[str, Any], Path]], kinds: Mapping[str, str] = {}
+) -> None:
+    """Writes the rows of several tables of saelab's as one, whole or not at all.
+
+    Args:
+        parts: values of further columns, the same for all rows of a table; and its file. A column
+            that not all tables have is null in the others.
+        kinds: Arrow types of the further columns, as in `write_columns`.
+
+    Raises: DamageError when one can't be read.
+    """
+    import pyarrow as pa
+
+    tables = []
+    for values, file in parts:
+        table = read_columns(file, dict.fromkeys(column_types(file), "any"))
+        for i, (name, value) in enumerate(values.items()):
+            kind = pa.type_for_alias(kinds[name]) if name in kinds else None
+            table = table.add_column(i, name, pa.array([value] * len(table), kind))
+        tables.append(table)
+    _write(path, pa.concat_tables(tables, promote_options="default"))
+
+
 def _write(path: Path, table: pa.Table) -> None:
     import pyarrow.parquet as pq
 

@@ -160,7 +160,14 @@ def final_info(
     measured = {m for arm in arms.values() for values in arm.values.values() for m in values}
     metrics = [metric for metric in metric_order(settings.values()) if metric in measured]
     room = MOST_MEANS - 1 - max(map(len, others.values()))  # one for `add_budget`
-    return {name: _group(arm, metrics, metrics[:room], others[name]) for name, arm in arms.items()}
+    shown = _with_ends(metrics, {metric for arm in arms.values() for metric in arm.pairs})[:room]
+    return {name: _group(arm, metrics, shown, others[name]) for name, arm in arms.items()}
+
+
+def _with_ends(metrics: Sequence[str], of_pairs: Collection[str]) -> list[str]:
+    """Names of metrics, with those of the ends of their interval after each one of `of_pairs`."""
+    ends = {metric: [f"{metric}.low", f"{metric}.high"] for metric in of_pairs}
+    return [name for metric in metrics for name in (metric, *ends.get(metric, ()))]
 
 
 def add_budget(info: dict[str, dict[str, Any]], budget: Budget | None) -> None:
@@ -241,9 +248,13 @@ def _group(
     """One arm's entry; `shown` are the metrics that `means` has room for."""
     own = {metric for values in arm.values.values() for metric in values}
     per_seed = {m: list(arm.metric(m).values()) for m in metrics if m in own}
-    found = {metric: stats.mean_stderr(values) for metric, values in per_seed.items()}
+    found = {metric: stats.mean_stderr(arm.replicates(metric).values()) for metric in per_seed}
+    numbers = {metric: mean for metric, (mean, _) in found.items()}
+    for metric in arm.pairs:
+        if (result := arm.agreement(metric)) is not None:
+            numbers |= {f"{metric}.low": result.low, f"{metric}.high": result.high}
     return {
-        "means": {m: found[m][0] for m in shown if m in found} | dict(others),
+        "means": {name: numbers[name] for name in shown if name in numbers} | dict(others),
         "stderrs": {metric: stderr for metric, (_, stderr) in found.items()},
         "final_info_dict": per_seed,
     }

@@ -39,8 +39,12 @@ Word = Literal["helps", "hurts", "equivalent", "cannot tell yet", "refused"]
 Direction = Literal["lower", "higher"]
 Values = Mapping[int, float | None]
 
-#: Variation that the interval covers, printed in every report.
-COVERS = "The interval covers SAE initialisation and data order, not other models or texts."
+#: Variation that the intervals cover, printed in every report.
+COVERS = (
+    "The interval over seeds covers SAE initialisation and data order, the one over texts other "
+    "documents of the same kind. One model and one text were used: none covers other models or "
+    "texts."
+)
 #: Power at which smallest detectable effects and numbers of seeds are stated.
 POWER = 0.8
 

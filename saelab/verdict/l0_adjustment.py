@@ -75,7 +75,7 @@ def match(
     """
     target = plan.target_l0
     if target is None or metric == "l0":
-        return {name: Matched(values=arm.metric(metric)) for name, arm in arms.items()}
+        return {name: Matched(values=arm.replicates(metric)) for name, arm in arms.items()}
     slopes = {name: _slopes(arm, metric, target) for name, arm in arms.items()}
     means = [float(np.mean(b)) for b in slopes.values() if b]
     spread = SLOPE_SPREAD
@@ -95,7 +95,7 @@ def _matched(
     common: list[float],
     spread: float,
 ) -> Matched:
-    values, l0 = arm.metric(metric), arm.metric("l0")
+    values, l0 = arm.replicates(metric), arm.metric("l0")
     target = plan.target_l0
     assert target is not None
     counted = [s for s, v in values.items() if v is not None and s not in arm.failed]

@@ -31,6 +31,7 @@ from saelab.verdict.final_info import Planted, judge_planted, judge_run
 from saelab.verdict.gate import ORDER, Outcome
 from saelab.verdict.judge import COVERS, Comparison, Difference
 from saelab.verdict.ledger import Budget
+from saelab.verdict.over_texts import OverTexts, over_texts
 from saelab.verdict.rivals import Rival, find_rivals, rivals_sentence
 from saelab.verdict.summary import align_columns
 
@@ -61,6 +62,7 @@ class Review:
         sealed: whether the run's files carry checksums, with which they agree.
         rivals: controls that are as good as an arm on the primary metric, or better.
         budget: the study's error budget after this run; None outside a study.
+        over_texts: interval over documents of each comparison, in their order.
     """
 
     run: str
@@ -76,6 +78,7 @@ class Review:
     sealed: bool = True
     rivals: tuple[Rival, ...] = ()
     budget: Budget | None = None
+    over_texts: tuple[OverTexts, ...] = ()
 
     @cached_property
     def plan_hash(self) -> str:
@@ -99,6 +102,7 @@ class Review:
             "cells": [asdict(note) for note in self.cells],
             "rivals": [asdict(rival) for rival in self.rivals],
             "budget": asdict(self.budget) if self.budget else None,
+            "over_texts": [asdict(one) for one in self.over_texts],
         }
 
 
@@ -158,6 +162,7 @@ def review_run(run: RunFolder) -> Review:
         sealed=run.sealed,
         rivals=tuple(judged.rivals),
         budget=stored_budget(manifest),
+        over_texts=tuple(judged.over_texts),
     )
 
 
@@ -179,6 +184,7 @@ class Judged:
         comparisons, differences: of the primary metric, and of secondary ones without words.
         planted: the verdict on an effect of known size; None where none was planted.
         rivals: controls that are as good as an arm on the primary metric, or better.
+        over_texts: interval over documents of each comparison, in their order.
     """
 
     plan: PlanConfig
@@ -189,6 +195,7 @@ class Judged:
     differences: list[Difference]
     planted: Planted | None
     rivals: list[Rival]
+    over_texts: list[OverTexts]
 
 
 def judge_files(run: RunFolder) -> Judged:
@@ -218,6 +225,7 @@ def judge_files(run: RunFolder) -> Judged:
         differences=differences,
         planted=judge_planted(controls, arms[BASELINE], plan),
         rivals=find_rivals(arms, controls, plan),
+        over_texts=over_texts(comparisons, arms, run.documents),
     )
 
 
@@ -316,7 +324,11 @@ def text(found: Review) -> str:
     if loud := rivals_sentence(found.rivals):
         parts += ["", loud]
     if found.comparisons:
-        parts += ["", _table(found), "", *(f"{c.arm}: {c.reason}" for c in found.comparisons)]
+        parts += ["", _table(found), ""]
+        parts += [
+            f"{c.arm}: {c.reason}; {texts.sentence(c)}"
+            for c, texts in zip(found.comparisons, found.over_texts, strict=True)
+        ]
     else:
         parts += ["", f"There is one arm, {BASELINE}, and nothing to compare it with."]
     if found.budget:
@@ -327,16 +339,16 @@ def text(found: Review) -> str:
 
 
 def _table(found: Review) -> str:
-    heads = ["arm", "metric", "cells", "difference", "interval", "coverage", "p", "r", "detectable"]
-    lines = [[*heads, "seeds to tell", "verdict"]]
-    for c in found.comparisons:
-        numbers = [_signed(c.mean_diff), _span(c), f"{1 - c.level:.2%}", _p(c.p)]
+    heads = ["arm", "metric", "cells", "difference", "over seeds", "over texts", "coverage"]
+    lines = [[*heads, "p", "r", "detectable", "seeds to tell", "verdict"]]
+    for c, texts in zip(found.comparisons, found.over_texts, strict=True):
+        numbers = [_signed(c.mean_diff), _span(c), _span(texts), f"{1 - c.level:.2%}", _p(c.p)]
         numbers += [_plain(c.correlation), _plain(c.detectable)]
         needed = str(c.needed_seeds or "-")
         arm = c.arm if c.against == BASELINE else f"{c.arm} - {c.against}"
         lines.append([arm, c.metric, f"{c.n}/{c.n_baseline}", *numbers, needed, c.word])
     for d in found.differences:
-        none = ["95.00%", "-", "-", "-", "-"]
+        none = ["-", "95.00%", "-", "-", "-", "-"]
         lines.append([d.arm, d.metric, str(d.n), _signed(d.mean_diff), _span(d), *none, ""])
     return align_columns(lines)
 
@@ -372,5 +384,5 @@ def _p(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _span(c: Comparison | Difference) -> str:
+def _span(c: Comparison | Difference | OverTexts) -> str:
     return "-" if c.low is None or c.high is None else f"{c.low:+.4f} to {c.high:+.4f}"

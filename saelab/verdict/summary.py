@@ -11,6 +11,7 @@ from saelab.runtime.counting import count
 from saelab.runtime.safe_text import markdown
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import Attempt, plan_hash
+from saelab.verdict.agreement import agreement_text, coverage_text
 from saelab.verdict.judge import COVERS, Comparison
 from saelab.verdict.rivals import Rival, control_values, rivals_sentence
 
@@ -31,6 +32,9 @@ COLUMNS = {
     "sae_test_accuracy": "probe full",
     "dead_share": "dead",
 }
+
+#: The metric of pairs of seeds that the summary shows.
+AGREEMENT = "consistency.seeds"
 
 
 def table(
@@ -115,19 +119,22 @@ def summary_text(
         *([f"**{markdown(loud)}.**", ""] if loud else []),
         "**Verdict.**" + (" Exploratory." if task.purpose != "confirm" else " Confirmatory."),
         "",
-        "| arm | what it is | verdict | difference | interval | cells |",
-        "|---|---|---|---|---|---|",
+        "| arm | what it is | verdict | difference | over seeds | over texts | cells |",
+        "|---|---|---|---|---|---|---|",
     ]
     comments = {arm.name: arm.comment for arm in task.run.arms}
-    for c in comparisons:
-        interval = "-" if c.low is None else f"{c.low:+.4f} to {c.high:+.4f}"
+    for c, texts in zip(comparisons, judged.over_texts, strict=True):
+        interval = f"{_span(c.low, c.high)} | {_span(texts.low, texts.high)}"
         difference = "-" if c.mean_diff is None else f"{c.mean_diff:+.4f}"
         arm = c.arm if c.against == BASELINE else f"{c.arm}, against {c.against}"
         names = f"{markdown(arm)} | {markdown(comments.get(c.arm, ''))}"
         lines.append(f"| {names} | {c.word} | {difference} | {interval} | {c.n}/{c.n_baseline} |")
     if comparisons:
         lines += ["", *_covers(comparisons), "", "**Why.**", ""]
-        lines += [f"- {markdown(f'{c.arm}: {c.reason}')}" for c in comparisons]
+        lines += [
+            f"- {markdown(f'{c.arm}: {c.reason}; {texts.sentence(c)}')}"
+            for c, texts in zip(comparisons, judged.over_texts, strict=True)
+        ]
     else:
         lines[-2:] = [f"There is one arm, {BASELINE}, and nothing to compare it with.", ""]
         lines += [f"- {COLUMNS[name]}: {value}" for name, value in _mean_values(arms[BASELINE])]
@@ -136,6 +143,8 @@ def summary_text(
     lines += ["", "**Gate.**", "", *_gate_lines(arms)]
     if of_controls:
         lines += ["", "**Controls.**", "", *of_controls]
+    if agreements := agreement_lines(arms):
+        lines += ["", "**Agreement between seeds.**", "", *agreements]
     if earlier:
         lines += ["", f"**Earlier attempts at {task.name}.**", ""]
         lines += [f"- {markdown(attempt.line())}" for attempt in earlier]
@@ -143,6 +152,10 @@ def summary_text(
         lines += ["", "**Missing.**", "", *(f"- {markdown(text)}" for text in missing)]
     lines += ["", "**What to try next.**", "", *_next_steps(comparisons, arms)]
     return "\n".join(lines) + "\n"
+
+
+def _span(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
 
 
 def _question(plan: PlanConfig, compares: bool) -> str:
@@ -167,6 +180,17 @@ def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) ->
     turned = [row for row in rows if row["arm"] == schema.control_arm(schema.PLANTED)]
     n = len({row["seed"] for row in turned if row["metric"] == "fvu"})
     return [*lines, *_planted_lines(planted, n)] if by_control else []
+
+
+def agreement_lines(arms: Mapping[str, ArmResult]) -> list[str]:
+    """One line for each arm whose seeds were compared: mean over their pairs and its interval."""
+    lines = []
+    for name, arm in arms.items():
+        if (result := arm.agreement(AGREEMENT)) is not None:
+            lines.append(f"- {markdown(name)}: {agreement_text(result)}")
+    what = "Mean matched |cosine| of two dictionaries (PW-MCC)"
+    head = f"{what}, {coverage_text()} interval by the jackknife over seeds."
+    return [head, "", *lines] if lines else []
 
 
 def _covers(comparisons: Sequence[Comparison]) -> list[str]:

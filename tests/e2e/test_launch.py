@@ -280,6 +280,16 @@ def test_cells_at_the_target_have_snapshots_latents_and_other_seeds(launched: La
         for metric in ("consistency.seeds", "consistency.seeds_signed", "consistency.chance"):
             found = [row["value"] for row in own if row["metric"] == metric]
             assert len(found) == seeds and all(0 < value < 1 for value in found)
+        pairs = [row for row in rows if row["arm"] == arm and row["slice"].startswith("seed=")]
+        assert len(pairs) == 2 * seeds * (seeds - 1)  # of each seed with each other, two metrics
+        values = {
+            (r["metric"], *sorted((r["seed"], int(r["slice"][5:])))): r["value"] for r in pairs
+        }
+        assert all(
+            values[r["metric"], *sorted((r["seed"], int(r["slice"][5:])))]
+            == pytest.approx(r["value"])
+            for r in pairs
+        )
         assert sum(row["metric"] == "decoder.max_cosine" for row in own) == seeds
         assert sum(row["metric"] == "fvu" for row in own) == seeds + further
 

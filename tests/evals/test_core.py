@@ -33,10 +33,10 @@ class Halves:
 
 
 def source(x: Tensor, position: Tensor, ids: Tensor | None = None) -> Any:
-    mask = None if ids is None else torch.ones(ids.shape, dtype=torch.bool)
-    if mask is not None:
+    mask = torch.ones((1, len(x)) if ids is None else ids.shape, dtype=torch.bool)
+    if ids is not None:
         mask[:, 0] = False
-    shard = SimpleNamespace(rows=lambda: (x, position), ids=ids, mask=mask)
+    shard = SimpleNamespace(rows=lambda: (x, position), ids=ids, mask=mask, documents=None)
     return SimpleNamespace(shard=lambda i: shard, n_shards=1, header={"hook_name": HOOK})
 
 

@@ -50,7 +50,7 @@ def source(model: LanguageModel) -> Any:
     mask[2, 15:] = False
     x = model.activations(ids, None, [HOOK])[HOOK]
     rows = x[mask].float(), mask.nonzero()[:, 1]
-    shard = SimpleNamespace(rows=lambda: rows, ids=ids, mask=mask, x=x)
+    shard = SimpleNamespace(rows=lambda: rows, ids=ids, mask=mask, x=x, documents=None)
     return SimpleNamespace(shard=lambda i: shard, n_shards=1, header={"hook_name": HOOK})
 
 

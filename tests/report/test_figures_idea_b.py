@@ -41,6 +41,9 @@ def rows_of(arm: str, seed: int) -> dict[tuple[str, str], float]:
         found["consistency.snapshots", f"tokens={tokens}"] = value
     for frequency, value in (("never", 0.31), ("-3", 0.5), ("-2.5", 0.6), ("-2", 0.7)):
         found["consistency.seeds", f"frequency={frequency}"] = value + 0.01 * seed
+    for other in range(SEEDS):
+        if other != seed:
+            found["consistency.seeds", f"seed={other}"] = 0.6 + 0.01 * (seed + other - 2)
     shares = np.exp(-0.5 * ((np.arange(20) - 9) / 3) ** 2)
     for low, share in enumerate(shares / shares.sum()):
         found["decoder.max_cosine", f"bin={low / 20:.2f}"] = float(share)
@@ -185,6 +188,11 @@ def test_consistency_stands_beside_chance(run: Run) -> None:
     assert labels == ["never", "-3", "-2.5", "-2"]
     _, y = marked(seeds, "B full", run)
     assert y == pytest.approx([0.32, 0.51, 0.61, 0.71])
+    # pairs 0.59, 0.60, 0.61: pseudo-values 0.58, 0.60, 0.62, t(2) at 5% / 3: 7.649
+    half = 7.649 * 0.02 / 3**0.5
+    assert f"98.3% intervals by the jackknife over seeds: baseline {0.6 - half:.3f}" in words(
+        figure
+    )
     for axes in (past, seeds):
         assert [line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 2] == [
             pytest.approx(0.3)

@@ -68,7 +68,8 @@ def test_only_the_pages_own_script_may_run_and_nothing_is_loaded(
 def test_the_page_says_what_a_study_must_say(rendered: tuple[str, dict]) -> None:
     text, held = rendered
     for said in (
-        "The interval covers SAE initialisation and data order, not other models or texts.",
+        "One model and one text were used: none covers other models or texts.",
+        "No interval over texts: the run has no documents.parquet",
         "seeds: 5 -&gt; 8",  # the deviation
         "exploratory",
         "confirmatory",

@@ -286,9 +286,14 @@ def _split_by_shard(tokens: Tokens, config: HarvestConfig) -> list[Tokens]:
     size = _shard_contexts(tokens, config)
     starts = range(0, len(tokens.ids), size)
     parts = [slice(start, start + size) for start in starts]
-    lengths = tokens.lengths
+    lengths, documents = tokens.lengths, tokens.documents
     return [
-        Tokens(tokens.ids[p], tokens.mask[p], None if lengths is None else lengths[p])
+        Tokens(
+            tokens.ids[p],
+            tokens.mask[p],
+            None if lengths is None else lengths[p],
+            None if documents is None else documents[p],
+        )
         for p in parts
     ]
 
@@ -351,7 +356,8 @@ class _Part:
         """Returns hook -> shard, and releases the memory of this part."""
         stored, self._stored = self._stored, {}
         ids = self.tokens.ids.to(torch.int32)
-        return {hook: Shard(x, self.tokens.mask, ids) for hook, x in stored.items()}
+        documents = self.tokens.documents
+        return {hook: Shard(x, self.tokens.mask, ids, documents) for hook, x in stored.items()}
 
 
 def _fill_parts(model: LanguageModel, parts: Sequence[_Part], bar: Progress) -> Iterator[_Part]:

@@ -67,11 +67,14 @@ class Shard:
         x: [contexts, positions, d] in the stored dtype.
         mask: bool [contexts, positions]; True where the position counts.
         ids: int32 [contexts, positions] token ids; None when they were not stored.
+        documents: int32 [contexts, positions], number of the document that each position is of;
+            None when it was not stored.
     """
 
     x: Tensor
     mask: Tensor
     ids: Tensor | None = None
+    documents: Tensor | None = None
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Returns the counted vectors in order, float32 [n, d], and their positions, int64 [n]."""
@@ -84,10 +87,8 @@ class Shard:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the content of a shard file, name -> tensor."""
-        parts = {"x": self.x, "mask": self.mask}
-        if self.ids is not None:
-            parts["ids"] = self.ids
-        return {name: part.contiguous() for name, part in parts.items()}
+        parts = {"x": self.x, "mask": self.mask, "ids": self.ids, "documents": self.documents}
+        return {name: part.contiguous() for name, part in parts.items() if part is not None}
 
 
 class Source(Protocol):
@@ -359,14 +360,15 @@ def _build_shard(
 
     Raises: DamageError when they do not fit the record.
     """
-    x, mask, ids = (parts.get(name) for name in ("x", "mask", "ids"))
+    x, mask = parts.get("x"), parts.get("mask")
+    further = {name: parts.get(name) for name in ("ids", "documents")}
     fits = x is not None and mask is not None and x.dim() == 3 and x.shape[2] == d
     fits = fits and x.is_floating_point() and mask.dtype == torch.bool  # type: ignore[union-attr]
     fits = fits and mask.shape == x.shape[:2]  # type: ignore[union-attr]
-    fits = fits and (ids is None or ids.shape == mask.shape)  # type: ignore[union-attr]
+    fits = fits and all(p is None or p.shape == mask.shape for p in further.values())  # type: ignore[union-attr]
     if not fits or x is None or mask is None or int(mask.sum()) != record["n_tokens"]:
         raise DamageError(f"{file} is not a shard of this harvest: harvest it again")
-    return Shard(x, mask, ids)
+    return Shard(x, mask, **further)
 
 
 def _check_bytes(path: Place, record: Mapping[str, Any]) -> None:

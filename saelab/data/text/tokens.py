@@ -48,11 +48,14 @@ class Tokens:
         ids: int64 [contexts, positions].
         mask: bool [contexts, positions]; True where the position counts (no special id there).
         lengths: int64 [contexts], positions before the padding on the right; None: all are full.
+        documents: int32 [contexts, positions], number of the document that each position is of,
+            in the order of the text; None where it is not known.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
     lengths: torch.Tensor | None = None
+    documents: torch.Tensor | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -140,26 +143,41 @@ def tokenize(
         settings |= {"model_digest": model_digest}
         parts = TokenParts(cache, manifest(config) | settings)
         with closing(_resume_dataset(config, parts, tokenizer, ids.end, cut)) as windows:
-            return _fill_contexts(windows, ids, context, tokens, source_title(config))
+            numbered = _number_documents(windows, ids.end)
+            return _fill_contexts(numbered, ids, context, tokens, source_title(config))
     windows = _cut_texts(documents(config), tokenizer, ids.end, cut)
+    numbered = _number_documents(windows, ids.end)
     if config.kind != "dataset":
-        every = list(windows)
+        every = list(numbered)
         order = numpy_stream(seed, "text order").permutation(len(every))
-        windows = (every[i] for i in order)
-    return _fill_contexts(windows, ids, context, tokens, source_title(config))
+        numbered = (every[i] for i in order)
+    return _fill_contexts(numbered, ids, context, tokens, source_title(config))
+
+
+def _number_documents(windows: Iterable[np.ndarray], end: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields each window of the text, in order, with the number of the document it begins in."""
+    first = 0
+    for window in windows:
+        yield window, first
+        first += int((window == end).sum())
 
 
 def _fill_contexts(
-    windows: Iterable[np.ndarray], ids: _Ids, context: int, tokens: int, title: str
+    windows: Iterable[tuple[np.ndarray, int]], ids: _Ids, context: int, tokens: int, title: str
 ) -> Tokens:
     """Returns the first windows that have `tokens` counted ids, each with BOS before it.
+
+    Args:
+        windows: ids, and the number of the document that the first of them is of.
 
     Raises: SourceError when there are fewer tokens.
     """
     rows: list[np.ndarray] = []
+    firsts: list[int] = []
     count = 0
-    for row in windows:
+    for row, first in windows:
         rows.append(row)
+        firsts.append(first)
         count += int(ids.is_counted(row).sum())
         if count >= tokens:
             break
@@ -176,7 +194,14 @@ def _fill_contexts(
         target[1 : 1 + len(row)] = row
     padded = bool((lengths < context).any())
     mask = torch.from_numpy(ids.is_counted(full))
-    return Tokens(torch.from_numpy(full), mask, lengths if padded else None)
+    ends = np.cumsum(full[:, :-1] == ids.end, axis=1) - (full[:, :1] == ids.end)
+    documents = np.array(firsts, dtype=np.int32)[:, None] + np.pad(ends, ((0, 0), (1, 0)))
+    return Tokens(
+        torch.from_numpy(full),
+        mask,
+        lengths if padded else None,
+        torch.from_numpy(documents.astype(np.int32)),
+    )
 
 
 #: (ids of documents, each with its end; rest of the documents before) -> (windows, rest)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from saelab.report.figures.agreement import agreements_text
 from saelab.report.figures.axes import (
     RANGE,
     arm_values_text,
@@ -34,6 +35,7 @@ from saelab.report.figures.axes import (
 )
 from saelab.report.figures.style import Page, arm_styles, legend_name, log_axis
 from saelab.report.run_data import Curve, Run
+from saelab.runs.schema import PAIR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -350,7 +352,7 @@ def _slices(run: Run, metric: str) -> dict[float, str]:
     """Number -> slice, ascending, of the slices 'name=number' of a metric."""
     slices = {}
     for name, slice in run.values:
-        if name == metric and "=" in slice and "," not in slice:
+        if name == metric and "=" in slice and "," not in slice and not slice.startswith(PAIR):
             value = slice.partition("=")[2]
             try:
                 slices[float(value)] = slice
@@ -413,7 +415,10 @@ def consistency(run: Run) -> Figure | str:
         [
             "Rows of two decoders are assigned to each other, each at most once. Mean over"
             f" {seeds_text(counts)} at {l0_text(run)}; {RANGE}.{chances}",
-            f"Between seeds, over all latents: {overall}." if whole else "",
+            f"Between seeds, over all latents: {overall}"
+            f"{agreements_text(run, 'consistency.seeds')}."
+            if whole
+            else "",
         ],
         legend(run, [*past, *(arm for numbers in seeds.values() for arm in numbers)]),
     )

@@ -3,6 +3,7 @@
     manifest.json     is sealed (`storage.atomic.write_sealed`) and holds the others' checksums
     final_info.json, metrics.parquet, curves.parquet, gate.json, summary.md
     cells/<arm>/seed<s>-l0_<level>/
+    settings/<name>/                 a run folder for each further setting of the plan
 
 Each file is read and checked once, when it is first asked for, and through no link. The manifest
 decides which cells the run has; other folders among its cells are named and ignored. Whether a
@@ -30,6 +31,7 @@ from saelab.runs.schema import (
     CURVE_COLUMNS,
     METRIC_COLUMNS,
     OPTIONAL,
+    SETTINGS,
     CellId,
     level_of,
 )
@@ -89,6 +91,7 @@ class _Manifest(Loose):
     scalars: dict[str, _Scalar] = Field(default_factory=dict)
     plan: dict[str, Any] = Field(default_factory=dict)
     base: dict[str, Any] = Field(default_factory=dict)
+    settings: list[Name] = Field(default_factory=list)
     deviations: list[str] = Field(default_factory=list)
     comparisons: list[_Comparison] = Field(default_factory=list)
     sha256: dict[str, str] = Field(default_factory=dict)
@@ -207,6 +210,19 @@ class RunFolder:
         present: dict[str, Kind] = {n: kind for n, kind in columns.items() if n not in absent}
         empty = dict.fromkeys(absent & columns.keys())
         return [row | empty for row in read_rows(path, present, remedy=REMEDY)]
+
+    @cached_property
+    def settings(self) -> dict[str, RunFolder]:
+        """Runs of the plan's further settings, by name; {} for a run without.
+
+        Raises: DamageError for one that is missing or was made anew without this run.
+        """
+        runs = {}
+        for name in self.manifest.get("settings", ()):
+            if not self.file(f"{SETTINGS}/{name}/{MANIFEST}").is_file():
+                raise DamageError(f"{self.folder / SETTINGS / name} is missing: {REMEDY}")
+            runs[name] = RunFolder(self.folder / SETTINGS / name)
+        return runs
 
     @property
     def target_level(self) -> float:
@@ -340,6 +356,7 @@ def seal_run(folder: Path, manifest: Mapping[str, Any], info: Mapping[str, Any])
     which the run is complete."""
     cells = (f"{CELLS}/{CellId.parse(name).folder}" for name in sorted(manifest.get("cells", {})))
     names = [*SEALED, *(f"{cell}/{name}" for cell in cells for name in OF_CELLS)]
+    names += [f"{SETTINGS}/{name}/{MANIFEST}" for name in manifest.get("settings", ())]
     present = [name for name in names if name != INFO and (folder / name).is_file()]
     sums = {name: sha256(folder / name) for name in present}
     text = json_text(info)

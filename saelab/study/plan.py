@@ -29,6 +29,7 @@ from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.storage.validation import is_name
 from saelab.study.checks import check_latents, check_layout, check_settings, naming_arm
+from saelab.study.settings import MOST_SETTINGS, SettingConfig
 from saelab.training.optim import TrainConfig
 
 BASELINE = "baseline"
@@ -161,6 +162,7 @@ class PlanConfig(Frozen):
         alpha: level of the verdict.
         family: comparisons that Holm counts at least; None counts the run's arms.
         exclusions: in words, what is left out on purpose; shown in every report.
+        settings: further base settings in which every arm is trained, see `SettingConfig`.
     """
 
     study: str = Field(min_length=1)
@@ -177,6 +179,7 @@ class PlanConfig(Frozen):
     alpha: float = Field(default=0.05, ge=LEAST_ALPHA, lt=0.5)
     family: int | None = Field(default=None, gt=0, le=MOST_SEEDS)
     exclusions: tuple[str, ...] = ()
+    settings: tuple[SettingConfig, ...] = Field(default=(), max_length=MOST_SETTINGS)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from saelab.runs.schema import SETTINGS
 from saelab.study.plan import (
     BaseConfig,
     PlanConfig,
@@ -30,6 +31,7 @@ class Launch:
         limit: seconds that the launch may be expected to take.
         workers: processes; 0 works in this one, None takes one per core.
         executor: where the cells are trained, see `executors`; '' for what SAELAB_EXECUTOR names.
+        setting: name of the one of the plan's further settings that `base` is of; '' for its own.
     """
 
     name: str
@@ -44,6 +46,18 @@ class Launch:
     limit: float = LONGEST
     workers: int | None = None
     executor: str = ""
+    setting: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name of the run and, below it, of the setting: 'run_3/settings/wide'."""
+        return f"{self.name}/{SETTINGS}/{self.setting}" if self.setting else self.name
+
+    @property
+    def seed_stream(self) -> str:
+        """Name of the stream of seeds: every setting has seeds of its own, so that the errors of
+        its effects are independent of those of the others."""
+        return f"{self.purpose}/{self.setting}" if self.setting else self.purpose
 
     @property
     def judged(self) -> bool:

@@ -26,6 +26,9 @@ from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import changes, plan_hash
+from saelab.study.settings import OF_PLAN
+from saelab.verdict.across_settings import AcrossSettings, judge_across
+from saelab.verdict.across_text import across_text
 from saelab.verdict.arms import ArmResult, CellGate
 from saelab.verdict.final_info import Planted, judge_planted, judge_run
 from saelab.verdict.gate import ORDER, Outcome
@@ -59,6 +62,7 @@ class Review:
         provenance: where the primary metric was measured.
         sealed: whether the run's files carry checksums, with which they agree.
         rivals: controls that are as good as an arm on the primary metric, or better.
+        across: every arm over all settings; () for a plan without further settings.
     """
 
     run: str
@@ -73,6 +77,7 @@ class Review:
     provenance: Mapping[str, Any]
     sealed: bool = True
     rivals: tuple[Rival, ...] = ()
+    across: tuple[AcrossSettings, ...] = ()
 
     @cached_property
     def plan_hash(self) -> str:
@@ -95,6 +100,7 @@ class Review:
             "differences": [asdict(d) for d in self.differences],
             "cells": [asdict(note) for note in self.cells],
             "rivals": [asdict(rival) for rival in self.rivals],
+            **({"across": [asdict(one) for one in self.across]} if self.across else {}),
         }
 
 
@@ -153,6 +159,7 @@ def review_run(run: RunFolder) -> Review:
         provenance={name: measured.get(name) for name in PROVENANCE} if measured else {},
         sealed=run.sealed,
         rivals=tuple(judged.rivals),
+        across=tuple(judged.across),
     )
 
 
@@ -167,6 +174,7 @@ class Judged:
         comparisons, differences: of the primary metric, and of secondary ones without words.
         planted: the verdict on an effect of known size; None where none was planted.
         rivals: controls that are as good as an arm on the primary metric, or better.
+        across: every arm over all settings; [] for a plan without further settings.
     """
 
     plan: PlanConfig
@@ -177,6 +185,7 @@ class Judged:
     differences: list[Difference]
     planted: Planted | None
     rivals: list[Rival]
+    across: list[AcrossSettings]
 
 
 def judge_files(run: RunFolder) -> Judged:
@@ -205,7 +214,18 @@ def judge_files(run: RunFolder) -> Judged:
         differences=differences,
         planted=judge_planted(controls, arms[BASELINE], plan),
         rivals=find_rivals(arms, controls, plan),
+        across=_judge_settings(run, comparisons, plan),
     )
+
+
+def _judge_settings(
+    run: RunFolder, comparisons: list[Comparison], plan: PlanConfig
+) -> list[AcrossSettings]:
+    """Judges every arm over the settings, each of which is judged from its own files first."""
+    if not run.settings:
+        return []
+    of_settings = {name: judge_files(each).comparisons for name, each in run.settings.items()}
+    return judge_across({OF_PLAN: comparisons} | of_settings, plan.direction)
 
 
 def _check_files(run: RunFolder, *names: str) -> None:
@@ -300,6 +320,8 @@ def text(found: Review) -> str:
     if not found.sealed:
         heading += "\nits files carry no checksums: an older version made them, or another hand"
     parts = [heading, *(f"deviation from the registered plan: {d}" for d in found.deviations)]
+    if found.across:
+        parts += ["", across_text(found.across), "", f"in the plan's own base ({OF_PLAN}):"]
     if loud := rivals_sentence(found.rivals):
         parts += ["", loud]
     if found.comparisons:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -71,6 +71,30 @@ class _Comparison(Loose):
     detectable: Number | None = None
 
 
+class _SettingEffect(Loose):
+    setting: str
+    word: str
+    mean_diff: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
+    reason: str = ""
+
+
+class _Across(Loose):
+    arm: str
+    metric: str
+    level: Number
+    sesoi: Number
+    settings: Annotated[list[_SettingEffect], Field(min_length=1)]
+    mean: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
+    new_low: Number | None = None
+    new_high: Number | None = None
+    word: str = ""
+    reason: str = ""
+
+
 class _Scalar(Loose):
     meaning: str = ""
     unit: str = ""
@@ -92,6 +116,7 @@ class _Manifest(Loose):
     plan: dict[str, Any] = Field(default_factory=dict)
     base: dict[str, Any] = Field(default_factory=dict)
     settings: list[Name] = Field(default_factory=list)
+    across: list[_Across] = Field(default_factory=list)
     deviations: list[str] = Field(default_factory=list)
     comparisons: list[_Comparison] = Field(default_factory=list)
     sha256: dict[str, str] = Field(default_factory=dict)

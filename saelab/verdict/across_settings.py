@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import numpy as np
@@ -136,6 +136,31 @@ class AcrossSettings:
             **({"needed_settings": self.needed_settings} if self.needed_settings else {}),
         }
 
+    def means_of_base(self) -> dict[str, float | str | None]:
+        """The same entries of the plan's own base alone, as a run without settings has them."""
+        base = self.settings[0]
+        return {
+            f"verdict.{self.metric}": base.word,
+            f"diff.{self.metric}": base.mean_diff,
+            f"diff.{self.metric}.low": base.low,
+            f"diff.{self.metric}.high": base.high,
+        }
+
+
+def read_across(stored: Sequence[Mapping[str, Any]]) -> list[AcrossSettings]:
+    """Reads what a manifest holds, see `runs.folder`; fields of other versions are left out."""
+    found = []
+    for one in stored:
+        effects = tuple(SettingEffect(**_known(SettingEffect, each)) for each in one["settings"])
+        known: dict[str, Any] = _known(AcrossSettings, one) | {"settings": effects}
+        found.append(AcrossSettings(**known))
+    return found
+
+
+def _known(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in stored.items() if name in names}
+
 
 @dataclass(frozen=True, eq=False)
 class Intervals:
@@ -198,7 +223,7 @@ def heterogeneity(effects: Sequence[float], errors: Sequence[float]) -> Heteroge
     from statsmodels.stats.meta_analysis import combine_effects
 
     unit = float(np.sqrt(v.mean()))  # numbers of about 1, whatever the metric's unit
-    fit = combine_effects(y / unit, v / unit**2, method_re="iterated")
+    fit: Any = combine_effects(y / unit, v / unit**2, method_re="iterated")
     q, df = float(fit.q), len(y) - 1
     i2 = max(0.0, 1 - df / q) if q > 0 else 0.0
     return Heterogeneity(unit * math.sqrt(fit.tau2), i2, float(chdtrc(df, q)))
@@ -256,7 +281,7 @@ def _judge_arm(
     spread = heterogeneity(y, [cast(float, one.se) for one in numbers])
     shared = float(np.mean([one.se_l0 for one in numbers]))
     found = intervals(np.array(y), blank.level, shared)
-    barred = {word for c in comparisons.values() for word in BARRED[c.balance]}
+    barred: set[Word] = {word for c in comparisons.values() for word in BARRED[c.balance]}
     done = replace(
         blank,
         mean=float(found.mean),
@@ -300,10 +325,12 @@ def _word(gain: Array, half: Array, sesoi: float, barred: set[Word]) -> Word:
 def _settings_to_tell(effects: Sequence[float], blank: AcrossSettings, shared: float) -> int | None:
     """First number of settings above the present one at which the prediction interval would give a
     word, if mean and spread stayed as they are; None up to `MOST_NEEDED`."""
-    mean, variance = np.mean(effects), np.var(effects, ddof=1)
+    y = np.array(effects, dtype=np.float64)
+    mean, variance = np.array([y.mean()]), np.array([y.var(ddof=1)])
     for k in range(len(effects) + 1, MOST_NEEDED + 1):
         half = _half(variance * (1 + 1 / k), k - 1, blank.level, shared**2)
-        if str(choose_words(mean, mean - half, mean + half, blank.sesoi)) != "cannot tell yet":
+        (word,) = choose_words(mean, mean - half, mean + half, blank.sesoi)
+        if word != "cannot tell yet":
             return k
     return None
 
@@ -341,10 +368,3 @@ def _open_text(a: AcrossSettings, barred: bool) -> str:
     if a.needed_settings is not None:
         return f"{count(a.needed_settings, 'setting')} could decide, if effects vary as they do"
     return "more settings would not decide, if effects vary as they do"
-
-
-def as_plain(across: Sequence[AcrossSettings]) -> list[dict[str, Any]]:
-    """Plain data for manifest.json and --json."""
-    from dataclasses import asdict
-
-    return [asdict(one) for one in across]

@@ -41,14 +41,15 @@ def forest(run: Run) -> Figure | str:
     for row in mosaic[-1]:
         if row != ".":
             page.panels[row].set_xlabel(f"{name}, arm minus baseline")
-    words = [f"{legend_name(a.arm)} {a.word}" for a in run.across]
+    words = [a.word for a in run.across]
+    counts = [f"{word} {words.count(word)}" for word in dict.fromkeys(words)]
     return page.finish(
         f"{run.title} – {name} over {count(len(names), 'setting')}, for a new one: "
-        f"{', '.join(words)}",
+        f"{', '.join(counts)}",
         [
             "Circles: the effect in each setting with its interval; diamond: their mean, every"
             " setting with the same weight, with Hartung and Knapp's interval; lowest line: the"
-            " prediction interval, in which the effect in a new setting of this kind lies."
+            " prediction interval of the effect in a new setting of this kind."
             + (f" {better.capitalize()} of 0 is better." if better else ""),
         ],
         [],

@@ -23,7 +23,7 @@ from saelab.data.probing.saebench import Definition
 from saelab.errors import SettingError
 from saelab.evals import check_names, of_subject
 from saelab.evals.base import Row, Subject
-from saelab.launch.launch import launch
+from saelab.launch.over_settings import launch_over_settings
 from saelab.launch.prepare import prepare
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE
@@ -193,7 +193,7 @@ def compare(
     options |= {"base": "settings given in Python"} | plan
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(out_dir) if out_dir else Path(temporary) / "compare"
-        return launch(
+        return launch_over_settings(
             Launch(
                 name=folder.name,
                 run=Run(f"Compare {', '.join(arms)}", table),

@@ -34,6 +34,7 @@ from saelab.study.plan import (
     resolve_with_placeholders,
 )
 from saelab.study.registry import plan_hash
+from saelab.verdict.across_settings import FEWEST_SETTINGS
 from saelab.verdict.l0_adjustment import off_target
 from saelab.verdict.review import Review, review_all
 
@@ -126,13 +127,14 @@ def best_arm(run: Confirmation, runs: Mapping[str, Run], root: Path) -> Candidat
 
 
 def candidates(found: Review) -> Iterator[Candidate]:
-    """The valid arms of a finished run."""
+    """The valid arms of a finished run, over its settings where it has further ones."""
     bad = {
         CellId.parse(note.cell).arm
         for note in found.cells
         if note.outcome in ("invalid", "failed") and not note.expected
     }
-    for c in found.comparisons:
+    over = [one for one in found.across if one.n >= FEWEST_SETTINGS]
+    for c in over or found.comparisons:
         if c.word != "refused" and c.arm not in bad and c.low is not None and c.high is not None:
             worst = -c.high if found.plan.direction == "lower" else c.low
             yield Candidate(found.run, c.arm, c.word, worst)
@@ -195,9 +197,10 @@ def trial(arm: str, factor: float) -> str:
 
 
 def trial_plan(plan: PlanConfig) -> PlanConfig:
-    """Returns the plan with the same number of seeds for every trial, at the target alone."""
+    """Returns the plan with the same number of seeds for every trial, at the target alone, and
+    without further settings."""
     few = {"seeds": TRIAL_SEEDS, "seeds_other": TRIAL_SEEDS, "levels": (), "seeds_levels": 0}
-    return plan.patched(few)
+    return plan.patched(few | {"settings": ()})
 
 
 def keep_best(

@@ -70,12 +70,12 @@ def run_one(
     executor: str = "",
 ) -> None:
     """One launch of the run that the last part of `out_dir` names."""
-    from saelab.launch.launch import launch
+    from saelab.launch.over_settings import launch_over_settings
 
     plan_file = plan_file or experiment.parent / "plan.toml"
     task = task_of(runs, experiment, out_dir, force, plan_file)
     with attempt(plan_file.parent, out_dir.name):
-        launch(replace(task, executor=executor))
+        launch_over_settings(replace(task, executor=executor))
 
 
 def train_all(
@@ -92,6 +92,7 @@ def train_all(
     Raises: SettingError before anything is trained when a run is complete and not forced.
     """
     from saelab.launch.launch import check_open, train_together
+    from saelab.launch.over_settings import all_launches
 
     plan_file, tasks = experiment.parent / "plan.toml", []
     for folder in folders:
@@ -100,7 +101,7 @@ def train_all(
             check_open(task)
             tasks.append(replace(task, executor=executor))
     if len(tasks) > 1:
-        train_together(tasks)
+        train_together(all_launches(tasks))
 
 
 def tune_one(runs: Mapping[str, Run], experiment: Path, name: str) -> dict[str, Any]:
@@ -135,10 +136,10 @@ def check_one(runs: Mapping[str, Run], experiment: Path, name: str) -> RunCheck:
 
     Raises: as the launch would for what is impossible.
     """
-    from saelab.launch.launch import check_launch
+    from saelab.launch.over_settings import check_over_settings
 
     plan_file = experiment.parent / "plan.toml"
-    return check_launch(task_of(runs, experiment, Path(name), True, plan_file))
+    return check_over_settings(task_of(runs, experiment, Path(name), True, plan_file))
 
 
 def task_of(

@@ -67,6 +67,7 @@ from saelab.study.plan import (
 from saelab.study.registry import register
 from saelab.study.task import GROUP, Launch
 from saelab.training.curves import read_curve
+from saelab.verdict.across_text import across_text
 from saelab.verdict.arms import ArmResult
 from saelab.verdict.final_info import CORE, add_budget, final_info
 from saelab.verdict.gate import check_expected
@@ -87,7 +88,7 @@ def launch(task: Launch) -> list[Comparison]:
     refuse_unguarded_script()
     with exhaustion.as_usage_error():
         _check_folder(task.out_dir)
-        with lock_folder(task.out_dir, f"is making {task.name}"):
+        with lock_folder(task.out_dir, f"is making {task.label}"):
             return _launch(task)
 
 
@@ -98,12 +99,12 @@ def _launch(task: Launch) -> list[Comparison]:
     base = before.base
     cache = cache_folder(task.root)
     for line in [before.needs.line(), *before.warnings]:
-        print(f"{task.name}: {visible(line)}", file=sys.stderr)
+        print(f"{task.label}: {visible(line)}", file=sys.stderr)
     task = _within_memory(task, before)
     if base.activations is None and not has_activations(cache):
         before.check_limit()
     deviations = register(task.root, task.plan) if task.judged else ()
-    about = {"run": task.name, "title": task.run.title, "study": task.plan.study}
+    about = {"run": task.label, "title": task.run.title, "study": task.plan.study}
     with launch_progress(task.out_dir, about, base.tracker):
         judged, shown, cells_made = _launched(task, before, deviations, start)
     print(visible(shown, keep="\n"))
@@ -162,12 +163,16 @@ def _launched(
         record_results(task.root, task.name, levels, judged.comparisons)
     settings = {arm.name: arm_settings(task.base, task.run, arm) for arm in task.run.arms}
     hook_name = str(ready.prepared.provenance.get("hook_name", ""))
-    info = final_info(judged.arms, judged.comparisons, judged.differences, settings, hook_name)
+    info = final_info(
+        judged.arms, judged.comparisons, judged.differences, settings, hook_name, judged.across
+    )
     left = budget(task.root, task.plan) if task.judged else None
     add_budget(info, left)
     record.write_verdict(judged, info, collected.rows, time.monotonic() - start, left)
     _check_baseline(task, judged.arms)
     shown = table(info, judged.comparisons, task.plan, collected.controls, judged.rivals)
+    if judged.across:
+        shown += "\n\n" + across_text(judged.across)
     return judged, shown, len(folders)
 
 
@@ -208,7 +213,7 @@ def check_launch(task: Launch) -> RunCheck:
     Raises: UsageError for what is impossible.
     """
     check_environment(task.executor)
-    specs = cells(task.plan, task.base, resolve_with_placeholders(task.run), task.purpose)
+    specs = cells(task.plan, task.base, resolve_with_placeholders(task.run), task.seed_stream)
     for arm in task.run.arms:
         with naming_arm(arm.name):
             check_expected(arm.expected)
@@ -247,7 +252,7 @@ def _within_memory(task: Launch, before: RunCheck) -> Launch:
         refuse(before.base, before.specs, GROUP)
     elif workers < before.workers:
         fewer = f"{count(workers, 'worker')} instead of {before.workers}"
-        print(f"{task.name}: {fewer}, which fits the memory here", file=sys.stderr)
+        print(f"{task.label}: {fewer}, which fits the memory here", file=sys.stderr)
         return replace(task, workers=workers)
     return task
 
@@ -292,7 +297,7 @@ def _check_baseline(task: Launch, arms: Mapping[str, ArmResult]) -> None:
         ]
         why = "; ".join([*reasons, *worst[:1]])
         raise StudyFailure(
-            f"{task.name}: the baseline has no valid cell ({why}): fix the baseline's settings"
+            f"{task.label}: the baseline has no valid cell ({why}): fix the baseline's settings"
         )
 
 
@@ -310,7 +315,8 @@ def train_together(tasks: Sequence[Launch]) -> None:
         early = replace(task, run=first_wave(task.run))
         ready = PreparedLaunch.of(early, check_launch(early))
         waves.append(_wave(ready, taken={place for wave in waves for place in wave.places}))
-    first = replace(tasks[0], name=", ".join(task.name for task in tasks))
+    labels = ", ".join(task.label for task in tasks)
+    first = replace(tasks[0], name=labels, setting="")
     device, logs = waves[0].ready.data.device, waves[0].ready.cache / "logs"
     _run(first, waves, _workers(first, device), logs)
 
@@ -328,6 +334,6 @@ def _trained(ready: PreparedLaunch, later: Sequence[CellSpec] = ()) -> dict[Cell
         workers = _workers(task, device)
         at_once = max(1, min(workers, len(wave.jobs)))
         whole = training_seconds([*wave.specs, *later], wave.measured, at_once, wave.controls)
-        check_limit(task.name, whole, task.limit)
+        check_limit(task.label, whole, task.limit)
         _run(task, [wave], workers, ready.cache / "logs")
     return {spec: ready.place(key) for spec, key in ready.keys.items()}

@@ -107,6 +107,7 @@ class Record:
         write_text(self.task.out_dir / SUMMARY, text)
         manifest = self._manifest() | {
             "comparisons": [asdict(comparison) for comparison in judged.comparisons],
+            **({"across": [asdict(one) for one in judged.across]} if judged.across else {}),
             "planted": asdict(judged.planted) if judged.planted else None,
             **({"budget": asdict(budget)} if budget else {}),
             "seconds": round(seconds, 1),
@@ -133,6 +134,11 @@ class Record:
         path.unlink(missing_ok=True)
         if present:
             join_tables(path, present, CURVE_TYPES)
+
+    @property
+    def _has_settings(self) -> bool:
+        """Returns True for a run that lies above those of its plan's further settings."""
+        return bool(self.task.plan.settings) and not self.task.setting
 
     def _missing(self, rows: Sequence[dict[str, Any]]) -> list[str]:
         """Sentences on what no cell has of the printed table, each with its reason."""
@@ -163,7 +169,8 @@ class Record:
         task, plan = self.task, self.task.plan
         probing = self.data.probing
         return {
-            "run": task.name,
+            "run": task.label,
+            **({"settings": [each.name for each in plan.settings]} if self._has_settings else {}),
             "title": task.run.title,
             "study": plan.study,
             "baseline": BASELINE,

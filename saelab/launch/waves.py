@@ -107,7 +107,7 @@ class PreparedLaunch:
         task = self.task
         if task.experiment is not None:
             _check_code(task.experiment, self.modules, self.code)
-        specs = cells(task.plan, task.base, task.run, task.purpose)
+        specs = cells(task.plan, task.base, task.run, task.seed_stream)
         measured = {there: self.content | {"at_target": there} for there in (False, True)}
         device = self.data.device
         return {
@@ -266,13 +266,13 @@ def _run(task: Launch, waves: Sequence[_Wave], workers: int, logs: Path) -> None
     at_once = max(1, min(workers, len(jobs)))
     seconds = [training_seconds(w.specs, w.measured, at_once, w.controls) for w in waves]
     print(
-        f"{task.name}: {count(sum(len(wave.specs) for wave in waves), 'cell')} to train "
+        f"{task.label}: {count(sum(len(wave.specs) for wave in waves), 'cell')} to train "
         f"({sum(wave.cached for wave in waves)} in the cache), {count(workers, 'worker')}, "
         f"about {clock(sum(seconds))}",
         file=sys.stderr,
     )
     tokens = sum(wave.tokens for wave in waves) or 1.0
-    bar = progress(f"{task.name}: train and evaluate", tokens, "tokens")
+    bar = progress(f"{task.label}: train and evaluate", tokens, "tokens")
     with ExitStack() as harvests:
         steps = [harvests.enter_context(closing(wave.ready.prepared.steps)) for wave in waves]
         harvest = itertools.chain.from_iterable(steps)

@@ -47,6 +47,7 @@ from saelab.study.plan import (
     resolve_with_placeholders,
 )
 from saelab.study.registry import deviations, plan_hash
+from saelab.study.settings import OF_PLAN
 from saelab.study.task import GROUP
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class RunCheck:
         specs, arms: its cells and arms.
         deviations: of the plan from the registered one.
         workers, needs: processes that train it, and the bytes that it takes with them.
+        settings: the same run in each further setting of the plan, trained one after another.
     """
 
     task: Launch
@@ -113,6 +115,7 @@ class RunCheck:
     deviations: tuple[str, ...]
     workers: int
     needs: Needs
+    settings: tuple[RunCheck, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -134,6 +137,21 @@ class RunCheck:
         return preparation_seconds(base) + whole
 
     @property
+    def all_settings(self) -> list[RunCheck]:
+        """The run in the plan's own base, then in each further setting."""
+        return [self, *self.settings]
+
+    @property
+    def total_seconds(self) -> float:
+        """Expected time over all settings."""
+        return sum(each.seconds for each in self.all_settings)
+
+    @property
+    def total_disk(self) -> int:
+        """Bytes of all activations; settings that are trained on the same ones share them."""
+        return sum({_harvested(each.base): each.needs.disk for each in self.all_settings}.values())
+
+    @property
     def warnings(self) -> list[str]:
         """Problems to know before it starts; a tuning is judged by no test."""
         plan = self.task.plan
@@ -153,7 +171,7 @@ class RunCheck:
     def check_limit(self) -> None:
         """Raises: SettingError when the launch is expected to take longer than it may."""
         if self.task.limit < float("inf"):
-            check_limit(self.task.name, self.seconds, self.task.limit)
+            check_limit(self.task.label, self.total_seconds, self.task.limit)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for --json."""
@@ -172,6 +190,29 @@ class RunCheck:
             "workers": self.workers,
             "arms": [asdict(arm) for arm in self.arms],
             "warnings": self.warnings,
+            **(self._settings_as_dict() if self.settings else {}),
+        }
+
+    def _settings_as_dict(self) -> dict[str, Any]:
+        checks = {_setting_name(each): each for each in self.all_settings}
+        return {
+            "settings": {
+                name: {
+                    "cells": len(each.specs),
+                    "tokens": each.tokens,
+                    "seconds": round(each.seconds, 1),
+                    "memory_bytes": each.needs.memory,
+                    "disk_bytes": each.needs.disk,
+                }
+                for name, each in checks.items()
+            },
+            "total": {
+                "cells": sum(len(each.specs) for each in self.all_settings),
+                "tokens": sum(each.tokens for each in self.all_settings),
+                "seconds": round(self.total_seconds, 1),
+                "memory_bytes": max(each.needs.memory for each in self.all_settings),
+                "disk_bytes": self.total_disk,
+            },
         }
 
 
@@ -355,10 +396,50 @@ def check_text(run: RunCheck) -> str:
         f"{clock(run.seconds)} with {count(run.workers, 'worker')} and nothing in the cache",
         f"  {run.needs.line()}",
     ]
+    lines += _setting_lines(run)
     for arm in run.arms:
         lines += _arm_lines(arm, plan)
     lines += [f"  warning: {warning}" for warning in run.warnings]
     return visible("\n".join(lines), keep="\n")
+
+
+def _setting_name(check: RunCheck) -> str:
+    return check.task.setting or OF_PLAN
+
+
+def _harvested(base: BaseConfig) -> str:
+    """Names the activations that a launch with these settings harvests."""
+    asked = {"model", "hook_name", "context", "activations", "train_text", "eval_text", "harvest"}
+    tokens = (base.train.tokens, base.evaluation.tokens, base.evaluation.probing.model_dump_json())
+    return f"{base.model_dump_json(include=asked)} {tokens}"
+
+
+def _setting_lines(run: RunCheck) -> list[str]:
+    """Lines on the cost of each setting and of all of them; [] without further settings."""
+    if not run.settings:
+        return []
+    rows = [["setting", "cells", "tokens", "time", "memory", "disk", "what differs"]]
+    base = run.base.model_dump(mode="json")
+    for each in run.all_settings:
+        differs = _changes("", base, each.base.model_dump(mode="json"))
+        what = "; ".join(change.line() for change in differs)
+        cost = (len(each.specs), each.tokens, each.seconds, each.needs.memory, each.needs.disk)
+        rows.append([_setting_name(each), *_cost_texts(*cost), what])
+    cells = sum(len(each.specs) for each in run.all_settings)
+    tokens = sum(each.tokens for each in run.all_settings)
+    memory = max(each.needs.memory for each in run.all_settings)
+    total = _cost_texts(cells, tokens, run.total_seconds, memory, run.total_disk)
+    rows.append(["in total", *total, ""])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _cost_texts(cells: int, tokens: int, seconds: float, memory: int, disk: int) -> list[str]:
+    sizes = (f"{size / 1e9:.1f} GB" for size in (memory, disk))
+    return [str(cells), f"{tokens:,}", clock(seconds), *sizes]
 
 
 def _arm_lines(arm: ArmCheck, plan: PlanConfig) -> list[str]:

@@ -34,6 +34,7 @@ from saelab.runtime.counting import count
 from saelab.storage.atomic import write_text
 from saelab.study.plan import PlanConfig
 from saelab.study.registry import Attempt, attempts
+from saelab.study.settings import OF_PLAN
 from saelab.verdict.judge import COVERS, POWER
 from saelab.verdict.review import CellNote, Review, differences_of, group_notes, review_run
 from saelab.verdict.rivals import rivals_sentence
@@ -44,7 +45,7 @@ from saelab.version import __version__
 LIMIT = 8_000_000
 WEB = Path(__file__).parent / "web"
 #: Pictures that are always shown, in this order; the others are behind tabs.
-OPEN = ("verdict", "frontier", "probing", "placement")
+OPEN = ("forest", "verdict", "frontier", "probing", "placement")
 TITLES = {
     "probing_entries": "probing by entry",
     "loss": "loss",
@@ -101,7 +102,7 @@ def render(study: Study) -> tuple[str, dict[str, Any]]:
     arrays, reviews = Arrays(), [review_run(run) for run in study.runs]
     pictures, runs = {}, []
     for folder, checked in zip(study.runs, reviews, strict=True):
-        run = run_data(folder, comparisons=checked.comparisons)
+        run = run_data(folder, comparisons=checked.comparisons, across=checked.across)
         scenes, missing = _scenes(run, arrays)
         pictures[checked.run] = {"arms": _legend(run), "scenes": scenes}
         runs.append(_run(folder, checked, run, scenes, missing))
@@ -244,7 +245,9 @@ def question(plan: PlanConfig) -> str:
 
 
 def _plan_rows(plan: PlanConfig) -> list[tuple[str, str]]:
-    settings = plan.model_dump(mode="json", exclude={"exclusions"})
+    settings = plan.model_dump(mode="json", exclude={"exclusions", "settings"})
+    if plan.settings:
+        settings["settings"] = [OF_PLAN, *(each.name for each in plan.settings)]
     return [(SPELT.get(n, n.replace("_", " ")), _plain(value)) for n, value in settings.items()]
 
 
@@ -286,6 +289,7 @@ def _run(
         "texts_notes": verdict_table.texts_notes(checked.comparisons, checked.over_texts),
         "direction": checked.plan.direction,
         "sesoi": f"{checked.plan.sesoi:g}",
+        "across": [verdict_table.across_row(a) for a in checked.across],
         "verdicts": rows,
         "answers": [row for row in rows if row["arm"] in primary] or rows,
         "others": [row for row in rows if primary and row["arm"] not in primary],

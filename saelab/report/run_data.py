@@ -25,6 +25,7 @@ import numpy as np
 from saelab.runs.folder import RunFolder
 from saelab.runs.schema import CONTROL
 from saelab.runtime.safe_text import visible
+from saelab.verdict.across_settings import AcrossSettings, read_across
 
 if TYPE_CHECKING:
     from saelab.verdict.judge import Comparison
@@ -61,6 +62,7 @@ class Run:
         manifest: manifest.json, {} without one.
         values: (metric, slice) -> values, those of single classes left out.
         curves: (scalar, arm) -> seed -> curve, at the target L0.
+        across: every arm over the settings of the run; () without further settings.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Run:
     manifest: dict[str, Any] = field(default_factory=dict)
     values: Mapping[tuple[str, str], list[Value]] = field(default_factory=dict)
     curves: Mapping[tuple[str, str], dict[int, Curve]] = field(default_factory=dict)
+    across: Sequence[AcrossSettings] = ()
 
     @cached_property
     def baseline(self) -> str:
@@ -154,7 +157,12 @@ def load(folder: Path, title: str = "") -> Run:
     return run_data(RunFolder(folder), title)
 
 
-def run_data(run: RunFolder, title: str = "", comparisons: Sequence[Comparison] = ()) -> Run:
+def run_data(
+    run: RunFolder,
+    title: str = "",
+    comparisons: Sequence[Comparison] = (),
+    across: Sequence[AcrossSettings] = (),
+) -> Run:
     """Reads the data of a run folder that figures and pages need.
 
     Args:
@@ -162,16 +170,21 @@ def run_data(run: RunFolder, title: str = "", comparisons: Sequence[Comparison] 
         title: in place of the manifest's.
         comparisons: of the run's review, whose words take the place of those in final_info.json: an
             older version may have judged by other rules.
+        across: of the review too; those in the manifest where it is empty.
 
     Raises: DamageError for a file that can't be read, SourceError without final_info.json.
     """
     info, manifest, name = dict(run.info), run.manifest, run.folder.name
+    across = across or read_across(manifest.get("across", ()))
+    for a in across:  # the figures of a single setting are of the plan's own base
+        if a.arm in info:
+            info[a.arm] = info[a.arm] | {"means": info[a.arm].get("means", {}) | a.means_of_base()}
     for c in comparisons:
         if c.arm in info:
             info[c.arm] = info[c.arm] | {"means": info[c.arm].get("means", {}) | c.means()}
     values = _read_values(run) or _values_from_info(info, run.target_level)
     data = Run(name, title or manifest.get("title", name), info, manifest=manifest, values=values)
-    return replace(data, curves=_read_curves(run, data.target_l0))
+    return replace(data, curves=_read_curves(run, data.target_l0), across=across)
 
 
 def _values_from_info(info: Info, level: float) -> dict[tuple[str, str], list[Value]]:

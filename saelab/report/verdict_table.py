@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from saelab.report.figures.axes import NAMES
 from saelab.runtime.counting import count
 from saelab.study.plan import BASELINE, PlanConfig
+from saelab.verdict.across_settings import AcrossSettings
 from saelab.verdict.judge import Comparison
 from saelab.verdict.over_texts import OverTexts
 
@@ -93,6 +94,21 @@ def _interval_text(c: Comparison) -> str:
 
 def _cells_text(c: Comparison) -> str:
     return f"{c.n} and {count(c.n_baseline, 'cell')}"
+
+
+def across_row(a: AcrossSettings) -> Mapping[str, Any]:
+    """Fields of one arm over all settings: the general word, and the word in each setting."""
+    return {
+        "arm": a.arm if a.against == BASELINE else f"{a.arm}, against {a.against}",
+        **_badge(a.word),
+        "mean": _badge(a.mean_word),
+        "settings": [{"setting": one.setting, **_badge(one.word)} for one in a.settings],
+        "reason": a.reason,
+    }
+
+
+def _badge(word: str) -> dict[str, str]:
+    return {"word": word, "sign": WORDS[word].sign, "look": WORDS[word].look}
 
 
 def bars(comparisons: Sequence[Comparison], sesoi: float) -> list[Bar]:

@@ -3,6 +3,7 @@
     manifest.json     is sealed (`storage.atomic.write_sealed`) and holds the others' checksums
     final_info.json, metrics.parquet, curves.parquet, documents.parquet, gate.json, summary.md
     cells/<arm>/seed<s>-l0_<level>/
+    settings/<name>/                 a run folder for each further setting of the plan
 
 Each file is read and checked once, when it is first asked for, and through no link. The manifest
 decides which cells the run has; other folders among its cells are named and ignored. Whether a
@@ -31,6 +32,7 @@ from saelab.runs.schema import (
     DOCUMENT_COLUMNS,
     METRIC_COLUMNS,
     OPTIONAL,
+    SETTINGS,
     CellId,
     level_of,
 )
@@ -85,6 +87,30 @@ class _Budget(Loose):
     lost: list[str] = Field(default_factory=list)
 
 
+class _SettingEffect(Loose):
+    setting: str
+    word: str
+    mean_diff: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
+    reason: str = ""
+
+
+class _Across(Loose):
+    arm: str
+    metric: str
+    level: Number
+    sesoi: Number
+    settings: Annotated[list[_SettingEffect], Field(min_length=1)]
+    mean: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
+    new_low: Number | None = None
+    new_high: Number | None = None
+    word: str = ""
+    reason: str = ""
+
+
 class _Scalar(Loose):
     meaning: str = ""
     unit: str = ""
@@ -105,6 +131,8 @@ class _Manifest(Loose):
     scalars: dict[str, _Scalar] = Field(default_factory=dict)
     plan: dict[str, Any] = Field(default_factory=dict)
     base: dict[str, Any] = Field(default_factory=dict)
+    settings: list[Name] = Field(default_factory=list)
+    across: list[_Across] = Field(default_factory=list)
     deviations: list[str] = Field(default_factory=list)
     comparisons: list[_Comparison] = Field(default_factory=list)
     error_levels: dict[str, _Level] = Field(default_factory=dict)
@@ -230,6 +258,19 @@ class RunFolder:
         present: dict[str, Kind] = {n: kind for n, kind in columns.items() if n not in absent}
         empty = dict.fromkeys(absent & columns.keys())
         return [row | empty for row in read_rows(path, present, remedy=REMEDY)]
+
+    @cached_property
+    def settings(self) -> dict[str, RunFolder]:
+        """Runs of the plan's further settings, by name; {} for a run without.
+
+        Raises: DamageError for one that is missing or was made anew without this run.
+        """
+        runs = {}
+        for name in self.manifest.get("settings", ()):
+            if not self.file(f"{SETTINGS}/{name}/{MANIFEST}").is_file():
+                raise DamageError(f"{self.folder / SETTINGS / name} is missing: {REMEDY}")
+            runs[name] = RunFolder(self.folder / SETTINGS / name)
+        return runs
 
     @property
     def target_level(self) -> float:
@@ -363,6 +404,7 @@ def seal_run(folder: Path, manifest: Mapping[str, Any], info: Mapping[str, Any])
     which the run is complete."""
     cells = (f"{CELLS}/{CellId.parse(name).folder}" for name in sorted(manifest.get("cells", {})))
     names = [*SEALED, *(f"{cell}/{name}" for cell in cells for name in OF_CELLS)]
+    names += [f"{SETTINGS}/{name}/{MANIFEST}" for name in manifest.get("settings", ())]
     present = [name for name in names if name != INFO and (folder / name).is_file()]
     sums = {name: sha256(folder / name) for name in present}
     text = json_text(info)

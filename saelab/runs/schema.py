@@ -20,6 +20,8 @@ from saelab.storage.parquet import Kind
 
 #: Folder of the cells inside a run folder.
 CELLS = "cells"
+#: Folder of a run's further settings inside a run folder: each is a run folder of its own.
+SETTINGS = "settings"
 #: What the name of every control subject begins with.
 CONTROL = "control:"
 CHANNELS, FROZEN, PLANTED = "model channels", "frozen decoder", "planted effect"

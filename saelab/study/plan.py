@@ -29,6 +29,7 @@ from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.storage.validation import is_name
 from saelab.study.checks import check_latents, check_layout, check_settings, naming_arm
+from saelab.study.settings import MOST_SETTINGS, SettingConfig
 from saelab.training.optim import TrainConfig
 
 BASELINE = "baseline"
@@ -163,6 +164,7 @@ class PlanConfig(Frozen):
         comparisons: planned ones of the whole study, which share most of its error budget; None
             counts the arms of the run table.
         exclusions: in words, what is left out on purpose; shown in every report.
+        settings: further base settings in which every arm is trained, see `SettingConfig`.
     """
 
     study: str = Field(min_length=1)
@@ -180,6 +182,7 @@ class PlanConfig(Frozen):
     family: int | None = Field(default=None, gt=0, le=MOST_SEEDS)
     comparisons: int | None = Field(default=None, gt=0, le=10**6)
     exclusions: tuple[str, ...] = ()
+    settings: tuple[SettingConfig, ...] = Field(default=(), max_length=MOST_SETTINGS)
 
 
 @dataclass(frozen=True)

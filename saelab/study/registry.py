@@ -58,8 +58,10 @@ class _End(Loose):
 
 
 def registered_settings(plan: PlanConfig) -> dict[str, Any]:
-    """Returns the part of a plan that is registered, as plain data."""
-    return plan.model_dump(mode="json", exclude=UNREGISTERED)
+    """Returns the part of a plan that is registered, as plain data; without further settings they
+    are left out, so that the hash of such a plan is that of earlier versions."""
+    exclude = UNREGISTERED if plan.settings else UNREGISTERED | {"settings"}
+    return plan.model_dump(mode="json", exclude=exclude)
 
 
 def plan_hash(plan: PlanConfig) -> str:
@@ -97,9 +99,9 @@ def changes(old: PlanConfig, new: PlanConfig) -> tuple[str, ...]:
     """Lists the differences between two plans, as in 'seeds: 8 -> 4'."""
     before, after = registered_settings(old), registered_settings(new)
     return tuple(
-        f"{name}: {_plain(before[name])} -> {_plain(after[name])}"
-        for name in after
-        if before[name] != after[name]
+        f"{name}: {_plain(before.get(name, []))} -> {_plain(after.get(name, []))}"
+        for name in before | after
+        if before.get(name) != after.get(name)
     )
 
 

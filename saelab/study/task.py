@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from saelab.runs.schema import SETTINGS
 from saelab.study.plan import (
     BaseConfig,
     PlanConfig,
@@ -32,6 +33,7 @@ class Launch:
         workers: processes; 0 works in this one, None takes one per core.
         executor: where the cells are trained, see `executors`; '' for what SAELAB_EXECUTOR names.
         table: all runs of the study, this one among them.
+        setting: name of the one of the plan's further settings that `base` is of; '' for its own.
     """
 
     name: str
@@ -47,6 +49,18 @@ class Launch:
     workers: int | None = None
     executor: str = ""
     table: Mapping[str, Run] = field(default_factory=dict)
+    setting: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name of the run and, below it, of the setting: 'run_3/settings/wide'."""
+        return f"{self.name}/{SETTINGS}/{self.setting}" if self.setting else self.name
+
+    @property
+    def seed_stream(self) -> str:
+        """Name of the stream of seeds: every setting has seeds of its own, so that the errors of
+        its effects are independent of those of the others."""
+        return f"{self.purpose}/{self.setting}" if self.setting else self.purpose
 
     @property
     def judged(self) -> bool:

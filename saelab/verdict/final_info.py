@@ -19,6 +19,7 @@ from saelab.evals.base import ALWAYS_NAMED
 from saelab.parts.base import ROLES, Scalar
 from saelab.runs import schema
 from saelab.study.plan import BASELINE, BaseConfig, PlanConfig
+from saelab.verdict.across_settings import AcrossSettings
 from saelab.verdict.arms import ArmResult
 from saelab.verdict.judge import Cells, Comparison, Difference, Rules, compare_secondary, judge
 from saelab.verdict.l0_adjustment import Matched, match
@@ -136,6 +137,7 @@ def final_info(
     differences: Sequence[Difference],
     settings: Mapping[str, BaseConfig],
     hook_name: str,
+    across: Sequence[AcrossSettings] = (),
 ) -> dict[str, Any]:
     """The content of final_info.json.
 
@@ -143,6 +145,7 @@ def final_info(
         arms, comparisons, differences: of a run judged from its files.
         settings: of each arm.
         hook_name: where the activations were read.
+        across: of a plan with further settings, whose words come before those of a single one.
     """
     verdicts: dict[str, dict[str, Any]] = {name: {} for name in arms}
     for comparison in comparisons:
@@ -153,13 +156,16 @@ def final_info(
             f"diff.{difference.metric}.low": difference.low,
             f"diff.{difference.metric}.high": difference.high,
         }
+    for one in across:
+        verdicts[one.arm].pop("needed_seeds", None)
+        verdicts[one.arm] |= one.means()
     others = {
         name: _others(arm, verdicts[name]) | _settings(arm, settings[name], hook_name)
         for name, arm in arms.items()
     }
     measured = {m for arm in arms.values() for values in arm.values.values() for m in values}
     metrics = [metric for metric in metric_order(settings.values()) if metric in measured]
-    room = MOST_MEANS - 1 - max(map(len, others.values()))  # one for `add_budget`
+    room = max(0, MOST_MEANS - 1 - max(map(len, others.values())))  # one for `add_budget`
     shown = _with_ends(metrics, {metric for arm in arms.values() for metric in arm.pairs})[:room]
     return {name: _group(arm, metrics, shown, others[name]) for name, arm in arms.items()}
 

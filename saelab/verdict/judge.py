@@ -39,6 +39,13 @@ Word = Literal["helps", "hurts", "equivalent", "cannot tell yet", "refused"]
 Direction = Literal["lower", "higher"]
 Values = Mapping[int, float | None]
 
+#: Balance of failures -> words that the metric of the survivors can't give.
+BARRED: dict[int, tuple[Word, ...]] = {
+    1: ("helps", "equivalent"),
+    -1: ("hurts", "equivalent"),
+    0: (),
+}
+
 #: Variation that the intervals cover, printed in every report.
 COVERS = (
     "The interval over seeds covers SAE initialisation and data order, the one over texts other "
@@ -58,12 +65,15 @@ class Comparison:
         n, n_baseline, n_shared: healthy cells of the arm and of the baseline that entered, and the
             seeds that both have.
         mean_diff, low, high: mean of arm - baseline and its interval, in the metric's unit.
+        se: standard error of that mean, and `se_l0` the part of it that comes from moving cells to
+            the declared L0, which no further cells reduce.
         level: 1 - coverage of the interval.
         p: two-sided p of no difference in the metric; below `level` it decides.
         correlation: of arm and baseline within a seed.
         spread: standard deviation of the difference of two cells of one seed.
         failures: k of n on both sides, as a sentence; '' where no cell failed.
         p_failures: two-sided p of equal shares of failures; None where no cell failed.
+        balance: 1 where a larger share of the arm's cells failed, -1 where a smaller one, else 0.
         sesoi: smallest effect of interest, in the metric's unit.
         detectable: smallest true effect that the interval excludes 0 for in 80% of studies with
             these cells.
@@ -83,12 +93,15 @@ class Comparison:
     mean_diff: float | None = None
     low: float | None = None
     high: float | None = None
+    se: float | None = None
+    se_l0: float = 0.0
     level: float
     p: float | None = None
     correlation: float | None = None
     spread: float | None = None
     failures: str = ""
     p_failures: float | None = None
+    balance: int = 0
     sesoi: float
     detectable: float | None = None
     word: Word = "refused"
@@ -289,7 +302,13 @@ def _compare(rules: Rules, level: float, name: str, baseline: Cells, cells: Cell
         of_baseline=len(baseline.failed) + len(other),
     )
     if failures.any:
-        blank = replace(blank, level=level / 2, failures=str(failures), p_failures=failures.p)
+        blank = replace(
+            blank,
+            level=level / 2,
+            failures=str(failures),
+            p_failures=failures.p,
+            balance=failures.balance,
+        )
     if min(len(one), len(other)) < 2 and failures.p > blank.level:
         reason = _too_few(cells, baseline, failures)
         return replace(blank, n=len(one), n_baseline=len(other), reason=reason)
@@ -313,6 +332,8 @@ def _with_numbers(blank: Comparison, effect: Effect) -> Comparison:
         mean_diff=float(effect.mean),
         low=float(low),
         high=float(high),
+        se=float(effect.se),
+        se_l0=math.sqrt(float(effect.extra)),
         p=float(effect.p),
         correlation=float(effect.correlation),
         spread=float(effect.pair_sd),
@@ -329,8 +350,7 @@ def _word(done: Comparison, rules: Rules, failures: Failures) -> Word:
     ends = sorted((rules.sign * done.low, rules.sign * done.high))
     gain, low, high = (np.array(x) for x in (rules.sign * done.mean_diff, *ends))
     word = cast(Word, str(choose_words(gain, low, high, rules.sesoi)))
-    barred = {1: ("helps", "equivalent"), -1: ("hurts", "equivalent"), 0: ()}[failures.balance]
-    return "cannot tell yet" if word in barred else word
+    return "cannot tell yet" if word in BARRED[failures.balance] else word
 
 
 def seeds_to_tell(effect: Effect, sesoi: float, level: float) -> int | None:

@@ -26,6 +26,9 @@ from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import changes, plan_hash
+from saelab.study.settings import OF_PLAN
+from saelab.verdict.across_settings import AcrossSettings, judge_across
+from saelab.verdict.across_text import across_text
 from saelab.verdict.arms import ArmResult, CellGate
 from saelab.verdict.final_info import Planted, judge_planted, judge_run
 from saelab.verdict.gate import ORDER, Outcome
@@ -63,6 +66,7 @@ class Review:
         rivals: controls that are as good as an arm on the primary metric, or better.
         budget: the study's error budget after this run; None outside a study.
         over_texts: interval over documents of each comparison, in their order.
+        across: every arm over all settings; () for a plan without further settings.
     """
 
     run: str
@@ -79,6 +83,7 @@ class Review:
     rivals: tuple[Rival, ...] = ()
     budget: Budget | None = None
     over_texts: tuple[OverTexts, ...] = ()
+    across: tuple[AcrossSettings, ...] = ()
 
     @cached_property
     def plan_hash(self) -> str:
@@ -103,6 +108,7 @@ class Review:
             "rivals": [asdict(rival) for rival in self.rivals],
             "budget": asdict(self.budget) if self.budget else None,
             "over_texts": [asdict(one) for one in self.over_texts],
+            **({"across": [asdict(one) for one in self.across]} if self.across else {}),
         }
 
 
@@ -163,6 +169,7 @@ def review_run(run: RunFolder) -> Review:
         rivals=tuple(judged.rivals),
         budget=stored_budget(manifest),
         over_texts=tuple(judged.over_texts),
+        across=tuple(judged.across),
     )
 
 
@@ -185,6 +192,7 @@ class Judged:
         planted: the verdict on an effect of known size; None where none was planted.
         rivals: controls that are as good as an arm on the primary metric, or better.
         over_texts: interval over documents of each comparison, in their order.
+        across: every arm over all settings; [] for a plan without further settings.
     """
 
     plan: PlanConfig
@@ -196,6 +204,7 @@ class Judged:
     planted: Planted | None
     rivals: list[Rival]
     over_texts: list[OverTexts]
+    across: list[AcrossSettings]
 
 
 def judge_files(run: RunFolder) -> Judged:
@@ -226,7 +235,18 @@ def judge_files(run: RunFolder) -> Judged:
         planted=judge_planted(controls, arms[BASELINE], plan),
         rivals=find_rivals(arms, controls, plan),
         over_texts=over_texts(comparisons, arms, run.documents),
+        across=_judge_settings(run, comparisons, plan),
     )
+
+
+def _judge_settings(
+    run: RunFolder, comparisons: list[Comparison], plan: PlanConfig
+) -> list[AcrossSettings]:
+    """Judges every arm over the settings, each of which is judged from its own files first."""
+    if not run.settings:
+        return []
+    of_settings = {name: judge_files(each).comparisons for name, each in run.settings.items()}
+    return judge_across({OF_PLAN: comparisons} | of_settings, plan.direction)
 
 
 def _check_files(run: RunFolder, *names: str) -> None:
@@ -321,6 +341,8 @@ def text(found: Review) -> str:
     if not found.sealed:
         heading += "\nits files carry no checksums: an older version made them, or another hand"
     parts = [heading, *(f"deviation from the registered plan: {d}" for d in found.deviations)]
+    if found.across:
+        parts += ["", across_text(found.across), "", f"in the plan's own base ({OF_PLAN}):"]
     if loud := rivals_sentence(found.rivals):
         parts += ["", loud]
     if found.comparisons:

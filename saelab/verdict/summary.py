@@ -17,6 +17,7 @@ from saelab.verdict.rivals import Rival, control_values, rivals_sentence
 
 if TYPE_CHECKING:
     from saelab.study.task import Launch
+    from saelab.verdict.across_settings import AcrossSettings
     from saelab.verdict.arms import ArmResult
     from saelab.verdict.final_info import Planted
     from saelab.verdict.ledger import Budget
@@ -108,7 +109,7 @@ def summary_text(
     loud = rivals_sentence(judged.rivals)
     of_controls = control_lines(rows, judged.planted)
     lines = [
-        f"# {markdown(f'{task.name}: {task.run.title}')}",
+        f"# {markdown(f'{task.label}: {task.run.title}')}",
         "",
         f"**Question.** {_question(plan, bool(comparisons))}",
         "",
@@ -117,6 +118,7 @@ def summary_text(
         *(f"- left out on purpose: {markdown(text)}" for text in plan.exclusions),
         "",
         *([f"**{markdown(loud)}.**", ""] if loud else []),
+        *_across_lines(judged.across),
         "**Verdict.**" + (" Exploratory." if task.purpose != "confirm" else " Confirmatory."),
         "",
         "| arm | what it is | verdict | difference | over seeds | over texts | cells |",
@@ -156,6 +158,26 @@ def summary_text(
 
 def _span(low: float | None, high: float | None) -> str:
     return "-" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
+
+
+def _across_lines(across: Sequence[AcrossSettings]) -> list[str]:
+    """Markdown table of every arm over the settings; [] without further settings."""
+    if not across:
+        return []
+    names = " | ".join(markdown(one.setting) for one in across[0].settings)
+    lines = [
+        "**Over settings.**",
+        "",
+        f"| arm | {names} | over these settings | mean | for a new setting | prediction |",
+        "|---" * (len(across[0].settings) + 5) + "|",
+    ]
+    for a in across:
+        words = " | ".join(one.word for one in a.settings)
+        mean = "-" if a.mean is None else f"{a.mean:+.4f} [{a.low:+.4f}, {a.high:+.4f}]"
+        new = "-" if a.new_low is None else f"{a.new_low:+.4f} to {a.new_high:+.4f}"
+        lines.append(f"| {markdown(a.arm)} | {words} | {a.mean_word} | {mean} | {a.word} | {new} |")
+    lines += ["", *(f"- {markdown(f'{a.arm}: {a.reason}')}" for a in across)]
+    return [*lines, "", "What follows is of the plan's own base alone.", ""]
 
 
 def _question(plan: PlanConfig, compares: bool) -> str:

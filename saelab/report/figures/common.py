@@ -7,6 +7,7 @@
     density          how often latents fire
     scalars          learned scalars over training
     verdict          paired difference from the baseline
+    forest           effects in every setting, their mean, and what a new one may show
     placement        arms and controls between a frozen random decoder and the baseline
     ...              measurements of the ideas: idea_a.py, idea_b.py
 
@@ -38,6 +39,7 @@ from saelab.report.figures.axes import (
     seeds_text,
     values_text,
 )
+from saelab.report.figures.forest import forest
 from saelab.report.figures.frontier import frontier
 from saelab.report.figures.idea_a import A_PICTURES
 from saelab.report.figures.idea_b import B_PICTURES
@@ -384,6 +386,7 @@ PICTURES: dict[str, Picture] = {
     "density": density,
     "scalars": scalars,
     "verdict": verdict,
+    "forest": forest,
     "placement": placement,
     **A_PICTURES,
     **B_PICTURES,

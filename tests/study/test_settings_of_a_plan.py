@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from saelab.errors import SettingError, SourceError
-from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run
+from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run, cells, read_base
 from saelab.study.registry import changes, plan_hash, register, registered_settings
 from saelab.study.setting_bases import setting_bases
 from saelab.study.settings import MOST_SETTINGS
 from saelab.study.task import Launch
 
+ROOT = Path(__file__).parents[2]
 TEXT = """
 study = "s"
 
@@ -105,3 +107,15 @@ def test_every_setting_has_a_name_and_seeds_of_its_own() -> None:
     assert (task.label, task.seed_stream) == ("run_1", "explore")
     early = Launch(**(vars(task) | {"setting": "early"}))
     assert (early.label, early.seed_stream) == ("run_1/settings/early", "explore/early")
+
+
+@pytest.mark.parametrize(("page", "names"), [("README.md", 2), ("docs/verdict.md", 3)])
+def test_settings_in_the_documentation_can_be_used(page: str, names: int) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (block,) = (block for block in blocks if "[[settings]]" in block)
+    documented, base = plan(f'study = "s"\n{block}'), read_base(ROOT / "configs/embedded.toml")
+    bases = setting_bases(documented, base, ROOT, RUN)
+    assert len(bases) == names
+    for resolved in bases.values():
+        assert cells(documented, resolved, RUN)

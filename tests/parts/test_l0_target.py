@@ -65,7 +65,7 @@ def errors(plant: Plant, steps: int, seed: int, **settings: Any) -> np.ndarray:
         log_c = math.log(controller.value(step))
         log_l0 = plant.step(log_l0, log_c, schedule.rate(step), step / steps)
         seen = TARGET * math.exp(log_l0 + NOISE * rng.standard_normal())
-        controller.update(cast(Pass, SimpleNamespace(l0=seen, step=step)))
+        controller.update(cast(Pass, SimpleNamespace(l0=seen, step=step, rate=schedule.rate(step))))
         path.append(log_l0)
     return np.array(path)
 

@@ -44,9 +44,12 @@ if TYPE_CHECKING:
 #: Steps below which the integral terms no longer quicken. Our choice: in runs of 117 to 512 steps
 #: the weights can follow this.
 SHORT = 2000
-#: The largest error, in log L0, that moves the coefficient, and that moves its drift. Our choice:
-#: where L0 is still far away the coefficient changes at a fixed pace, at which the weights follow.
-LARGEST, SLOW = 0.25, 0.1
+#: The largest error, in log L0, that moves the coefficient. Our choice: where L0 is still far away
+#: the coefficient changes at a fixed pace, at which the weights follow.
+LARGEST = 0.4
+#: Error below which the drift is learned; and what is left of it after a step with a larger one.
+#: Our choice: no drift is learned from the way to the target.
+NEAR, FORGET = 0.06, 0.95
 
 
 class L0TargetConfig(PartConfig):
@@ -66,10 +69,11 @@ class L0TargetConfig(PartConfig):
     target: PositiveFloat = 32
     start: PositiveFloat = 1e-2
     warmup: float = Field(default=0.15, gt=0, le=1)
-    proportional: float = Field(default=6.0, ge=0)
-    integral: float = Field(default=240.0, ge=0)
-    drift: float = Field(default=1600.0, ge=0)
-    smoothing: float = Field(default=0.9, ge=0, lt=1)
+    proportional: float = Field(default=2.5, ge=0)
+    integral: float = Field(default=150.0, ge=0)
+    drift: float = Field(default=800.0, ge=0)
+    lead: float = Field(default=0.2, ge=0)
+    smoothing: float = Field(default=0.7, ge=0, lt=1)
 
     def build(self, dims: Dims) -> L0Target:
         return L0Target(self, dims)
@@ -97,13 +101,12 @@ class L0Target(Controller):
     def __init__(self, config: L0TargetConfig, dims: Dims) -> None:
         super().__init__()
         self.config, self.steps, self.name = config, dims.steps, config.name
-        # integral term, its drift per step, EMA of log L0, log of the first L0, last error
-        start = [math.log(config.start), 0.0, math.nan, math.nan, 0.0]
+        # integral term, its drift per step, EMA of log L0, log of the first L0, log of the value
+        start = [math.log(config.start), 0.0, math.nan, math.nan, math.log(config.start)]
         self.register_buffer("state", torch.tensor(start, dtype=torch.float64))
 
     def value(self, step: int) -> float:
-        integral, _, _, _, error = self.state.tolist()
-        return math.exp(integral + self.config.proportional * error)
+        return math.exp(float(self.state[4]))
 
     def update(self, p: Pass) -> None:
         c, horizon = self.config, max(self.steps, SHORT)
@@ -114,10 +117,13 @@ class L0Target(Controller):
         share = min(1.0, (p.step + 1) / max(1.0, c.warmup * self.steps))
         target = math.log(c.target) + (1 - share) * max(0.0, first - math.log(c.target))
         error = max(-LARGEST, min(LARGEST, smooth - target))
-        if share == 1.0:
-            drift += c.drift * max(-SLOW, min(SLOW, error)) / horizon**2
+        if abs(error) < NEAR and share == 1.0:
+            drift += c.drift * error / horizon**2
+        else:
+            drift *= FORGET
         integral += drift + c.integral * error / horizon
-        self.state.copy_(self.state.new_tensor([integral, drift, smooth, first, error]))
+        value = integral + c.proportional * error + c.lead * (1 - p.rate)
+        self.state.copy_(self.state.new_tensor([integral, drift, smooth, first, value]))
 
     def scalars(self) -> dict[str, float]:
         return {self.name: self.value(0)}

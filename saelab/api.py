@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ from saelab.launch.prepare import prepare
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE
 from saelab.storage.cache import cache_folder
-from saelab.study.plan import BASELINE, Arm, BaseConfig, PlanConfig, Run
+from saelab.study.plan import (
+    BASELINE,
+    Arm,
+    BaseConfig,
+    PlanConfig,
+    Run,
+    arm_settings,
+    has_levels,
+)
 from saelab.study.task import Launch
 from saelab.training.train import train_one
 from saelab.verdict.judge import Comparison
@@ -180,27 +189,48 @@ def compare(
     Args:
         base: settings of the baseline.
         arms: name -> dotted settings that the arm changes.
-        seeds: per arm; fewer than 6 can't reach p < 0.05 by the exact test.
+        seeds: per arm at the target L0.
         out_dir: folder for the run's files; None stores none of them.
         study: name of the study, from which the seeds are derived.
         workers: number of processes; 0 trains in this one.
-        plan: further settings of the plan, such as primary, sesoi or target_l0.
+        plan: further settings of the plan, such as primary, sesoi or target_l0. Unless it says
+            otherwise, every arm also has two seeds at half and at twice the target, between which
+            its cells are moved to the target (`saelab.verdict.l0_adjustment`); seeds_levels=0
+            leaves them out, and the interval is wider instead.
 
-    Returns: one `Comparison` per arm.
+    Returns: one `Comparison` per arm, made at the declared L0 as the verdict of a run is.
     """
-    table = [Arm(BASELINE), *(Arm(name, changes) for name, changes in arms.items())]
-    options = {"seeds": seeds, "seeds_other": seeds, "seeds_levels": 0, "levels": ()}
-    options |= {"base": "settings given in Python"} | plan
+    resolved = _settings(base)
+    options = {"base": "settings given in Python", "seeds": seeds, "seeds_other": seeds} | plan
+    rules = PlanConfig.parse({"study": study, **options})
+    if "levels" not in plan:
+        rules = rules.patched({"levels": _levels_around(rules.target_l0, resolved)})
+    table = [Arm(BASELINE), *(Arm(name, changes, primary=True) for name, changes in arms.items())]
+    run = Run(f"Compare {', '.join(arms)}", table)
+    run = replace(run, arms=[_with_levels(arm, run, rules, resolved) for arm in table])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(out_dir) if out_dir else Path(temporary) / "compare"
         return launch_over_settings(
             Launch(
                 name=folder.name,
-                run=Run(f"Compare {', '.join(arms)}", table),
-                plan=PlanConfig.parse({"study": study, **options}),
-                base=_settings(base),
+                run=run,
+                plan=rules,
+                base=resolved,
                 out_dir=folder,
                 root=Path(),
                 workers=workers,
             )
         )
+
+
+def _levels_around(target: float | None, base: BaseConfig) -> tuple[float, ...]:
+    """Half and twice the target, at most the number of latents; none without a target."""
+    return () if target is None else (target / 2, min(2 * target, float(base.sae.d_sae)))
+
+
+def _with_levels(arm: Arm, run: Run, plan: PlanConfig, base: BaseConfig) -> Arm:
+    """The arm, without further levels where its L0 does not follow a level."""
+    if plan.target_l0 is None:
+        return arm
+    follows = has_levels(arm, arm_settings(base, run, arm).sae, plan.target_l0)
+    return replace(arm, levels=follows)

@@ -58,6 +58,7 @@ class Pass:
         batch_rows: rows of the whole batch, where x is one rank's part of it.
         gradient_norms: of each weight's gradient before clipping, by name; the loop adds them
             after the backward pass, for `update` and observers.
+        rate: share of the full learning rate at this step; the loop adds it likewise.
         results: by part, what it has computed on this pass and needs again in its `update`.
     """
 
@@ -92,6 +93,7 @@ class Pass:
         return self.stored_z
 
     gradient_norms: dict[str, float] = field(default_factory=dict)
+    rate: float = 1.0
     results: dict[Part, Any] = field(default_factory=dict)
 
     @cached_property

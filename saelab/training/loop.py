@@ -134,7 +134,7 @@ class Cell(TrainingCell):
         total = float(losses.sum())
         if not math.isfinite(total) or not math.isfinite(norm):
             raise CellFailure(self.name, step, f"loss {total}, gradient norm {norm}")
-        p.gradient_norms = self.optimiser.norms
+        p.gradient_norms, p.rate = self.optimiser.norms, self.config.rate(step)
         self.optimiser.step(step)
         self._update_parts(p)
         record = {"loss": total, "grad_norm": norm, "l0": p.l0}

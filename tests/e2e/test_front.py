@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from projects import ROOT, Project, cli, environment, run
+
+from saelab.runs.folder import RunFolder
+from saelab.verdict.judge import Comparison
+from saelab.verdict.l0_adjustment import match
+from saelab.verdict.review import judge_files
 
 #: What takes a second and more to load.
 HEAVY = {"torch", "numpy", "transformers", "datasets", "pydantic", "sklearn", "scipy", "pyarrow"}
@@ -164,8 +172,36 @@ def test_the_api_does_what_the_readme_shows(tmp_path: Path) -> None:
         assert (project.folder / "kept" / "final_info.json").is_file()
         (same,) = saelab.compare(base, arms, seeds=2, target_l0=16)
         assert same == c
+        _check_compared_at_target(project.folder / "kept", c)
     finally:
         os.chdir(before)
+
+
+def _check_compared_at_target(folder: Path, comparison: Comparison) -> None:
+    """Checks that the comparison is the one of `judge_files`, between cells that were moved to the
+    declared L0 along each arm's own levels."""
+    judged = judge_files(RunFolder(folder))
+    assert judged.comparisons == [comparison] and judged.plan.target_l0 == 16
+    for arm in judged.arms.values():
+        assert len(arm.levels) == 2 and all(
+            cells.keys() == {8, 32} for cells in arm.levels.values()
+        )
+    matched = match(judged.arms, "baseline", "fvu", judged.plan)
+    assert {one.origin for one in matched.values()} == {"own"}
+    for name, arm in judged.arms.items():
+        slope = float(np.mean([_slope(cells) for cells in arm.levels.values()]))
+        for seed, values in arm.values.items():
+            moved = values["fvu"] + slope * math.log(16 / values["l0"])
+            assert matched[name].values[seed] == pytest.approx(moved, rel=1e-9)
+    assert comparison.mean_diff is not None
+    means = {name: np.mean([v for v in m.values.values() if v]) for name, m in matched.items()}
+    assert comparison.mean_diff == pytest.approx(means["A1"] - means["baseline"], abs=1e-6)
+
+
+def _slope(cells: Mapping[float, Mapping[str, float]]) -> float:
+    """Change of FVU with log L0 between the two levels of a seed."""
+    low, high = (cells[level] for level in sorted(cells))
+    return (high["fvu"] - low["fvu"]) / math.log(high["l0"] / low["l0"])
 
 
 def test_the_environment_of_these_tests_is_a_users() -> None:

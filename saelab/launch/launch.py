@@ -103,7 +103,7 @@ def _launch(task: Launch) -> list[Comparison]:
     task = _within_memory(task, before)
     if base.activations is None and not has_activations(cache):
         before.check_limit()
-    deviations = register(task.root, task.plan) if task.judged else ()
+    deviations = register(task.root, task.plan, task.base, task.table) if task.judged else ()
     about = {"run": task.label, "title": task.run.title, "study": task.plan.study}
     with launch_progress(task.out_dir, about, base.tracker):
         judged, shown, cells_made = _launched(task, before, deviations, start)

@@ -230,7 +230,7 @@ def check(task: Launch, specs: Sequence[CellSpec], workers: int) -> RunCheck:
         base=base,
         specs=tuple(specs),
         arms=tuple(_arm(task, arm, changes[arm.name], specs, spreads) for arm in task.run.arms),
-        deviations=deviations(task.root, task.plan) if task.judged else (),
+        deviations=(deviations(task.root, task.plan, task.base, task.table) if task.judged else ()),
         workers=workers,
         needs=launch_needs(base, specs, workers, GROUP),
     )

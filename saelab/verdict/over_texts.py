@@ -147,7 +147,7 @@ def _over_texts(
     present = ~(np.isnan(one) | np.isnan(other))
     z, sizes = (one - other)[present], _sizes(c, tables)[present]
     if len(z) < 2:
-        return OverTexts(arm=c.arm, metric=c.metric, reason="there is one document")
+        return OverTexts(arm=c.arm, metric=c.metric, reason="there is one context")
     assert c.mean_diff is not None
     half = float(half_width(z, sizes, c.level))
     kind = next(iter(tables.values())).kind

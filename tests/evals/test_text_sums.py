@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,6 +57,9 @@ def test_documents_are_numbered_over_shards_and_contexts_stand_in_for_them() -> 
     without = clusters_of(MemorySource(shards(documents=False), {}))
     assert (without.kind, without.count) == ("context", 4)
     assert without.of_rows.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    one = replace(shards()[0], documents=torch.full((2, 5), 7, dtype=torch.int32))
+    alone = clusters_of(MemorySource([one], {}))
+    assert (alone.kind, alone.of_rows.tolist()) == ("context", [0] * 4 + [1] * 4)
 
 
 def test_many_documents_are_taken_together_with_their_neighbours(

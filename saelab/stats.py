@@ -21,6 +21,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -109,16 +110,17 @@ def planned_error(n_arm: int, n_baseline: int, shared: int) -> float:
 def detectable_ratio(df: float, level: float, power: float = 0.8) -> float:
     """Returns the smallest effect, in standard errors of its estimate, that an interval with `df`
     degrees of freedom and coverage 1 - level excludes 0 for with this power."""
+    from scipy.optimize import brentq
     from scipy.special import ndtr
 
     scale, weight = _chi_nodes(df)
     limit = float(_t_quantile(1 - level / 2, df)) * scale
-    low, high = 0.0, 1e6
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        found = float(weight @ (ndtr(middle - limit) + ndtr(-middle - limit)))
-        low, high = (low, middle) if found >= power else (middle, high)
-    return high
+
+    def excess(shift: float) -> float:
+        return float(weight @ (ndtr(shift - limit) + ndtr(-shift - limit))) - power
+
+    highest = float(limit[-1]) + 10.0  # at which no estimate of the error is large enough
+    return cast(float, brentq(excess, 0.0, highest, xtol=1e-9))
 
 
 def pairs_needed(sd: float, effect: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
@@ -130,7 +132,8 @@ def pairs_needed(sd: float, effect: float, alpha: float = 0.05, power: float = 0
         return None
     if sd == 0:
         return math.ceil(math.log2(2 / alpha))
-    return _fewest(lambda n: t_power(n, effect / sd, alpha) >= power)
+    guess = (_normal_quantile(1 - alpha / 2) + _normal_quantile(power)) * sd / effect
+    return _fewest(lambda n: t_power(n, effect / sd, alpha) >= power, guess**2)
 
 
 def pairs_needed_equivalence(
@@ -139,7 +142,10 @@ def pairs_needed_equivalence(
     """Returns the fewest pairs at which a true effect of zero is judged equivalent."""
     if sesoi <= 0:
         return None
-    return 2 if sd == 0 else _fewest(lambda n: tost_power(n, sesoi / sd, alpha) >= power)
+    if sd == 0:
+        return 2
+    guess = (_normal_quantile(1 - alpha) + _normal_quantile((1 + power) / 2)) * sd / sesoi
+    return _fewest(lambda n: tost_power(n, sesoi / sd, alpha) >= power, guess**2)
 
 
 def mean_stderr(values: Iterable[float | None]) -> tuple[float | None, float | None]:
@@ -255,11 +261,18 @@ def _t_quantile(p: float, df: float) -> Array:
     return stdtrit(df, p)
 
 
+def _normal_quantile(p: float) -> float:
+    from scipy.special import ndtri
+
+    return float(ndtri(p))
+
+
 @functools.cache
 def _legendre(count: int = 200) -> tuple[Array, Array]:
     return np.polynomial.legendre.leggauss(count)
 
 
+@functools.lru_cache(4096)
 def _chi_nodes(df: float) -> tuple[Array, Array]:
     """Gauss-Legendre nodes and weights for the distribution of s / sigma with df degrees."""
     nodes, weights = _legendre()
@@ -269,16 +282,22 @@ def _chi_nodes(df: float) -> tuple[Array, Array]:
     return s, density / density.sum()
 
 
-def _fewest(enough: Callable[[int], bool]) -> int | None:
+def _fewest(enough: Callable[[int], bool], guess: float) -> int | None:
     """Returns the smallest n from 2 to MOST_PAIRS that is enough, or None.
 
-    The condition must stay true once it is true.
+    The condition must stay true once it is true; a guess near that n saves time.
     """
-    low, high = 1, 2
-    while not enough(high):
-        if high >= MOST_PAIRS:
-            return None
-        low, high = high, min(2 * high, MOST_PAIRS)
+    start, step = int(min(max(guess, 2.0), MOST_PAIRS)), 1
+    low, high = start - 1, start
+    if enough(start):
+        while low >= 2 and enough(low):
+            low, high, step = max(1, low - 2 * step), low, 2 * step
+    else:
+        while not enough(high := min(high + step, MOST_PAIRS)):
+            if high == MOST_PAIRS:
+                return None
+            low, step = high, 2 * step
+        low = max(low, start)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

@@ -1,8 +1,8 @@
 """Sums that the core metrics are made of, for each document of the held-out text.
 
 A document is one cluster: its tokens are alike. Where activations do not say which document a
-position belongs to (they were made elsewhere, or are synthetic), each context is a cluster; a
-context of joined texts may hold the end of one and the beginning of the next. Above `MOST` clusters
+position belongs to (they were made elsewhere, or are synthetic), and where all are of one document,
+each context is a cluster. Above `MOST` clusters
 neighbours are taken together, which keeps files small and makes intervals wider if anything.
 
 Columns, one line for each cluster:
@@ -72,12 +72,16 @@ def clusters_of(source: Source) -> Clusters:
         masks.append(shard.mask)
         if shard.documents is not None:
             stated.append(shard.documents.long())
-    kind: Kind = "document" if len(stated) == len(masks) else "context"
+    if len(stated) < len(masks):
+        stated = []
+    numbers = [x[mask] for x, mask in zip(stated, masks, strict=True)] if stated else []
+    several = bool(numbers) and len(torch.cat(numbers).unique()) > 1
+    kind: Kind = "document" if several else "context"
     if kind == "context":
         stated, first = [], 0
         for mask in masks:
-            numbers = torch.arange(first, first + len(mask))
-            stated.append(numbers[:, None].expand(mask.shape))
+            contexts = torch.arange(first, first + len(mask))
+            stated.append(contexts[:, None].expand(mask.shape))
             first += len(mask)
     counted = torch.cat([x[mask] for x, mask in zip(stated, masks, strict=True)]).unique()
     groups = torch.arange(len(counted))

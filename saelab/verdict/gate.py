@@ -82,12 +82,13 @@ class Check:
 
     def has_facts(self, facts: Facts) -> bool:
         """Returns whether all facts that the rule needs are present."""
-        return all(
-            any(key.startswith(need) and facts[key] is not None for key in facts)
-            if need.endswith((".", "_"))
-            else facts.get(need) is not None
-            for need in self.needs
-        )
+        for need in self.needs:
+            if facts.get(need) is not None:
+                continue
+            beginning = need[-1] in "._"
+            if not beginning or all(facts[key] is None for key in facts if key.startswith(need)):
+                return False
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +140,9 @@ def gate(facts: Facts, expected: Collection[str] = ()) -> GateResult:
     """
     check_expected(expected)
     findings: list[Finding] = []
-    for check in sorted(CHECKS, key=lambda check: ORDER.index(check.outcome)):
-        if check.has_facts(facts):
+    unchecked = {check.name for check in CHECKS if not check.has_facts(facts)}
+    for check in WORST_FIRST:
+        if check.name not in unchecked:
             for subject, text in check.look(facts, check.threshold or 0.0):
                 sentence = f"{text}: {check.explanation}; {check.remedy}"
                 is_expected = check.name in expected
@@ -154,8 +156,8 @@ def gate(facts: Facts, expected: Collection[str] = ()) -> GateResult:
                     )
                 )
     counted: list[Outcome] = [f.outcome for f in findings if not f.expected]
-    unchecked = tuple(check.name for check in CHECKS if not check.has_facts(facts))
-    return GateResult(counted[0] if counted else "ok", tuple(findings), unchecked)
+    left_out = tuple(check.name for check in CHECKS if check.name in unchecked)
+    return GateResult(counted[0] if counted else "ok", tuple(findings), left_out)
 
 
 def check_expected(names: Collection[str]) -> None:
@@ -364,6 +366,8 @@ CHECKS: tuple[Check, ...] = (
         look=ratio("l0", "d_in", "L0", "d_in"),
     ),
 )  # fmt: skip
+#: The same, the worst outcomes first.
+WORST_FIRST = sorted(CHECKS, key=lambda check: ORDER.index(check.outcome))
 
 
 # --------------------------------------------------------------------------------------- SAEBench

@@ -6,7 +6,9 @@ s of the arm and t of the baseline, all on the same G documents:
 
     z_g  = mean_s R_s (a_sg / A_s - b_sg / B_s) - mean_t R_t (a_tg / A_t - b_tg / B_t)
     V    = G / (G - 1) sum_g (z_g - mean z)^2
-    interval   effect +- t(G - 1) sqrt(V)
+    interval   effect +- t(G' - 1) sqrt(V),   G' = (sum_g n_g)^2 / sum_g n_g^2
+
+with n_g the tokens of a document: a few long documents are worth fewer than G equal ones.
 
 This is the cluster bootstrap's variance in closed form (the delta method for a ratio of sums): it
 needs no random numbers and has any coverage; tests hold it against 2000 resamples. The effect is
@@ -143,11 +145,11 @@ def _over_texts(
             arm=c.arm, metric=c.metric, reason="the cells were measured on other texts"
         )
     present = ~(np.isnan(one) | np.isnan(other))
-    z = (one - other)[present]
+    z, sizes = (one - other)[present], _sizes(c, tables)[present]
     if len(z) < 2:
-        return OverTexts(arm=c.arm, metric=c.metric, reason="there is one document")
+        return OverTexts(arm=c.arm, metric=c.metric, reason="there is one context")
     assert c.mean_diff is not None
-    half = half_width(z, c.level)
+    half = float(half_width(z, sizes, c.level))
     kind = next(iter(tables.values())).kind
     return OverTexts(
         arm=c.arm,
@@ -159,13 +161,26 @@ def _over_texts(
     )
 
 
-def half_width(z: Array, level: float) -> float:
-    """Half the width of the interval of a sum of influences [..., G]."""
+def _sizes(c: Comparison, tables: Mapping[tuple[str, int], _Table]) -> Array:
+    """Tokens of each document that the metric is measured on, [clusters]."""
+    table = next(table for (arm, _), table in tables.items() if arm == c.arm)
+    return table.sums[_counted(c.metric)]
+
+
+def _counted(metric: str) -> str:
+    """Column with the number of tokens that a metric is measured on."""
+    return "loss_tokens" if "ce_spliced" in RATIOS[metric][0] else "tokens"
+
+
+def half_width(z: Array, sizes: Array, level: float) -> Array:
+    """Half the width of the interval of a sum of influences [..., G] of documents of these sizes
+    [..., G]; at least one degree of freedom."""
     from scipy.special import stdtrit
 
     n = z.shape[-1]
+    effective = sizes.sum(axis=-1) ** 2 / (sizes**2).sum(axis=-1)
     variance = n / (n - 1) * ((z - z.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1)
-    return stdtrit(n - 1, 1 - level / 2) * np.sqrt(variance)
+    return stdtrit(np.maximum(effective - 1, 1.0), 1 - level / 2) * np.sqrt(variance)
 
 
 def _why_not(c: Comparison, tables: Mapping[tuple[str, int], _Table]) -> str:
@@ -193,7 +208,7 @@ def _influences(
         if table is None or not {*above, *below} <= table.sums.keys():
             return f"the cells of {arm.name} have no sums of {metric} over documents"
         a, b = table.combine(above), table.combine(below)
-        counted = table.sums["loss_tokens" if "ce_spliced" in above else "tokens"] > 0
+        counted = table.sums[_counted(metric)] > 0
         ratio = value if sign > 0 else 1 - value
         z = sign * ratio * (a / a.sum() - b / b.sum())
         parts.append(np.where(counted, z, np.nan))

@@ -8,6 +8,7 @@ and the slope of the frontier are about those of the shipped study.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,13 +18,13 @@ from typing import Literal
 import numpy as np
 
 from saelab import stats
-from saelab.runs.schema import CellId
 from saelab.runtime.counting import count
 from saelab.seeding import numpy_stream
 from saelab.study.plan import PlanConfig
-from saelab.verdict.arms import ArmResult, CellGate
+from saelab.verdict.arms import ArmResult
 from saelab.verdict.effect import Effect, estimate
 from saelab.verdict.final_info import judge_run
+from saelab.verdict.gate import GateResult
 from saelab.verdict.judge import Cells, Rules, choose_words, judge
 from saelab.verdict.l0_adjustment import Matched
 
@@ -76,21 +77,18 @@ def _format_row(*cells: str) -> str:
     return " ".join([*text, cells[-1]])
 
 
+#: Simulates rows: (studies, seed) -> rows.
+Rows = Callable[[int, int], Iterator[Row]]
 #: Names the columns of `Row.line`.
 HEADING = _format_row("promise", "cells", "observed", "promised", "kept?")
 
 
-def validation_table(studies: int = 20_000, seed: int = 0) -> Iterator[Row]:
-    """Simulates every row in turn, so many studies each.
-
-    Args:
-        seed: of the streams.
-    """
-    for rows in (_null_rows, _interval_rows, _power_rows, _failure_rows, _l0_rows, _look_rows):
-        yield from rows(studies, seed)
-    from saelab.verdict.simulation_settings import settings_rows  # which needs `Row` from here
-
-    yield from settings_rows(studies, seed)
+def row_groups() -> list[Rows]:
+    """Groups of rows that can be simulated apart, in their order: none uses another's streams."""
+    groups: list[Rows] = [_null_rows, _interval_rows, _power_rows]
+    for rows in (_failure_rows, _l0_rows, _look_rows):
+        groups += [functools.partial(rows, kind=kind) for kind in KINDS]
+    return groups
 
 
 # ---------------------------------------------------------------------------------------- cells
@@ -272,19 +270,20 @@ def _count(studies: int, study: Callable[[], str]) -> Counter[str]:
     return Counter(study() for _ in range(studies))
 
 
-def _failure_rows(studies: int, seed: int) -> Iterator[Row]:
+def _failure_rows(studies: int, seed: int, kind: Kind) -> Iterator[Row]:
     """Cells that fail count on both sides."""
     for n in (8, 12):
         for q in (0.05, 0.1, 0.2, 0.3):
-            stream = numpy_stream(seed, "simulation", f"failures {n} {q:g}")
+            stream = numpy_stream(seed, "simulation", f"failures {kind} {n} {q:g}")
 
             def study(n: int = n, q: float = q, stream: np.random.Generator = stream) -> str:
-                values, failed = FVU + SD * stream.normal(size=(2, n)), stream.random((2, n)) < q
+                values = FVU + SD * draw_noise(stream, kind, (2, n))
+                failed = stream.random((2, n)) < q
                 base, arm = (_cells(v, f) for v, f in zip(values, failed, strict=True))
                 return judge(_rules(), base, {"arm": arm})[0].word
 
             words = _count(studies, study)
-            cells = f"normal, {n} and {count(n, 'cell')}, all fail with probability {q:g}"
+            cells = f"{kind}, {n} and {count(n, 'cell')}, all fail with probability {q:g}"
             wrong = words["helps"] + words["hurts"]
             yield Row(
                 promise="no effect: helps or hurts",
@@ -302,15 +301,16 @@ def _failure_rows(studies: int, seed: int) -> Iterator[Row]:
                 low=0.0,
                 high=0.01,
             )
-    stream = numpy_stream(seed, "simulation", "sturdier")
+    stream = numpy_stream(seed, "simulation", f"sturdier {kind}")
 
     def sturdier() -> str:
-        base = _cells(FVU + SD * stream.normal(size=8), stream.random(8) < 0.75)
-        return judge(_rules(), base, {"arm": _cells(FVU + SD * stream.normal(size=8))})[0].word
+        values = FVU + SD * draw_noise(stream, kind, (2, 8))
+        base = _cells(values[0], stream.random(8) < 0.75)
+        return judge(_rules(), base, {"arm": _cells(values[1])})[0].word
 
     yield Row(
         promise="the arm never fails: helps",
-        cells="normal, 8 and 8 cells, baseline's fail with probability 0.75",
+        cells=f"{kind}, 8 and 8 cells, baseline's fail with probability 0.75",
         studies=studies,
         observed=_count(studies, sturdier)["helps"] / studies,
         low=0.8,
@@ -319,6 +319,10 @@ def _failure_rows(studies: int, seed: int) -> Iterator[Row]:
 
 
 # ------------------------------------------------------------------------------------------- L0
+
+
+#: Of a cell with which nothing is wrong.
+PASSED = GateResult("ok", ())
 
 
 @dataclass(frozen=True)
@@ -335,29 +339,25 @@ class Frontier:
     def at(self, l0: float) -> float:
         return FVU + self.effect + self.slope * math.log(l0 / TARGET)
 
-    def draw(self, name: str, seeds: int, stream: np.random.Generator) -> ArmResult:
-        arm = ArmResult(name)
+    def draw(self, name: str, seeds: int, kind: Kind, stream: np.random.Generator) -> ArmResult:
+        """Draws an arm whose cells have passed the gate."""
+        arm = ArmResult(name, definitions=dict.fromkeys(("fvu", "l0"), "core/1"))
+        off = self.spread * stream.normal(size=seeds)
+        noise = SD * draw_noise(stream, kind, (seeds,))
         for seed in range(seeds):
-            l0 = TARGET * (1 + self.off) * math.exp(self.spread * stream.normal())
-            arm.add(*self._cell(seed, TARGET, l0, stream))
-        for seed in range(2 if self.levels else 0):
-            for level in (TARGET / 2, TARGET * 2):
-                arm.add_level(*self._cell(seed, level, 1.01 * level, stream))
+            l0 = TARGET * (1 + self.off) * math.exp(off[seed])
+            arm.gates[seed] = PASSED
+            arm.values[seed] = {"fvu": self.at(l0) + float(noise[seed]), "l0": l0}
+        if self.levels:
+            noise = SD * draw_noise(stream, kind, (2, 2))
+            for seed, of_seed in enumerate(noise.tolist()):
+                l0 = (1.01 * TARGET / 2, 1.01 * TARGET * 2)
+                cells = [{"fvu": self.at(x) + e, "l0": x} for x, e in zip(l0, of_seed, strict=True)]
+                arm.levels[seed] = dict(zip((TARGET / 2, TARGET * 2), cells, strict=True))
         return arm
 
-    def _cell(
-        self, seed: int, level: float, l0: float, stream: np.random.Generator
-    ) -> tuple[CellGate, list[dict[str, object]]]:
-        values = {"fvu": self.at(l0) + SD * stream.normal(), "l0": l0}
-        rows: list[dict[str, object]] = [
-            {"metric": metric, "value": value, "slice": "", "definition": "core/1"}
-            for metric, value in values.items()
-        ]
-        id = CellId("simulated", seed, level)
-        return CellGate(id=id, expected=(), facts={"l0": l0, "target_l0": level}), rows
 
-
-def _l0_rows(studies: int, seed: int) -> Iterator[Row]:
+def _l0_rows(studies: int, seed: int, kind: Kind) -> Iterator[Row]:
     """An L0 that is not the target's gives no word; levels on both sides give the right one."""
     one = Frontier(0.0, levels=True)
     no_levels = [(Frontier(0.016), Frontier(0.0)), (Frontier(0.0), Frontier(0.03))]
@@ -369,10 +369,11 @@ def _l0_rows(studies: int, seed: int) -> Iterator[Row]:
     ]
     cases += [(8, one, Frontier(0.03, SLOPE * 0.7, levels=True), "own levels")]
     for n, base, arm, how in cases:
-        words = _judge_frontiers(studies, seed, n, base, arm)
+        words = _judge_frontiers(studies, seed, (n, kind), base, arm)
+        off = f"L0 off by {base.off:.1%} and {arm.off:.1%}"
         yield Row(
             promise="no effect at the target: helps or hurts",
-            cells=f"{n} and {count(n, 'cell')}, L0 off by {base.off:.1%} and {arm.off:.1%}, {how}",
+            cells=f"{kind}, {n} and {count(n, 'cell')}, {off}, {how}",
             studies=studies,
             observed=(words["helps"] + words["hurts"]) / studies,
             low=0.0,
@@ -380,10 +381,10 @@ def _l0_rows(studies: int, seed: int) -> Iterator[Row]:
         )
     for n in (3, 8):
         wide = Frontier(0.04, levels=True, effect=0.015, spread=0.015)
-        words = _judge_frontiers(studies, seed, n, one, wide)
+        words = _judge_frontiers(studies, seed, (n, kind), one, wide)
         yield Row(
             promise="cells off the tolerance, levels: refused",
-            cells=f"{n} and {count(n, 'cell')}, L0 off by 4.0%, spread 1.5%",
+            cells=f"{kind}, {n} and {count(n, 'cell')}, L0 off by 4.0%, spread 1.5%",
             studies=studies,
             observed=words["refused"] / studies,
             low=0.0,
@@ -392,12 +393,14 @@ def _l0_rows(studies: int, seed: int) -> Iterator[Row]:
 
 
 def _judge_frontiers(
-    studies: int, seed: int, n: int, base: Frontier, arm: Frontier
+    studies: int, seed: int, cells: tuple[int, Kind], base: Frontier, arm: Frontier
 ) -> Counter[str]:
-    stream = numpy_stream(seed, "simulation", f"{n} {base} {arm}")
+    n, kind = cells
+    stream = numpy_stream(seed, "simulation", f"{kind} {n} {base} {arm}")
 
     def study() -> str:
-        arms = {"baseline": base.draw("baseline", n, stream), "arm": arm.draw("arm", n, stream)}
+        sides = {"baseline": base, "arm": arm}
+        arms = {name: side.draw(name, n, kind, stream) for name, side in sides.items()}
         return judge_run(arms, PLAN, exploratory=True)[0][0].word
 
     return _count(studies, study)
@@ -406,13 +409,13 @@ def _judge_frontiers(
 # ---------------------------------------------------------------------------------------- looks
 
 
-def _look_rows(studies: int, seed: int) -> Iterator[Row]:
+def _look_rows(studies: int, seed: int, kind: Kind) -> Iterator[Row]:
     """Judging, adding the seeds that the verdict asks for, and judging again."""
     for sd in (0.0017, 0.003, 0.005, 0.008):
-        stream = numpy_stream(seed, "simulation", f"looks {sd:g}")
+        stream = numpy_stream(seed, "simulation", f"looks {kind} {sd:g}")
 
         def study(sd: float = sd, stream: np.random.Generator = stream) -> str:
-            base, arm = FVU + sd / math.sqrt(2) * stream.normal(size=(2, 60))
+            base, arm = FVU + sd / math.sqrt(2) * draw_noise(stream, kind, (2, 60))
             n = 3
             for look in range(1, 7):
                 (c,) = judge(_rules(SESOI, look), _cells(base[:n]), {"arm": _cells(arm[:n])})
@@ -426,7 +429,7 @@ def _look_rows(studies: int, seed: int) -> Iterator[Row]:
         words = _count(studies, study)
         yield Row(
             promise="no effect, up to 6 looks: a difference",
-            cells=f"normal, from 3 to 60 seeds, sd of differences {sd:g}",
+            cells=f"{kind}, from 3 to 60 seeds, sd of differences {sd:g}",
             studies=studies,
             observed=words["differs"] / studies,
             low=0.0,

@@ -66,6 +66,13 @@ def test_contexts_are_bos_and_consecutive_tokens_of_the_stream(tmp_path: Path, w
     assert by_row[(BOS, EOS, D, E)] == [False, False, True, True]
     assert by_row[(BOS, F, G, EOS)] == [False, True, True, False]
     assert tokens.n_tokens == 7
+    assert tokens.documents is not None and tokens.documents.dtype == torch.int32
+    of_row = {
+        tuple(r): d for r, d in zip(tokens.ids.tolist(), tokens.documents.tolist(), strict=True)
+    }
+    assert of_row[(BOS, A, B, C)] == [0, 0, 0, 0]
+    assert of_row[(BOS, EOS, D, E)] == [0, 0, 1, 1]  # the end belongs to what it ends
+    assert of_row[(BOS, F, G, EOS)] == [1, 1, 1, 1]
 
 
 def test_documents_that_are_not_joined_begin_contexts_of_their_own(tmp_path: Path, words) -> None:
@@ -76,6 +83,9 @@ def test_documents_that_are_not_joined_begin_contexts_of_their_own(tmp_path: Pat
     assert apart.lengths is not None
     assert apart.lengths.tolist() == [3 if row[1] == H else 4 for row in order]
     assert torch.equal(apart.mask, apart.ids > UNK)
+    assert apart.documents is not None
+    numbers = {row[1]: one for row, one in zip(order, apart.documents.tolist(), strict=True)}
+    assert numbers == {A: [0] * 4, C: [1] * 4, F: [1] * 4, H: [2, 2, 2, 3]}  # padding is nobody's
     assert tokenize(config, words, context=4, tokens=6).lengths is None
 
 

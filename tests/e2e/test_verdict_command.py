@@ -139,6 +139,21 @@ def test_the_terminal_shows_all_of_it(project: Project) -> None:
         assert words in said
     assert "declared, not_converged (expected)" in said
     assert "other models or texts" in said
+    assert "over texts" in said and "contexts of one text, one model)" in said
+    (found,) = judged(project)
+    texts = {one["arm"]: one for one in found["over_texts"]}
+    rate = next(c for c in found["comparisons"] if c["arm"] == "rate")
+    assert texts["rate"]["low"] < rate["mean_diff"] < texts["rate"]["high"]
+    assert "one text, one model)" in (project.folder / "run_1" / "summary.md").read_text("utf-8")
+
+
+def test_a_run_of_an_older_version_says_that_it_has_no_documents(
+    project: Project, tmp_path: Path
+) -> None:
+    shutil.copytree(project.folder / "run_1", tmp_path / "run_1")
+    (tmp_path / "run_1" / "documents.parquet").unlink()
+    said = cli(tmp_path, "verdict", "run_1").out
+    assert "over texts: no interval, since the run has no documents.parquet" in said
 
 
 def test_the_report_shows_an_arm_that_diverged(project: Project) -> None:

@@ -33,11 +33,12 @@ def _simulate(simulations: int, json_: bool) -> None:
     from dataclasses import asdict
 
     from saelab.errors import SettingError, StudyFailure
-    from saelab.verdict.simulation import HEADING, validation_table
+    from saelab.verdict.simulation import HEADING
+    from saelab.verdict.validation import all_promises
 
     if simulations < 100:
         raise SettingError("simulations", simulations, "at least 100 are needed")
-    rows = list(validation_table(simulations))
+    rows = list(all_promises(simulations))
     data = [{**asdict(row), "kept": row.is_kept} for row in rows]
     show(json_, data, [HEADING, *(row.line() for row in rows)])
     if not all(row.is_kept for row in rows):

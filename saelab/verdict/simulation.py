@@ -88,9 +88,6 @@ def validation_table(studies: int = 20_000, seed: int = 0) -> Iterator[Row]:
     """
     for rows in (_null_rows, _interval_rows, _power_rows, _failure_rows, _l0_rows, _look_rows):
         yield from rows(studies, seed)
-    from saelab.verdict.simulation_settings import settings_rows  # which needs `Row` from here
-
-    yield from settings_rows(studies, seed)
 
 
 # ---------------------------------------------------------------------------------------- cells

@@ -22,8 +22,8 @@ from typing import Any
 
 from saelab.errors import SettingError, StudyFailure, nearest
 from saelab.launch.collect import collect
-from saelab.launch.environment import check_environment
 from saelab.launch.executors import LOCAL, executor_name
+from saelab.launch.executors.environment import check_environment
 from saelab.launch.record import Record
 from saelab.launch.waves import (
     PreparedLaunch,

@@ -25,6 +25,8 @@ from saelab.runs.folder import INFO, MANIFEST
 from saelab.runs.schema import SETTINGS
 from saelab.runtime.safe_text import visible
 from saelab.storage.cache import cache_folder, has_activations
+from saelab.storage.links import refuse_links
+from saelab.storage.lock import lock_folder
 from saelab.study.setting_bases import setting_bases
 from saelab.study.task import Launch
 from saelab.verdict.judge import Comparison
@@ -35,11 +37,18 @@ def launch_over_settings(task: Launch) -> list[Comparison]:
 
     Returns: the comparisons in the plan's own base.
 
-    Raises: as `launch`; for a setting that is impossible before anything is trained.
+    Raises: as `launch`, before anything is trained for a setting that is impossible; BusyError
+        while another process makes the run.
     """
     others = setting_launches(task)
     if not others:
         return launch(task)
+    refuse_links(task.out_dir)
+    with lock_folder(task.out_dir / SETTINGS, f"is making {task.label}"):
+        return _launch_all(task, others)
+
+
+def _launch_all(task: Launch, others: Sequence[Launch]) -> list[Comparison]:
     check_open(task)
     check = check_over_settings(task)
     if task.base.activations is None and not has_activations(cache_folder(task.root)):

@@ -25,9 +25,9 @@ import numpy as np
 from saelab.runs.folder import RunFolder
 from saelab.runs.schema import CONTROL
 from saelab.runtime.safe_text import visible
-from saelab.verdict.across_settings import AcrossSettings, read_across
 
 if TYPE_CHECKING:
+    from saelab.verdict.across_settings import AcrossSettings
     from saelab.verdict.judge import Comparison
 
 #: Arm -> group of final_info.json -> its content.
@@ -175,7 +175,7 @@ def run_data(
     Raises: DamageError for a file that can't be read, SourceError without final_info.json.
     """
     info, manifest, name = dict(run.info), run.manifest, run.folder.name
-    across = across or read_across(manifest.get("across", ()))
+    across = across or _read_across(manifest)
     for a in across:  # the figures of a single setting are of the plan's own base
         if a.arm in info:
             info[a.arm] = info[a.arm] | {"means": info[a.arm].get("means", {}) | a.means_of_base()}
@@ -185,6 +185,14 @@ def run_data(
     values = _read_values(run) or _values_from_info(info, run.target_level)
     data = Run(name, title or manifest.get("title", name), info, manifest=manifest, values=values)
     return replace(data, curves=_read_curves(run, data.target_l0), across=across)
+
+
+def _read_across(manifest: Mapping[str, Any]) -> Sequence[AcrossSettings]:
+    if not manifest.get("across"):
+        return ()
+    from saelab.verdict.across_settings import read_across  # loads torch
+
+    return read_across(manifest["across"])
 
 
 def _values_from_info(info: Info, level: float) -> dict[tuple[str, str], list[Value]]:

@@ -1,4 +1,4 @@
-"""What an arm's effects in several settings (model, layer, width, text) say about the next one.
+"""Arms over several settings (model, layer, width, text), and in a setting that is not there yet.
 
 With effects y_1 .. y_k of k settings, which have standard errors e_i and are taken as a sample of
 settings like them, m = mean(y), s = standard deviation of y (ddof 1), and t = t(k-1, 1 - level/2):
@@ -137,7 +137,7 @@ class AcrossSettings:
         }
 
     def means_of_base(self) -> dict[str, float | str | None]:
-        """The same entries of the plan's own base alone, as a run without settings has them."""
+        """Entries of the plan's own base alone, as a run without further settings has them."""
         base = self.settings[0]
         return {
             f"verdict.{self.metric}": base.word,
@@ -151,13 +151,15 @@ def read_across(stored: Sequence[Mapping[str, Any]]) -> list[AcrossSettings]:
     """Reads what a manifest holds, see `runs.folder`; fields of other versions are left out."""
     found = []
     for one in stored:
-        effects = tuple(SettingEffect(**_known(SettingEffect, each)) for each in one["settings"])
-        known: dict[str, Any] = _known(AcrossSettings, one) | {"settings": effects}
+        effects = tuple(
+            SettingEffect(**_fields_of(SettingEffect, each)) for each in one["settings"]
+        )
+        known: dict[str, Any] = _fields_of(AcrossSettings, one) | {"settings": effects}
         found.append(AcrossSettings(**known))
     return found
 
 
-def _known(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+def _fields_of(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in stored.items() if name in names}
 

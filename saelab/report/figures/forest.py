@@ -9,11 +9,12 @@ from saelab.report.figures.style import Page, arm_styles, legend_name, wrap
 from saelab.report.run_data import Run
 from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
-from saelab.verdict.across_settings import AcrossSettings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from saelab.verdict.across_settings import AcrossSettings
 
 #: Panels in a row at most.
 COLUMNS = 3

@@ -65,7 +65,7 @@ class Ended:
 
 
 def main() -> None:
-    options = _options()
+    options, commit = _options(), _commit()
     base = _base(options)
     prepared = prepare(base, cache_folder(Path()), base.model.device)
     core = CoreData(prepared.held_out, None, 1)
@@ -77,13 +77,17 @@ def main() -> None:
                 print(
                     f"{cell.arm}, L0 {cell.level:g}, seed {cell.seed}: {cell.off:+.2%}", flush=True
                 )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     where = f"commit {commit}, {machine(1)['cpu']}"
     title = f"{options.seeds} seeds, {base.train.tokens:,} tokens, {where}"
     section = Section(title, _table(cells, options), [asdict(cell) for cell in cells])
     save("l0_targets", options, [section.show()], None)
+
+
+def _commit() -> str:
+    """The commit of the source, with '-dirty' where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return ended.stdout.strip() or "unknown"
 
 
 def _options() -> argparse.Namespace:

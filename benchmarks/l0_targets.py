@@ -65,25 +65,29 @@ class Ended:
 
 
 def main() -> None:
-    options = _options()
+    options, commit = _options(), _commit()
     base = _base(options)
     prepared = prepare(base, cache_folder(Path()), base.model.device)
     core = CoreData(prepared.held_out, None, 1)
     cells: list[Ended] = []
-    for layout, arms in _by_layout(base, options.arms).items():
-        for seed in range(options.seeds):
+    by_layout = _by_layout(base, options.arms)
+    for seed in range(options.seeds):
+        for layout, arms in by_layout.items():
             for cell in _train(prepared.train, core, arms, options.levels, seed, layout):
                 cells.append(cell)
-                print(
-                    f"{cell.arm}, L0 {cell.level:g}, seed {cell.seed}: {cell.off:+.2%}", flush=True
-                )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+                numbers = f"{cell.off:+.2%}, batches {cell.off_batches:+.2%}, FVU {cell.fvu:.4f}"
+                print(f"{cell.arm}, L0 {cell.level:g}, seed {seed}: {numbers}", flush=True)
     where = f"commit {commit}, {machine(1)['cpu']}"
     title = f"{options.seeds} seeds, {base.train.tokens:,} tokens, {where}"
     section = Section(title, _table(cells, options), [asdict(cell) for cell in cells])
     save("l0_targets", options, [section.show()], None)
+
+
+def _commit() -> str:
+    """The commit of the source, with '-dirty' where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return ended.stdout.strip() or "unknown"
 
 
 def _options() -> argparse.Namespace:

@@ -1,29 +1,35 @@
 """Keeps L0 at a target by adjusting the sparsity coefficient while the cell trains.
 
-A controller with a proportional term and two integrals, on the logarithm of the coefficient:
+A controller of the coefficient's logarithm with a proportional term, two integrals and a lead:
 
     e_t     = clip(log(L0_t / target_t), -LARGEST, LARGEST)     L0_t: EMA of the batch's L0
-    log c_t = I_t + proportional * e_t
+    log c_t = I_t + proportional * e_t + lead * (1 - rate_t)    rate_t: share of the learning rate
     I_t     = I_{t-1} + d_t + integral * e_t / T                T = max(steps, SHORT)
-    d_t     = d_{t-1} + drift * clip(e_t, -SLOW, SLOW) / T^2    once target_t has arrived
+    d_t     = d_{t-1} + drift * e_t / T^2   where |e_t| < NEAR and target_t has arrived
+            = FORGET * d_{t-1}              elsewhere
 
 target_t falls geometrically from the first batch's L0 to the target over the first `warmup` share
 of the run: the sparsity warm-up. The controller replaces trial runs for each arm's penalty: every
 arm reaches the same L0 by the same rule (docs/decisions/0002).
 
-The coefficient that holds an L0 is not constant: as the learning rate falls it rises by a steady
-r per step. With one integral the L0 would end e = r T / integral beside the target, where
-integral * e / T = r (2.5% for ReLU at a gain of 60). The second integral learns r, so that the
-error of a steady rise is 0. Two integrals need damping. L0 follows the coefficient with a lag where
-the penalty acts on weights, and where it moves thresholds under Adam nearly integrates it,
+Why a lead and two integrals: the coefficient that holds an L0 rises while the learning rate falls,
+by 15 to 36% on the embedded model. One integral follows a rise of r per step at a distance,
+integral * e / T = r, which was 2.6% of L0 at r = 0.3 / 391, T = 2000 and a gain of 60. The lead
+makes most of the rise before an error shows, and the second integral learns what is left of r, so
+that the error of a steady rise is 0. It learns near the target only: what it learned on the way
+there would push L0 past it for hundreds of steps.
 
-    lag         d log L0 / dt = (s log(c* / c) - log(L0 / target)) / tau
-    integrator  d log L0 / dt = b log(c* / c)
+Why a small gain and a short EMA: L0 follows the coefficient with a lag where the penalty acts on
+weights, and where it moves thresholds under Adam it nearly integrates the distance to the holding
+coefficient c*,
 
-and the loop is stable (Routh) where drift < integral T (1 + s proportional) / tau, or for the
-integrator integral < b T proportional^2 and so on: a large proportional gain holds both. Our choice
-of gains: those that hold L0 on the embedded model within 1% from the middle of the run on for ReLU,
-JumpReLU and ideas A and B, by a factor of about 2 below those at which JumpReLU oscillates.
+    weights      tau d log L0 / dt = s log(c* / c) - log(L0 / target)
+    thresholds       d log L0 / dt = b log(c* / c)
+
+The second loop needs integral < T b proportional^2 / 4 to be damped, so the proportional gain must
+not be small; Adam's momentum and the EMA delay the first, which with a gain of 6 and an EMA of 0.9
+swung by 15% at L0 16. Our choice of gains: half of those at which an arm swings, at L0 16 to 64
+(docs/decisions/0015).
 """
 
 from __future__ import annotations
@@ -61,6 +67,7 @@ class L0TargetConfig(PartConfig):
         start: first value of the coefficient.
         warmup: share of the run over which the target falls.
         proportional, integral, drift: gains.
+        lead: rise of the coefficient's logarithm while the learning rate falls to 0.
         smoothing: weight of the past in the EMA of log L0.
     """
 

@@ -23,10 +23,11 @@ def verdict(
     if simulate:
         _simulate(simulations, json_)
         return
-    from saelab.verdict.review import complete_runs, review_all, text
+    from saelab.verdict.review import complete_runs, counted, review_all, text
 
     reviews = review_all(folders or complete_runs(Path()))
-    show(json_, [review.as_dict() for review in reviews], map(text, reviews), "\n\n")
+    texts = [*map(text, reviews), *filter(None, [counted(reviews)])]
+    show(json_, [review.as_dict() for review in reviews], texts, "\n\n")
 
 
 def _simulate(simulations: int, json_: bool) -> None:

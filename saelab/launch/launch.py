@@ -156,6 +156,7 @@ def _launched(
         data=ready.prepared,
         deviations=_with_lost(task, deviations),
         levels=levels,
+        twin=collected.twin,
     )
     record.write_measurements(collected.rows, collected.gates)
     judged = judge_files(RunFolder(task.out_dir))
@@ -333,7 +334,8 @@ def _trained(ready: PreparedLaunch, later: Sequence[CellSpec] = ()) -> dict[Cell
     if wave.jobs:
         workers = _workers(task, device)
         at_once = max(1, min(workers, len(wave.jobs)))
-        whole = training_seconds([*wave.specs, *later], wave.measured, at_once, wave.controls)
+        trained = [*wave.specs, *wave.twins, *later]
+        whole = training_seconds(trained, wave.measured, at_once, wave.controls)
         check_limit(task.label, whole, task.limit)
         _run(task, [wave], workers, ready.cache / "logs")
     return {spec: ready.place(key) for spec, key in ready.keys.items()}

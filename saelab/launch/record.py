@@ -61,6 +61,7 @@ class Record:
         data: what the cells were trained and measured on.
         deviations: of the plan from the registered one.
         levels: of each arm's comparison, from the study's error budget.
+        twin: facts of the A/A twin's cells.
     """
 
     task: Launch
@@ -69,6 +70,7 @@ class Record:
     data: LaunchData
     deviations: tuple[str, ...]
     levels: Mapping[str, Allotted] = field(default_factory=dict)
+    twin: Mapping[str, CellGate] = field(default_factory=dict)
 
     def write_measurements(
         self, rows: Sequence[dict[str, Any]], gates: Mapping[str, CellGate]
@@ -108,6 +110,7 @@ class Record:
         manifest = self._manifest() | {
             "comparisons": [asdict(comparison) for comparison in judged.comparisons],
             **({"across": [asdict(one) for one in judged.across]} if judged.across else {}),
+            "aa_twin": asdict(judged.twin) if judged.twin else None,
             "planted": asdict(judged.planted) if judged.planted else None,
             **({"budget": asdict(budget)} if budget else {}),
             "seconds": round(seconds, 1),
@@ -191,6 +194,7 @@ class Record:
                 for arm in task.run.arms
             },
             "scalars": _scalars(self.folders),
+            "twin": _gates(self.twin),
             "cells": {spec.id.name: folder.name for spec, folder in self.folders.items()},
             "plan": plan.model_dump(mode="json"),
             "plan_hash": plan_hash(plan),

@@ -70,12 +70,17 @@ def run_one(
     executor: str = "",
 ) -> None:
     """One launch of the run that the last part of `out_dir` names."""
-    from saelab.launch.launch import launch
-
     plan_file = plan_file or experiment.parent / "plan.toml"
     task = task_of(runs, experiment, out_dir, force, plan_file)
-    with attempt(plan_file.parent, out_dir.name):
-        launch(replace(task, executor=executor))
+    start(replace(task, executor=executor))
+
+
+def start(task: Launch) -> None:
+    """One launch, which is written down as an attempt."""
+    from saelab.launch.launch import launch
+
+    with attempt(task.root, task.name):
+        launch(task)
 
 
 def train_all(

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,6 @@ from saelab.study.plan import (
     ParallelConfig,
     PlanConfig,
     arm_settings,
-    cells,
     first_wave,
     later_arms,
     resolve,
@@ -68,6 +67,7 @@ from saelab.study.registry import register
 from saelab.study.task import GROUP, Launch
 from saelab.training.curves import read_curve
 from saelab.verdict.arms import ArmResult
+from saelab.verdict.decision import Decision, decide_run, lines_to_print
 from saelab.verdict.final_info import CORE, final_info
 from saelab.verdict.gate import check_expected
 from saelab.verdict.judge import Comparison
@@ -103,12 +103,24 @@ def _launch(task: Launch) -> list[Comparison]:
     deviations = register(task.root, task.plan) if task.judged else ()
     about = {"run": task.name, "title": task.run.title, "study": task.plan.study}
     with launch_progress(task.out_dir, about, base.tracker):
-        judged, shown, cells_made = _launched(task, before, deviations, start)
-    print(visible(shown, keep="\n"))
+        outcome = _launched(task, before, deviations, start)
+    judged = outcome.judged
+    print(visible(outcome.table, keep="\n"))
     taken = clock(time.monotonic() - start)
-    print(f"\n{task.out_dir}: {count(cells_made, 'cell')} in {taken}")
+    print(f"\n{task.out_dir}: {count(len(judged.gates), 'cell')} in {taken}")
     print(visible(_place_text(task, [gate.id for gate in judged.gates.values()])))
+    for line in lines_to_print(outcome.decisions, task.run.arms):
+        print(line)
     return judged.comparisons
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A launch that is judged: the table and the decisions that it prints."""
+
+    judged: Judged
+    table: str
+    decisions: list[Decision]
 
 
 def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
@@ -122,10 +134,8 @@ def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
 
 def _launched(
     task: Launch, before: RunCheck, deviations: tuple[str, ...], start: float
-) -> tuple[Judged, str, int]:
+) -> _Outcome:
     """The launch after its checks: trains, measures, writes the run folder, judges it from there.
-
-    Returns: the judged run, its table as text, and the number of its cells.
 
     Raises: as `launch`.
     """
@@ -152,11 +162,13 @@ def _launched(
     judged = judge_files(RunFolder(task.out_dir))
     settings = {arm.name: arm_settings(task.base, task.run, arm) for arm in task.run.arms}
     hook_name = str(ready.prepared.provenance.get("hook_name", ""))
-    info = final_info(judged.arms, judged.comparisons, judged.differences, settings, hook_name)
+    made = judged.comparisons
+    decisions = decide_run(judged.arms, made, task.plan) if task.judged else []
+    info = final_info(judged.arms, made, judged.differences, settings, hook_name, decisions)
     record.write_verdict(judged, info, collected.rows, time.monotonic() - start)
     _check_baseline(task, judged.arms)
     shown = table(info, judged.comparisons, task.plan, collected.controls, judged.rivals)
-    return judged, shown, len(folders)
+    return _Outcome(judged, shown, decisions)
 
 
 def check_open(task: Launch) -> None:
@@ -173,7 +185,7 @@ def check_launch(task: Launch) -> RunCheck:
     Raises: UsageError for what is impossible.
     """
     check_environment(task.executor)
-    specs = cells(task.plan, task.base, resolve_with_placeholders(task.run), task.purpose)
+    specs = task.cells(resolve_with_placeholders(task.run))
     for arm in task.run.arms:
         with naming_arm(arm.name):
             check_expected(arm.expected)

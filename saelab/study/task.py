@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from saelab.study.plan import (
-    BaseConfig,
-    PlanConfig,
-    Run,
-)
+from saelab.study.plan import BaseConfig, CellSpec, PlanConfig, Run, cells
 
 #: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.
 LONGEST = 7000.0
@@ -30,6 +26,9 @@ class Launch:
         limit: seconds that the launch may be expected to take.
         workers: processes; 0 works in this one, None takes one per core.
         executor: where the cells are trained, see `executors`; '' for what SAELAB_EXECUTOR names.
+        seeds: of the baseline and the primary arms where they have more than the plan says, since
+            a decision asked for more; None for the plan's number.
+        seed_set: name of a further set of seeds of the study, '' for its first.
     """
 
     name: str
@@ -44,6 +43,18 @@ class Launch:
     limit: float = LONGEST
     workers: int | None = None
     executor: str = ""
+    seeds: int | None = None
+    seed_set: str = ""
+
+    def cells(self, run: Run | None = None) -> list[CellSpec]:
+        """All cells of the launch, see `plan.cells`.
+
+        Args:
+            run: in place of the launch's.
+        """
+        seeds = {} if self.seeds is None else {"seeds": self.seeds}
+        purpose = f"{self.purpose}/{self.seed_set}" if self.seed_set else self.purpose
+        return cells(self.plan.model_copy(update=seeds), self.base, run or self.run, purpose)
 
     @property
     def judged(self) -> bool:

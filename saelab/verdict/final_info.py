@@ -20,6 +20,7 @@ from saelab.parts.base import ROLES, Scalar
 from saelab.runs import schema
 from saelab.study.plan import BASELINE, BaseConfig, PlanConfig
 from saelab.verdict.arms import ArmResult
+from saelab.verdict.decision import Decision
 from saelab.verdict.judge import Cells, Comparison, Difference, Rules, compare_secondary, judge
 from saelab.verdict.l0_adjustment import Matched, match
 
@@ -128,6 +129,7 @@ def final_info(
     differences: Sequence[Difference],
     settings: Mapping[str, BaseConfig],
     hook_name: str,
+    decisions: Sequence[Decision] = (),
 ) -> dict[str, Any]:
     """The content of final_info.json.
 
@@ -135,10 +137,13 @@ def final_info(
         arms, comparisons, differences: of a run judged from its files.
         settings: of each arm.
         hook_name: where the activations were read.
+        decisions: that follow from the comparisons.
     """
     verdicts: dict[str, dict[str, Any]] = {name: {} for name in arms}
     for comparison in comparisons:
         verdicts[comparison.arm] |= comparison.means()
+    for decision in decisions:
+        verdicts[decision.comparison.arm] |= decision.means()
     for difference in differences:
         verdicts[difference.arm] |= {
             f"diff.{difference.metric}": difference.mean_diff,

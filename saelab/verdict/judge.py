@@ -59,6 +59,7 @@ class Comparison:
         spread: standard deviation of the difference of two cells of one seed.
         failures: k of n on both sides, as a sentence; '' where no cell failed.
         p_failures: two-sided p of equal shares of failures; None where no cell failed.
+        more_failures: a larger share of the arm's cells failed than of the baseline's.
         sesoi: smallest effect of interest, in the metric's unit.
         detectable: smallest true effect that the interval excludes 0 for in 80% of studies with
             these cells.
@@ -84,6 +85,7 @@ class Comparison:
     spread: float | None = None
     failures: str = ""
     p_failures: float | None = None
+    more_failures: bool = False
     sesoi: float
     detectable: float | None = None
     word: Word = "refused"
@@ -273,7 +275,13 @@ def _compare(rules: Rules, level: float, name: str, baseline: Cells, cells: Cell
         of_baseline=len(baseline.failed) + len(other),
     )
     if failures.any:
-        blank = replace(blank, level=level / 2, failures=str(failures), p_failures=failures.p)
+        blank = replace(
+            blank,
+            level=level / 2,
+            failures=str(failures),
+            p_failures=failures.p,
+            more_failures=failures.balance > 0,
+        )
     if min(len(one), len(other)) < 2 and failures.p > blank.level:
         return replace(blank, n=len(one), n_baseline=len(other), reason=_too_few(cells, baseline))
     shared = sum(seed in other for seed in one)

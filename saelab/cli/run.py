@@ -116,9 +116,11 @@ def watch(
 
 
 def attempts(json_: Json = False) -> None:
-    """List every attempt at a run of the study in this folder."""
+    """List every attempt at a run of the study in this folder, and what its comparisons cost."""
     from saelab.study.registry import as_dicts
     from saelab.study.registry import attempts as read_attempts
+    from saelab.verdict.ledger import read_ledger
 
-    rows = read_attempts(Path())
-    show(json_, as_dicts(rows), (attempt.line() for attempt in rows))
+    rows, ledger = read_attempts(Path()), read_ledger(Path())
+    lines = [attempt.line() for attempt in rows]
+    show(json_, as_dicts(rows), [*lines, *(ledger.lines() if ledger else ())])

@@ -30,6 +30,9 @@ from saelab.study.task import LONGEST
 from saelab.verdict.decision import MOST_TIMES
 
 TRIES, LEDGER = "tries", "tries.jsonl"
+#: Comparisons that are planned in a study whose plan does not say how many, when its first one is a
+#: try. Our choice.
+PLANNED = 100
 NAME = re.compile(r"try_(\d+)")
 
 
@@ -118,6 +121,7 @@ def try_candidate(candidate: Candidate, options: Options = Options()) -> Try:
                 limit=options.limit,
                 workers=options.workers,
                 executor=options.executor,
+                planned=PLANNED,
             )
         )
     means = RunFolder(folder).info[candidate.arm.name]["means"]

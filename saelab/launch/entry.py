@@ -174,4 +174,5 @@ def task_of(
         experiment=experiment,
         purpose="confirm" if out_dir.name == CONFIRMING else "explore",
         force=force,
+        table=runs,
     )

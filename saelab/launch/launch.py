@@ -68,9 +68,11 @@ from saelab.study.task import GROUP, Launch
 from saelab.training.curves import read_curve
 from saelab.verdict.arms import ArmResult
 from saelab.verdict.decision import Decision, decide_run, lines_to_print
-from saelab.verdict.final_info import CORE, final_info
+from saelab.verdict.final_info import CORE, add_budget, final_info
 from saelab.verdict.gate import check_expected
+from saelab.verdict.hypotheses import hypotheses, planned_comparisons
 from saelab.verdict.judge import Comparison
+from saelab.verdict.ledger import Allotted, allot, budget, lost_comparisons, record_results
 from saelab.verdict.review import Judged, judge_files
 from saelab.verdict.summary import table
 
@@ -155,20 +157,54 @@ def _launched(
     folders = _trained(ready)
     log_progress({"stage": "verdict", "done": 0, "total": 1})
     collected = collect(ready, folders)
+    levels = _allot(task, base, folders)
     record = Record(
-        task=task, base=base, folders=folders, data=ready.prepared, deviations=deviations
+        task=task,
+        base=base,
+        folders=folders,
+        data=ready.prepared,
+        deviations=_with_lost(task, deviations),
+        levels=levels,
     )
     record.write_measurements(collected.rows, collected.gates)
     judged = judge_files(RunFolder(task.out_dir))
+    if task.judged:
+        record_results(task.root, task.name, levels, judged.comparisons)
     settings = {arm.name: arm_settings(task.base, task.run, arm) for arm in task.run.arms}
     hook_name = str(ready.prepared.provenance.get("hook_name", ""))
+    left = budget(task.root, task.plan) if task.judged else None
     made = judged.comparisons
-    decisions = decide_run(judged.arms, made, task.plan) if task.judged else []
+    share = left.left if left else None
+    decisions = decide_run(judged.arms, made, task.plan, share) if task.judged else []
     info = final_info(judged.arms, made, judged.differences, settings, hook_name, decisions)
-    record.write_verdict(judged, info, collected.rows, time.monotonic() - start)
+    add_budget(info, left)
+    record.write_verdict(judged, info, collected.rows, time.monotonic() - start, left)
     _check_baseline(task, judged.arms)
     shown = table(info, judged.comparisons, task.plan, collected.controls, judged.rivals)
     return _Outcome(judged, shown, decisions)
+
+
+def _allot(task: Launch, base: BaseConfig, folders: Mapping[CellSpec, Path]) -> dict[str, Allotted]:
+    """Level of each arm's comparison, from the study's error budget; {} outside a study."""
+    asked = hypotheses(task.run, base, folders)
+    if not (task.judged and asked):
+        return {}
+    return allot(
+        task.root,
+        task.plan,
+        asked,
+        run=task.name,
+        confirming=task.purpose == "confirm",
+        planned=task.planned or planned_comparisons(task.table),
+    )
+
+
+def _with_lost(task: Launch, deviations: tuple[str, ...]) -> tuple[str, ...]:
+    """The deviations, with that of a ledger that lacks comparisons; it is printed too."""
+    lost = lost_comparisons(task.root) if task.judged else ()
+    for text in lost:
+        print(f"{task.name}: {visible(text)}", file=sys.stderr)
+    return (*deviations, *lost)
 
 
 def check_open(task: Launch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.registry import Attempt, attempts, plan_hash
 from saelab.training.curves import read_curves
 from saelab.verdict.arms import CellGate
+from saelab.verdict.ledger import Allotted, Budget
 from saelab.verdict.review import Judged
 from saelab.verdict.summary import summary_text
 from saelab.version import __version__
@@ -58,6 +59,7 @@ class Record:
         folders: of every cell in the cache; its name is the cell's content hash.
         data: what the cells were trained and measured on.
         deviations: of the plan from the registered one.
+        levels: of each arm's comparison, from the study's error budget.
     """
 
     task: Launch
@@ -65,6 +67,7 @@ class Record:
     folders: Mapping[CellSpec, Path]
     data: LaunchData
     deviations: tuple[str, ...]
+    levels: Mapping[str, Allotted] = field(default_factory=dict)
 
     def write_measurements(
         self, rows: Sequence[dict[str, Any]], gates: Mapping[str, CellGate]
@@ -84,16 +87,26 @@ class Record:
         write_json(out / MANIFEST, self._manifest())
 
     def write_verdict(
-        self, judged: Judged, info: dict[str, Any], rows: Sequence[dict[str, Any]], seconds: float
+        self,
+        judged: Judged,
+        info: dict[str, Any],
+        rows: Sequence[dict[str, Any]],
+        seconds: float,
+        budget: Budget | None = None,
     ) -> None:
-        """Writes summary.md, the sealed manifest and, last, final_info.json."""
+        """Writes summary.md, the sealed manifest and, last, final_info.json.
+
+        Args:
+            budget: the study's error budget after this run.
+        """
         text = summary_text(
-            self.task, judged, self._missing(rows), self.deviations, self._earlier(), rows
+            self.task, judged, self._missing(rows), self.deviations, self._earlier(), rows, budget
         )
         write_text(self.task.out_dir / SUMMARY, text)
         manifest = self._manifest() | {
             "comparisons": [asdict(comparison) for comparison in judged.comparisons],
             "planted": asdict(judged.planted) if judged.planted else None,
+            **({"budget": asdict(budget)} if budget else {}),
             "seconds": round(seconds, 1),
         }
         seal_run(self.task.out_dir, manifest, info)
@@ -166,6 +179,7 @@ class Record:
             "plan": plan.model_dump(mode="json"),
             "plan_hash": plan_hash(plan),
             "deviations": self.deviations,
+            "error_levels": {arm: asdict(level) for arm, level in self.levels.items()},
             "base": self.base.model_dump(mode="json"),
             "data": {
                 "train": self.data.train.header,

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -69,6 +69,21 @@ class _Comparison(Loose):
     detectable: Number | None = None
 
 
+class _Level(Loose):
+    number: Int64
+    level: Annotated[float, Field(gt=0, lt=0.5)]
+    look: Int64
+
+
+class _Budget(Loose):
+    left: Number
+    next_level: Number
+    comparisons: Int64
+    planned: Int64
+    discoveries: Int64
+    lost: list[str] = Field(default_factory=list)
+
+
 class _Scalar(Loose):
     meaning: str = ""
     unit: str = ""
@@ -91,6 +106,8 @@ class _Manifest(Loose):
     base: dict[str, Any] = Field(default_factory=dict)
     deviations: list[str] = Field(default_factory=list)
     comparisons: list[_Comparison] = Field(default_factory=list)
+    error_levels: dict[str, _Level] = Field(default_factory=dict)
+    budget: _Budget | None = None
     sha256: dict[str, str] = Field(default_factory=dict)
 
 

@@ -159,7 +159,9 @@ class PlanConfig(Frozen):
         seeds, seeds_other, seeds_levels: number of seeds of the baseline and of the run's primary
             arm, of the other arms, and of the two main arms at the further levels.
         alpha: level of the verdict.
-        family: comparisons that Holm counts at least; None counts the run's arms.
+        family: comparisons of a run that are counted at least; None counts the run's arms.
+        comparisons: planned ones of the whole study, which share most of its error budget; None
+            counts the arms of the run table.
         exclusions: in words, what is left out on purpose; shown in every report.
     """
 
@@ -176,6 +178,7 @@ class PlanConfig(Frozen):
     seeds_levels: int = Field(default=2, ge=0, le=MOST_SEEDS)
     alpha: float = Field(default=0.05, ge=LEAST_ALPHA, lt=0.5)
     family: int | None = Field(default=None, gt=0, le=MOST_SEEDS)
+    comparisons: int | None = Field(default=None, gt=0, le=10**6)
     exclusions: tuple[str, ...] = ()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from saelab.study.plan import BaseConfig, CellSpec, PlanConfig, Run, cells
@@ -29,6 +30,8 @@ class Launch:
         seeds: of the baseline and the primary arms where they have more than the plan says, since
             a decision asked for more; None for the plan's number.
         seed_set: name of a further set of seeds of the study, '' for its first.
+        planned: comparisons of the study where neither the plan nor the run table says how many.
+        table: all runs of the study, this one among them.
     """
 
     name: str
@@ -43,8 +46,10 @@ class Launch:
     limit: float = LONGEST
     workers: int | None = None
     executor: str = ""
+    table: Mapping[str, Run] = field(default_factory=dict)
     seeds: int | None = None
     seed_set: str = ""
+    planned: int | None = None
 
     def cells(self, run: Run | None = None) -> list[CellSpec]:
         """All cells of the launch, see `plan.cells`.

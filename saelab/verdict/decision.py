@@ -51,8 +51,8 @@ class Decision:
         action: to take.
         seeds: for 'more-seeds', how many both sides should have.
         reason: one sentence.
-        budget_left: error budget of the study that is left after this comparison; None where none
-            is accounted.
+        budget_left: share of the study's error budget that is left after this comparison; None
+            where none is accounted.
         value: mean of the arm's metric at the declared L0.
     """
 
@@ -78,7 +78,8 @@ class Decision:
             "high": c.high,
             "seeds": min(c.n, c.n_baseline),
             "word": c.word,
-            "budget_left": self.budget_left,
+            "level": c.level,
+            "budget_left": None if self.budget_left is None else round(self.budget_left, 6),
             "reason": self.reason,
         }
         return f"{LABEL} {self} {json.dumps(numbers)}"
@@ -88,8 +89,7 @@ class Decision:
         return {
             "decision": str(self),
             "needed_seeds": self.comparison.needed_seeds,
-            "budget_left": self.budget_left,
-        }
+        }  # `final_info.add_budget` adds what is left of the budget
 
 
 def decide(
@@ -99,7 +99,7 @@ def decide(
 
     Args:
         c: on the plan's primary metric.
-        budget_left: error budget of the study that is left after it.
+        budget_left: share of the study's error budget that is left after it.
         value: mean of the arm's metric at the declared L0.
     """
     action, reason = _without_more_seeds(c, plan)

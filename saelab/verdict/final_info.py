@@ -23,6 +23,7 @@ from saelab.verdict.arms import ArmResult
 from saelab.verdict.decision import Decision
 from saelab.verdict.judge import Cells, Comparison, Difference, Rules, compare_secondary, judge
 from saelab.verdict.l0_adjustment import Matched, match
+from saelab.verdict.ledger import Budget
 
 #: Most entries of `means`: an autonomous driver's model sees nothing else.
 MOST_MEANS = 40
@@ -36,10 +37,17 @@ SECONDARY = ("loss_recovered", "sae_top_5_test_accuracy")
 
 
 def judge_run(
-    arms: Mapping[str, ArmResult], plan: PlanConfig, exploratory: bool
+    arms: Mapping[str, ArmResult],
+    plan: PlanConfig,
+    exploratory: bool,
+    levels: Mapping[str, float] | None = None,
 ) -> tuple[list[Comparison], list[Difference]]:
     """The verdict on the primary metric, and secondary differences without words, all of them at
-    the declared L0 (`l0_adjustment`)."""
+    the declared L0 (`l0_adjustment`).
+
+    Args:
+        levels: arm -> level that the study's error budget gave it, see `ledger`.
+    """
     others = [arm for arm in arms.values() if arm.name != BASELINE]
     comparisons: list[Comparison] = []
     differences: list[Difference] = []
@@ -55,7 +63,7 @@ def judge_run(
             baseline=name,
         )
         cells = cells_at_target(arms, name, plan.primary, plan)
-        comparisons += judge(rules, cells[name], {arm: cells[arm] for arm in group})
+        comparisons += judge(rules, cells[name], {arm: cells[arm] for arm in group}, levels)
         for metric in SECONDARY:
             if metric != plan.primary:
                 differences += _secondary(arms, name, group, metric, plan)
@@ -156,8 +164,15 @@ def final_info(
     }
     measured = {m for arm in arms.values() for values in arm.values.values() for m in values}
     metrics = [metric for metric in metric_order(settings.values()) if metric in measured]
-    room = MOST_MEANS - max(map(len, others.values()))
+    room = MOST_MEANS - 1 - max(map(len, others.values()))  # one for `add_budget`
     return {name: _group(arm, metrics, metrics[:room], others[name]) for name, arm in arms.items()}
+
+
+def add_budget(info: dict[str, dict[str, Any]], budget: Budget | None) -> None:
+    """Adds to each judged arm's `means` the share of the study's error budget that is left."""
+    for group in info.values():
+        if budget is not None and "level" in group["means"]:
+            group["means"]["budget_left"] = round(budget.left, 6)
 
 
 def metric_order(settings: Collection[BaseConfig]) -> list[str]:

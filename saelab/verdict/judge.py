@@ -9,12 +9,13 @@ The effect is arm minus baseline at the declared L0, estimated from all healthy 
     cannot tell yet   otherwise, with the number of seeds that could decide it
     refused           no comparison is made: L0 off target, too few cells, other definitions
 
-The level is alpha over the number of comparisons of the family (Bonferroni), so that all intervals
-of a run hold together. Where any cell of the two sides failed, half of it goes to an exact test of
-the numbers of failures (`failures`) and the other half to the metric of the cells that did not; the
-side with the larger share of failures then can't win by the metric of its survivors, and neither
-side is called equivalent. A cell that is `invalid` (the software's fault) has the value None and is
-left out.
+The level is the one that the study's error budget gave the comparison (`ledger`), at most alpha
+over the number of comparisons of the family (Bonferroni), which it is without a ledger; so all
+intervals of a run hold together. Where any cell of the two sides failed, half of the level goes to
+an exact test of the numbers of failures (`failures`) and the other half to the metric of the cells
+that did not; the side with the larger share of failures then can't win by the metric of its
+survivors, and neither side is called equivalent. A cell that is `invalid` (the software's fault)
+has the value None and is left out.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ class Comparison:
             f"diff.{self.metric}": self.mean_diff,
             f"diff.{self.metric}.low": self.low,
             f"diff.{self.metric}.high": self.high,
+            "level": self.level,
             **({"needed_seeds": self.needed_seeds} if self.needed_seeds else {}),
             **({"against": self.against} if self.against != "baseline" else {}),
         }
@@ -193,17 +195,27 @@ class Cells:
         return sum(v is None and seed not in self.failed for seed, v in values)
 
 
-def judge(rules: Rules, baseline: Cells, arms: Mapping[str, Cells]) -> list[Comparison]:
+def judge(
+    rules: Rules,
+    baseline: Cells,
+    arms: Mapping[str, Cells],
+    levels: Mapping[str, float] | None = None,
+) -> list[Comparison]:
     """Judges every arm of one run on the primary metric.
 
     Args:
         arms: all arms of the run, without the baseline.
+        levels: arm -> level that the study's error budget gave it; the others have that of `rules`.
 
     Raises: SettingError for a baseline among the arms or a value that is not finite.
     """
     _check_values(rules.baseline, baseline, arms)
     level = rules.level(max(len(arms), rules.family or 0))
-    return [_compare(rules, level, name, baseline, cells) for name, cells in arms.items()]
+    given = levels or {}
+    return [
+        _compare(rules, given.get(name, level), name, baseline, cells)
+        for name, cells in arms.items()
+    ]
 
 
 def choose_words(

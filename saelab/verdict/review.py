@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +30,7 @@ from saelab.verdict.arms import ArmResult, CellGate
 from saelab.verdict.final_info import Planted, judge_planted, judge_run
 from saelab.verdict.gate import ORDER, Outcome
 from saelab.verdict.judge import COVERS, Comparison, Difference
+from saelab.verdict.ledger import Budget
 from saelab.verdict.rivals import Rival, find_rivals, rivals_sentence
 from saelab.verdict.summary import align_columns
 
@@ -59,6 +60,7 @@ class Review:
         provenance: where the primary metric was measured.
         sealed: whether the run's files carry checksums, with which they agree.
         rivals: controls that are as good as an arm on the primary metric, or better.
+        budget: the study's error budget after this run; None outside a study.
     """
 
     run: str
@@ -73,6 +75,7 @@ class Review:
     provenance: Mapping[str, Any]
     sealed: bool = True
     rivals: tuple[Rival, ...] = ()
+    budget: Budget | None = None
 
     @cached_property
     def plan_hash(self) -> str:
@@ -95,6 +98,7 @@ class Review:
             "differences": [asdict(d) for d in self.differences],
             "cells": [asdict(note) for note in self.cells],
             "rivals": [asdict(rival) for rival in self.rivals],
+            "budget": asdict(self.budget) if self.budget else None,
         }
 
 
@@ -153,7 +157,15 @@ def review_run(run: RunFolder) -> Review:
         provenance={name: measured.get(name) for name in PROVENANCE} if measured else {},
         sealed=run.sealed,
         rivals=tuple(judged.rivals),
+        budget=stored_budget(manifest),
     )
+
+
+def stored_budget(manifest: Mapping[str, Any]) -> Budget | None:
+    """The error budget that a run's manifest holds."""
+    stored = manifest.get("budget")
+    names = [one.name for one in fields(Budget)]
+    return Budget(**{name: stored[name] for name in names if name in stored}) if stored else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +206,8 @@ def judge_files(run: RunFolder) -> Judged:
         raise DamageError(f"{run.folder} has a {GATE} of other cells than {MANIFEST}: {REMEDY}")
     arms = _arms(manifest["arms"], gates, run.metrics, level_of(plan.target_l0))
     exploratory = manifest["purpose"] != "confirm"
-    comparisons, differences = judge_run(arms, plan, exploratory)
+    levels = {arm: each["level"] for arm, each in manifest.get("error_levels", {}).items()}
+    comparisons, differences = judge_run(arms, plan, exploratory, levels)
     controls = [row for row in run.metrics if row["arm"].startswith(CONTROL)]
     return Judged(
         plan=plan,
@@ -306,6 +319,8 @@ def text(found: Review) -> str:
         parts += ["", _table(found), "", *(f"{c.arm}: {c.reason}" for c in found.comparisons)]
     else:
         parts += ["", f"There is one arm, {BASELINE}, and nothing to compare it with."]
+    if found.budget:
+        parts += ["", f"{found.budget.line()} (as it was after this run)"]
     if found.cells:
         parts += ["", "gate:", *_cell_lines(found.cells)]
     return visible("\n".join([*parts, "", COVERS]), keep="\n")

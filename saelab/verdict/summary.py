@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saelab.study.task import Launch
     from saelab.verdict.arms import ArmResult
     from saelab.verdict.final_info import Planted
+    from saelab.verdict.ledger import Budget
     from saelab.verdict.review import Judged
 
 #: Columns of the printed table: metric -> heading.
@@ -87,6 +88,7 @@ def summary_text(
     deviations: Sequence[str] = (),
     earlier: Sequence[Attempt] = (),
     rows: Sequence[Mapping[str, Any]] = (),
+    budget: Budget | None = None,
 ) -> str:
     """Text of summary.md: question, plan, verdict, cells that do not count, next steps.
 
@@ -96,6 +98,7 @@ def summary_text(
         deviations: of the plan from the registered one.
         earlier: attempts at this run before the present one.
         rows: of all subjects, of which those of controls are shown.
+        budget: the study's error budget after this run.
     """
     plan, arms, comparisons = task.plan, judged.arms, judged.comparisons
     loud = rivals_sentence(judged.rivals)
@@ -128,6 +131,8 @@ def summary_text(
     else:
         lines[-2:] = [f"There is one arm, {BASELINE}, and nothing to compare it with.", ""]
         lines += [f"- {COLUMNS[name]}: {value}" for name, value in _mean_values(arms[BASELINE])]
+    if budget:
+        lines += ["", f"**Error budget.** {budget.line().partition(': ')[2]}."]
     lines += ["", "**Gate.**", "", *_gate_lines(arms)]
     if of_controls:
         lines += ["", "**Controls.**", "", *of_controls]

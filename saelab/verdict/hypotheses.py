@@ -1,0 +1,60 @@
+"""Comparisons of a run as the ledger identifies them, and how many a study has planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from saelab.config import digest
+from saelab.study.foreign_code import foreign_code
+from saelab.study.plan import BASELINE, Arm, BaseConfig, CellSpec, Confirmation, Run
+from saelab.verdict.ledger import Hypothesis
+
+#: Settings of the base that every arm of a run shares and that its numbers depend on.
+SHARED = {"model", "hook_name", "context", "activations", "layout", "train_text", "eval_text"}
+
+
+def hypotheses(run: Run, base: BaseConfig, folders: Mapping[CellSpec, Path]) -> list[Hypothesis]:
+    """Every comparison of a run.
+
+    Args:
+        base: its settings with the run's changes.
+        folders: of every cell in the cache; its name is the cell's content hash.
+    """
+    shared = base.model_dump(mode="json", include=SHARED)
+    settings: dict[str, str] = {}
+    cells: dict[str, list[str]] = {}
+    for spec, folder in folders.items():
+        arm = spec.id.arm
+        cells.setdefault(arm, []).append(folder.name)
+        if arm not in settings:  # the first one is at the plan's L0
+            made = [spec.sae.model_dump(mode="json"), spec.train.model_dump(mode="json")]
+            code = foreign_code(spec.sae, spec.module, arm)
+            settings[arm] = digest([*made, spec.id.level, code, shared])
+    return [
+        Hypothesis(
+            arm=arm.name,
+            against=arm.against,
+            settings=(settings[arm.name], settings[arm.against]),
+            cells=(cells[arm.name], cells[arm.against]),
+        )
+        for arm in run.arms
+        if arm.name != BASELINE
+    ]
+
+
+def planned_comparisons(runs: Mapping[str, Run]) -> int:
+    """Number of different comparisons in a run table, without those of a confirming run."""
+    found = set()
+    for run in runs.values():
+        if not isinstance(run, Confirmation):
+            arms = {arm.name: arm for arm in run.arms}
+            for arm in run.arms:
+                if arm.name != BASELINE:
+                    other = arms.get(arm.against, arm)
+                    found.add(repr((dict(run.changes), _question(arm), _question(other))))
+    return len(found)
+
+
+def _question(arm: Arm) -> tuple[object, ...]:
+    return dict(arm.changes), arm.module, arm.primary, arm.levels

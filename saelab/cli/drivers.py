@@ -38,7 +38,8 @@ def try_(
 
     decision: keep {"arm": "candidate", "effect": -0.0061, "low": -0.0066, ...}
 
-    keep: it is better, and by as much as matters, for all that can be told. discard: it is not.
+    keep: it is better, and an effect that matters is not excluded. discard: it is not better, or
+    not by as much as matters.
     more-seeds N: N seeds could tell, so repeat the command with --seeds N. The exit code of all
     three is 0; that of bad input is 2. Every try, also a repeated one under another name, is
     accounted for in the study's error budget, so what does nothing is not kept by trying often.

@@ -141,7 +141,7 @@ def _move_class(value: type, module: str) -> None:
 
 
 def _results(run: Run, done: Try) -> dict[str, Any]:
-    """What the driver wants of one data set; there is no prediction of a label."""
+    """Results as the driver wants them for a data set; there is no prediction of a label."""
     primary, metrics = run.manifest["primary"], run.numbers(run.manifest["primary"])
     curves = run.curves.get(("loss.reconstruction", done.arm), {})
     course = next(iter(curves.values()), None)

@@ -321,13 +321,15 @@ def _failure_rows(studies: int, seed: int) -> Iterator[Row]:
 @dataclass(frozen=True)
 class Frontier:
     """An arm on a frontier: FVU at the target, slope, distance of its L0 from the target, spread of
-    that distance, and whether it has cells at the levels 16 and 64 (of two seeds)."""
+    that distance, whether it has cells at the levels 16 and 64 (of two seeds), and the standard
+    deviation of a cell."""
 
     off: float
     slope: float = SLOPE
     levels: bool = False
     effect: float = 0.0
     spread: float = 0.003
+    sd: float = SD
 
     def at(self, l0: float) -> float:
         return FVU + self.effect + self.slope * math.log(l0 / TARGET)
@@ -336,16 +338,22 @@ class Frontier:
         arm = ArmResult(name)
         for seed in range(seeds):
             l0 = TARGET * (1 + self.off) * math.exp(self.spread * stream.normal())
-            arm.add(*self._cell(seed, TARGET, l0, stream))
+            arm.add(*self.cell(seed, TARGET, l0, stream))
         for seed in range(2 if self.levels else 0):
             for level in (TARGET / 2, TARGET * 2):
-                arm.add_level(*self._cell(seed, level, 1.01 * level, stream))
+                arm.add_level(*self.cell(seed, level, 1.01 * level, stream))
         return arm
 
-    def _cell(
+    def cell(
         self, seed: int, level: float, l0: float, stream: np.random.Generator
     ) -> tuple[CellGate, list[dict[str, object]]]:
-        values = {"fvu": self.at(l0) + SD * stream.normal(), "l0": l0}
+        """Draws one cell.
+
+        Args:
+            level: that it was trained for.
+            l0: where it ended.
+        """
+        values = {"fvu": self.at(l0) + self.sd * stream.normal(), "l0": l0}
         rows: list[dict[str, object]] = [
             {"metric": metric, "value": value, "slice": "", "definition": "core/1"}
             for metric, value in values.items()

@@ -9,7 +9,7 @@ from functools import partial
 
 import typer
 
-from saelab.cli import plan, results, run, saes, train
+from saelab.cli import drivers, plan, results, run, saes, train
 from saelab.cli.common import Guarded
 
 #: Plain help, and errors whose last line says what is wrong.
@@ -31,6 +31,7 @@ COMMANDS = (
     (app, "run", run.run),
     (plan_group, "check", plan.check),
     (plan_group, "cost", plan.cost),
+    (app, "try", drivers.try_),
     (app, "tune", run.tune),
     (app, "verdict", results.verdict),
     (app, "report", results.report),

@@ -70,12 +70,17 @@ def run_one(
     executor: str = "",
 ) -> None:
     """One launch of the run that the last part of `out_dir` names."""
-    from saelab.launch.over_settings import launch_over_settings
-
     plan_file = plan_file or experiment.parent / "plan.toml"
     task = task_of(runs, experiment, out_dir, force, plan_file)
-    with attempt(plan_file.parent, out_dir.name):
-        launch_over_settings(replace(task, executor=executor))
+    start(replace(task, executor=executor))
+
+
+def start(task: Launch) -> None:
+    """One launch in every setting of its plan, which is written down as an attempt."""
+    from saelab.launch.over_settings import launch_over_settings
+
+    with attempt(task.root, task.name):
+        launch_over_settings(task)
 
 
 def train_all(

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,6 @@ from saelab.study.plan import (
     ParallelConfig,
     PlanConfig,
     arm_settings,
-    cells,
     first_wave,
     later_arms,
     resolve,
@@ -69,6 +68,7 @@ from saelab.study.task import GROUP, Launch
 from saelab.training.curves import read_curve
 from saelab.verdict.across_text import across_text
 from saelab.verdict.arms import ArmResult
+from saelab.verdict.decision import Decision, decide_run, lines_to_print
 from saelab.verdict.final_info import CORE, add_budget, final_info
 from saelab.verdict.gate import check_expected
 from saelab.verdict.hypotheses import hypotheses, planned_comparisons
@@ -106,12 +106,24 @@ def _launch(task: Launch) -> list[Comparison]:
     deviations = register(task.root, task.plan, task.base, task.table) if task.judged else ()
     about = {"run": task.label, "title": task.run.title, "study": task.plan.study}
     with launch_progress(task.out_dir, about, base.tracker):
-        judged, shown, cells_made = _launched(task, before, deviations, start)
-    print(visible(shown, keep="\n"))
+        outcome = _launched(task, before, deviations, start)
+    judged = outcome.judged
+    print(visible(outcome.table, keep="\n"))
     taken = clock(time.monotonic() - start)
-    print(f"\n{task.out_dir}: {count(cells_made, 'cell')} in {taken}")
+    print(f"\n{task.out_dir}: {count(len(judged.gates), 'cell')} in {taken}")
     print(visible(_place_text(task, [gate.id for gate in judged.gates.values()])))
+    for line in lines_to_print(outcome.decisions, task.run.arms):
+        print(line)
     return judged.comparisons
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A launch that is judged: the table and the decisions that it prints."""
+
+    judged: Judged
+    table: str
+    decisions: list[Decision]
 
 
 def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
@@ -125,10 +137,8 @@ def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
 
 def _launched(
     task: Launch, before: RunCheck, deviations: tuple[str, ...], start: float
-) -> tuple[Judged, str, int]:
+) -> _Outcome:
     """The launch after its checks: trains, measures, writes the run folder, judges it from there.
-
-    Returns: the judged run, its table as text, and the number of its cells.
 
     Raises: as `launch`.
     """
@@ -164,17 +174,20 @@ def _launched(
         record_results(task.root, task.name, levels, judged.comparisons)
     settings = {arm.name: arm_settings(task.base, task.run, arm) for arm in task.run.arms}
     hook_name = str(ready.prepared.provenance.get("hook_name", ""))
-    info = final_info(
-        judged.arms, judged.comparisons, judged.differences, settings, hook_name, judged.across
-    )
     left = budget(task.root, task.plan) if task.judged else None
+    made = judged.comparisons
+    share = left.left if left else None
+    decisions = decide_run(judged.arms, made, task.plan, share) if task.judged else []
+    info = final_info(
+        judged.arms, made, judged.differences, settings, hook_name, judged.across, decisions
+    )
     add_budget(info, left)
     record.write_verdict(judged, info, collected.rows, time.monotonic() - start, left)
     _check_baseline(task, judged.arms)
     shown = table(info, judged.comparisons, task.plan, collected.controls, judged.rivals)
     if judged.across:
         shown += "\n\n" + across_text(judged.across)
-    return judged, shown, len(folders)
+    return _Outcome(judged, shown, decisions)
 
 
 def _allot(task: Launch, base: BaseConfig, folders: Mapping[CellSpec, Path]) -> dict[str, Allotted]:
@@ -188,7 +201,7 @@ def _allot(task: Launch, base: BaseConfig, folders: Mapping[CellSpec, Path]) -> 
         asked,
         run=task.name,
         confirming=task.purpose == "confirm",
-        planned=planned_comparisons(task.table),
+        planned=task.planned or planned_comparisons(task.table),
     )
 
 
@@ -214,7 +227,7 @@ def check_launch(task: Launch) -> RunCheck:
     Raises: UsageError for what is impossible.
     """
     check_environment(task.executor)
-    specs = cells(task.plan, task.base, resolve_with_placeholders(task.run), task.seed_stream)
+    specs = task.cells(resolve_with_placeholders(task.run))
     for arm in task.run.arms:
         with naming_arm(arm.name):
             check_expected(arm.expected)

@@ -183,6 +183,7 @@ class Record:
             "target_l0": plan.target_l0,
             "levels": sorted({spec.id.level for spec in self.folders}),
             "purpose": task.purpose,
+            "seed_set": task.seed_set,
             "seeds": sorted({spec.id.seed for spec in self.folders}),
             "arms": {
                 arm.name: {

@@ -44,7 +44,6 @@ from saelab.study.plan import (
     BaseConfig,
     CellSpec,
     PlanConfig,
-    cells,
     frozen_control,
 )
 from saelab.study.task import GROUP, Launch
@@ -117,7 +116,7 @@ class PreparedLaunch:
         task = self.task
         if task.experiment is not None:
             _check_code(task.experiment, self.modules, self.code)
-        specs = cells(task.plan, task.base, task.run, task.seed_stream)
+        specs = task.cells()
         measured = {there: self.content | {"at_target": there} for there in (False, True)}
         device = self.data.device
         return {

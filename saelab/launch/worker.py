@@ -62,7 +62,7 @@ from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
 from saelab.storage.parquet import write_columns
-from saelab.study.experiment_file import load_experiment
+from saelab.study.experiment_file import arm_of
 from saelab.training.cell import TrainingCell
 from saelab.training.curves import logged_columns, write_curves
 from saelab.training.loop import Cell
@@ -191,8 +191,8 @@ class Worker:
         name, sae, config = sent.id.name, sent.sae_config, sent.train_config
         if sent.own_module:
             assert job.experiment is not None
-            runs = load_experiment(job.experiment).RUNS
-            arm = next(arm for arm in runs[job.run].arms if arm.name == sent.id.arm)
+            arm = arm_of(job.experiment, job.run, sent.id.arm)
+            assert arm.module is not None
             return ModuleCell(name, arm.module, sae.d_sae, config, self.sample, job.seed)
         snapshots = self.data.snapshots * sent.at_target
         return Cell(name, sae, config, self.sample, job.seed, snapshots)

@@ -96,7 +96,12 @@ def display_mode() -> str:
     """
     if is_set_to("SAELAB_PROGRESS", "off"):
         return "off"
-    return "live" if sys.stderr.isatty() else "plain"
+    return "live" if is_terminal(sys.stderr) else "plain"
+
+
+def is_terminal(stream: object) -> bool:
+    """Returns True for a terminal; a stream that some program put in its place may not say."""
+    return bool(getattr(stream, "isatty", lambda: False)())
 
 
 #: Constructor of a bar: title, total, unit -> bar.

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from saelab.progress.bar import clock
+from saelab.progress.bar import clock, is_terminal
 from saelab.progress.state import TRAIN, CellState, State
 from saelab.runtime.counting import count
 
@@ -102,6 +102,6 @@ def live(render: Callable[[], RenderableType]) -> Iterator[None]:
         get_renderable=render,
         console=Console(stderr=True),
         refresh_per_second=REDRAWS,
-        redirect_stdout=sys.stdout.isatty(),
+        redirect_stdout=is_terminal(sys.stdout),
     ):
         yield

@@ -53,6 +53,7 @@ NO_NUMBERS = (
     "analysis",
     "api.py",
     "cli",
+    "drivers",
     "formats",
     "preflight",
     "progress",

@@ -1,4 +1,4 @@
-"""Imports experiment.py, the file with the run table."""
+"""Imports the file that defines arms: experiment.py (a run table) or candidate.py (one arm)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from types import ModuleType
 
 from saelab.errors import SourceError
 from saelab.runtime.torch_defaults import standard_torch
+from saelab.study.plan import Arm
 
 
 def load_experiment(path: Path) -> ModuleType:
-    """Imports experiment.py from its file (which registers its own parts).
+    """Imports experiment.py or candidate.py from its file (which registers its own parts).
+
+    The run table of a file that has an arm alone, `ARM`, is empty.
 
     Files next to it can be imported from then on, as when Python is started with the file.
 
-    Raises: SourceError when the file is missing, is not Python or defines no RUNS.
+    Raises: SourceError when the file is missing, is not Python or defines neither.
     """
     name = "saelab_experiment"
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
@@ -33,5 +36,14 @@ def load_experiment(path: Path) -> ModuleType:
     with standard_torch():  # whatever the file sets is set back, as its cells share no process
         spec.loader.exec_module(module)
     if not hasattr(module, "RUNS"):
-        raise SourceError(f"{path} defines no RUNS: keep the run table under that name")
+        if not hasattr(module, "ARM"):
+            raise SourceError(f"{path} defines no RUNS: keep the run table under that name")
+        module.RUNS = {}  # type: ignore[attr-defined]
     return module
+
+
+def arm_of(path: Path, run: str, name: str) -> Arm:
+    """Returns an arm as its file defines it: of a run of the table, or the file's only one."""
+    module = load_experiment(path)
+    arms = module.RUNS[run].arms if run in module.RUNS else [module.ARM]
+    return next(arm for arm in arms if arm.name == name)

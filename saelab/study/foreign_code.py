@@ -5,7 +5,8 @@
     values   that a module is made with: arguments of a `functools.partial`, attributes of a
              callable object, variables of an enclosing function
 
-A run table, `RUNS`, is left out, but for the entry of an arm that brings its own module.
+A run table, `RUNS`, and a candidate, `ARM = Arm(...)`, are left out, but for the entry of an arm
+that brings its own module.
 """
 
 from __future__ import annotations
@@ -314,7 +315,10 @@ def _code(file: Path, arm: str | None) -> str:
 
 
 def _of_table(node: ast.stmt) -> bool:
-    """Returns True if a statement fills RUNS, or is the file's `if __name__ == "__main__"`."""
+    """Returns True if a statement fills RUNS, makes the candidate ARM, or is the file's
+    `if __name__ == "__main__"`."""
+    if isinstance(node, ast.Assign) and ast.unparse(node).startswith("ARM = Arm("):
+        return True
     places = [getattr(node, name, None) for name in ("target", "test")]
     places += getattr(node, "targets", [])
     inside = [part for place in places if place is not None for part in ast.walk(place)]

@@ -7,11 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from saelab.runs.schema import SETTINGS
-from saelab.study.plan import (
-    BaseConfig,
-    PlanConfig,
-    Run,
-)
+from saelab.study.plan import BaseConfig, CellSpec, PlanConfig, Run, cells
 
 #: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.
 LONGEST = 7000.0
@@ -32,6 +28,10 @@ class Launch:
         limit: seconds that the launch may be expected to take.
         workers: processes; 0 works in this one, None takes one per core.
         executor: where the cells are trained, see `executors`; '' for what SAELAB_EXECUTOR names.
+        seeds: of the baseline and the primary arms where they have more than the plan says, since
+            a decision asked for more; None for the plan's number.
+        seed_set: name of a further set of seeds of the study, '' for its first.
+        planned: comparisons of the study where neither the plan nor the run table says how many.
         table: all runs of the study, this one among them.
         setting: name of the one of the plan's further settings that `base` is of; '' for its own.
     """
@@ -50,6 +50,9 @@ class Launch:
     executor: str = ""
     table: Mapping[str, Run] = field(default_factory=dict)
     setting: str = ""
+    seeds: int | None = None
+    seed_set: str = ""
+    planned: int | None = None
 
     @property
     def label(self) -> str:
@@ -59,8 +62,18 @@ class Launch:
     @property
     def seed_stream(self) -> str:
         """Name of the stream of seeds: every setting has seeds of its own, so that the errors of
-        its effects are independent of those of the others."""
-        return f"{self.purpose}/{self.setting}" if self.setting else self.purpose
+        its effects are independent of those of the others, as has every further set of seeds."""
+        return "/".join(part for part in (self.purpose, self.setting, self.seed_set) if part)
+
+    def cells(self, run: Run | None = None) -> list[CellSpec]:
+        """All cells of the launch, see `plan.cells`.
+
+        Args:
+            run: in place of the launch's.
+        """
+        seeds = {} if self.seeds is None else {"seeds": self.seeds}
+        plan = self.plan.model_copy(update=seeds)
+        return cells(plan, self.base, run or self.run, self.seed_stream)
 
     @property
     def judged(self) -> bool:

@@ -19,6 +19,7 @@ from saelab.parts.base import ROLES, Scalar
 from saelab.study.plan import BASELINE, BaseConfig, PlanConfig
 from saelab.verdict.across_settings import AcrossSettings
 from saelab.verdict.arms import ArmResult
+from saelab.verdict.decision import Decision
 from saelab.verdict.judge import Cells, Comparison, Difference, Rules, compare_secondary, judge
 from saelab.verdict.l0_adjustment import match
 from saelab.verdict.ledger import Budget
@@ -105,6 +106,7 @@ def final_info(
     settings: Mapping[str, BaseConfig],
     hook_name: str,
     across: Sequence[AcrossSettings] = (),
+    decisions: Sequence[Decision] = (),
 ) -> dict[str, Any]:
     """The content of final_info.json.
 
@@ -113,10 +115,13 @@ def final_info(
         settings: of each arm.
         hook_name: where the activations were read.
         across: of a plan with further settings, whose words come before those of a single one.
+        decisions: that follow from the comparisons.
     """
     verdicts: dict[str, dict[str, Any]] = {name: {} for name in arms}
     for comparison in comparisons:
         verdicts[comparison.arm] |= comparison.means()
+    for decision in decisions:
+        verdicts[decision.comparison.arm] |= decision.means()
     for difference in differences:
         verdicts[difference.arm] |= {
             f"diff.{difference.metric}": difference.mean_diff,

@@ -18,10 +18,11 @@ from typing import Literal
 import numpy as np
 
 from saelab import stats
+from saelab.runs.schema import CellId
 from saelab.runtime.counting import count
 from saelab.seeding import numpy_stream
 from saelab.study.plan import PlanConfig
-from saelab.verdict.arms import ArmResult
+from saelab.verdict.arms import ArmResult, CellGate
 from saelab.verdict.effect import Effect, estimate
 from saelab.verdict.final_info import judge_run
 from saelab.verdict.gate import GateResult
@@ -328,13 +329,15 @@ PASSED = GateResult("ok", ())
 @dataclass(frozen=True)
 class Frontier:
     """An arm on a frontier: FVU at the target, slope, distance of its L0 from the target, spread of
-    that distance, and whether it has cells at the levels 16 and 64 (of two seeds)."""
+    that distance, whether it has cells at the levels 16 and 64 (of two seeds), and the standard
+    deviation of a cell."""
 
     off: float
     slope: float = SLOPE
     levels: bool = False
     effect: float = 0.0
     spread: float = 0.003
+    sd: float = SD
 
     def at(self, l0: float) -> float:
         return FVU + self.effect + self.slope * math.log(l0 / TARGET)
@@ -343,18 +346,35 @@ class Frontier:
         """Draws an arm whose cells have passed the gate."""
         arm = ArmResult(name, definitions=dict.fromkeys(("fvu", "l0"), "core/1"))
         off = self.spread * stream.normal(size=seeds)
-        noise = SD * draw_noise(stream, kind, (seeds,))
+        noise = self.sd * draw_noise(stream, kind, (seeds,))
         for seed in range(seeds):
             l0 = TARGET * (1 + self.off) * math.exp(off[seed])
             arm.gates[seed] = PASSED
             arm.values[seed] = {"fvu": self.at(l0) + float(noise[seed]), "l0": l0}
         if self.levels:
-            noise = SD * draw_noise(stream, kind, (2, 2))
+            noise = self.sd * draw_noise(stream, kind, (2, 2))
             for seed, of_seed in enumerate(noise.tolist()):
                 l0 = (1.01 * TARGET / 2, 1.01 * TARGET * 2)
                 cells = [{"fvu": self.at(x) + e, "l0": x} for x, e in zip(l0, of_seed, strict=True)]
                 arm.levels[seed] = dict(zip((TARGET / 2, TARGET * 2), cells, strict=True))
         return arm
+
+    def cell(
+        self, seed: int, level: float, l0: float, stream: np.random.Generator
+    ) -> tuple[CellGate, list[dict[str, object]]]:
+        """Draws one cell.
+
+        Args:
+            level: that it was trained for.
+            l0: where it ended.
+        """
+        values = {"fvu": self.at(l0) + self.sd * stream.normal(), "l0": l0}
+        rows: list[dict[str, object]] = [
+            {"metric": metric, "value": value, "slice": "", "definition": "core/1"}
+            for metric, value in values.items()
+        ]
+        id = CellId("simulated", seed, level)
+        return CellGate(id=id, expected=(), facts={"l0": l0, "target_l0": level}), rows
 
 
 def _l0_rows(studies: int, seed: int, kind: Kind) -> Iterator[Row]:

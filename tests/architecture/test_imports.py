@@ -36,6 +36,7 @@ LAYERS = [
     {"launch"},
     {"analysis"},
     {"report"},
+    {"drivers"},
     {"api"},
     {"cli"},
     {"__main__"},

@@ -18,7 +18,7 @@ texts above the panels hold the main numbers. A note in the picture says what is
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -148,18 +148,21 @@ def find_runs(where: Path, labels: Mapping[str, str]) -> list[Path]:
     raise SourceError(f"no run_* folder with a final_info.json that is in `labels`: {remedy}")
 
 
-def draw_run(run: Run, where: Path) -> Iterator[tuple[str, bool]]:
+def draw_run(run: Run, where: Path, names: Collection[str] = ()) -> Iterator[tuple[str, bool]]:
     """Draws one run as <run>_<picture>.png and .svg.
 
     Args:
         run: read from its folder.
         where: folder for the files.
+        names: of the pictures; all of them where none is named.
 
     Yields: for each picture one line to print, and whether it was written.
     """
     import matplotlib
 
     for name, picture in PICTURES.items():
+        if names and name not in names:
+            continue
         with matplotlib.rc_context(cast(Any, STYLE)):
             figure = picture(run)
             if not isinstance(figure, str):

@@ -5,16 +5,18 @@ the same kind had been held out, arm and baseline would both have been measured 
 s of the arm and t of the baseline, all on the same G documents:
 
     z_g  = mean_s R_s (a_sg / A_s - b_sg / B_s) - mean_t R_t (a_tg / A_t - b_tg / B_t)
-    V    = G / (G - 1) sum_g (z_g - mean z)^2
-    interval   effect +- t(G' - 1) sqrt(V),   G' = (sum_g n_g)^2 / sum_g n_g^2
+    w_g  = z_g / (1 - h_g),   h_g = n_g / sum_g n_g
+    V    = (G - 1) / G sum_g (w_g - mean w)^2
+    interval   effect +- t(G' - 1) sqrt(V),   G' = 1 / sum_g h_g^2
 
 with n_g the tokens of a document: a few long documents are worth fewer than G equal ones.
 
-This is the cluster bootstrap's variance in closed form (the delta method for a ratio of sums): it
-needs no random numbers and has any coverage; tests hold it against 2000 resamples. The effect is
-the verdict's, at the declared L0; the correction for L0, and the mean activation in the variance,
-are taken as fixed. Seeds are held fixed as well: the interval says what other documents would
-change, the one over seeds what other seeds would.
+This is the jackknife that leaves out one document at a time. It is the cluster bootstrap's variance
+for many documents, not too small for few, needs no random numbers and has any coverage; tests hold
+it against 2000 resamples, and `saelab.verdict.simulated_intervals` shows its coverage. The effect
+is the verdict's, at the declared L0; the correction for L0, and the mean activation in the
+variance, are taken as fixed. Seeds are held fixed as well: the interval says what other documents
+would change, the one over seeds what other seeds would.
 
 `saelab.evals.text_sums` says what a document is. A metric that is no such ratio has no interval.
 """
@@ -177,9 +179,10 @@ def half_width(z: Array, sizes: Array, level: float) -> Array:
     [..., G]; at least one degree of freedom."""
     from scipy.special import stdtrit
 
-    n = z.shape[-1]
-    effective = sizes.sum(axis=-1) ** 2 / (sizes**2).sum(axis=-1)
-    variance = n / (n - 1) * ((z - z.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1)
+    n, share = z.shape[-1], sizes / sizes.sum(axis=-1, keepdims=True)
+    w = z / (1 - share)
+    variance = (n - 1) / n * ((w - w.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1)
+    effective = 1 / (share**2).sum(axis=-1)
     return stdtrit(np.maximum(effective - 1, 1.0), 1 - level / 2) * np.sqrt(variance)
 
 

@@ -21,8 +21,9 @@ SEEDS = (3, 5, 8)
 #: Spread of what a pair adds, as a share of the spread of what a seed adds to all of its pairs. The
 #: design's study has 0.5; the shipped arms lie between.
 OF_PAIR = (0.1, 0.5, 1.0)
-#: Documents of a text.
-DOCUMENTS = (20, 60, 200)
+#: Documents of a text, and what the interval then covers of an effect that differs between them as
+#: exponential numbers do: with few documents the one that has most of it is often not among them.
+SKEWED = {20: 0.9, 60: 0.92, 200: 0.93}
 
 
 def agreement_rows(studies: int, seed: int) -> Iterator[Row]:
@@ -62,7 +63,7 @@ def _pseudo_values(
 def text_rows(studies: int, seed: int) -> Iterator[Row]:
     """Intervals over documents of unequal lengths, between which the effect differs."""
     for kind in KINDS:
-        for n in DOCUMENTS:
+        for n in SKEWED:
             stream = numpy_stream(seed, "simulation", f"texts {kind} {n}")
             tokens = np.exp(0.7 * stream.normal(size=(studies, n)))
             power = tokens * np.exp(0.2 * stream.normal(size=tokens.shape))
@@ -75,6 +76,6 @@ def text_rows(studies: int, seed: int) -> Iterator[Row]:
                 cells=f"{kind}, {count(n, 'document')} of lengths that differ by a factor of 2",
                 studies=studies,
                 observed=float(inside.mean()),
-                low=0.92 if kind == "skewed" else 0.93,
+                low=SKEWED[n] if kind == "skewed" else 0.93,
                 high=1.0,
             )

@@ -51,6 +51,7 @@ class Row:
         studies: number of simulated studies.
         observed: the share that the promise is about.
         low, high: promised bounds.
+        variance: of what one study adds to the share; None for a word that is said or not.
     """
 
     promise: str
@@ -59,11 +60,14 @@ class Row:
     observed: float
     low: float
     high: float
+    variance: float | None = None
 
     @property
     def is_kept(self) -> bool:
         """True where the share lies inside the bounds, 3 standard errors of simulation allowed."""
-        errors = [3 * math.sqrt(p * (1 - p) / self.studies) for p in (self.low, self.high)]
+        known = self.variance
+        variances = [p * (1 - p) if known is None else known for p in (self.low, self.high)]
+        errors = [3 * math.sqrt(variance / self.studies) for variance in variances]
         return self.low - errors[0] <= self.observed <= self.high + errors[1]
 
     def line(self) -> str:
@@ -301,6 +305,7 @@ def _failure_rows(studies: int, seed: int, kind: Kind) -> Iterator[Row]:
                 observed=abs(words["hurts"] - words["helps"]) / studies,
                 low=0.0,
                 high=0.01,
+                variance=wrong / studies,  # a study adds 1, -1 or 0
             )
     stream = numpy_stream(seed, "simulation", f"sturdier {kind}")
 

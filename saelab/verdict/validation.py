@@ -50,9 +50,9 @@ def _in_order(
     waiting: dict[int, Future[list[Row]]] = {}
     for i in reversed(range(len(groups))):
         waiting[i] = pool.submit(_simulate, groups[i], *arguments)
+        waiting[i].add_done_callback(lambda _: bar.advance())
     for i in range(len(groups)):
         yield from waiting[i].result()
-        bar.advance()
 
 
 def _simulate(rows: Rows, studies: int, seed: int) -> list[Row]:

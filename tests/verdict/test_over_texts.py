@@ -100,11 +100,11 @@ def test_it_is_the_variance_of_the_cluster_bootstrap(metric: str) -> None:
     sizes = np.array([row["tokens"] for row in rows[:n]])
     effective = sizes.sum() ** 2 / (sizes**2).sum()
     error = (result.high - result.low) / 2 / t.ppf(0.975, effective - 1)
-    # the bootstrap divides by n; 2000 draws give its sd within 5%, the ratio's curvature 5% more
-    assert error == pytest.approx(np.std(effects) * math.sqrt(n / (n - 1)), rel=0.1)
+    # the bootstrap's is too small for few documents, the jackknife's if anything too large
+    assert 0.97 < error / (np.std(effects) * math.sqrt(n / (n - 1))) < 1.15
     if metric == "fvu":
         low, high = np.quantile(effects, [0.025, 0.975])
-        assert 1 < (result.high - result.low) / (high - low) < 1.2  # t instead of quantiles
+        assert 1 < (result.high - result.low) / (high - low) < 1.3  # t instead of quantiles
 
 
 @pytest.mark.parametrize("documents", [20, 60, 200])
@@ -127,6 +127,21 @@ def test_coverage(documents: int) -> None:
     estimate = (effect * power).sum(1) / total[:, 0]
     covered = float((np.abs(estimate - 0.01) <= half_width(z, tokens, 0.05)).mean())
     assert 0.93 <= covered <= 0.97
+
+
+def test_it_is_the_jackknife_over_documents() -> None:
+    stream = numpy_stream(3, "test over texts")
+    sizes, effect = np.exp(0.5 * stream.normal(size=30)), stream.normal(size=30)
+    whole = (sizes * effect).sum() / sizes.sum()
+    left = [
+        ((sizes * effect).sum() - s * e) / (sizes.sum() - s)
+        for s, e in zip(sizes, effect, strict=True)
+    ]
+    error = math.sqrt(29 / 30 * np.sum((left - np.mean(left)) ** 2))
+    from scipy.stats import t
+
+    half = half_width(sizes / sizes.sum() * (effect - whole), sizes, 0.05)
+    assert half == pytest.approx(error * t.ppf(0.975, sizes.sum() ** 2 / (sizes**2).sum() - 1))
 
 
 def test_what_is_said_without_an_interval() -> None:

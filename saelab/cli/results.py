@@ -23,21 +23,23 @@ def verdict(
     if simulate:
         _simulate(simulations, json_)
         return
-    from saelab.verdict.review import complete_runs, review_all, text
+    from saelab.verdict.review import complete_runs, counted, review_all, text
 
     reviews = review_all(folders or complete_runs(Path()))
-    show(json_, [review.as_dict() for review in reviews], map(text, reviews), "\n\n")
+    texts = [*map(text, reviews), *filter(None, [counted(reviews)])]
+    show(json_, [review.as_dict() for review in reviews], texts, "\n\n")
 
 
 def _simulate(simulations: int, json_: bool) -> None:
     from dataclasses import asdict
 
     from saelab.errors import SettingError, StudyFailure
-    from saelab.verdict.simulation import HEADING, validation_table
+    from saelab.verdict.simulation import HEADING
+    from saelab.verdict.validation import all_promises
 
     if simulations < 100:
         raise SettingError("simulations", simulations, "at least 100 are needed")
-    rows = list(validation_table(simulations))
+    rows = list(all_promises(simulations))
     data = [{**asdict(row), "kept": row.is_kept} for row in rows]
     show(json_, data, [HEADING, *(row.line() for row in rows)])
     if not all(row.is_kept for row in rows):

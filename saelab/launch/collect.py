@@ -36,11 +36,13 @@ class Collected:
         rows: every row of every cell and control subject, as plain data.
         controls: those of the control subjects.
         gates: facts of every cell for the gate, by the cell's name.
+        twin: the same of the A/A twin's cells, which are control subjects.
     """
 
     rows: list[dict[str, Any]]
     controls: list[dict[str, Any]]
     gates: dict[str, CellGate]
+    twin: dict[str, CellGate]
 
 
 def collect(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> Collected:
@@ -68,7 +70,25 @@ def collect(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> Collecte
         rows += [row | spec.id.as_dict() for row in measured]
         facts = cell["facts"] | spreads[spec] | (band if spec.is_at_target(plan) else {})
         gates[spec.id.name] = CellGate(id=spec.id, expected=spec.expected, facts=facts)
-    return Collected(rows=rows + of_controls, controls=of_controls, gates=gates)
+    return Collected(
+        rows=rows + of_controls,
+        controls=of_controls,
+        gates=gates,
+        twin=_twin_gates(ready, band),
+    )
+
+
+def _twin_gates(ready: PreparedLaunch, band: Mapping[str, float]) -> dict[str, CellGate]:
+    """Facts of the A/A twin's cells, which the gate looks at as at those of an arm."""
+    made = {spec: read_sealed(place / "cell.json") for spec, place in ready.twin_places().items()}
+    facts = {spec: cell["facts"] for spec, cell in made.items()}
+    spreads = scalar_spreads(facts)
+    return {
+        spec.id.name: CellGate(
+            id=spec.id, expected=spec.expected, facts={**facts[spec], **spreads[spec], **band}
+        )
+        for spec in made
+    }
 
 
 def scalar_spreads(
@@ -107,13 +127,13 @@ def _scalar_rows(spec: CellSpec, last: Mapping[str, float | None]) -> Iterator[R
 
 
 def _plant_effects(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> list[Path]:
-    """Makes the planted-effect control of trained baseline cells at the target; returns their
-    folders."""
+    """Makes the planted-effect control of trained cells of the A/A twin, or of the baseline's at
+    the target where there is no twin; returns their folders."""
     places, plan = [], ready.task.plan
     core = CoreData(ready.prepared.held_out, None, device=ready.data.device)
-    for spec, folder in folders.items():
-        wanted = spec.id.arm == BASELINE and spec.is_at_target(plan)
-        if not wanted or not (folder / "sae.json").is_file() or len(places) >= plan.seeds_other:
+    own = {s: f for s, f in folders.items() if s.id.arm == BASELINE and s.is_at_target(plan)}
+    for spec, folder in (ready.twin_places() or own).items():
+        if not (folder / "sae.json").is_file() or len(places) >= plan.seeds_other:
             continue
         key = cell_key(spec, ready.content, ready.data.device)
         place = ready.place(replace(key, control=schema.control_arm(schema.PLANTED)))

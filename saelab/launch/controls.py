@@ -6,7 +6,8 @@
     PCA               the same of its principal components
     untrained         the baseline at its initialisation: a random dictionary at the target L0
     frozen decoder    the baseline trained without its decoder, which stays random
-    planted effect    the trained baseline with every decoder row turned by `ANGLE`, so that FVU
+    twin              the baseline at fresh seeds: an arm without any difference (A/A twin)
+    planted effect    the trained twin with every decoder row turned by `ANGLE`, so that FVU
                       worsens by a known amount
 
 A row d_i is turned towards a random direction r_i at a right angle to it, so that with the

@@ -102,7 +102,7 @@ def _launch(task: Launch) -> list[Comparison]:
     task = _within_memory(task, before)
     if base.activations is None and not has_activations(cache):
         before.check_limit()
-    deviations = register(task.root, task.plan) if task.judged else ()
+    deviations = register(task.root, task.plan, task.base, task.table) if task.judged else ()
     about = {"run": task.name, "title": task.run.title, "study": task.plan.study}
     with launch_progress(task.out_dir, about, base.tracker):
         outcome = _launched(task, before, deviations, start)
@@ -165,6 +165,7 @@ def _launched(
         data=ready.prepared,
         deviations=_with_lost(task, deviations),
         levels=levels,
+        twin=collected.twin,
     )
     record.write_measurements(collected.rows, collected.gates)
     judged = judge_files(RunFolder(task.out_dir))
@@ -340,7 +341,8 @@ def _trained(ready: PreparedLaunch, later: Sequence[CellSpec] = ()) -> dict[Cell
     if wave.jobs:
         workers = _workers(task, device)
         at_once = max(1, min(workers, len(wave.jobs)))
-        whole = training_seconds([*wave.specs, *later], wave.measured, at_once, wave.controls)
+        trained = [*wave.specs, *wave.twins, *later]
+        whole = training_seconds(trained, wave.measured, at_once, wave.controls)
         check_limit(task.name, whole, task.limit)
         _run(task, [wave], workers, ready.cache / "logs")
     return {spec: ready.place(key) for spec, key in ready.keys.items()}

@@ -60,6 +60,7 @@ class Record:
         data: what the cells were trained and measured on.
         deviations: of the plan from the registered one.
         levels: of each arm's comparison, from the study's error budget.
+        twin: facts of the A/A twin's cells.
     """
 
     task: Launch
@@ -68,6 +69,7 @@ class Record:
     data: LaunchData
     deviations: tuple[str, ...]
     levels: Mapping[str, Allotted] = field(default_factory=dict)
+    twin: Mapping[str, CellGate] = field(default_factory=dict)
 
     def write_measurements(
         self, rows: Sequence[dict[str, Any]], gates: Mapping[str, CellGate]
@@ -105,6 +107,7 @@ class Record:
         write_text(self.task.out_dir / SUMMARY, text)
         manifest = self._manifest() | {
             "comparisons": [asdict(comparison) for comparison in judged.comparisons],
+            "aa_twin": asdict(judged.twin) if judged.twin else None,
             "planted": asdict(judged.planted) if judged.planted else None,
             **({"budget": asdict(budget)} if budget else {}),
             "seconds": round(seconds, 1),
@@ -175,6 +178,7 @@ class Record:
                 for arm in task.run.arms
             },
             "scalars": _scalars(self.folders),
+            "twin": _gates(self.twin),
             "cells": {spec.id.name: folder.name for spec, folder in self.folders.items()},
             "plan": plan.model_dump(mode="json"),
             "plan_hash": plan_hash(plan),

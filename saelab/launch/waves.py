@@ -60,6 +60,7 @@ class PreparedLaunch:
         prepared, data: what its cells are trained and measured on, here and for workers.
         content: what their numbers depend on besides their settings.
         beside: cells of controls.
+        twins: cells of the A/A twin, which are among them; a single comparison has none.
         cache: where finished cells lie.
         code: hash of experiment.py and all that it imports, from before the harvest.
         modules: names of the arms that bring their own modules.
@@ -71,6 +72,7 @@ class PreparedLaunch:
     data: WorkerData
     content: dict[str, Any]
     beside: list[JobCell]
+    twins: tuple[CellSpec, ...]
     cache: Path
     code: str
     modules: tuple[str, ...]
@@ -84,7 +86,14 @@ class PreparedLaunch:
         prepared = prepare(base, cache, base.model.device, overlap)
         data = _data(base, prepared, task)
         content = _data_content(base, prepared, data)
-        beside = _controls(before.specs, content, prepared, data.device)
+        twins = before.twins
+        beside = [
+            *(
+                JobCell.of(twin, cell_key(twin, content | {"at_target": True}, data.device))
+                for twin in twins
+            ),
+            *_controls(before.specs, content, prepared, data.device),
+        ]
         return cls(
             task=task,
             base=base,
@@ -92,6 +101,7 @@ class PreparedLaunch:
             data=data,
             content=content,
             beside=beside,
+            twins=twins,
             cache=cache,
             code=code,
             modules=modules,
@@ -112,6 +122,11 @@ class PreparedLaunch:
         return {
             spec: cell_key(spec, measured[spec.is_at_target(task.plan)], device) for spec in specs
         }
+
+    def twin_places(self) -> dict[CellSpec, Path]:
+        """Folder of each cell of the A/A twin."""
+        keys = {control.id: control.key for control in self.beside if not control.control}
+        return {twin: self.place(keys[twin.id]) for twin in self.twins}
 
     def place(self, key: Key) -> Path:
         """Folder of a finished cell; blocks until the training activations are complete."""
@@ -199,6 +214,7 @@ class _Wave:
         jobs: of those cells and of the controls.
         tokens: that its cells, and the control that is trained, are trained on.
         controls: whether control subjects are among the jobs.
+        twins: cells of the A/A twin among them.
     """
 
     ready: PreparedLaunch
@@ -207,6 +223,7 @@ class _Wave:
     jobs: list[Job]
     tokens: float
     controls: bool
+    twins: list[CellSpec]
 
     @property
     def measured(self) -> Measured:
@@ -235,9 +252,9 @@ def _wave(ready: PreparedLaunch, taken: Collection[Path] = ()) -> _Wave:
     beside = [control for control in ready.beside if is_open(control.key)]
     trained = [control for control in beside if not control.control]
     _tidy(ready, [*(keys[spec] for spec in specs), *(control.key for control in trained)])
-    for group in (trained, [control for control in beside if control.control]):
-        if group:
-            jobs.append(_job(ready, group))
+    jobs += [_job(ready, [control]) for control in trained]
+    if others := [control for control in beside if control.control]:
+        jobs.append(_job(ready, others))
     trainings = [spec.train for spec in specs] + [control.train_config for control in trained]
     return _Wave(
         ready=ready,
@@ -246,6 +263,7 @@ def _wave(ready: PreparedLaunch, taken: Collection[Path] = ()) -> _Wave:
         jobs=jobs,
         tokens=sum(config.tokens for config in trainings),
         controls=bool(beside),
+        twins=[twin for twin in ready.twins if twin.id in {control.id for control in trained}],
     )
 
 
@@ -263,7 +281,9 @@ def _run(task: Launch, waves: Sequence[_Wave], workers: int, logs: Path) -> None
     if not jobs:
         return
     at_once = max(1, min(workers, len(jobs)))
-    seconds = [training_seconds(w.specs, w.measured, at_once, w.controls) for w in waves]
+    seconds = [
+        training_seconds([*w.specs, *w.twins], w.measured, at_once, w.controls) for w in waves
+    ]
     print(
         f"{task.name}: {count(sum(len(wave.specs) for wave in waves), 'cell')} to train "
         f"({sum(wave.cached for wave in waves)} in the cache), {count(workers, 'worker')}, "

@@ -45,6 +45,7 @@ from saelab.study.plan import (
     frozen_control,
     later_arms,
     resolve_with_placeholders,
+    twin_controls,
 )
 from saelab.study.registry import deviations, plan_hash
 from saelab.study.task import GROUP
@@ -115,10 +116,15 @@ class RunCheck:
     needs: Needs
 
     @property
+    def twins(self) -> tuple[CellSpec, ...]:
+        """Cells of the A/A twin; a single comparison and a tuning have none."""
+        return tuple(twin_controls(self.specs, self.task.plan)) if self.task.judged else ()
+
+    @property
     def tokens(self) -> int:
-        """Over all cells and the control that is trained."""
+        """Over all cells and the controls that are trained."""
         frozen = frozen_control(self.specs)
-        trained = [*self.specs, *([frozen] if frozen else [])]
+        trained = [*self.specs, *self.twins, *([frozen] if frozen else [])]
         return sum(spec.train.tokens for spec in trained)
 
     @cached_property
@@ -130,7 +136,7 @@ class RunCheck:
         else:
             width = language_model.size(base.model).d_model
         measured = Measured.of(base, width, level_of(self.task.plan.target_l0))
-        whole = training_seconds(self.specs, measured, max(1, self.workers))
+        whole = training_seconds([*self.specs, *self.twins], measured, max(1, self.workers))
         return preparation_seconds(base) + whole
 
     @property
@@ -165,6 +171,7 @@ class RunCheck:
             "deviations": list(self.deviations),
             "primary": self.task.plan.primary,
             "cells": len(self.specs),
+            "twin_cells": len(self.twins),
             "tokens": self.tokens,
             "seconds": round(self.seconds, 1),
             "memory_bytes": self.needs.memory,
@@ -184,14 +191,15 @@ def check(task: Launch, specs: Sequence[CellSpec], workers: int) -> RunCheck:
     spreads = measured_spreads(task.root, task.plan) if task.judged else {}
     resolved = resolve_with_placeholders(task.run).arms
     changes = {arm.name: arm_changes(base, arm) for arm in resolved}
+    twins = twin_controls(specs, task.plan) if task.judged else []
     return RunCheck(
         task=task,
         base=base,
         specs=tuple(specs),
         arms=tuple(_arm(task, arm, changes[arm.name], specs, spreads) for arm in task.run.arms),
-        deviations=deviations(task.root, task.plan) if task.judged else (),
+        deviations=(deviations(task.root, task.plan, task.base, task.table) if task.judged else ()),
         workers=workers,
-        needs=launch_needs(base, specs, workers, GROUP),
+        needs=launch_needs(base, [*specs, *twins], workers, GROUP),
     )
 
 
@@ -351,7 +359,8 @@ def check_text(run: RunCheck) -> str:
         f"  plan {plan_hash(plan)}: {plan.primary}, {plan.direction} is better, smallest effect of "
         f"interest {plan.sesoi:g}, family of {_family(plan, compared)}, alpha {plan.alpha:g}"
         + (", confirmatory" if task.purpose == "confirm" else ", exploratory"),
-        f"  {count(len(run.specs), 'cell')} and the controls, {count(run.tokens, 'token')}, about "
+        f"  {count(len(run.specs), 'cell')}{_twin_text(run)} and the controls, "
+        f"{count(run.tokens, 'token')}, about "
         f"{clock(run.seconds)} with {count(run.workers, 'worker')} and nothing in the cache",
         f"  {run.needs.line()}",
     ]
@@ -359,6 +368,10 @@ def check_text(run: RunCheck) -> str:
         lines += _arm_lines(arm, plan)
     lines += [f"  warning: {warning}" for warning in run.warnings]
     return visible("\n".join(lines), keep="\n")
+
+
+def _twin_text(run: RunCheck) -> str:
+    return f", {len(run.twins)} of the A/A twin" if run.twins else ""
 
 
 def _arm_lines(arm: ArmCheck, plan: PlanConfig) -> list[str]:

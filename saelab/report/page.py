@@ -38,6 +38,7 @@ from saelab.verdict.judge import COVERS, POWER
 from saelab.verdict.review import CellNote, Review, differences_of, group_notes, review_run
 from saelab.verdict.rivals import rivals_sentence
 from saelab.verdict.summary import COLUMNS, mean_and_half_width, too_few_planted
+from saelab.verdict.twin import planted_line, twin_line
 from saelab.version import __version__
 
 #: Bytes that a page may have. Our choice: small enough for a mail or a slow line.
@@ -293,7 +294,7 @@ def _run(
         "numbers": list(_numbers(run, comments)),
         "controls": list(_controls(run)),
         "rivals": rivals_sentence(checked.rivals),
-        "planted": _planted_text(manifest.get("planted"), run),
+        "planted": _planted_text(checked, run),
         "cells": len(manifest["cells"]),
         "outcomes": _outcomes(checked.cells),
         "gate": [_gate_row(*group) for group in group_notes(checked.cells)],
@@ -345,14 +346,16 @@ def _controls(run: Run) -> Iterator[dict[str, Any]]:
         yield {"name": name.removeprefix(CONTROL), "values": values}
 
 
-def _planted_text(planted: Mapping[str, Any] | None, run: Run) -> str:
-    if not planted:
+def _planted_text(checked: Review, run: Run) -> str:
+    """Returns what the A/A twin and the planted effect say of the verdict itself."""
+    parts = [f"{twin_line(checked.twin)}."] if checked.twin else []
+    if checked.planted:
+        line = planted_line(checked.planted)
+        parts.append(f"{line[0].upper()}{line[1:]}.")
+    else:
         n = len(run.numbers("fvu").get(control_arm(PLANTED), ()))
-        return f"{too_few_planted(n)}." if n else "No effect was planted."
-    c, expected = planted["comparison"], planted["expected"]
-    seen = "was found" if c["word"] == "hurts" else "was missed"
-    size = verdict_table.format_signed(expected)
-    return f"An effect of {size} was planted and {seen}: {c['reason']}."
+        parts.append(f"{too_few_planted(n)}." if n else "No effect was planted.")
+    return " ".join(parts)
 
 
 def _outcomes(cells: Sequence[CellNote]) -> list[dict[str, Any]]:

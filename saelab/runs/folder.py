@@ -89,6 +89,17 @@ class _Scalar(Loose):
     unit: str = ""
 
 
+Plain = Number | str | bool | None
+
+
+class _Cell(Loose):
+    arm: str
+    seed: Int64
+    level: Number
+    expected: list[str]
+    facts: dict[str, Plain]
+
+
 class _Manifest(Loose):
     """Types of the entries that a manifest may have."""
 
@@ -108,24 +119,14 @@ class _Manifest(Loose):
     comparisons: list[_Comparison] = Field(default_factory=list)
     error_levels: dict[str, _Level] = Field(default_factory=dict)
     budget: _Budget | None = None
+    twin: dict[str, _Cell] = Field(default_factory=dict)
     sha256: dict[str, str] = Field(default_factory=dict)
-
-
-Plain = Number | str | bool | None
 
 
 class _Group(Loose):
     means: dict[str, Plain] = Field(default_factory=dict)
     stderrs: dict[str, Number | None] = Field(default_factory=dict)
     final_info_dict: dict[str, list[Plain] | Plain] = Field(default_factory=dict)
-
-
-class _Cell(Loose):
-    arm: str
-    seed: Int64
-    level: Number
-    expected: list[str]
-    facts: dict[str, Plain]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ CELLS = "cells"
 #: What the name of every control subject begins with.
 CONTROL = "control:"
 CHANNELS, FROZEN, PLANTED = "model channels", "frozen decoder", "planted effect"
+#: The baseline at fresh seeds under another name (A/A twin).
+TWIN = "twin"
 #: The level of a cell that is left at its own L0, in words.
 OWN_L0 = "own L0"
 _FOLDER = re.compile(r"seed(\d+)(?:-l0_(.+))?")

@@ -24,7 +24,7 @@ from saelab.errors import SettingError, nearest
 from saelab.evals import check_extra
 from saelab.parts import HOW_TO_SET_L0
 from saelab.runs.folder import MANIFEST, RunFolder
-from saelab.runs.schema import CONTROL, CellId, Level, level_of
+from saelab.runs.schema import CONTROL, TWIN, CellId, Level, control_arm, level_of
 from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.storage.validation import is_name
@@ -426,6 +426,19 @@ def frozen_control(specs: Sequence[CellSpec]) -> CellSpec | None:
     None where it has no decoder of its own."""
     first = next((spec for spec in specs if spec.id.arm == BASELINE), None)
     return None if first is None or first.module is not None or first.sae.tied else first
+
+
+def twin_controls(specs: Sequence[CellSpec], plan: PlanConfig) -> list[CellSpec]:
+    """Returns the baseline's cells at fresh seeds, as many as a side arm has: the run's A/A twin.
+
+    None where the baseline is the user's own module, which only its arm in the run table names.
+    """
+    first = next((spec for spec in specs if spec.id.arm == BASELINE), None)
+    if first is None or first.module is not None:
+        return []
+    seeds = study_seeds(plan.study, "twin", min(plan.seeds, plan.seeds_other))
+    ids = [CellId(control_arm(TWIN), seed, first.id.level) for seed in seeds]
+    return [replace(first, id=id) for id in ids]
 
 
 def has_levels(arm: Arm, sae: SAEConfig, level: float) -> bool:

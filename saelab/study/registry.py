@@ -1,9 +1,9 @@
-"""Records kept for good beside plan.toml: the plan as first registered, and every attempt.
+"""Records kept for good beside plan.toml: what was registered first, and every attempt.
 
-    .saelab/plan.json         the plan when the first run started
+    .saelab/plan.json         plan, base settings and run table when the first run started
     .saelab/attempts.jsonl    one line when an attempt starts and one when it ends
 
-A plan may be changed later; each change is then shown as a deviation wherever the study is. An
+They may be changed later; each change is then shown as a deviation wherever the study is. An
 attempt that was killed has no second line, and a run folder that was deleted keeps its attempts.
 A last line that a loss of power cut short is no line; any other that can't be read is refused.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +26,8 @@ from saelab.errors import DamageError, SaelabError, SourceError, UsageError
 from saelab.storage.atomic import MOST_JSON, append_line, drop_torn_line, read_json, write_json
 from saelab.storage.small_files import read_small_file
 from saelab.storage.validation import Loose, Number, validate
-from saelab.study.plan import PlanConfig
+from saelab.study.plan import BaseConfig, PlanConfig, Run
+from saelab.study.registration import base_changes, describe_base, describe_runs, run_changes
 
 FOLDER, PLAN, ATTEMPTS = ".saelab", "plan.json", "attempts.jsonl"
 #: Settings of plan.toml that decide no verdict.
@@ -42,6 +43,9 @@ UNREADABLE = (
 class _Registered(Loose):
     hash: str
     plan: dict[str, Any]
+    base: dict[str, Any] | None = None
+    runs: dict[str, Any] | None = None
+    rest: str = ""
 
 
 class _Start(Loose):
@@ -67,30 +71,66 @@ def plan_hash(plan: PlanConfig) -> str:
     return digest(registered_settings(plan))
 
 
-def register(root: Path, plan: PlanConfig) -> tuple[str, ...]:
-    """Keeps the plan of the study's first run.
+def register(
+    root: Path,
+    plan: PlanConfig,
+    base: BaseConfig | None = None,
+    runs: Mapping[str, Run] | None = None,
+) -> tuple[str, ...]:
+    """Stores plan, base settings and run table of the study's first run.
+
+    A file without base settings or run table, as older versions and `saelab template` write it,
+    gets them from the first launch that has them.
 
     Args:
         root: folder of plan.toml.
 
-    Returns: the deviations of `plan` from the one that is kept, as in 'seeds: 8 -> 4'.
+    Returns: the deviations from what is stored, as in 'seeds: 8 -> 4'.
     """
     file = root / FOLDER / PLAN
-    if not file.is_file():
-        write_json(file, {"hash": plan_hash(plan), "plan": registered_settings(plan), "at": _now()})
-    return deviations(root, plan)
+    if file.is_file():
+        stored = _read_registered(file)
+    else:
+        stored = {"hash": plan_hash(plan), "plan": registered_settings(plan), "at": _now()}
+    rest = {
+        "base": stored.get("base") or (describe_base(base) if base else None),
+        "runs": stored.get("runs") or (describe_runs(runs) if runs else None),
+    }
+    if not file.is_file() or any(rest[name] != stored.get(name) for name in rest):
+        write_json(file, stored | rest | {"rest": digest(rest)})
+    return deviations(root, plan, base, runs)
 
 
-def deviations(root: Path, plan: PlanConfig) -> tuple[str, ...]:
-    """Lists how `plan` differs from the registered one; empty if none is registered yet."""
+def deviations(
+    root: Path,
+    plan: PlanConfig,
+    base: BaseConfig | None = None,
+    runs: Mapping[str, Run] | None = None,
+) -> tuple[str, ...]:
+    """Lists how plan, base settings and run table differ from the registered ones; nothing is said
+    of what is not registered or not given."""
     file = root / FOLDER / PLAN
     if not file.is_file():
         return ()
-    kept = validate(read_json(file, UNREADABLE), _Registered, file, UNREADABLE)
-    old = PlanConfig.parse(kept["plan"], where=file.name)
-    if plan_hash(old) != kept["hash"] and digest(kept["plan"]) != kept["hash"]:
+    stored = _read_registered(file)
+    lines = [*changes(PlanConfig.parse(stored["plan"], where=file.name), plan)]
+    if base and stored.get("base"):
+        lines += base_changes(stored["base"], base)
+    if runs and stored.get("runs"):
+        lines += run_changes(stored["runs"], runs)
+    return tuple(lines)
+
+
+def _read_registered(file: Path) -> dict[str, Any]:
+    """Raises: DamageError when what was registered is not as it was written."""
+    stored = validate(read_json(file, UNREADABLE), _Registered, file, UNREADABLE)
+    old = PlanConfig.parse(stored["plan"], where=file.name)
+    rest = {name: stored.get(name) for name in ("base", "runs")}
+    of_rest = digest(rest) if any(rest.values()) else stored.get("rest")
+    hashes = (plan_hash(old), digest(stored["plan"]))
+    if stored["hash"] not in hashes or stored.get("rest") != of_rest:
         raise DamageError(f"{file} was changed after it was written: {UNREADABLE}")
-    return changes(old, plan)
+    return stored
 
 
 def changes(old: PlanConfig, new: PlanConfig) -> tuple[str, ...]:

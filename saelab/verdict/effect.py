@@ -78,7 +78,7 @@ class Effect:
         equal = np.where(self.mean == 0, 1.0, 2.0 ** (1 - min(self.n[:2])))
         return np.where(self.flat, equal, 2 * stdtr(self.df, -np.abs(self.mean) / se))
 
-    def interval(self, level: float) -> tuple[Array, Array]:
+    def interval(self, level: float | Array) -> tuple[Array, Array]:
         """Ends of the interval of coverage 1 - level; it excludes 0 exactly where p < level.
 
         Cells without any spread have the interval of one point, which is widened to 0 where their p

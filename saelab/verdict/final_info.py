@@ -11,18 +11,16 @@ hold all of them; everything else is in metrics.parquet.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from saelab import stats
 from saelab.evals.base import ALWAYS_NAMED
 from saelab.parts.base import ROLES, Scalar
-from saelab.runs import schema
 from saelab.study.plan import BASELINE, BaseConfig, PlanConfig
 from saelab.verdict.arms import ArmResult
 from saelab.verdict.decision import Decision
 from saelab.verdict.judge import Cells, Comparison, Difference, Rules, compare_secondary, judge
-from saelab.verdict.l0_adjustment import Matched, match
+from saelab.verdict.l0_adjustment import match
 from saelab.verdict.ledger import Budget
 
 #: Most entries of `means`: an autonomous driver's model sees nothing else.
@@ -98,37 +96,6 @@ def _secondary(
     known = cells[base].definition
     same = {name: cells[name] for name in group if cells[name].definition in (known, None)}
     return compare_secondary(metric, cells[base], same, baseline_name=base)
-
-
-@dataclass(frozen=True)
-class Planted:
-    """The verdict on the planted effect, and by how much it should worsen FVU."""
-
-    comparison: Comparison
-    expected: float
-
-
-def judge_planted(
-    rows: Sequence[Mapping[str, Any]], baseline: ArmResult, plan: PlanConfig
-) -> Planted | None:
-    """Checks whether the rules see an effect of known size on FVU; returns None if none was
-    planted, or if fewer than two SAEs have numbers.
-
-    Args:
-        rows: of controls.
-    """
-    name = schema.control_arm(schema.PLANTED)
-    own = [row for row in rows if row["arm"] == name]
-    fvu = {row["seed"]: row["value"] for row in own if row["metric"] == "fvu"}
-    change = [row["value"] for row in own if row["metric"] == "planted.expected_fvu_change"]
-    worse = [value for value in change if value is not None]
-    if len(fvu) < 2 or not worse:
-        return None
-    sesoi = plan.sesoi if plan.primary == "fvu" else 0.0
-    rules = Rules(primary="fvu", direction="lower", sesoi=sesoi, alpha=plan.alpha)
-    base = Cells(matched=Matched(values=baseline.metric("fvu")), failed=frozenset(baseline.failed))
-    (found,) = judge(rules, base, {schema.PLANTED: Cells(matched=Matched(values=fvu))})
-    return Planted(found, sum(worse) / len(worse))
 
 
 def final_info(

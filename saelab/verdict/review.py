@@ -27,12 +27,20 @@ from saelab.runtime.safe_text import visible
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import changes, plan_hash
 from saelab.verdict.arms import ArmResult, CellGate
-from saelab.verdict.final_info import Planted, judge_planted, judge_run
+from saelab.verdict.final_info import judge_run
 from saelab.verdict.gate import ORDER, Outcome
 from saelab.verdict.judge import COVERS, Comparison, Difference
 from saelab.verdict.ledger import Budget
 from saelab.verdict.rivals import Rival, find_rivals, rivals_sentence
 from saelab.verdict.summary import align_columns
+from saelab.verdict.twin import (
+    Planted,
+    counted_line,
+    judge_planted,
+    judge_twin,
+    planted_line,
+    twin_line,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,8 @@ class Review:
         sealed: whether the run's files carry checksums, with which they agree.
         rivals: controls that are as good as an arm on the primary metric, or better.
         budget: the study's error budget after this run; None outside a study.
+        twin, planted: the verdicts on the baseline at other seeds and on an effect of known size;
+            None where the run has none.
     """
 
     run: str
@@ -76,6 +86,8 @@ class Review:
     sealed: bool = True
     rivals: tuple[Rival, ...] = ()
     budget: Budget | None = None
+    twin: Comparison | None = None
+    planted: Planted | None = None
 
     @cached_property
     def plan_hash(self) -> str:
@@ -99,6 +111,8 @@ class Review:
             "cells": [asdict(note) for note in self.cells],
             "rivals": [asdict(rival) for rival in self.rivals],
             "budget": asdict(self.budget) if self.budget else None,
+            "twin": asdict(self.twin) if self.twin else None,
+            "planted": asdict(self.planted) if self.planted else None,
         }
 
 
@@ -158,6 +172,8 @@ def review_run(run: RunFolder) -> Review:
         sealed=run.sealed,
         rivals=tuple(judged.rivals),
         budget=stored_budget(manifest),
+        twin=judged.twin,
+        planted=judged.planted,
     )
 
 
@@ -177,6 +193,7 @@ class Judged:
         arms: results of each arm.
         gates: facts of every cell, by its name.
         comparisons, differences: of the primary metric, and of secondary ones without words.
+        twin: the verdict on the baseline at other seeds; None where the run has no twin.
         planted: the verdict on an effect of known size; None where none was planted.
         rivals: controls that are as good as an arm on the primary metric, or better.
     """
@@ -187,6 +204,7 @@ class Judged:
     gates: Mapping[str, CellGate]
     comparisons: list[Comparison]
     differences: list[Difference]
+    twin: Comparison | None
     planted: Planted | None
     rivals: list[Rival]
 
@@ -208,6 +226,7 @@ def judge_files(run: RunFolder) -> Judged:
     exploratory = manifest["purpose"] != "confirm"
     levels = {arm: each["level"] for arm, each in manifest.get("error_levels", {}).items()}
     comparisons, differences = judge_run(arms, plan, exploratory, levels)
+    twin = list(_cell_gates(manifest.get("twin", {})).values())
     controls = [row for row in run.metrics if row["arm"].startswith(CONTROL)]
     return Judged(
         plan=plan,
@@ -216,7 +235,8 @@ def judge_files(run: RunFolder) -> Judged:
         gates=gates,
         comparisons=comparisons,
         differences=differences,
-        planted=judge_planted(controls, arms[BASELINE], plan),
+        twin=judge_twin(controls, twin, arms[BASELINE], plan),
+        planted=judge_planted(controls, arms[BASELINE], plan, twin),
         rivals=find_rivals(arms, controls, plan),
     )
 
@@ -231,13 +251,18 @@ def _check_files(run: RunFolder, *names: str) -> None:
 
 def cell_gates(run: RunFolder) -> dict[str, CellGate]:
     """Facts of every cell in gate.json, by the cell's name."""
+    return _cell_gates(run.gates)
+
+
+def _cell_gates(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, CellGate]:
+    """Facts of cells, by their names."""
     return {
         name: CellGate(
-            id=CellId(stored["arm"], stored["seed"], stored["level"]),
-            expected=tuple(stored["expected"]),
-            facts=stored["facts"],
+            id=CellId(cell["arm"], cell["seed"], cell["level"]),
+            expected=tuple(cell["expected"]),
+            facts=cell["facts"],
         )
-        for name, stored in run.gates.items()
+        for name, cell in stored.items()
     }
 
 
@@ -299,6 +324,13 @@ def differences_of(first: Review, second: Review) -> list[str]:
     return found
 
 
+def counted(reviews: Sequence[Review]) -> str:
+    """Counts the words of the twins and planted effects of several runs; '' for fewer than two."""
+    if len(reviews) < 2:
+        return ""
+    return counted_line([one.twin for one in reviews], [one.planted for one in reviews])
+
+
 # ---- in words --------------------------------------------------------------------------------
 
 
@@ -319,6 +351,9 @@ def text(found: Review) -> str:
         parts += ["", _table(found), "", *(f"{c.arm}: {c.reason}" for c in found.comparisons)]
     else:
         parts += ["", f"There is one arm, {BASELINE}, and nothing to compare it with."]
+    checks = [twin_line(found.twin)] if found.twin else []
+    checks += [planted_line(found.planted)] if found.planted else []
+    parts += ["", *checks] if checks else []
     if found.budget:
         parts += ["", f"{found.budget.line()} (as it was after this run)"]
     if found.cells:

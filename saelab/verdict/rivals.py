@@ -7,7 +7,8 @@ difference from the baseline is. Means over seeds are compared as they were meas
     better        the control's mean is better by at least the smallest effect of interest
     as good       it is better, or worse by less than that effect
 
-The planted effect is left out: it is the trained baseline itself, worsened by a known amount.
+The A/A twin and the planted effect are left out: they are the trained baseline itself, at other
+seeds and worsened by a known amount.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def find_rivals(
     rivals = []
     for name, values in control_values(controls).items():
         value, short = values.get(plan.primary), name.removeprefix(schema.CONTROL)
-        if value is None or short == schema.PLANTED:
+        if value is None or short in (schema.PLANTED, schema.TWIN):
             continue
         for arm, (mean, l0) in means.items():
             if mean is None:

@@ -13,11 +13,11 @@ from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import Attempt, plan_hash
 from saelab.verdict.judge import COVERS, Comparison
 from saelab.verdict.rivals import Rival, control_values, rivals_sentence
+from saelab.verdict.twin import Planted, planted_line, twin_line
 
 if TYPE_CHECKING:
     from saelab.study.task import Launch
     from saelab.verdict.arms import ArmResult
-    from saelab.verdict.final_info import Planted
     from saelab.verdict.ledger import Budget
     from saelab.verdict.review import Judged
 
@@ -102,7 +102,7 @@ def summary_text(
     """
     plan, arms, comparisons = task.plan, judged.arms, judged.comparisons
     loud = rivals_sentence(judged.rivals)
-    of_controls = control_lines(rows, judged.planted)
+    of_controls = control_lines(rows, judged.planted, judged.twin)
     lines = [
         f"# {markdown(f'{task.name}: {task.run.title}')}",
         "",
@@ -155,8 +155,11 @@ def _question(plan: PlanConfig, compares: bool) -> str:
     )
 
 
-def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) -> list[str]:
-    """Markdown table of the control subjects, and whether the planted effect was found."""
+def control_lines(
+    rows: Sequence[Mapping[str, Any]], planted: Planted | None, twin: Comparison | None = None
+) -> list[str]:
+    """Markdown table of the control subjects, the A/A twin's word, and whether the planted effect
+    was found."""
     shown = ("fvu", "l0", "loss_recovered", "sae_top_5_test_accuracy")
     heads = " | ".join(COLUMNS[metric] for metric in shown)
     lines = [f"| control | {heads} |", "|---" * (len(shown) + 1) + "|"]
@@ -166,7 +169,8 @@ def control_lines(rows: Sequence[Mapping[str, Any]], planted: Planted | None) ->
         lines.append(f"| {name.removeprefix(schema.CONTROL)} | {' | '.join(cells)} |")
     turned = [row for row in rows if row["arm"] == schema.control_arm(schema.PLANTED)]
     n = len({row["seed"] for row in turned if row["metric"] == "fvu"})
-    return [*lines, *_planted_lines(planted, n)] if by_control else []
+    of_twin = ["", f"{markdown(twin_line(twin))}."] if twin else []
+    return [*lines, *of_twin, *_planted_lines(planted, n)] if by_control else []
 
 
 def _covers(comparisons: Sequence[Comparison]) -> list[str]:
@@ -192,12 +196,8 @@ def too_few_planted(n: int) -> str:
 def _planted_lines(planted: Planted | None, n: int) -> list[str]:
     if planted is None:
         return ["", f"{too_few_planted(n)}."] if n else []
-    c = planted.comparison
-    seen = "" if c.word == "hurts" else ": an effect of this size is missed"
-    return [
-        "",
-        f"Planted effect: {c.word}{seen} (expected {planted.expected:+.4g}); {markdown(c.reason)}.",
-    ]
+    line = planted_line(planted)
+    return ["", f"{markdown(line[0].upper() + line[1:])}."]
 
 
 def _registration_text(deviations: Sequence[str]) -> str:

@@ -6,8 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from projects import BASELINE, Project, cli
+
+from saelab.seeding import study_seeds
+from saelab.verdict.twin import TRUE_OF_A_TWIN
 
 RUNS = """
 RATE = Arm("rate", {"train.lr": 2e-3})
@@ -39,6 +43,26 @@ def test_the_ledger_has_each_comparison_once(project: Project) -> None:
     assert [x["result"] for x in rest if "result" in x] == [1, 2]
 
 
+def test_the_twin_is_trained_once_for_the_study_at_seeds_of_its_own(project: Project) -> None:
+    one, two = (project.manifest(run) for run in ("run_1", "run_2"))
+    assert one["twin"] == two["twin"] and len(one["twin"]) == 2
+    seeds = {cell["seed"] for cell in one["twin"].values()}
+    assert seeds == set(study_seeds("small", "twin", 2)) and not seeds & set(one["seeds"])
+    rows = pq.read_table(project.folder / "run_1" / "metrics.parquet").to_pylist()
+    for name in ("control:twin", "control:planted effect"):
+        assert {row["seed"] for row in rows if row["arm"] == name} == seeds
+    assert one["aa_twin"]["word"] in TRUE_OF_A_TWIN and one["planted"]["comparison"]["n"] == 2
+
+
+def test_words_of_twins_and_planted_effects_are_counted_over_runs(project: Project) -> None:
+    text = cli(project.folder, "verdict", "run_1", "run_2").out
+    word = project.manifest()["aa_twin"]["word"]
+    assert f"A/A twin: 2 runs: 2 {word}; planted effect: " in text.splitlines()[-1]
+    (shown, _) = json.loads(cli(project.folder, "verdict", "--json").out)
+    assert shown["twin"]["word"] == word and shown["planted"]["expected"] > 0
+    assert "A/A twin (the baseline at other seeds): " in cli(project.folder, "verdict", "run_1").out
+
+
 def test_every_file_of_the_run_says_the_level(project: Project) -> None:
     level = 0.05 * 0.8 / 2
     for run, arm in (("run_1", "rate"), ("run_1", "new"), ("run_2", "another idea")):
@@ -68,10 +92,10 @@ def test_attempts_lists_what_each_comparison_cost(project: Project) -> None:
 
 
 def test_a_deleted_run_costs_nothing_more_and_a_deleted_ledger_is_loud(project: Project) -> None:
-    before = lines(project)
+    before, cells = lines(project), project.finished_cells()
     shutil.rmtree(project.folder / "run_1")
     assert project.call().code == 0
-    assert lines(project) == before
+    assert lines(project) == before and project.finished_cells() == cells
     (project.folder / ".saelab" / "comparisons.jsonl").unlink()
     shutil.rmtree(project.folder / "run_2")
     ended = project.call("--out_dir=run_2")

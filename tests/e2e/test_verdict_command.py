@@ -102,10 +102,10 @@ def test_a_bad_cell_stops_nothing_and_is_listed(project: Project) -> None:
 
 def test_an_effect_of_known_size_is_found_and_the_controls_are_shown(project: Project) -> None:
     planted = project.manifest()["planted"]
-    assert planted["comparison"]["word"] == "hurts"
-    assert planted["comparison"]["mean_diff"] == pytest.approx(planted["expected"], rel=0.5)
+    c = planted["comparison"]
+    assert c["low"] < planted["expected"] < c["high"] and c["n_shared"] == 0
     text = (project.folder / "run_1" / "summary.md").read_text(encoding="utf-8")
-    assert "Planted effect: hurts" in text
+    assert f"Planted effect: {c['word']}" in text and "A/A twin" in text
     for name in (*SUBJECTS, "frozen decoder", "planted effect"):
         assert f"| {name} |" in text
     rows = pq.read_table(project.folder / "run_1" / "metrics.parquet").to_pylist()
@@ -227,10 +227,12 @@ def test_a_later_change_of_the_plan_is_allowed_and_shown(project: Project, tmp_p
     ended = changed.call()
     assert ended.code == 0, ended.err
     assert "deviates from the registered one: seeds: 3 -> 2" in ended.err
-    assert changed.manifest()["deviations"] == ["seeds: 3 -> 2"]
+    deviations = changed.manifest()["deviations"]
+    assert deviations[0] == "seeds: 3 -> 2"
+    assert all("run_1: arm" in line and "removed" in line for line in deviations[1:])
     assert r"deviation: seeds: 3 -\> 2" in (folder / "run_1" / "summary.md").read_text()
     assert "deviation from the registered plan: seeds: 3 -> 2" in cli(folder, "verdict").out
-    assert judged(changed)[0]["deviations"] == ["seeds: 3 -> 2"]
+    assert judged(changed)[0]["deviations"] == deviations
 
 
 def test_earlier_attempts_are_kept_and_named(project: Project, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.activations.stream import Batch
 from saelab.errors import SettingError
 from saelab.evals.base import Subject
-from saelab.evals.core import CoreData, measure_reconstruction
+from saelab.evals.core import DEFINITION, CoreData, measure_reconstruction
 from saelab.launch import controls
 from saelab.launch.collect import random_band
 from saelab.launch.controls import SUBJECTS, Setting, TopOfBasis, expected_fvu_change, turn_decoder
@@ -25,7 +26,7 @@ from saelab.study.plan import CellSpec, PlanConfig
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
 from saelab.verdict.arms import ArmResult, CellGate
-from saelab.verdict.final_info import judge_planted
+from saelab.verdict.twin import TRUE_OF_A_TWIN, judge_planted, judge_twin
 
 D, F, K = 24, 96, 6
 TOPK = SAEConfig.parse(
@@ -189,29 +190,39 @@ def test_the_planted_effect_is_as_large_as_expected(degrees: float) -> None:
     assert mean > 0
 
 
-def test_the_verdict_sees_the_planted_effect(tmp_path) -> None:
-    baseline, rows = ArmResult("baseline"), []
-    x = core(data(2048, 1))
-    for seed in range(3):
-        sae = trained(seed=seed).sae
-        checkpoint.save(sae, tmp_path / str(seed), {})
-        cell = [
-            {
-                "metric": "fvu",
-                "value": measure_reconstruction(sae, x).fvu,
-                "slice": "",
-                "definition": "c",
-            }
+def test_the_verdict_sees_the_planted_effect_and_no_difference_of_the_twin(tmp_path) -> None:
+    """The twin's seeds are others than the baseline's, and the effect is planted in its cells."""
+    x, plan = core(data(2048, 1)), PlanConfig(study="test", target_l0=K, sesoi=0.02)
+    baseline, rows, gates = ArmResult("baseline"), [], []
+    for seed in (0, 1, 2, 3, 10, 11, 12):
+        sae, name = trained(seed=seed).sae, "baseline" if seed < 10 else "control:twin"
+        found = measure_reconstruction(sae, x)
+        cell = CellGate(id=CellId(name, seed, K), expected=(), facts={})
+        of_cell = [
+            {"arm": name, "seed": seed, "metric": metric, "value": value, "slice": ""}
+            | {"definition": DEFINITION}
+            for metric, value in (("fvu", found.fvu), ("l0", found.l0))
         ]
-        cell_id = CellId("baseline", seed, K)
-        baseline.add(CellGate(id=cell_id, expected=(), facts={}), cell)
-        rows += controls.plant_effect(tmp_path / str(seed), x, cell_id)["rows"]
-    found = judge_planted(rows, baseline, PlanConfig(study="test"))
-    assert found is not None and found.comparison.word == "hurts"
-    assert found.comparison.mean_diff == pytest.approx(found.expected, rel=0.5)
-    assert judge_planted([], baseline, PlanConfig(study="test")) is None
+        if seed < 10:
+            baseline.add(cell, of_cell)
+            continue
+        checkpoint.save(sae, tmp_path / str(seed), {})
+        gates.append(cell)
+        rows += of_cell + controls.plant_effect(tmp_path / str(seed), x, cell.id)["rows"]
+    twin = judge_twin(rows, gates, baseline, plan)
+    assert twin is not None and twin.word in TRUE_OF_A_TWIN
+    assert (twin.n, twin.n_baseline, twin.n_shared) == (3, 4, 0)
+    found = judge_planted(rows, baseline, plan.patched({"sesoi": 0.001}), gates)
+    assert found is not None and found.comparison.n_shared == 0
+    assert found.comparison.mean_diff is not None and twin.mean_diff is not None
+    change = found.comparison.mean_diff - twin.mean_diff
+    assert change == pytest.approx(found.expected, rel=0.5) and found.holds
+    assert judge_planted([], baseline, plan) is None and judge_twin([], [], baseline, plan) is None
     lost = [row | {"value": None} for row in rows]  # of an SAE whose numbers are not finite
-    assert judge_planted(lost, baseline, PlanConfig(study="test")) is None
+    assert judge_planted(lost, baseline, plan, gates) is None
+    failed = [replace(cell, facts={"nonfinite_step": 3}) for cell in gates]
+    bad = judge_twin(rows, failed, baseline, plan)
+    assert bad is not None and "3 of 3 cells of the arm failed" in bad.failures
 
 
 def test_the_band_of_a_random_dictionary() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,11 @@ def test_it_counts_cells_tokens_pairs_and_cost(tmp_path: Path) -> None:
     by_name = {arm.name: arm for arm in found.arms}
     assert [by_name[name].cells for name in ("baseline", "rate", "learned")] == [12, 12, 3]
     assert (by_name["rate"].pairs, by_name["learned"].pairs) == (8, 3)
-    assert len(found.specs) == 27 and found.tokens == 28 * BASE.train.tokens  # and a control
+    assert len(found.specs) == 27 and len(found.twins) == 3
+    assert found.tokens == 31 * BASE.train.tokens  # and the control with a frozen decoder
+    assert "27 cells, 3 of the A/A twin and the controls" in check_text(found)
+    alone = replace(found, task=replace(found.task, experiment=None))
+    assert not alone.twins and alone.seconds < found.seconds
     assert found.seconds > 10 and found.needs.memory > 1e8
     data = found.as_dict()
     assert data["cells"] == 27 and data["arms"][1]["changes"][0]["setting"] == "train.lr"

@@ -13,7 +13,7 @@ import pytest
 
 from saelab.errors import DamageError, SettingError, StudyFailure
 from saelab.storage.atomic import WriteError
-from saelab.study.plan import PlanConfig
+from saelab.study.plan import Arm, BaseConfig, Confirmation, FromArm, PlanConfig, Run
 from saelab.study.registry import attempt, attempts, deviations, plan_hash, register
 
 PLAN = PlanConfig(study="test")
@@ -163,3 +163,61 @@ def test_a_plan_cut_short_is_told_with_what_deleting_it_means(tmp_path: Path) ->
     file.unlink()  # and so it is
     assert register(tmp_path, longer) == () and deviations(tmp_path, PLAN)
     assert json.loads(file.read_text())["hash"] == plan_hash(longer)
+
+
+BASE = BaseConfig()
+LATE = Arm("late", {"train.lr": FromArm("a", "b")})
+ARMS = [Arm("baseline"), Arm("rate", {"train.lr": 2e-3}), LATE]
+RUNS = {"run_1": Run("first", ARMS), "run_10": Confirmation("last", [Arm("baseline")])}
+
+
+def test_base_settings_and_run_table_are_registered_too(tmp_path: Path) -> None:
+    assert register(tmp_path, PLAN, BASE, RUNS) == ()
+    assert register(tmp_path, PLAN, BASE, RUNS) == ()
+    faster = BASE.patched({"train.lr": 0.5, "train.tokens": 4096, "tracker": "tensorboard"})
+    tokens, rate = BASE.train.tokens, BASE.train.lr
+    lines = register(tmp_path, PLAN.patched({"seeds": 4}), faster, RUNS)
+    assert lines[0] == "seeds: 8 -> 4"
+    assert set(lines[1:]) == {
+        f"base.train.tokens: {tokens} -> 4096",
+        f"base.train.lr: {rate} -> 0.5",
+    }
+
+
+def test_changed_arms_and_runs_are_deviations(tmp_path: Path) -> None:
+    register(tmp_path, PLAN, BASE, RUNS)
+    changed = [Arm("baseline", comment="other words"), Arm("rate", {"train.lr": 3e-3}), Arm("new")]
+    table = {"run_1": Run("another title", changed), "run_2": Run("more", ARMS)}
+    assert deviations(tmp_path, PLAN, BASE, table) == (
+        "added after registration: run_2",
+        "no longer in the run table: run_10",
+        "run_1: arm 'rate' changed",
+        "run_1: arm 'late' removed",
+        "run_1: arm 'new' added after registration",
+    )
+    whole = {"run_1": Run("first", ARMS, {"layout": "contexts"}), "run_10": RUNS["run_10"]}
+    (text,) = deviations(tmp_path, PLAN, BASE, whole)
+    assert text == 'run_1.changes.layout: "none" -> "contexts"'
+    other = RUNS | {"run_10": Confirmation("last", [Arm("baseline")], leave=("rate",))}
+    assert deviations(tmp_path, PLAN, BASE, other) == ('run_10.leave: [] -> ["rate"]',)
+
+
+def test_what_an_older_file_lacks_is_no_deviation_and_is_registered_then(tmp_path: Path) -> None:
+    register(tmp_path, PLAN)
+    file = tmp_path / ".saelab" / "plan.json"
+    old = {name: json.loads(file.read_text())[name] for name in ("hash", "plan", "at")}
+    file.write_text(json.dumps(old))
+    assert deviations(tmp_path, PLAN, BASE.patched({"train.lr": 0.5}), RUNS) == ()
+    assert register(tmp_path, PLAN, BASE, RUNS) == ()
+    assert deviations(tmp_path, PLAN, BASE.patched({"train.lr": 0.5}), RUNS) != ()
+    assert json.loads(file.read_text())["at"] == old["at"]
+
+
+def test_a_registered_base_that_was_edited_is_refused(tmp_path: Path) -> None:
+    register(tmp_path, PLAN, BASE, RUNS)
+    file = tmp_path / ".saelab" / "plan.json"
+    stored = json.loads(file.read_text())
+    stored["base"]["train"]["lr"] = 0.5
+    file.write_text(json.dumps(stored))
+    with pytest.raises(DamageError, match="was changed after it was written"):
+        deviations(tmp_path, PLAN, BASE, RUNS)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 
 from saelab.drivers.candidate import candidate_of
 from saelab.drivers.tries import TRIES, Options, Try, try_candidate
-from saelab.errors import SourceError
+from saelab.errors import SettingError, SourceError
 from saelab.report.figures.common import draw_run
 from saelab.report.run_data import Run, load
 from saelab.storage.atomic import write_atomically
@@ -66,18 +66,19 @@ def run_candidate(
 
     Raises: as `saelab try`.
     """
+    if not (Path(study) / "plan.toml").is_file():
+        raise SettingError("study", str(study), "holds no plan.toml: name the folder of a study")
     frame = inspect.currentframe()
     assert frame is not None and frame.f_back is not None
-    seed = global_seed()
+    root, out, seed = Path(study).resolve(), Path(working).resolve(), global_seed()
     seed_set = "" if seed is None else f"global seed {seed}"
     print(_seeds_text(seed))
-    with _as_module(frame.f_back) as file:
-        candidate = candidate_of(changes, file, name, Path(study).resolve())
+    with _as_module(frame.f_back) as file, chdir(root):  # settings name paths relative to it
+        candidate = candidate_of(changes, file, name, root)
         options = Options(seeds=seeds, seed_set=seed_set, limit=LIMIT, workers=0)
         done = try_candidate(candidate, options)
-    run = load(candidate.root / TRIES / done.name)
+    run = load(root / TRIES / done.name)
     data = {"held-out text": _results(run, done)}
-    out = Path(working)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / DATA, lambda file: _save(file, data))
     for line, _ in draw_run(run, out, PICTURES):

@@ -1,10 +1,13 @@
-"""A folder of its own for a study, complete for an autonomous driver of the AI-Scientist kind.
+"""A folder of its own for a study, complete for autonomous drivers too (docs/drivers.md).
 
-experiment.py, plot.py           the two files that the driver's model sees and edits
+experiment.py, plot.py           the two files that AI-Scientist v1's model sees and edits
 plan.toml, configs/              what is registered, and the base settings
 prompt.json                      `system` and `task_description`
 seed_ideas.json, ideas.json      A and B; `novel` in the second
 latex/template.tex               sections to fill
+candidate.py, try.py             the one file that an agent edits, and what judges it
+program.md, SKILL.md             how an agent works here
+ai_scientist_v2/sae_variants.*   topic (.md), ideas (.json) and code (.py) for AI-Scientist v2
 run_0/                           the baseline's results, where there are some
 """
 
@@ -33,7 +36,16 @@ FILES = {
     "prompt.json": "prompt.json",
     "ideas.json": "ideas.json",
     "template.tex": "latex/template.tex",
+    "candidate.py.txt": "candidate.py",
+    "try.py.txt": "try.py",
+    "program.md": "program.md",
+    "SKILL.md": "SKILL.md",
+    "v2_topic.md": "ai_scientist_v2/sae_variants.md",
+    "v2_ideas.json": "ai_scientist_v2/sae_variants.json",
+    "v2_node.py.txt": "ai_scientist_v2/sae_variants.py",
 }
+#: Stands in a file for the absolute path of the folder, as a text in quotation marks.
+STUDY = '"{STUDY}"'
 BASELINE_RUN = "run_0"
 
 
@@ -52,7 +64,8 @@ def write_template(folder: Path, run_0: Path | None = None) -> None:
     if run_0 is not None:
         _check_baseline(run_0)
     for name, place in FILES.items():
-        write_text(folder / place, (SOURCE / name).read_text(encoding="utf-8"))
+        text = (SOURCE / name).read_text(encoding="utf-8")
+        write_text(folder / place, text.replace(STUDY, json.dumps(str(folder.resolve()))))
     ideas = json.loads((SOURCE / "ideas.json").read_text(encoding="utf-8"))
     seeds = [{name: value for name, value in idea.items() if name != "novel"} for idea in ideas]
     write_json(folder / "seed_ideas.json", seeds)

@@ -6,8 +6,8 @@ Over 500 submissions (no-ops, drifts of L0 inside the tolerance, changed seeds, 
 names after their run was deleted, extension by seeds until it helps) at most 5% may be kept, and at
 most 5% of what is kept may be worthless; of 50 planted effects of the smallest size of interest,
 submitted among them, at least 80% are to be kept. "Keep if better" is measured on the same
-submissions. Cells are simulated (saelab/verdict/adversary.py); the ledger, the verdict and the
-decision are those of a launch.
+submissions. Cells are simulated (saelab/verdict/simulation/adversary.py); the ledger, the verdict
+and the decision are those of a launch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from common import Section, Target, parser, save, scratch, table
 
-from saelab.verdict.adversary import Count, attack
-from saelab.verdict.simulation import SD, SESOI
+from saelab.verdict.simulation.adversary import Count, attack
+from saelab.verdict.simulation.comparisons import SD, SESOI
 
 #: Standard deviation of a cell, correlation within a seed: the shipped study's, and harder ones.
 CASES = ((SD, 0.0), (SESOI / 3, 0.6), (0.6 * SESOI, 0.0))

@@ -34,8 +34,8 @@ def _simulate(simulations: int, json_: bool) -> None:
     from dataclasses import asdict
 
     from saelab.errors import SettingError, StudyFailure
-    from saelab.verdict.simulation import HEADING
-    from saelab.verdict.validation import all_promises
+    from saelab.verdict.simulation.comparisons import HEADING
+    from saelab.verdict.simulation.promises import all_promises
 
     if simulations < 100:
         raise SettingError("simulations", simulations, "at least 100 are needed")

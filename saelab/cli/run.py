@@ -119,7 +119,7 @@ def attempts(json_: Json = False) -> None:
     """List every attempt at a run of the study in this folder, and what its comparisons cost."""
     from saelab.study.registry import as_dicts
     from saelab.study.registry import attempts as read_attempts
-    from saelab.verdict.ledger import read_ledger
+    from saelab.verdict.error_budget.ledger import read_ledger
 
     rows, ledger = read_attempts(Path()), read_ledger(Path())
     lines = [attempt.line() for attempt in rows]

@@ -69,11 +69,17 @@ from saelab.training.curves import read_curve
 from saelab.verdict.across_text import across_text
 from saelab.verdict.arms import ArmResult
 from saelab.verdict.decision import Decision, decide_run, lines_to_print
+from saelab.verdict.error_budget.hypotheses import hypotheses, planned_comparisons
+from saelab.verdict.error_budget.ledger import (
+    Allotted,
+    allot,
+    budget,
+    lost_comparisons,
+    record_results,
+)
 from saelab.verdict.final_info import CORE, add_budget, final_info
 from saelab.verdict.gate import check_expected
-from saelab.verdict.hypotheses import hypotheses, planned_comparisons
 from saelab.verdict.judge import Comparison
-from saelab.verdict.ledger import Allotted, allot, budget, lost_comparisons, record_results
 from saelab.verdict.review import Judged, judge_files
 from saelab.verdict.summary import table
 

@@ -34,7 +34,7 @@ from saelab.study.plan import BASELINE, BaseConfig, CellSpec
 from saelab.study.registry import Attempt, attempts, plan_hash
 from saelab.training.curves import read_curves
 from saelab.verdict.arms import CellGate
-from saelab.verdict.ledger import Allotted, Budget
+from saelab.verdict.error_budget.ledger import Allotted, Budget
 from saelab.verdict.review import Judged
 from saelab.verdict.summary import summary_text
 from saelab.version import __version__

@@ -20,9 +20,9 @@ from saelab.study.plan import BASELINE, BaseConfig, PlanConfig
 from saelab.verdict.across_settings import AcrossSettings
 from saelab.verdict.arms import ArmResult
 from saelab.verdict.decision import Decision
+from saelab.verdict.error_budget.ledger import Budget
 from saelab.verdict.judge import Cells, Comparison, Difference, Rules, compare_secondary, judge
 from saelab.verdict.l0_adjustment import match
-from saelab.verdict.ledger import Budget
 
 #: Most entries of `means`: an autonomous driver's model sees nothing else.
 MOST_MEANS = 40

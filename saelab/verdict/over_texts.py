@@ -13,7 +13,7 @@ with n_g the tokens of a document: a few long documents are worth fewer than G e
 
 This is the jackknife that leaves out one document at a time. It is the cluster bootstrap's variance
 for many documents, not too small for few, needs no random numbers and has any coverage; tests hold
-it against 2000 resamples, and `saelab.verdict.simulated_intervals` shows its coverage. The effect
+it against 2000 resamples, and `saelab.verdict.simulation.intervals` shows its coverage. The effect
 is the verdict's, at the declared L0; the correction for L0, and the mean activation in the
 variance, are taken as fixed. Seeds are held fixed as well: the interval says what other documents
 would change, the one over seeds what other seeds would.

@@ -30,10 +30,10 @@ from saelab.study.settings import OF_PLAN
 from saelab.verdict.across_settings import AcrossSettings, judge_across
 from saelab.verdict.across_text import across_text
 from saelab.verdict.arms import ArmResult, CellGate
+from saelab.verdict.error_budget.ledger import Budget
 from saelab.verdict.final_info import judge_run
 from saelab.verdict.gate import ORDER, Outcome
 from saelab.verdict.judge import COVERS, Comparison, Difference
-from saelab.verdict.ledger import Budget
 from saelab.verdict.over_texts import OverTexts, over_texts
 from saelab.verdict.rivals import Rival, find_rivals, rivals_sentence
 from saelab.verdict.summary import align_columns

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from saelab.study.task import Launch
     from saelab.verdict.across_settings import AcrossSettings
     from saelab.verdict.arms import ArmResult
-    from saelab.verdict.ledger import Budget
+    from saelab.verdict.error_budget.ledger import Budget
     from saelab.verdict.review import Judged
 
 #: Columns of the printed table: metric -> heading.

@@ -20,7 +20,7 @@ from saelab.verdict.across_settings import (
 )
 from saelab.verdict.across_text import across_text
 from saelab.verdict.judge import Comparison, Rules, Word
-from saelab.verdict.simulation_settings import settings_rows
+from saelab.verdict.simulation.settings import settings_rows
 
 
 def comparison(diff: float | None, se: float | None = 0.0005, **more: object) -> Comparison:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from saelab.verdict.error_budget import ErrorBudget, confirming_level, look_share
+from saelab.verdict.error_budget.levels import ErrorBudget, confirming_level, look_share
 
 RULE = ErrorBudget(alpha=0.05, planned=12)
 

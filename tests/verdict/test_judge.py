@@ -18,10 +18,11 @@ from saelab.errors import SettingError
 from saelab.progress import Progress
 from saelab.progress.bar import redirect_bars
 from saelab.seeding import numpy_stream
-from saelab.verdict import simulation, validation
 from saelab.verdict.judge import Cells, Comparison, Rules, compare_secondary, judge
 from saelab.verdict.l0_adjustment import Matched
-from saelab.verdict.validation import all_promises
+from saelab.verdict.simulation import comparisons as simulation
+from saelab.verdict.simulation import promises as validation
+from saelab.verdict.simulation.promises import all_promises
 
 SEEDS = range(100, 108)
 BASE = {seed: 0.1 + 0.003 * i for i, seed in enumerate(SEEDS)}

@@ -11,8 +11,7 @@ import pytest
 from saelab.errors import DamageError
 from saelab.study.plan import PlanConfig
 from saelab.study.registry import attempt
-from saelab.verdict.judge import Comparison, Word
-from saelab.verdict.ledger import (
+from saelab.verdict.error_budget.ledger import (
     Allotted,
     Hypothesis,
     allot,
@@ -21,6 +20,7 @@ from saelab.verdict.ledger import (
     read_ledger,
     record_results,
 )
+from saelab.verdict.judge import Comparison, Word
 
 PLAN = PlanConfig(study="test", comparisons=20)
 

@@ -14,7 +14,7 @@ from saelab.stats import Array
 from saelab.verdict.agreement import WIDER, pseudo_values
 from saelab.verdict.effect import estimate
 from saelab.verdict.over_texts import half_width
-from saelab.verdict.simulation import KINDS, Kind, Row, draw_noise
+from saelab.verdict.simulation.comparisons import KINDS, Kind, Row, draw_noise
 
 #: Seeds of an arm.
 SEEDS = (3, 5, 8)

@@ -29,7 +29,7 @@ from saelab.storage.small_files import read_small_file
 from saelab.storage.validation import Loose, Number, validate
 from saelab.study.plan import PlanConfig
 from saelab.study.registry import FOLDER, attempts
-from saelab.verdict.error_budget import ErrorBudget, confirming_level, look_share
+from saelab.verdict.error_budget.levels import ErrorBudget, confirming_level, look_share
 from saelab.verdict.judge import Comparison
 
 COMPARISONS = "comparisons.jsonl"

@@ -1,4 +1,4 @@
-"""Simulation that checks what the verdict promises.
+"""Simulated comparisons of one run, and what the verdict promises of them.
 
 Every row simulates whole studies and applies the functions that judge real ones: the interval and
 its word (`effect`, `judge.choose_words`) over many studies at once where nothing fails and nothing

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from saelab.seeding import numpy_stream
 from saelab.stats import Array
 from saelab.verdict.effect import Effect, estimate
-from saelab.verdict.error_budget import ErrorBudget, look_share
+from saelab.verdict.error_budget.ledger import DISCOVERY
+from saelab.verdict.error_budget.levels import ErrorBudget, look_share
 from saelab.verdict.judge import choose_words
-from saelab.verdict.ledger import DISCOVERY
-from saelab.verdict.simulation import CORRELATIONS, KINDS, Kind, Row, draw_noise
+from saelab.verdict.simulation.comparisons import CORRELATIONS, KINDS, Kind, Row, draw_noise
 
 RUNS, ARMS, BASELINE_SEEDS, ALPHA = 10, 6, 8, 0.05
 #: Studies that are simulated at once, which bounds the memory.

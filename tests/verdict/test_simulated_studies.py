@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from saelab.verdict import study_simulation
-from saelab.verdict.error_budget import ErrorBudget
-from saelab.verdict.study_simulation import ALPHA, ARMS, Design, Ledgers, simulate, study_rows
+from saelab.verdict.error_budget.levels import ErrorBudget
+from saelab.verdict.simulation import studies as study_simulation
+from saelab.verdict.simulation.studies import ALPHA, ARMS, Design, Ledgers, simulate, study_rows
 
 
 def test_simulated_levels_are_those_of_the_ledger() -> None:

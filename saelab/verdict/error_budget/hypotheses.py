@@ -8,7 +8,7 @@ from pathlib import Path
 from saelab.config import digest
 from saelab.study.foreign_code import foreign_code
 from saelab.study.plan import BASELINE, Arm, BaseConfig, CellSpec, Confirmation, Run
-from saelab.verdict.ledger import Hypothesis
+from saelab.verdict.error_budget.ledger import Hypothesis
 
 #: Settings of the base that every arm of a run shares and that its numbers depend on.
 SHARED = {"model", "hook_name", "context", "activations", "layout", "train_text", "eval_text"}

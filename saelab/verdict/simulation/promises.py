@@ -8,10 +8,10 @@ from multiprocessing import get_context
 
 from saelab.progress import Progress, progress
 from saelab.runtime.cores import usable_cores
-from saelab.verdict.simulated_intervals import agreement_rows, text_rows
-from saelab.verdict.simulation import Row, Rows, row_groups
-from saelab.verdict.simulation_settings import settings_rows
-from saelab.verdict.study_simulation import study_rows
+from saelab.verdict.simulation.comparisons import Row, Rows, row_groups
+from saelab.verdict.simulation.intervals import agreement_rows, text_rows
+from saelab.verdict.simulation.settings import settings_rows
+from saelab.verdict.simulation.studies import study_rows
 
 #: Studies a row below which further processes are not worth their start. Our choice.
 FEW = 2000

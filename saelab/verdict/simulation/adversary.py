@@ -31,9 +31,9 @@ from saelab.seeding import numpy_stream
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.verdict.arms import ArmResult
 from saelab.verdict.decision import MOST_TIMES, Decision, decide_run
+from saelab.verdict.error_budget.ledger import Hypothesis, allot, budget, record_results
 from saelab.verdict.final_info import judge_run
-from saelab.verdict.ledger import Hypothesis, allot, budget, record_results
-from saelab.verdict.simulation import SD, SESOI, SLOPE, TARGET, Frontier
+from saelab.verdict.simulation.comparisons import SD, SESOI, SLOPE, TARGET, Frontier
 
 PLANTED = "planted"
 #: Shares of the submissions that are worth nothing.

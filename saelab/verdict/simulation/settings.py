@@ -18,7 +18,7 @@ from saelab.seeding import numpy_stream
 from saelab.verdict.across_settings import intervals
 from saelab.verdict.effect import estimate
 from saelab.verdict.judge import choose_words
-from saelab.verdict.simulation import Design, Kind, Row, draw_noise
+from saelab.verdict.simulation.comparisons import Design, Kind, Row, draw_noise
 
 #: Numbers of settings.
 SETTINGS = (3, 5, 8)

@@ -1,0 +1,1 @@
+"""Simulated studies that check what the verdict promises (`saelab verdict --simulate`)."""

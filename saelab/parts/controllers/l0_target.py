@@ -28,8 +28,8 @@ coefficient c*,
 
 The second loop needs integral < T b proportional^2 / 4 to be damped, so the proportional gain must
 not be small; Adam's momentum and the EMA delay the first, which with a gain of 6 and an EMA of 0.9
-swung by 15% at L0 16. Our choice of gains: half of those at which an arm swings, at L0 16 to 64
-(docs/decisions/0015).
+swung by 15% at L0 16. Our choice of gains, by trial at L0 16 to 64: below those at which an arm
+swings (a proportional gain of 4 with this EMA, at L0 16); docs/decisions/0015.
 """
 
 from __future__ import annotations

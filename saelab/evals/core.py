@@ -102,13 +102,21 @@ class CoreData:
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
         """All counted rows: x float32 [n, d], position int64 [n].
+        Raises: SourceError when all rows are the same."""
+        return self._read[0]
 
-        Raises: SourceError when all rows are the same.
-        """
-        shards = [self.source.shard(i).rows() for i in range(self.source.n_shards)]
-        x = torch.cat([x for x, _ in shards])
+    @cached_property
+    def _read(self) -> tuple[tuple[Tensor, Tensor], list[Tensor], list[Tensor | None]]:
+        """`rows`, and masks and documents of all shards, from one pass over them."""
+        rows, masks, documents = [], [], []
+        for i in range(self.source.n_shards):
+            shard = self.source.shard(i)
+            rows.append(shard.rows())
+            masks.append(shard.mask.clone())
+            documents.append(shard.documents)
+        x = torch.cat([x for x, _ in rows])
         check_rows_differ(x, "held-out activations")
-        return x, torch.cat([p for _, p in shards])
+        return (x, torch.cat([p for _, p in rows])), masks, documents
 
     @cached_property
     def shuffled_runs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,8 +135,7 @@ class CoreData:
         """Numbers of the counted rows as `shuffled_runs` has them, int64 [n]; starts [m + 1]."""
         runs: list[tuple[int, int]] = []
         first = 0
-        for i in range(self.source.n_shards):
-            mask = self.source.shard(i).mask
+        for mask in self._read[1]:
             rows = Batch(mask.unsqueeze(-1), torch.zeros_like(mask).long(), mask).rows()
             assert rows.starts is not None
             ends = (rows.starts + first).tolist()
@@ -142,7 +149,7 @@ class CoreData:
     @cached_property
     def clusters(self) -> Clusters:
         """Documents of the held-out text, as far as they are known."""
-        return clusters_of(self.source)
+        return clusters_of(*self._read[1:])
 
     @cached_property
     def mean(self) -> Tensor:

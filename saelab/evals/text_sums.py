@@ -18,15 +18,13 @@ All are float64 sums; `saelab.verdict.over_texts` makes intervals of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
-
-from saelab.data.activations.store import Source
 
 Kind = Literal["document", "context"]
 #: Largest number of clusters of a file. Our choice: intervals hardly change beyond it.
@@ -63,15 +61,14 @@ class Clusters:
         return total.index_add_(0, labels, values.double())
 
 
-def clusters_of(source: Source) -> Clusters:
-    """Reads which document, or else which context, each position belongs to."""
-    masks: list[Tensor] = []
-    stated: list[Tensor] = []
-    for i in range(source.n_shards):
-        shard = source.shard(i)
-        masks.append(shard.mask)
-        if shard.documents is not None:
-            stated.append(shard.documents.long())
+def clusters_of(masks: list[Tensor], documents: Sequence[Tensor | None]) -> Clusters:
+    """Reads which document, or else which context, each position belongs to.
+
+    Args:
+        masks: of each shard, bool [contexts, positions], True where a position counts.
+        documents: of each shard, the number of each position's document, or None.
+    """
+    stated = [one.long() for one in documents if one is not None]
     if len(stated) < len(masks):
         stated = []
     numbers = [x[mask] for x, mask in zip(stated, masks, strict=True)] if stated else []

@@ -13,7 +13,7 @@ from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.language_model import ModelConfig, load
 from saelab.evals import text_sums
 from saelab.evals.core import CoreData, evaluate_core
-from saelab.evals.text_sums import clusters_of
+from saelab.evals.text_sums import Clusters
 from saelab.seeding import torch_stream
 
 HOOK = "blocks.1.hook_resid_post"
@@ -46,19 +46,23 @@ def shards(documents: bool = True, d: int = 6) -> list[Shard]:
     return made
 
 
+def clusters_in(source: MemorySource) -> Clusters:
+    return CoreData(source, None).clusters
+
+
 def values(rows: list[Any]) -> dict[str, float]:
     return {row.metric: row.value for row in rows if not row.slice and row.value is not None}
 
 
 def test_documents_are_numbered_over_shards_and_contexts_stand_in_for_them() -> None:
-    clusters = clusters_of(MemorySource(shards(), {}))
+    clusters = clusters_in(MemorySource(shards(), {}))
     assert (clusters.kind, clusters.count) == ("document", 4)
     assert clusters.of_rows.tolist() == [1, 1, 2, 2, 0, 0, 0, 0, 2, 3, 3, 3, 0, 0, 1, 1]
-    without = clusters_of(MemorySource(shards(documents=False), {}))
+    without = clusters_in(MemorySource(shards(documents=False), {}))
     assert (without.kind, without.count) == ("context", 4)
     assert without.of_rows.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
     one = replace(shards()[0], documents=torch.full((2, 5), 7, dtype=torch.int32))
-    alone = clusters_of(MemorySource([one], {}))
+    alone = clusters_in(MemorySource([one], {}))
     assert (alone.kind, alone.of_rows.tolist()) == ("context", [0] * 4 + [1] * 4)
 
 
@@ -66,7 +70,7 @@ def test_many_documents_are_taken_together_with_their_neighbours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(text_sums, "MOST", 2)
-    clusters = clusters_of(MemorySource(shards(), {}))
+    clusters = clusters_in(MemorySource(shards(), {}))
     assert clusters.of_rows.tolist() == [0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
 
 
@@ -80,7 +84,7 @@ def test_they_add_up_to_the_metrics() -> None:
     assert found["mse"] == pytest.approx(total["error"] / 16 / 6)
     assert found["cosine"] == pytest.approx(total["cosine"] / 16)
     assert found["l0"] == pytest.approx(total["active"] / 16)
-    x, document = data.rows[0], clusters_of(data.source).of_rows
+    x, document = data.rows[0], data.clusters.of_rows
     of_first = (x - Half(6).encode(x)).square().sum(1)[document == 0]
     assert float(sums.sums["error"][0]) == pytest.approx(float(of_first.sum()))
     columns = sums.columns()

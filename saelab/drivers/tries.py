@@ -122,6 +122,7 @@ def try_candidate(candidate: Candidate, options: Options = Options()) -> Try:
                 workers=options.workers,
                 executor=options.executor,
                 planned=PLANNED,
+                table={},  # candidates are not registered: each is a comparison of the ledger
             )
         )
     means = RunFolder(folder).info[candidate.arm.name]["means"]

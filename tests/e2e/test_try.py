@@ -77,6 +77,7 @@ def test_the_template_has_what_agents_read(tmp_path: Path) -> None:
     assert f'STUDY = "{folder}"' in code and '__main__"' not in code
 
 
+@pytest.mark.slow
 def test_a_candidate_is_judged_and_extended(tmp_path: Path) -> None:
     """Equal cells are one comparison; seeds are added only where the decision asked for them."""
     project = study(tmp_path / "study", sesoi=0.005, seeds=2, comparisons=100)
@@ -232,7 +233,8 @@ def seeded(seed: int) -> str:
     )
 
 
-@pytest.mark.parametrize("seeds", [(0,), pytest.param((0, 1, 2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [(0, 1, 2)])
 def test_ai_scientist_v2(tmp_path: Path, seeds: tuple[int, ...]) -> None:
     """A node with a part of its own, then its repeats with global seeds."""
     project = study(tmp_path / "study")

@@ -262,7 +262,7 @@ def attack(
         comparisons=comparisons or worthless + planted,
     )
     stream = numpy_stream(seed, "adversary-driver")
-    study = Study(root, plan, seed, sd, correlation)
+    study = Study(root, plan, seed, sd=sd, correlation=correlation)
     driver = Driver(plan, stream)
     order = stream.permutation([False] * worthless + [True] * planted)
     counts = {rule: Count() for rule in ("decision", "mean is better", "one cell is better")}

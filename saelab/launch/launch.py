@@ -75,6 +75,7 @@ from saelab.verdict.error_budget.ledger import (
     allot,
     budget,
     lost_comparisons,
+    next_level,
     record_results,
 )
 from saelab.verdict.final_info import CORE, add_budget, final_info
@@ -243,7 +244,20 @@ def check_launch(task: Launch) -> RunCheck:
         raise SettingError("parallel", base.parallel.model_dump(), remedy)
     _check_primary(task.plan.primary, base)
     open_tracker(base.tracker, task.out_dir, {})
-    return check(task, specs, _workers(task, base.model.device))
+    return check(task, specs, _workers(task, base.model.device), _expected_level(task))
+
+
+def _expected_level(task: Launch) -> float | None:
+    """Level that the run's comparisons would get from the study's budget; None outside a study."""
+    if not task.judged:
+        return None
+    return next_level(
+        task.root,
+        task.plan,
+        max(len(task.run.arms) - 1, task.plan.family or 0),
+        confirming=task.purpose == "confirm",
+        planned=planned_comparisons(task.table),
+    )
 
 
 def _value(found: FromArm, plan: PlanConfig, folders: Mapping[CellSpec, Path]) -> Any:

@@ -107,6 +107,7 @@ class RunCheck:
         deviations: of the plan from the registered one.
         workers, needs: processes that train it, and the bytes that it takes with them.
         settings: the same run in each further setting of the plan, trained one after another.
+        level: of each comparison.
     """
 
     task: Launch
@@ -116,6 +117,7 @@ class RunCheck:
     deviations: tuple[str, ...]
     workers: int
     needs: Needs
+    level: float
     settings: tuple[RunCheck, ...] = ()
 
     @property
@@ -195,6 +197,7 @@ class RunCheck:
             "memory_bytes": self.needs.memory,
             "disk_bytes": self.needs.disk,
             "workers": self.workers,
+            "level": self.level,
             "arms": [asdict(arm) for arm in self.arms],
             "warnings": self.warnings,
             **(self._settings_as_dict() if self.settings else {}),
@@ -223,8 +226,13 @@ class RunCheck:
         }
 
 
-def check(task: Launch, specs: Sequence[CellSpec], workers: int) -> RunCheck:
+def check(
+    task: Launch, specs: Sequence[CellSpec], workers: int, level: float | None = None
+) -> RunCheck:
     """Looks at a launch whose cells are worked out already (`plan.cells`, which refuses bad ones).
+
+    Args:
+        level: of each comparison, from the study's error budget; None: alpha over the family.
 
     Raises: SourceError when the language model can't be found.
     """
@@ -232,14 +240,17 @@ def check(task: Launch, specs: Sequence[CellSpec], workers: int) -> RunCheck:
     spreads = measured_spreads(task.root, task.plan) if task.judged else {}
     resolved = resolve_with_placeholders(task.run).arms
     changes = {arm.name: arm_changes(base, arm) for arm in resolved}
+    level = level or task.plan.alpha / max(1, _family(task.plan, len(task.run.arms) - 1))
+    arms = [_arm(task, arm, changes[arm.name], specs, spreads, level) for arm in task.run.arms]
     twins = twin_controls(specs, task.plan) if task.judged else []
     return RunCheck(
         task=task,
         base=base,
         specs=tuple(specs),
-        arms=tuple(_arm(task, arm, changes[arm.name], specs, spreads) for arm in task.run.arms),
+        arms=tuple(arms),
         deviations=(deviations(task.root, task.plan, task.base, task.table) if task.judged else ()),
         workers=workers,
+        level=level,
         needs=launch_needs(base, [*specs, *twins], workers, GROUP),
     )
 
@@ -257,6 +268,7 @@ def _arm(
     changes: tuple[Change, ...],
     specs: Sequence[CellSpec],
     spreads: Mapping[tuple[str, str], float],
+    level: float,
 ) -> ArmCheck:
     plan = task.plan
     own = [spec for spec in specs if spec.id.arm == arm.name]
@@ -273,14 +285,13 @@ def _arm(
     )
     if arm.name == BASELINE or pairs < 2:
         return plain
-    family = _family(plan, len(task.run.arms) - 1)
     others = sum(s.id.arm == arm.against and s.is_at_target(plan) for s in specs)
     spread, source = _spread(task.name, arm.name, spreads)
     return replace(
         plain,
         spread=spread,
         spread_of=source,
-        sees=_smallest_seen(pairs, others, plan.alpha / family) * (spread or 1.0),
+        sees=_smallest_seen(pairs, others, level) * (spread or 1.0),
     )
 
 
@@ -398,7 +409,8 @@ def check_text(run: RunCheck) -> str:
     lines = [
         f"{task.name}: {task.run.title}",
         f"  plan {plan_hash(plan)}: {plan.primary}, {plan.direction} is better, smallest effect of "
-        f"interest {plan.sesoi:g}, family of {_family(plan, compared)}, alpha {plan.alpha:g}"
+        f"interest {plan.sesoi:g}, family of {_family(plan, compared)}, alpha {plan.alpha:g}, "
+        f"level {run.level:.2g}"
         + (", confirmatory" if task.purpose == "confirm" else ", exploratory"),
         f"  {count(len(run.specs), 'cell')}{_twin_text(run)} and the controls, "
         f"{count(run.tokens, 'token')}, about "

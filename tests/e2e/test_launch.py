@@ -25,7 +25,7 @@ WITH_ENTRIES = BASE.replace('entries = "none"', "train_size = 30, test_size = 16
 #: Seeds, and with them cells, of each arm at the target L0 and at the further one.
 SEEDS = {"baseline": (3, 1), "rate": (3, 1), "scaled": (2, 0)}
 PROBED = tuple(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50))
-CONTROLS = ("model channels", "frozen decoder", "planted effect", *SUBJECTS)
+CONTROLS = ("model channels", "frozen decoder", "twin", "planted effect", *SUBJECTS)
 DEFINITIONS = (
     "planted/1",
     "last_logged/1",

@@ -86,7 +86,7 @@ def test_the_second_wave_is_named_and_what_it_waits_for(tmp_path: Path) -> None:
 def test_the_smallest_effect_is_in_spreads_until_a_run_is_finished(tmp_path: Path) -> None:
     arm = checked_run(tmp_path, RATE).arms[1]
     assert arm.spread is None and arm.sees == pytest.approx(
-        stats.detectable_ratio(7, 0.05) / 8**0.5
+        stats.detectable_ratio(7, 0.04) / 8**0.5  # four fifths of the study's error budget
     )
     comparisons = [
         {"arm": name, "n": n, "spread": sd}
@@ -96,7 +96,7 @@ def test_the_smallest_effect_is_in_spreads_until_a_run_is_finished(tmp_path: Pat
     write_json(tmp_path / "run_1" / "manifest.json", manifest | {"comparisons": comparisons})
     rate, learned = checked_run(tmp_path, RATE, LEARNED).arms[1:]
     assert rate.spread == pytest.approx(0.002) and rate.spread_of == "of rate in run_1"
-    assert rate.sees == pytest.approx(0.002 * stats.detectable_ratio(7, 0.025) / 8**0.5)
+    assert rate.sees == pytest.approx(0.002 * stats.detectable_ratio(7, 0.02) / 8**0.5)
     assert learned.spread == pytest.approx(0.004) and "median" in learned.spread_of
     other = checked_run(tmp_path, RATE, study="another").arms[1]
     assert other.spread is None  # numbers of another study say nothing

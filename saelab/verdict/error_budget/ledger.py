@@ -228,7 +228,7 @@ def allot(
     Raises: DamageError when the ledger can't be read; BusyError when another launch locks it.
     """
     with _locked(root):
-        ledger = read_ledger(root) or _begin(root, plan, planned or len(hypotheses))
+        ledger = read_ledger(root) or _begin(root, plan, max(planned or 0, len(hypotheses)))
         family = max(len(hypotheses), plan.family or 0)
         look, batch, t = ledger.confirming + 1, 1 + len(ledger.given), ledger.exploratory
         allotted: dict[str, Allotted] = {}
@@ -289,6 +289,25 @@ def budget(root: Path, plan: PlanConfig) -> Budget | None:
     """State of the study's error budget; None before its first comparison."""
     ledger = read_ledger(root)
     return ledger.budget(plan.alpha) if ledger else None
+
+
+def next_level(
+    root: Path, plan: PlanConfig, family: int, *, confirming: bool, planned: int
+) -> float:
+    """Level that each of so many new comparisons of a run would get, before anything is written.
+
+    Args:
+        family: comparisons of the run.
+        planned: comparisons of the whole study where neither ledger nor plan name them.
+    """
+    ledger = read_ledger(root)
+    if confirming:
+        return confirming_level(plan.alpha, 1 + (ledger.confirming if ledger else 0), family)
+    if ledger is None:
+        rule = ErrorBudget(alpha=plan.alpha, planned=plan.comparisons or max(1, planned, family))
+        ledger = Ledger(rule=rule)
+    last = ledger.rule.level(ledger.exploratory + max(1, family), ledger.known)
+    return min(last, plan.alpha / max(1, family))
 
 
 def lost_comparisons(root: Path) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ from saelab.progress import clock
 from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
 from saelab.runs.folder import MANIFEST, SEALED, RunFolder
-from saelab.runs.schema import CELLS, CellId
+from saelab.runs.schema import CELLS, SETTINGS, CellId
 from saelab.runtime import exhaustion
 from saelab.runtime.counting import count
 from saelab.runtime.main_guard import refuse_unguarded_script
@@ -66,10 +66,16 @@ from saelab.study.plan import (
 from saelab.study.registry import register
 from saelab.study.task import GROUP, Launch
 from saelab.training.curves import read_curve
+from saelab.verdict.across_settings import AcrossSettings, general_comparisons
 from saelab.verdict.across_text import across_text
 from saelab.verdict.arms import ArmResult
 from saelab.verdict.decision import Decision, decide_run, lines_to_print
-from saelab.verdict.error_budget.hypotheses import hypotheses, planned_comparisons
+from saelab.verdict.error_budget.hypotheses import (
+    OVER_SETTINGS,
+    hypotheses,
+    hypotheses_over_settings,
+    planned_comparisons,
+)
 from saelab.verdict.error_budget.ledger import (
     Allotted,
     allot,
@@ -110,7 +116,9 @@ def _launch(task: Launch) -> list[Comparison]:
     task = _within_memory(task, before)
     if base.activations is None and not has_activations(cache):
         before.check_limit()
-    deviations = register(task.root, task.plan, task.base, task.table) if task.judged else ()
+    deviations: tuple[str, ...] = ()
+    if task.judged:
+        deviations = register(task.root, task.plan, task.base, task.table, task.setting)
     about = {"run": task.label, "title": task.run.title, "study": task.plan.study}
     with launch_progress(task.out_dir, about, base.tracker):
         outcome = _launched(task, before, deviations, start)
@@ -178,15 +186,22 @@ def _launched(
     record.write_measurements(collected.rows, collected.gates)
     judged = judge_files(RunFolder(task.out_dir))
     if task.judged:
-        record_results(task.root, task.name, levels, judged.comparisons)
+        made = [*judged.comparisons, *map(_over_settings, judged.across)]
+        record_results(task.root, task.label, levels, made)
     settings = {arm.name: arm_settings(task.base, task.run, arm) for arm in task.run.arms}
     hook_name = str(ready.prepared.provenance.get("hook_name", ""))
     left = budget(task.root, task.plan) if task.judged else None
-    made = judged.comparisons
+    general = general_comparisons(judged.comparisons, judged.across)
     share = left.left if left else None
-    decisions = decide_run(judged.arms, made, task.plan, share) if task.judged else []
+    decisions = decide_run(judged.arms, general, task.plan, share) if task.judged else []
     info = final_info(
-        judged.arms, made, judged.differences, settings, hook_name, judged.across, decisions
+        judged.arms,
+        judged.comparisons,
+        judged.differences,
+        settings,
+        hook_name,
+        judged.across,
+        decisions,
     )
     add_budget(info, left)
     record.write_verdict(judged, info, collected.rows, time.monotonic() - start, left)
@@ -202,13 +217,28 @@ def _allot(task: Launch, base: BaseConfig, folders: Mapping[CellSpec, Path]) -> 
     asked = hypotheses(task.run, base, folders)
     if not (task.judged and asked):
         return {}
+    if task.plan.settings and not task.setting:
+        further = [task.out_dir / SETTINGS / each.name for each in task.plan.settings]
+        asked += hypotheses_over_settings(asked, [RunFolder(folder) for folder in further])
     return allot(
         task.root,
         task.plan,
         asked,
-        run=task.name,
+        run=task.label,
         confirming=task.purpose == "confirm",
-        planned=task.planned or planned_comparisons(task.table),
+        planned=task.planned or planned_comparisons(task.table, len(task.plan.settings)),
+    )
+
+
+def _over_settings(a: AcrossSettings) -> Comparison:
+    """The general word of an arm, as the ledger holds it."""
+    return Comparison(
+        arm=a.arm + OVER_SETTINGS,
+        metric=a.metric,
+        level=a.level,
+        sesoi=a.sesoi,
+        exploratory=a.exploratory,
+        word=a.word,
     )
 
 
@@ -256,7 +286,7 @@ def _expected_level(task: Launch) -> float | None:
         task.plan,
         max(len(task.run.arms) - 1, task.plan.family or 0),
         confirming=task.purpose == "confirm",
-        planned=planned_comparisons(task.table),
+        planned=task.planned or planned_comparisons(task.table, len(task.plan.settings)),
     )
 
 

@@ -248,7 +248,7 @@ def check(
         base=base,
         specs=tuple(specs),
         arms=tuple(arms),
-        deviations=(deviations(task.root, task.plan, task.base, task.table) if task.judged else ()),
+        deviations=_deviations(task),
         workers=workers,
         level=level,
         needs=launch_needs(base, [*specs, *twins], workers, GROUP),
@@ -422,6 +422,13 @@ def check_text(run: RunCheck) -> str:
         lines += _arm_lines(arm, plan)
     lines += [f"  warning: {warning}" for warning in run.warnings]
     return visible("\n".join(lines), keep="\n")
+
+
+def _deviations(task: Launch) -> tuple[str, ...]:
+    """Deviations of a run's plan, base settings and run table; () outside a study."""
+    if not task.judged:
+        return ()
+    return deviations(task.root, task.plan, task.base, task.table, task.setting)
 
 
 def _setting_name(check: RunCheck) -> str:

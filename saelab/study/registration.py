@@ -59,17 +59,18 @@ def _plain(value: Any) -> Any:
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
-def base_changes(old: Mapping[str, Any], new: BaseConfig) -> list[str]:
+def base_changes(old: Mapping[str, Any], new: BaseConfig, where: str = "base") -> list[str]:
     """Lists the differences of base settings, as in 'base.train.lr: 0.001 -> 0.002'.
 
     Args:
         old: as registered; settings that a newer version added have their defaults.
+        where: name of the base settings.
     """
     try:
         before = describe_base(BaseConfig.parse(dict(old)))
     except SettingError:  # of an older version, which had other settings
         before = old
-    return list(_value_changes("base", before, describe_base(new)))
+    return list(_value_changes(where, before, describe_base(new)))
 
 
 def _value_changes(name: str, old: Any, new: Any) -> Iterator[str]:

@@ -45,6 +45,7 @@ class _Registered(Loose):
     plan: dict[str, Any]
     base: dict[str, Any] | None = None
     runs: dict[str, Any] | None = None
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     rest: str = ""
 
 
@@ -78,6 +79,7 @@ def register(
     plan: PlanConfig,
     base: BaseConfig | None = None,
     runs: Mapping[str, Run] | None = None,
+    setting: str = "",
 ) -> tuple[str, ...]:
     """Stores plan, base settings and run table of the study's first run.
 
@@ -86,6 +88,7 @@ def register(
 
     Args:
         root: folder of plan.toml.
+        setting: name of the plan's further setting that `base` is of; '' for its own base.
 
     Returns: the deviations from what is stored, as in 'seeds: 8 -> 4'.
     """
@@ -94,13 +97,22 @@ def register(
         stored = _read_registered(file)
     else:
         stored = {"hash": plan_hash(plan), "plan": registered_settings(plan), "at": _now()}
-    rest = {
-        "base": stored.get("base") or (describe_base(base) if base else None),
-        "runs": stored.get("runs") or (describe_runs(runs) if runs else None),
-    }
+    rest = _rest(stored)
+    rest["runs"] = rest["runs"] or (describe_runs(runs) if runs else None)
+    if base and setting:
+        rest["settings"] = {setting: describe_base(base)} | rest.get("settings", {})
+    elif base:
+        rest["base"] = rest["base"] or describe_base(base)
     if not file.is_file() or any(rest[name] != stored.get(name) for name in rest):
         write_json(file, stored | rest | {"rest": digest(rest)})
-    return deviations(root, plan, base, runs)
+    return deviations(root, plan, base, runs, setting)
+
+
+def _rest(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is stored besides the plan; settings only where there are some, so that the
+    digest of a study without them is that of earlier versions."""
+    settings = {"settings": stored["settings"]} if stored.get("settings") else {}
+    return {name: stored.get(name) for name in ("base", "runs")} | settings
 
 
 def deviations(
@@ -108,6 +120,7 @@ def deviations(
     plan: PlanConfig,
     base: BaseConfig | None = None,
     runs: Mapping[str, Run] | None = None,
+    setting: str = "",
 ) -> tuple[str, ...]:
     """Lists how plan, base settings and run table differ from the registered ones; nothing is said
     of what is not registered or not given."""
@@ -116,8 +129,10 @@ def deviations(
         return ()
     stored = _read_registered(file)
     lines = [*changes(PlanConfig.parse(stored["plan"], where=file.name), plan)]
-    if base and stored.get("base"):
-        lines += base_changes(stored["base"], base)
+    old = stored.get("settings", {}).get(setting) if setting else stored.get("base")
+    if base and old:
+        where = f"settings.{setting}" if setting else "base"
+        lines += base_changes(old, base, where)
     if runs and stored.get("runs"):
         lines += run_changes(stored["runs"], runs)
     return tuple(lines)
@@ -127,7 +142,7 @@ def _read_registered(file: Path) -> dict[str, Any]:
     """Raises: DamageError when what was registered is not as it was written."""
     stored = validate(read_json(file, UNREADABLE), _Registered, file, UNREADABLE)
     old = PlanConfig.parse(stored["plan"], where=file.name)
-    rest = {name: stored.get(name) for name in ("base", "runs")}
+    rest = _rest(stored)
     of_rest = digest(rest) if any(rest.values()) else stored.get("rest")
     hashes = (plan_hash(old), digest(stored["plan"]))
     if stored["hash"] not in hashes or stored.get("rest") != of_rest:

@@ -147,6 +147,29 @@ class AcrossSettings:
         }
 
 
+def general_comparisons(
+    comparisons: Sequence[Comparison], across: Sequence[AcrossSettings]
+) -> list[Comparison]:
+    """Comparisons of the plan's own base, each with the general word and prediction interval of its
+    arm where there is one; a decision follows from these."""
+    by_arm = {a.arm: a for a in across if a.mean is not None}
+    return [
+        replace(
+            c,
+            mean_diff=a.mean,
+            low=a.new_low,
+            high=a.new_high,
+            level=a.level,
+            word=a.word,
+            needed_seeds=None,
+            reason=a.reason,
+        )
+        if (a := by_arm.get(c.arm))
+        else c
+        for c in comparisons
+    ]
+
+
 def read_across(stored: Sequence[Mapping[str, Any]]) -> list[AcrossSettings]:
     """Reads what a manifest holds, see `runs.folder`; fields of other versions are left out."""
     found = []
@@ -232,12 +255,16 @@ def heterogeneity(effects: Sequence[float], errors: Sequence[float]) -> Heteroge
 
 
 def judge_across(
-    comparisons: Mapping[str, Sequence[Comparison]], direction: Direction
+    comparisons: Mapping[str, Sequence[Comparison]],
+    direction: Direction,
+    levels: Mapping[str, float] | None = None,
 ) -> list[AcrossSettings]:
     """Judges every arm over the settings.
 
     Args:
         comparisons: setting -> comparisons of its run; the first setting names the arms.
+        levels: arm -> level that the study's error budget gave its general word; the others have
+            the smallest one of their settings.
     """
     first = next(iter(comparisons.values()), [])
     by_arm = {
@@ -250,11 +277,14 @@ def judge_across(
         for c in first
     }
     sign = 1.0 if direction == "higher" else -1.0
-    return [_judge_arm(of_arm, list(comparisons), sign) for of_arm in by_arm.values()]
+    return [
+        _judge_arm(of_arm, list(comparisons), sign, (levels or {}).get(arm))
+        for arm, of_arm in by_arm.items()
+    ]
 
 
 def _judge_arm(
-    comparisons: Mapping[str, Comparison], names: Sequence[str], sign: float
+    comparisons: Mapping[str, Comparison], names: Sequence[str], sign: float, level: float | None
 ) -> AcrossSettings:
     """Judges one arm.
 
@@ -262,6 +292,7 @@ def _judge_arm(
         comparisons: of the settings that have one.
         names: of all settings.
         sign: turns a difference into a gain.
+        level: of the general word.
     """
     effects = tuple(_effect(name, comparisons.get(name)) for name in names)
     numbers = [one for one in effects if one.has_number]
@@ -273,7 +304,7 @@ def _judge_arm(
         against=any_one.against,
         settings=effects,
         n=len(numbers),
-        level=max((c.level for c in measured), default=any_one.level),
+        level=level or min((c.level for c in measured), default=any_one.level),
         sesoi=any_one.sesoi,
         exploratory=any_one.exploratory,
     )

@@ -30,6 +30,7 @@ from saelab.study.settings import OF_PLAN
 from saelab.verdict.across_settings import AcrossSettings, judge_across
 from saelab.verdict.across_text import across_text
 from saelab.verdict.arms import ArmResult, CellGate
+from saelab.verdict.error_budget.hypotheses import OVER_SETTINGS
 from saelab.verdict.error_budget.ledger import Budget
 from saelab.verdict.final_info import judge_run
 from saelab.verdict.gate import ORDER, Outcome
@@ -255,18 +256,30 @@ def judge_files(run: RunFolder) -> Judged:
         planted=judge_planted(controls, arms[BASELINE], plan, twin),
         rivals=find_rivals(arms, controls, plan),
         over_texts=over_texts(comparisons, arms, run.documents),
-        across=_judge_settings(run, comparisons, plan),
+        across=_judge_settings(run, comparisons, plan, levels),
     )
 
 
 def _judge_settings(
-    run: RunFolder, comparisons: list[Comparison], plan: PlanConfig
+    run: RunFolder,
+    comparisons: list[Comparison],
+    plan: PlanConfig,
+    levels: Mapping[str, float],
 ) -> list[AcrossSettings]:
-    """Judges every arm over the settings, each of which is judged from its own files first."""
+    """Judges every arm over the settings, each of which is judged from its own files first.
+
+    Args:
+        levels: of the comparisons in the plan's own base and, under their names, over settings.
+    """
     if not run.settings:
         return []
     of_settings = {name: judge_files(each).comparisons for name, each in run.settings.items()}
-    return judge_across({OF_PLAN: comparisons} | of_settings, plan.direction)
+    over = {
+        name.removesuffix(OVER_SETTINGS): level
+        for name, level in levels.items()
+        if name.endswith(OVER_SETTINGS)
+    }
+    return judge_across({OF_PLAN: comparisons} | of_settings, plan.direction, over)
 
 
 def _check_files(run: RunFolder, *names: str) -> None:

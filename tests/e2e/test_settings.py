@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import re
 import shutil
 from pathlib import Path
@@ -42,7 +43,7 @@ SETTINGS = ("early", "wide")
 
 
 def make(folder: Path, *settings: str) -> Project:
-    text = TWO_SEEDS + "".join(settings or (EARLY, WIDE))
+    text = f"{TWO_SEEDS}alpha = 0.4\n" + "".join(settings or (EARLY, WIDE))
     project = Project.make_smallest(folder / "project", BASELINE, RATE, SAME, plan=text)
     base = (project.folder / "configs/small.toml").read_text(encoding="utf-8")
     project.write("configs/wide.toml", base.replace("d_sae = 64", "d_sae = 128"))
@@ -112,6 +113,33 @@ def test_final_info_holds_the_general_word_and_that_of_each_setting(trained: Pro
         sum(info["rate"]["final_info_dict"]["fvu"]) / 2
     )
     assert trained.manifest()["settings"] == list(SETTINGS)
+
+
+def test_every_word_is_paid_from_the_budget_of_the_study(trained: Project) -> None:
+    ledger = trained.folder / ".saelab" / "comparisons.jsonl"
+    lines = [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
+    given = {(line["run"], line["arm"]): line["level"] for line in lines if "level" in line}
+    runs = ["run_1", *(f"run_1/settings/{name}" for name in SETTINGS)]
+    of_settings = {(run, arm) for run in runs for arm in ("rate", "same")}
+    general = {("run_1", f"{arm}/over settings") for arm in ("rate", "same")}
+    assert given.keys() == of_settings | general
+    assert lines[0]["planned"] == len(given)
+    across = {a.arm: a for a in review(place(trained, "base")).across}
+    for arm in ("rate", "same"):
+        assert across[arm].level == given["run_1", f"{arm}/over settings"]
+        means = trained.info()[arm]["means"]
+        kept = means["decision"] == "keep"
+        assert kept == (across[arm].word == "helps")
+
+
+def test_a_changed_setting_is_a_deviation(project: Project) -> None:
+    shutil.rmtree(project.folder / "run_1")
+    file = project.folder / "configs/wide.toml"
+    file.write_text(file.read_text(encoding="utf-8").replace("d_sae = 128", "d_sae = 96"), "utf-8")
+    ended = project.call()
+    assert ended.code == 0, ended.err
+    deviations = {n: read_json(place(project, n) / "manifest.json")["deviations"] for n in SETTINGS}
+    assert deviations == {"early": [], "wide": ["settings.wide.sae.d_sae: 128 -> 96"]}
 
 
 def test_words_and_pictures_of_a_run_show_both(project: Project) -> None:

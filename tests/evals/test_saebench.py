@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import random
 import subprocess
@@ -19,7 +18,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from saelab.analysis.difference import difference
 from saelab.analysis.saebench import comparison_lines, result_at
 from saelab.cli import app
 from saelab.config import read_toml
@@ -50,7 +48,8 @@ from saelab.evals.saebench import (
 )
 from saelab.seeding import torch_stream
 from saelab.study.plan import BaseConfig
-from saelab.verdict.judge import compare_secondary
+from saelab.verdict.judge import Cells, compare_secondary
+from saelab.verdict.l0_adjustment import Matched
 
 ROOT = Path(__file__).parents[2]
 #: The python of the environment that `make peers` makes, or another one.
@@ -330,20 +329,16 @@ def test_means_over_entries_have_an_interval() -> None:
 # ---------------------------------------------------------------- definitions do not mix
 
 
-def test_numbers_of_different_definitions_are_not_compared(tmp_path: Path) -> None:
+def test_numbers_of_different_definitions_are_not_compared() -> None:
     name = "sae_top_5_test_accuracy"
     with pytest.raises(MismatchError, match=f"{name} of b .*{DEFINITION}.*, a as .*{OURS}"):
         check_one_definition(name, {"a": OURS, "b": DEFINITION})
-    values = {0: 0.5, 1: 0.6}
-    mixed = {"baseline": OURS, "b": DEFINITION}
+    ours, theirs = (
+        Cells(matched=Matched(values={0: 0.5, 1: 0.6}), definition=definition)
+        for definition in (OURS, DEFINITION)
+    )
     with pytest.raises(MismatchError):
-        compare_secondary(name, values, {"b": values}, definitions=mixed)
-    info = {arm: {"final_info_dict": {name: [0.5, 0.6]}} for arm in ("a", "b")}
-    (tmp_path / "final_info.json").write_text(json.dumps(info))
-    rows = [Row(name, 0.5, d, arm=a).as_dict() for a, d in (("a", OURS), ("b", DEFINITION))]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metrics.parquet")
-    with pytest.raises(MismatchError, match="different definitions"):
-        difference(tmp_path, "a", "b", name)
+        compare_secondary(name, ours, {"b": theirs})
 
 
 # ---------------------------------------------------------------- result files

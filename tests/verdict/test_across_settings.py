@@ -164,16 +164,13 @@ def test_effects_without_any_spread() -> None:
 
 
 def test_arms_take_the_level_of_their_settings() -> None:
-    """Half the level goes to failures where there are any; the least strict setting decides."""
+    """Half the level goes to failures where there are any; the strictest setting decides."""
     groups = {f"s{i}": [comparison(-0.01 - i / 2000, level=0.05 / 6)] for i in range(3)}
-    strict = judge_across(groups, "lower")[0]
-    assert (
-        strict.level
-        == pytest.approx(0.05 / 6)
-        == Rules(primary="fvu", direction="lower", sesoi=0.005).level(6)
-    )
+    whole = judge_across(groups, "lower")[0]
+    assert whole.level == Rules(primary="fvu", direction="lower", sesoi=0.005).level(6)
     groups["s0"] = [comparison(-0.01, level=0.05 / 12)]
-    assert judge_across(groups, "lower")[0].level == pytest.approx(0.05 / 6)
+    assert judge_across(groups, "lower")[0].level == pytest.approx(0.05 / 12)
+    assert judge_across(groups, "lower", {"A": 0.01})[0].level == 0.01  # paid from the budget
 
 
 def test_every_arm_is_judged_and_stored_numbers_are_read_again() -> None:

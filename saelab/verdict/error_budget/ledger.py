@@ -145,6 +145,7 @@ class Ledger:
     lost: tuple[str, ...] = ()
     given: dict[int, dict[str, Any]] = field(default_factory=dict)
     known: list[int] = field(default_factory=list)
+    _discovered: set[str] = field(default_factory=set)
 
     @property
     def exploratory(self) -> int:
@@ -170,9 +171,11 @@ class Ledger:
 
     def add_result(self, line: Mapping[str, Any]) -> None:
         given = self.given[line["result"]]
-        found = {x.get("word") for x in self.given.values() if _same_hypothesis(x, given)}
         given |= {"word": line["word"], "p": line["p"]}
-        if line["word"] == DISCOVERY and DISCOVERY not in found and not given["confirming"]:
+        hypothesis = given["hypothesis"]
+        is_discovery = line["word"] == DISCOVERY and not given["confirming"]
+        if is_discovery and hypothesis not in self._discovered:
+            self._discovered.add(hypothesis)
             self.known.append(self.exploratory)
 
     def lines(self) -> list[str]:
@@ -198,10 +201,6 @@ class Ledger:
             discoveries=len(self.known),
             lost=self.lost,
         )
-
-
-def _same_hypothesis(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(one[name] == other[name] for name in ("hypothesis", "confirming"))
 
 
 def allot(

@@ -16,11 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from saelab import formats
 from saelab.analysis.evaluate import Bench
 from saelab.analysis.saebench import result_of
 from saelab.config import read_toml
 from saelab.data.probing.saebench import Definition
+from saelab.distributed.ranks import Ranks
 from saelab.errors import SettingError
 from saelab.evals import check_names, of_subject
 from saelab.evals.base import Row, Subject
@@ -91,8 +94,15 @@ def train(base: Base, seed: int = 0, cache: str | Path = ".") -> SAE:
     """
     base = _settings(base)
     prepared = prepare(base, cache_folder(Path(cache)), base.model.device)
-    source, device = prepared.train, base.model.device
-    return train_one(source, base.sae, base.train, seed, layout=base.layout, device=device).sae
+    return train_one(
+        prepared.train,
+        base.sae,
+        base.train,
+        seed,
+        layout=base.layout,
+        ranks=Ranks(device=torch.device(base.model.device)),
+        calibration=prepared.calibration,
+    ).sae
 
 
 @standard_torch()

@@ -79,6 +79,10 @@ class UnreachableError(SourceError):
     """The hub can't be reached, so nothing on it is available."""
 
 
+class ShortTextError(SourceError):
+    """A text has fewer tokens than are wanted."""
+
+
 class MismatchError(UsageError):
     """Two things that must agree do not."""
 

@@ -48,7 +48,7 @@ class Bench:
     """
 
     def __init__(self, base: BaseConfig, cache: Path, seed: int = 0) -> None:
-        prepared = prepare(base, cache, base.model.device, overlap=True)
+        prepared = prepare(base, cache, base.model.device, overlap=True, to_train=False)
         prepared.steps.close()
         self.base, self.provenance = base, prepared.provenance
         self.provenance_of = prepared.provenance_of

@@ -20,7 +20,6 @@ import torch
 
 from saelab import checkpoint
 from saelab.data import language_model
-from saelab.data.activations.store import Source
 from saelab.distributed.ranks import (
     Ranks,
     check_split,
@@ -77,7 +76,7 @@ def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) ->
         cache = cache_folder(root)
         prepared = _prepared(base, cache, ranks)
         kept = cache / "resume" / _key(base, prepared, seed)
-        cell, name = _train(base, prepared.train, seed, ranks, kept), CellId(BASELINE, seed, 0.0)
+        cell, name = _train(base, prepared, seed, ranks, kept), CellId(BASELINE, seed, 0.0)
         checkpoint.save(cell.sae, out_dir, prepared.provenance | name.as_dict())
         rows = [row.of_cell(name) for row in _evaluated(base, prepared, cell)]
         ranks.on_first(lambda: _write(out_dir, cell, rows))
@@ -111,20 +110,22 @@ def _key(base: BaseConfig, prepared: LaunchData, seed: int) -> str:
     """Key of the checkpoints: all that their numbers depend on; the split is not part of it."""
     settings = [part.model_dump(mode="json") for part in (base.sae, base.train)]
     code = [machine(base.model.device), *foreign_code(base.sae)]
-    place = [base.layout, prepared.train.digest, "over ranks"]
+    place = [base.layout, prepared.train.digest, prepared.calibration_digest, "over ranks"]
     return digest([*settings, seed, *place, *code])
 
 
-def _train(base: BaseConfig, source: Source, seed: int, ranks: Ranks, folder: Path) -> TrainingCell:
+def _train(
+    base: BaseConfig, prepared: LaunchData, seed: int, ranks: Ranks, folder: Path
+) -> TrainingCell:
     """The cell, trained from its last checkpoint on."""
     return train_one(
-        source,
+        prepared.train,
         base.sae,
         base.train,
         seed,
         layout=base.layout,
-        device=ranks.device,
         ranks=ranks,
+        calibration=prepared.calibration,
         checkpoints=folder,
     )
 

@@ -25,13 +25,15 @@ from saelab.training.optim import TrainConfig
 class WorkerData:
     """Data that every job of a launch shares; plain data, so that it can be sent to a worker.
 
-    `train_digest` is None while the activations to train on are still being harvested; `read_ahead`
-    is in bytes, see `HarvestConfig`; `extra` names evaluations, see `EvalConfig`.
+    `train_digest` is None while the activations to train on are still being harvested;
+    `calibration` is None where L0 is not calibrated on held-out text; `read_ahead` is in bytes, see
+    `HarvestConfig`; `extra` names evaluations, see `EvalConfig`.
     """
 
     train: Place
     train_digest: str | None
     held_out: Place
+    calibration: Place | None
     foreign: bool
     probing: Path | None
     why_no_probing: str

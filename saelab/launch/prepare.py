@@ -29,12 +29,13 @@ from saelab.data.probing.saebench import describe_missing, saebench_entries
 from saelab.data.probing.tables import entries_from_table
 from saelab.data.text.corpus import TextConfig, documents, manifest
 from saelab.data.text.tokens import tokenize
-from saelab.errors import DamageError, SettingError, SourceError
+from saelab.errors import DamageError, SettingError, ShortTextError, SourceError
 from saelab.evals.measure import PROBING
 from saelab.runtime.main_guard import refuse_unguarded_script
 from saelab.storage.cache import activations_folder, fetch, share
 from saelab.storage.lock import lock_folder
 from saelab.storage.remote import Place, RemoteError, place_of
+from saelab.study.calibration import calibration_tokens, why_not_calibrated
 from saelab.study.plan import BaseConfig, ProbingConfig
 from saelab.version import __version__
 
@@ -56,6 +57,9 @@ class LaunchData:
 
     Args:
         train, held_out: activations to train on and to evaluate on.
+        calibration: activations of held-out text that no metric reads, on which L0 is measured
+            while an SAE is trained; None where there are none.
+        why_no_calibration: the reason, or ''.
         probing: folder of the probing activations, or None.
         why_no_probing: the reason when there is none, or when some entries are missing.
         missing_entries: which, with the reason of each.
@@ -69,6 +73,8 @@ class LaunchData:
     why_no_probing: str
     provenance: dict[str, Any]
     steps: Generator[None, None, None] = field(default_factory=no_steps)
+    calibration: Source | None = None
+    why_no_calibration: str = ""
     missing_entries: dict[str, str] = field(default_factory=dict)
     of_probing: dict[str, Any] = field(default_factory=dict)
 
@@ -82,12 +88,20 @@ class LaunchData:
         """Digest of the training activations, None while they were still to be made."""
         return None if isinstance(self.train, GrowingSource) else self.train.digest
 
+    @property
+    def calibration_digest(self) -> str | None:
+        """Digest of the calibration activations, None where there are none."""
+        return None if self.calibration is None else self.calibration.digest
 
-def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -> LaunchData:
+
+def prepare(
+    base: BaseConfig, cache: Path, device: str, overlap: bool = False, to_train: bool = True
+) -> LaunchData:
     """Harvests what is not in the cache yet.
 
     Args:
-        overlap: leaves the training activations to `Prepared.steps`.
+        overlap: leaves the training activations to `LaunchData.steps`.
+        to_train: whether SAEs are trained on it; else there is no calibration.
 
     Raises: SourceError, SettingError or MismatchError when a model, text or hook can't be used.
     """
@@ -99,6 +113,7 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
     model = language_model.load(base.model.patched({"device": device}))
     model.check_context(base.context)
     held_out, _ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
+    calibration, why_no_calibration = _calibration(base, model, cache) if to_train else (None, "")
     probing, absent = _probing(base, model, cache)
     train, steps = _activations(
         base, base.train_text, base.train.tokens, model, cache, in_steps=overlap
@@ -125,6 +140,8 @@ def prepare(base: BaseConfig, cache: Path, device: str, overlap: bool = False) -
         why_no_probing=reason,
         provenance=provenance,
         steps=steps,
+        calibration=calibration,
+        why_no_calibration=why_no_calibration,
         missing_entries=absent,
         of_probing=own,
     )
@@ -161,6 +178,7 @@ def _foreign(base: BaseConfig) -> LaunchData:
         held_out=held_out,
         probing=None,
         why_no_probing="activations were made elsewhere",
+        why_no_calibration=why_not_calibrated(base),
         provenance=provenance,
     )
 
@@ -223,8 +241,13 @@ def _activations(
     model: LanguageModel,
     cache: Path,
     in_steps: bool = False,
+    after: int = 0,
 ) -> tuple[Source, Generator[None, None, None]]:
-    """The activations, and the steps that they still need."""
+    """The activations, and the steps that they still need.
+
+    Args:
+        after: tokens whose contexts are left out at the beginning of the text.
+    """
     asked: dict[str, Any] = {
         "model_digest": model.digest,
         "model_dtype": base.model.dtype,
@@ -237,7 +260,9 @@ def _activations(
         "asked_tokens": tokens,
         "dtype": base.harvest.dtype,
     }
-    held_out = text == base.eval_text
+    if after:
+        asked["after"] = after
+    held_out = text == base.eval_text and not after
     if held_out:  # whose metrics have an interval over documents
         asked["documents"] = True
     key = digest(asked)
@@ -257,7 +282,13 @@ def _activations(
             reopen(done)
     place = folder / "tokens"
     found = tokenize(
-        text, model.tokenizer, base.context, tokens, cache=place, model_digest=model.digest
+        text,
+        model.tokenizer,
+        base.context,
+        tokens,
+        cache=place,
+        model_digest=model.digest,
+        after=after,
     )
     if not held_out:
         found = replace(found, documents=None)
@@ -266,6 +297,19 @@ def _activations(
         return harvest_steps(model, found, base.hook_name, base.harvest, folder, extras)
     made = harvest(model, found, [base.hook_name], base.harvest, folder, extras)
     return made[base.hook_name], no_steps()
+
+
+def _calibration(base: BaseConfig, model: LanguageModel, cache: Path) -> tuple[Source | None, str]:
+    """The activations of the held-out text after the evaluated contexts, or why there are none."""
+    tokens = calibration_tokens(base)
+    if not tokens:
+        return None, why_not_calibrated(base)
+    try:
+        after = base.evaluation.tokens
+        return _activations(base, base.eval_text, tokens, model, cache, after=after)[0], ""
+    except ShortTextError:
+        why = f"the held-out text has fewer than {tokens:,} tokens besides the evaluated ones"
+        return None, f"{why} (evaluation.calibration_tokens)"
 
 
 def probing_entries(config: ProbingConfig) -> tuple[tuple[Entry, ...], dict[str, str]]:

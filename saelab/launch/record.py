@@ -170,7 +170,7 @@ class Record:
 
     def _manifest(self) -> dict[str, Any]:
         task, plan = self.task, self.task.plan
-        probing = self.data.probing
+        probing, calibration = self.data.probing, self.data.calibration
         return {
             "run": task.label,
             **({"settings": [each.name for each in plan.settings]} if self._has_settings else {}),
@@ -205,6 +205,9 @@ class Record:
             "data": {
                 "train": self.data.train.header,
                 "held_out": self.data.held_out.header,
+                "calibration": (
+                    calibration.header if calibration else self.data.why_no_calibration
+                ),
                 "probing": probing.name if probing else self.data.why_no_probing,
             },
             "versions": {

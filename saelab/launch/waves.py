@@ -151,6 +151,7 @@ def _data(base: BaseConfig, prepared: LaunchData, task: Launch) -> WorkerData:
         train=source_path(prepared.train),
         train_digest=prepared.train_digest,
         held_out=source_path(prepared.held_out),
+        calibration=source_path(prepared.calibration) if prepared.calibration else None,
         foreign=base.activations is not None,
         probing=prepared.probing,
         why_no_probing=prepared.why_no_probing,
@@ -174,6 +175,7 @@ def _data_content(base: BaseConfig, prepared: LaunchData, data: WorkerData) -> d
     extra = {"extra": sorted(data.extra)} if data.extra else {}  # keys without it stay as they were
     return extra | {
         "held_out": prepared.held_out.digest,
+        "calibration": prepared.calibration_digest,
         "probing": prepared.probing.name if prepared.probing else None,
         "layout": data.layout,
         "loss_contexts": data.loss_contexts,

@@ -63,6 +63,7 @@ from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
 from saelab.storage.parquet import write_columns
 from saelab.study.experiment_file import arm_of
+from saelab.training.calibration_text import CalibrationText
 from saelab.training.cell import TrainingCell
 from saelab.training.curves import logged_columns, write_curves
 from saelab.training.loop import Cell
@@ -85,6 +86,7 @@ class Worker:
         self.train = open_source(data.train, data.foreign, "train", growing, data.read_ahead)
         self.sample = initial_sample(self.train).to(data.device)
         self.input_facts = input_facts(self.train)
+        self.calibration = _calibration_text(data)
         model = language_model.load(data.model) if data.model else None
         held_out = open_source(data.held_out, data.foreign, "held_out", ahead=data.read_ahead)
         self.evaluation = EvalData(
@@ -195,7 +197,15 @@ class Worker:
             assert arm.module is not None
             return ModuleCell(name, arm.module, sae.d_sae, config, self.sample, job.seed)
         snapshots = self.data.snapshots * sent.at_target
-        return Cell(name, sae, config, self.sample, job.seed, snapshots)
+        return Cell(
+            name,
+            sae,
+            config,
+            self.sample,
+            job.seed,
+            snapshots,
+            calibration=self.calibration,
+        )
 
     def _facts(
         self, cell: TrainingCell, sent: JobCell, rows: list[Row], largest: Tensor | None
@@ -258,6 +268,13 @@ class Worker:
             "seconds": round(seconds, 3),
         }
         finish(folder, record, [*names, CURVES])
+
+
+def _calibration_text(data: WorkerData) -> CalibrationText | None:
+    if data.calibration is None:
+        return None
+    source = open_source(data.calibration, data.foreign, "held_out", ahead=data.read_ahead)
+    return CalibrationText(source)
 
 
 def _finite(value: Any) -> Any:

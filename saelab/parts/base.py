@@ -120,6 +120,8 @@ class Part(nn.Module):
     #: Works where each rank has a subset of a batch's rows and of the latents. State per latent
     #: then has length `Dims.n_local`, and sums over rows or latents go over all ranks.
     shardable: bool = False
+    #: Is given the L0 on calibration text, by `calibrate`.
+    needs_calibration: bool = False
     #: Names of the parameters and buffers with one entry per latent.
     per_latent: ClassVar[tuple[str, ...]] = ()
     #: Set by the SAE.
@@ -131,6 +133,13 @@ class Part(nn.Module):
 
     def update(self, p: Pass) -> None:
         """Updates running statistics from one pass; called by the loop, once per step."""
+
+    def calibrate(self, l0: float) -> None:
+        """Takes the L0 that the SAE has on held-out text which no metric reads; called by the loop
+        after `update`, at a few steps of the second half of a run.
+
+        It is called for parts that declare `needs_calibration`, and only where there is such text.
+        """
 
     def groups(self) -> list[tuple[str, list[nn.Parameter], float | None]]:
         """The part's optimiser groups: name, parameters, learning rate (None: the run's).

@@ -42,6 +42,7 @@ from saelab.evals.dictionary_matching import matching_bytes
 from saelab.preflight.rates import Rates
 from saelab.sae import SAEConfig
 from saelab.storage.cache import remote_cache
+from saelab.study.calibration import calibration_tokens
 from saelab.study.plan import BaseConfig, CellSpec
 from saelab.training.sample import SAMPLE_ROWS
 from saelab.training.snapshots import snapshot_bytes
@@ -215,7 +216,7 @@ def launch_needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, grou
         rows += base.harvest.read_ahead + 4 * shard  # activations each, with its bytes while read
     job = _job_bytes(specs, d, group, base.evaluation.snapshots)
     worker = size.weights + probed + rows + sample_bytes(d) + job
-    tokens = (base.train.tokens, base.evaluation.tokens)
+    tokens = (base.train.tokens, base.evaluation.tokens, calibration_tokens(base))
     stored = sum(bytes_needed(n, base.context, d, base.harvest.dtype) for n in tokens)
     return Needs(
         process_bytes() + size.weights + harvested,

@@ -34,7 +34,9 @@ from saelab.preflight.cost import (
     step_seconds,
 )
 from saelab.preflight.rates import Rates, thread_rates
+from saelab.study.calibration import calibration_tokens
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec, frozen_control
+from saelab.training.calibration_text import MOST_ROWS
 
 #: Seconds until workers have imported torch and opened their data, and until the run folder is
 #: written. Our fit to launches on two cores.
@@ -99,7 +101,9 @@ class Measured:
         width = spec.sae.d_sae
         step = step_seconds(rates, n, self.d_in, width, active_latents(spec.sae))
         at_target = spec.id.level == self.level
-        return spec.train.steps * step + self.evaluation_seconds(rates, width, at_target)
+        calibrated = min(calibration_tokens(self.base), MOST_ROWS * spec.train.tokens)
+        training = spec.train.steps * step + encode_seconds(rates, calibrated, self.d_in, width)
+        return training + self.evaluation_seconds(rates, width, at_target)
 
     def control_seconds(self, specs: Sequence[CellSpec]) -> list[float]:
         """Seconds of the two jobs of the controls: the one that is trained, and the others."""
@@ -140,7 +144,8 @@ def preparation_seconds(base: BaseConfig) -> float:
     all threads."""
     if base.activations is not None:
         return 0.0
-    tokens = base.train.tokens + base.evaluation.tokens + probing_rows(base)
+    tokens = base.train.tokens + base.evaluation.tokens + calibration_tokens(base)
+    tokens += probing_rows(base)
     rates = thread_rates()
     return harvest_seconds(language_model.size(base.model), base, tokens, rates) / (
         torch.get_num_threads()

@@ -35,6 +35,7 @@ from saelab.runs.schema import level_of
 from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.storage.remote import place_of
+from saelab.study.calibration import calibration_tokens, describe_calibration
 from saelab.study.plan import (
     BASELINE,
     PREVIEWED,
@@ -416,6 +417,7 @@ def check_text(run: RunCheck) -> str:
         f"{count(run.tokens, 'token')}, about "
         f"{clock(run.seconds)} with {count(run.workers, 'worker')} and nothing in the cache",
         f"  {run.needs.line()}",
+        f"  {describe_calibration(run.base)}",
     ]
     lines += _setting_lines(run)
     for arm in run.arms:
@@ -438,7 +440,8 @@ def _setting_name(check: RunCheck) -> str:
 def _harvested(base: BaseConfig) -> str:
     """Names the activations that a launch with these settings harvests."""
     asked = {"model", "hook_name", "context", "activations", "train_text", "eval_text", "harvest"}
-    tokens = (base.train.tokens, base.evaluation.tokens, base.evaluation.probing.model_dump_json())
+    tokens = (base.train.tokens, base.evaluation.tokens, calibration_tokens(base))
+    tokens = (*tokens, base.evaluation.probing.model_dump_json())
     return f"{base.model_dump_json(include=asked)} {tokens}"
 
 

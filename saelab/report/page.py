@@ -424,8 +424,11 @@ def _provenance(checked: Review, manifest: Mapping[str, Any]) -> Iterator[tuple[
     yield "seeds", ", ".join(map(str, manifest.get("seeds", ())))
     for name, value in checked.provenance.items():
         yield name.replace("_", " "), _plain(value)
-    for part in ("train", "held_out"):
+    for part in ("train", "held_out", "calibration"):
         source = (manifest.get("data") or {}).get(part) or {}
+        if isinstance(source, str):
+            yield f"{part} text", f"none: {source}"
+            continue
         corpus = source.get("corpus") or {}
         if source:
             text = corpus.get("corpus", source.get("text_digest", ""))

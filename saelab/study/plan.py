@@ -83,6 +83,8 @@ class EvalConfig(Frozen):
 
     Args:
         tokens: held-out tokens for reconstruction.
+        calibration_tokens: further held-out tokens, which no metric reads, for the calibration of
+            L0 in training (`saelab.study.calibration`); None: as many as `tokens`, 0: none.
         loss_contexts: contexts for loss recovered.
         snapshots: decoders saved over the training of each cell at the plan's L0, evenly spaced in
             log tokens (0: none).
@@ -92,6 +94,7 @@ class EvalConfig(Frozen):
     """
 
     tokens: PositiveInt = 65_024
+    calibration_tokens: int | None = Field(default=None, ge=0)
     loss_contexts: PositiveInt = 128
     snapshots: int = Field(default=10, ge=0, le=1000)
     extra: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ from saelab.runtime.counting import count
 from saelab.runtime.signals import defer_signals
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE, SAEConfig
+from saelab.training.calibration_text import CalibrationText, calibration_steps
 from saelab.training.cell import TrainingCell
 from saelab.training.optim import Optimiser, TrainConfig
 from saelab.training.snapshots import Snapshots
@@ -42,6 +43,7 @@ class Cell(TrainingCell):
         seed: of its named streams.
         snapshots: number of decoders that are stored over the run.
         ranks: the processes that it is trained on, all of which do the same with their cell.
+        calibration: text on which its L0 is measured while it trains; None for none.
     """
 
     sae: SAE
@@ -56,6 +58,7 @@ class Cell(TrainingCell):
         seed: int,
         snapshots: int = 0,
         ranks: Ranks = ALONE,
+        calibration: CalibrationText | None = None,
     ) -> None:
         sae = sae_config.build(sample.shape[1], train_config.steps, seed, ranks).to(sample.device)
         sae.initialise(sample, seed)
@@ -63,6 +66,9 @@ class Cell(TrainingCell):
         decoders = Snapshots(snapshots, train_config.steps, train_config.batch_size)
         super().__init__(name, sae, train_config, sample.device, decoders, ranks)
         self.optimiser = Optimiser(sae, train_config)
+        asking = any(part.needs_calibration for part in sae.parts())
+        self.calibration = calibration if asking else None
+        self._calibration_steps = calibration_steps(train_config.steps)
         self.fired_at = torch.zeros(sae.local_latents, dtype=torch.int64, device=sample.device)
         self._learned = {n: p for part in sae.parts() for n, p in part.learned().items()}
         self._began = {name: p.detach().clone() for name, p in self._learned.items()}
@@ -137,6 +143,7 @@ class Cell(TrainingCell):
         p.gradient_norms, p.rate = self.optimiser.norms, self.config.rate(step)
         self.optimiser.step(step)
         self._update_parts(p)
+        self._calibrate(step + 1)
         record = {"loss": total, "grad_norm": norm, "l0": p.l0}
         record |= {f"loss.{name}": float(x) for name, x in zip(terms, losses, strict=True)}
         dead = int((self.fired_at < self.tokens - self.dead_after).sum())
@@ -165,6 +172,16 @@ class Cell(TrainingCell):
             if reset is not None:
                 sae.reset_latents(reset)
                 self.optimiser.clear(sae, reset.latents)
+
+    def _calibrate(self, steps_done: int) -> None:
+        """Measures the L0 on calibration text where it is due, for the parts that ask for it."""
+        subset = self._calibration_steps.get(steps_done)
+        if self.calibration is None or subset is None:
+            return
+        l0 = self.calibration.measure_l0(self.sae, subset, self.config.tokens)
+        for part in self.sae.parts():
+            if part.needs_calibration:
+                part.calibrate(l0)
 
 
 @standard_torch()

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
 from saelab.data.activations.store import Source
 from saelab.data.activations.stream import Layout, batches
 from saelab.distributed.ranks import ALONE, Ranks
@@ -18,6 +16,7 @@ from saelab.errors import CellFailure
 from saelab.progress import progress
 from saelab.runtime.torch_defaults import one_thread, standard_torch
 from saelab.sae import SAEConfig
+from saelab.training.calibration_text import CalibrationText
 from saelab.training.cell import TrainingCell
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
@@ -54,23 +53,27 @@ def train_one(
     seed: int,
     *,
     layout: Layout = "rows",
-    device: str | torch.device = "cpu",
     ranks: Ranks = ALONE,
     checkpoints: Path | None = None,
+    calibration: Source | None = None,
 ) -> TrainingCell:
     """Trains one SAE with a progress bar.
 
     Args:
         source: raw activations to train on.
+        ranks: the processes that it is trained on, and this one's device.
+        calibration: raw activations of text that no metric reads, see `CalibrationText`.
         checkpoints: folder that training goes on from, and writes to; None keeps none.
 
     Returns: the trained cell, its SAE in evaluation mode.
     Raises: CellFailure when the loss is not finite.
     """
-    sample = initial_sample(source).to(device)
+    sample = initial_sample(source).to(ranks.device)
+    text = None if calibration is None else CalibrationText(calibration)
 
     def build() -> Cell:
-        return Cell(f"seed {seed}", sae, train, sample, seed, ranks=ranks)
+        name = f"seed {seed}"
+        return Cell(name, sae, train, sample, seed, ranks=ranks, calibration=text)
 
     member = restore_cell(build, checkpoints) if checkpoints else ResumableCell(build(), None)
     with progress("training", train.steps, "steps") if ranks.first else nullcontext() as bar:

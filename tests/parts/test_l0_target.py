@@ -9,9 +9,11 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from saelab.parts.base import Dims, Pass
 from saelab.parts.controllers.l0_target import SHORT, L0Target, L0TargetConfig
+from saelab.training.calibration_text import calibration_steps
 from saelab.training.optim import TrainConfig
 
 TARGET = 32.0
@@ -55,8 +57,15 @@ PLANTS = {
 }
 
 
-def errors(plant: Plant, steps: int, seed: int, **settings: Any) -> np.ndarray:
-    """Log L0 relative to the target at every step, without the batches' noise; [steps]."""
+def errors(
+    plant: Plant, steps: int, seed: int, gap: float = 0.0, spread: float = 0.0, **settings: Any
+) -> np.ndarray:
+    """Log L0 relative to the target at every step, without the batches' noise; [steps].
+
+    Args:
+        gap: log L0 of held-out text minus that of the batches; 0 leaves out the calibration.
+        spread: standard deviation of what the calibration measures of it.
+    """
     rng = np.random.default_rng(seed)
     schedule = TrainConfig(tokens=steps, batch_size=1, decay=DECAY)
     config = L0TargetConfig(target=TARGET, **settings)
@@ -69,6 +78,9 @@ def errors(plant: Plant, steps: int, seed: int, **settings: Any) -> np.ndarray:
         log_l0 = plant.step(log_l0, log_c, schedule.rate(step))
         seen = TARGET * math.exp(log_l0 + NOISE * rng.standard_normal())
         controller.update(cast(Pass, SimpleNamespace(l0=seen, step=step, rate=schedule.rate(step))))
+        if gap and step + 1 in calibration_steps(steps):
+            noise = spread * rng.standard_normal()
+            controller.calibrate(TARGET * math.exp(log_l0 + gap + noise))
         path.append(log_l0)
     return np.array(path)
 
@@ -80,6 +92,46 @@ def test_ends_on_the_target_while_the_rate_decays(name: str, steps: int) -> None
     assert abs(paths[:, -1].mean()) < 0.005
     assert np.abs(paths[:, -1]).max() < 0.01
     assert np.abs(paths[:, -steps // 5 :]).max() < 0.02
+
+
+@pytest.mark.parametrize("gap", [-0.03, 0.03])
+@pytest.mark.parametrize("steps", [977, 4000])
+@pytest.mark.parametrize("name", PLANTS)
+def test_ends_on_the_target_on_the_calibration_text(name: str, steps: int, gap: float) -> None:
+    paths = np.array([errors(PLANTS[name], steps, s, gap, 0.003) + gap for s in range(8)])
+    assert abs(paths[:, -1].mean()) < 0.005
+    assert np.sqrt(np.square(paths[:, -1]).mean()) < 0.005
+    assert np.abs(paths[:, -1]).max() < 0.01
+    # a correction does not kick the loop: L0 stays between the two texts' targets
+    late = paths[:, int(calibration_share() * steps) :] - gap / 2
+    assert np.abs(late).max() < abs(gap) / 2 + 0.02
+
+
+def test_short_runs_end_near_the_target_on_the_calibration_text() -> None:
+    paths = [errors(PLANTS["weights"], 256, s, -0.03, 0.003) - 0.03 for s in range(8)]
+    assert abs(np.mean([path[-1] for path in paths])) < 0.01
+
+
+def test_a_calibration_on_the_way_to_the_target_does_not_count() -> None:
+    controller = cast(L0Target, L0TargetConfig(target=TARGET).build(Dims(8, 64, steps=977)))
+    for step in range(300):
+        controller.update(cast(Pass, SimpleNamespace(l0=2 * TARGET, step=step, rate=1.0)))
+    before = controller.text.clone()
+    controller.calibrate(TARGET)
+    assert torch.equal(controller.text, before)
+    for step in range(300, 400):
+        controller.update(cast(Pass, SimpleNamespace(l0=TARGET, step=step, rate=1.0)))
+    controller.calibrate(0.97 * TARGET)
+    assert float(controller.text[1]) == pytest.approx(math.log(0.97), abs=0.02)
+    assert controller.scalars()["sparsity.text_ratio"] == 1.0
+    for step in range(400, 900):
+        controller.update(cast(Pass, SimpleNamespace(l0=TARGET, step=step, rate=1.0)))
+    assert controller.scalars()["sparsity.text_ratio"] == pytest.approx(0.97, abs=0.02)
+
+
+def calibration_share() -> float:
+    """Share of the run in which the first calibration is made."""
+    return min(calibration_steps(1000)) / 1000
 
 
 def test_with_one_integral_and_no_lead_a_rise_leaves_an_error() -> None:

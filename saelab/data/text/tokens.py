@@ -28,7 +28,7 @@ import torch
 from saelab.data.text.characters import whole_characters
 from saelab.data.text.corpus import TextConfig, documents, manifest, resume_documents, source_title
 from saelab.data.text.token_cache import PART_TOKENS, TokenParts
-from saelab.errors import SettingError, SourceError
+from saelab.errors import SettingError, ShortTextError, SourceError
 from saelab.runtime.panics import panics_as_errors
 from saelab.seeding import numpy_stream
 from saelab.storage.remote import Place
@@ -116,6 +116,7 @@ def tokenize(
     seed: int = 0,
     cache: Place | None = None,
     model_digest: str = "",
+    after: int = 0,
 ) -> Tokens:
     """Returns the first contexts that have at least `tokens` counted positions.
 
@@ -127,8 +128,10 @@ def tokenize(
         seed: seed of the stream 'text order', which decides the order of contexts of local texts.
         cache: folder for the tokens of a streamed data set; an interrupted call goes on there.
         model_digest: of the model that the tokenizer belongs to; cached tokens must have the same.
+        after: number of tokens whose contexts are left out: exactly those that a call with
+            `tokens` = `after` returns.
 
-    Raises: SourceError when the text has fewer tokens; MismatchError or DamageError when `cache`
+    Raises: ShortTextError when the text has fewer tokens; MismatchError or DamageError when `cache`
         contains other or damaged tokens.
     """
     if context < 2:
@@ -143,7 +146,7 @@ def tokenize(
         settings |= {"model_digest": model_digest}
         parts = TokenParts(cache, manifest(config) | settings)
         with closing(_resume_dataset(config, parts, tokenizer, ids.end, cut)) as windows:
-            numbered = _number_documents(windows, ids.end)
+            numbered = _skip(_number_documents(windows, ids.end), ids, after)
             return _fill_contexts(numbered, ids, context, tokens, source_title(config))
     windows = _cut_texts(documents(config), tokenizer, ids.end, cut)
     numbered = _number_documents(windows, ids.end)
@@ -151,6 +154,7 @@ def tokenize(
         every = list(numbered)
         order = numpy_stream(seed, "text order").permutation(len(every))
         numbered = (every[i] for i in order)
+    numbered = _skip(numbered, ids, after)
     return _fill_contexts(numbered, ids, context, tokens, source_title(config))
 
 
@@ -162,6 +166,16 @@ def _number_documents(windows: Iterable[np.ndarray], end: int) -> Iterator[tuple
         first += int((window == end).sum())
 
 
+def _skip(
+    windows: Iterator[tuple[np.ndarray, int]], ids: _Ids, tokens: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Returns the windows after the first ones that have `tokens` counted ids."""
+    count = 0
+    while count < tokens and (window := next(windows, None)) is not None:
+        count += int(ids.is_counted(window[0]).sum())
+    return windows
+
+
 def _fill_contexts(
     windows: Iterable[tuple[np.ndarray, int]], ids: _Ids, context: int, tokens: int, title: str
 ) -> Tokens:
@@ -170,7 +184,7 @@ def _fill_contexts(
     Args:
         windows: ids, and the number of the document that the first of them is of.
 
-    Raises: SourceError when there are fewer tokens.
+    Raises: ShortTextError when there are fewer tokens.
     """
     rows: list[np.ndarray] = []
     firsts: list[int] = []
@@ -183,7 +197,7 @@ def _fill_contexts(
             break
     if count < tokens:
         lower = f"lower the number of tokens to {count:,} or " if count else ""
-        raise SourceError(
+        raise ShortTextError(
             f"{title} has only {count:,} tokens in contexts of {context}, {tokens:,} are wanted: "
             f"{lower}name a larger text"
         )

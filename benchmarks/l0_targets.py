@@ -6,10 +6,10 @@
 Arms of the shipped run table are trained on the embedded default at each level and seed, as a run
 trains them, and L0 and FVU are measured on the held-out text. `off` is the mean over seeds of
 L0 / target - 1, `worst` that of the seed that is farthest from the target, and `at the end` the
-same as `off` for the training batches of the last tenth of the run. `on calibration` is the same on
-the calibration text, which the controller has seen a part of, and `ratio` what it has corrected for:
-L0 of that text over that of the batches. FVU is also given at exactly the target, moved along the
-slope between the arm's levels.
+same as `off` for the training batches of the last tenth of the run. `on calibration` is the same
+on the calibration text, which the controller has seen a part of, and `ratio` what it has corrected
+for: L0 of that text over that of the batches. FVU is also given at exactly the target, moved along
+the slope between the arm's levels.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def main() -> None:
     base = _base(options)
     prepared = prepare(base, cache_folder(Path()), base.model.device)
     core = CoreData(prepared.held_out, None, 1)
-    calibration = prepared.calibration and CalibrationText(prepared.calibration)
-    text = calibration and CoreData(calibration.source, None, 1)
-    texts = Texts(train=prepared.train, core=core, calibration=calibration, on_calibration=text)
+    calibration = CalibrationText(prepared.calibration) if prepared.calibration else None
+    other = CoreData(prepared.calibration, None, 1) if prepared.calibration else None
+    texts = Texts(train=prepared.train, core=core, calibration=calibration, on_calibration=other)
     cells: list[Ended] = []
     by_layout = _by_layout(base, options.arms)
     for seed in range(options.seeds):
@@ -192,16 +192,7 @@ def _train(
     return ended
 
 
-HEADER = [
-    "arm, L0",
-    "off",
-    "worst",
-    "at the end",
-    "on calibration",
-    "ratio",
-    "FVU",
-    "FVU at target",
-]
+OFF = ["off", "worst", "at the end", "on calibration", "ratio"]
 
 
 def _table(cells: Sequence[Ended], options: argparse.Namespace) -> str:
@@ -213,7 +204,7 @@ def _table(cells: Sequence[Ended], options: argparse.Namespace) -> str:
             moved = _at_target(level, means)
             last = [f"{mean[4]:.4f}", "-" if moved is None else f"{moved:.4f}"]
             rows.append([f"{arm}, {level:g}", *numbers, *last])
-    return table(HEADER, rows)
+    return table(["arm, L0", *OFF, "FVU", "FVU at target"], rows)
 
 
 def _worst(cells: Sequence[Ended], arm: str, level: float) -> float:

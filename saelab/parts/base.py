@@ -135,10 +135,10 @@ class Part(nn.Module):
         """Updates running statistics from one pass; called by the loop, once per step."""
 
     def calibrate(self, l0: float) -> None:
-        """Takes the L0 that the SAE has on held-out text which no metric reads; called by the loop
-        after `update`, at a few steps of the second half of a run.
+        """Takes the L0 that the SAE has on a sample of held-out text which no metric reads.
 
-        It is called for parts that declare `needs_calibration`, and only where there is such text.
+        It is called by the loop after `update`, every few steps in the second half of a run, for
+        parts that declare `needs_calibration`, and only where there is such text.
         """
 
     def groups(self) -> list[tuple[str, list[nn.Parameter], float | None]]:

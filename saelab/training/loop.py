@@ -175,10 +175,10 @@ class Cell(TrainingCell):
 
     def _calibrate(self, steps_done: int) -> None:
         """Measures the L0 on calibration text where it is due, for the parts that ask for it."""
-        subset = self._calibration_steps.get(steps_done)
-        if self.calibration is None or subset is None:
+        i, n = self._calibration_steps.get(steps_done), len(self._calibration_steps)
+        if self.calibration is None or i is None:
             return
-        l0 = self.calibration.measure_l0(self.sae, subset, self.config.tokens)
+        l0 = self.calibration.measure_l0(self.sae, i, n, self.config.tokens)
         for part in self.sae.parts():
             if part.needs_calibration:
                 part.calibrate(l0)

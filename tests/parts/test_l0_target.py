@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-import torch
 
 from saelab.parts.base import Dims, Pass
 from saelab.parts.controllers.l0_target import SHORT, L0Target, L0TargetConfig
@@ -98,20 +97,20 @@ def test_ends_on_the_target_while_the_rate_decays(name: str, steps: int) -> None
 @pytest.mark.parametrize("steps", [977, 4000])
 @pytest.mark.parametrize("name", PLANTS)
 def test_ends_on_the_target_on_calibration_text(name: str, steps: int, gap: float) -> None:
-    paths = np.array([errors(PLANTS[name], steps, s, gap, 0.004) + gap for s in range(8)])
+    paths = np.array([errors(PLANTS[name], steps, s, gap, 0.02) + gap for s in range(8)])
     assert abs(paths[:, -1].mean()) < 0.005 + 0.002 * (name == "weights that need no rise")
     assert paths[:, -1].std() < 0.004
     # a correction does not kick the loop: it moves L0 by the gap and little more
     plain = np.array([errors(PLANTS[name], steps, s) for s in range(8)])
     moved = np.abs(paths - gap - plain)
-    room = 0.05 if name == "slow thresholds" else 0.02  # which are still on their way at first
+    room = 0.05 if name == "slow thresholds" else 0.03  # which are still on their way at first
     assert abs(gap) - 0.01 < moved[:, -1].mean() and moved.max() < abs(gap) + room
 
 
 def test_a_calibration_makes_no_short_run_worse() -> None:
     for name in ("weights", "slow weights", "thresholds"):
         calibrated, plain = (
-            abs(np.mean([errors(PLANTS[name], 256, s, gap, 0.004)[-1] - 0.03 for s in range(8)]))
+            abs(np.mean([errors(PLANTS[name], 256, s, gap, 0.02)[-1] - 0.03 for s in range(8)]))
             for gap in (-0.03, 0.0)
         )
         assert calibrated < plain, name
@@ -119,19 +118,25 @@ def test_a_calibration_makes_no_short_run_worse() -> None:
 
 def test_a_calibration_on_the_way_to_the_target_does_not_count() -> None:
     controller = cast(L0Target, L0TargetConfig(target=TARGET).build(Dims(8, 64, steps=977)))
-    for step in range(300):
-        controller.update(cast(Pass, SimpleNamespace(l0=2 * TARGET, step=step, rate=1.0)))
-    before = controller.text.clone()
-    controller.calibrate(TARGET)
-    assert torch.equal(controller.text, before)
-    for step in range(300, 400):
-        controller.update(cast(Pass, SimpleNamespace(l0=TARGET, step=step, rate=1.0)))
-    controller.calibrate(0.97 * TARGET)
-    assert float(controller.text[1]) == pytest.approx(math.log(0.97), abs=0.02)
+
+    def train(l0: float, steps: range, text: float) -> None:
+        for step in steps:
+            controller.update(cast(Pass, SimpleNamespace(l0=l0, step=step, rate=1.0)))
+            if step % 4 == 0:
+                controller.calibrate(text)
+
+    train(2 * TARGET, range(300), TARGET)
     assert controller.scalars()["sparsity.text_ratio"] == 1.0
-    for step in range(400, 900):
+    train(TARGET, range(300, 900), 0.97 * TARGET)
+    assert controller.scalars()["sparsity.text_ratio"] == pytest.approx(0.97, abs=0.001)
+
+
+def test_a_text_without_active_latents_changes_nothing() -> None:
+    controller = cast(L0Target, L0TargetConfig(target=TARGET).build(Dims(8, 64, steps=977)))
+    for step in range(200):
         controller.update(cast(Pass, SimpleNamespace(l0=TARGET, step=step, rate=1.0)))
-    assert controller.scalars()["sparsity.text_ratio"] == pytest.approx(0.97, abs=0.02)
+        controller.calibrate(0.0)
+    assert controller.scalars()["sparsity.text_ratio"] == 1.0
 
 
 def test_with_one_integral_and_no_lead_a_rise_leaves_an_error() -> None:

@@ -67,7 +67,7 @@ class Cell(TrainingCell):
         super().__init__(name, sae, train_config, sample.device, decoders, ranks)
         self.optimiser = Optimiser(sae, train_config)
         asking = any(part.needs_calibration for part in sae.parts())
-        self.calibration = calibration if asking else None
+        self.calibration, self._seed = calibration if asking else None, seed
         self._calibration_steps = calibration_steps(train_config.steps)
         self.fired_at = torch.zeros(sae.local_latents, dtype=torch.int64, device=sample.device)
         self._learned = {n: p for part in sae.parts() for n, p in part.learned().items()}
@@ -175,10 +175,11 @@ class Cell(TrainingCell):
 
     def _calibrate(self, steps_done: int) -> None:
         """Measures the L0 on calibration text where it is due, for the parts that ask for it."""
-        i, n = self._calibration_steps.get(steps_done), len(self._calibration_steps)
+        i = self._calibration_steps.get(steps_done)
         if self.calibration is None or i is None:
             return
-        l0 = self.calibration.measure_l0(self.sae, i, n, self.config.tokens)
+        part = i, len(self._calibration_steps)
+        l0 = self.calibration.measure_l0(self.sae, part, self._seed, self.config.tokens)
         for part in self.sae.parts():
             if part.needs_calibration:
                 part.calibrate(l0)

@@ -72,9 +72,12 @@ LARGEST = 0.4
 #: Error below which the drift is learned; and what is left of it after a step with a larger one.
 #: Our choice: no drift is learned from the way to the target.
 NEAR, FORGET = 0.06, 0.95
-#: Time constant of the correction in steps, or as a share of a longer run. Our choice: about that
-#: with which L0 follows the coefficient; a shorter one kicks the loop in short runs.
-RAMP, RAMP_SHARE = 30.0, 0.03
+#: Share of the run over which calibrations fade. Our choice: half of the time that the embedded
+#: default spends on one shard of its activations.
+MEMORY = 0.05
+#: Time constant of the correction in steps, or as a share of a longer run. Our choice: the first
+#: calibrations are noisy, and would kick the loop.
+RAMP, RAMP_SHARE = 15.0, 0.015
 
 
 class L0TargetConfig(PartConfig):
@@ -174,7 +177,8 @@ class L0Target(Controller):
         since, steps, text, batches, g = self.text.tolist()
         error = float(self.state[2]) - math.log(self.config.target) + g
         if abs(error) < NEAR and not math.isnan(since):
-            text, batches = text + l0, batches + math.exp(since / max(1.0, steps))
+            past = math.exp(-steps / (MEMORY * self.steps))
+            text, batches = past * text + l0, past * batches + math.exp(since / max(1.0, steps))
         self.text.copy_(self.text.new_tensor([0.0, 0.0, text, batches, g]))
 
     def scalars(self) -> dict[str, float]:

@@ -1,16 +1,16 @@
 """Held-out text that no metric reads, on which the L0 of an SAE in training is measured.
 
 A controller holds the L0 of training batches, and that of held-out text differs: it is other text,
-and a language model may have memorised what it was trained on. So in the last part of a run the
+and a language model may have memorised what it was trained on. So in the second half of a run the
 loop measures, every few steps, the L0 of the present SAE in evaluation mode on a small part of the
 calibration text, and hands it to every part that asks for it (`Part.needs_calibration`,
 `Part.calibrate`).
 
 Many small measurements and not a few large ones: from step to step L0 moves by 1 to 3% on the
 embedded model while the learning rate is high, which no average over batches follows. Over many
-measurements that is the same on both texts. Late ones, because the ratio is one of the batches'
-text: shards of the embedded default differ by up to 1.5%, and an SAE's L0 falls by another 0.8% on
-the rows that it has just been trained on, so that only the last shard's ratio is that of the end.
+measurements that is the same on both texts. Most of them late, because the ratio depends on the
+batches: shards of the embedded default differ by up to 1.5%, and an SAE's L0 falls by another 0.8%
+on rows that it has just been trained on, so that only the last shard's ratio is that of the end.
 
 All parts together read the text once. The order of the parts follows the seed, so that arms are
 calibrated alike and seeds differ. Nothing else depends on a measurement: it draws no random number
@@ -28,11 +28,11 @@ from saelab.data.activations.store import Source
 from saelab.data.activations.stream import Batch
 from saelab.sae import SAE
 
-#: Shares of the run between which L0 is measured. Our choice: late, but while the learning rate lets
-#: a controller move L0 by the few percent that a text differs.
-FIRST, LAST = 0.75, 0.98
-#: Measurements of a run, about. Our choice: the noise of L0 between steps falls to 0.2%.
-MEASUREMENTS = 75
+#: Shares of the run between which L0 is measured. Our choice: from when L0 is at its target, until
+#: the learning rate is so low that a controller reaches little.
+FIRST, LAST = 0.5, 0.98
+#: Measurements of a run, at most. Our choice: the noise of L0 between steps falls to 0.2%.
+MEASUREMENTS = 80
 #: Most rows that all measurements of a run read, as a share of its training rows. Our choice: a row
 #: costs half of what a training row costs, so that this is 4% of the training and less than 3% of a
 #: cell with its evaluation.
@@ -40,9 +40,14 @@ MOST_ROWS = 0.08
 
 
 def calibration_steps(steps: int) -> dict[int, int]:
-    """Returns the numbers of steps done after which L0 is measured -> number of the measurement."""
-    first, last = max(1, round(FIRST * steps)), round(LAST * steps)
-    after = range(first, last + 1, max(1, round((LAST - FIRST) * steps / MEASUREMENTS)))
+    """Returns the numbers of steps done after which L0 is measured -> number of the measurement.
+
+    They lie closer and closer: what counts is the end, but a controller needs time for the first
+    correction.
+    """
+    left = [1 - i / MEASUREMENTS for i in range(MEASUREMENTS)]
+    shares = [LAST - (LAST - FIRST) * x**2 for x in left]
+    after = sorted({max(1, round(share * steps)) for share in shares})
     return {step: i for i, step in enumerate(after)}
 
 

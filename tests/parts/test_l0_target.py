@@ -98,12 +98,13 @@ def test_ends_on_the_target_while_the_rate_decays(name: str, steps: int) -> None
 @pytest.mark.parametrize("name", PLANTS)
 def test_ends_on_the_target_on_calibration_text(name: str, steps: int, gap: float) -> None:
     paths = np.array([errors(PLANTS[name], steps, s, gap, 0.02) + gap for s in range(8)])
-    assert abs(paths[:, -1].mean()) < 0.005 + 0.002 * (name == "weights that need no rise")
-    assert paths[:, -1].std() < 0.004
+    assert abs(paths[:, -1].mean()) < 0.005
+    slow = name in ("slow thresholds", "weights that answer little")
+    assert paths[:, -1].std() < (0.0075 if slow else 0.005)
     # a correction does not kick the loop: it moves L0 by the gap and little more
     plain = np.array([errors(PLANTS[name], steps, s) for s in range(8)])
     moved = np.abs(paths - gap - plain)
-    room = 0.05 if name == "slow thresholds" else 0.03  # which are still on their way at first
+    room = 0.05 if slow else 0.03
     assert abs(gap) - 0.01 < moved[:, -1].mean() and moved.max() < abs(gap) + room
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from saelab import checkpoint
 from saelab.data import language_model
+from saelab.data.activations.store import MemorySource
 from saelab.data.probing.activations import ProbingData
 from saelab.errors import CellFailure
 from saelab.evals import of_cell
@@ -62,6 +63,7 @@ from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically
 from saelab.storage.cache import share, shared_twin
 from saelab.storage.parquet import write_columns
+from saelab.storage.remote import Remote
 from saelab.study.experiment_file import arm_of
 from saelab.training.calibration_text import CalibrationText
 from saelab.training.cell import TrainingCell
@@ -274,6 +276,9 @@ def _calibration_text(data: WorkerData) -> CalibrationText | None:
     if data.calibration is None:
         return None
     source = open_source(data.calibration, data.foreign, "held_out", ahead=data.read_ahead)
+    if isinstance(data.calibration, Remote):  # read once, not at every measurement
+        shards = [source.shard(i) for i in range(source.n_shards)]
+        source = MemorySource(shards, source.header)
     return CalibrationText(source)
 
 

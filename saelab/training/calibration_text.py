@@ -19,6 +19,7 @@ and changes no statistics.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
@@ -75,7 +76,7 @@ class CalibrationText:
             training_rows: of the whole run, which bound the rows that are read.
         """
         i, n = part
-        i = (i + seed * (n // 3 + 1)) % n
+        i = (seed + i) * _stride(n) % n
         x, starts = self._rows(sae, i, n, int(MOST_ROWS * training_rows))
         mode, device = sae.training, sae.W_dec.device
         sae.eval()
@@ -101,9 +102,8 @@ class CalibrationText:
             return batch.x, batch.starts
         contexts, positions = self._counted
         chosen = _spread(len(contexts), most, i, n)
-        each = len(chosen) // sae.ranks.data  # as many on every rank
-        begin = sae.ranks.rows(sae.ranks.data).start * each
-        chosen = chosen[begin : begin + each]
+        if not sae.activation.couples_batch:  # whose ranks must take one path in each block
+            chosen = chosen[sae.ranks.rows(len(chosen))]
         return self._read(contexts[chosen], positions[chosen]), None
 
     def _read(self, contexts: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -137,6 +137,15 @@ class CalibrationText:
         """Context and position of each counted row; int64 [rows] each."""
         contexts, positions = self._masks.nonzero(as_tuple=True)
         return contexts, positions
+
+
+def _stride(n: int) -> int:
+    """Returns a step through n parts that visits each once, and after which any few successive ones
+    are evenly spread: rows next to each other are alike."""
+    stride = max(1, round(n * (5**0.5 - 1) / 2))
+    while math.gcd(stride, n) > 1:
+        stride += 1
+    return stride
 
 
 def _spread(count: int, most: int, i: int, n: int) -> Tensor:

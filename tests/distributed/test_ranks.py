@@ -31,6 +31,7 @@ from saelab.parts import TABLE
 from saelab.parts.base import Dims
 from saelab.sae import ROWS_DRAWN_AT_ONCE, SAEConfig, _normal_rows
 from saelab.seeding import torch_stream
+from saelab.training.calibration_text import CalibrationText
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
 from saelab.training.resume import restore_cell, write_checkpoint
@@ -105,7 +106,8 @@ def config(case: str, **changes: Any) -> SAEConfig:
 def cell(ranks: Ranks, sae: SAEConfig, data: MemorySource, steps: int = STEPS) -> Cell:
     training = TrainConfig(tokens=steps * SIZE, batch_size=SIZE, lr=2e-3)
     sample = data.shard(0).rows()[0][:400]
-    return Cell("cell", sae, training, sample, SEED, ranks=ranks)
+    text = CalibrationText(source(contexts=30))
+    return Cell("cell", sae, training, sample, SEED, ranks=ranks, calibration=text)
 
 
 def curves(ranks: Ranks, cases: list[str]) -> dict[str, dict[str, np.ndarray]]:
@@ -130,7 +132,17 @@ def assert_agree(data: int, latents: int, cases: list[str]) -> None:
                 np.testing.assert_array_equal(values, many[name], err_msg=f"{case} {name}")
         assert len(one["loss"]) == STEPS and np.ptp(one["loss"]) > 0.1
         np.testing.assert_allclose(many["loss"], one["loss"], rtol=PROMISE, err_msg=case)
-        for name in ("l0", "grad_norm", "dead", "resampled", "lifetime.mean_age", "threshold"):
+        if "sparsity.text_ratio" in one and case != "frozen":
+            assert np.ptp(one["sparsity.text_ratio"]) > 0, case
+        for name in (
+            "l0",
+            "sparsity.text_ratio",
+            "grad_norm",
+            "dead",
+            "resampled",
+            "lifetime.mean_age",
+            "threshold",
+        ):
             if name in one:
                 np.testing.assert_allclose(many[name], one[name], rtol=1e-3, err_msg=name)
 

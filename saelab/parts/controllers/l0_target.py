@@ -18,7 +18,8 @@ is measured at steps t_1 < t_2 < ... of the second half of the run, and the batc
 
     target_t = target / exp(G_t)                 G_t = G_{t-1} + (g_k - G_{t-1}) / ramp
     exp(g_k) = sum_{1 < i <= k} w_i L0_text(t_i) / sum_{1 < i <= k} w_i B_i
-    B_i      = exp(mean of log L0_t over t_{i-1} < t <= t_i),   w_i = exp((t_i - t_k) / MEMORY steps)
+    B_i      = exp(mean of log L0_t over t_{i-1} < t <= t_i)
+    w_i      = exp((t_i - t_k) / (MEMORY steps))
 
 Both sums are over the same part of the run, so what the loop itself does drops out of the ratio,
 and the correction does not act back on what it measures. With no error left, the text's L0 is

@@ -31,6 +31,7 @@ from saelab.data.text.corpus import TextConfig, documents, manifest
 from saelab.data.text.tokens import tokenize
 from saelab.errors import DamageError, SettingError, ShortTextError, SourceError
 from saelab.evals.measure import PROBING
+from saelab.runtime.counting import count
 from saelab.runtime.main_guard import refuse_unguarded_script
 from saelab.storage.cache import activations_folder, fetch, share
 from saelab.storage.lock import lock_folder
@@ -308,7 +309,7 @@ def _calibration(base: BaseConfig, model: LanguageModel, cache: Path) -> tuple[S
         after = base.evaluation.tokens
         return _activations(base, base.eval_text, tokens, model, cache, after=after)[0], ""
     except ShortTextError:
-        why = f"the held-out text has fewer than {tokens:,} tokens besides the evaluated ones"
+        why = f"besides the evaluated text less is held out than {count(tokens, 'token')}"
         return None, f"{why} (evaluation.calibration_tokens)"
 
 

@@ -124,13 +124,14 @@ class CalibrationText:
 
     @cached_property
     def _masks(self) -> Tensor:
-        """Whether each position counts; bool [contexts, positions]."""
+        """Mask of the positions that count; bool [contexts, positions]."""
         return torch.cat(self._shard_masks)
 
     @cached_property
     def _firsts(self) -> Tensor:
         """First context of each shard, and the number of contexts; int64 [shards + 1]."""
-        return torch.tensor([0, *map(len, self._shard_masks)]).cumsum(0)
+        counts = [0, *map(len, self._shard_masks)]
+        return torch.tensor(counts, dtype=torch.int64).cumsum(0)
 
     @cached_property
     def _counted(self) -> tuple[Tensor, Tensor]:

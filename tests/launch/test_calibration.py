@@ -71,7 +71,7 @@ def test_calibration_and_evaluation_share_no_context(base: BaseConfig, tmp_path:
     [
         ({"evaluation.calibration_tokens": 0}, "evaluation.calibration_tokens is 0"),
         ({"evaluation.tokens": 400}, "it needs 500 held-out tokens"),
-        ({"evaluation.calibration_tokens": 90_000}, "fewer than 90,000 tokens besides"),
+        ({"evaluation.calibration_tokens": 90_000}, "less is held out than 90,000 tokens"),
     ],
 )
 def test_without_calibration_text_the_reason_is_given(

@@ -18,11 +18,14 @@ from saelab.preflight.cost import (
 from saelab.preflight.launch_time import (
     START_SECONDS,
     Measured,
+    encode_seconds,
     preparation_seconds,
     training_seconds,
 )
 from saelab.preflight.rates import RATES, Rates, size_of, thread_rates
+from saelab.study.calibration import calibration_tokens
 from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run, cells, read_base
+from saelab.training.calibration_text import MOST_ROWS
 
 GEMMA = read_base(Path(__file__).parents[2] / "configs" / "gemma-2-2b.toml").patched(
     {"train.tokens": 500_000_000}
@@ -66,7 +69,11 @@ def test_a_launch_is_cells_evaluations_and_controls_on_the_threads_of_this_machi
     measured = Measured.of(base, 192, 32)
     steps = base.train.steps * step_seconds(rates(), base.train.batch_size, 192, base.sae.d_sae, 32)
     evaluation = measured.evaluation_seconds(rates(), base.sae.d_sae)
-    assert measured.cell_seconds(at_target[0]) == pytest.approx(steps + evaluation)
+    read = min(calibration_tokens(base), MOST_ROWS * base.train.tokens)
+    assert read > 30_000
+    calibration = encode_seconds(rates(), read, 192, base.sae.d_sae)
+    whole = steps + calibration + evaluation
+    assert measured.cell_seconds(at_target[0]) == pytest.approx(whole)
     whole = len(at_target) * (steps + evaluation)
     alone = training_seconds(at_target, measured, 1, controls=False)
     assert alone == pytest.approx(START_SECONDS + whole)

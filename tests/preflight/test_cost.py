@@ -71,9 +71,8 @@ def test_a_launch_is_cells_evaluations_and_controls_on_the_threads_of_this_machi
     evaluation = measured.evaluation_seconds(rates(), base.sae.d_sae)
     read = min(calibration_tokens(base), MOST_ROWS * base.train.tokens)
     assert read > 30_000
-    calibration = encode_seconds(rates(), read, 192, base.sae.d_sae)
-    whole = steps + calibration + evaluation
-    assert measured.cell_seconds(at_target[0]) == pytest.approx(whole)
+    steps += encode_seconds(rates(), read, 192, base.sae.d_sae)
+    assert measured.cell_seconds(at_target[0]) == pytest.approx(steps + evaluation)
     whole = len(at_target) * (steps + evaluation)
     alone = training_seconds(at_target, measured, 1, controls=False)
     assert alone == pytest.approx(START_SECONDS + whole)

@@ -24,6 +24,7 @@ from pydantic import Field
 from saelab.config import digest
 from saelab.errors import DamageError, SaelabError, SourceError, UsageError
 from saelab.storage.atomic import MOST_JSON, append_line, drop_torn_line, read_json, write_json
+from saelab.storage.lock import wait_for_lock
 from saelab.storage.small_files import read_small_file
 from saelab.storage.validation import Loose, Number, validate
 from saelab.study.plan import BaseConfig, PlanConfig, Run
@@ -198,9 +199,9 @@ class Attempt:
 def attempt(root: Path, run: str) -> Iterator[int]:
     """Writes down an attempt at `run` and how it ended; gives its number."""
     file = root / FOLDER / ATTEMPTS
-    number = 1 + len(attempts(root))
-    begun = Attempt(number, run, _now())
-    append_line(file, _line(start=number, run=run, started=begun.started, pid=os.getpid()))
+    with wait_for_lock(file, "is writing down an attempt"):  # two launches, two numbers
+        number = 1 + len(attempts(root))
+        append_line(file, _line(start=number, run=run, started=_now(), pid=os.getpid()))
     start, outcome, reason = time.monotonic(), "complete", ""
     try:
         yield number

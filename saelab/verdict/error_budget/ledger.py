@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ from pydantic import Field
 from saelab.errors import DamageError, SourceError
 from saelab.runtime.counting import count
 from saelab.storage.atomic import MOST_JSON, append_line, digest, drop_torn_line
-from saelab.storage.lock import BusyError, lock_folder
+from saelab.storage.lock import wait_for_lock
 from saelab.storage.small_files import read_small_file
 from saelab.storage.validation import Loose, Number, validate
 from saelab.study.plan import PlanConfig
@@ -35,8 +35,6 @@ from saelab.verdict.judge import Comparison
 COMPARISONS = "comparisons.jsonl"
 #: Word that earns wealth when a hypothesis gets it first.
 DISCOVERY = "helps"
-#: Seconds that a launch waits for another one that writes the ledger. Our choice.
-PATIENCE = 60.0
 REMEDY = "fix the line, or take the file from a copy"
 
 
@@ -373,23 +371,9 @@ def _begin(root: Path, plan: PlanConfig, planned: int) -> Ledger:
     return Ledger(rule=rule, lost=lost)
 
 
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Holds the ledger; waits while another launch does.
-
-    Raises: BusyError when that takes too long.
-    """
-    until = time.monotonic() + PATIENCE
-    with ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(lock_folder(_file(root), "is writing down comparisons"))
-                break
-            except BusyError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.05)
-        yield
+def _locked(root: Path) -> AbstractContextManager[None]:
+    """Holds the ledger; waits while another launch does."""
+    return wait_for_lock(_file(root), "is writing down comparisons")
 
 
 def _file(root: Path) -> Path:

@@ -25,21 +25,23 @@ STUDIES_EACH, FEWEST, EACH_PLANTED = 40, 20, 10
 
 
 def decision_rows(studies: int, seed: int, kind: Kind) -> Iterator[Row]:
-    """What is kept of the arms of one run."""
+    """Simulates which arms of one run are kept."""
     for r in CORRELATIONS:
         for design in (Design(8, 8), Design(8, 8, 6), Design(3, 8, 6)):
             cells = f"{kind}, {design}, r = {r:g}"
             level, sesoi = level_of(design), SESOI / SD
             effect = draw_effects(design, kind, r, 0.0, studies, seed)
-            false = kept(effect, level, 0.0).any(axis=-1)
+            false = decide_together(effect, level, 0.0).any(axis=-1)
             yield share_row("no effect: kept", cells, false, (0.0, 0.05))
             one = Design(design.arm, design.baseline)
-            true = kept(draw_effects(one, kind, r, sesoi, studies, seed), level, sesoi)[:, 0]
+            true = decide_together(draw_effects(one, kind, r, sesoi, studies, seed), level, sesoi)[
+                :, 0
+            ]
             yield share_row("effect of exactly sesoi: kept", cells, true, (0.95, 1.0))
 
 
-def kept(effect: Effect, level: float, sesoi: float) -> np.ndarray:
-    """True where `decide` says keep, of the shape of the effect; higher is better."""
+def decide_together(effect: Effect, level: float, sesoi: float) -> np.ndarray:
+    """Decides about many arms; true where `decide` says keep. Higher is better."""
     plan = PlanConfig(study="simulated", primary="explained_variance", direction="higher")
     low, high = effect.interval(level)
     words = choose_words(effect.mean, low, high, sesoi)

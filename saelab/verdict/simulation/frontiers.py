@@ -71,7 +71,7 @@ class Frontier:
     def cell(
         self, seed: int, level: float, l0: float, noise: float
     ) -> tuple[CellGate, list[dict[str, object]]]:
-        """One cell.
+        """Builds one cell.
 
         Args:
             level: that it was trained for.
@@ -98,7 +98,7 @@ class Measured:
 
     @property
     def slopes(self) -> Array | None:
-        """Of the seeds that have further levels, [studies, WITH_LEVELS]."""
+        """Slopes of the seeds that have further levels, [studies, WITH_LEVELS]."""
         if self.at_levels is None:
             return None
         return (self.at_levels[..., 1] - self.at_levels[..., 0]) / math.log(HIGH / LOW)

@@ -79,7 +79,7 @@ def _in_errors(distance: float, error: float) -> float:
 #: Simulates rows: (studies, seed) -> rows.
 Rows = Callable[[int, int], Iterator[Row]]
 #: Widths of the columns of the table and of its summary; the last one has none.
-WIDTHS, SUMMARY_WIDTHS = (64, 74, 8, 11), (64, 5, 8, 11, 7)
+WIDTHS, SUMMARY_WIDTHS = (62, 74, 8, 12), (62, 5, 8, 12)
 
 
 def _line(widths: tuple[int, ...], *cells: str) -> str:
@@ -110,12 +110,10 @@ class Promise:
         worst = self.worst
         answer = f"{self.broken} BROKEN" if self.broken else "kept"
         cells = (worst.promise, str(self.rows), f"{worst.observed:.3f}", worst.bounds, answer)
-        return _line(SUMMARY_WIDTHS, *cells, worst.cells)
+        return _line(SUMMARY_WIDTHS, *cells)
 
 
-SUMMARY_HEADING = _line(
-    SUMMARY_WIDTHS, "promise", "rows", "worst", "promised", "kept?", "cells of the worst row"
-)
+SUMMARY_HEADING = _line(SUMMARY_WIDTHS, "promise", "rows", "worst", "promised", "kept?")
 
 
 def summarize(rows: Iterable[Row]) -> list[Promise]:

@@ -29,7 +29,7 @@ TAUS = (0.0, 1.0, 3.0)
 LEVEL = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Simulated settings; numbers are in standard deviations of an average cell.
 
@@ -77,14 +77,14 @@ class Drawn:
 def settings_rows(studies: int, seed: int) -> Iterator[Row]:
     """Simulates coverage of both intervals, and how often a word is wrong where settings have no
     effect on average."""
-    for kind in KINDS:
-        for r in CORRELATIONS:
-            for k in SETTINGS:
-                for tau in TAUS:
-                    yield from _rows(Settings(k, tau, Design(3, 8), kind, r), studies, seed)
-    for k in SETTINGS:
-        for tau in TAUS:
-            yield from _rows(Settings(k, tau, Design(8, 8), "normal", 0.3), studies, seed)
+    cases: list[tuple[Kind, float, Design]] = [
+        (kind, r, Design(3, 8)) for kind in KINDS for r in CORRELATIONS
+    ]
+    for kind, r, design in [*cases, ("normal", 0.3, Design(8, 8))]:
+        for k in SETTINGS:
+            for tau in TAUS:
+                settings = Settings(k=k, tau=tau, design=design, kind=kind, correlation=r)
+                yield from _rows(settings, studies, seed)
 
 
 def _rows(settings: Settings, studies: int, seed: int) -> Iterator[Row]:

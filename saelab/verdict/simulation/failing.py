@@ -123,11 +123,11 @@ def _null_rows(words: np.ndarray, cells: str) -> Iterator[Row]:
     wrong = has_direction(words)
     yield share_row("no effect, cells fail: helps or hurts", cells, wrong, (0.0, 0.05))
     yield Row(
-        promise="no effect, cells fail: |hurts - helps|",
+        promise="no effect, cells fail: hurts - helps",
         cells=cells,
         studies=len(words),
-        observed=abs(float((words == "hurts").mean() - (words == "helps").mean())),
-        low=0.0,
+        observed=float((words == "hurts").mean() - (words == "helps").mean()),
+        low=-0.01,
         high=0.01,
         variance=float(wrong.mean()),  # a study adds 1, -1 or 0
     )

@@ -58,7 +58,7 @@ class Row:
 
     @property
     def bounds(self) -> str:
-        return f"{self.low:.3f}-{self.high:.3f}"
+        return f"{self.low:.3f} to {self.high:.3f}"
 
     @property
     def answer(self) -> str:
@@ -79,7 +79,7 @@ def _in_errors(distance: float, error: float) -> float:
 #: Simulates rows: (studies, seed) -> rows.
 Rows = Callable[[int, int], Iterator[Row]]
 #: Widths of the columns of the table and of its summary; the last one has none.
-WIDTHS, SUMMARY_WIDTHS = (62, 74, 8, 12), (62, 5, 8, 12)
+WIDTHS, SUMMARY_WIDTHS = (62, 74, 8, 15), (62, 5, 8, 15)
 
 
 def _line(widths: tuple[int, ...], *cells: str) -> str:

@@ -7,6 +7,7 @@ simulated once more, with other draws, and the second result of that row counts.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
@@ -14,7 +15,7 @@ from multiprocessing import get_context
 
 from saelab.progress import Progress, progress
 from saelab.runtime.cores import usable_cores
-from saelab.verdict.simulation.cells import KINDS
+from saelab.verdict.simulation.cells import CORRELATIONS, KINDS
 from saelab.verdict.simulation.comparisons import (
     family_rows,
     interval_rows,
@@ -38,8 +39,10 @@ FEW = 2000
 def row_groups() -> list[Rows]:
     """Groups of rows that can be simulated apart, in their order: none uses another's streams."""
     groups: list[Rows] = [null_rows, interval_rows, power_rows, lost_rows, family_rows]
-    for rows in (failure_rows, l0_rows, look_rows, decision_rows, attack_rows, study_rows):
+    for rows in (failure_rows, l0_rows, look_rows, decision_rows, attack_rows):
         groups += [functools.partial(rows, kind=kind) for kind in KINDS]
+    for kind, r in itertools.product(KINDS, CORRELATIONS):
+        groups.append(functools.partial(study_rows, kind=kind, r=r))
     return [*groups, agreement_rows, text_rows, settings_rows]
 
 

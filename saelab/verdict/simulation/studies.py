@@ -18,7 +18,7 @@ from saelab.verdict.effect import Effect, estimate
 from saelab.verdict.error_budget.ledger import DISCOVERY
 from saelab.verdict.error_budget.levels import ErrorBudget, look_share
 from saelab.verdict.judge import choose_words
-from saelab.verdict.simulation.cells import CORRELATIONS, Kind, draw_noise
+from saelab.verdict.simulation.cells import Kind, draw_noise
 from saelab.verdict.simulation.rows import Row
 
 RUNS, ARMS, BASELINE_SEEDS, ALPHA = 10, 6, 8, 0.05
@@ -261,32 +261,35 @@ def _judge(effect: Effect, level: Array, sesoi: float) -> NDArray[np.int_]:
     return np.where(word == DISCOVERY, 1, np.where(word == "hurts", -1, 0))
 
 
-def study_rows(studies: int, seed: int, kind: Kind) -> Iterator[Row]:
-    """Promises of the error budget over whole studies."""
-    for r in CORRELATIONS:
-        for seeds in (3, 8):
-            design = Design(seeds=seeds, kind=kind, correlation=r)
-            for extend, how in EXTENSIONS.items():
-                promise = f"study without effects{how}: a false word"
-                yield _at_most(promise, design, studies, seed, extend)
-        for seeds, helping, hurting, effect in MIXED:
-            design = Design(
-                seeds=seeds,
-                kind=kind,
-                correlation=r,
-                helping=helping,
-                hurting=hurting,
-                effect=effect,
-            )
-            yield _at_most("study with effects: share of false words", design, studies, seed)
+def study_rows(studies: int, seed: int, kind: Kind, r: float) -> Iterator[Row]:
+    """Promises of the error budget over whole studies.
+
+    Args:
+        r: correlation within a seed.
+    """
+    for seeds in (3, 8):
+        design = Design(seeds=seeds, kind=kind, correlation=r)
         for extend, how in EXTENSIONS.items():
-            if extend:
-                design = Design(seeds=8, kind=kind, correlation=r, helping=0.2)
-                promise = f"study with effects{how}: share of false words"
-                yield _at_most(promise, design, studies, seed, extend)
-        design = Design(kind=kind, correlation=r, helping=0.2, sesoi=SESOI)
-        helps = simulate(design, studies, seed).power
-        yield _row("an effect of 9 sd in such a study: helps", design, studies, helps, (0.95, 1.0))
+            promise = f"study without effects{how}: a false word"
+            yield _at_most(promise, design, studies, seed, extend)
+    for seeds, helping, hurting, effect in MIXED:
+        design = Design(
+            seeds=seeds,
+            kind=kind,
+            correlation=r,
+            helping=helping,
+            hurting=hurting,
+            effect=effect,
+        )
+        yield _at_most("study with effects: share of false words", design, studies, seed)
+    for extend, how in EXTENSIONS.items():
+        if extend:
+            design = Design(seeds=8, kind=kind, correlation=r, helping=0.2)
+            promise = f"study with effects{how}: share of false words"
+            yield _at_most(promise, design, studies, seed, extend)
+    design = Design(kind=kind, correlation=r, helping=0.2, sesoi=SESOI)
+    helps = simulate(design, studies, seed).power
+    yield _row("an effect of 9 sd in such a study: helps", design, studies, helps, (0.95, 1.0))
 
 
 #: What is done after ten runs, in words.

@@ -126,6 +126,8 @@ def expanded(folder: Path, word: str) -> list[str]:
 def carry_out(project: Project, command: str) -> Ended:
     words = [STAND_INS.get(word, word) for word in shlex.split(command)]
     words = [name for word in words for name in expanded(project.folder, word)]
+    if "--simulate" in words and "--simulations" not in words:
+        words += ["--simulations", "300"]  # of 20,000, which take minutes
     if words[:2] == ["saelab", "template"]:  # in a folder without a run_0 of another plan
         elsewhere = project.folder.with_name("elsewhere")
         elsewhere.mkdir()

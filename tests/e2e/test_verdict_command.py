@@ -16,7 +16,7 @@ from projects import BASELINE, LONGER, PLAN, RATE, SCALED, Project, cli
 from saelab.analysis.difference import difference
 from saelab.errors import SettingError, SourceError
 from saelab.launch.controls import SUBJECTS
-from saelab.storage.atomic import read_json, write_json
+from saelab.storage.atomic import read_json, write_json, write_sealed
 from saelab.verdict.review import complete_runs
 from saelab.verdict.simulation import promises
 from saelab.verdict.simulation.comparisons import family_rows, null_rows
@@ -158,6 +158,9 @@ def test_a_run_of_an_older_version_says_that_it_has_no_documents(
 ) -> None:
     shutil.copytree(project.folder / "run_1", tmp_path / "run_1")
     (tmp_path / "run_1" / "documents.parquet").unlink()
+    manifest = read_json(tmp_path / "run_1" / "manifest.json")
+    del manifest["sha256"]["documents.parquet"], manifest["digest"]
+    write_sealed(tmp_path / "run_1" / "manifest.json", manifest)
     said = cli(tmp_path, "verdict", "run_1").out
     assert "over texts: no interval, since the run has no documents.parquet" in said
 

@@ -18,7 +18,7 @@ from typing import Any
 from common import Section, Target, parser, save, scratch, table
 
 from saelab.verdict.simulation.adversary import Count, attack
-from saelab.verdict.simulation.comparisons import SD, SESOI
+from saelab.verdict.simulation.cells import SD, SESOI
 
 #: Standard deviation of a cell, correlation within a seed: the shipped study's, and harder ones.
 CASES = ((SD, 0.0), (SESOI / 3, 0.6), (0.6 * SESOI, 0.0))

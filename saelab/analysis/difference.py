@@ -24,12 +24,14 @@ def difference(folder: Path, arm: str, other: str, metric: str = "fvu") -> Diffe
         folder: of the run.
         metric: its name in final_info.json.
 
-    Raises: SourceError when the run is not complete; SettingError for an unknown arm or metric;
+    Raises: SourceError when the run is not complete; DamageError for a file that can't be read or
+        was changed; SettingError for an unknown arm or metric;
         MismatchError when the two were measured by different definitions.
     """
     run = RunFolder(folder)
     if not run.has(INFO):
         raise SourceError(f"{folder} holds no final_info.json: name the folder of a complete run")
+    _ = run.info  # which must be as it was written
     judged = judge_files(run)
     for name in (arm, other):
         if name not in judged.arms:

@@ -34,14 +34,15 @@ def _simulate(simulations: int, json_: bool) -> None:
     from dataclasses import asdict
 
     from saelab.errors import SettingError, StudyFailure
-    from saelab.verdict.simulation.comparisons import HEADING
     from saelab.verdict.simulation.promises import all_promises
+    from saelab.verdict.simulation.rows import HEADING, summary_lines
 
     if simulations < 100:
         raise SettingError("simulations", simulations, "at least 100 are needed")
     rows = list(all_promises(simulations))
     data = [{**asdict(row), "kept": row.is_kept} for row in rows]
-    show(json_, data, [HEADING, *(row.line() for row in rows)])
+    table = [HEADING, *(row.line() for row in rows)]
+    show(json_, data, [*table, "", *summary_lines(rows)])
     if not all(row.is_kept for row in rows):
         raise StudyFailure("a promise of the verdict is broken: see the row that says so")
 

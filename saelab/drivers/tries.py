@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from saelab.drivers.candidate import Candidate
 from saelab.errors import DamageError, SettingError
 from saelab.launch.entry import start, task_of
 from saelab.runs.folder import RunFolder
-from saelab.storage.atomic import MOST_JSON, append_line, drop_torn_line
-from saelab.storage.small_files import read_small_file
+from saelab.storage.atomic import LINE_REMEDY, append_line, read_lines
 from saelab.storage.validation import Loose, Number, validate
 from saelab.study.registry import FOLDER, attempts
 from saelab.study.task import LONGEST
@@ -144,25 +141,11 @@ def read_tries(root: Path) -> list[Try]:
 
     Raises: DamageError when the file can't be read.
     """
-    file = root / FOLDER / LEDGER
-    try:
-        content = read_small_file(file, MOST_JSON)
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise DamageError(f"{file} can't be read ({error}): move it away") from None
-    return list(_tries(content, file))
-
-
-def _tries(content: bytes, file: Path) -> Iterator[Try]:
-    for number, text in enumerate(drop_torn_line(content).splitlines(), start=1):
-        where, remedy = f"{file}:{number}", "fix the line, or take the file from a copy"
-        try:
-            line: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DamageError(f"{where} is damaged ({error}): {remedy}") from None
-        fields = validate(line, _Line, where, remedy)
-        yield Try(**{name: fields[name] for name in _Line.model_fields})
+    tries = []
+    for where, line in read_lines(root / FOLDER / LEDGER, DamageError):
+        fields = validate(line, _Line, where, LINE_REMEDY)
+        tries.append(Try(**{name: fields[name] for name in _Line.model_fields}))
+    return tries
 
 
 def _check_asked(same: list[Try], seeds: int) -> None:

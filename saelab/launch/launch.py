@@ -217,8 +217,8 @@ def _allot(task: Launch, base: BaseConfig, folders: Mapping[CellSpec, Path]) -> 
     asked = hypotheses(task.run, base, folders)
     if not (task.judged and asked):
         return {}
-    if task.plan.settings and not task.setting:
-        further = [task.out_dir / SETTINGS / each.name for each in task.plan.settings]
+    if task.further_settings:
+        further = [task.out_dir / SETTINGS / name for name in task.further_settings]
         asked += hypotheses_over_settings(asked, [RunFolder(folder) for folder in further])
     return allot(
         task.root,
@@ -226,8 +226,13 @@ def _allot(task: Launch, base: BaseConfig, folders: Mapping[CellSpec, Path]) -> 
         asked,
         run=task.label,
         confirming=task.purpose == "confirm",
-        planned=task.planned or planned_comparisons(task.table, len(task.plan.settings)),
+        planned=_planned(task),
     )
+
+
+def _planned(task: Launch) -> int:
+    """Comparisons that the study has planned, where its plan does not say."""
+    return task.planned or planned_comparisons(task.table, len(task.plan.settings))
 
 
 def _over_settings(a: AcrossSettings) -> Comparison:
@@ -286,7 +291,7 @@ def _expected_level(task: Launch) -> float | None:
         task.plan,
         max(len(task.run.arms) - 1, task.plan.family or 0),
         confirming=task.purpose == "confirm",
-        planned=task.planned or planned_comparisons(task.table, len(task.plan.settings)),
+        planned=_planned(task),
     )
 
 

@@ -71,7 +71,7 @@ def setting_launches(task: Launch) -> list[Launch]:
 
     Raises: as `setting_bases`.
     """
-    if task.setting or not task.plan.settings:
+    if not task.further_settings:
         return []
     bases = setting_bases(task.plan, task.base, task.root, task.run)
     return [

@@ -138,11 +138,6 @@ class Record:
         if present:
             join_tables(path, present, CURVE_TYPES)
 
-    @property
-    def _has_settings(self) -> bool:
-        """Returns True for a run that lies above those of its plan's further settings."""
-        return bool(self.task.plan.settings) and not self.task.setting
-
     def _missing(self, rows: Sequence[dict[str, Any]]) -> list[str]:
         """Sentences on what no cell has of the printed table, each with its reason."""
         why, arms = self.data.why_no_probing, {arm.name for arm in self.task.run.arms}
@@ -173,7 +168,7 @@ class Record:
         probing, calibration = self.data.probing, self.data.calibration
         return {
             "run": task.label,
-            **({"settings": [each.name for each in plan.settings]} if self._has_settings else {}),
+            **({"settings": list(further)} if (further := task.further_settings) else {}),
             "title": task.run.title,
             "study": plan.study,
             "baseline": BASELINE,

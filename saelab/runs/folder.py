@@ -248,7 +248,12 @@ class RunFolder:
 
     @cached_property
     def documents(self) -> list[dict[str, Any]]:
-        """All rows of documents.parquet, see `schema.DOCUMENT_COLUMNS`; none without the file."""
+        """All rows of documents.parquet, see `schema.DOCUMENT_COLUMNS`; none for a run without it.
+
+        Raises: DamageError when the run had the file, which is a reason for other words.
+        """
+        if DOCUMENTS in self._sums and not self.has(DOCUMENTS):
+            raise DamageError(f"{self.folder / DOCUMENTS} is missing: {REMEDY}")
         return self._rows(DOCUMENTS, DOCUMENT_COLUMNS)
 
     def _rows(self, name: str, columns: Mapping[str, Kind]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from saelab.errors import DamageError, SourceError
+from saelab.errors import DamageError, SaelabError, SourceError
 from saelab.storage.remote import Place, Remote
 from saelab.storage.small_files import (
     NOT_FOLLOWED,
@@ -233,6 +233,38 @@ def drop_torn_line(content: bytes) -> bytes:
     except (ValueError, RecursionError):
         return content[:end]
     return content
+
+
+#: Remedy for a line of JSON that is not as it was written.
+LINE_REMEDY = "fix the line, or take the file from a copy"
+
+
+def read_lines(
+    path: Path, unreadable: type[SaelabError] = SourceError
+) -> Iterator[tuple[str, Any]]:
+    """Yields the place ('file:3') and the data of every line of JSON; nothing without a file.
+
+    A torn last line is left out.
+
+    Args:
+        unreadable: class of the error when the file can't be read.
+
+    Raises: `unreadable`; DamageError for a line that is not JSON.
+    """
+    try:
+        content = read_small_file(path, MOST_JSON)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise unreadable(f"{path} can't be read ({reason}): move it away") from None
+    for number, text in enumerate(drop_torn_line(content).splitlines(), start=1):
+        where = f"{path}:{number}"
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DamageError(f"{where} is damaged ({error}): {LINE_REMEDY}") from None
+        yield where, data
 
 
 def read_json(path: Place, remedy: str = "delete it and run again") -> Any:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from saelab.errors import UsageError
@@ -22,6 +23,8 @@ try:
 except ImportError:  # not on this platform
     fcntl = None
 
+#: Seconds that `wait_for_lock` waits. Our choice.
+PATIENCE = 60.0
 #: Errors of a file system that has no locks.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
@@ -54,6 +57,28 @@ def lock_folder(place: Path, doing: str) -> Iterator[None]:
         with suppress(OSError):  # folders that were made only for the lock
             for folder in new_folders:
                 folder.rmdir()
+
+
+@contextmanager
+def wait_for_lock(place: Path, doing: str) -> Iterator[None]:
+    """Holds the lock of a file or folder that others hold for moments only; waits for them.
+
+    Args:
+        place, doing: as in `lock_folder`.
+
+    Raises: BusyError naming the holder when that takes too long.
+    """
+    until = time.monotonic() + PATIENCE
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock_folder(place, doing))
+                break
+            except BusyError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.05)
+        yield
 
 
 def _acquire(file: Path, busy: str) -> int:

@@ -22,9 +22,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from saelab.config import digest
-from saelab.errors import DamageError, SaelabError, SourceError, UsageError
-from saelab.storage.atomic import MOST_JSON, append_line, drop_torn_line, read_json, write_json
-from saelab.storage.small_files import read_small_file
+from saelab.errors import DamageError, SaelabError, UsageError
+from saelab.storage.atomic import LINE_REMEDY, append_line, read_json, read_lines, write_json
+from saelab.storage.lock import wait_for_lock
 from saelab.storage.validation import Loose, Number, validate
 from saelab.study.plan import BaseConfig, PlanConfig, Run
 from saelab.study.registration import base_changes, describe_base, describe_runs, run_changes
@@ -198,9 +198,9 @@ class Attempt:
 def attempt(root: Path, run: str) -> Iterator[int]:
     """Writes down an attempt at `run` and how it ended; gives its number."""
     file = root / FOLDER / ATTEMPTS
-    number = 1 + len(attempts(root))
-    begun = Attempt(number, run, _now())
-    append_line(file, _line(start=number, run=run, started=begun.started, pid=os.getpid()))
+    with wait_for_lock(file, "is writing down an attempt"):  # two launches, two numbers
+        number = 1 + len(attempts(root))
+        append_line(file, _line(start=number, run=run, started=_now(), pid=os.getpid()))
     start, outcome, reason = time.monotonic(), "complete", ""
     try:
         yield number
@@ -222,28 +222,17 @@ def attempts(root: Path) -> list[Attempt]:
 
     Raises: DamageError when the ledger can't be read.
     """
-    file = root / FOLDER / ATTEMPTS
     found: dict[int, Attempt] = {}
-    try:
-        content = read_small_file(file, MOST_JSON)
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SourceError(f"{file} can't be read ({reason}): move it away") from None
-    for number, text in enumerate(drop_torn_line(content).splitlines(), start=1):
-        where, remedy = f"{file}:{number}", "fix the line, or take the file from a copy"
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DamageError(f"{where} is damaged ({error}): {remedy}") from None
+    for where, line in read_lines(root / FOLDER / ATTEMPTS):
         if isinstance(line, dict) and "start" in line:
-            validate(line, _Start, where, remedy)
+            validate(line, _Start, where, LINE_REMEDY)
             found[line["start"]] = Attempt(line["start"], line["run"], line["started"])
             continue
-        validate(line, _End, where, remedy)
+        validate(line, _End, where, LINE_REMEDY)
         if line["end"] not in found:
-            raise DamageError(f"{where} ends attempt {line['end']}, which never began: {remedy}")
+            raise DamageError(
+                f"{where} ends attempt {line['end']}, which never began: {LINE_REMEDY}"
+            )
         ended = {name: line[name] for name in ("outcome", "reason", "seconds")}
         found[line["end"]] = replace(found[line["end"]], **ended)
     return list(found.values())

@@ -60,6 +60,11 @@ class Launch:
         return f"{self.name}/{SETTINGS}/{self.setting}" if self.setting else self.name
 
     @property
+    def further_settings(self) -> tuple[str, ...]:
+        """Names of the plan's further settings; () for the launch of one of them."""
+        return () if self.setting else tuple(each.name for each in self.plan.settings)
+
+    @property
     def seed_stream(self) -> str:
         """Name of the stream of seeds: every setting has seeds of its own, so that the errors of
         its effects are independent of those of the others, as has every further set of seeds."""

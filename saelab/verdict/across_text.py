@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from saelab.runtime.counting import count
 from saelab.verdict.across_settings import AcrossSettings
-from saelab.verdict.summary import align_columns
+from saelab.verdict.summary import align_columns, span_text
 
 #: What the prediction interval is about, printed with every general word.
 COVERS_SETTINGS = (
@@ -28,9 +28,9 @@ def across_text(across: Sequence[AcrossSettings]) -> str:
         mean = "-" if a.mean is None else f"{a.mean:+.4f}"
         lines.append(
             [
-                *(_name(a), f"{a.n}/{len(a.settings)}", mean, _span(a.low, a.high)),
+                *(_name(a), f"{a.n}/{len(a.settings)}", mean, span_text(a.low, a.high)),
                 *("-" if a.tau is None else f"{a.tau:.2g}", _share(a.i2)),
-                *(_span(a.new_low, a.new_high), a.mean_word, a.word),
+                *(span_text(a.new_low, a.new_high), a.mean_word, a.word),
             ]
         )
     parts = [f"words in {count(len(names), 'setting')}:", align_columns(words), ""]
@@ -41,10 +41,6 @@ def across_text(across: Sequence[AcrossSettings]) -> str:
 
 def _name(a: AcrossSettings) -> str:
     return a.arm if a.against == "baseline" else f"{a.arm} - {a.against}"
-
-
-def _span(low: float | None, high: float | None) -> str:
-    return "-" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
 
 
 def _share(value: float | None) -> str:

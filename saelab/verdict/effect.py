@@ -88,18 +88,21 @@ class Effect:
 
         half = np.where(self.flat, 0.0, stdtrit(self.df, 1 - level / 2) * self.se)
         low, high = self.mean - half, self.mean + half
+        if not self.flat.any():
+            return low, high
         undecided = self.flat & (self.p >= level)
         return np.where(undecided, np.minimum(low, 0), low), np.where(
             undecided, np.maximum(high, 0), high
         )
 
 
-def estimate(arm: Array, baseline: Array, shared: int, extra: float = 0.0) -> Effect:
+def estimate(arm: Array, baseline: Array, shared: int, extra: float | Array = 0.0) -> Effect:
     """Estimates arm minus baseline.
 
     Args:
-        arm: [..., n_a], baseline: [..., n_b]; the first `shared` of both have the same seeds.
-        extra: further variance of the difference.
+        arm: [..., n_a], baseline: [..., n_b], where ... are broadcast; the first `shared` of both
+            have the same seeds.
+        extra: further variance of the difference, one number or [...].
 
     Raises: SettingError (of `stats`) for fewer than two cells on a side.
     """
@@ -119,13 +122,14 @@ def estimate(arm: Array, baseline: Array, shared: int, extra: float = 0.0) -> Ef
     variance = np.where(flat, 0.0, variance)
     mean = a.mean(axis=-1) - b.mean(axis=-1)
     mean = np.where(np.abs(mean) <= ROUNDING * largest, 0.0, mean)
-    if extra > 0:  # the further variance is no estimate: with it the degrees of freedom grow
-        df = np.where(flat, math.inf, df * ((variance + extra) / np.where(flat, 1, variance)) ** 2)
-        flat = np.zeros_like(flat)
+    # The further variance is no estimate: with it the degrees of freedom grow.
+    added = np.broadcast_to(np.asarray(extra, dtype=np.float64), mean.shape)
+    grown = np.where(flat, math.inf, df * ((variance + added) / np.where(flat, 1, variance)) ** 2)
+    df, flat = np.where(added > 0, grown, df), flat & (added <= 0)
     return Effect(
         mean=mean,
         variance=variance,
-        extra=np.full_like(mean, extra),
+        extra=added,
         df=np.minimum(df, 1e6),
         correlation=r,
         n=(n_a, n_b, shared),

@@ -247,6 +247,26 @@ def choose_words(
     return np.select(conditions, ["equivalent", "helps", "hurts"], "cannot tell yet")
 
 
+def words_with_failures(
+    interval: tuple[stats.Array, stats.Array, stats.Array],
+    sesoi: float,
+    failures: Failures,
+    level: float,
+) -> np.ndarray:
+    """Chooses among the words by the numbers of failures and by an interval; positive gains are
+    good.
+
+    Args:
+        interval: estimate and ends, NaN where a side has too few cells.
+        failures: the same of all comparisons.
+        level: that of the failures, which is the interval's too.
+    """
+    if failures.any and failures.p <= level:
+        return np.full(np.shape(interval[0]), "hurts" if failures.balance > 0 else "helps")
+    words = choose_words(*interval, sesoi)
+    return np.where(np.isin(words, BARRED[failures.balance]), "cannot tell yet", words)
+
+
 def compare_secondary(
     metric: str,
     baseline: Cells,
@@ -342,15 +362,11 @@ def _with_numbers(blank: Comparison, effect: Effect) -> Comparison:
 
 
 def _word(done: Comparison, rules: Rules, failures: Failures) -> Word:
-    """Chooses the word from the interval and from the numbers of failures."""
-    if failures.any and failures.p <= done.level:
-        return "hurts" if failures.balance > 0 else "helps"
-    if done.mean_diff is None or done.low is None or done.high is None:
-        return "cannot tell yet"
-    ends = sorted((rules.sign * done.low, rules.sign * done.high))
-    gain, low, high = (np.array(x) for x in (rules.sign * done.mean_diff, *ends))
-    word = cast(Word, str(choose_words(gain, low, high, rules.sesoi)))
-    return "cannot tell yet" if word in BARRED[failures.balance] else word
+    """Chooses the word of one comparison."""
+    numbers = (done.mean_diff, done.low, done.high)
+    values = np.array([math.nan if x is None else rules.sign * x for x in numbers])
+    interval = (values[0], *np.sort(values[1:]))
+    return cast(Word, str(words_with_failures(interval, rules.sesoi, failures, done.level)))
 
 
 def seeds_to_tell(effect: Effect, sesoi: float, level: float) -> int | None:

@@ -37,7 +37,7 @@ from saelab.verdict.gate import ORDER, Outcome
 from saelab.verdict.judge import COVERS, Comparison, Difference
 from saelab.verdict.over_texts import OverTexts, over_texts
 from saelab.verdict.rivals import Rival, find_rivals, rivals_sentence
-from saelab.verdict.summary import align_columns
+from saelab.verdict.summary import align_columns, span_text
 from saelab.verdict.twin import (
     Planted,
     counted_line,
@@ -455,4 +455,4 @@ def _p(value: float | None) -> str:
 
 
 def _span(c: Comparison | Difference | OverTexts) -> str:
-    return "-" if c.low is None or c.high is None else f"{c.low:+.4f} to {c.high:+.4f}"
+    return span_text(c.low, c.high)

@@ -126,7 +126,7 @@ def summary_text(
     ]
     comments = {arm.name: arm.comment for arm in task.run.arms}
     for c, texts in zip(comparisons, judged.over_texts, strict=True):
-        interval = f"{_span(c.low, c.high)} | {_span(texts.low, texts.high)}"
+        interval = f"{span_text(c.low, c.high)} | {span_text(texts.low, texts.high)}"
         difference = "-" if c.mean_diff is None else f"{c.mean_diff:+.4f}"
         arm = c.arm if c.against == BASELINE else f"{c.arm}, against {c.against}"
         names = f"{markdown(arm)} | {markdown(comments.get(c.arm, ''))}"
@@ -156,7 +156,8 @@ def summary_text(
     return "\n".join(lines) + "\n"
 
 
-def _span(low: float | None, high: float | None) -> str:
+def span_text(low: float | None, high: float | None) -> str:
+    """An interval as it is printed; '-' where there is none."""
     return "-" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
 
 
@@ -174,7 +175,7 @@ def _across_lines(across: Sequence[AcrossSettings]) -> list[str]:
     for a in across:
         words = " | ".join(one.word for one in a.settings)
         mean = "-" if a.mean is None else f"{a.mean:+.4f} [{a.low:+.4f}, {a.high:+.4f}]"
-        new = "-" if a.new_low is None else f"{a.new_low:+.4f} to {a.new_high:+.4f}"
+        new = span_text(a.new_low, a.new_high)
         lines.append(f"| {markdown(a.arm)} | {words} | {a.mean_word} | {mean} | {a.word} | {new} |")
     lines += ["", *(f"- {markdown(f'{a.arm}: {a.reason}')}" for a in across)]
     return [*lines, "", "What follows is of the plan's own base alone.", ""]

@@ -90,6 +90,13 @@ def test_a_damaged_run_is_named_by_all_that_read_it(
     assert not list(project.folder.glob("run_1_*.png"))
 
 
+def test_a_missing_table_of_documents_is_named(tmp_path: Path, finished: Project) -> None:
+    project = finished.copied(tmp_path / "project")
+    (project.folder / "run_1" / "documents.parquet").unlink()
+    ended = cli(project.folder, "verdict", "run_1")
+    assert ended.code == 1 and "documents.parquet is missing" in ended.last, ended.err
+
+
 @pytest.mark.parametrize("name", ["gate.json", "cells/baseline/*/latents.parquet"])
 def test_a_report_is_made_of_intact_files_alone(
     tmp_path: Path, finished: Project, name: str

@@ -17,6 +17,7 @@ from saelab.evals import EVALUATIONS, Evaluation, evals_help
 from saelab.evals.base import Row, SeedPair, Subject, Training, number
 from saelab.evals.measure import EvalData
 from saelab.launch.controls import SUBJECTS
+from saelab.runs.schema import TWIN
 
 PLAN = (
     "study = 'small'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = [8]\n"
@@ -96,11 +97,12 @@ def test_a_launch_measures_what_it_is_asked_for(
             cell = (row["arm"], row["level"])
             found.setdefault(row["metric"], {}).setdefault(cell, []).append(row["value"])
     arms = [("baseline", 16), ("rate", 16)]
-    controls = [(f"control:{name}", 16) for name in SUBJECTS]
+    controls = [(f"control:{name}", 16) for name in (*SUBJECTS, TWIN)]
     tokens = next(row["tokens"] for row in rows)
     assert set(found["toy.rows"]) == {*arms, *controls, ("control:frozen decoder", 16)}
     assert all(found["toy.rows"][arm] == [tokens + 256] * 2 for arm in arms)
-    assert set(found["toy.steps"]) == {*arms, ("control:frozen decoder", 16)}
+    trained = ("control:frozen decoder", f"control:{TWIN}")
+    assert set(found["toy.steps"]) == {*arms, *((name, 16) for name in trained)}
     assert all(found["toy.steps"][arm] == [64] * 2 for arm in arms)
     assert found["toy.pairs"] == {arm: [1, 1] for arm in arms}
 

@@ -105,9 +105,9 @@ def test_the_second_wave_counts_towards_the_limit_before_the_first_is_trained(
     def seconds(specs: list, *_: object) -> float:
         return 1000.0 * len(specs)
 
-    with patch("saelab.launch.launch.training_seconds", seconds):  # 6 cells, then 3
+    with patch("saelab.launch.launch.training_seconds", seconds):  # 6 cells, 3 of the twin, then 3
         ended = project.call()
-    assert ended.code == 2 and "'2:30:00'" in ended.last and "over the limit" in ended.last
+    assert ended.code == 2 and "'3:20:00'" in ended.last and "over the limit" in ended.last
     assert not project.finished_cells()
 
 

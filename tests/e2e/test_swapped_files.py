@@ -330,6 +330,8 @@ def result(project: Project, ended: Ended, own_code: bool) -> tuple[Any, Any] | 
 
 def launched(project: Project, own_code: bool) -> tuple[Any, Any] | str:
     shutil.rmtree(project.folder / "run_1", ignore_errors=True)
+    ledger = project.folder / ".saelab" / "comparisons.jsonl"
+    ledger.unlink(missing_ok=True)  # another look at a hypothesis has another level
     return result(project, project.call(), own_code)
 
 

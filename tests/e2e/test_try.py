@@ -164,7 +164,7 @@ class Researcher:
         return cli(self.project.folder, "try", "--limit", "300", *arguments)
 
     def _read(self, ended: Ended) -> tuple[str, str]:
-        """What `grep "^val_fvu:\\|^decision:" run.log` shows."""
+        """Decision and value, as a driver finds them in the log by the first word of a line."""
         log = ended.out + ended.err
         found = dict(re.findall(r"^(val_fvu|decision): ([^{\n]*)", log, re.M))
         return found.get("decision", "crash").strip(), found.get("val_fvu", "0")

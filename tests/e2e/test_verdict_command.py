@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,8 +16,11 @@ from projects import BASELINE, LONGER, PLAN, RATE, SCALED, Project, cli
 from saelab.analysis.difference import difference
 from saelab.errors import SettingError, SourceError
 from saelab.launch.controls import SUBJECTS
-from saelab.storage.atomic import read_json, write_json
+from saelab.storage.atomic import read_json, write_json, write_sealed
 from saelab.verdict.review import complete_runs
+from saelab.verdict.simulation import promises
+from saelab.verdict.simulation.comparisons import family_rows, null_rows
+from saelab.verdict.simulation.rows import Row
 
 TWIN = 'Arm("twin", {}, twin_of="baseline")'
 #: Its learning rate is so high that it diverges at once and has weights of zero.
@@ -152,6 +158,9 @@ def test_a_run_of_an_older_version_says_that_it_has_no_documents(
 ) -> None:
     shutil.copytree(project.folder / "run_1", tmp_path / "run_1")
     (tmp_path / "run_1" / "documents.parquet").unlink()
+    manifest = read_json(tmp_path / "run_1" / "manifest.json")
+    del manifest["sha256"]["documents.parquet"], manifest["digest"]
+    write_sealed(tmp_path / "run_1" / "manifest.json", manifest)
     said = cli(tmp_path, "verdict", "run_1").out
     assert "over texts: no interval, since the run has no documents.parquet" in said
 
@@ -299,10 +308,32 @@ def test_a_run_from_the_command_line_prints_its_verdict_as_json(tmp_path: Path) 
     assert json.loads(ended.out)["comparisons"] == made.manifest()["comparisons"]
 
 
-def test_the_simulation_prints_its_table(tmp_path: Path) -> None:
+def test_the_simulation_prints_its_table_and_a_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups of rows; tests/verdict/test_simulation.py runs all of them."""
+    monkeypatch.setattr(promises, "row_groups", lambda: [null_rows, family_rows])
     ended = cli(tmp_path, "verdict", "--simulate", "--simulations", "500")
     assert ended.code == 0, ended.err
-    assert "kept" in ended.out and "no effect: helps or hurts" in ended.out
+    table, summary = (part.splitlines() for part in ended.out.split("\n\n"))
+    assert table[1].startswith("no effect: helps or hurts") and table[1].endswith("kept")
+    assert [line.split("  ")[0] for line in summary[:-1]] == [
+        "promise",
+        "no effect: helps or hurts",
+        "12 arms, not 6: wider interval, no new word",
+    ]
+    assert summary[-1].startswith("108 rows of 2 promises: 0 broken")
     rows = json.loads(cli(tmp_path, "verdict", "--simulate", "--simulations", "500", "--json").out)
-    assert len(rows) + 1 == len(ended.out.splitlines())
+    assert len(rows) + 1 == len(table) and all(row["kept"] for row in rows)
     assert cli(tmp_path, "verdict", "--simulate", "--simulations", "1").code == 2
+
+
+def test_a_broken_promise_ends_the_simulation_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(studies: int, seed: int) -> Iterator[Row]:
+        yield from map(functools.partial(dataclasses.replace, observed=0.5), null_rows(100, 0))
+
+    monkeypatch.setattr(promises, "row_groups", lambda: [rows])
+    ended = cli(tmp_path, "verdict", "--simulate", "--simulations", "500")
+    assert ended.code == 1 and "72 BROKEN" in ended.out

@@ -62,7 +62,10 @@ def data(x: Tensor) -> CoreData:
     mask = torch.ones(n, POSITIONS, dtype=torch.bool)
     positions = torch.arange(POSITIONS).expand(n, -1)
     shard = SimpleNamespace(
-        x=x.view(n, POSITIONS, -1), mask=mask, rows=lambda: (x, positions.flatten())
+        x=x.view(n, POSITIONS, -1),
+        mask=mask,
+        documents=None,
+        rows=lambda: (x, positions.flatten()),
     )
     header = {"hook_name": "x", "reason": "made up"}
     source: Any = SimpleNamespace(shard=lambda i: shard, n_shards=1, header=header)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,18 @@ def test_a_killed_attempt_has_no_end_and_the_next_one_its_own_number(tmp_path: P
         ("no end", True),
         ("complete", False),
     ]
+
+
+def test_attempts_that_start_together_have_numbers_of_their_own(tmp_path: Path) -> None:
+    def start(i: int) -> int:
+        with attempt(tmp_path, f"run_{i}") as number:
+            return number
+
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(start, range(24)))
+    assert sorted(numbers) == list(range(1, 25))
+    runs = {one.number: one.run for one in attempts(tmp_path)}
+    assert runs == {number: f"run_{i}" for i, number in enumerate(numbers)}
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:

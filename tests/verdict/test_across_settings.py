@@ -189,5 +189,5 @@ def test_every_arm_is_judged_and_stored_numbers_are_read_again() -> None:
 
 def test_coverage_over_settings_and_for_a_new_one() -> None:
     rows = list(settings_rows(studies=2000, seed=1))
-    assert len(rows) == 63
+    assert len(rows) == 351
     assert not [row.line() for row in rows if not row.is_kept]

@@ -9,7 +9,8 @@ from saelab.seeding import numpy_stream
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.verdict.error_budget.ledger import read_ledger
 from saelab.verdict.simulation.adversary import TRICKS, Driver, Study, Submission, attack
-from saelab.verdict.simulation.comparisons import SESOI, TARGET, Frontier
+from saelab.verdict.simulation.cells import SESOI, TARGET
+from saelab.verdict.simulation.frontiers import Frontier
 
 PLAN = PlanConfig(study="attacked", target_l0=TARGET, sesoi=SESOI, comparisons=20)
 

@@ -84,3 +84,17 @@ def test_order_and_sides_do_not_matter(order: list[int], shift: int) -> None:
 def test_one_cell_has_no_spread() -> None:
     with pytest.raises(SettingError, match="two"):
         estimate(np.ones(1), np.ones(8), 1)
+
+
+def test_many_comparisons_at_once() -> None:
+    """Arms beside one baseline that is not copied, each with a further variance of its own."""
+    arms, baseline = draw(4, 3, 8), draw(5, 8)[:4, None]
+    extra = np.array([0.0, 0.5, 4.0])
+    together = estimate(arms, baseline, 6, extra)
+    for i, j in np.ndindex(4, 3):
+        one = estimate(arms[i, j], baseline[i, 0], 6, float(extra[j]))
+        for name in ("mean", "se", "df", "p", "correlation", "pair_sd", "flat"):
+            assert getattr(together, name)[i, j] == pytest.approx(float(getattr(one, name))), name
+        ends = [float(end[i, j]) for end in together.interval(0.05)]
+        assert ends == pytest.approx([float(end) for end in one.interval(0.05)])
+    assert together.mean.shape == together.extra.shape == (4, 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -15,14 +14,9 @@ from scipy import stats as scipy_stats
 
 from saelab import stats
 from saelab.errors import SettingError
-from saelab.progress import Progress
-from saelab.progress.bar import redirect_bars
 from saelab.seeding import numpy_stream
 from saelab.verdict.judge import Cells, Comparison, Rules, compare_secondary, judge
 from saelab.verdict.l0_adjustment import Matched
-from saelab.verdict.simulation import comparisons as simulation
-from saelab.verdict.simulation import promises as validation
-from saelab.verdict.simulation.promises import all_promises
 
 SEEDS = range(100, 108)
 BASE = {seed: 0.1 + 0.003 * i for i, seed in enumerate(SEEDS)}
@@ -304,60 +298,3 @@ def test_secondary_metrics_have_an_interval_and_no_word() -> None:
     assert (one.n, one.low, one.reason) == (1, None, "one cell has no interval")
     assert (gone.n, gone.mean_diff) == (0, None) and gone.reason
     assert "word" not in {field.name for field in dataclasses.fields(arm)}
-
-
-# ---- promises ----------------------------------------------------------------------------------
-
-
-def test_promises_hold_under_simulation() -> None:
-    rows = list(all_promises(studies=300, seed=0))
-    broken = [row.line() for row in rows if not row.is_kept]
-    assert not broken, "\n".join(broken)
-    assert len({row.promise for row in rows}) >= 14
-    for kind in simulation.KINDS:
-        assert {row.promise for row in rows if row.cells.startswith(kind)} >= {
-            "no effect: helps or hurts",
-            "no effect: |hurts - helps|",
-            "no effect at the target: helps or hurts",
-            "no effect, up to 6 looks: a difference",
-            "agreement of an arm's seeds: interval covers",
-            "effect over texts: 95% interval covers",
-        }
-
-
-def test_rows_do_not_depend_on_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    groups = [functools.partial(simulation._look_rows, kind=kind) for kind in simulation.KINDS]
-    monkeypatch.setattr(validation, "row_groups", lambda: groups)
-    alone, together = (list(all_promises(100, processes=n)) for n in (1, 2))
-    assert alone == together and len(alone) > 3 * 4
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_simulation_shows_its_progress(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    groups = [functools.partial(simulation._look_rows, kind=kind) for kind in simulation.KINDS]
-    monkeypatch.setattr(validation, "row_groups", lambda: groups)
-    bars: list[Progress] = []
-
-    class Kept(Progress):
-        def __init__(self, title: str, total: float, unit: str = "") -> None:
-            super().__init__(title, total, unit)
-            bars.append(self)
-
-    with redirect_bars(Kept):
-        list(all_promises(100, processes=processes))
-    (bar,) = bars  # three groups, and four that are always there
-    assert (bar.done, bar.total) == (7, 7)
-
-
-def test_a_difference_of_shares_has_an_error_of_its_own() -> None:
-    row = simulation.Row(promise="", cells="", studies=300, observed=0.03, low=0.0, high=0.01)
-    assert not row.is_kept
-    assert dataclasses.replace(row, variance=0.05).is_kept
-
-
-def test_a_broken_promise_is_seen() -> None:
-    design = simulation.Design(8, 8)
-    effect = simulation.draw_effects(design, "normal", 0.0, 1.0, 500, 0)
-    wrong = float((effect.p < 0.05).mean())
-    row = simulation.Row(promise="", cells="", studies=500, observed=wrong, low=0.0, high=0.05)
-    assert not row.is_kept and "BROKEN" in row.line()

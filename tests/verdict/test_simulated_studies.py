@@ -28,8 +28,8 @@ def test_simulated_levels_are_those_of_the_ledger() -> None:
 
 
 def test_every_promise_is_kept() -> None:
-    rows = list(study_rows(200, 0))
-    assert len(rows) == 44 and all(row.is_kept for row in rows)
+    rows = list(study_rows(200, 0, "skewed", 0.6))
+    assert len(rows) == 19 and all(row.is_kept for row in rows)
 
 
 def test_without_the_ledger_a_study_is_wrong_far_too_often(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from saelab.errors import DamageError, SourceError
+from saelab.errors import DamageError
 from saelab.runtime.counting import count
-from saelab.storage.atomic import MOST_JSON, append_line, digest, drop_torn_line
-from saelab.storage.lock import BusyError, lock_folder
-from saelab.storage.small_files import read_small_file
+from saelab.storage.atomic import LINE_REMEDY, append_line, digest, read_lines
+from saelab.storage.lock import wait_for_lock
 from saelab.storage.validation import Loose, Number, validate
 from saelab.study.plan import PlanConfig
 from saelab.study.registry import FOLDER, attempts
@@ -35,9 +34,6 @@ from saelab.verdict.judge import Comparison
 COMPARISONS = "comparisons.jsonl"
 #: Word that earns wealth when a hypothesis gets it first.
 DISCOVERY = "helps"
-#: Seconds that a launch waits for another one that writes the ledger. Our choice.
-PATIENCE = 60.0
-REMEDY = "fix the line, or take the file from a copy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,21 +322,8 @@ def read_ledger(root: Path) -> Ledger | None:
 
     Raises: DamageError when a line can't be read, SourceError when the file can't be opened.
     """
-    file = _file(root)
-    try:
-        content = read_small_file(file, MOST_JSON)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SourceError(f"{file} can't be read ({reason}): move it away") from None
     ledger: Ledger | None = None
-    for number, text in enumerate(drop_torn_line(content).splitlines(), start=1):
-        where = f"{file}:{number}"
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DamageError(f"{where} is damaged ({error}): {REMEDY}") from None
+    for where, line in read_lines(_file(root)):
         ledger = _add_line(ledger, line, where)
     return ledger
 
@@ -348,18 +331,20 @@ def read_ledger(root: Path) -> Ledger | None:
 def _add_line(ledger: Ledger | None, line: Any, where: str) -> Ledger:
     """The ledger with one more line."""
     if ledger is None:
-        validate(line, _Budget, where, REMEDY)
+        validate(line, _Budget, where, LINE_REMEDY)
         rule = ErrorBudget(alpha=line["alpha"], planned=line["planned"])
         return Ledger(rule=rule, lost=tuple(line["lost"]))
     if isinstance(line, dict) and "number" in line:
-        validate(line, _Given, where, REMEDY)
+        validate(line, _Given, where, LINE_REMEDY)
         if line["number"] != 1 + len(ledger.given):
-            raise DamageError(f"{where} is not comparison {1 + len(ledger.given)}: {REMEDY}")
+            raise DamageError(f"{where} is not comparison {1 + len(ledger.given)}: {LINE_REMEDY}")
         ledger.given[line["number"]] = line
         return ledger
-    validate(line, _Result, where, REMEDY)
+    validate(line, _Result, where, LINE_REMEDY)
     if line["result"] not in ledger.given:
-        raise DamageError(f"{where} is about comparison {line['result']}, which has none: {REMEDY}")
+        raise DamageError(
+            f"{where} is about comparison {line['result']}, which has none: {LINE_REMEDY}"
+        )
     ledger.add_result(line)
     return ledger
 
@@ -373,23 +358,9 @@ def _begin(root: Path, plan: PlanConfig, planned: int) -> Ledger:
     return Ledger(rule=rule, lost=lost)
 
 
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Holds the ledger; waits while another launch does.
-
-    Raises: BusyError when that takes too long.
-    """
-    until = time.monotonic() + PATIENCE
-    with ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(lock_folder(_file(root), "is writing down comparisons"))
-                break
-            except BusyError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.05)
-        yield
+def _locked(root: Path) -> AbstractContextManager[None]:
+    """Holds the ledger; waits while another launch does."""
+    return wait_for_lock(_file(root), "is writing down comparisons")
 
 
 def _file(root: Path) -> Path:

@@ -33,7 +33,8 @@ from saelab.verdict.arms import ArmResult
 from saelab.verdict.decision import MOST_TIMES, Decision, decide_run
 from saelab.verdict.error_budget.ledger import Hypothesis, allot, budget, record_results
 from saelab.verdict.final_info import judge_run
-from saelab.verdict.simulation.comparisons import SD, SESOI, SLOPE, TARGET, Frontier
+from saelab.verdict.simulation.cells import SD, SESOI, SLOPE, TARGET, Kind, draw_noise
+from saelab.verdict.simulation.frontiers import LEVELS, WITH_LEVELS, Frontier
 
 PLANTED = "planted"
 #: Shares of the submissions that are worth nothing.
@@ -44,8 +45,6 @@ TRICKS = {
     "other name": 0.1,
     "more seeds": 0.15,
 }
-#: Seeds that have cells at further levels.
-WITH_LEVELS = 2
 
 
 @dataclass(frozen=True)
@@ -121,6 +120,7 @@ class Study:
         seed: of all cells.
         sd: standard deviation of a cell.
         correlation: of arm and baseline within a seed.
+        kind: of the cells' noise.
     """
 
     root: Path
@@ -128,6 +128,7 @@ class Study:
     seed: int
     sd: float = SD
     correlation: float = 0.0
+    kind: Kind = "normal"
 
     def arms(self, submission: Submission) -> dict[str, ArmResult]:
         """Baseline and candidate, with the cells that they always have."""
@@ -145,14 +146,18 @@ class Study:
         for i in range(submission.seeds):
             seed = 1000 * submission.seed_set + i
             stream = numpy_stream(self.seed, "adversary", settings, seed)
-            shared = numpy_stream(self.seed, "adversary-seed", seed).normal()
+            shared = self._noise(numpy_stream(self.seed, "adversary-seed", seed))
             moved = replace(own, effect=own.effect + self.sd * math.sqrt(self.correlation) * shared)
             l0 = TARGET * (1 + own.off) * math.exp(own.spread * stream.normal())
-            arm.add(*moved.cell(seed, TARGET, l0, stream))
+            arm.add(*moved.cell(seed, TARGET, l0, self._noise(stream)))
             if own.levels and i < WITH_LEVELS:
-                for level in (TARGET / 2, TARGET * 2):
-                    arm.add_level(*moved.cell(seed, level, 1.01 * level, stream))
+                for level in LEVELS:
+                    noise = self._noise(stream)
+                    arm.add_level(*moved.cell(seed, level, LEVELS[level], noise))
         return arm
+
+    def _noise(self, stream: np.random.Generator) -> float:
+        return float(draw_noise(stream, self.kind, (1,))[0])
 
     def submit(self, submission: Submission, name: str, arms: dict[str, ArmResult]) -> Decision:
         """Judges a submission as a launch does.
@@ -242,6 +247,7 @@ def attack(
     seed: int = 0,
     sd: float = SD,
     correlation: float = 0.0,
+    kind: Kind = "normal",
     comparisons: int | None = None,
 ) -> dict[str, Count]:
     """Submits worthless and planted arms in random order to one study; rule -> its counts.
@@ -252,7 +258,7 @@ def attack(
         root: empty folder for the study's ledger.
         worthless, planted: numbers of submissions.
         seed: of all draws.
-        sd, correlation: of the cells.
+        sd, correlation, kind: of the cells.
         comparisons: that the plan names; None for as many as are submitted.
     """
     plan = PlanConfig(
@@ -262,7 +268,7 @@ def attack(
         comparisons=comparisons or worthless + planted,
     )
     stream = numpy_stream(seed, "adversary-driver")
-    study = Study(root, plan, seed, sd=sd, correlation=correlation)
+    study = Study(root, plan, seed, sd=sd, correlation=correlation, kind=kind)
     driver = Driver(plan, stream)
     order = stream.permutation([False] * worthless + [True] * planted)
     counts = {rule: Count() for rule in ("decision", "mean is better", "one cell is better")}

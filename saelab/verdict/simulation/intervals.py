@@ -14,7 +14,8 @@ from saelab.stats import Array
 from saelab.verdict.agreement import WIDER, pseudo_values
 from saelab.verdict.effect import estimate
 from saelab.verdict.over_texts import half_width
-from saelab.verdict.simulation.comparisons import KINDS, Kind, Row, draw_noise
+from saelab.verdict.simulation.cells import CORRELATIONS, KINDS, draw_noise, draw_two
+from saelab.verdict.simulation.rows import Row, share_row
 
 #: Seeds of an arm.
 SEEDS = (3, 5, 8)
@@ -31,31 +32,38 @@ def agreement_rows(studies: int, seed: int) -> Iterator[Row]:
     for kind in KINDS:
         for n in SEEDS:
             for share in OF_PAIR:
-                stream = numpy_stream(seed, "simulation", f"agreement {kind} {n} {share:g}")
-                one, other = (_pseudo_values(studies, n, kind, share, stream) for _ in range(2))
-                low, high = stats.t_interval(one, 0.05 / WIDER)
-                difference = estimate(one, other, n).interval(0.05)
-                cells = f"{kind}, {count(n, 'seed')}, noise of a pair {share:g} of a seed's"
-                for promise, (a, b) in (
-                    ("agreement of an arm's seeds: interval covers", (low, high)),
-                    ("difference of two agreements: interval covers", difference),
-                ):
-                    yield Row(
-                        promise=promise,
-                        cells=cells,
-                        studies=studies,
-                        observed=float(((a <= 0) & (b >= 0)).mean()),
-                        low=0.93,
-                        high=1.0,
+                for r in CORRELATIONS:
+                    stream = numpy_stream(
+                        seed, "simulation", f"agreement {kind} {n} {share:g} {r:g}"
                     )
+                    of_seed = draw_two(n, kind, r, studies, stream)
+                    one, other = (_pseudo_values(values, share, stream) for values in of_seed)
+                    cells = f"{kind}, {count(n, 'seed')}, noise of a pair {share:g} of a seed's"
+                    low, high = estimate(one, other, n).interval(0.05)
+                    yield share_row(
+                        "difference of two agreements: interval covers",
+                        f"{cells}, r = {r:g}",
+                        (low <= 0) & (high >= 0),
+                        (0.93, 1.0),
+                    )
+                low, high = stats.t_interval(one, 0.05 / WIDER)
+                inside = (low <= 0) & (high >= 0)
+                yield share_row(
+                    "agreement of an arm's seeds: interval covers", cells, inside, (0.93, 1.0)
+                )
 
 
-def _pseudo_values(
-    studies: int, n: int, kind: Kind, share: float, stream: np.random.Generator
-) -> Array:
-    """Draws v(i, j) = a_i + a_j + e_ij of all pairs of n seeds; pseudo-values [studies, n]."""
+def _pseudo_values(of_seed: Array, share: float, stream: np.random.Generator) -> Array:
+    """Draws v(i, j) = a_i + a_j + e_ij of all pairs of seeds.
+
+    Args:
+        of_seed: a [studies, n].
+        share: standard deviation of e.
+
+    Returns: pseudo-values [studies, n].
+    """
+    studies, n = of_seed.shape
     pairs = np.stack(np.triu_indices(n, 1), axis=1)
-    of_seed = draw_noise(stream, kind, (studies, n))
     values = of_seed[:, pairs].sum(axis=-1) + share * stream.normal(size=(studies, len(pairs)))
     return pseudo_values(values, pairs)
 
@@ -71,11 +79,9 @@ def text_rows(studies: int, seed: int) -> Iterator[Row]:
             estimate_ = (effect * power).sum(axis=1) / power.sum(axis=1)
             z = power / power.sum(axis=1, keepdims=True) * (effect - estimate_[:, None])
             inside = np.abs(estimate_) <= half_width(z, tokens, 0.05)
-            yield Row(
-                promise="effect over texts: 95% interval covers",
-                cells=f"{kind}, {count(n, 'document')} of lengths that differ by a factor of 2",
-                studies=studies,
-                observed=float(inside.mean()),
-                low=SKEWED[n] if kind == "skewed" else 0.93,
-                high=1.0,
+            yield share_row(
+                "effect over texts: 95% interval covers",
+                f"{kind}, {count(n, 'document')} of lengths that differ by a factor of 2",
+                inside,
+                (SKEWED[n] if kind == "skewed" else 0.93, 1.0),
             )

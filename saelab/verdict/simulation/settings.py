@@ -18,15 +18,52 @@ from saelab.seeding import numpy_stream
 from saelab.verdict.across_settings import intervals
 from saelab.verdict.effect import estimate
 from saelab.verdict.judge import choose_words
-from saelab.verdict.simulation.comparisons import Design, Kind, Row, draw_noise
+from saelab.verdict.simulation.cells import CORRELATIONS, KINDS, Design, Kind, draw_cells
+from saelab.verdict.simulation.comparisons import has_direction
+from saelab.verdict.simulation.rows import Row, share_row
 
 #: Numbers of settings.
 SETTINGS = (3, 5, 8)
 #: Standard deviation of true effects between settings, in standard errors of one setting.
 TAUS = (0.0, 1.0, 3.0)
-#: Correlation of arm and baseline within a seed.
-CORRELATION = 0.3
 LEVEL = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Simulated settings; numbers are in standard deviations of an average cell.
+
+    Args:
+        k: their number.
+        tau: standard deviation of true effects between settings, in standard errors of one setting;
+            true effects are normal and have the mean 0.
+        design: numbers of cells in each setting.
+        kind, correlation: of the cells' noise, and of arm and baseline within a seed.
+    """
+
+    k: int
+    tau: float
+    design: Design
+    kind: Kind
+    correlation: float
+
+    def __str__(self) -> str:
+        where = f"{self.kind}, {self.k} settings of {self.design}, r = {self.correlation:g}"
+        return f"{where}, tau = {self.tau:g} standard errors"
+
+    def draw(self, studies: int, seed: int) -> Drawn:
+        stream = numpy_stream(seed, "simulation", f"settings {self}")
+        between = self.tau * math.sqrt(1 / self.design.arm + 1 / self.design.baseline)
+        true = between * stream.normal(size=(studies, self.k + 1))
+        sd = np.linspace(2 / 3, 4 / 3, self.k)[:, None]
+        arm, base = (
+            side.reshape(studies, self.k, -1)
+            for side in draw_cells(
+                self.design, self.kind, self.correlation, studies * self.k, stream
+            )
+        )
+        effect = estimate(sd * arm + true[:, : self.k, None], sd * base, self.design.shared)
+        return Drawn(effect.mean, true[:, self.k])
 
 
 @dataclass(frozen=True)
@@ -37,79 +74,26 @@ class Drawn:
     new: stats.Array
 
 
-def draw_settings(
-    k: int, design: Design, tau: float, kind: Kind, mean: float, studies: int, seed: int
-) -> Drawn:
-    """Draws studies of k settings; numbers are in standard deviations of an average cell.
-
-    Args:
-        design: numbers of cells in each setting.
-        tau: spread of true effects between settings, in standard errors of one setting.
-        kind: of the cells' noise; true effects are normal.
-        mean: mean true effect.
-    """
-    stream = numpy_stream(seed, "simulation", f"settings {k} {design} {tau:g} {kind} {mean:g}")
-    between = tau * math.sqrt(1 / design.arm + 1 / design.baseline)
-    true = mean + between * stream.normal(size=(studies, k + 1))
-    sd = np.linspace(2 / 3, 4 / 3, k)[:, None]
-    of_seed = draw_noise(stream, kind, (studies, k, max(design.arm, design.baseline)))
-    share, rest = math.sqrt(CORRELATION), math.sqrt(1 - CORRELATION)
-    arm = rest * draw_noise(stream, kind, (studies, k, design.arm))
-    base = rest * draw_noise(stream, kind, (studies, k, design.baseline))
-    arm += share * of_seed[..., : design.arm]
-    base += share * of_seed[..., : design.baseline]
-    effect = estimate(sd * arm + true[:, :k, None], sd * base, design.shared)
-    return Drawn(effect.mean, true[:, k])
-
-
 def settings_rows(studies: int, seed: int) -> Iterator[Row]:
-    """Simulates coverage of both intervals, and how often a word is wrong."""
-    cases: tuple[tuple[Kind, Design], ...] = (
-        ("normal", Design(8, 8)),
-        ("normal", Design(3, 8)),
-        ("skewed", Design(3, 8)),
-    )
-    for kind, design in cases:
+    """Simulates coverage of both intervals, and how often a word is wrong where settings have no
+    effect on average."""
+    cases: list[tuple[Kind, float, Design]] = [
+        (kind, r, Design(3, 8)) for kind in KINDS for r in CORRELATIONS
+    ]
+    for kind, r, design in [*cases, ("normal", 0.3, Design(8, 8))]:
         for k in SETTINGS:
             for tau in TAUS:
-                yield from _coverage_rows(k, design, tau, kind, studies, seed)
-    for k in SETTINGS:
-        for tau in TAUS:
-            yield _wrong_row(k, tau, studies, seed)
+                settings = Settings(k=k, tau=tau, design=design, kind=kind, correlation=r)
+                yield from _rows(settings, studies, seed)
 
 
-def _coverage_rows(
-    k: int, design: Design, tau: float, kind: Kind, studies: int, seed: int
-) -> Iterator[Row]:
-    drawn = draw_settings(k, design, tau, kind, 0.0, studies, seed)
-    found = intervals(drawn.effects, LEVEL)
-    covered = {
-        "mean over settings: 95% interval covers": np.abs(found.mean) <= found.half,
-        "new setting: 95% prediction interval covers": np.abs(drawn.new - found.mean)
-        <= found.new_half,
-    }
-    for promise, hits in covered.items():
-        yield Row(
-            promise=promise,
-            cells=f"{kind}, {k} settings of {design}, tau = {tau:g} standard errors",
-            studies=studies,
-            observed=float(hits.mean()),
-            low=0.95,
-            high=1.0,
-        )
-
-
-def _wrong_row(k: int, tau: float, studies: int, seed: int) -> Row:
-    """No effect on average, and next to no smallest effect of interest: every word is wrong."""
-    drawn = draw_settings(k, Design(3, 8), tau, "normal", 0.0, studies, seed + 1)
-    found = intervals(drawn.effects, LEVEL)
-    low, high = found.mean - found.half, found.mean + found.half
-    word = choose_words(found.mean, low, high, 0.0)
-    return Row(
-        promise="no effect over settings: helps or hurts",
-        cells=f"normal, {k} settings of {Design(3, 8)}, tau = {tau:g} standard errors",
-        studies=studies,
-        observed=float(np.isin(word, ("helps", "hurts")).mean()),
-        low=0.0,
-        high=0.05,
-    )
+def _rows(settings: Settings, studies: int, seed: int) -> Iterator[Row]:
+    drawn = settings.draw(studies, seed)
+    result = intervals(drawn.effects, LEVEL)
+    mean, half = result.mean, result.half
+    of_new = np.abs(drawn.new - mean) <= result.new_half
+    wrong = has_direction(choose_words(mean, mean - half, mean + half, 0.0))
+    cells, covers = str(settings), (0.95, 1.0)
+    yield share_row("mean over settings: 95% interval covers", cells, np.abs(mean) <= half, covers)
+    yield share_row("new setting: 95% prediction interval covers", cells, of_new, covers)
+    yield share_row("no effect over settings: helps or hurts", cells, wrong, (0.0, 0.05))

@@ -18,7 +18,8 @@ from saelab.verdict.effect import Effect, estimate
 from saelab.verdict.error_budget.ledger import DISCOVERY
 from saelab.verdict.error_budget.levels import ErrorBudget, look_share
 from saelab.verdict.judge import choose_words
-from saelab.verdict.simulation.comparisons import CORRELATIONS, KINDS, Kind, Row, draw_noise
+from saelab.verdict.simulation.cells import Kind, draw_noise
+from saelab.verdict.simulation.rows import Row
 
 RUNS, ARMS, BASELINE_SEEDS, ALPHA = 10, 6, 8, 0.05
 #: Studies that are simulated at once, which bounds the memory.
@@ -52,15 +53,19 @@ class Ledgers:
         """Levels [studies, arms] of one run."""
         t = self.given + 1 + np.arange(arms)
         level = np.broadcast_to(self.rule.gamma(t), (self.studies, arms))
-        for start, earned in self.pots:
-            level = level + earned[:, None] * self.rule.gamma(t - start)
+        if self.pots:
+            starts, earned = zip(*self.pots, strict=True)
+            gamma = self.rule.gamma(t - np.array(starts)[:, None])
+            level = level + np.stack(earned, axis=-1) @ gamma
         self.given += arms
         return np.minimum(self.rule.alpha * look_share(look) * level, self.rule.alpha / arms)
 
     def report(self, first: NDArray[np.bool_]) -> None:
         """Adds a run's discoveries [studies, arms]; the first one of a study earns nothing."""
         new = first.sum(axis=-1)
-        self.pots.append((self.given, new - ((self.discoveries == 0) & (new > 0))))
+        earned = new - ((self.discoveries == 0) & (new > 0))
+        if earned.any():
+            self.pots.append((self.given, earned.astype(np.float64)))
         self.discoveries = self.discoveries + new
 
 
@@ -127,7 +132,7 @@ class Drawn:
         cells = self.arms[..., first : first + n][chosen]
         cells = cells if cells.ndim == 3 else cells[:, None]
         base = self.baseline[..., first : first + n_base]
-        return estimate(cells, np.broadcast_to(base, (*cells.shape[:2], n_base)), n)
+        return estimate(cells, base, n)
 
 
 @dataclass(kw_only=True)
@@ -256,34 +261,43 @@ def _judge(effect: Effect, level: Array, sesoi: float) -> NDArray[np.int_]:
     return np.where(word == DISCOVERY, 1, np.where(word == "hurts", -1, 0))
 
 
-def study_rows(studies: int, seed: int) -> Iterator[Row]:
-    """Promises of the error budget over whole studies."""
-    for kind in KINDS:
-        for seeds in (3, 8):
-            for r in CORRELATIONS:
-                design = Design(seeds=seeds, kind=kind, correlation=r)
-                yield _at_most("study without effects: a false word", design, studies, seed)
-    for extend, how in EXTENSIONS.items():
-        for seeds in (3, 8):
-            promise = f"the same, {how}"
-            yield _at_most(promise, Design(seeds=seeds), studies, seed, extend)
+def study_rows(studies: int, seed: int, kind: Kind, r: float) -> Iterator[Row]:
+    """Promises of the error budget over whole studies.
+
+    Args:
+        r: correlation within a seed.
+    """
+    for seeds in (3, 8):
+        design = Design(seeds=seeds, kind=kind, correlation=r)
+        for extend, how in EXTENSIONS.items():
+            promise = f"study without effects{how}: a false word"
+            yield _at_most(promise, design, studies, seed, extend)
     for seeds, helping, hurting, effect in MIXED:
-        design = Design(seeds=seeds, helping=helping, hurting=hurting, effect=effect)
-        yield _at_most("share of false words", design, studies, seed)
-    for extend in EXTENSIONS:
-        promise = f"share of false words, {EXTENSIONS[extend]}"
-        yield _at_most(promise, Design(seeds=8, helping=0.2), studies, seed, extend)
-    for r in CORRELATIONS:
-        design = Design(correlation=r, helping=0.2, sesoi=SESOI)
-        power = simulate(design, studies, seed).power
-        yield _row("an effect of 9 sd in such a study: helps", design, studies, power, 0.95, 1.0)
+        design = Design(
+            seeds=seeds,
+            kind=kind,
+            correlation=r,
+            helping=helping,
+            hurting=hurting,
+            effect=effect,
+        )
+        yield _at_most("study with effects: share of false words", design, studies, seed)
+    for extend, how in EXTENSIONS.items():
+        if extend:
+            design = Design(seeds=8, kind=kind, correlation=r, helping=0.2)
+            promise = f"study with effects{how}: share of false words"
+            yield _at_most(promise, design, studies, seed, extend)
+    design = Design(kind=kind, correlation=r, helping=0.2, sesoi=SESOI)
+    helps = simulate(design, studies, seed).power
+    yield _row("an effect of 9 sd in such a study: helps", design, studies, helps, (0.95, 1.0))
 
 
 #: What is done after ten runs, in words.
 EXTENSIONS = {
-    "best": "best arms extended",
-    "all": "every arm extended",
-    "again": "other seeds, twice",
+    "": "",
+    "best": ", best arms extended",
+    "all": ", every arm extended",
+    "again": ", other seeds twice",
 }
 #: Seeds, shares of arms that help and that hurt, and size of the effect.
 MIXED = [
@@ -300,17 +314,17 @@ def _at_most(promise: str, design: Design, studies: int, seed: int, extend: str 
     words = simulate(design, studies, seed, extend)
     true = design.helping + design.hurting
     rate = max(words.false_rate, words.false_helps_rate) if true else words.any_false
-    return _row(promise, design, studies, rate, 0.0, ALPHA)
+    return _row(promise, design, studies, rate, (0.0, ALPHA))
 
 
 def _row(
-    promise: str, design: Design, studies: int, observed: float, low: float, high: float
+    promise: str, design: Design, studies: int, observed: float, bounds: tuple[float, float]
 ) -> Row:
     return Row(
         promise=promise,
         cells=str(design),
         studies=studies,
         observed=observed,
-        low=low,
-        high=high,
+        low=bounds[0],
+        high=bounds[1],
     )

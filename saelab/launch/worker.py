@@ -224,6 +224,8 @@ class Worker:
             "centred": float(removes_mean(cell)),
             "probing_accuracy": values.get(PROBED),
             "not_finite": not_finite(rows),
+            "l0_before_settling": None if cell.settled is None else cell.settled.before,
+            "raised_thresholds": None if cell.settled is None else cell.settled.amount,
             **self.input_facts,
             "largest_weight": largest_weight(cell.sae),
             **_weights_facts(cell.sae, largest),

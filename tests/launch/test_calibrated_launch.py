@@ -159,13 +159,14 @@ def test_training_is_calibrated(
 ) -> None:
     monkeypatch.setattr(calibration_text, "FARTHEST", 100.0)
     monkeypatch.setattr(calibration_text, "MOST_ROWS", 1.0)
+    base = base.patched({"sae.controllers": [{"kind": "l0_target", "target": 24}]})
     one = saelab.train(base, seed=1, cache=tmp_path)
     without = base.patched({"evaluation.calibration_tokens": 0})
     other = saelab.train(without, seed=1, cache=tmp_path)
     text = prepare(base, tmp_path, "cpu").calibration
     assert text is not None
     l0 = [CalibrationText(text).measure_l0(sae.eval()) for sae in (one, other)]
-    assert l0[0] == pytest.approx(32, rel=0.01) and abs(l0[1] / 32 - 1) > 0.05
+    assert l0[0] == pytest.approx(24, rel=0.01) and abs(l0[1] / 24 - 1) > 0.05
 
 
 def test_impossible_numbers_are_refused() -> None:

@@ -78,6 +78,13 @@ HOW_TO_SET_L0 = (
     "add the controller 'l0_target' and a penalty with its coefficient, or an activation with a k"
 )
 
+#: What an SAE has, apart from its size, in which the example of a part is checked.
+AROUND_AN_EXAMPLE: dict[str, Any] = {
+    "losses": (ReconstructionConfig(),),
+    "controllers": (RampConfig(name="sparsity", value=0.01, warmup=0.5),),
+    "precision": "float32",
+}
+
 for _seam, _configs in {
     "scaling": (VarianceScalingConfig, CentringConfig, WhiteningConfig),
     "activation": (ReLUConfig, TopKConfig, BatchTopKConfig, JumpReLUConfig, TiedThresholdConfig),

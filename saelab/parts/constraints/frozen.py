@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from saelab.errors import SettingError
-from saelab.parts.base import Constraint, Dims, PartConfig
+from saelab.parts.base import Constraint, Dims, Example, PartConfig
 
 if TYPE_CHECKING:
     from saelab.sae import SAE
@@ -23,6 +23,10 @@ class FrozenConfig(PartConfig):
 
     def build(self, dims: Dims) -> Frozen:
         return Frozen(self.weight)
+
+    @classmethod
+    def examples(cls, d_sae: int) -> tuple[Example, ...]:
+        return cls.example(d_sae), Example(cls(weight="encoder"))
 
 
 class Frozen(Constraint):

@@ -1,15 +1,15 @@
 """Measures how far from its target the L0 of trained cells ends on held-out text.
 
     python benchmarks/l0_targets.py [--quick] [--seeds 2] [--levels 16 32 64] [--arms ReLU A1]
-                                    [--tokens 500224] [--uncalibrated]
+                                    [--tokens 500224]
 
 Arms of the shipped run table are trained on the embedded default at each level and seed, as a run
 trains them, and L0 and FVU are measured on the held-out text. `off` is the mean over seeds of
-L0 / target - 1, `worst` that of the seed that is farthest from the target, and `at the end` the
-same as `off` for the training batches of the last tenth of the run. `on calibration` is the same
-on the calibration text, which the controller has seen a part of, and `ratio` what it has corrected
-for: L0 of that text over that of the batches. FVU is also given at exactly the target, moved along
-the slope between the arm's levels.
+L0 / target - 1, `worst` that of the seed that is farthest from the target, `at the end` the same as
+`off` for the training batches of the last tenth of the run, and `before` the same on the
+calibration text before the thresholds were moved. `moved` is how far the FVU then moved, and
+`along the frontier` how far it would have on the line between the arm's levels before. `time` is
+the processor time of the settling over that of the reconstruction metrics on as much held-out text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 import argparse
 import math
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,23 +63,27 @@ class Texts:
 
     train: Source
     core: CoreData
-    calibration: CalibrationText | None
-    on_calibration: CoreData | None
+    calibration: CalibrationText
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """One trained cell: L0 / target - 1 on held-out text, in the last batches and on calibration
-    text, the ratio that was corrected for (minus 1), and its FVU."""
+    """One trained cell: its L0 and FVU on held-out text, before the thresholds were moved and
+    after; L0 / target - 1 in the last batches and on calibration text before; and the processor
+    seconds of the settling and of an evaluation of its reconstruction."""
 
     arm: str
     level: float
     seed: int
-    off: float
+    l0: tuple[float, float]
+    fvu: tuple[float, float]
     off_batches: float
     off_calibration: float
-    ratio: float
-    fvu: float
+    seconds: tuple[float, float]
+
+    @property
+    def off(self) -> float:
+        return self.l0[1] / self.level - 1
 
 
 def main() -> None:
@@ -86,17 +91,18 @@ def main() -> None:
     base = _base(options)
     prepared = prepare(base, cache_folder(Path()), base.model.device)
     core = CoreData(prepared.held_out, None, 1)
-    calibration = CalibrationText(prepared.calibration) if prepared.calibration else None
-    other = CoreData(prepared.calibration, None, 1) if prepared.calibration else None
-    texts = Texts(train=prepared.train, core=core, calibration=calibration, on_calibration=other)
+    assert prepared.calibration is not None
+    texts = Texts(
+        train=prepared.train, core=core, calibration=CalibrationText(prepared.calibration)
+    )
     cells: list[Ended] = []
     by_layout = _by_layout(base, options.arms)
     for seed in range(options.seeds):
         for layout, arms in by_layout.items():
             for cell in _train(texts, arms, options.levels, seed, layout):
                 cells.append(cell)
-                numbers = f"{cell.off:+.2%}, batches {cell.off_batches:+.2%}, FVU {cell.fvu:.4f}"
-                numbers += f", on calibration {cell.off_calibration:+.2%}, ratio {cell.ratio:+.2%}"
+                numbers = f"{cell.off:+.2%}, batches {cell.off_batches:+.2%}, FVU {cell.fvu[1]:.4f}"
+                numbers += f", before {cell.off_calibration:+.2%} (FVU {cell.fvu[0]:.4f})"
                 print(f"{cell.arm}, L0 {cell.level:g}, seed {seed}: {numbers}", flush=True)
     where = f"commit {commit}, {machine(1)['cpu']}"
     title = f"{options.seeds} seeds, {base.train.tokens:,} tokens, {where}"
@@ -115,7 +121,6 @@ def _options() -> argparse.Namespace:
     made = parser(__doc__ or "")
     made.add_argument("--seeds", type=int, default=2)
     made.add_argument("--tokens", type=int, default=None)
-    made.add_argument("--uncalibrated", action="store_true")
     made.add_argument("--levels", type=float, nargs="+", default=[16.0, 32.0, 64.0])
     made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     options = made.parse_args()
@@ -128,7 +133,6 @@ def _base(options: argparse.Namespace) -> BaseConfig:
     small = {"train.tokens": 51_200} if options.quick else {}
     changes: dict[str, Any] = {"evaluation.probing.entries": "none"} | small
     changes |= {"train.tokens": options.tokens} if options.tokens else {}
-    changes |= {"evaluation.calibration_tokens": 0} if options.uncalibrated else {}
     return saelab.settings(ROOT / "configs" / "embedded.toml", changes)
 
 
@@ -164,7 +168,6 @@ def _train(
             base.train,
             sample,
             seed,
-            calibration=texts.calibration,
         )
         for name, base in arms.items()
         for level in levels
@@ -174,60 +177,66 @@ def _train(
         raise failure
     ended: list[Ended] = []
     for (name, level), cell in cells.items():
-        measured = measure_reconstruction(cell.sae, texts.core)
-        other = texts.on_calibration
-        on_calibration = measure_reconstruction(cell.sae, other).l0 if other else math.nan
-        ended.append(
-            Ended(
-                arm=name,
-                level=level,
-                seed=seed,
-                off=measured.l0 / level - 1,
-                off_batches=cell.log.last("l0", END) / level - 1,
-                off_calibration=on_calibration / level - 1,
-                ratio=cell.log.last("sparsity.text_ratio") - 1,
-                fvu=measured.fvu,
-            )
-        )
+        ended.append(_end(name, level, seed, cell, texts))
     return ended
 
 
-OFF = ["off", "worst", "at the end", "on calibration", "ratio"]
+def _end(name: str, level: float, seed: int, cell: Cell, texts: Texts) -> Ended:
+    """Settles the L0 of a trained cell, and measures it before and after."""
+    start = time.process_time()
+    before = measure_reconstruction(cell.sae, texts.core)
+    between = time.process_time()
+    cell.settle(texts.calibration)
+    seconds = time.process_time() - between, between - start
+    after = measure_reconstruction(cell.sae, texts.core)
+    off = math.nan if cell.settled is None else cell.settled.before / level - 1
+    return Ended(
+        arm=name,
+        level=level,
+        seed=seed,
+        l0=(before.l0, after.l0),
+        fvu=(before.fvu, after.fvu),
+        off_batches=cell.log.last("l0", END) / level - 1,
+        off_calibration=off,
+        seconds=seconds,
+    )
+
+
+OFF = ["off", "worst", "at the end", "before"]
 
 
 def _table(cells: Sequence[Ended], options: argparse.Namespace) -> str:
     rows = []
     for arm in options.arms:
-        means = {level: _means(cells, arm, level) for level in options.levels}
-        for level, mean in means.items():
-            numbers = [f"{x:+.2%}" for x in (mean[0], _worst(cells, arm, level), *mean[1:4])]
-            moved = _at_target(level, means)
-            last = [f"{mean[4]:.4f}", "-" if moved is None else f"{moved:.4f}"]
-            rows.append([f"{arm}, {level:g}", *numbers, *last])
-    return table(["arm, L0", *OFF, "FVU", "FVU at target"], rows)
+        for level in options.levels:
+            chosen = [cell for cell in cells if (cell.arm, cell.level) == (arm, level)]
+            worst = max((cell.off for cell in chosen), key=abs)
+            means = [_mean(cell.off for cell in chosen), worst]
+            means += [
+                _mean(getattr(c, f"off_{n}") for c in chosen) for n in ("batches", "calibration")
+            ]
+            moved = _mean(cell.fvu[1] - cell.fvu[0] for cell in chosen)
+            along = _mean(_along_frontier(cell, cells) for cell in chosen)
+            share = sum(c.seconds[0] for c in chosen) / sum(c.seconds[1] for c in chosen)
+            fvu = [f"{_mean(cell.fvu[1] for cell in chosen):.4f}", f"{moved:+.5f}", f"{along:+.5f}"]
+            rows.append([f"{arm}, {level:g}", *[f"{x:+.2%}" for x in means], *fvu, f"{share:.2f}"])
+    return table(["arm, L0", *OFF, "FVU", "moved", "along the frontier", "time"], rows)
 
 
-def _worst(cells: Sequence[Ended], arm: str, level: float) -> float:
-    """The L0's error of the seed that is farthest from the target."""
-    return max((c.off for c in cells if (c.arm, c.level) == (arm, level)), key=abs)
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
-def _means(cells: Sequence[Ended], arm: str, level: float) -> tuple[float, ...]:
-    """Means over seeds of the numbers of `Ended`, in their order there."""
-    chosen = [cell for cell in cells if (cell.arm, cell.level) == (arm, level)]
-    numbers = [[c.off, c.off_batches, c.off_calibration, c.ratio, c.fvu] for c in chosen]
-    return tuple(map(float, np.mean(numbers, axis=0)))
-
-
-def _at_target(level: float, means: dict[float, Any]) -> float | None:
-    """FVU at exactly the level, along the slope between the arm's nearest levels; None without."""
-    points = sorted((math.log(l0 * (1 + m[0])), m[4]) for l0, m in means.items())
+def _along_frontier(cell: Ended, cells: Sequence[Ended]) -> float:
+    """How the FVU changes on the arm's frontier of that seed, as it was before any thresholds were
+    moved, from the cell's L0 before to that after; NaN where the arm has one level."""
+    same = [other for other in cells if (other.arm, other.seed) == (cell.arm, cell.seed)]
+    points = sorted((math.log(other.l0[0]), other.fvu[0]) for other in same)
     if len(points) < 2:
-        return None
+        return math.nan
     l0, fvu = np.array(points).T
-    slope = np.gradient(fvu, l0)[list(sorted(means)).index(level)]
-    off, fvu_here = means[level][0], means[level][4]
-    return float(fvu_here - slope * math.log1p(off))
+    slope = np.gradient(fvu, l0)[int(np.abs(l0 - math.log(cell.l0[0])).argmin())]
+    return float(slope * math.log(cell.l0[1] / cell.l0[0]))
 
 
 if __name__ == "__main__":

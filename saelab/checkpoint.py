@@ -74,7 +74,7 @@ def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, 
     tensors = sae.shards().read(file)
     if config.tied:
         tensors["W_enc"] = tensors["W_dec"]
-    sae.load_state_dict(tensors)
+    sae.load_state_dict(_with_training_state(tensors, sae.state_dict()))
     sae.eval()
     return sae.to(torch.device(device)), record["provenance"]
 
@@ -95,6 +95,28 @@ def _check_shapes(config: SAEConfig, d_in: int, file: Path) -> None:
     if config.tied:
         del expected["W_enc"]
     for name in sorted({*actual, *expected}):
-        if actual.get(name) != expected.get(name):
+        if actual.get(name) != expected.get(name) and not _serves_training_alone(name):
             problem = f"{name} is {actual.get(name)}, not {expected.get(name)}"
             raise DamageError(f"{file} does not fit its configuration ({problem}): {REMEDY}")
+
+
+def _serves_training_alone(name: str) -> bool:
+    """True for state that no code depends on. Another version's may have other shapes, and an SAE
+    that is loaded does without it."""
+    return name.split(".")[0] in ("losses", "controllers", "constraints", "observers")
+
+
+def _with_training_state(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the stored tensors; training state that does not fit this version's is replaced.
+
+    Args:
+        tensors: as stored.
+        own: of an SAE that was built anew.
+    """
+    training = {name: tensor for name, tensor in own.items() if _serves_training_alone(name)}
+    fitting = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not _serves_training_alone(name) or (name in own and tensor.shape == own[name].shape)
+    }
+    return training | fitting

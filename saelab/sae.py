@@ -158,6 +158,14 @@ class SAEConfig(Frozen):
         named = [part.target_l0 for part in self.all_parts()]
         return next((float(l0) for l0 in [*named, self.initial_l0] if l0 is not None), None)
 
+    @property
+    def settled_l0(self) -> float | None:
+        """The L0 that a part sets, in latents per row, which training ends with by moving the
+        thresholds (`SAE.raise_thresholds`); None where none is set."""
+        setting = [part for part in self.all_parts() if part.l0_rule(self) == "set"]
+        named = [part.target_l0 for part in setting if part.target_l0 is not None]
+        return float(named[0]) if named else None
+
     def at_l0(self, level: float) -> SAEConfig:
         """The settings with `level` active latents per row, as far as their parts set the L0."""
         changes: dict[str, Any] = {}
@@ -602,6 +610,18 @@ class SAE(nn.Module):
         return _fold_gain(self.W_enc, self.scaling.fold()[0])
 
     # ---- resets ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def raise_thresholds(self, by: float) -> bool:
+        """Raises the thresholds of all latents alike, so that fewer are active at inference.
+
+        Args:
+            by: amount in the activation's own unit; below 0 lowers them.
+
+        Returns: False where no threshold decides how many are active.
+        """
+        bias = self.b_enc if self.config.encoder_bias else None
+        return self.activation.raise_thresholds(by, bias)
 
     @torch.no_grad()
     def reset_latents(self, reset: Reset) -> None:

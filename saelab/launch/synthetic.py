@@ -34,6 +34,7 @@ from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import study_seeds
 from saelab.study.checks import check_layout
+from saelab.training.calibration_text import CalibrationText
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
 from saelab.training.resume import ResumableCell
@@ -108,13 +109,18 @@ class Conditions:
 
 @standard_torch()
 def train_on(
-    source: Source, held_out: Source, arms: Mapping[str, SAEConfig], conditions: Conditions
+    source: Source,
+    held_out: Source,
+    arms: Mapping[str, SAEConfig],
+    conditions: Conditions,
+    calibration: Source | None = None,
 ) -> list[Outcome]:
     """Trains every arm at every seed and level, and evaluates it on the held-out activations.
 
     Args:
         source, held_out: activations, for example two parts of `generate`.
         arms: name -> settings of the SAE.
+        calibration: further activations, on which the L0 of each SAE is brought to its target.
 
     Returns: the cells, seed by seed, level by level.
     Raises: SettingError for settings that can't be used.
@@ -132,6 +138,7 @@ def train_on(
         check_layout(arm, config, layout)
     sample = initial_sample(source).to(device)
     data = EvalData(CoreData(held_out, None, device=device), None, why_no_probing="not asked for")
+    text = None if calibration is None else CalibrationText(calibration)
     outcomes: list[Outcome] = []
     with progress("training", len(conditions.seeds) * training.steps, "steps") as bar:
         for seed in conditions.seeds:
@@ -142,7 +149,7 @@ def train_on(
                     ResumableCell(Cell(name, config, trainings[arm], sample, seed), None)
                 )
             failures = train_members(
-                members, source, seed, layout, lambda steps, _: bar.advance(steps)
+                members, source, seed, layout, lambda steps, _: bar.advance(steps), text
             )
             for member in members:
                 cell, of_cell = member.cell, CellId.parse(member.cell.name)

@@ -107,8 +107,8 @@ class Worker:
         members = [self._restored(job, sent) for sent in job.cells]
         ids = [sent.display_id for sent in job.cells]
         reports = Reports([member.cell for member in members], ids, advance)
-        layout = self.data.layout
-        failures = train_members(members, self.train, job.seed, layout, reports.steps)
+        layout, text = self.data.layout, self.calibration
+        failures = train_members(members, self.train, job.seed, layout, reports.steps, text)
         for member, sent in zip(members, job.cells, strict=True):
             cell, failure = member.cell, failures.get(member.cell.name)
             reports.evaluating(cell)
@@ -199,15 +199,7 @@ class Worker:
             assert arm.module is not None
             return ModuleCell(name, arm.module, sae.d_sae, config, self.sample, job.seed)
         snapshots = self.data.snapshots * sent.at_target
-        return Cell(
-            name,
-            sae,
-            config,
-            self.sample,
-            job.seed,
-            snapshots,
-            calibration=self.calibration,
-        )
+        return Cell(name, sae, config, self.sample, job.seed, snapshots)
 
     def _facts(
         self, cell: TrainingCell, sent: JobCell, rows: list[Row], largest: Tensor | None
@@ -232,6 +224,8 @@ class Worker:
             "centred": float(removes_mean(cell)),
             "probing_accuracy": values.get(PROBED),
             "not_finite": not_finite(rows),
+            "l0_before_settling": None if cell.settled is None else cell.settled.before,
+            "raised_thresholds": None if cell.settled is None else cell.settled.amount,
             **self.input_facts,
             "largest_weight": largest_weight(cell.sae),
             **_weights_facts(cell.sae, largest),

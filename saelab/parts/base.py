@@ -124,8 +124,6 @@ class Part(nn.Module):
     #: Works where each rank has a subset of a batch's rows and of the latents. State per latent
     #: then has length `Dims.n_local`, and sums over rows or latents go over all ranks.
     shardable: bool = False
-    #: Is given the L0 on calibration text, by `calibrate`.
-    needs_calibration: bool = False
     #: Names of the parameters and buffers with one entry per latent.
     per_latent: ClassVar[tuple[str, ...]] = ()
     #: Set by the SAE.
@@ -137,13 +135,6 @@ class Part(nn.Module):
 
     def update(self, p: Pass) -> None:
         """Updates running statistics from one pass; called by the loop, once per step."""
-
-    def calibrate(self, l0: float) -> None:
-        """Takes the L0 that the SAE has on a sample of held-out text which no metric reads.
-
-        It is called by the loop after `update`, every few steps in the second half of a run, for
-        parts that declare `needs_calibration`, and only where there is such text.
-        """
 
     def groups(self) -> list[tuple[str, list[nn.Parameter], float | None]]:
         """The part's optimiser groups: name, parameters, learning rate (None: the run's).
@@ -284,6 +275,17 @@ class Activation(Part):
     def initial_floor(self) -> Tensor | None:
         """The floor before training, for the start of b_enc."""
         return self.floor()
+
+    def raise_thresholds(self, by: float, bias: Tensor | None) -> bool:
+        """Raises the thresholds of all latents alike, so that fewer are active at inference.
+
+        Args:
+            by: amount in this activation's own unit; below 0 lowers them.
+            bias: of the encoder, [n_local]; None where it has none.
+
+        Returns: False where no threshold decides how many are active.
+        """
+        return False
 
     def fit(self, z: Tensor) -> None:
         """Sets the statistics from a sample's pre-activations [n, d_sae] before training."""

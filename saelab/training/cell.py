@@ -18,6 +18,7 @@ from saelab.data.activations.stream import Batch
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.distributed.sharded_file import Shards
 from saelab.errors import CellFailure
+from saelab.training.calibration_text import CalibrationText, Settled
 from saelab.training.optim import TrainConfig
 from saelab.training.snapshots import Snapshots
 from saelab.training.state import State, module_state, restore_module
@@ -98,11 +99,18 @@ class TrainingCell(ABC):
         self.log = Log(config.steps)
         self.steps_done = 0
         self.tokens = 0
+        self.settled: Settled | None = None
 
     @property
     def done(self) -> bool:
         """True once all steps are done."""
         return self.steps_done >= self.config.steps
+
+    def settle(self, text: CalibrationText | None) -> None:
+        """Takes the last step of the training: brings the L0 to its target on held-out text.
+
+        Changes nothing for a user's own module, nor where there is no text.
+        """
 
     @abstractmethod
     def scalar_distance(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ from saelab.runtime.counting import count
 from saelab.runtime.signals import defer_signals
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE, SAEConfig
-from saelab.training.calibration_text import CalibrationText, calibration_steps
+from saelab.training.calibration_text import CalibrationText
 from saelab.training.cell import TrainingCell
 from saelab.training.optim import Optimiser, TrainConfig
 from saelab.training.snapshots import Snapshots
@@ -43,7 +43,6 @@ class Cell(TrainingCell):
         seed: of its named streams.
         snapshots: number of decoders that are stored over the run.
         ranks: the processes that it is trained on, all of which do the same with their cell.
-        calibration: text on which its L0 is measured while it trains; None for none.
     """
 
     sae: SAE
@@ -58,7 +57,6 @@ class Cell(TrainingCell):
         seed: int,
         snapshots: int = 0,
         ranks: Ranks = ALONE,
-        calibration: CalibrationText | None = None,
     ) -> None:
         sae = sae_config.build(sample.shape[1], train_config.steps, seed, ranks).to(sample.device)
         sae.initialise(sample, seed)
@@ -66,19 +64,24 @@ class Cell(TrainingCell):
         decoders = Snapshots(snapshots, train_config.steps, train_config.batch_size)
         super().__init__(name, sae, train_config, sample.device, decoders, ranks)
         self.optimiser = Optimiser(sae, train_config)
-        asking = any(part.needs_calibration for part in sae.parts())
-        self.calibration, self._seed = calibration if asking else None, seed
-        self._calibration_steps = calibration_steps(train_config.steps)
         self.fired_at = torch.zeros(sae.local_latents, dtype=torch.int64, device=sample.device)
         self._learned = {n: p for part in sae.parts() for n, p in part.learned().items()}
         self._began = {name: p.detach().clone() for name, p in self._learned.items()}
+        self._distance: dict[str, float] | None = None
 
     def scalar_distance(self) -> dict[str, float]:
         """Returns the distance of each learned scalar (mean over its entries) from its start."""
+        if self._distance is not None:
+            return self._distance
         return {
             n: float(self.ranks.mean_over_latents((p.detach() - self._began[n]).abs()))
             for n, p in self._learned.items()
         }
+
+    def settle(self, text: CalibrationText | None) -> None:
+        if text is not None and self.settled is None:
+            self._distance = self.scalar_distance()  # of the training, not of this step
+            self.settled = text.settle(self.sae, self.config.tokens)
 
     def scalar_reach(self) -> dict[str, float]:
         """Returns the distance of each learned scalar from its start, as a share of the sum of its
@@ -143,7 +146,6 @@ class Cell(TrainingCell):
         p.gradient_norms, p.rate = self.optimiser.norms, self.config.rate(step)
         self.optimiser.step(step)
         self._update_parts(p)
-        self._calibrate(step + 1)
         record = {"loss": total, "grad_norm": norm, "l0": p.l0}
         record |= {f"loss.{name}": float(x) for name, x in zip(terms, losses, strict=True)}
         dead = int((self.fired_at < self.tokens - self.dead_after).sum())
@@ -172,17 +174,6 @@ class Cell(TrainingCell):
             if reset is not None:
                 sae.reset_latents(reset)
                 self.optimiser.clear(sae, reset.latents)
-
-    def _calibrate(self, steps_done: int) -> None:
-        """Measures the L0 on calibration text where it is due, for the parts that ask for it."""
-        i = self._calibration_steps.get(steps_done)
-        if self.calibration is None or i is None:
-            return
-        part = i, len(self._calibration_steps)
-        l0 = self.calibration.measure_l0(self.sae, part, self._seed, self.config.tokens)
-        for part in self.sae.parts():
-            if part.needs_calibration:
-                part.calibrate(l0)
 
 
 @standard_torch()

@@ -28,20 +28,30 @@ OnStep = Callable[[int, list[TrainingCell]], None]
 
 
 def train_members(
-    members: Sequence[ResumableCell], source: Source, seed: int, layout: Layout, on_step: OnStep
+    members: Sequence[ResumableCell],
+    source: Source,
+    seed: int,
+    layout: Layout,
+    on_step: OnStep,
+    calibration: CalibrationText | None = None,
 ) -> dict[str, CellFailure]:
     """Trains cells of one seed and one batch size on the batches of that seed.
 
     Args:
         members: the cells, each with its position and its folder for checkpoints.
         layout: 'rows', or 'contexts' for parts that need whole contexts.
+        calibration: text on which the L0 of each is brought to its target at the end.
 
     Returns: failures by cell name.
     """
     size = members[0].cell.config.batch_size
-    return train_with_checkpoints(
+    failures = train_with_checkpoints(
         members, lambda start: batches(source, seed, size, layout, start), on_step
     )
+    for cell in (member.cell for member in members):
+        if cell.name not in failures:
+            cell.settle(calibration)
+    return failures
 
 
 @standard_torch()
@@ -73,12 +83,14 @@ def train_one(
 
     def build() -> Cell:
         name = f"seed {seed}"
-        return Cell(name, sae, train, sample, seed, ranks=ranks, calibration=text)
+        return Cell(name, sae, train, sample, seed, ranks=ranks)
 
     member = restore_cell(build, checkpoints) if checkpoints else ResumableCell(build(), None)
     with progress("training", train.steps, "steps") if ranks.first else nullcontext() as bar:
         advance = bar.advance if bar else (lambda steps: None)
-        failures = train_members([member], source, seed, layout, lambda steps, _: advance(steps))
+        failures = train_members(
+            [member], source, seed, layout, lambda steps, _: advance(steps), text
+        )
     for failure in failures.values():
         raise failure
     return member.cell

@@ -16,13 +16,14 @@ from saelab.data.activations.store import FolderSource, FolderWriter, Shard
 from saelab.errors import SettingError, ShortTextError
 from saelab.launch import waves
 from saelab.launch.prepare import LaunchData, prepare
-from saelab.parts.controllers import l0_target
 from saelab.preflight.cost import launch_needs
 from saelab.preflight.launch_time import preparation_seconds
 from saelab.storage.atomic import read_json
 from saelab.study import calibration
 from saelab.study.calibration import calibration_tokens, describe_calibration
 from saelab.study.plan import BaseConfig
+from saelab.training import calibration_text
+from saelab.training.calibration_text import CalibrationText
 
 CONTEXT = 32
 
@@ -115,7 +116,8 @@ def swapped(
         setattr(data, changed, rewritten(getattr(data, changed), place, factor))
         return data
 
-    monkeypatch.setattr(l0_target, "NEAR", 10.0)  # measurements count in a run as short as this
+    monkeypatch.setattr(calibration_text, "FARTHEST", 100.0)  # of a run as short as this
+    monkeypatch.setattr(calibration_text, "MOST_ROWS", 1.0)
     monkeypatch.setattr(module, "prepare", prepared)
 
 
@@ -155,11 +157,16 @@ def test_so_it_is_in_a_launch_and_both_texts_are_in_the_keys_of_cells(
 def test_training_is_calibrated(
     base: BaseConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(l0_target, "NEAR", 10.0)
+    monkeypatch.setattr(calibration_text, "FARTHEST", 100.0)
+    monkeypatch.setattr(calibration_text, "MOST_ROWS", 1.0)
+    base = base.patched({"sae.controllers": [{"kind": "l0_target", "target": 24}]})
     one = saelab.train(base, seed=1, cache=tmp_path)
     without = base.patched({"evaluation.calibration_tokens": 0})
     other = saelab.train(without, seed=1, cache=tmp_path)
-    assert one.scalars()["sparsity.text_ratio"] != 1 == other.scalars()["sparsity.text_ratio"]
+    text = prepare(base, tmp_path, "cpu").calibration
+    assert text is not None
+    l0 = [CalibrationText(text).measure_l0(sae.eval()) for sae in (one, other)]
+    assert l0[0] == pytest.approx(24, rel=0.01) and abs(l0[1] / 24 - 1) > 0.05
 
 
 def test_impossible_numbers_are_refused() -> None:

@@ -62,6 +62,34 @@ def test_round_trip_is_bitwise(kind: str, tmp_path: Path, global_random_seed: in
     assert torch.equal(sae.decode(sae.encode(x)), again.decode(again.encode(x)))
 
 
+@pytest.mark.parametrize("state", [torch.zeros(3, dtype=torch.float64), None])
+def test_training_state_of_another_version_does_not_matter(
+    tmp_path: Path, state: torch.Tensor | None
+) -> None:
+    """An SAE is loaded to encode: a controller's state of another length, or none, is no damage."""
+    sae = trained("relu", 0)
+    controller = sae.controllers["l0_target"]
+    if state is None:
+        del controller._buffers["state"]
+    else:
+        controller.state = state
+    controller.register_buffer("of_former_versions", torch.ones(2))
+    checkpoint.save(sae, tmp_path, PROVENANCE)
+    again, _ = checkpoint.load(tmp_path)
+    x = torch.randn(20, 6, generator=torch_stream(0, "checkpoint check"))
+    assert torch.equal(sae.encode(x), again.encode(x))
+    fresh = sae.config.build(6).controllers["l0_target"]
+    assert again.controllers["l0_target"].state.shape == fresh.state.shape
+
+
+def test_a_weight_of_another_shape_is_damage(tmp_path: Path) -> None:
+    sae = trained("relu", 0)
+    sae.scale = torch.ones(3)
+    checkpoint.save(sae, tmp_path, PROVENANCE)
+    with pytest.raises(DamageError, match=r"scale is \(3,\)"):
+        checkpoint.load(tmp_path)
+
+
 def test_saving_changes_nothing(tmp_path: Path, global_random_seed: int) -> None:
     sae = trained("batchtopk", global_random_seed).train()
     before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}

@@ -124,5 +124,10 @@ class BatchTopK(Activation):
             self.ema.mul_(self.momentum).add_(least, alpha=1 - self.momentum)
             self.count += 1
 
+    def raise_thresholds(self, by: float, bias: Tensor | None) -> bool:
+        """Multiplies the stored threshold by exp(`by`)."""
+        self.ema.mul_(math.exp(by))
+        return True
+
     def export(self) -> Form:
         return Form(threshold=self.threshold)

@@ -86,6 +86,11 @@ class JumpReLU(Activation):
         """Returns the place of all thresholds, which are scaled together."""
         return {"threshold": (Stored(self.log_threshold, "log"),)}
 
+    def raise_thresholds(self, by: float, bias: Tensor | None) -> bool:
+        """Multiplies the thresholds by exp(`by`)."""
+        self.log_threshold.add_(by)
+        return True
+
     def scalars(self) -> dict[str, float]:
         return {"threshold": float(self.ranks.mean_over_latents(self.log_threshold).exp())}
 

@@ -392,6 +392,11 @@ class TiedThreshold(Activation):
         """Replaces the trace by its mean, as with beta = 0."""
         return self.config.patched({"trace": "mean"})
 
+    def raise_thresholds(self, by: float, bias: Tensor | None) -> bool:
+        """Multiplies theta by exp(`by`), as training does."""
+        self.log_theta.add_(by)
+        return True
+
     def export(self) -> Form:
         """Returns a JumpReLU's form.
 

@@ -5,29 +5,12 @@ A controller of the coefficient's logarithm with a proportional term, two integr
     e_t     = clip(log(L0_t / target_t), -LARGEST, LARGEST)     L0_t: EMA of the batch's L0
     log c_t = I_t + proportional * e_t + lead * (1 - rate_t)    rate_t: share of the learning rate
     I_t     = I_{t-1} + d_t + integral * e_t / T                T = max(steps, SHORT)
-    d_t     = d_{t-1} + drift * e_t / T^2   where |e_t| < NEAR and target_t = target
+    d_t     = d_{t-1} + drift * e_t / T^2   where |e_t| < NEAR and target_t has arrived
             = FORGET * d_{t-1}              elsewhere
 
 target_t falls geometrically from the first batch's L0 to the target over the first `warmup` share
 of the run: the sparsity warm-up. The controller replaces trial runs for each arm's penalty: every
 arm reaches the same L0 by the same rule (docs/decisions/0002).
-
-Held-out text is other text, and its L0 differs from that of the batches by the text ratio, up to 3%
-on the embedded model. Where there is calibration text (saelab/training/calibration_text.py), its L0
-is measured at steps t_1 < t_2 < ... of the second half of the run, and the batches' target becomes
-
-    target_t = target / exp(G_t)                 G_t = G_{t-1} + (g_k - G_{t-1}) / ramp
-    exp(g_k) = sum_{1 < i <= k} w_i L0_text(t_i) / sum_{1 < i <= k} w_i B_i
-    B_i      = exp(mean of log L0_t over t_{i-1} < t <= t_i)
-    w_i      = exp((t_i - t_k) / (MEMORY steps))
-
-Both sums are over the same part of the run, so what the loop itself does drops out of the ratio,
-and the correction does not act back on what it measures. With no error left, the text's L0 is
-exp(g) target_t = target; the mean of logarithms is what the loop holds. The ramp keeps the first
-measurements, which are noisy, from kicking the loop. A measurement counts where |e_t| < NEAR. Noise
-of g at the end, on the embedded default: 0.3% from the rows, 0.15% from the batches; the text as a
-sample of all text has a standard error of 0.4% with 512 contexts, as has the text that is
-evaluated.
 
 Why a lead and two integrals: the coefficient that holds an L0 rises while the learning rate falls,
 by 15 to 36% on the embedded model. One integral follows a rise of r per step at a distance,
@@ -68,7 +51,6 @@ from saelab.parts.base import (
     Pass,
     Scalar,
     few,
-    measurement,
 )
 
 if TYPE_CHECKING:
@@ -83,12 +65,6 @@ LARGEST = 0.4
 #: Error below which the drift is learned; and what is left of it after a step with a larger one.
 #: Our choice: no drift is learned from the way to the target.
 NEAR, FORGET = 0.06, 0.95
-#: Share of the run over which calibrations fade. Our choice: half of the time that the embedded
-#: default spends on one shard of its activations.
-MEMORY = 0.05
-#: Time constant of the correction in steps, or as a share of a longer run. Our choice: the first
-#: calibrations are noisy, and would kick the loop.
-RAMP, RAMP_SHARE = 15.0, 0.015
 
 
 class L0TargetConfig(PartConfig):
@@ -124,11 +100,7 @@ class L0TargetConfig(PartConfig):
 
     @property
     def logged(self) -> Mapping[str, Scalar]:
-        ratio = "L0 of held-out calibration text over that of the batches, as it is corrected for"
-        return {
-            self.name: Scalar("coefficient that holds the L0 at its target", "state"),
-            f"{self.name}.text_ratio": measurement(ratio),
-        }
+        return {self.name: Scalar("coefficient that holds the L0 at its target", "state")}
 
     @property
     def target_l0(self) -> float:
@@ -144,9 +116,7 @@ class L0TargetConfig(PartConfig):
 
 class L0Target(Controller):
     shardable = True
-    needs_calibration = True
     state: Tensor
-    text: Tensor
 
     def __init__(self, config: L0TargetConfig, dims: Dims) -> None:
         super().__init__()
@@ -154,9 +124,6 @@ class L0Target(Controller):
         # integral term, its drift per step, EMA of log L0, log of the first L0, log of the value
         start = [math.log(config.start), 0.0, math.nan, math.nan, math.log(config.start)]
         self.register_buffer("state", torch.tensor(start, dtype=torch.float64, device="cpu"))
-        # since the last calibration: sum of log L0, steps; sums of both sides of the ratio; G
-        text = [math.nan, 0.0, 0.0, 0.0, 0.0]
-        self.register_buffer("text", torch.tensor(text, dtype=torch.float64, device="cpu"))
 
     def value(self, step: int) -> float:
         return math.exp(float(self.state[4]))
@@ -168,8 +135,7 @@ class L0Target(Controller):
         smooth = now if math.isnan(smooth) else c.smoothing * smooth + (1 - c.smoothing) * now
         first = now if math.isnan(first) else first
         share = min(1.0, (p.step + 1) / max(1.0, c.warmup * self.steps))
-        aim = math.log(c.target) - self._follow_text(now)
-        target = aim + (1 - share) * max(0.0, first - aim)
+        target = math.log(c.target) + (1 - share) * max(0.0, first - math.log(c.target))
         error = max(-LARGEST, min(LARGEST, smooth - target))
         if abs(error) < NEAR and share == 1.0:
             drift += c.drift * error / horizon**2
@@ -179,22 +145,5 @@ class L0Target(Controller):
         value = integral + c.proportional * error + c.lead * (1 - p.rate)
         self.state.copy_(self.state.new_tensor([integral, drift, smooth, first, value]))
 
-    def _follow_text(self, now: float) -> float:
-        """Takes the log of a batch's L0 and returns G, which the target is corrected by."""
-        since, steps, text, batches, g = self.text.tolist()
-        ratio = text / batches if min(text, batches) > 0 else 1.0
-        goal = max(-LARGEST, min(LARGEST, math.log(ratio)))
-        g += (goal - g) / max(RAMP, RAMP_SHARE * self.steps)
-        self.text.copy_(self.text.new_tensor([since + now, steps + 1, text, batches, g]))
-        return g
-
-    def calibrate(self, l0: float) -> None:
-        since, steps, text, batches, g = self.text.tolist()
-        error = float(self.state[2]) - math.log(self.config.target) + g
-        if abs(error) < NEAR and not math.isnan(since):
-            past = math.exp(-steps / (MEMORY * self.steps))
-            text, batches = past * text + l0, past * batches + math.exp(since / max(1.0, steps))
-        self.text.copy_(self.text.new_tensor([0.0, 0.0, text, batches, g]))
-
     def scalars(self) -> dict[str, float]:
-        return {self.name: self.value(0), f"{self.name}.text_ratio": math.exp(float(self.text[4]))}
+        return {self.name: self.value(0)}

@@ -299,6 +299,13 @@ class Activation(Part):
             "activation", type(self).__name__, "has no thresholds to penalise: choose jumprelu"
         )
 
+    def gate_path(self, z: Tensor, support: Support | None) -> Tensor:
+        """max(z + b_gate, 0) at the support, or densely, with gradients to z and b_gate.
+
+        Raises: SettingError when the activation has no gate.
+        """
+        raise SettingError("activation", type(self).__name__, "has no gate: choose gated")
+
     def latent_scale(self) -> Tensor | None:
         """The unit that each latent's pre-activation is measured in, [d_sae]; None without any."""
         return None
@@ -357,7 +364,7 @@ class LossTerm(Part):
 
     coefficient: float | str = 1.0
     #: Reads `p.decoder_norms`, which then come with the decoder's product.
-    uses_decoder_norms: ClassVar[bool] = False
+    uses_decoder_norms: bool = False
 
     def check(self, sae: SAE) -> None:
         check_setting("coefficient", self.coefficient, sae)

@@ -162,6 +162,11 @@ class PartConfig(Frozen):
         """True where the part itself changes decoder rows, and so would fight a frozen decoder."""
         return False
 
+    @property
+    def fixes_decoder_norms(self) -> bool:
+        """True where the part holds the norm of every decoder row where it starts, which is 1."""
+        return False
+
     @classmethod
     def of_form(cls, form: Form) -> PartConfig | None:
         """The settings of an activation that computes the form; None where this one doesn't."""

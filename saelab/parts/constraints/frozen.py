@@ -28,6 +28,10 @@ class FrozenConfig(PartConfig):
     def examples(cls, d_sae: int) -> tuple[Example, ...]:
         return cls.example(d_sae), Example(cls(weight="encoder"))
 
+    @property
+    def fixes_decoder_norms(self) -> bool:
+        return self.weight == "decoder"
+
 
 class Frozen(Constraint):
     shardable = True

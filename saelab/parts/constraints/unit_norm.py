@@ -33,6 +33,10 @@ class UnitNormConfig(PartConfig):
     def moves_decoder(self) -> bool:
         return self.weight == "decoder"
 
+    @property
+    def fixes_decoder_norms(self) -> bool:
+        return self.weight == "decoder"
+
 
 class UnitNorm(Constraint):
     shardable = True

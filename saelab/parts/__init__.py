@@ -31,6 +31,7 @@ from saelab.parts.losses.gate_reconstruction import GateReconstructionConfig
 from saelab.parts.losses.l0 import L0Config
 from saelab.parts.losses.l1 import L1Config
 from saelab.parts.losses.lp import LpConfig
+from saelab.parts.losses.matryoshka import MatryoshkaConfig
 from saelab.parts.losses.reconstruction import ReconstructionConfig
 from saelab.parts.losses.similarity import SimilarityConfig
 from saelab.parts.losses.similarity.literal import SimilarityLiteralConfig
@@ -110,6 +111,7 @@ for _seam, _configs in {
         LpConfig,
         GateL1Config,
         GateReconstructionConfig,
+        MatryoshkaConfig,
     ),
     "controller": (L0TargetConfig, RampConfig, RoundedKConfig, AnnealedKConfig),
     "constraint": (UnitNormConfig, FrozenConfig),

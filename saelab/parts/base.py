@@ -125,7 +125,7 @@ class Part(nn.Module):
     #: then has length `Dims.n_local`, and sums over rows or latents go over all ranks.
     shardable: bool = False
     #: Names of the parameters and buffers with one entry per latent.
-    per_latent: ClassVar[tuple[str, ...]] = ()
+    per_latent: tuple[str, ...] = ()
     #: Set by the SAE.
     ranks: Ranks = ALONE
     lr: float | None = None

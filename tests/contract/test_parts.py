@@ -1,7 +1,7 @@
 """One battery for every registered part, steered by what the part declares.
 
-A new part is picked up from the table; nothing has to be added here. Four published variants that
-the package does not have (`variants.py`) pass through it as well.
+A new part is picked up from the table; nothing has to be added here. A published variant that
+the package does not have (`variants.py`) passes through it as well.
 """
 
 from __future__ import annotations

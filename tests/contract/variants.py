@@ -1,36 +1,26 @@
-"""Two published variants as parts, which the package does not have: what a user would write.
+"""A published variant as a part, which the package does not have: what a user would write.
 
-    abs_topk               k latents by magnitude, with their sign; Zhu et al. 2025, eq. 10
-    matryoshka             the first latents reconstruct on their own; Bussmann et al. 2025, eq. 4
+    abs_topk    k latents by magnitude, with their sign; Zhu et al. 2025, eq. 10
 
-The contract battery runs over them like over the parts of the package.
+The contract battery runs over it like over the parts of the package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, PositiveFloat
 from torch import Tensor
 
 from saelab.errors import SettingError
-from saelab.kernels import (
-    Support,
-    decode_at,
-    kernels_for,
-    support_of_topk,
-    topk_over_ranks,
-)
+from saelab.kernels import Support, kernels_for, support_of_topk, topk_over_ranks
 from saelab.parts.base import (
     PER_TOKEN,
     Activation,
     Dims,
     L0Rule,
     Latents,
-    LossTerm,
     PartConfig,
     Pass,
     Scalar,
@@ -120,71 +110,7 @@ class AbsTopK(Activation):
         return values.clone()
 
 
-# ---- matryoshka ------------------------------------------------------------------------------
-
-
-def _rising(shares: tuple[float, ...]) -> tuple[float, ...]:
-    if not shares or list(shares) != sorted({*shares}) or shares[0] <= 0 or shares[-1] >= 1:
-        raise ValueError("should rise strictly, from above 0 to below 1")
-    return shares
-
-
-class MatryoshkaConfig(PartConfig):
-    """shares: of all latents, the width of each prefix; coefficient: of their sum."""
-
-    kind: Literal["matryoshka"] = "matryoshka"
-    shares: Annotated[tuple[float, ...], AfterValidator(_rising)] = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-    coefficient: PositiveFloat = 1.0
-
-    def build(self, dims: Dims) -> Matryoshka:
-        return Matryoshka(self, dims)
-
-
-class Matryoshka(LossTerm):
-    """sum over prefixes of |x - (f W_dec of the prefix + b_dec)|^2 / d_in, mean over rows.
-
-    On a sparse code each row has one bag of pairs for every ring of latents between two widths: the
-    reconstructions of the prefixes are running sums over the rings.
-    """
-
-    shardable = True
-
-    def __init__(self, config: MatryoshkaConfig, dims: Dims) -> None:
-        super().__init__()
-        self.widths = [round(share * dims.d_sae) for share in config.shares]
-        if sorted({0, *self.widths, dims.d_sae}) != [0, *self.widths, dims.d_sae]:
-            remedy = f"gives equal or empty prefixes of {dims.d_sae} latents: use fewer shares"
-            raise SettingError("matryoshka.shares", config.shares, remedy)
-        self.coefficient = config.coefficient
-        self.first = dims.ranks.own(dims.d_sae).start
-
-    def loss(self, p: Pass) -> Tensor:
-        rings = self._dense(p) if p.code.support is None else self._sparse(p, p.code.support)
-        recon = self.ranks.over_latents(rings).cumsum(1) + p.sae.b_dec
-        error = (recon - p.target.unsqueeze(1)).square()
-        return p.setting(self.coefficient) * p.share(error.sum() / error[:, 0].numel())
-
-    def _sparse(self, p: Pass, support: Support) -> Tensor:
-        """The share of each ring in the reconstruction; [rows, rings, d_in]."""
-        rings = len(self.widths)
-        ends = torch.tensor(self.widths, device=support.latents.device)
-        ring = torch.bucketize(support.latents + self.first, ends, right=True)
-        inner = (ring < rings).nonzero().flatten()
-        bags = support.rows[inner] * rings + ring[inner]
-        edges = torch.arange(support.n_rows * rings + 1, device=bags.device)
-        inside = Support(torch.searchsorted(bags, edges), support.latents[inner], support.d_sae)
-        product = decode_at(p.code.values[inner], p.sae.W_dec, inside)
-        return product.view(support.n_rows, rings, -1)
-
-    def _dense(self, p: Pass) -> Tensor:
-        local = p.sae.W_dec.shape[0]
-        cuts = [min(max(0, width - self.first), local) for width in (0, *self.widths)]
-        parts = [p.code.values[:, low:high] @ p.sae.W_dec[low:high] for low, high in pairwise(cuts)]
-        return torch.stack(parts, dim=1)
-
-
 #: The variants by seam.
 VARIANTS: dict[str, tuple[type[PartConfig], ...]] = {
     "activation": (AbsTopKConfig,),
-    "loss": (MatryoshkaConfig,),
 }

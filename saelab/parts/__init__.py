@@ -13,6 +13,7 @@ from torch import nn
 from saelab.config import setting_error_at_place
 from saelab.errors import SettingError, nearest
 from saelab.parts.activations.batchtopk import BatchTopKConfig
+from saelab.parts.activations.gated import GatedConfig
 from saelab.parts.activations.jumprelu import JumpReLUConfig
 from saelab.parts.activations.relu import ReLUConfig
 from saelab.parts.activations.tied_threshold import TiedThresholdConfig
@@ -25,8 +26,12 @@ from saelab.parts.controllers.l0_target import L0TargetConfig
 from saelab.parts.controllers.ramp import RampConfig
 from saelab.parts.controllers.rounded_k import RoundedKConfig
 from saelab.parts.losses.auxk import AuxKConfig
+from saelab.parts.losses.gate_l1 import GateL1Config
+from saelab.parts.losses.gate_reconstruction import GateReconstructionConfig
 from saelab.parts.losses.l0 import L0Config
 from saelab.parts.losses.l1 import L1Config
+from saelab.parts.losses.lp import LpConfig
+from saelab.parts.losses.matryoshka import MatryoshkaConfig
 from saelab.parts.losses.reconstruction import ReconstructionConfig
 from saelab.parts.losses.similarity import SimilarityConfig
 from saelab.parts.losses.similarity.literal import SimilarityLiteralConfig
@@ -78,9 +83,23 @@ HOW_TO_SET_L0 = (
     "add the controller 'l0_target' and a penalty with its coefficient, or an activation with a k"
 )
 
+#: What an SAE has, apart from its size, in which the example of a part is checked.
+AROUND_AN_EXAMPLE: dict[str, Any] = {
+    "losses": (ReconstructionConfig(),),
+    "controllers": (RampConfig(name="sparsity", value=0.01, warmup=0.5),),
+    "precision": "float32",
+}
+
 for _seam, _configs in {
     "scaling": (VarianceScalingConfig, CentringConfig, WhiteningConfig),
-    "activation": (ReLUConfig, TopKConfig, BatchTopKConfig, JumpReLUConfig, TiedThresholdConfig),
+    "activation": (
+        ReLUConfig,
+        TopKConfig,
+        BatchTopKConfig,
+        JumpReLUConfig,
+        TiedThresholdConfig,
+        GatedConfig,
+    ),
     "loss": (
         ReconstructionConfig,
         L1Config,
@@ -89,6 +108,10 @@ for _seam, _configs in {
         ScalarPriorConfig,
         SimilarityConfig,
         SimilarityLiteralConfig,
+        LpConfig,
+        GateL1Config,
+        GateReconstructionConfig,
+        MatryoshkaConfig,
     ),
     "controller": (L0TargetConfig, RampConfig, RoundedKConfig, AnnealedKConfig),
     "constraint": (UnitNormConfig, FrozenConfig),

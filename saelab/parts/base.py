@@ -35,11 +35,13 @@ from saelab.parts.resets import Reset, draw_reset
 from saelab.parts.settings import (
     PER_TOKEN,
     ROLES,
+    Example,
     L0Rule,
     Latents,
     PartConfig,
     Role,
     Scalar,
+    few,
     measurement,
     nearest_k,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "Constraint",
     "Controller",
     "Dims",
+    "Example",
     "Form",
     "L0Rule",
     "Latents",
@@ -71,6 +74,7 @@ __all__ = [
     "check_setting",
     "correct_bias",
     "draw_reset",
+    "few",
     "inverse_softplus",
     "log_spread",
     "measurement",
@@ -121,7 +125,7 @@ class Part(nn.Module):
     #: then has length `Dims.n_local`, and sums over rows or latents go over all ranks.
     shardable: bool = False
     #: Names of the parameters and buffers with one entry per latent.
-    per_latent: ClassVar[tuple[str, ...]] = ()
+    per_latent: tuple[str, ...] = ()
     #: Set by the SAE.
     ranks: Ranks = ALONE
     lr: float | None = None
@@ -295,6 +299,13 @@ class Activation(Part):
             "activation", type(self).__name__, "has no thresholds to penalise: choose jumprelu"
         )
 
+    def gate_path(self, z: Tensor, support: Support | None) -> Tensor:
+        """max(z + b_gate, 0) at the support, or densely, with gradients to z and b_gate.
+
+        Raises: SettingError when the activation has no gate.
+        """
+        raise SettingError("activation", type(self).__name__, "has no gate: choose gated")
+
     def latent_scale(self) -> Tensor | None:
         """The unit that each latent's pre-activation is measured in, [d_sae]; None without any."""
         return None
@@ -353,7 +364,7 @@ class LossTerm(Part):
 
     coefficient: float | str = 1.0
     #: Reads `p.decoder_norms`, which then come with the decoder's product.
-    uses_decoder_norms: ClassVar[bool] = False
+    uses_decoder_norms: bool = False
 
     def check(self, sae: SAE) -> None:
         check_setting("coefficient", self.coefficient, sae)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, NonNegativeFloat
@@ -49,6 +49,28 @@ def measurement(meaning: str, unit: str = "") -> Scalar:
     return Scalar(meaning, "measured", False, unit)
 
 
+@dataclass(frozen=True)
+class Example:
+    """A small configuration of a part that is legal, and what must stand beside it.
+
+    Args:
+        part: the configuration.
+        beside: settings of the SAE, by the names of its fields; the entries of a list are added to
+            those that an SAE of the battery has anyway.
+        resets: for an observer that resets latents within a run of 20 steps of a few dozen rows:
+            the scalar of its log that counts these resets.
+    """
+
+    part: PartConfig
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    resets: str | None = None
+
+
+def few(d_sae: int) -> int:
+    """Number of active latents per row for an example of that width: one in 16, at least 2."""
+    return min(max(2, d_sae // 16), d_sae)
+
+
 class PartConfig(Frozen):
     """Base of all part configurations; subclasses fix `kind` as a Literal with a default.
 
@@ -67,6 +89,24 @@ class PartConfig(Frozen):
         Raises: SettingError when the settings are impossible at these dimensions.
         """
         raise SettingError("kind", self.kind, "this part has no build()")
+
+    @classmethod
+    def example(cls, d_sae: int) -> Example:
+        """Returns a small configuration with which every check of parts can run.
+
+        Args:
+            d_sae: number of latents of the SAE that it stands in; at least 16.
+
+        Returns: the defaults with their companions; a part whose defaults are missing, or illegal
+            at some width, says here what fits.
+        """
+        part = cls.parse({})
+        return Example(part, part.companions)
+
+    @classmethod
+    def examples(cls, d_sae: int) -> tuple[Example, ...]:
+        """Returns `example` and further configurations, with code paths of their own, to check."""
+        return (cls.example(d_sae),)
 
     @property
     def logged(self) -> Mapping[str, Scalar]:
@@ -120,6 +160,11 @@ class PartConfig(Frozen):
     @property
     def moves_decoder(self) -> bool:
         """True where the part itself changes decoder rows, and so would fight a frozen decoder."""
+        return False
+
+    @property
+    def fixes_decoder_norms(self) -> bool:
+        """True where the part holds the norm of every decoder row where it starts, which is 1."""
         return False
 
     @classmethod

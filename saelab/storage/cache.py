@@ -52,6 +52,7 @@ NO_NUMBERS = (
     "__main__.py",
     "analysis",
     "api.py",
+    "checks",
     "cli",
     "drivers",
     "formats",

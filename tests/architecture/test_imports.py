@@ -29,6 +29,7 @@ LAYERS = [
     {"sae", "checkpoint"},
     {"formats"},
     {"training"},
+    {"checks"},
     {"evals"},
     {"study"},
     {"preflight"},

@@ -1,7 +1,7 @@
 """One battery for every registered part, steered by what the part declares.
 
-A new part is picked up from the table; nothing has to be added here. Four published variants that
-the package does not have (`variants.py`) pass through it as well.
+A new part is picked up from the table; nothing has to be added here. A published variant that
+the package does not have (`variants.py`) passes through it as well.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from ambient import torch_defaults
 from torch import Tensor
 from variants import VARIANTS
 
+from saelab.checks.boundaries import near_a_boundary
+from saelab.checks.examples import FIELDS, Case, cases
 from saelab.data.activations.stream import Batch
 from saelab.errors import SettingError, UsageError
 from saelab.formats.base import Plain
-from saelab.kernels import preactivations
 from saelab.parts import SEAMS, TABLE, base, parse_part, register
 from saelab.parts.base import Dims, Part, PartConfig, Pass
 from saelab.sae import SAE, SAEConfig
@@ -30,15 +31,6 @@ from saelab.training.optim import TrainConfig
 from saelab.training.state import State
 
 D_IN, D_SAE, ROWS, STEPS = 16, 512, 48, 40
-#: Where each seam's part stands in an SAE.
-FIELDS = {
-    "scaling": "scaling",
-    "activation": "activation",
-    "loss": "losses",
-    "controller": "controllers",
-    "constraint": "constraints",
-    "observer": "observers",
-}
 CLASSES = {
     "scaling": base.Scaling,
     "activation": base.Activation,
@@ -53,7 +45,22 @@ PARTS = {
     | {config.model_fields["kind"].default: config for config in VARIANTS.get(seam, ())}
     for seam in SEAMS
 }
-EVERY = [(seam, kind) for seam in SEAMS for kind in PARTS[seam]]
+EVERY = cases(D_SAE, table=PARTS)
+#: Activations with a number of latents per row.
+K_AS_NUMBER = [
+    case
+    for case in EVERY
+    if case.seam == "activation" and isinstance(getattr(case.part, "k", None), int)
+]
+#: Parts that take the value of a controller's setting, in a field that may hold a number as well.
+READS_A_SETTING = [
+    case
+    for case in EVERY
+    if case.seam != "controller"
+    and isinstance(getattr(case.part, "coefficient", getattr(case.part, "k", None)), str)
+]
+#: Its observer resets latents in a run as short as these.
+RESETS = next(one for one in cases(D_SAE, "observer") if one.example.resets)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,11 +76,10 @@ def variants() -> Iterator[None]:
 
 
 def of(seam: str) -> Any:
-    return pytest.mark.parametrize("kind", list(PARTS[seam]))
+    return pytest.mark.parametrize("case", [case for case in EVERY if case.seam == seam], ids=str)
 
 
-#: Parts that set the L0 wherever they stand.
-SETS_L0 = {("activation", kind) for kind in ("topk", "batchtopk", "abs_topk")}
+every_part = pytest.mark.parametrize("case", EVERY, ids=str)
 
 
 def l0_rule(part: PartConfig, config: SAEConfig) -> str | None:
@@ -84,32 +90,16 @@ def at_l0(level: float) -> Any:
     return lambda part, config: part.at_l0(level, config)
 
 
-every_part = pytest.mark.parametrize(("seam", "kind"), EVERY)
+def composed(case: Case | str, **changes: Any) -> SAEConfig:
+    """An SAE with a part's example in it; a name is that of an activation."""
+    if isinstance(case, str):
+        case = next(one for one in EVERY if str(one) == f"activation-{case}")
+    return case.settings(D_SAE, **changes)
 
 
-def composed(seam: str, kind: str, **changes: Any) -> SAEConfig:
-    """An SAE with the part in its place and the companions that it declares."""
-    data: dict[str, Any] = {
-        "d_sae": D_SAE,
-        "losses": ["reconstruction"],
-        "controllers": [{"kind": "ramp", "name": "sparsity", "value": 0.01, "warmup": 0.5}],
-        "precision": "float32",
-    }
-    place = FIELDS[seam]
-    data[place] = [*data.get(place, []), kind] if place.endswith("s") else kind
-    if seam == "controller":
-        data[place] = [kind]
-    if seam == "loss":
-        data["losses"] = ["reconstruction"] if kind == "reconstruction" else data["losses"]
-        data["scaling"] = "variance"
-    for name, value in parse_part(seam, kind).companions.items():
-        data[name] = [*data.get(name, []), *value] if isinstance(value, list) else value
-    return SAEConfig.parse(data | changes)
-
-
-def part_of(sae: SAE, seam: str, kind: str) -> Part:
-    place = getattr(sae, FIELDS[seam])
-    return place[kind] if FIELDS[seam].endswith("s") else place
+def case_of(seam: str, kind: str) -> Case:
+    """The first example of a part."""
+    return next(one for one in EVERY if (one.seam, one.kind) == (seam, kind))
 
 
 def data(seed: int, rows: int = ROWS) -> Tensor:
@@ -125,17 +115,6 @@ def batch(x: Tensor) -> Batch:
 def cell(config: SAEConfig, seed: int, steps: int = STEPS, snapshots: int = 0) -> Cell:
     training = TrainConfig(tokens=steps * ROWS, batch_size=ROWS, lr=3e-3)
     return Cell("cell", config, training, data(seed, 256), seed, snapshots)
-
-
-#: Observers that reset latents, and how their logs call that.
-RESETS = {"resampling": "resampled", "lifetimes": "lifetime.resamplings"}
-
-
-def eager(kind: str) -> dict[str, Any]:
-    """An observer so impatient that it resets latents in a short run; the given one if it can."""
-    if kind == "lifetimes":
-        return {"kind": kind, "base_steps": 3, "base_share": 0}
-    return {"kind": "resampling", "every": 0.1, "patience": 3 * ROWS}
 
 
 def copied(state: State) -> State:
@@ -178,45 +157,51 @@ def rows_close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
 
 @every_part
 class TestConfiguration:
-    def test_round_trip_through_json(self, seam: str, kind: str) -> None:
-        config = TABLE[seam][kind].parse({})
-        again = parse_part(seam, json.loads(config.model_dump_json()))
+    def test_round_trip_through_json(self, case: Case) -> None:
+        config = case.part
+        again = parse_part(case.seam, json.loads(config.model_dump_json()))
         assert type(again) is type(config) and again == config
-        whole = composed(seam, kind)
+        whole = composed(case)
         parsed = SAEConfig.parse(json.loads(whole.model_dump_json()))
         assert parsed == whole and parsed.digest() == whole.digest()
-        assert getattr(parsed, FIELDS[seam]) == getattr(whole, FIELDS[seam])
+        assert getattr(parsed, FIELDS[case.seam]) == getattr(whole, FIELDS[case.seam])
 
-    def test_by_name_alone(self, seam: str, kind: str) -> None:
-        assert parse_part(seam, kind) == TABLE[seam][kind].parse({})
+    def test_by_name_alone(self, case: Case) -> None:
+        """Where no setting is required; the example is one of the table's kinds in any case."""
+        config = TABLE[case.seam][case.kind]
+        assert type(case.part) is config
+        if not any(field.is_required() for field in config.model_fields.values()):
+            assert parse_part(case.seam, case.kind) == config.parse({})
 
-    def test_unknown_field_is_refused_with_the_nearest(self, seam: str, kind: str) -> None:
-        for field in TABLE[seam][kind].model_fields:
+    def test_unknown_field_is_refused_with_the_nearest(self, case: Case) -> None:
+        for field in type(case.part).model_fields:
             if field == "kind":
                 continue
             with pytest.raises(SettingError) as caught:
-                parse_part(seam, {"kind": kind, field + "x": 1})
+                parse_part(case.seam, case.part.model_dump() | {field + "x": 1})
             assert f"did you mean '{field}'?" in str(caught.value)
             assert field + "x" in str(caught.value) and caught.value.exit_code == 2
 
-    def test_is_frozen(self, seam: str, kind: str) -> None:
+    def test_is_frozen(self, case: Case) -> None:
         with pytest.raises(ValueError, match="frozen"):
-            TABLE[seam][kind].parse({}).lr = 1.0
+            case.part.lr = 1.0
 
-    def test_misspelt_kind(self, seam: str, kind: str) -> None:
-        with pytest.raises(UsageError, match=f"did you mean '{kind}'"):
-            parse_part(seam, {"kind": kind + "s"})
+    def test_misspelt_kind(self, case: Case) -> None:
+        with pytest.raises(UsageError, match=f"did you mean '{case.kind}'"):
+            parse_part(case.seam, {"kind": case.kind + "s"})
 
-    def test_builds_its_seam(self, seam: str, kind: str) -> None:
-        part = TABLE[seam][kind].parse({}).build(Dims(D_IN, D_SAE, steps=STEPS, seed=0))
-        assert isinstance(part, CLASSES[seam])
+    def test_builds_its_seam(self, case: Case) -> None:
+        part = case.part.build(Dims(D_IN, D_SAE, steps=STEPS, seed=0))
+        assert isinstance(part, CLASSES[case.seam])
 
-    def test_companions_are_all_it_needs(self, seam: str, kind: str) -> None:
-        assert composed(seam, kind).build(D_IN).parts()
+    def test_companions_are_all_it_needs(self, case: Case) -> None:
+        sae = composed(case).build(D_IN)
+        assert case.part_of(sae) in sae.parts()
+        assert case.part.companions.items() <= dict(case.example.beside).items()
 
-    def test_what_it_says_of_the_l0_is_what_it_does(self, seam: str, kind: str) -> None:
-        config = composed(seam, kind)
-        part = parse_part(seam, kind)
+    def test_what_it_says_of_the_l0_is_what_it_does(self, case: Case) -> None:
+        config = composed(case)
+        part = case.part
         rule, low, high = (f(part, config) for f in (l0_rule, at_l0(3.0), at_l0(9.0)))
         assert rule in ("set", "found", None)
         if rule == "set":
@@ -224,8 +209,15 @@ class TestConfiguration:
             assert {low.target_l0, high.target_l0} in ({3, 9}, {None})
         if rule == "found":
             assert low == high == part
-        assert config.at_l0(3.0).at_l0(9.0) == config.at_l0(9.0)
-        assert (seam, kind) not in SETS_L0 or rule == "set"
+        once = config.at_l0(3.0)
+        if "found" not in once.l0_rules(3.0):  # a schedule's end is set once
+            assert once.at_l0(9.0) == config.at_l0(9.0)
+
+
+def test_a_k_sets_the_l0() -> None:
+    """Activations whose example has a number k: a list that is empty would check nothing."""
+    assert {case.kind for case in K_AS_NUMBER} >= {"topk", "batchtopk", "abs_topk"}
+    assert all(case.part.l0_rule(composed(case)) == "set" for case in K_AS_NUMBER)
 
 
 # ---- life in a run ---------------------------------------------------------------------------
@@ -233,8 +225,8 @@ class TestConfiguration:
 
 @every_part
 class TestLife:
-    def test_pass_runs(self, seam: str, kind: str, global_random_seed: int) -> None:
-        sae = cell(composed(seam, kind), global_random_seed).sae
+    def test_pass_runs(self, case: Case, global_random_seed: int) -> None:
+        sae = cell(composed(case), global_random_seed).sae
         p = sae(data(global_random_seed), 0, STEPS)
         assert p.recon.shape == p.x.shape == p.target.shape == (ROWS, D_IN)
         if any(part.uses_preactivations for part in sae.parts()):
@@ -248,10 +240,8 @@ class TestLife:
         if p.code.support is not None:
             p.code.support.check()
 
-    def test_loss_is_scalar_finite_and_pure(
-        self, seam: str, kind: str, global_random_seed: int
-    ) -> None:
-        one = trained(composed(seam, kind), global_random_seed)
+    def test_loss_is_scalar_finite_and_pure(self, case: Case, global_random_seed: int) -> None:
+        one = trained(composed(case), global_random_seed)
         before = snapshot(one.sae)
         p = one.sae(data(global_random_seed), one.steps_done, STEPS)
         for term in one.sae.loss_terms().values():
@@ -261,10 +251,10 @@ class TestLife:
         assert same(snapshot(one.sae), before)
 
     def test_only_update_changes_state_and_only_buffers(
-        self, seam: str, kind: str, global_random_seed: int
+        self, case: Case, global_random_seed: int
     ) -> None:
-        one = trained(composed(seam, kind), global_random_seed)
-        sae, part = one.sae, part_of(one.sae, seam, kind)
+        one = trained(composed(case), global_random_seed)
+        sae, part = one.sae, case.part_of(one.sae)
         before, generator = snapshot(sae), torch.get_rng_state()
         p = sae(data(global_random_seed), one.steps_done, STEPS)
         part.scalars()
@@ -281,10 +271,8 @@ class TestLife:
             ), name
         assert torch.equal(torch.get_rng_state(), generator)
 
-    def test_state_is_saved_and_restored(
-        self, seam: str, kind: str, global_random_seed: int
-    ) -> None:
-        config, x = composed(seam, kind), data(global_random_seed)
+    def test_state_is_saved_and_restored(self, case: Case, global_random_seed: int) -> None:
+        config, x = composed(case), data(global_random_seed)
         one = trained(config, global_random_seed)
         fresh = config.build(D_IN, STEPS, global_random_seed)
         fresh.load_state_dict(snapshot(one.sae))
@@ -297,19 +285,19 @@ class TestLife:
         assert torch.equal(*losses)
         with torch.no_grad():
             for p in passes:
-                part_of(p.sae, seam, kind).update(p)
+                case.part_of(p.sae).update(p)
         assert same(snapshot(one.sae), snapshot(fresh))
         assert one.sae.scalars() == fresh.scalars()
         codes = [sae.eval().encode(x) for sae in (one.sae, fresh)]
         assert torch.equal(*codes)
 
-    def test_a_run_goes_on_from_its_state(
-        self, seam: str, kind: str, global_random_seed: int
-    ) -> None:
+    def test_a_run_goes_on_from_its_state(self, case: Case, global_random_seed: int) -> None:
         """Cut anywhere, resets and snapshots included, every bit is that of the whole run."""
-        observer = eager(kind)
-        others = [kind] if seam == "observer" and kind not in RESETS else []
-        config = composed(seam, kind, observers=[observer, *others])
+        observer = case if case.example.resets else RESETS
+        observers = [observer.part]
+        if case.seam == "observer" and case.kind != observer.kind:
+            observers.append(case.part)
+        config = composed(case, observers=observers)
         whole, cut = (cell(config, global_random_seed, snapshots=4) for _ in range(2))
         for one in (whole, cut):
             with torch.no_grad():
@@ -324,13 +312,13 @@ class TestLife:
         states = whole.state(), cut.state()
         assert same(states[0].tensors, states[1].tensors) and states[0].plain == states[1].plain
         assert whole.scalar_reach() == cut.scalar_reach()
-        assert whole.log.last(RESETS[observer["kind"]]) > 0
+        assert whole.log.last(observer.example.resets) > 0
 
     @pytest.mark.parametrize("ambient", [(torch.float64, "meta"), (torch.bfloat16, "cpu")], ids=str)
     def test_torchs_defaults_in_the_process_change_no_bit(
-        self, seam: str, kind: str, ambient: tuple[torch.dtype, str], global_random_seed: int
+        self, case: Case, ambient: tuple[torch.dtype, str], global_random_seed: int
     ) -> None:
-        config = composed(seam, kind, observers=[eager(kind)] if kind in RESETS else [])
+        config = composed(case)
         one, other = (cell(config, global_random_seed) for _ in range(2))
         batches = [batch(data(global_random_seed + i + 1)) for i in range(5)]
         for given in batches:
@@ -353,11 +341,11 @@ class TestLife:
             assert config.build(D_IN).W_enc.dtype == torch.float32
 
     def test_every_parameter_of_the_part_is_trained(
-        self, seam: str, kind: str, global_random_seed: int
+        self, case: Case, global_random_seed: int
     ) -> None:
-        one = cell(composed(seam, kind), global_random_seed)
+        one = cell(composed(case), global_random_seed)
         known = {id(p) for group in one.optimiser.groups for p in group.parameters}
-        part = part_of(one.sae, seam, kind)
+        part = case.part_of(one.sae)
         for parameter in part.parameters():
             assert (id(parameter) in known) == parameter.requires_grad
         one.step(batch(data(global_random_seed)))
@@ -372,9 +360,9 @@ class TestLife:
 
 @every_part
 class TestDeclarations:
-    def test_every_scalar_is_declared(self, seam: str, kind: str, global_random_seed: int) -> None:
-        one = trained(composed(seam, kind), global_random_seed)
-        config, part = parse_part(seam, kind), part_of(one.sae, seam, kind)
+    def test_every_scalar_is_declared(self, case: Case, global_random_seed: int) -> None:
+        one = trained(composed(case), global_random_seed)
+        config, part = case.part, case.part_of(one.sae)
         assert part.scalars().keys() == config.logged.keys()
         assert config.logged.keys() <= one.log.columns.keys()
         assert {*part.learned(), *part.stored()} <= config.logged.keys()
@@ -382,9 +370,9 @@ class TestDeclarations:
             assert scalar.meaning and scalar.role in base.ROLES, name
         assert all(config.logged[name].role == "learned" for name in part.learned())
 
-    def test_facts_and_columns(self, seam: str, kind: str, global_random_seed: int) -> None:
-        one = trained(composed(seam, kind), global_random_seed, STEPS)
-        part = part_of(one.sae, seam, kind)
+    def test_facts_and_columns(self, case: Case, global_random_seed: int) -> None:
+        one = trained(composed(case), global_random_seed, STEPS)
+        part = case.part_of(one.sae)
         before = snapshot(one.sae)
         facts = part.facts(one.log.columns, one.optimiser.travel)
         assert all(math.isfinite(value) for value in facts.values())
@@ -400,9 +388,9 @@ class TestDeclarations:
 # ---- activations -----------------------------------------------------------------------------
 
 
-def sparse_sae(kind: str, seed: int, precision: str = "float32") -> SAE:
+def sparse_sae(case: Case, seed: int, precision: str = "float32") -> SAE:
     """An SAE a few steps old whose code is sparse enough for the sparse path."""
-    one = trained(composed("activation", kind, precision=precision), seed)
+    one = trained(composed(case, precision=precision), seed)
     with torch.no_grad():
         one.sae.b_enc.sub_(1.5)
     if one.sae.activation.couples_batch:  # its statistics must know the new bias
@@ -410,19 +398,6 @@ def sparse_sae(kind: str, seed: int, precision: str = "float32") -> SAE:
             for i in range(20):
                 one.sae.activation.update(one.sae(data(seed + i)))
     return one.sae
-
-
-def near_threshold(sae: SAE, x: Tensor) -> Tensor:
-    """Pairs whose code appears or disappears when pre-activations move by 1e-5."""
-    with torch.no_grad():
-        u = sae._encoder_input(x / sae.scale)
-        z = preactivations(u, sae.W_enc, sae.b_enc, torch.float32)
-        on = sae.activation.dense(z) != 0
-        near = torch.zeros_like(on)
-        for i in range(16):
-            sign = torch.randn(z.shape, generator=torch_stream(i, "near")).sign()
-            near |= (sae.activation.dense(z + 1e-5 * sign) != 0) != on
-        return near
 
 
 def gradients(sae: SAE, x: Tensor) -> tuple[Pass, dict[str, Tensor]]:
@@ -441,10 +416,10 @@ def gradients(sae: SAE, x: Tensor) -> tuple[Pass, dict[str, Tensor]]:
 @pytest.mark.parametrize("training", [True, False])
 class TestActivation:
     def test_sparse_path_equals_dense_path(
-        self, kind: str, training: bool, global_random_seed: int, monkeypatch: pytest.MonkeyPatch
+        self, case: Case, training: bool, global_random_seed: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        sae, x = sparse_sae(kind, global_random_seed).train(training), data(global_random_seed)
-        x = x[~near_threshold(sae, x).any(1)]
+        sae, x = sparse_sae(case, global_random_seed).train(training), data(global_random_seed)
+        x = x[~near_a_boundary(sae, x).any(1)]
         assert len(x) > ROWS // 2
         sparse, got = gradients(sae, x)
         assert sparse.code.support is not None, "too dense: the sparse path was not taken"
@@ -460,9 +435,9 @@ class TestActivation:
             rows_close(got[name], gradient)
 
     def test_bfloat16_selects_and_values_are_float32(
-        self, kind: str, training: bool, global_random_seed: int, monkeypatch: pytest.MonkeyPatch
+        self, case: Case, training: bool, global_random_seed: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        sae = sparse_sae(kind, global_random_seed, "bfloat16").train(training)
+        sae = sparse_sae(case, global_random_seed, "bfloat16").train(training)
         select, dtypes = sae.activation.support, []
         monkeypatch.setattr(
             sae.activation, "support", lambda z: (dtypes.append(z.dtype), select(z))[1]
@@ -480,9 +455,9 @@ class TestActivation:
         torch.testing.assert_close(p.code.dense()[both], reference[both], rtol=1e-5, atol=1e-5)
 
     def test_rows_are_independent_unless_declared(
-        self, kind: str, training: bool, global_random_seed: int
+        self, case: Case, training: bool, global_random_seed: int
     ) -> None:
-        sae, x = sparse_sae(kind, global_random_seed).train(training), data(global_random_seed)
+        sae, x = sparse_sae(case, global_random_seed).train(training), data(global_random_seed)
         if training and sae.activation.couples_batch:
             other = x.clone()
             other[5:] *= 10
@@ -490,11 +465,11 @@ class TestActivation:
             return
         whole = sae(x).code.dense().detach()
         few = sae(x[3:8]).code.dense().detach()
-        keep = ~near_threshold(sae, x)[3:8]
+        keep = ~near_a_boundary(sae, x)[3:8]
         rows_close(few * keep, whole[3:8] * keep)
 
-    def test_exact_k(self, kind: str, training: bool, global_random_seed: int) -> None:
-        sae = sparse_sae(kind, global_random_seed).train(training)
+    def test_exact_k(self, case: Case, training: bool, global_random_seed: int) -> None:
+        sae = sparse_sae(case, global_random_seed).train(training)
         p = sae(data(global_random_seed))
         counts = (p.code.dense() != 0).sum(1)
         if sae.activation.exact_k:
@@ -505,28 +480,28 @@ class TestActivation:
             assert counts.unique().numel() > 1
 
     def test_encode_is_the_dense_path(
-        self, kind: str, training: bool, global_random_seed: int
+        self, case: Case, training: bool, global_random_seed: int
     ) -> None:
-        sae, x = sparse_sae(kind, global_random_seed), data(global_random_seed)
+        sae, x = sparse_sae(case, global_random_seed), data(global_random_seed)
         if training:
             with pytest.raises(RuntimeError, match=r"eval\(\)"):
                 sae.encode(x)
             return
         sae.eval()
-        keep = ~near_threshold(sae, x).any(1)
+        keep = ~near_a_boundary(sae, x).any(1)
         rows_close(sae.encode(x)[keep], sae(x).code.dense().detach()[keep])
         rows_close(sae.decode(sae.encode(x))[keep], (sae(x).recon.detach() * sae.scale)[keep])
 
 
 @of("activation")
-def test_an_exported_form_is_the_same_function(kind: str, global_random_seed: int) -> None:
-    sae, x = sparse_sae(kind, global_random_seed).eval(), data(global_random_seed)
+def test_an_exported_form_is_the_same_function(case: Case, global_random_seed: int) -> None:
+    sae, x = sparse_sae(case, global_random_seed).eval(), data(global_random_seed)
     form = sae.activation.export()
     if form is None:
         with pytest.raises(SettingError, match=r"has no export\(\)"):
             Plain.of(sae)
         return
-    keep = ~near_threshold(sae, x).any(1)
+    keep = ~near_a_boundary(sae, x).any(1)
     assert keep.any()
     z = (sae.encoder_input(x) @ sae.W_enc.T + sae.b_enc).detach()
     rows_close(form.code(z)[keep], sae.encode(x)[keep])
@@ -537,8 +512,8 @@ def test_an_exported_form_is_the_same_function(kind: str, global_random_seed: in
 
 
 @of("activation")
-def test_without_the_context_the_tensors_fit(kind: str) -> None:
-    part = composed("activation", kind).build(D_IN).activation
+def test_without_the_context_the_tensors_fit(case: Case) -> None:
+    part = composed(case).build(D_IN).activation
     config = part.without_context()
     if config is None:
         assert not part.needs_contexts
@@ -564,9 +539,13 @@ def agrees_with_folded(sae: SAE, x: Tensor) -> None:
 
 
 @of("scaling")
-def test_foldable_scaling(kind: str, global_random_seed: int) -> None:
-    sae = trained(composed("scaling", kind), global_random_seed).sae.eval()
-    assert sae.scaling is not None and sae.scaling.foldable
+def test_foldable_scaling(case: Case, global_random_seed: int) -> None:
+    sae = trained(composed(case), global_random_seed).sae.eval()
+    assert sae.scaling is not None
+    if not sae.scaling.foldable:
+        with pytest.raises(SettingError, match="cannot be folded"):
+            sae.fold()
+        return
     agrees_with_folded(sae, data(global_random_seed))
     x = data(global_random_seed)
     rows_close(sae.encode(x)[3:8], sae.encode(x[3:8]))
@@ -588,7 +567,7 @@ def test_folding_at_every_tau_and_tying(
 ) -> None:
     changes = variance(tau=tau, tying=tying, beta=1.3, theta=0.2, **rest)
     for centre in (True, False):
-        config = composed("activation", "relu", centre=centre, encoder_bias=centre, **changes)
+        config = composed("relu", centre=centre, encoder_bias=centre, **changes)
         sae = trained(config, global_random_seed).sae.eval()
         assert sae.scaling is not None
         with torch.no_grad():
@@ -600,7 +579,7 @@ def test_folding_at_every_tau_and_tying(
 
 def test_variance_gain_by_hand() -> None:
     """Variances 1, 4, 16 have geometric mean 4; tau .5 divides by standard deviations 1/2, 1, 2."""
-    sae = composed("activation", "relu", **variance(tau=0.5)).build(3)
+    sae = composed("relu", **variance(tau=0.5)).build(3)
     assert sae.scaling is not None
     sae.scaling.get_buffer("variance").copy_(torch.tensor([1.0, 4.0, 16.0]))
     gain, shift = sae.scaling.fold()
@@ -610,7 +589,7 @@ def test_variance_gain_by_hand() -> None:
 
 def test_running_variance_by_hand(global_random_seed: int) -> None:
     """v <- m v + (1 - m) var(batch), after the sample's variance at the start."""
-    config = composed("activation", "relu", **variance(momentum=0.75))
+    config = composed("relu", **variance(momentum=0.75))
     one, x = cell(config, global_random_seed), data(global_random_seed + 1)
     assert one.sae.scaling is not None
     running = one.sae.scaling.get_buffer("variance")
@@ -624,8 +603,8 @@ def test_running_variance_by_hand(global_random_seed: int) -> None:
 @pytest.mark.parametrize("theta", [0.0, 0.3])
 def test_start_as_the_same_function(theta: float, global_random_seed: int) -> None:
     x, sample = data(global_random_seed), data(global_random_seed, 256)
-    plain = composed("activation", "relu").build(D_IN)
-    scaled = composed("activation", "relu", **variance(tau=1, theta=theta)).build(D_IN)
+    plain = composed("relu").build(D_IN)
+    scaled = composed("relu", **variance(tau=1, theta=theta)).build(D_IN)
     for sae in (plain, scaled):
         sae.initialise(sample, global_random_seed)
         sae.eval()
@@ -633,14 +612,14 @@ def test_start_as_the_same_function(theta: float, global_random_seed: int) -> No
 
 
 def test_beta_zero_cannot_start_as_the_same_function() -> None:
-    config = composed("activation", "relu").patched(variance(beta=0.0))
+    config = composed("relu").patched(variance(beta=0.0))
     with pytest.raises(SettingError, match="start"):
         config.build(D_IN)
-    composed("activation", "relu", **variance(beta=0.0, start="scaled")).build(D_IN)
+    composed("relu", **variance(beta=0.0, start="scaled")).build(D_IN)
 
 
 def test_batch_statistics_couple_rows_and_do_not_fold(global_random_seed: int) -> None:
-    config = composed("activation", "relu", **variance(statistics="batch"))
+    config = composed("relu", **variance(statistics="batch"))
     sae, x = trained(config, global_random_seed).sae.eval(), data(global_random_seed)
     assert sae.scaling is not None and not sae.scaling.foldable
     with pytest.raises(SettingError, match="cannot be folded"):
@@ -681,7 +660,7 @@ class TestRegister:
                 return self.weight * p.recon.square().mean()
 
         register("loss", PowerConfig)
-        one = trained(composed("loss", "power"), global_random_seed)
+        one = trained(Case("loss", PowerConfig.example(D_SAE)).settings(D_SAE), global_random_seed)
         assert one.log.last("loss.power") > 0
         with pytest.raises(SettingError, match="did you mean 'weight'"):
             parse_part("loss", {"kind": "power", "wieght": 1})
@@ -728,17 +707,11 @@ class TestRegister:
 
 
 class TestComposition:
-    @pytest.mark.parametrize("kind", ["l1", "l0"])
-    def test_coefficient_without_controller(self, kind: str) -> None:
-        with pytest.raises(SettingError, match=r"sparsity.*no controller sets it"):
-            SAEConfig.parse(
-                {
-                    "d_sae": 8,
-                    "activation": "jumprelu",
-                    "losses": ["reconstruction", kind],
-                    "controllers": [],
-                }
-            ).build(4)
+    @pytest.mark.parametrize("case", READS_A_SETTING, ids=str)
+    def test_a_setting_without_its_controller(self, case: Case) -> None:
+        config = composed(case, controllers=[])
+        with pytest.raises(SettingError, match="no controller sets it"):
+            config.build(D_IN)
 
     def test_threshold_penalty_without_thresholds(self) -> None:
         config = SAEConfig.parse({"d_sae": 8, "losses": ["reconstruction", "l0"]})
@@ -752,22 +725,22 @@ class TestComposition:
         assert len(sae.loss_terms()) == 2
         assert {term.coefficient for term in sae.loss_terms().values()} == {"sparsity", 1.0}
 
-    @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
-    def test_k_above_d_sae(self, kind: str) -> None:
-        config = SAEConfig.parse({"d_sae": 8, "activation": {"kind": kind, "k": 9}})
-        with pytest.raises(SettingError, match="at most d_sae = 8"):
-            config.build(4)
+    @pytest.mark.parametrize("case", K_AS_NUMBER, ids=str)
+    def test_k_above_d_sae(self, case: Case) -> None:
+        part = case.part.patched({"k": D_SAE + 1})
+        with pytest.raises(SettingError, match=f"at most d_sae = {D_SAE}"):
+            composed(case, activation=part).build(D_IN)
 
 
 class TestBatchTopK:
     def test_training_selects_k_per_row_on_average(self, global_random_seed: int) -> None:
         for precision in ("float32", "bfloat16"):
-            config = composed("activation", "batchtopk", precision=precision)
+            config = composed("batchtopk", precision=precision)
             p = trained(config, global_random_seed).sae(data(global_random_seed))
             assert p.code.l0 == 32, precision
 
     def test_threshold_is_the_smallest_selected_value(self, global_random_seed: int) -> None:
-        one = cell(composed("activation", "batchtopk"), global_random_seed)
+        one = cell(composed("batchtopk"), global_random_seed)
         p = one.sae(data(global_random_seed))
         one.step(batch(data(global_random_seed)))
         smallest = p.code.values.detach()[p.code.active].min()
@@ -778,7 +751,7 @@ class TestBatchTopK:
 
 class TestUnitNorm:
     def test_rows_stay_on_the_sphere(self, global_random_seed: int) -> None:
-        one = trained(composed("constraint", "unit_norm"), global_random_seed)
+        one = trained(composed(case_of("constraint", "unit_norm")), global_random_seed)
         norms = torch.linalg.vector_norm(one.sae.W_dec.detach(), dim=1)
         torch.testing.assert_close(norms, torch.ones(D_SAE))
         p = one.sae(data(global_random_seed))
@@ -793,7 +766,9 @@ class TestUnitNorm:
 class TestAuxK:
     def test_dead_latents_learn_the_error(self, global_random_seed: int) -> None:
         """Only dead latents get a gradient from the term, and following it lowers the term."""
-        config = composed("loss", "auxk").patched({"losses.1.dead_after": 1, "losses.1.k": 4})
+        config = composed(case_of("loss", "auxk")).patched(
+            {"losses.1.dead_after": 1, "losses.1.k": 4}
+        )
         sae = cell(config, global_random_seed).sae
         term = sae.loss_terms()["auxk"]
         p = sae(data(global_random_seed))

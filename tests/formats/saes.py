@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saelab.checks.boundaries import near_a_boundary
 from saelab.data.activations.stream import Batch
-from saelab.formats import Plain
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell
@@ -32,10 +32,15 @@ def rows(seed: int, n: int = N, d: int = D_IN) -> Tensor:
 
 def trained(seed: int = 0, steps: int = 3, **config: Any) -> SAE:
     """A few steps on `rows`, so that biases, statistics and scalars are not those of the start."""
-    x = rows(seed)
     parts = {"d_sae": D_SAE, "losses": ["reconstruction"], "controllers": [], **config}
+    return trained_sae(SAEConfig.parse(parts), seed, steps)
+
+
+def trained_sae(config: SAEConfig, seed: int = 0, steps: int = 3) -> SAE:
+    """`trained`, of whole settings."""
+    x = rows(seed)
     training = TrainConfig(tokens=steps * N, batch_size=N, lr=1e-2)
-    cell = Cell("c", SAEConfig.parse(parts), training, x, seed)
+    cell = Cell("c", config, training, x, seed)
     for _ in range(steps):
         cell.step(Batch(x, torch.arange(N) % 20, segments=torch.arange(N) // 20))
     return cell.sae.eval()
@@ -43,14 +48,7 @@ def trained(seed: int = 0, steps: int = 3, **config: Any) -> SAE:
 
 def clear(sae: SAE, x: Tensor) -> Tensor:
     """The rows whose code no rounding can switch."""
-    plain = Plain.of(sae)
-    z = (x - plain.b_dec) @ plain.W_enc.T + plain.b_enc
-    if plain.k is not None:
-        best = z.topk(min(plain.k + 1, z.shape[1]), dim=1).values
-        return x[best[:, plain.k - 1] - best[:, -1] > NEAR]
-    if plain.threshold is not None:
-        return x[((z - plain.threshold).abs() > NEAR).all(1)]
-    return x
+    return x[~near_a_boundary(sae, x, NEAR).any(1)]
 
 
 def same(found: Tensor, wanted: Tensor) -> None:

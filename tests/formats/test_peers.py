@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from saes import N, clear, rows, same, trained
+from saes import D_SAE, N, clear, rows, same, trained_sae
 from safetensors.torch import load_file, save_file
-from test_saelens import activation
 
 from saelab import formats
+from saelab.checks.examples import cases
 from saelab.formats.saelens_fields import RULES
-from saelab.parts import TABLE
 from saelab.sae import SAE
 
 pytestmark = pytest.mark.peers
@@ -28,7 +27,13 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("peers_worker.py")
 SECONDS = 600
 
-OURS = [(a, s) for a in TABLE["activation"] for s in (None, *TABLE["scaling"])]
+OURS = {
+    f"{activation}-{scaling and scaling.kind}": activation.settings(
+        D_SAE, scaling=scaling and scaling.part
+    )
+    for activation in cases(D_SAE, "activation", first=True)
+    for scaling in (None, *cases(D_SAE, "scaling", first=True))
+}
 THEIRS = [
     *(f"saelens-{n}" for n in ("standard", "standard-uncentred", "topk", "topk-rescaled")),
     *(f"saelens-{n}" for n in ("jumprelu", "gated", "topk-trained", "batchtopk")),
@@ -52,14 +57,9 @@ def peers_python() -> Path:
     return python
 
 
-def name_of(activation: str, scaling: str | None) -> str:
-    return f"{activation}-{scaling}"
-
-
 @pytest.fixture(scope="module")
 def saes() -> dict[str, SAE]:
-    own = {"constraints": ["unit_norm"]}
-    return {name_of(a, s): trained(activation=activation(a), scaling=s, **own) for a, s in OURS}
+    return {name: trained_sae(config) for name, config in OURS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def answers(saes: dict[str, SAE], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.mark.parametrize("name", [name_of(a, s) for a, s in OURS])
+@pytest.mark.parametrize("name", list(OURS))
 def test_saelens_computes_what_ours_does(name: str, saes: dict[str, SAE], answers: Path) -> None:
     place, sae = answers / "ours" / name, saes[name]
     x, found = load_file(place / "rows.safetensors")["x"], load_file(place / "answer.safetensors")

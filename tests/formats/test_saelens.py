@@ -9,15 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from saes import D_IN, D_SAE, clear, random_weights, rows, same, same_function, trained, write
+from saes import (
+    D_IN,
+    D_SAE,
+    clear,
+    random_weights,
+    rows,
+    same,
+    same_function,
+    trained,
+    trained_sae,
+    write,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saelab import checkpoint, formats
 from saelab.analysis.export import about, without_context
+from saelab.checks.examples import Case, cases
 from saelab.errors import SettingError, SourceError, UsageError
 from saelab.formats.saelens_fields import RULES
-from saelab.parts import TABLE
 from saelab.parts.activations.relu import ReLU
 from saelab.parts.base import Activation
 
@@ -27,33 +38,19 @@ LINEAR = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 # ---- ours, written and read again ---------------------------------------------------------------
 
-#: How a part is configured here; every registered part is tried, with its defaults otherwise.
-ACTIVATIONS: dict[str, dict[str, Any]] = {
-    "topk": {"k": 4},
-    "batchtopk": {"k": 4},
-    "tied_threshold": {"gamma": 0.3, "learned": ("theta", "gamma")},
-}
-
-
-ANNEALED = {"kind": "annealed_k", "end": 4}
-
-
-def activation(kind: str) -> dict[str, Any]:
-    return {"kind": kind, **ACTIVATIONS.get(kind, {})}
-
 
 def exported(sae: Any, folder: Path) -> Any:
     formats.saver("saelens")(sae, folder, ABOUT)
     return formats.load(folder).sae
 
 
-@pytest.mark.parametrize("scaling", [None, *TABLE["scaling"]])
-@pytest.mark.parametrize("kind", list(TABLE["activation"]))
+@pytest.mark.parametrize("scaling", [None, *cases(D_SAE, "scaling", first=True)], ids=str)
+@pytest.mark.parametrize("case", cases(D_SAE, "activation"), ids=str)
 def test_every_part_comes_back(
-    kind: str, scaling: str | None, tmp_path: Path, global_random_seed: int
+    case: Case, scaling: Case | None, tmp_path: Path, global_random_seed: int
 ) -> None:
-    own = {"activation": activation(kind), "constraints": ["unit_norm"]}
-    sae = trained(global_random_seed, scaling=scaling, **own)
+    config = case.settings(D_SAE, scaling=scaling and scaling.part)
+    sae = trained_sae(config, global_random_seed)
     same_function(exported(sae, tmp_path), sae, rows(global_random_seed + 1))
 
 
@@ -182,7 +179,7 @@ def test_what_is_written(tmp_path: Path) -> None:
 
 
 def test_batchtopk_is_written_as_jumprelu_with_its_threshold(tmp_path: Path) -> None:
-    sae = trained(activation=activation("batchtopk"))
+    sae = trained(activation={"kind": "batchtopk", "k": 4})
     formats.saver("saelens")(sae, tmp_path, {})
     threshold = load_file(tmp_path / WEIGHTS)["threshold"]
     assert torch.equal(threshold, sae.activation.floor().expand(D_SAE))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from projects import Project, cli
 
-from saelab.parts import TABLE
-from saelab.sae import MOST_LATENTS, SAEConfig
+from saelab.checks.examples import cases
+from saelab.parts import SEAMS
+from saelab.sae import MOST_LATENTS
 
 #: Bytes that a check may take besides what was there; W_enc and W_dec of two channels take 1.1e9.
 MOST_BYTES = 5e8
@@ -29,17 +30,11 @@ def test_plan_check_of_the_largest_sae(tmp_path: Path) -> None:
     assert peak() - before < MOST_BYTES
 
 
-@pytest.mark.parametrize("seam", ["activation", "scaling", "losses", "observers"])
+@pytest.mark.parametrize("seam", SEAMS)
 def test_the_outline_of_every_part_takes_no_memory(seam: str) -> None:
-    kinds = TABLE[{"losses": "loss", "observers": "observer"}.get(seam, seam)]
     before = peak()
-    for kind, config in kinds.items():
-        part = {"kind": kind}
-        parts = {"losses": [{"kind": "reconstruction"}, part], "observers": [part]}.get(seam, part)
-        if kind == "reconstruction":
-            parts = [part]
-        data = {"d_sae": MOST_LATENTS, seam: parts} | dict(config().companions)
-        outline = SAEConfig.parse(data).outline()
+    for case in cases(MOST_LATENTS, seam):
+        outline = case.settings(MOST_LATENTS).outline()
         assert {name: tuple(t.shape) for name, t in outline.state_dict().items()}
         assert outline.W_enc.device.type == "meta"
     assert peak() - before < MOST_BYTES

@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from saelab.checks.examples import cases
 from saelab.kernels import Code, Support, eager, native, selection_dtype
 from saelab.sae import ROWS, SAE, SAEConfig
 from saelab.seeding import torch_stream
 
 D_IN, D_SAE = 24, 160
 KINDS: dict[str, dict[str, Any]] = {
+    str(case): {"activation": case.part, **case.example.beside}
+    for case in cases(D_SAE, "activation")
+} | {
     "relu": {"activation": "relu"},
     "scaled": {"activation": "relu", "scaling": {"kind": "variance", "tau": 0.5}},
-    "topk": {"activation": {"kind": "topk", "k": 5}},
-    "batchtopk": {"activation": {"kind": "batchtopk", "k": 5}},
     "jumprelu": {"activation": {"kind": "jumprelu", "threshold": 1.0}},
     "dense": {"activation": "relu", "initial_l0": None},
 }

@@ -20,11 +20,13 @@ from saelab.kernels import Support, kernels_for, support_above
 from saelab.parts.base import (
     Activation,
     Dims,
+    Example,
     Form,
     L0Rule,
     PartConfig,
     Pass,
     correct_bias,
+    few,
     nearest_k,
 )
 
@@ -41,6 +43,10 @@ class BatchTopKConfig(PartConfig):
 
     def build(self, dims: Dims) -> BatchTopK:
         return BatchTopK(self, dims)
+
+    @classmethod
+    def example(cls, d_sae: int) -> Example:
+        return Example(cls(k=few(d_sae)))
 
     @property
     def target_l0(self) -> float:

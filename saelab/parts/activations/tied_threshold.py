@@ -40,6 +40,7 @@ from saelab.kernels import Adaptation, Support, gate, kernels_for, moments, trac
 from saelab.parts.base import (
     Activation,
     Dims,
+    Example,
     Form,
     Pass,
     Scalar,
@@ -94,6 +95,11 @@ class TiedThresholdConfig(TemperatureFields):
 
     def build(self, dims: Dims) -> TiedThreshold:
         return TiedThreshold(self, dims)
+
+    @classmethod
+    def examples(cls, d_sae: int) -> tuple[Example, ...]:
+        driven = cls(gamma=0.3, learned=("theta", "gamma"), temperature="learned")
+        return cls.example(d_sae), Example(driven, driven.companions)
 
     @property
     def logged(self) -> Mapping[str, Scalar]:

@@ -20,6 +20,7 @@ from saelab.parts.base import (
     PER_TOKEN,
     Activation,
     Dims,
+    Example,
     Form,
     L0Rule,
     Latents,
@@ -27,6 +28,7 @@ from saelab.parts.base import (
     Pass,
     Scalar,
     check_setting,
+    few,
     measurement,
     nearest_k,
 )
@@ -43,6 +45,15 @@ class TopKConfig(PartConfig):
 
     def build(self, dims: Dims) -> TopK:
         return TopK(self.k, dims)
+
+    @classmethod
+    def example(cls, d_sae: int) -> Example:
+        return Example(cls(k=few(d_sae)))
+
+    @classmethod
+    def examples(cls, d_sae: int) -> tuple[Example, ...]:
+        follows = {"controllers": [{"kind": "annealed_k", "start": d_sae // 2, "end": few(d_sae)}]}
+        return cls.example(d_sae), Example(cls(k="k"), follows)
 
     @property
     def logged(self) -> Mapping[str, Scalar]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from saelab.errors import SettingError
-from saelab.parts.base import Constraint, Dims, PartConfig
+from saelab.parts.base import Constraint, Dims, Example, PartConfig
 
 if TYPE_CHECKING:
     from saelab.sae import SAE
@@ -23,6 +23,14 @@ class FrozenConfig(PartConfig):
 
     def build(self, dims: Dims) -> Frozen:
         return Frozen(self.weight)
+
+    @classmethod
+    def examples(cls, d_sae: int) -> tuple[Example, ...]:
+        return cls.example(d_sae), Example(cls(weight="encoder"))
+
+    @property
+    def fixes_decoder_norms(self) -> bool:
+        return self.weight == "decoder"
 
 
 class Frozen(Constraint):

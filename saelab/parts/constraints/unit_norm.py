@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from saelab.kernels import kernels_for
-from saelab.parts.base import Constraint, Dims, PartConfig
+from saelab.parts.base import Constraint, Dims, Example, PartConfig
 
 if TYPE_CHECKING:
     from saelab.sae import SAE
@@ -25,8 +25,16 @@ class UnitNormConfig(PartConfig):
     def build(self, dims: Dims) -> UnitNorm:
         return UnitNorm(self.weight)
 
+    @classmethod
+    def examples(cls, d_sae: int) -> tuple[Example, ...]:
+        return cls.example(d_sae), Example(cls(weight="encoder"))
+
     @property
     def moves_decoder(self) -> bool:
+        return self.weight == "decoder"
+
+    @property
+    def fixes_decoder_norms(self) -> bool:
         return self.weight == "decoder"
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from saelab.parts.base import Controller, Dims, L0Rule, PartConfig, nearest_k
+from saelab.parts.base import Controller, Dims, Example, L0Rule, PartConfig, few, nearest_k
 
 if TYPE_CHECKING:
     from saelab.sae import SAEConfig
@@ -35,6 +35,10 @@ class AnnealedKConfig(PartConfig):
 
     def build(self, dims: Dims) -> AnnealedK:
         return AnnealedK(self, dims)
+
+    @classmethod
+    def example(cls, d_sae: int) -> Example:
+        return Example(cls(start=2 * few(d_sae)), {"activation": {"kind": "topk", "k": "k"}})
 
     def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
         """Decides the L0 where the activation follows it: 'set' unless `end` fixes it."""

@@ -42,7 +42,16 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from saelab.parts.base import Controller, Dims, L0Rule, PartConfig, Pass, Scalar
+from saelab.parts.base import (
+    Controller,
+    Dims,
+    Example,
+    L0Rule,
+    PartConfig,
+    Pass,
+    Scalar,
+    few,
+)
 
 if TYPE_CHECKING:
     from saelab.sae import SAEConfig
@@ -85,6 +94,10 @@ class L0TargetConfig(PartConfig):
     def build(self, dims: Dims) -> L0Target:
         return L0Target(self, dims)
 
+    @classmethod
+    def example(cls, d_sae: int) -> Example:
+        return Example(cls(target=few(d_sae)), {"losses": [{"kind": "l1"}]})
+
     @property
     def logged(self) -> Mapping[str, Scalar]:
         return {self.name: Scalar("coefficient that holds the L0 at its target", "state")}
@@ -110,7 +123,7 @@ class L0Target(Controller):
         self.config, self.steps, self.name = config, dims.steps, config.name
         # integral term, its drift per step, EMA of log L0, log of the first L0, log of the value
         start = [math.log(config.start), 0.0, math.nan, math.nan, math.log(config.start)]
-        self.register_buffer("state", torch.tensor(start, dtype=torch.float64))
+        self.register_buffer("state", torch.tensor(start, dtype=torch.float64, device="cpu"))
 
     def value(self, step: int) -> float:
         return math.exp(float(self.state[4]))

@@ -20,7 +20,17 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from saelab.errors import SettingError
-from saelab.parts.base import Controller, Dims, L0Rule, PartConfig, Pass, Scalar, measurement
+from saelab.parts.base import (
+    Controller,
+    Dims,
+    Example,
+    L0Rule,
+    PartConfig,
+    Pass,
+    Scalar,
+    few,
+    measurement,
+)
 
 if TYPE_CHECKING:
     from saelab.sae import SAEConfig
@@ -53,6 +63,16 @@ class RoundedKConfig(PartConfig):
     def build(self, dims: Dims) -> RoundedK:
         return RoundedK(self, dims)
 
+    @classmethod
+    def examples(cls, d_sae: int) -> tuple[Example, ...]:
+        batch = cls(start=few(d_sae), k_min=1)
+        rows = batch.patched({"over": "rows"})
+        return Example(batch), Example(rows, {"activation": {"kind": "topk", "k": "k"}})
+
+    @classmethod
+    def example(cls, d_sae: int) -> Example:
+        return cls.examples(d_sae)[0]
+
     @property
     def logged(self) -> Mapping[str, Scalar]:
         return {
@@ -76,7 +96,8 @@ class RoundedK(Controller):
         self.config, self.name = config, config.name
         self.uses_preactivations = config.over == "rows"
         self.k_max = min(config.k_max, dims.d_sae)
-        self.register_buffer("kappa", torch.tensor(config.start, dtype=torch.float64))
+        start = torch.tensor(config.start, dtype=torch.float64, device="cpu")
+        self.register_buffer("kappa", start)
 
     def value(self, step: int) -> float:
         return float(min(max(round(float(self.kappa)), self.config.k_min), self.k_max))

@@ -15,7 +15,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from saelab.kernels import Support, decode_at, kernels_for, support_of_topk, topk_over_ranks
-from saelab.parts.base import Dims, LossTerm, PartConfig, Pass
+from saelab.parts.base import Dims, Example, LossTerm, PartConfig, Pass
 
 
 class AuxKConfig(PartConfig):
@@ -28,6 +28,10 @@ class AuxKConfig(PartConfig):
 
     def build(self, dims: Dims) -> AuxK:
         return AuxK(self, dims)
+
+    @classmethod
+    def example(cls, d_sae: int) -> Example:
+        return Example(cls(dead_after=100))
 
 
 class AuxK(LossTerm):

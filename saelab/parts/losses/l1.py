@@ -9,7 +9,7 @@ and its decoder.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class L1Config(PartConfig):
 
 
 class L1(LossTerm):
-    uses_decoder_norms: ClassVar[bool] = True
+    uses_decoder_norms = True
     shardable = True
 
     def __init__(self, config: L1Config) -> None:

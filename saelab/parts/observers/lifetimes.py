@@ -22,6 +22,7 @@ from torch import Tensor
 
 from saelab.parts.base import (
     Dims,
+    Example,
     Lives,
     Observer,
     PartConfig,
@@ -61,6 +62,11 @@ class LifetimesConfig(PartConfig):
 
     def build(self, dims: Dims) -> Lifetimes:
         return Lifetimes(self, dims)
+
+    @classmethod
+    def examples(cls, d_sae: int) -> tuple[Example, ...]:
+        eager = cls(base_steps=3, base_share=0)
+        return cls.example(d_sae), Example(eager, resets="lifetime.resamplings")
 
     @property
     def logged(self) -> Mapping[str, Scalar]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saelab.parts.base import (
     Dims,
+    Example,
     Observer,
     PartConfig,
     Pass,
@@ -45,6 +46,11 @@ class ResamplingConfig(PartConfig):
 
     def build(self, dims: Dims) -> Resampling:
         return Resampling(self, dims)
+
+    @classmethod
+    def examples(cls, d_sae: int) -> tuple[Example, ...]:
+        eager = cls(every=0.1, patience=100)
+        return cls.example(d_sae), Example(eager, resets="resampled")
 
     @property
     def logged(self) -> Mapping[str, Scalar]:

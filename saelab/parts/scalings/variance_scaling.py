@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from saelab.errors import SettingError
 from saelab.parts.base import (
     Dims,
+    Example,
     LossTerm,
     PartConfig,
     Pass,
@@ -62,14 +63,20 @@ class VarianceScalingConfig(TemperatureFields):
     def build(self, dims: Dims) -> VarianceScaling:
         return VarianceScaling(self, dims)
 
+    @classmethod
+    def examples(cls, d_sae: int) -> tuple[Example, ...]:
+        each = cls(tying="per_feature", temperature="learned_schedule", tau_end=0.1)
+        return cls.example(d_sae), Example(each), Example(cls(statistics="batch"))
+
     @property
     def logged(self) -> Mapping[str, Scalar]:
+        spread = measurement("standard deviation of log variance over input dimensions")
         return {
             "beta": Scalar("factor of the scaled input"),
             "theta": Scalar("shift of the scaled input", free_sign=self.theta == 0),
             "tau": self.temperature_scalar,
             **self.schedule_scalars,
-            "spread": measurement("standard deviation of log variance over input dimensions"),
+            **({"spread": spread} if self.statistics == "running" else {}),
         }
 
 

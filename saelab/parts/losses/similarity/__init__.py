@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ class PassTerms:
 
 
 class Similarity(LossTerm):
-    uses_decoder_norms: ClassVar[bool] = True
+    uses_decoder_norms = True
     products: Tensor
     running: Tensor
     updates: Tensor

@@ -5,6 +5,8 @@
 FOLDER/ours/<name>/     an export of ours; its rows.safetensors holds x, and answer.safetensors gets
                         what `sae_lens.SAE.load_from_disk` makes of it: f and x_hat
 FOLDER/theirs/<name>/   SAEs of SAELens, sparsify and dictionary_learning, with the same two files
+FOLDER/published/<name>/    published SAEs by their own layout (published_saes.py), below them the
+                            repository's name, with the same two files
 FOLDER/fields.json      architecture -> fields of SAELens' configuration classes
 """
 
@@ -17,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from published_saes import D_IN, D_SAE, LAYOUTS, QWEN_D_SAE, K, Layout, Tensors
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-D_IN, D_SAE, K = 6, 24, 3
 SEED = 5
 
 
@@ -31,6 +34,8 @@ def main(folder: Path) -> None:
         x = load_file(folder / "rows.safetensors")["x"]
         for make in (saelens, sparsify, dictionary_learning):
             make(folder / "theirs", x)
+        for layout in LAYOUTS:
+            published(layout, folder / "published" / layout.name, x)
     (folder / "fields.json").write_text(json.dumps(fields()))
 
 
@@ -69,6 +74,12 @@ def saelens(folder: Path, x: torch.Tensor) -> None:
         ),
         "jumprelu": sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(**sizes)),
         "gated": sae_lens.GatedSAE(sae_lens.GatedSAEConfig(**sizes)),
+        "topk-layer_norm": sae_lens.TopKSAE(
+            sae_lens.TopKSAEConfig(**sizes, k=K, normalize_activations="layer_norm")
+        ),
+        "standard-constant_norm": sae_lens.StandardSAE(
+            sae_lens.StandardSAEConfig(**sizes, normalize_activations="constant_norm_rescale")
+        ),
     }
     training = {
         "topk-trained": sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(**sizes, k=K)),
@@ -152,6 +163,74 @@ def fields() -> dict[str, list[str]]:
     trained = (*kinds, "batchtopk", "matryoshka_batchtopk")
     found |= {f"{kind}-training": get_sae_training_class(kind)[1] for kind in trained}
     return {name: [f.name for f in dataclasses.fields(kind)] for name, kind in found.items()}
+
+
+# ---- published SAEs, as SAELens' loaders read them -----------------------------------------------
+
+
+def published(layout: Layout, folder: Path, x: torch.Tensor) -> None:
+    """Writes an SAE by its own layout, and what SAELens makes of it."""
+    folder.mkdir(parents=True)
+    tensors = layout.make(folder, SEED)
+    topk = "topk" in layout.name
+    sae = with_loader(layout, folder) if layout.loader else of_openai(tensors, topk)
+    if layout.heads:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    save_file({"x": x}, folder / "rows.safetensors")
+    answers = {"f": sae.encode(x), "x_hat": sae(x)}
+    save_file({name: t.contiguous() for name, t in answers.items()}, folder / "answer.safetensors")
+
+
+def with_loader(layout: Layout, folder: Path) -> Any:
+    """The SAE that SAELens loads from `folder` instead of the hub."""
+    import sae_lens.saes.sae as sae_module
+    from huggingface_hub.utils import EntryNotFoundError
+    from sae_lens import SAE
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    class NotThere(EntryNotFoundError):
+        def __init__(self, message: str) -> None:
+            Exception.__init__(self, message)
+
+    def local(repo_id: str, filename: str, subfolder: str | None = None, **_: Any) -> str:
+        file = folder / repo_id / (subfolder or "") / filename
+        if not file.is_file():
+            raise NotThere(str(file))
+        return str(file)
+
+    def shapes(repo: str, filename: str) -> dict[str, list[int]]:
+        with safe_open(folder / repo / filename, "pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    loaders.hf_hub_download = local
+    loaders.get_safetensors_tensor_shapes = shapes  # asks the hub otherwise
+    sae_module.get_norm_scaling_factor = lambda release, sae_id: layout.factor
+    load = loaders.NAMED_PRETRAINED_SAE_LOADERS[layout.loader]
+    overrides = dict(layout.overrides)
+    if layout.format == "qwen_scope":
+        overrides |= {"d_sae": QWEN_D_SAE, "activation_fn_kwargs": {"k": K}}
+
+    def tiny(**given: Any) -> Any:
+        return load(**{**given, "cfg_overrides": {**given["cfg_overrides"], **overrides}})
+
+    return SAE.from_pretrained(layout.repo, layout.inner, converter=tiny)
+
+
+def of_openai(tensors: Tensors, topk: bool) -> Any:
+    """OpenAI's SAE as SAELens would hold it: it has no loader for the layout."""
+    import sae_lens
+
+    sizes: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE}
+    if topk:
+        cfg = sae_lens.TopKSAEConfig(**sizes, k=K, normalize_activations="layer_norm")
+        sae = sae_lens.TopKSAE(cfg)
+    else:
+        sae = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(**sizes))
+    sae.W_enc.copy_(tensors["encoder.weight"].T)
+    sae.W_dec.copy_(tensors["decoder.weight"].T)
+    sae.b_enc.copy_(tensors["latent_bias"])
+    sae.b_dec.copy_(tensors["pre_bias"])
+    return sae
 
 
 # ---- sparsify, dictionary_learning --------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saelab.data.activations.stream import Batch
 from saelab.formats import Plain
+from saelab.row_norm import normalise_rows
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell
@@ -44,7 +45,8 @@ def trained(seed: int = 0, steps: int = 3, **config: Any) -> SAE:
 def clear(sae: SAE, x: Tensor) -> Tensor:
     """The rows whose code no rounding can switch."""
     plain = Plain.of(sae)
-    z = (x - plain.b_dec) @ plain.W_enc.T + plain.b_enc
+    u = normalise_rows(x, plain.row_norm)
+    z = (u - plain.b_dec) @ plain.W_enc.T + plain.b_enc
     if plain.k is not None:
         best = z.topk(min(plain.k + 1, z.shape[1]), dim=1).values
         return x[best[:, plain.k - 1] - best[:, -1] > NEAR]

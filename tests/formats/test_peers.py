@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from published_saes import BY_NAME, LAYOUTS
 from saes import N, clear, rows, same, trained
 from safetensors.torch import load_file, save_file
 from test_saelens import activation
@@ -21,6 +23,7 @@ from test_saelens import activation
 from saelab import formats
 from saelab.formats.saelens_fields import RULES
 from saelab.parts import TABLE
+from saelab.row_norm import RowNorm
 from saelab.sae import SAE
 
 pytestmark = pytest.mark.peers
@@ -33,6 +36,7 @@ THEIRS = [
     *(f"saelens-{n}" for n in ("standard", "standard-uncentred", "topk", "topk-rescaled")),
     *(f"saelens-{n}" for n in ("jumprelu", "gated", "topk-trained", "batchtopk")),
     *(f"saelens-{n}" for n in ("jumprelu-trained", "gated-trained")),
+    *(f"saelens-{n}" for n in ("topk-layer_norm", "standard-constant_norm")),
     *(f"saelens-{n}-inference" for n in ("topk-trained", "batchtopk", "jumprelu-trained")),
     *(f"saelens-{n}" for n in ("expected_average_only_in", "covariance_whitening")),
     *(f"saelens-{n}" for n in ("gated-trained-inference", "standard-old", "topk-old")),
@@ -41,6 +45,10 @@ THEIRS = [
     *(f"dictionary_learning-{n}" for n in ("AutoEncoderTopK", "BatchTopKSAE")),
     *(f"dictionary_learning-{n}" for n in ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")),
 ]
+
+
+#: Ours that normalise each row, as readers of published SAEs leave them.
+ROW_NORMS: dict[str, RowNorm] = {"topk-layer_norm": "layer_norm", "topk-norm": "norm"}
 
 
 def peers_python() -> Path:
@@ -59,7 +67,11 @@ def name_of(activation: str, scaling: str | None) -> str:
 @pytest.fixture(scope="module")
 def saes() -> dict[str, SAE]:
     own = {"constraints": ["unit_norm"]}
-    return {name_of(a, s): trained(activation=activation(a), scaling=s, **own) for a, s in OURS}
+    saes = {name_of(a, s): trained(activation=activation(a), scaling=s, **own) for a, s in OURS}
+    for name, norm in ROW_NORMS.items():
+        saes[name] = trained(activation=activation("topk"), **own)
+        saes[name].row_norm = norm
+    return saes
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +97,7 @@ def answers(saes: dict[str, SAE], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.mark.parametrize("name", [name_of(a, s) for a, s in OURS])
+@pytest.mark.parametrize("name", [*(name_of(a, s) for a, s in OURS), *ROW_NORMS])
 def test_saelens_computes_what_ours_does(name: str, saes: dict[str, SAE], answers: Path) -> None:
     place, sae = answers / "ours" / name, saes[name]
     x, found = load_file(place / "rows.safetensors")["x"], load_file(place / "answer.safetensors")
@@ -93,14 +105,23 @@ def test_saelens_computes_what_ours_does(name: str, saes: dict[str, SAE], answer
     f = sae.encode(x)
     assert bool((f > 0).any())
     same(found["f"], f)
-    same(found["x_hat"], sae.decode(f))
+    same(found["x_hat"], sae.complete(sae.decode(f), x))
+
+
+@pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS])
+def test_published_saes_are_what_saelens_loads(name: str, answers: Path) -> None:
+    compare(answers / "published" / name, BY_NAME[name].path, BY_NAME[name].format)
 
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_ours_computes_what_they_do(name: str, answers: Path) -> None:
-    place = answers / "theirs" / name
     named = "dictionary_learning" if name.startswith("dictionary_learning") else ""
-    sae = formats.load(place, named).sae
+    compare(answers / "theirs" / name, lambda place: place, named)
+
+
+def compare(place: Path, sae_in: Callable[[Path], Path], named: str) -> None:
+    """The SAE that we read in `place` computes what the peers have put there."""
+    sae = formats.load(sae_in(place), named).sae
     x, found = load_file(place / "rows.safetensors")["x"], load_file(place / "answer.safetensors")
     kept = clear(sae, x)
     rows_kept = (x[:, None] == kept[None]).all(2).any(1)
@@ -108,7 +129,7 @@ def test_ours_computes_what_they_do(name: str, answers: Path) -> None:
     f = found["f"][rows_kept]
     assert 0 < float((f > 0).float().mean()) < 1
     same(sae.encode(x[rows_kept]), f)
-    same(sae.decode(f), found["x_hat"][rows_kept])
+    same(sae.complete(sae.decode(f), x[rows_kept]), found["x_hat"][rows_kept])
 
 
 def test_all_that_they_wrote_is_tried(answers: Path) -> None:

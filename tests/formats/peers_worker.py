@@ -173,7 +173,7 @@ def published(layout: Layout, folder: Path, x: torch.Tensor) -> None:
     folder.mkdir(parents=True)
     tensors = layout.make(folder, SEED)
     topk = "topk" in layout.name
-    sae = with_loader(layout, folder) if layout.loader else of_openai(tensors, topk)
+    sae = of_layout(layout, folder) if layout.loader else of_openai(tensors, topk)
     if layout.heads:
         sae.turn_off_forward_pass_hook_z_reshaping()
     save_file({"x": x}, folder / "rows.safetensors")
@@ -181,8 +181,24 @@ def published(layout: Layout, folder: Path, x: torch.Tensor) -> None:
     save_file({name: t.contiguous() for name, t in answers.items()}, folder / "answer.safetensors")
 
 
-def with_loader(layout: Layout, folder: Path) -> Any:
-    """The SAE that SAELens loads from `folder` instead of the hub."""
+def of_layout(layout: Layout, folder: Path) -> Any:
+    """SAELens' SAE of a published layout."""
+    overrides = dict(layout.overrides)
+    if layout.format == "qwen_scope":
+        overrides |= {"d_sae": QWEN_D_SAE, "activation_fn_kwargs": {"k": K}}
+    place = (layout.repo, layout.inner)
+    return with_loader(layout.loader, folder, place, overrides, layout.factor)
+
+
+def with_loader(
+    loader: str,
+    folder: Path,
+    place: tuple[str, str],
+    overrides: dict[str, Any],
+    factor: float | None = None,
+) -> Any:
+    """The SAE at a repository and a path in it that SAELens loads from `folder` instead of the
+    hub."""
     import sae_lens.saes.sae as sae_module
     from huggingface_hub.utils import EntryNotFoundError
     from sae_lens import SAE
@@ -204,16 +220,13 @@ def with_loader(layout: Layout, folder: Path) -> Any:
 
     loaders.hf_hub_download = local
     loaders.get_safetensors_tensor_shapes = shapes  # asks the hub otherwise
-    sae_module.get_norm_scaling_factor = lambda release, sae_id: layout.factor
-    load = loaders.NAMED_PRETRAINED_SAE_LOADERS[layout.loader]
-    overrides = dict(layout.overrides)
-    if layout.format == "qwen_scope":
-        overrides |= {"d_sae": QWEN_D_SAE, "activation_fn_kwargs": {"k": K}}
+    sae_module.get_norm_scaling_factor = lambda release, sae_id: factor
+    load = loaders.NAMED_PRETRAINED_SAE_LOADERS[loader]
 
     def tiny(**given: Any) -> Any:
         return load(**{**given, "cfg_overrides": {**given["cfg_overrides"], **overrides}})
 
-    return SAE.from_pretrained(layout.repo, layout.inner, converter=tiny)
+    return SAE.from_pretrained(*place, converter=tiny)
 
 
 def of_openai(tensors: Tensors, topk: bool) -> Any:
@@ -276,11 +289,18 @@ def dictionary_learning(folder: Path, x: torch.Tensor) -> None:
         place.mkdir(parents=True)
         scatter(own)
         torch.save(own.state_dict(), place / "ae.pt")
-        config = {"trainer": {"dict_class": name, "k": K, "lm_name": "gpt2"}}
+        trainer = {"dict_class": name, "k": K, "lm_name": "gpt2", "layer": 3}
+        trainer |= {"activation_dim": D_IN, "dict_size": D_SAE}
+        config = {"trainer": trainer, "buffer": {"ctx_len": 128}}
         (place / "config.json").write_text(json.dumps(config))
         given = {"k": K} if "TopK" in name else {}
         sae = type(own).from_pretrained(place / "ae.pt", **given)
         told(place, x, sae.encode, sae.decode)
+        if name != "AutoEncoderNew":  # SAELens does not find its decoder.bias
+            spot = (f"{folder.name}/{place.name}", ".")
+            theirs = with_loader("dictionary_learning_1", folder.parent, spot, {})
+            answers = {"f": theirs.encode(x), "x_hat": theirs(x)}
+            save_file(answers, place / "saelens.safetensors")
 
 
 if __name__ == "__main__":

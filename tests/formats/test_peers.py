@@ -119,6 +119,24 @@ def test_ours_computes_what_they_do(name: str, answers: Path) -> None:
     compare(answers / "theirs" / name, lambda place: place, named)
 
 
+@pytest.mark.parametrize("name", [n for n in THEIRS if n.startswith("dictionary_learning")])
+def test_saelens_reads_dictionary_learning_as_ours_does(name: str, answers: Path) -> None:
+    place = answers / "theirs" / name
+    file = place / "saelens.safetensors"
+    assert file.is_file() == (not name.endswith("AutoEncoderNew"))  # which it can't read
+    if not file.is_file():
+        return
+    sae, found = formats.load(place, "dictionary_learning").sae, load_file(file)
+    x = load_file(place / "rows.safetensors")["x"]
+    kept = (x[:, None] == clear(sae, x)[None]).all(2).any(1)
+    f = found["f"][kept]
+    if name.endswith("-AutoEncoder"):  # the library's own loader moves the norms into the code
+        weights = torch.load(place / "ae.pt", weights_only=True)
+        f = f * weights["decoder.weight"].norm(dim=0)
+    same(sae.encode(x[kept]), f)
+    same(sae.decode(f), found["x_hat"][kept])
+
+
 def compare(place: Path, sae_in: Callable[[Path], Path], named: str) -> None:
     """The SAE that we read in `place` computes what the peers have put there."""
     sae = formats.load(sae_in(place), named).sae

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import DamageError, SourceError
+from saelab.row_norm import RowNorm
 from saelab.sae import SAE, SAEConfig
 from saelab.storage.atomic import read_json, read_sealed, sha256, write_sealed
 from saelab.storage.safetensors_file import read_shapes
@@ -28,6 +29,7 @@ REMEDY = "train the cell again, or take the folder from where it was copied"
 class _Record(Loose):
     d_in: int = Field(ge=1)
     sae: dict[str, Any]
+    row_norm: RowNorm = "none"
     provenance: dict[str, Any]
     sha256: str
 
@@ -46,6 +48,8 @@ def save(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
         "provenance": provenance,
         "sha256": checksum,
     }
+    if sae.row_norm != "none":  # of a published SAE that was trained further
+        record["row_norm"] = sae.row_norm
     sae.ranks.on_first(lambda: write_sealed(folder / "sae.json", record))
 
 
@@ -75,6 +79,7 @@ def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, 
     if config.tied:
         tensors["W_enc"] = tensors["W_dec"]
     sae.load_state_dict(_with_training_state(tensors, sae.state_dict()))
+    sae.row_norm = record.get("row_norm", "none")
     sae.eval()
     return sae.to(torch.device(device)), record["provenance"]
 

@@ -6,6 +6,8 @@
 
 Both weight matrices are stored latent-major, [d_sae, d_in]: row i belongs to latent i, so that
 sparse gradients gather and scatter whole rows. `encode` and `decode` work in raw activation space.
+Where `row_norm` is set (by readers of published SAEs), x is a row normalised by its own statistics
+(`saelab.row_norm`), `decode` gives a normalised row, and `complete` makes it a raw one.
 
 On several ranks (`saelab.distributed.ranks`) each rank holds the rows of its latents, and all ranks
 call every method together. The code of a training pass covers the latents of the rank; `encode`,
@@ -67,6 +69,7 @@ from saelab.parts.base import (
     Scalar,
     Scaling,
 )
+from saelab.row_norm import RowNorm, normalise_rows, restore_rows
 from saelab.seeding import torch_stream
 
 #: The most latents of an SAE: twice as many as any published SAE has. Our choice.
@@ -223,6 +226,7 @@ class SAE(nn.Module):
         super().__init__()
         self.config, self.d_in, self.d_sae = config, dims.d_in, dims.d_sae
         self.ranks = dims.ranks
+        self.row_norm: RowNorm = "none"
         self.W_enc = nn.Parameter(torch.zeros(dims.n_local, dims.d_in, dtype=torch.float32))
         self.b_enc = nn.Parameter(
             torch.zeros(dims.n_local, dtype=torch.float32), requires_grad=config.encoder_bias
@@ -305,6 +309,7 @@ class SAE(nn.Module):
         Raises: SettingError when the sample is constant or not finite.
         """
         device = self.W_dec.device
+        sample = normalise_rows(sample, self.row_norm)
         mean = sample.mean(0)
         power = float((sample - mean).square().sum(1).mean())
         if not 0 < power < math.inf:
@@ -375,7 +380,7 @@ class SAE(nn.Module):
                 shuffled rows.
             batch_rows: number of rows of the whole batch if x is this rank's part of it.
         """
-        x = x / self.scale
+        x = normalise_rows(x, self.row_norm) / self.scale
         u = self._encoder_input(x)
         code, z = self._code(u, starts)
         if code.support is None:
@@ -479,7 +484,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def encoder_input(self, x: Tensor) -> Tensor:
         """Computes raw activations [n, d_in] -> u of the module's equation [n, d_in]."""
-        return self._encoder_input(x / self.scale)
+        return self._encoder_input(normalise_rows(x, self.row_norm) / self.scale)
 
     @torch.no_grad()
     def codes(self, x: Tensor, starts: Tensor | None = None) -> Iterator[tuple[slice, Code]]:
@@ -501,7 +506,7 @@ class SAE(nn.Module):
             dtype = torch.float32
         w_enc, b_enc = self.W_enc.to(dtype), self.b_enc.to(dtype)
         norms = torch.linalg.vector_norm(self.W_enc, dim=1)
-        inputs = self._encoder_input(x / self.scale)
+        inputs = self.encoder_input(x)
         for rows, block_starts in self._row_blocks(len(x), starts):
             u = inputs[rows]
             z = preactivations(u, w_enc, b_enc, dtype)
@@ -573,13 +578,27 @@ class SAE(nn.Module):
         product = self.ranks.over_latents(f[:, self.ranks.own(self.d_sae)] @ self.W_dec)
         return (product + self.b_dec) * self.scale
 
+    @torch.no_grad()
+    def complete(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Adds to what `decode` gives what the reconstruction takes from the activations itself.
+
+        Args:
+            x_hat: reconstruction of a code, [n, d_in].
+            x: the raw activations that were encoded, [n, d_in].
+
+        Returns: x_hat, except where `row_norm` is set: then mean and length of x's rows are given
+            back to it.
+        """
+        return restore_rows(x_hat, x, self.row_norm)
+
     def _check_eval(self) -> None:
         if self.training:
             raise RuntimeError("call eval() before encode(): inference uses stored statistics")
 
     @torch.no_grad()
     def fold(self) -> dict[str, Tensor]:
-        """Returns the weights of a standard SAE on raw activations that computes the same function.
+        """Returns the weights of a standard SAE on raw activations (on normalised rows, where
+        `row_norm` is set) that computes the same function.
 
         Returns: W_enc [d_sae, d_in], b_enc, W_dec [d_sae, d_in], b_dec with
             f = activation((x - b_dec) W_enc^T + b_enc),  x_hat = f W_dec + b_dec.

@@ -195,3 +195,15 @@ def needs_contexts(subject: object) -> bool:
     of each run of consecutive tokens, and the number of rows; int64 [m + 1].
     """
     return bool(getattr(subject, "needs_contexts", False))
+
+
+def complete(subject: Subject, x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Adds what a reconstruction takes from the activations themselves, see `SAE.complete`.
+
+    Args:
+        subject: with or without a `complete` of its own; most take nothing.
+        x_hat: what it decodes, [n, d_in].
+        x: the rows that it has encoded, [n, d_in].
+    """
+    added = getattr(subject, "complete", None)
+    return x_hat if added is None else added(x_hat, x)

@@ -28,6 +28,7 @@ from saelab.evals.base import (
     Row,
     SparseSubject,
     Subject,
+    complete,
     missing,
     needs_contexts,
     number,
@@ -444,10 +445,10 @@ def _reconstruct(
     if isinstance(subject, SparseSubject):
         context = (starts,) if needs_contexts(subject) else ()
         for part, code in subject.codes(rows, *context):
-            yield part, subject.decode_code(code), code
+            yield part, complete(subject, subject.decode_code(code), rows[part]), code
         return
     f = subject.encode(rows)
-    yield slice(0, len(rows)), subject.decode(f), Code(f, f, None)
+    yield slice(0, len(rows)), complete(subject, subject.decode(f), rows), Code(f, f, None)
 
 
 def _density_rows(firings: Tensor, rows: int) -> Iterator[Row]:

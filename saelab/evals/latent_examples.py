@@ -26,6 +26,7 @@ from torch.nn.functional import normalize
 from saelab.data.activations.store import Source
 from saelab.data.activations.stream import Batch
 from saelab.data.language_model import LanguageModel
+from saelab.errors import SettingError
 from saelab.sae import SAE
 from saelab.seeding import torch_stream
 
@@ -94,7 +95,13 @@ def survey(sae: SAE, source: Source, examples: int = 8) -> Survey:
         sae: in evaluation mode.
         source: held-out activations.
         examples: number of contexts that are stored for each latent.
+
+    Raises: SettingError for an SAE that normalises each row: a latent's share of its reconstruction
+        differs from row to row.
     """
+    if sae.row_norm != "none":
+        remedy = "has no one decoder row per latent: survey an SAE without a norm of rows"
+        raise SettingError("row_norm", sae.row_norm, remedy)
     mean, tokens = _mean(source)
     firings, gain = (torch.zeros(sae.d_sae, dtype=torch.float64) for _ in range(2))
     power = 0.0

@@ -1,18 +1,34 @@
 """The formats of saved SAEs. A new format is one file here and one line in `TABLE`.
 
-Of files that others wrote only JSON and safetensors are read; a format that holds pickles is read
-only if it is named.
+Of files that others wrote only JSON, safetensors and arrays of numbers (npz) are read; a format
+that holds pickles is read only if it is named, and then only tensors are unpickled.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from saelab.errors import SettingError, SourceError, nearest
-from saelab.formats import dictionary_learning, own, saelens, sparsify
+from saelab.formats import (
+    deepseek_r1,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    goodfire,
+    hook_z,
+    llama_scope,
+    llama_scope_r1,
+    openai,
+    own,
+    qwen_scope,
+    saelens,
+    sparsify,
+    temporal,
+)
 from saelab.formats.base import Loaded, Origin, Plain, errors_as_source_error
 from saelab.sae import SAE
 
@@ -27,6 +43,8 @@ class Format:
 
     Args:
         files: the files that it must hold.
+        pattern: regular expression of the name of the one file that it must hold; then the format
+            reads that file by its own path too.
         load: reads a directory; raises a UsageError that names the remedy.
         save: writes a directory; None if the format is not written.
         by_name: whether it is read only if it is named, because it holds pickles.
@@ -36,15 +54,33 @@ class Format:
     load: Callable[[Path], Loaded]
     save: Save | None = None
     by_name: bool = False
+    pattern: str = ""
+
+    def fits(self, path: Path) -> bool:
+        """Returns whether the path is of this kind, by names alone."""
+        if self.pattern:
+            files = [path] if path.is_file() else path.iterdir() if path.is_dir() else []
+            return any(re.fullmatch(self.pattern, file.name) for file in files)
+        return all((path / name).is_file() for name in self.files)
 
 
 TABLE: dict[str, Format] = {
     "saelab": Format(own.FILES, own.load),
     "saelens": Format(saelens.FILES, saelens.load, saelens.save),
     "sparsify": Format(sparsify.FILES, sparsify.load),
+    "gemma_scope": Format(gemma_scope.FILES, gemma_scope.load),
+    "gemma_scope_2": Format(gemma_scope_2.FILES, gemma_scope_2.load),
+    "llama_scope": Format(llama_scope.FILES, llama_scope.load),
+    "llama_scope_r1": Format(llama_scope_r1.FILES, llama_scope_r1.load),
+    "temporal": Format(temporal.FILES, temporal.load),
     "dictionary_learning": Format(
         dictionary_learning.FILES, dictionary_learning.load, by_name=True
     ),
+    "goodfire": Format((), goodfire.load, by_name=True, pattern=goodfire.PATTERN),
+    "deepseek_r1": Format((), deepseek_r1.load, by_name=True, pattern=deepseek_r1.PATTERN),
+    "qwen_scope": Format((), qwen_scope.load, by_name=True, pattern=qwen_scope.PATTERN),
+    "hook_z": Format((), hook_z.load, by_name=True, pattern=hook_z.PATTERN),
+    "openai": Format((), openai.load, by_name=True, pattern=openai.PATTERN),
 }
 
 
@@ -58,31 +94,35 @@ def find(folder: Path, format_name: str = "") -> str:
             remedy = f"use one of {', '.join(TABLE)}{nearest(format_name, TABLE)}"
             raise SettingError("format", format_name, remedy)
         return format_name
+    named = [name for name, format in TABLE.items() if format.by_name and format.fits(folder)]
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
+        if named:
+            problem = f"is a pickle, which is only read with {_options(named)}"
         raise SourceError(f"{folder} {problem}: name the directory of a saved SAE")
-    for name in TABLE:
-        if not TABLE[name].by_name and _has_files(folder, TABLE[name]):
+    for name, format in TABLE.items():
+        if not format.by_name and format.fits(folder):
             return name
+    if named:
+        remedy = f"use {_options(named)} to read its pickle (only tensors are read)"
+        raise SourceError(f"{folder} holds no sae.json and no SAE of another tool: {remedy}")
     raise SourceError(f"{folder} holds no sae.json and no SAE of another tool{_hint(folder)}")
 
 
-def _has_files(folder: Path, format: Format) -> bool:
-    return all((folder / name).is_file() for name in format.files)
+def _options(names: list[str]) -> str:
+    return " or ".join(f"--format {name}" for name in names)
 
 
 def _hint(folder: Path) -> str:
     """Ends the message about a directory without an SAE: says what it holds, and the remedy."""
-    for name, format in TABLE.items():
-        if format.by_name and _has_files(folder, format):
-            return f": use --format {name} to read its pickle (only tensors are read)"
     children = [child.name for child in sorted(folder.iterdir()) if child.is_dir()]
-    saes = [n for n in children for f in TABLE.values() if _has_files(folder / n, f)]
+    saes = [n for n in children for f in TABLE.values() if f.fits(folder / n)]
     if saes:
         return f": name one of the folders in it, such as {saes[0]!r}"
     files = [f for format in TABLE.values() for f in format.files if (folder / f).is_file()]
     if files:
-        complete = [" and ".join(f.files) for f in TABLE.values() if files[0] in f.files]
+        formats = [f for f in TABLE.values() if files[0] in f.files]
+        complete = [" and ".join(f.files) for f in formats]
         return f" ({files[0]} alone is not enough): it needs {', or '.join(complete)}"
     if (folder / "module.safetensors").is_file():
         return " but a user's own module, whose code is not here: choose other arms with --arm"

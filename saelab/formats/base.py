@@ -25,6 +25,7 @@ from torch import Tensor
 from saelab.errors import MismatchError, SaelabError, SettingError, SourceError
 from saelab.parts import DEFAULT_LOSSES, activation_of
 from saelab.parts.base import Form
+from saelab.row_norm import RowNorm
 from saelab.runtime.counting import count
 from saelab.sae import SAE, SAEConfig
 from saelab.storage.atomic import parse_json
@@ -46,6 +47,8 @@ class Plain:
         centre: whether b_dec is subtracted before the encoder.
         threshold: [d_sae]; None for ReLU, and for TopK, which has a k.
         k: active latents per row.
+        row_norm: normalisation of each row by its own statistics; then x and x_hat of the equation
+            are normalised rows, see `saelab.row_norm` and `SAE.complete`.
     """
 
     W_enc: Tensor
@@ -55,6 +58,7 @@ class Plain:
     centre: bool = True
     threshold: Tensor | None = None
     k: int | None = None
+    row_norm: RowNorm = "none"
 
     @property
     def d_sae(self) -> int:
@@ -90,7 +94,8 @@ class Plain:
             threshold = None if threshold is None else threshold * gain + shift
         if threshold is not None:
             threshold = threshold.clamp_min(0).expand(sae.d_sae)
-        return cls(w_enc, b_enc, w_dec, b_dec, threshold=threshold, k=form.k)
+        folded_sae = cls(w_enc, b_enc, w_dec, b_dec, threshold=threshold, k=form.k)
+        return replace(folded_sae, row_norm=sae.row_norm)
 
     @torch.no_grad()
     def build(self) -> SAE:
@@ -106,13 +111,14 @@ class Plain:
         for name in MATRICES:
             getattr(sae, name).copy_(getattr(self, name))
         sae.activation.load_form(self.form)
+        sae.row_norm = self.row_norm
         return sae.eval()
 
     def validate(self, where: Path) -> Plain:
         """Returns itself after a check of shapes and values; `where` is named in the message.
 
-        Raises: SourceError when the shapes do not fit together, a weight is not finite, or k is
-            more than there are latents.
+        Raises: SourceError when the shapes do not fit together, a weight is not a finite floating
+            point number, or k is more than there are latents.
         """
         if self.W_enc.dim() != 2:
             raise SourceError(f"{where}: the encoder is not a matrix: name an SAE's directory")
@@ -125,6 +131,10 @@ class Plain:
             if tuple(tensor.shape) != shape:
                 actual = list(tensor.shape)
                 raise SourceError(f"{where}: {name} has the shape {actual}, not {list(shape)}")
+            if not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                remedy = "save the weights as floating point numbers"
+                raise SourceError(f"{where}: {name} has the dtype {kind}: {remedy}")
             if not bool(tensor.isfinite().all()):
                 raise SourceError(f"{where}: {name} holds a value that is not finite")
         if self.k is not None and not 1 <= self.k <= self.d_sae:
@@ -299,3 +309,36 @@ def take(tensors: Mapping[str, Tensor], names: Sequence[str], where: Path) -> di
         problem = f"lacks {missing[0]!r}" if missing else f"has the unknown tensor {unknown[0]!r}"
         raise SourceError(f"{where} {problem}: an SAE of this kind has {', '.join(names)}")
     return {name: tensors[name] for name in names}
+
+
+def floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Converts tensors of any floating point dtype to float32; others stay, see
+    `Plain.validate`."""
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+@dataclass(frozen=True)
+class LinearNames:
+    """Names of the tensors of an encoder and a decoder that are torch.nn.Linear layers.
+
+    Args:
+        encoder: its weight, [d_sae, d_in].
+        encoder_bias: [d_sae].
+        decoder: its weight, [d_in, d_sae].
+        decoder_bias: [d_in].
+    """
+
+    encoder: str = "encoder.weight"
+    encoder_bias: str = "encoder.bias"
+    decoder: str = "decoder.weight"
+    decoder_bias: str = "decoder.bias"
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """The four names."""
+        return self.encoder, self.encoder_bias, self.decoder, self.decoder_bias
+
+    def plain(self, tensors: Mapping[str, Tensor], centre: bool = False) -> Plain:
+        """Builds the plain form of the two layers, with ReLU."""
+        w_enc, b_enc, decoder, b_dec = (tensors[name] for name in self.all)
+        return Plain(w_enc, b_enc, decoder.mT, b_dec, centre=centre)

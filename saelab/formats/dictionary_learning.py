@@ -1,6 +1,6 @@
 """Directories of dictionary_learning (0.1), which are read only if the format is named.
 
-    config.json     trainer: dict_class, k, lm_name, submodule_name
+    config.json     trainer: dict_class, k, lm_name, submodule_name, layer
     ae.pt           a pickled state dict, read by torch.load(weights_only=True): tensors only
 
     AutoEncoder                            ReLU, centred; decoder norms folded, as its loader does
@@ -22,12 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.formats.base import (
     MATRICES,
+    LinearNames,
     Loaded,
     Origin,
     Plain,
@@ -35,9 +35,10 @@ from saelab.formats.base import (
     shape_errors_as_source_error,
     take,
 )
+from saelab.formats.pickles import read_state_dict
 
 FILES = CONFIG, WEIGHTS = "config.json", "ae.pt"
-LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
+LINEAR = LinearNames().all[:3]
 #: The name that the library's demo gives to the output of a block.
 _BLOCK = re.compile(r"resid_post_layer_(\d+)")
 
@@ -57,7 +58,7 @@ def load(folder: Path) -> Loaded:
     if kind not in CLASSES:
         remedy = f"is not read: use one of {', '.join(CLASSES)}{nearest(kind, CLASSES)}"
         raise SettingError(f"{where}: trainer.dict_class", kind, remedy)
-    tensors = _unpickle(folder / WEIGHTS)
+    tensors = read_state_dict(folder / WEIGHTS)
     with shape_errors_as_source_error(folder / WEIGHTS):
         plain = CLASSES[kind](tensors, folder / WEIGHTS).validate(folder / WEIGHTS)
     k = trainer.get("k")
@@ -66,34 +67,8 @@ def load(folder: Path) -> Loaded:
     return Loaded(plain.build(), _origin(trainer), trainer)
 
 
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a pickled state dict, floats as float32.
-
-    Raises: SourceError when the file is missing, or holds more than tensors or larger ones than its
-        own size.
-    """
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise SourceError(f"{path} does not exist: name the folder of a saved SAE") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged pickle may raise anything
-        reason = (str(error).splitlines() or ["it is empty"])[0][:200]
-        remedy = "only tensors are unpickled, so save the SAE's state dict"
-        raise SourceError(f"{path} can't be read ({reason}): {remedy}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise SourceError(f"{path} is not a state dict: save the SAE's state dict")
-    for name, t in tensors.items():
-        if t.layout != torch.strided or not 0 < t.numel() * t.element_size() <= path.stat().st_size:
-            remedy = "save the SAE's state dict"
-            raise SourceError(f"{path}: {name} is larger than the file, or empty: {remedy}")
-    return {str(name): t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-
-
 def _from_linear(tensors: Tensors, b_dec: str) -> Plain:
-    w_enc, b_enc, decoder = (tensors[name] for name in LINEAR)
-    return Plain(w_enc, b_enc, decoder.T, tensors[b_dec])
+    return LinearNames(decoder_bias=b_dec).plain(tensors, centre=True)
 
 
 def _read_relu(tensors: Tensors, where: Path) -> Plain:
@@ -101,8 +76,7 @@ def _read_relu(tensors: Tensors, where: Path) -> Plain:
 
 
 def _read_new_relu(tensors: Tensors, where: Path) -> Plain:
-    tensors = take(tensors, (*LINEAR, "decoder.bias"), where)
-    return replace(_from_linear(tensors, "decoder.bias"), centre=False)
+    return LinearNames().plain(take(tensors, LinearNames().all, where))
 
 
 def _read_gated(tensors: Tensors, where: Path) -> Plain:
@@ -154,6 +128,8 @@ CLASSES: dict[str, Callable[[Tensors, Path], Plain]] = {
 
 def _origin(trainer: Mapping[str, Any]) -> Origin:
     """Reads model and hook point from a trainer's settings."""
-    block = _BLOCK.fullmatch(str(trainer.get("submodule_name") or ""))
-    hook = f"blocks.{block[1]}.hook_resid_post" if block else ""
+    submodule, layer = str(trainer.get("submodule_name") or ""), trainer.get("layer")
+    block = _BLOCK.fullmatch(submodule)
+    number = block[1] if block else layer if type(layer) is int and not submodule else None
+    hook = "" if number is None else f"blocks.{number}.hook_resid_post"
     return Origin(str(trainer.get("lm_name") or ""), hook)

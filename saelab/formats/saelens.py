@@ -47,6 +47,7 @@ from saelab.formats.saelens_fields import (
     SCALER,
     WHITENING,
 )
+from saelab.row_norm import RowNorm
 from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically, write_json
 from saelab.version import __version__
@@ -55,6 +56,12 @@ FILES = CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 #: The version whose layout is written. SAELens takes a cfg.json without a version of 6 or later for
 #: an old flat one.
 VERSION = "6.54.0"
+#: Value of normalize_activations -> normalisation of each row.
+ROW_NORMS: dict[str, RowNorm] = {
+    "none": "none",
+    "layer_norm": "layer_norm",
+    "constant_norm_rescale": "norm",
+}
 DTYPES = {"float32", "float64", "float16", "bfloat16"}
 
 
@@ -260,12 +267,12 @@ READERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], Path], Pla
 def _fold_normalisation(plain: Plain, fields: Mapping[str, Any], folder: Path) -> Plain:
     """Folds the normalisation of activations into the weights.
 
-    Raises: SettingError when it is unknown, lacks its statistics or depends on each row's norm.
+    A normalisation by each row's own statistics can't be folded and stays as `Plain.row_norm`.
+
+    Raises: SettingError when it is unknown or lacks its statistics.
     """
     kind = fields.get("normalize_activations", "none")
     setting = f"{folder / CONFIG}: normalize_activations"
-    if kind == "none":
-        return plain
     if kind == "expected_average_only_in":
         scaler = read_config(folder / SCALER) if _has(folder, SCALER) else {}
         factor = scaler.get("scaling_factor")
@@ -283,9 +290,8 @@ def _fold_normalisation(plain: Plain, fields: Mapping[str, Any], folder: Path) -
         names = ("mean", "matrix", "inverse_matrix")
         tensors = take(read_tensors(folder / WHITENING), names, folder / WHITENING)
         return plain.without_whitening(*(tensors[name].float() for name in names))
-    if kind in ("layer_norm", "constant_norm_rescale"):
-        remedy = "can't be folded: the reconstruction is rescaled by the norm of each row, which a "
-        raise SettingError(setting, kind, f"{remedy}decoder from code to activation never sees")
+    if kind in ROW_NORMS:
+        return replace(plain, row_norm=ROW_NORMS[kind])
     raise SettingError(setting, kind, "is unknown: fold it in SAELens before saving")
 
 
@@ -358,7 +364,7 @@ def _config(plain: Plain) -> dict[str, Any]:
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
+        "normalize_activations": next(n for n, k in ROW_NORMS.items() if k == plain.row_norm),
         "reshape_activations": "none",
         **({"k": plain.k, "rescale_acts_by_decoder_norm": False} if plain.k is not None else {}),
     }

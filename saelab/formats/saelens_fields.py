@@ -47,7 +47,7 @@ RULES: dict[str, Rule] = {
         "honoured",
         "'none' needs nothing; 'expected_average_only_in' and 'covariance_whitening' are folded "
         f"with the statistics in {SCALER} or {WHITENING} and refused without them; 'layer_norm' "
-        "and 'constant_norm_rescale' are refused",
+        "and 'constant_norm_rescale' normalise each row; its norm is given back at the end",
         "normalize_activations",
     ),
     **_rules(

@@ -26,7 +26,7 @@ LAYERS = [
     {"data"},
     {"kernels"},
     {"parts"},
-    {"sae", "checkpoint"},
+    {"sae", "checkpoint", "row_norm"},
     {"formats"},
     {"training"},
     {"checks"},

@@ -5,6 +5,8 @@
 FOLDER/ours/<name>/     an export of ours; its rows.safetensors holds x, and answer.safetensors gets
                         what `sae_lens.SAE.load_from_disk` makes of it: f and x_hat
 FOLDER/theirs/<name>/   SAEs of SAELens, sparsify and dictionary_learning, with the same two files
+FOLDER/published/<name>/    published SAEs by their own layout (published_saes.py), below them the
+                            repository's name, with the same two files
 FOLDER/fields.json      architecture -> fields of SAELens' configuration classes
 """
 
@@ -17,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from published_saes import D_IN, D_SAE, LAYOUTS, QWEN_D_SAE, K, Layout, Tensors
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-D_IN, D_SAE, K = 6, 24, 3
 SEED = 5
 
 
@@ -31,6 +34,8 @@ def main(folder: Path) -> None:
         x = load_file(folder / "rows.safetensors")["x"]
         for make in (saelens, sparsify, dictionary_learning):
             make(folder / "theirs", x)
+        for layout in LAYOUTS:
+            published(layout, folder / "published" / layout.name, x)
     (folder / "fields.json").write_text(json.dumps(fields()))
 
 
@@ -69,6 +74,12 @@ def saelens(folder: Path, x: torch.Tensor) -> None:
         ),
         "jumprelu": sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(**sizes)),
         "gated": sae_lens.GatedSAE(sae_lens.GatedSAEConfig(**sizes)),
+        "topk-layer_norm": sae_lens.TopKSAE(
+            sae_lens.TopKSAEConfig(**sizes, k=K, normalize_activations="layer_norm")
+        ),
+        "standard-constant_norm": sae_lens.StandardSAE(
+            sae_lens.StandardSAEConfig(**sizes, normalize_activations="constant_norm_rescale")
+        ),
     }
     training = {
         "topk-trained": sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(**sizes, k=K)),
@@ -154,6 +165,87 @@ def fields() -> dict[str, list[str]]:
     return {name: [f.name for f in dataclasses.fields(kind)] for name, kind in found.items()}
 
 
+# ---- published SAEs, as SAELens' loaders read them -----------------------------------------------
+
+
+def published(layout: Layout, folder: Path, x: torch.Tensor) -> None:
+    """Writes an SAE by its own layout, and what SAELens makes of it."""
+    folder.mkdir(parents=True)
+    tensors = layout.make(folder, SEED)
+    topk = "topk" in layout.name
+    sae = of_layout(layout, folder) if layout.loader else of_openai(tensors, topk)
+    if layout.heads:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    save_file({"x": x}, folder / "rows.safetensors")
+    answers = {"f": sae.encode(x), "x_hat": sae(x)}
+    save_file({name: t.contiguous() for name, t in answers.items()}, folder / "answer.safetensors")
+
+
+def of_layout(layout: Layout, folder: Path) -> Any:
+    """SAELens' SAE of a published layout."""
+    overrides = dict(layout.overrides)
+    if layout.format == "qwen_scope":
+        overrides |= {"d_sae": QWEN_D_SAE, "activation_fn_kwargs": {"k": K}}
+    place = (layout.repo, layout.inner)
+    return with_loader(layout.loader, folder, place, overrides, layout.factor)
+
+
+def with_loader(
+    loader: str,
+    folder: Path,
+    place: tuple[str, str],
+    overrides: dict[str, Any],
+    factor: float | None = None,
+) -> Any:
+    """The SAE at a repository and a path in it that SAELens loads from `folder` instead of the
+    hub."""
+    import sae_lens.saes.sae as sae_module
+    from huggingface_hub.utils import EntryNotFoundError
+    from sae_lens import SAE
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    class NotThere(EntryNotFoundError):
+        def __init__(self, message: str) -> None:
+            Exception.__init__(self, message)
+
+    def local(repo_id: str, filename: str, subfolder: str | None = None, **_: Any) -> str:
+        file = folder / repo_id / (subfolder or "") / filename
+        if not file.is_file():
+            raise NotThere(str(file))
+        return str(file)
+
+    def shapes(repo: str, filename: str) -> dict[str, list[int]]:
+        with safe_open(folder / repo / filename, "pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    loaders.hf_hub_download = local
+    loaders.get_safetensors_tensor_shapes = shapes  # asks the hub otherwise
+    sae_module.get_norm_scaling_factor = lambda release, sae_id: factor
+    load = loaders.NAMED_PRETRAINED_SAE_LOADERS[loader]
+
+    def tiny(**given: Any) -> Any:
+        return load(**{**given, "cfg_overrides": {**given["cfg_overrides"], **overrides}})
+
+    return SAE.from_pretrained(*place, converter=tiny)
+
+
+def of_openai(tensors: Tensors, topk: bool) -> Any:
+    """OpenAI's SAE as SAELens would hold it: it has no loader for the layout."""
+    import sae_lens
+
+    sizes: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE}
+    if topk:
+        cfg = sae_lens.TopKSAEConfig(**sizes, k=K, normalize_activations="layer_norm")
+        sae = sae_lens.TopKSAE(cfg)
+    else:
+        sae = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(**sizes))
+    sae.W_enc.copy_(tensors["encoder.weight"].T)
+    sae.W_dec.copy_(tensors["decoder.weight"].T)
+    sae.b_enc.copy_(tensors["latent_bias"])
+    sae.b_dec.copy_(tensors["pre_bias"])
+    return sae
+
+
 # ---- sparsify, dictionary_learning --------------------------------------------------------------
 
 
@@ -197,11 +289,18 @@ def dictionary_learning(folder: Path, x: torch.Tensor) -> None:
         place.mkdir(parents=True)
         scatter(own)
         torch.save(own.state_dict(), place / "ae.pt")
-        config = {"trainer": {"dict_class": name, "k": K, "lm_name": "gpt2"}}
+        trainer = {"dict_class": name, "k": K, "lm_name": "gpt2", "layer": 3}
+        trainer |= {"activation_dim": D_IN, "dict_size": D_SAE}
+        config = {"trainer": trainer, "buffer": {"ctx_len": 128}}
         (place / "config.json").write_text(json.dumps(config))
         given = {"k": K} if "TopK" in name else {}
         sae = type(own).from_pretrained(place / "ae.pt", **given)
         told(place, x, sae.encode, sae.decode)
+        if name != "AutoEncoderNew":  # SAELens does not find its decoder.bias
+            spot = (f"{folder.name}/{place.name}", ".")
+            theirs = with_loader("dictionary_learning_1", folder.parent, spot, {})
+            answers = {"f": theirs.encode(x), "x_hat": theirs(x)}
+            save_file(answers, place / "saelens.safetensors")
 
 
 if __name__ == "__main__":

@@ -114,6 +114,24 @@ def test_each_class_is_read(kind: str, tmp_path: Path, global_random_seed: int) 
     same(found.sae.decode(f), f @ w_dec + tensors[bias])
 
 
+@pytest.mark.parametrize(
+    ("trainer", "hook"),
+    [
+        ({"layer": 3}, "blocks.3.hook_resid_post"),
+        ({"layer": 3, "submodule_name": "mlp_out_layer_3"}, ""),
+        ({"layer": "3"}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_layer_names_the_hook_where_no_module_is_named(
+    trainer: dict[str, Any], hook: str, tmp_path: Path
+) -> None:
+    save(tmp_path, "AutoEncoder")
+    config = {"trainer": {"dict_class": "AutoEncoder", **trainer}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert formats.load(tmp_path, "dictionary_learning").origin.hook_name == hook
+
+
 def test_it_must_be_named(tmp_path: Path) -> None:
     save(tmp_path, "AutoEncoder")
     with pytest.raises(SourceError, match="--format dictionary_learning"):

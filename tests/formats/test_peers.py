@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from saes import D_SAE, N, clear, rows, same, trained_sae
+from published_saes import BY_NAME, LAYOUTS
+from saes import D_SAE, N, clear, rows, same, trained, trained_sae
 from safetensors.torch import load_file, save_file
 
 from saelab import formats
 from saelab.checks.examples import cases
 from saelab.formats.saelens_fields import RULES
+from saelab.row_norm import RowNorm
 from saelab.sae import SAE
 
 pytestmark = pytest.mark.peers
@@ -38,6 +41,7 @@ THEIRS = [
     *(f"saelens-{n}" for n in ("standard", "standard-uncentred", "topk", "topk-rescaled")),
     *(f"saelens-{n}" for n in ("jumprelu", "gated", "topk-trained", "batchtopk")),
     *(f"saelens-{n}" for n in ("jumprelu-trained", "gated-trained")),
+    *(f"saelens-{n}" for n in ("topk-layer_norm", "standard-constant_norm")),
     *(f"saelens-{n}-inference" for n in ("topk-trained", "batchtopk", "jumprelu-trained")),
     *(f"saelens-{n}" for n in ("expected_average_only_in", "covariance_whitening")),
     *(f"saelens-{n}" for n in ("gated-trained-inference", "standard-old", "topk-old")),
@@ -46,6 +50,10 @@ THEIRS = [
     *(f"dictionary_learning-{n}" for n in ("AutoEncoderTopK", "BatchTopKSAE")),
     *(f"dictionary_learning-{n}" for n in ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")),
 ]
+
+
+#: Ours that normalise each row, as readers of published SAEs leave them.
+ROW_NORMS: dict[str, RowNorm] = {"topk-layer_norm": "layer_norm", "topk-norm": "norm"}
 
 
 def peers_python() -> Path:
@@ -59,7 +67,11 @@ def peers_python() -> Path:
 
 @pytest.fixture(scope="module")
 def saes() -> dict[str, SAE]:
-    return {name: trained_sae(config) for name, config in OURS.items()}
+    saes = {name: trained_sae(config) for name, config in OURS.items()}
+    for name, norm in ROW_NORMS.items():
+        saes[name] = trained(activation={"kind": "topk", "k": 4}, constraints=["unit_norm"])
+        saes[name].row_norm = norm
+    return saes
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +97,7 @@ def answers(saes: dict[str, SAE], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.mark.parametrize("name", list(OURS))
+@pytest.mark.parametrize("name", [*OURS, *ROW_NORMS])
 def test_saelens_computes_what_ours_does(name: str, saes: dict[str, SAE], answers: Path) -> None:
     place, sae = answers / "ours" / name, saes[name]
     x, found = load_file(place / "rows.safetensors")["x"], load_file(place / "answer.safetensors")
@@ -93,14 +105,41 @@ def test_saelens_computes_what_ours_does(name: str, saes: dict[str, SAE], answer
     f = sae.encode(x)
     assert bool((f > 0).any())
     same(found["f"], f)
-    same(found["x_hat"], sae.decode(f))
+    same(found["x_hat"], sae.complete(sae.decode(f), x))
+
+
+@pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS])
+def test_published_saes_are_what_saelens_loads(name: str, answers: Path) -> None:
+    compare(answers / "published" / name, BY_NAME[name].path, BY_NAME[name].format)
 
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_ours_computes_what_they_do(name: str, answers: Path) -> None:
-    place = answers / "theirs" / name
     named = "dictionary_learning" if name.startswith("dictionary_learning") else ""
-    sae = formats.load(place, named).sae
+    compare(answers / "theirs" / name, lambda place: place, named)
+
+
+@pytest.mark.parametrize("name", [n for n in THEIRS if n.startswith("dictionary_learning")])
+def test_saelens_reads_dictionary_learning_as_ours_does(name: str, answers: Path) -> None:
+    place = answers / "theirs" / name
+    file = place / "saelens.safetensors"
+    assert file.is_file() == (not name.endswith("AutoEncoderNew"))  # which it can't read
+    if not file.is_file():
+        return
+    sae, found = formats.load(place, "dictionary_learning").sae, load_file(file)
+    x = load_file(place / "rows.safetensors")["x"]
+    kept = (x[:, None] == clear(sae, x)[None]).all(2).any(1)
+    f = found["f"][kept]
+    if name.endswith("-AutoEncoder"):  # the library's own loader moves the norms into the code
+        weights = torch.load(place / "ae.pt", weights_only=True)
+        f = f * weights["decoder.weight"].norm(dim=0)
+    same(sae.encode(x[kept]), f)
+    same(sae.decode(f), found["x_hat"][kept])
+
+
+def compare(place: Path, sae_in: Callable[[Path], Path], named: str) -> None:
+    """The SAE that we read in `place` computes what the peers have put there."""
+    sae = formats.load(sae_in(place), named).sae
     x, found = load_file(place / "rows.safetensors")["x"], load_file(place / "answer.safetensors")
     kept = clear(sae, x)
     rows_kept = (x[:, None] == kept[None]).all(2).any(1)
@@ -108,7 +147,7 @@ def test_ours_computes_what_they_do(name: str, answers: Path) -> None:
     f = found["f"][rows_kept]
     assert 0 < float((f > 0).float().mean()) < 1
     same(sae.encode(x[rows_kept]), f)
-    same(sae.decode(f), found["x_hat"][rows_kept])
+    same(sae.complete(sae.decode(f), x[rows_kept]), found["x_hat"][rows_kept])
 
 
 def test_all_that_they_wrote_is_tried(answers: Path) -> None:

@@ -15,6 +15,7 @@ The names of a block are those of TransformerLens; `mlp.hook_in` is that of its 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 BLOCK_HOOKS = (
@@ -53,3 +54,19 @@ def blocks_before(hook_name: str) -> int:
     """Returns the number of blocks that are finished when the hook point is reached."""
     place = block_and_kind(hook_name)
     return place[0] + (place[1] == "hook_resid_post") if place else 0
+
+
+#: Words between the hook points of one side, and between input and target, in `describe_hooks`.
+_AND, _TO = ", ", " -> "
+
+
+def describe_hooks(inputs: Sequence[str], targets: Sequence[str] = ()) -> str:
+    """Returns 'a', 'a, b' or 'a -> b': the hook points that are read, and those of a target."""
+    return _TO.join(_AND.join(group) for group in (inputs, targets) if group)
+
+
+def split_hooks(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the hook points that are read and those of a target from `describe_hooks`."""
+    read, _, written = text.partition(_TO)
+    inputs, targets = (tuple(side.split(_AND)) if side else () for side in (read, written))
+    return inputs, targets

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from saelab.config import digest
+from saelab.data.activations.growing import GrowingSource
 from saelab.data.activations.store import Shard, Source
 from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.storage.remote import Place
@@ -166,6 +167,12 @@ def widths(source: Source) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if isinstance(source, JoinedSource):
         return source.input_widths, source.target_widths
     return (source.d,), ()
+
+
+def is_growing(source: Source) -> bool:
+    """Returns whether a source, or one of several, is still being harvested."""
+    sources = (*source.inputs, *source.targets) if isinstance(source, JoinedSource) else (source,)
+    return any(isinstance(each, GrowingSource) for each in sources)
 
 
 def target_hooks(source: Source) -> tuple[str, ...]:

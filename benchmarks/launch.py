@@ -162,8 +162,8 @@ class Parts:
         shutil.rmtree(place, ignore_errors=True)
         tokens = tokenize(base.train_text, self.model.tokenizer, base.context, base.train.tokens)
         start = perf_counter()
-        made = harvest(self.model, tokens, [base.hook_name], base.harvest, place)
-        return made[base.hook_name], perf_counter() - start
+        made = harvest(self.model, tokens, base.hooks, base.harvest, place)
+        return made[base.hook_text], perf_counter() - start
 
     def bare(self, n: int) -> list[float]:
         """Times one harvest, and the bare steps of each arm, once per seed."""

@@ -86,7 +86,7 @@ def _subject_and_data(options: Namespace, folder: Path) -> tuple[SAE, ProbingDat
     sae = saelab.train(base, seed=0, cache=folder)
     entries = embedded_entries(TRAIN_SIZE, TEST_SIZE)[: options.entries]
     model = language_model.load(base.model)
-    return sae, harvest_probing(model, base.hook_name, entries, CONTEXT, torch.float32)
+    return sae, harvest_probing(model, base.hook_text, entries, CONTEXT, torch.float32)
 
 
 # ---------------------------------------------------------------- times

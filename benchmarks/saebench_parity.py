@@ -156,7 +156,7 @@ def _ours(
     entries, _ = saebench_entries({**others, **sources}, *sizes, definition=1)
     clock.lap("texts")
     model = language_model.load(base.model)
-    data = harvest_probing(model, base.hook_name, entries, 128, torch.float32, unknown=True)
+    data = harvest_probing(model, base.hook_text, entries, 128, torch.float32, unknown=True)
     clock.lap("activations")
     channels = evaluate_as_saebench(None, data, k_values=K_VALUES, prefix="llm")
     clock.lap("model's channels")
@@ -216,9 +216,9 @@ def _theirs(
     else:
         rows = {name: _hub_rows(name, sources[name], folder) for name in sources}
     rows = {entry.name: rows[entry.name] for entry in entries}
-    layer = int("".join(c for c in base.hook_name.split("hook")[0] if c.isdigit()))
+    layer = int("".join(c for c in base.hook_text.split("hook")[0] if c.isdigit()))
     arguments = dict(
-        model=str(base.model.path), hook=base.hook_name, layer=layer, weights=str(weights),
+        model=str(base.model.path), hook=base.hook_text, layer=layer, weights=str(weights),
         rows=rows, given=str(given), out=str(folder / "saebench"), k_values=list(K_VALUES),
     )  # fmt: skip
     first = peers.call("saebench_run", **arguments, again=False)

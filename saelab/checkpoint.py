@@ -1,7 +1,7 @@
 """A trained SAE on disk: `sae.safetensors` (all tensors, running state included) and `sae.json`.
 
-The JSON holds format, d_in, configuration, provenance, the checksum of the tensors and a digest of
-itself; it is written last, so a folder that has it is complete. The files do not depend on the
+The JSON holds format, widths, configuration, provenance, the checksum of the tensors and a digest
+of itself; it is written last, so a folder that has it is complete. The files do not depend on the
 number of ranks that write them, and any number of ranks can read them.
 """
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import DamageError, SourceError
+from saelab.parts.base import Dims
 from saelab.row_norm import RowNorm
-from saelab.sae import SAE, SAEConfig
+from saelab.sae import SAE, SAEConfig, Widths
 from saelab.storage.atomic import read_json, read_sealed, sha256, write_sealed
 from saelab.storage.safetensors_file import read_shapes
 from saelab.storage.validation import Loose, validate
@@ -28,6 +29,8 @@ REMEDY = "train the cell again, or take the folder from where it was copied"
 
 class _Record(Loose):
     d_in: int = Field(ge=1)
+    inputs: list[PositiveInt] = Field(default_factory=list)
+    targets: list[PositiveInt] = Field(default_factory=list)
     sae: dict[str, Any]
     row_norm: RowNorm = "none"
     provenance: dict[str, Any]
@@ -44,6 +47,7 @@ def save(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
     record = {
         "format": FORMAT,
         "d_in": sae.d_in,
+        **_blocks(sae.dims),
         "sae": sae.config.model_dump(mode="json"),
         "provenance": provenance,
         "sha256": checksum,
@@ -73,8 +77,9 @@ def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, 
     if not file.is_file() or sha256(file) != record["sha256"]:
         raise DamageError(f"{file} does not match its checksum: {REMEDY}")
     config = SAEConfig.parse(record["sae"], where=str(folder / "sae.json"))
-    _check_shapes(config, record["d_in"], file)
-    sae = config.build(record["d_in"], ranks=ranks)
+    widths = record.get("inputs") or record["d_in"], record.get("targets") or None
+    _check_shapes(config, widths, file)
+    sae = config.build(widths[0], d_out=widths[1], ranks=ranks)
     tensors = sae.shards().read(file)
     if config.tied:
         tensors["W_enc"] = tensors["W_dec"]
@@ -84,13 +89,19 @@ def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, 
     return sae.to(torch.device(device)), record["provenance"]
 
 
-def _check_shapes(config: SAEConfig, d_in: int, file: Path) -> None:
+def _blocks(dims: Dims) -> dict[str, list[int]]:
+    """Returns the widths of several hook points of the input, and of those of a target."""
+    blocks = {"inputs": list(dims.inputs), "targets": list(dims.targets)}
+    return {name: widths for name, widths in blocks.items() if widths}
+
+
+def _check_shapes(config: SAEConfig, widths: tuple[Widths, Widths | None], file: Path) -> None:
     """Checks the tensors' shapes against the configuration before any memory is allocated.
 
     Raises: DamageError when they do not fit.
     """
     try:
-        expected = config.shapes(d_in)
+        expected = config.shapes(*widths)
     except (RuntimeError, ArithmeticError, ValueError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DamageError(

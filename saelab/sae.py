@@ -4,10 +4,21 @@
     u     = scaling(x_n - b_dec)                   z = W_enc u + b_enc
     f     = activation(z)                          x_hat = c * (f W_dec + b_dec)
 
-Both weight matrices are stored latent-major, [d_sae, d_in]: row i belongs to latent i, so that
-sparse gradients gather and scatter whole rows. `encode` and `decode` work in raw activation space.
-Where `row_norm` is set (by readers of published SAEs), x is a row normalised by its own statistics
-(`saelab.row_norm`), `decode` gives a normalised row, and `complete` makes it a raw one.
+Where other activations y than those that are read are reconstructed (a transcoder)
+
+    u     = scaling(x_n - a)                       a the sample's mean of x_n, fixed
+    y_hat = c' * (f W_dec + b_dec + W_skip (x_n - a))      c' the scale of y; W_skip where set
+
+x and y may consist of several hook points, whose channels then follow each other; each hook point
+has a scale of its own, c and c' are vectors with one number for each channel. An SAE on several
+hook points whose input is its target is a crosscoder (Lindsey et al. 2024).
+
+Both weight matrices are stored latent-major, [d_sae, d_in] and [d_sae, d_out]: row i belongs to
+latent i, so that sparse gradients gather and scatter whole rows. `encode` and `decode` work in raw
+activation space. `decode` gives the code's part of a reconstruction; `complete` adds what comes
+from the input past the code. Where `row_norm` is set (by readers of published SAEs), x is a row
+normalised by its own statistics (`saelab.row_norm`), `decode` gives a normalised row, and
+`complete` makes it a raw one.
 
 On several ranks (`saelab.distributed.ranks`) each rank holds the rows of its latents, and all ranks
 call every method together. The code of a training pass covers the latents of the rank; `encode`,
@@ -17,8 +28,8 @@ call every method together. The code of a training pass covers the latents of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, cast, final
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, cast, final
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -72,6 +83,8 @@ from saelab.parts.base import (
 from saelab.row_norm import RowNorm, normalise_rows, restore_rows
 from saelab.seeding import torch_stream
 
+#: Width of a hook point, or of each of several.
+Widths = int | Sequence[int]
 #: The most latents of an SAE: twice as many as any published SAE has. Our choice.
 MOST_LATENTS = 2**26
 #: The largest error of a bfloat16 selection relative to |u| |w| + |b|: 2^-9 for the rounding of
@@ -100,7 +113,11 @@ class SAEConfig(Frozen):
             this L0 on the sample. None starts it at 0, where half of all latents are active. Needs
             a bias, and an activation that treats each latent separately.
         precision: of the GEMM that selects active latents; values are float32 in any case.
+        skip: with a target, adds a linear map of the input to the reconstruction.
+        decoder_start: with a target, 'random' unit rows or 'zeros'.
     """
+
+    added_later: ClassVar[frozenset[str]] = frozenset({"skip", "decoder_start"})
 
     d_sae: int = Field(default=1536, gt=0, le=MOST_LATENTS)
     activation: ActivationField = DEFAULT_ACTIVATION
@@ -114,20 +131,40 @@ class SAEConfig(Frozen):
     tied: bool = False
     initial_l0: PositiveFloat | None = None
     precision: Precision = "auto"
+    skip: bool = False
+    decoder_start: Literal["random", "zeros"] = "random"
 
-    def build(self, d_in: int, steps: int = 1, seed: int = 0, ranks: Ranks = ALONE) -> SAE:
+    def build(
+        self,
+        d_in: Widths,
+        steps: int = 1,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+        d_out: Widths | None = None,
+    ) -> SAE:
         """Builds an uninitialised SAE; call `initialise` before training.
 
-        Raises: SettingError on several ranks for a part that is not `shardable`.
-        """
-        return SAE(self, Dims(d_in, self.d_sae, steps=steps, seed=seed, ranks=ranks))
+        Args:
+            d_in: width of the input, or of each of its hook points.
+            d_out: likewise of the target; None where the input is the target.
 
-    def outline(self, d_in: int = 2, ranks: Ranks = ALONE) -> SAE:
+        Raises: SettingError on several ranks for a part that is not `shardable`, and for settings
+            that do not go with the target.
+        """
+        return SAE(self, self._dims(d_in, d_out, steps=steps, seed=seed, ranks=ranks))
+
+    def _dims(self, d_in: Widths, d_out: Widths | None = None, **options: Any) -> Dims:
+        inputs = (d_in,) if isinstance(d_in, int) else tuple(d_in)
+        targets = () if d_out is None else (d_out,) if isinstance(d_out, int) else tuple(d_out)
+        several = inputs if len(inputs) > 1 else ()
+        return Dims(sum(inputs), self.d_sae, inputs=several, targets=targets, **options)
+
+    def outline(self, d_in: Widths = 2, ranks: Ranks = ALONE, d_out: Widths | None = None) -> SAE:
         """Builds the SAE without the memory of its large tensors, to check its parts.
 
         Raises: SettingError for parts that are impossible or do not fit together.
         """
-        dims = Dims(d_in, self.d_sae, ranks=ranks)
+        dims = self._dims(d_in, d_out, ranks=ranks)
         try:
             with torch.device("meta"):
                 sae = SAE(self, dims, checked=False)
@@ -135,7 +172,7 @@ class SAEConfig(Frozen):
             sae.controllers = _build_parts("controllers", self.controllers, dims)
             sae.check_parts()
         except (NotImplementedError, RuntimeError):  # a user's part that reads its own tensors
-            return self.build(d_in, ranks=ranks)
+            return self.build(d_in, ranks=ranks, d_out=d_out)
         return sae
 
     def parts(self) -> dict[str, tuple[PartConfig, ...]]:
@@ -203,10 +240,10 @@ class SAEConfig(Frozen):
         """Every scalar that the parts may log, by its name in the log."""
         return {name: scalar for part in self.all_parts() for name, scalar in part.logged.items()}
 
-    def shapes(self, d_in: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, d_in: Widths, d_out: Widths | None = None) -> dict[str, tuple[int, ...]]:
         """Returns name -> shape of every tensor of such an SAE, without allocating any."""
         with torch.device("meta"):
-            sae = SAE(self, Dims(d_in, self.d_sae), checked=False)
+            sae = SAE(self, self._dims(d_in, d_out), checked=False)
         return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
 
 
@@ -221,21 +258,29 @@ class SAE(nn.Module):
     """
 
     scale: Tensor
+    target_scale: Tensor
+    centre: Tensor
+    W_skip: nn.Parameter | None
 
     def __init__(self, config: SAEConfig, dims: Dims, checked: bool = True) -> None:
         super().__init__()
         self.config, self.d_in, self.d_sae = config, dims.d_in, dims.d_sae
-        self.ranks = dims.ranks
+        self.dims, self.ranks = dims, dims.ranks
         self.row_norm: RowNorm = "none"
         self.W_enc = nn.Parameter(torch.zeros(dims.n_local, dims.d_in, dtype=torch.float32))
         self.b_enc = nn.Parameter(
             torch.zeros(dims.n_local, dtype=torch.float32), requires_grad=config.encoder_bias
         )
-        self.W_dec = nn.Parameter(torch.zeros(dims.n_local, dims.d_in, dtype=torch.float32))
-        if config.tied:
+        self.W_dec = nn.Parameter(torch.zeros(dims.n_local, dims.d_out, dtype=torch.float32))
+        if config.tied and not dims.targets:
             self.W_enc = self.W_dec
-        self.b_dec = nn.Parameter(torch.zeros(dims.d_in, dtype=torch.float32))
-        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
+        self.b_dec = nn.Parameter(torch.zeros(dims.d_out, dtype=torch.float32))
+        self.register_buffer("scale", _unit_scale(dims.input_blocks))
+        if dims.targets:
+            self.register_buffer("target_scale", _unit_scale(dims.targets))
+            self.register_buffer("centre", torch.zeros(dims.d_in, dtype=torch.float32))
+        skip = torch.zeros(dims.d_out, dims.d_in, dtype=torch.float32) if config.skip else None
+        self.register_parameter("W_skip", None if skip is None else nn.Parameter(skip))
         self.activation = cast(Activation, _build_part("activation", config.activation, dims))
         scaling = _build_part("scaling", config.scaling, dims) if config.scaling else None
         self.scaling = cast(Scaling | None, scaling)
@@ -243,7 +288,8 @@ class SAE(nn.Module):
         self.controllers = _build_parts("controllers", config.controllers, dims)
         self.constraints = _build_parts("constraints", config.constraints, dims)
         self.observers = _build_parts("observers", config.observers, dims)
-        self._norms_wanted = any(t.uses_decoder_norms for t in self.loss_terms().values())
+        one = len(dims.target_blocks) == 1  # the kernel gives the norm of the whole row
+        self._norms_wanted = one and any(t.uses_decoder_norms for t in self.loss_terms().values())
         self._z_wanted = any(part.uses_preactivations for part in self.parts())
         for part in self.parts():
             part.ranks = dims.ranks
@@ -253,7 +299,8 @@ class SAE(nn.Module):
     # ---- composition -------------------------------------------------------------------------
 
     def check_parts(self) -> None:
-        """Raises: SettingError for parts that do not fit together."""
+        """Raises: SettingError for settings or parts that do not fit together."""
+        _check_target(self.config, self.has_target)
         for place, part in zip(_places(self.config), self.parts(), strict=True):
             _check_shardable(part, self.ranks)
             with naming_setting(place):
@@ -283,6 +330,21 @@ class SAE(nn.Module):
         return [cast(Observer, part) for part in self.observers.values()]
 
     @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed; d_in unless there is a target."""
+        return self.dims.d_out
+
+    @property
+    def has_target(self) -> bool:
+        """True if other activations than the input are reconstructed."""
+        return bool(self.dims.targets)
+
+    @property
+    def out_scale(self) -> Tensor:
+        """Scale of what is reconstructed: one number, or one for each of its channels."""
+        return self.target_scale if self.has_target else self.scale
+
+    @property
     def local_latents(self) -> int:
         """Number of latents that this rank holds."""
         return len(self.b_enc)
@@ -298,34 +360,42 @@ class SAE(nn.Module):
     # ---- initialisation ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def initialise(self, sample: Tensor, seed: int) -> None:
+    def initialise(self, sample: Tensor, seed: int, y: Tensor | None = None) -> None:
         """Draws random unit decoder rows; sets the encoder to their transpose and b_dec to the
         sample's mean.
 
+        With a target the encoder's rows are drawn by themselves, and b_dec is the target's mean.
+
         Args:
             sample: raw activations, [n, d_in], the same for every arm of a launch.
-            seed: rows come from the named stream 'init' of this seed.
+            seed: rows come from the named stream 'init' of this seed, those of a decoder whose
+                target is not the input from 'init target'.
+            y: targets of the sample's rows, [n, d_out]; None where the input is the target.
 
         Raises: SettingError when the sample is constant or not finite.
         """
-        device = self.W_dec.device
         sample = normalise_rows(sample, self.row_norm)
         mean = sample.mean(0)
-        power = float((sample - mean).square().sum(1).mean())
-        if not 0 < power < math.inf:
-            remedy = "are constant, too large or not finite: check model, hook and text"
-            raise SettingError("activations", power, remedy)
-        self.scale.fill_(math.sqrt(power / self.d_in))
-        local = self.ranks.own(self.d_sae)
-        for first, drawn in _normal_rows(self.d_sae, self.d_in, torch_stream(seed, "init")):
-            rows = drawn[max(0, local.start - first) : max(0, local.stop - first)]
-            place = max(0, first - local.start)
-            self.W_dec[place : place + len(rows)] = normalize(rows, dim=1).to(device)
-        self.W_enc.copy_(self.W_dec)
+        self._set_scale(self.scale, sample, mean, self.dims.input_blocks)
+        if self.has_target:
+            outward = self._checked_targets(sample, y)
+            outward_mean = outward.mean(0)
+            self._set_scale(self.target_scale, outward, outward_mean, self.dims.targets)
+            self._draw_unit_rows(self.W_enc, seed, "init")
+            if self.config.decoder_start == "random":
+                self._draw_unit_rows(self.W_dec, seed, "init target")
+            self.centre.copy_(mean / self.scale)
+            self.b_dec.copy_(outward_mean / self.target_scale)
+        else:
+            self._draw_unit_rows(self.W_dec, seed, "init")
+            self.W_enc.copy_(self.W_dec)
+            self.b_dec.copy_(mean / self.scale)
         self.b_enc.zero_()
-        self.b_dec.copy_(mean / self.scale)
+        start = self.centre if self.has_target else self._centre()
         if self.config.initial_l0 is not None or self.activation.fitted:
-            self._initialise_code(sample[:BIAS_ROWS] / self.scale - self._centre())
+            self._initialise_code(sample[:BIAS_ROWS] / self.scale - start)
+        if self.has_target and not self.config.centre:  # the same start without a centre
+            self.b_enc.sub_(self.W_enc @ self.centre)
         if self.scaling is not None:
             self.scaling.fit(sample / self.scale - self._centre())
             if self.scaling.keeps_start:
@@ -334,6 +404,35 @@ class SAE(nn.Module):
                     self.W_enc.copy_(_unfold_gain(self.W_enc, gain))
                 self.b_enc.sub_(self.W_enc @ shift)
         self.check_alive()
+
+    def _draw_unit_rows(self, w: Tensor, seed: int, stream: str) -> None:
+        """Fills w [this rank's latents, d] with its rows of a draw of d_sae random unit rows."""
+        local = self.ranks.own(self.d_sae)
+        for first, drawn in _normal_rows(self.d_sae, w.shape[1], torch_stream(seed, stream)):
+            rows = drawn[max(0, local.start - first) : max(0, local.stop - first)]
+            place = max(0, first - local.start)
+            w[place : place + len(rows)] = normalize(rows, dim=1).to(w.device)
+
+    def _set_scale(
+        self, scale: Tensor, sample: Tensor, mean: Tensor, blocks: tuple[int, ...]
+    ) -> None:
+        """Sets the scale of each hook point from a sample [n, d] of them side by side."""
+        first = 0
+        for width in blocks:
+            place = slice(first, first + width)
+            power = float((sample[:, place] - mean[place]).square().sum(1).mean())
+            if not 0 < power < math.inf:
+                remedy = "are constant, too large or not finite: check model, hook and text"
+                raise SettingError("activations", power, remedy)
+            (scale[place] if scale.dim() else scale).fill_(math.sqrt(power / width))
+            first += width
+
+    def _checked_targets(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """Raises: ValueError unless there are targets [n, d_out] of the rows x."""
+        shape = None if y is None else tuple(y.shape)
+        if y is None or shape != (len(x), self.d_out):
+            raise ValueError(f"targets of shape {(len(x), self.d_out)} are needed, not {shape}")
+        return y
 
     def _initialise_code(self, rows: Tensor) -> None:
         """Sets the activation's statistics and the bias from centred rows [n, d_in]."""
@@ -353,11 +452,13 @@ class SAE(nn.Module):
         return -float(self.ranks.kth_largest(above, active))
 
     def check_alive(self) -> None:
-        """Checks that no weight matrix is all zero: no gradient could ever flow.
+        """Checks that no weight matrix is all zero, as no gradient could ever flow; a decoder that
+        starts at zeros moves first.
 
         Raises: SettingError when one is.
         """
-        for name in ("W_enc", "W_dec"):
+        zeros = self.has_target and self.config.decoder_start == "zeros"
+        for name in ("W_enc",) if zeros else ("W_enc", "W_dec"):
             if not bool(getattr(self, name).any()):
                 raise SettingError(name, 0, "is all zero, so nothing can be learned: initialise it")
 
@@ -370,6 +471,7 @@ class SAE(nn.Module):
         steps: int = 1,
         starts: Tensor | None = None,
         batch_rows: int | None = None,
+        y: Tensor | None = None,
     ) -> Pass:
         """Computes one pass in raw activation space.
 
@@ -379,7 +481,9 @@ class SAE(nn.Module):
             starts: int64 [m + 1], the first rows of segments of consecutive tokens, and N; None for
                 shuffled rows.
             batch_rows: number of rows of the whole batch if x is this rank's part of it.
+            y: targets, float32 [N, d_out]; None where the input is the target.
         """
+        targets = self._checked_targets(x, y) / self.target_scale if self.has_target else None
         x = normalise_rows(x, self.row_norm) / self.scale
         u = self._encoder_input(x)
         code, z = self._code(u, starts)
@@ -389,10 +493,12 @@ class SAE(nn.Module):
             decode = decode_with_norms if self._norms_wanted else _decode_without_norms
             product, norms = decode(code.values, self.W_dec, code.support)
         recon = self.ranks.over_latents(product) + self.b_dec
+        if self.W_skip is not None:
+            recon = recon + linear(x - self._centre(), self.W_skip)
         now = self.settings(step)
         return Pass(
             x=x,
-            target=x,
+            target=x if targets is None else targets,
             u=u,
             code=code,
             recon=recon,
@@ -435,7 +541,15 @@ class SAE(nn.Module):
         return self.activation.dense(z, *context)
 
     def _centre(self) -> Tensor | float:
-        return self.b_dec if self.config.centre else 0.0
+        if not self.config.centre:
+            return 0.0
+        return self.centre if self.has_target else self.b_dec
+
+    @property
+    def encoder_centre(self) -> Tensor | float:
+        """Tensor that the encoder subtracts in normalised space, [d_in]; 0 if it subtracts none."""
+        centre = self._centre()
+        return centre.detach() if isinstance(centre, Tensor) else centre
 
     def _encoder_input(self, x: Tensor) -> Tensor:
         """Computes u of the module's equation; it is detached if there is no scaling, because
@@ -455,8 +569,9 @@ class SAE(nn.Module):
         return encode_at(u, self.W_enc, self.b_enc, support, z, self._centre_of_gradient())
 
     def _centre_of_gradient(self) -> Tensor | None:
-        """Returns b_dec if the encoder input is detached from it, see `encode_at`, else None."""
-        if not self.config.centre or self.scaling is not None:
+        """Returns b_dec if the encoder input is detached from it, see `encode_at`, else None: the
+        centre of an SAE with a target is not trained, because b_enc can do what it does."""
+        if not self.config.centre or self.scaling is not None or self.has_target:
             return None
         return self.ranks.spread(self.b_dec)
 
@@ -542,14 +657,14 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def decode_code(self, code: Code) -> Tensor:
-        """Decodes a code of `codes`, as `decode` does; [n, d_in]."""
+        """Decodes a code of `codes`, as `decode` does; [n, d_out]."""
         if code.support is None:
             return self.decode(code.values)
         if self.ranks.latents > 1:
             code = select_latents(code, self.ranks.own(self.d_sae))
             assert code.support is not None
         product = self.ranks.over_latents(decode_at(code.values, self.W_dec, code.support))
-        return (product + self.b_dec) * self.scale
+        return (product + self.b_dec) * self.out_scale
 
     @torch.no_grad()
     def pooled(self, rows: Tensor, cuts: Tensor, starts: Tensor | None = None) -> Tensor:
@@ -574,22 +689,23 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, f: Tensor) -> Tensor:
-        """Decodes a code [n, d_sae] -> reconstruction in raw activation space [n, d_in]."""
+        """Decodes a code [n, d_sae] -> reconstruction in raw activation space [n, d_out], without
+        what `complete` adds."""
         product = self.ranks.over_latents(f[:, self.ranks.own(self.d_sae)] @ self.W_dec)
-        return (product + self.b_dec) * self.scale
+        return (product + self.b_dec) * self.out_scale
 
     @torch.no_grad()
     def complete(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """Adds to what `decode` gives what the reconstruction takes from the activations itself.
+        """Adds to a result of `decode` what comes from the input past the code; [n, d_out].
 
         Args:
-            x_hat: reconstruction of a code, [n, d_in].
-            x: the raw activations that were encoded, [n, d_in].
-
-        Returns: x_hat, except where `row_norm` is set: then mean and length of x's rows are given
-            back to it.
+            x_hat: raw activation space, [n, d_out].
+            x: the rows that were encoded, raw activation space, [n, d_in].
         """
-        return restore_rows(x_hat, x, self.row_norm)
+        x_hat = restore_rows(x_hat, x, self.row_norm)
+        if self.W_skip is None:
+            return x_hat
+        return x_hat + linear(x / self.scale - self._centre(), self.W_skip) * self.out_scale
 
     def _check_eval(self) -> None:
         if self.training:
@@ -601,7 +717,9 @@ class SAE(nn.Module):
         `row_norm` is set) that computes the same function.
 
         Returns: W_enc [d_sae, d_in], b_enc, W_dec [d_sae, d_in], b_dec with
-            f = activation((x - b_dec) W_enc^T + b_enc),  x_hat = f W_dec + b_dec.
+            f = activation((x - b_dec) W_enc^T + b_enc),  x_hat = f W_dec + b_dec,
+            or with a target y, W_dec [d_sae, d_out] and W_skip [d_out, d_in] where there is one,
+            f = activation(x W_enc^T + b_enc),  y_hat = f W_dec + b_dec + x W_skip^T.
 
         Raises: SettingError when the scaling depends on the batch.
         """
@@ -612,13 +730,21 @@ class SAE(nn.Module):
             gain, shift = self.scaling.fold()
             b_enc = b_enc + w_enc @ shift
             w_enc = _fold_gain(w_enc, gain)
-        if not self.config.centre:
+        b_dec, skip = self.b_dec * self.out_scale, {}
+        if self.has_target:  # nothing is subtracted from its input, and its b_dec is of y
+            centre = self._centre() + torch.zeros_like(self.centre)
+            b_enc = b_enc - w_enc @ centre
+            if self.W_skip is not None:
+                outward = self.W_skip * self.out_scale.reshape(-1, 1)
+                skip, b_dec = {"W_skip": outward / self.scale}, b_dec - outward @ centre
+        elif not self.config.centre:
             b_enc = b_enc + w_enc @ self.b_dec
         return {
             "W_enc": w_enc / self.scale,
             "b_enc": b_enc.clone(),
-            "W_dec": self.W_dec * self.scale,
-            "b_dec": self.b_dec * self.scale,
+            "W_dec": self.W_dec * self.out_scale,
+            "b_dec": b_dec,
+            **skip,
         }
 
     @torch.no_grad()
@@ -653,7 +779,8 @@ class SAE(nn.Module):
             encoder = _unfold_gain(encoder, self.scaling.fold()[0])
         if not self.config.tied:
             self.W_enc[reset.latents] = encoder
-        self.W_dec[reset.latents] = reset.directions
+        outward = reset.decoder_directions
+        self.W_dec[reset.latents] = reset.directions if outward is None else outward
         self.b_enc[reset.latents] = 0
         for part in self.parts():
             part.forget(reset.latents)
@@ -667,6 +794,24 @@ def learned_scalars(subject: object) -> list[str]:
     """Names in the log of the scalars that training finds; [] for anything but an SAE of parts."""
     logged = subject.config.logged if isinstance(subject, SAE) else {}
     return [name for name, scalar in logged.items() if scalar.role == "learned"]
+
+
+def _unit_scale(blocks: tuple[int, ...]) -> Tensor:
+    """Returns the scale 1 of a hook point, or of each channel of several."""
+    shape = (sum(blocks),) if len(blocks) > 1 else ()
+    return torch.ones(shape, dtype=torch.float32)
+
+
+def _check_target(config: SAEConfig, has_target: bool) -> None:
+    """Raises: SettingError for settings that do not go with a target, or need one."""
+    if has_target and config.tied:
+        remedy = "makes the decoder the encoder's transpose, but they belong to different "
+        raise SettingError("tied", True, f"{remedy}activations with a target_hook: set it to false")
+    if not has_target:
+        for name, value in (("skip", config.skip), ("decoder_start", config.decoder_start)):
+            if value != SAEConfig.model_fields[name].default:
+                remedy = "needs a target: set target_hook, or leave it out"
+                raise SettingError(name, value, remedy)
 
 
 def _check_shardable(part: Part, ranks: Ranks) -> None:

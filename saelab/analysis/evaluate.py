@@ -176,7 +176,7 @@ def evaluate_choice(
     """
     check_names(evals)
     bench = Bench(base, cache, seed) if base.activations is not None else None
-    place = (base.model.path, base.hook_name)
+    place = (base.model.path, base.hook_text)
     if bench is not None:
         place = ("", bench.provenance["hook_name"])
     for member in choice.members:

@@ -112,7 +112,9 @@ def without_context(sae: SAE) -> SAE:
     activation = sae.activation.without_context() if sae.needs_contexts else None
     if activation is None:
         return sae
-    twin = sae.config.patched({"activation": activation}).build(sae.d_in)
+    twin = sae.config.patched({"activation": activation}).build(
+        sae.dims.input_blocks, d_out=sae.dims.targets or None
+    )
     twin.load_state_dict(sae.state_dict())
     return twin.eval()
 

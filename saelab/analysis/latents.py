@@ -164,7 +164,7 @@ def browse(
     data: dict[str, HeldOut] = {}
     for run, cell in chosen:
         base = base_of_run(run)
-        key = repr((base.model, base.hook_name, base.eval_text, base.context, base.activations))
+        key = repr((base.model, base.hook_text, base.eval_text, base.context, base.activations))
         key += f"/{base.evaluation.tokens}"
         if key not in data:
             data[key] = HeldOut(*held_out(base, cache), key)

@@ -41,11 +41,14 @@ def about(base: BaseConfig, sae: Mapping[str, Any], name: str, seed: int) -> Abo
         name: of the SAE.
         seed: of the examples.
     """
+    if base.target_hook is not None:
+        remedy = "SAEBench's results are of SAEs that reconstruct their input: name another SAE"
+        raise SettingError("target_hook", base.target_hook, remedy)
     probing = base.evaluation.probing
-    layer = re.search(r"\d+", base.hook_name)
+    layer = re.search(r"\d+", base.hook_text)
     subject = {
         "model_name": base.model.path,
-        "hook_name": base.hook_name,
+        "hook_name": base.hook_text,
         "hook_layer": int(layer[0]) if layer else None,
         "context_size": base.context,
         "dtype": "float32",

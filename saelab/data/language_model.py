@@ -4,24 +4,15 @@
     losses:      loss[c, p] = -log softmax(logits[c, p])[ids[c, p + 1]], with x_hook replaced by
                  fn(x_hook) when a splice is given.
 
-Hook points of block N, named as in TransformerLens:
-
-    blocks.N.hook_resid_pre    input of the block
-    blocks.N.hook_resid_post   output of the block; for the last block, before the final norm
-    blocks.N.hook_attn_out     what attention adds to the stream
-    blocks.N.hook_mlp_out      what the MLP adds to the stream
-
-The last two sum up with the input of the block to its output (in BERT, to the inputs of its norms).
-The modules that give them are found when the model is loaded, see `model_trial`; where no module
-does, the names are refused. Any other module is named by its path in `model.named_modules()`; its
-output is taken.
+`hook_names` lists the names of hook points. `hook_attn_out` and `hook_mlp_out` sum up with the
+input of the block to its output (in BERT, to the inputs of its norms). The modules that give them
+are found when the model is loaded, see `model_trial`; where no module does, they are refused.
 """
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -33,6 +24,13 @@ from torch import Tensor, nn
 
 from saelab.config import Frozen
 from saelab.data.devices import check_device
+from saelab.data.hook_names import (
+    BLOCK_HOOKS,
+    block_and_kind,
+    blocks_before,
+    blocks_run,
+    module_and_side,
+)
 from saelab.data.hub import hide_progress_bars, silence_loggers
 from saelab.data.model_files import (
     check_loaded_weights,
@@ -64,8 +62,11 @@ from saelab.runtime.panics import panics_as_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BLOCK_HOOKS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
-_BLOCK = re.compile(r"blocks\.(\d+)\.(hook_\w+)")
+__all__ = ["LanguageModel", "ModelConfig", "Size", "Splices", "Start", "blocks_run", "load", "size"]
+
+#: Hook point -> the function that replaces its activation: float32 [contexts, positions, d] -> the
+#: same shape.
+Splices = Mapping[str, Callable[[Tensor], Tensor]]
 
 
 class ModelConfig(Frozen):
@@ -153,15 +154,16 @@ class LanguageModel:
 
         Raises: SettingError for an unknown name or a block that does not exist.
         """
-        match = _BLOCK.fullmatch(name)
-        if match is None:
+        place = block_and_kind(name)
+        if place is None:
             modules = dict(self.model.named_modules())
-            if name and name in modules:
-                return HookPoint(name, modules[name], "output")
+            path, side = (name, "output") if name in modules else module_and_side(name)
+            if path and path in modules:
+                return HookPoint(name, modules[path], side)
             names = [*modules, *self.block_hook_names()]
             remedy = f"no such hook point{nearest(name, names)}; use blocks.N.hook_resid_post with "
             raise SettingError("hook_name", name, f"{remedy}N from 0 to {self.n_layers - 1}")
-        layer, kind = int(match[1]), match[2]
+        layer, kind = place
         if kind not in BLOCK_HOOKS:
             remedy = f"no {kind}{nearest(kind, BLOCK_HOOKS)}; use {', '.join(BLOCK_HOOKS)}"
             raise SettingError("hook_name", name, remedy)
@@ -174,8 +176,8 @@ class LanguageModel:
     def hook_identity(self, name: str) -> dict[str, str]:
         """Returns the module that gives the activations, if their name alone does not say it."""
         self.hook_point(name)
-        match = _BLOCK.fullmatch(name)
-        path = self.block_runs[int(match[1])].path(match[2]) if match else ""
+        place = block_and_kind(name)
+        path = self.block_runs[place[0]].path(place[1]) if place else ""
         return {"hook_module": path} if path else {}
 
     def block_hook_names(self) -> list[str]:
@@ -186,12 +188,13 @@ class LanguageModel:
         block = self.blocks[layer]
         if kind in ("hook_resid_pre", "hook_resid_post"):
             return HookPoint(name, block, "input" if kind == "hook_resid_pre" else "output")
-        path = self.block_runs[layer].path(kind)
+        path, side = self.block_runs[layer].path(kind), "input" if "hook_in" in kind else "output"
         if path:
-            return HookPoint(name, block.get_submodule(path), "output")
+            return HookPoint(name, block.get_submodule(path), side)
         place = f"{path_of(self.model, self.blocks)}.{layer}"
         paths = ", ".join(f"{place}.{child}" for child, _ in block.named_children())
-        remedy = f"no module of this block gives what is added to the stream: name one of {paths}"
+        gives = "has the MLP's input" if side == "input" else "gives what is added to the stream"
+        remedy = f"no module of this block {gives}: name one of {paths}"
         raise SettingError("hook_name", name, remedy)
 
     @torch.inference_mode()
@@ -253,7 +256,7 @@ class LanguageModel:
         Raises: SettingError for an unknown name.
         """
         self.hook_point(hook_name)
-        blocks = _blocks_before(hook_name)
+        blocks = blocks_before(hook_name)
         if blocks == 0:
             return None
         outputs: list[Any] = []
@@ -275,7 +278,7 @@ class LanguageModel:
         self,
         ids: Tensor,
         attention_mask: Tensor | None = None,
-        splice: tuple[str, Callable[[Tensor], Tensor]] | None = None,
+        splice: Splices | None = None,
         start: Start | None = None,
     ) -> Tensor:
         """Computes the next-token logits [contexts, positions, vocabulary] in the model's dtype.
@@ -283,10 +286,9 @@ class LanguageModel:
         Args:
             ids: int64 [contexts, positions].
             attention_mask: bool [contexts, positions], False on padding; None for full contexts.
-            splice: a hook point and the function that replaces its activation: float32
-                [contexts, positions, d] -> the same shape.
-            start: result of `start` for the same contexts and the splice's hook point; the blocks
-                before it are left out. See `starts_agree`.
+            splice: what replaces activations, at one or several hook points.
+            start: result of `start` for the same contexts and the first of these hook points; the
+                blocks before it are left out. See `starts_agree`.
 
         Raises: SourceError when the model has no head.
         """
@@ -296,9 +298,10 @@ class LanguageModel:
                 f"model {self.config.path} is a {kind} without a language-model head, so it has "
                 "no next-token loss: use a causal language model for loss recovered"
             )
-        hooks = {}
-        if splice is not None:
-            hooks[self.hook_point(splice[0])] = keep_shape_and_dtype(splice[1], ids.shape)
+        hooks = {
+            self.hook_point(name): keep_shape_and_dtype(function, ids.shape)
+            for name, function in (splice or {}).items()
+        }
         skipped = [] if start is None else self.blocks[: start.blocks]
         with run_hooks(hooks), skip_modules(skipped, start.output if start else None):
             return self.model(**self._inputs(ids, attention_mask)).logits
@@ -319,7 +322,7 @@ class LanguageModel:
         self,
         ids: Tensor,
         attention_mask: Tensor | None = None,
-        splice: tuple[str, Callable[[Tensor], Tensor]] | None = None,
+        splice: Splices | None = None,
         start: Start | None = None,
     ) -> Tensor:
         """Computes next-token losses in nats, float32 [contexts, positions - 1].
@@ -380,15 +383,6 @@ class LanguageModel:
         return inputs
 
 
-def blocks_run(hook_name: str, blocks: int) -> int:
-    """Returns the number of blocks that a pass runs to reach the hook point.
-
-    These are all blocks for any other module, because its name does not show its block.
-    """
-    match = _BLOCK.fullmatch(hook_name)
-    return min(blocks, int(match[1]) + (match[2] != "hook_resid_pre")) if match else blocks
-
-
 def next_token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     """Computes `LanguageModel.losses` from logits [contexts, positions, vocabulary] and tokens."""
     target = ids.to(logits.device)[:, 1:]
@@ -397,12 +391,6 @@ def next_token_losses(logits: Tensor, ids: Tensor) -> Tensor:
         for row, after in zip(logits, target, strict=True)
     ]
     return torch.stack(rows)
-
-
-def _blocks_before(hook_name: str) -> int:
-    """Returns the number of blocks that are finished when the hook point is reached."""
-    match = _BLOCK.fullmatch(hook_name)
-    return int(match[1]) + (match[2] == "hook_resid_post") if match else 0
 
 
 # ---------------------------------------------------------------- loading

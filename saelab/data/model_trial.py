@@ -30,6 +30,8 @@ POSITIONS = 6
 #: modules give the same tensor.
 ATTENTION = ("attention.output.dense", "self_attn", "attention", "attn", "self_attention")
 MLP = ("mlp", "output.dense", "feed_forward", "ffn", "block_sparse_moe")
+#: The last layer of BERT's MLP, whose input is not that of the MLP.
+LAST_LAYER = "output.dense"
 #: The most that rounding can make of each summand's size, in units of the dtype's precision: three
 #: roundings of sums, and one of a factor.
 ROUNDING = 4
@@ -41,18 +43,22 @@ class BlockRun:
 
     Args:
         attention, mlp: paths in the block of the modules whose outputs are added; "" if none is.
+        mlp_in: path of the module whose input is that of the MLP; "" if there is none.
         output: of the block, [2, positions, d]; None before it has run, or for another shape.
         shape: of the block's output.
     """
 
     attention: str = ""
     mlp: str = ""
+    mlp_in: str = ""
     output: Tensor | None = None
     shape: list[int] = field(default_factory=list)
 
     def path(self, kind: str) -> str:
-        """Returns the path for 'hook_attn_out' or 'hook_mlp_out', "" for any other kind."""
-        return {"hook_attn_out": self.attention, "hook_mlp_out": self.mlp}.get(kind, "")
+        """Returns the path for 'hook_attn_out', 'hook_mlp_out' or 'mlp.hook_in', "" for any other
+        kind."""
+        paths = {"hook_attn_out": self.attention, "hook_mlp_out": self.mlp}
+        return (paths | {"mlp.hook_in": self.mlp_in}).get(kind, "")
 
 
 def trial_ids(rows: int | None, excluded: Sequence[int], positions: int) -> Tensor:
@@ -171,6 +177,7 @@ def _watch(block: nn.Module, run: BlockRun) -> list[Any]:
         if pre and post.shape == pre[0].shape:
             run.output = post.clone()
             run.attention, run.mlp = _find_branches(pre[0], calls, run.output)
+            run.mlp_in = _find_mlp(calls, run.mlp)
         calls.clear()
 
     handles = [block.register_forward_pre_hook(enter, with_kwargs=True)]
@@ -199,6 +206,25 @@ def _find_branches(pre: Tensor, calls: list[_Call], post: Tensor) -> tuple[str, 
         if mlp.path in MLP and any(_close([pre, o.output, mlp.output], post) for o in others):
             return "", mlp.path
     return "", ""
+
+
+def _find_mlp(calls: list[_Call], summand: str) -> str:
+    """Returns the path of the MLP as a whole, "" where no module is it.
+
+    It gives the summand itself, or the input of the norm that gives it (Gemma 2), or contains the
+    module that gives it (Bloom, whose MLP adds the stream).
+
+    Args:
+        summand: path of the module that gives what the MLP adds; "" if none does.
+    """
+    normed = [call.input for call in calls if call.path == summand and call.input is not None]
+    for call in _ranked([call for call in calls if call.path in MLP], MLP):
+        if call.path == LAST_LAYER or call.input is None or not summand:
+            continue
+        inside = summand.startswith(f"{call.path}.")
+        if call.path == summand or inside or any(torch.equal(call.output, x) for x in normed):
+            return call.path
+    return ""
 
 
 def _is_attention(path: str) -> bool:

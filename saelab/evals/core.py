@@ -194,7 +194,7 @@ class CoreData:
         kl: list[Tensor] = [torch.zeros(0, ids.shape[1] - 1, dtype=torch.float32)]
         batches = zip(ids.split(CONTEXTS), mask.split(CONTEXTS), self.starts, strict=True)
         for i, (batch, counted, start) in enumerate(batches):
-            splice = (self.hook_name, _splice_counted(instead, counted)) if instead else None
+            splice = {self.hook_name: _splice_counted(instead, counted)} if instead else None
             logits = self.model.logits(batch, None, splice, start)
             ce.append(next_token_losses(logits, batch).cpu())
             if with_kl:

@@ -280,7 +280,7 @@ def lenses(sae: SAE, latents: Sequence[int], model: LanguageModel, n: int = 8) -
     def added(directions: Tensor) -> Tensor:
         shown = torch.cat([torch.zeros_like(directions[:1]), directions])[:, None]
         ids = torch.zeros(len(shown), 1, dtype=torch.int64)
-        logits = model.logits(ids, splice=(hook, lambda x: shown.to(x)))[:, 0].float().cpu()
+        logits = model.logits(ids, splice={hook: lambda x: shown.to(x)})[:, 0].float().cpu()
         return logits[1:] - logits[:1]
 
     logits = torch.cat([added(part) for part in rows.split(AT_ONCE)])

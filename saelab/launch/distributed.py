@@ -91,7 +91,7 @@ def _check_parts(base: BaseConfig) -> None:
         remedy = f"there are only {count(base.sae.d_sae, 'latent')}: use fewer ranks"
         raise SettingError("parallel.latents", latents, remedy)
     data = base.parallel.data or max(1, process_count() // latents)
-    base.sae.outline(ranks=Ranks(data, latents))
+    base.sae.outline(ranks=Ranks(data, latents), d_out=2 if base.target_hooks else None)
 
 
 def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> LaunchData:

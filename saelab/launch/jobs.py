@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from saelab.data.activations.joined import Paths
 from saelab.data.activations.stream import Layout
 from saelab.data.language_model import ModelConfig
 from saelab.data.probing.saebench import Definition
@@ -30,10 +31,10 @@ class WorkerData:
     `HarvestConfig`; `extra` names evaluations, see `EvalConfig`.
     """
 
-    train: Place
+    train: Place | Paths
     train_digest: str | None
-    held_out: Place
-    calibration: Place | None
+    held_out: Place | Paths
+    calibration: Place | Paths | None
     foreign: bool
     probing: Path | None
     why_no_probing: str

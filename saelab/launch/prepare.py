@@ -8,7 +8,7 @@ a launch overlaps its harvest with training, they alone are still to be made whe
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,8 @@ from saelab.config import digest
 from saelab.data import language_model
 from saelab.data.activations.foreign import ForeignSource
 from saelab.data.activations.growing import GrowingSource
-from saelab.data.activations.harvest import harvest, harvest_steps
+from saelab.data.activations.harvest import harvest, harvest_steps, hook_folders
+from saelab.data.activations.joined import Paths, is_growing, joined
 from saelab.data.activations.store import FolderSource, Shard, Source, reopen
 from saelab.data.devices import check_device
 from saelab.data.language_model import LanguageModel
@@ -87,7 +88,7 @@ class LaunchData:
     @property
     def train_digest(self) -> str | None:
         """Digest of the training activations, None while they were still to be made."""
-        return None if isinstance(self.train, GrowingSource) else self.train.digest
+        return None if is_growing(self.train) else self.train.digest
 
     @property
     def calibration_digest(self) -> str | None:
@@ -123,7 +124,7 @@ def prepare(
         "model": base.model.path,
         "model_digest": model.digest,
         "tokenizer": f"{type(model.tokenizer).__name__} of {len(model.tokenizer)}",
-        "hook_name": base.hook_name,
+        "hook_name": base.hook_text,
         "context": base.context,
         "mask": "BOS, EOS and PAD left out",
         "dtype": base.model.dtype,
@@ -244,16 +245,17 @@ def _activations(
     in_steps: bool = False,
     after: int = 0,
 ) -> tuple[Source, Generator[None, None, None]]:
-    """The activations, and the steps that they still need.
+    """The activations of all hook points, and the steps that they still need.
 
     Args:
-        after: tokens whose contexts are left out at the beginning of the text.
+        after: tokens whose contexts are left out at the beginning of the text; these activations
+            are read only, and have no target.
     """
+    hooks = base.input_hooks if after else base.hooks
     asked: dict[str, Any] = {
         "model_digest": model.digest,
         "model_dtype": base.model.dtype,
-        "hook_name": base.hook_name,
-        **model.hook_identity(base.hook_name),
+        **_asked_hooks(hooks, model),
         "corpus": manifest(text),
         "column": text.column,
         "joined": text.joined,
@@ -268,19 +270,19 @@ def _activations(
         asked["documents"] = True
     key = digest(asked)
     folder = activations_folder(cache) / key
-    done = folder / base.hook_name.replace("/", "_")
-    if (done / "header.json").is_file():
-        try:
-            expected = {"asked_tokens": tokens, "hook_name": base.hook_name, "key": key}
-            found = FolderSource.open(done, expected, base.harvest.read_ahead)
-            if not found.checks_reads:
-                found.verify()
-            return found, no_steps()
-        except RemoteError:  # no word about what is there
-            raise
-        except (DamageError, SourceError) as error:
-            print(f"{error} (done now)", file=sys.stderr)
-            reopen(done)
+    expected = {"asked_tokens": tokens, "key": key}
+    stored = {
+        hook: _stored(place, expected | {"hook_name": hook}, base)
+        for hook, place in hook_folders(hooks, folder).items()
+    }
+
+    def side_by_side(sources: Mapping[str, Source]) -> Source:
+        targets = () if after else base.target_hooks
+        return joined([sources[h] for h in base.input_hooks], [sources[h] for h in targets])
+
+    complete = {hook: source for hook, source in stored.items() if source is not None}
+    if len(complete) == len(hooks):
+        return side_by_side(complete), no_steps()
     place = folder / "tokens"
     found = tokenize(
         text,
@@ -295,9 +297,33 @@ def _activations(
         found = replace(found, documents=None)
     extras = {"asked_tokens": tokens, "corpus": asked["corpus"], "key": key}
     if in_steps:
-        return harvest_steps(model, found, base.hook_name, base.harvest, folder, extras)
-    made = harvest(model, found, [base.hook_name], base.harvest, folder, extras)
-    return made[base.hook_name], no_steps()
+        growing, steps = harvest_steps(model, found, hooks, base.harvest, folder, extras)
+        return side_by_side(growing), steps
+    return side_by_side(harvest(model, found, hooks, base.harvest, folder, extras)), no_steps()
+
+
+def _asked_hooks(hooks: Sequence[str], model: LanguageModel) -> dict[str, Any]:
+    """What a harvest's key says of its hook points: of several, the whole set."""
+    if len(hooks) == 1:
+        return {"hook_name": hooks[0], **model.hook_identity(hooks[0])}
+    return {"hook_names": {hook: model.hook_identity(hook) for hook in sorted(hooks)}}
+
+
+def _stored(done: Place, expected: dict[str, Any], base: BaseConfig) -> FolderSource | None:
+    """The complete activations of a hook point; None where they are to be made, or made again."""
+    if not (done / "header.json").is_file():
+        return None
+    try:
+        found = FolderSource.open(done, expected, base.harvest.read_ahead)
+        if not found.checks_reads:
+            found.verify()
+    except RemoteError:  # no word about what is there
+        raise
+    except (DamageError, SourceError) as error:
+        print(f"{error} (done now)", file=sys.stderr)
+        reopen(done)
+        return None
+    return found
 
 
 def _calibration(base: BaseConfig, model: LanguageModel, cache: Path) -> tuple[Source | None, str]:
@@ -349,11 +375,11 @@ def _probing(
         return None, absent
     context, as_saebench = min(config.context, base.context), config.definition == 1
     dtype = torch.float32 if as_saebench else PROBING_DTYPE
-    asked = identity(model, base.hook_name, entries, context, dtype, as_saebench)
+    asked = identity(model, base.input_hooks, entries, context, dtype, as_saebench)
     folder = cache / "probing" / digest(asked)
     if not (fetch(cache, folder, "probing.json") and ProbingData.is_saved(folder, asked)):
         with lock_folder(folder, "is harvesting its probing activations"):
-            made = harvest_probing(model, base.hook_name, entries, context, dtype, as_saebench)
+            made = harvest_probing(model, base.input_hooks, entries, context, dtype, as_saebench)
             made.save(folder)
             share(cache, folder)
     return folder, absent
@@ -372,13 +398,16 @@ def _of_probing(folder: Path) -> dict[str, Any]:
 
 
 def open_source(
-    path: Place, foreign: bool, part: Part, growing: bool = False, ahead: int = 0
+    path: Place | Paths, foreign: bool, part: Part, growing: bool = False, ahead: int = 0
 ) -> Source:
     """The source that `prepare` made or, if it is growing, still makes (in a worker).
 
     Args:
         ahead: bytes of shards that may be read ahead, where the path is a URL.
     """
+    if isinstance(path, Paths):
+        opened = {p: open_source(p, foreign, part, growing, ahead) for p in path.all}
+        return joined([opened[p] for p in path.inputs], [opened[p] for p in path.targets])
     if growing:
         return GrowingSource(path, ahead=ahead)
     if foreign:
@@ -386,7 +415,7 @@ def open_source(
     return FolderSource.open(path, ahead=ahead)
 
 
-def source_path(source: Source) -> Place:
+def source_path(source: Source) -> Place | Paths:
     """Raises: SourceError when the source is not on disk, so that workers can't read it."""
     path = getattr(source, "path", None)
     if path is None:

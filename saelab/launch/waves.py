@@ -393,7 +393,7 @@ def _control(worker: Worker, control: JobCell, cache: Path) -> None:
     if name == schema.CHANNELS:
         rows = probing_rows(None, worker.evaluation, prefix="llm")
     else:
-        setting = controls.Setting(worker.sample, control.sae_config, level, control.id.seed)
+        setting = controls.Setting(worker.sample.x, control.sae_config, level, control.id.seed)
         rows = worker.evaluate(controls.SUBJECTS[name](setting), of_control(worker.data.extra))
     cell = replace(control.display_id, seed=-1)
     folder = worker.folder(cache, control.key)

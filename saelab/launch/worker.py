@@ -28,6 +28,7 @@ from torch import Tensor
 
 from saelab import checkpoint
 from saelab.data import language_model
+from saelab.data.activations.joined import Paths
 from saelab.data.activations.store import MemorySource
 from saelab.data.probing.activations import ProbingData
 from saelab.errors import CellFailure
@@ -270,7 +271,7 @@ def _calibration_text(data: WorkerData) -> CalibrationText | None:
     if data.calibration is None:
         return None
     source = open_source(data.calibration, data.foreign, "held_out", ahead=data.read_ahead)
-    if isinstance(data.calibration, Remote):  # read once, not at every measurement
+    if isinstance(data.calibration, (Paths, Remote)):  # read once, not at every measurement
         shards = [source.shard(i) for i in range(source.n_shards)]
         source = MemorySource(shards, source.header)
     return CalibrationText(source)

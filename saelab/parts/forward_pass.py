@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from saelab.distributed.ranks import ALONE, Ranks
@@ -20,16 +21,38 @@ if TYPE_CHECKING:
 class Dims:
     """Dimensions and circumstances that a part is built for.
 
-    `steps` is the number of optimiser steps of the run; `seed` is for the part's named streams;
-    `ranks` are the processes that the SAE is trained on.
+    Args:
+        d_in, d_sae: width of the input, of all its hook points together, and number of latents.
+        inputs: width of each hook point of the input; () for a single one.
+        targets: width of each hook point of the target; () where the input is the target.
+        steps: number of optimiser steps of the run.
+        seed: of the part's named streams.
+        ranks: the processes that the SAE is trained on.
     """
 
     d_in: int
     d_sae: int
     _: KW_ONLY
+    inputs: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
     steps: int = 1
     seed: int = 0
     ranks: Ranks = ALONE
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed, of all its hook points together."""
+        return sum(self.targets) or self.d_in
+
+    @property
+    def input_blocks(self) -> tuple[int, ...]:
+        """Width of each hook point of the input."""
+        return self.inputs or (self.d_in,)
+
+    @property
+    def target_blocks(self) -> tuple[int, ...]:
+        """Width of each hook point of what is reconstructed."""
+        return self.targets or self.input_blocks
 
     @property
     def n_local(self) -> int:
@@ -44,10 +67,10 @@ class Pass:
 
     Args:
         x: input in normalised space, float32 [N, d_in].
-        target: what is reconstructed; equal to x for an SAE; [N, d_in].
+        target: what is reconstructed, in normalised space; equal to x for an SAE; [N, d_out].
         u: encoder input, float32 [N, d_in].
         code: the code, sparse or dense.
-        recon: reconstruction in normalised space, [N, d_in].
+        recon: reconstruction in normalised space, [N, d_out].
         sae: the model.
         step: optimiser steps done before this pass; `steps` is their number in the run.
         settings: values of the controllers by name.
@@ -98,8 +121,23 @@ class Pass:
 
     @cached_property
     def decoder_norms(self) -> Tensor:
-        """|W_dec_i| of each latent with its gradient; [d_sae]."""
-        return self.norms if self.norms is not None else row_norms(self.sae.W_dec)
+        """|W_dec_i| of each latent with its gradient; [d_sae]. Where several hook points are
+        reconstructed, the sum of the norms at each (Lindsey et al. 2024)."""
+        if self.norms is not None:
+            return self.norms
+        blocks = self.sae.dims.target_blocks
+        if len(blocks) == 1:
+            return row_norms(self.sae.W_dec)
+        parts = self.sae.W_dec.split(blocks, dim=1)
+        return torch.stack([row_norms(part.contiguous()) for part in parts]).sum(0)
+
+    @torch.no_grad()
+    def block_errors(self) -> list[Tensor]:
+        """Returns the share of the mean squared error at each hook point that this rank's rows
+        have; its fraction of variance unexplained, since each is scaled by itself."""
+        error = (self.recon - self.target).square()
+        blocks = self.sae.dims.target_blocks
+        return [self.share(part.mean()) for part in error.split(blocks, dim=1)]
 
     @property
     def n(self) -> int:
@@ -131,7 +169,9 @@ class Pass:
     @cached_property
     def energy(self) -> Tensor:
         """sum_n f_ni^2 |W_dec_i|^2 of each latent over the batch; [d_sae], without gradient."""
-        return self.code.sums[1] * self.decoder_norms.detach().square()
+        several = len(self.sae.dims.target_blocks) > 1
+        norms = row_norms(self.sae.W_dec) if several else self.decoder_norms
+        return self.code.sums[1] * norms.detach().square()
 
     def setting(self, value: float | str) -> float:
         """A number as it is; a name is looked up among the controllers."""

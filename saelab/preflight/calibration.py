@@ -174,10 +174,10 @@ def _harvest_trial(base: BaseConfig, tokens: int) -> tuple[int, float, int]:
     mask = torch.ones_like(ids).bool()
     mask[:, 0] = False  # where BOS would be
     texts = Tokens(ids, mask)
-    model.activations(texts.ids[:2], None, [base.hook_name])
+    model.activations(texts.ids[:2], None, base.hooks)
     with tempfile.TemporaryDirectory(prefix="saelab-trial-") as folder:
         start = time.process_time()
-        harvest(model, texts, [base.hook_name], base.harvest, Path(folder))
+        harvest(model, texts, base.hooks, base.harvest, Path(folder))
         seconds = time.process_time() - start
         written = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     return texts.n_tokens, seconds, written

@@ -84,7 +84,7 @@ def harvest_flops(size: Size, base: BaseConfig) -> float:
     """FLOP of one position in the blocks up to the hook point."""
     weights = size.weights / _itemsize(base.model.dtype)
     of_block = max(0.0, weights - size.vocabulary * size.d_model) / size.blocks
-    run = language_model.blocks_run(base.hook_name, size.blocks)
+    run = max(language_model.blocks_run(hook, size.blocks) for hook in base.hooks)
     return run * (2 * of_block + 4 * base.context * size.attention)
 
 

@@ -439,7 +439,8 @@ def _setting_name(check: RunCheck) -> str:
 
 def _harvested(base: BaseConfig) -> str:
     """Names the activations that a launch with these settings harvests."""
-    asked = {"model", "hook_name", "context", "activations", "train_text", "eval_text", "harvest"}
+    asked = {"model", "hook_name", "target_hook", "context", "activations"}
+    asked |= {"train_text", "eval_text", "harvest"}
     tokens = (base.train.tokens, base.evaluation.tokens, calibration_tokens(base))
     tokens = (*tokens, base.evaluation.probing.model_dump_json())
     return f"{base.model_dump_json(include=asked)} {tokens}"

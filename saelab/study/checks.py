@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from saelab.data.activations.stream import Layout
 from saelab.errors import SettingError, naming_setting, nearest
 from saelab.sae import SAEConfig
+from saelab.study.hooks import check_hooks
 
 if TYPE_CHECKING:
     from saelab.study.plan import BaseConfig
@@ -20,6 +21,7 @@ def naming_arm(name: str) -> AbstractContextManager[None]:
 
 def check_settings(settings: BaseConfig) -> None:
     """Raises: SettingError for settings that fit only on their own."""
+    check_hooks(settings, settings.activations)
     known = [str(getattr(controller, "name", "")) for controller in settings.sae.controllers]
     for i, loss in enumerate(settings.sae.losses):
         name = getattr(loss, "coefficient", None)
@@ -35,13 +37,18 @@ def check_settings(settings: BaseConfig) -> None:
         raise SettingError("train.positions", settings.train.positions, remedy)
 
 
-def check_layout(arm: str, config: SAEConfig, layout: Layout, place: str = "") -> None:
+def check_layout(
+    arm: str, config: SAEConfig, layout: Layout, place: str = "", has_target: bool = False
+) -> None:
     """Shows impossible settings now, not in a worker.
+
+    Args:
+        has_target: whether other activations than the input are reconstructed.
 
     Raises: SettingError for a part that can't be built or that needs whole contexts.
     """
     with naming_arm(arm), naming_setting(place) if place else nullcontext():
-        parts = config.outline().parts()
+        parts = config.outline(d_out=2 if has_target else None).parts()
     for part in parts:
         if part.needs_contexts and layout == "rows":
             name = type(part).__name__

@@ -29,6 +29,7 @@ from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.storage.validation import is_name
 from saelab.study.checks import check_latents, check_layout, check_settings, naming_arm
+from saelab.study.hooks import HookSettings
 from saelab.study.settings import MOST_SETTINGS, SettingConfig
 from saelab.training.optim import TrainConfig
 
@@ -117,11 +118,11 @@ class ParallelConfig(Frozen):
     latents: PositiveInt = 1
 
 
-class BaseConfig(Frozen):
+class BaseConfig(HookSettings):
     """Everything a cell is made from, before an arm changes it.
 
     Args:
-        hook_name: where activations are read, for example 'blocks.2.hook_resid_post'.
+        hook_name, target_hook: see `HookSettings`.
         context: tokens per context, BOS included.
         activations: folder of activations made elsewhere; model and texts are then not used.
         layout: 'rows' (shuffled vectors) or 'contexts' (whole contexts in order).
@@ -130,7 +131,6 @@ class BaseConfig(Frozen):
     """
 
     model: ModelConfig = ModelConfig()
-    hook_name: str = "blocks.2.hook_resid_post"
     context: PositiveInt = 128
     activations: str | None = None
     layout: Layout = "rows"
@@ -390,7 +390,7 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
         places += [(level, seed) for level in further for seed in seeds[: plan.seeds_levels]]
         for level, seed in places:
             sae = settings.sae.at_l0(level) if level else settings.sae
-            check_layout(arm.name, sae, settings.layout, "sae")
+            check_layout(arm.name, sae, settings.layout, "sae", bool(settings.target_hook))
             check_latents(arm.name, sae)
             specs.append(
                 CellSpec(

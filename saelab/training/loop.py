@@ -24,6 +24,7 @@ from saelab.sae import SAE, SAEConfig
 from saelab.training.calibration_text import CalibrationText
 from saelab.training.cell import TrainingCell
 from saelab.training.optim import Optimiser, TrainConfig
+from saelab.training.sample import Sample
 from saelab.training.snapshots import Snapshots
 from saelab.training.state import State
 
@@ -39,7 +40,8 @@ class Cell(TrainingCell):
     Args:
         name: for messages, for example 'baseline/seed 3'.
         sae_config, train_config: what the SAE is and how it is trained.
-        sample: raw activations [n, d_in] for initialisation, the same for all cells of a launch.
+        sample: raw activations [n, d_in] for initialisation, the same for all cells of a launch;
+            a `Sample` where other activations are reconstructed than are read.
         seed: of its named streams.
         snapshots: number of decoders that are stored over the run.
         ranks: the processes that it is trained on, all of which do the same with their cell.
@@ -53,13 +55,14 @@ class Cell(TrainingCell):
         name: str,
         sae_config: SAEConfig,
         train_config: TrainConfig,
-        sample: Tensor,
+        sample: Tensor | Sample,
         seed: int,
         snapshots: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
-        sae = sae_config.build(sample.shape[1], train_config.steps, seed, ranks).to(sample.device)
-        sae.initialise(sample, seed)
+        sample, steps = Sample.of(sample), train_config.steps
+        sae = sae_config.build(sample.d_in, steps, seed, ranks, d_out=sample.d_out)
+        sae.to(sample.device).initialise(sample.x, seed, sample.y)
         sae.train()
         decoders = Snapshots(snapshots, train_config.steps, train_config.batch_size)
         super().__init__(name, sae, train_config, sample.device, decoders, ranks)
@@ -131,7 +134,7 @@ class Cell(TrainingCell):
         step, sae = self.steps_done, self.sae
         rows = self._select_rows(batch)
         local = self._rank_rows(rows).to(self.device)
-        p = sae(local.x, step, self.config.steps, local.starts, len(rows.x))
+        p = sae(local.x, step, self.config.steps, local.starts, len(rows.x), local.y)
         terms = {name: term.loss(p) for name, term in sae.loss_terms().items()}
         losses = torch.stack(list(terms.values()))
         losses.sum().backward()
@@ -148,11 +151,20 @@ class Cell(TrainingCell):
         self._update_parts(p)
         record = {"loss": total, "grad_norm": norm, "l0": p.l0}
         record |= {f"loss.{name}": float(x) for name, x in zip(terms, losses, strict=True)}
+        record |= self._block_errors(p)
         dead = int((self.fired_at < self.tokens - self.dead_after).sum())
         record["dead"] = sae.ranks.total_over_latents(dead)[0] / sae.d_sae
         self.log.append(record | sae.scalars())
         self.steps_done += 1
         return record
+
+    def _block_errors(self, p: Pass) -> dict[str, float]:
+        """Returns the fraction of variance unexplained at each hook point, where there are
+        several."""
+        if len(self.sae.dims.target_blocks) == 1:
+            return {}
+        errors = self.ranks.over_rows(torch.stack(p.block_errors()))
+        return {f"fvu.block.{i}": float(error) for i, error in enumerate(errors)}
 
     @property
     def dead_after(self) -> int:
@@ -238,7 +250,8 @@ def _turns(stream: Iterable[tuple[Batch, Any]]) -> Iterator[tuple[list[Batch], A
     turn: list[Batch] = []
     size, position = 0, None
     for batch, position in stream:
-        size += batch.x.numel() * batch.x.element_size()
+        tensors = (batch.x,) if batch.y is None else (batch.x, batch.y)
+        size += sum(x.numel() * x.element_size() for x in tensors)
         turn.append(batch)
         if size + size // len(turn) > TURN_BYTES or len(turn) == LONGEST_TURN:
             yield turn, position

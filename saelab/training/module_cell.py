@@ -23,6 +23,7 @@ from saelab.distributed.sharded_file import WHOLE, Shards
 from saelab.errors import CellFailure, SettingError
 from saelab.training.cell import TrainingCell
 from saelab.training.optim import TrainConfig
+from saelab.training.sample import Sample
 from saelab.training.state import State
 
 
@@ -39,10 +40,16 @@ class ModuleCell(TrainingCell):
         build: Callable[..., Any],
         d_sae: int,
         config: TrainConfig,
-        sample: Tensor,
+        sample: Tensor | Sample,
         seed: int,
     ) -> None:
-        d_in = sample.shape[1]
+        sample = Sample.of(sample)
+        if sample.y is not None:
+            remedy = (
+                "trains on loss(x) alone, which does not get the targets: leave target_hook out"
+            )
+            raise SettingError(f"{name}: module", getattr(build, "__name__", repr(build)), remedy)
+        d_in = sample.x.shape[1]
         module = build(d_in, d_sae, seed)
         for method in ("encode", "decode", "loss"):
             if not callable(getattr(module, method, None)):

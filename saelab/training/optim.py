@@ -125,6 +125,8 @@ class Optimiser:
         weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
         if sae.config.tied:  # one parameter for both
             del weights["W_enc"]
+        if sae.W_skip is not None:
+            weights["W_skip"] = sae.W_skip
         weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
         self.groups = [Group(WEIGHTS, list(weights.values()), config.lr, maximise=False)]
         self.weights = list(weights)
@@ -149,11 +151,11 @@ class Optimiser:
         return norm
 
     def _over_ranks(self, squares: dict[str, float]) -> dict[str, float]:
-        """Returns the squared norms of whole gradients from those of this rank's latents; b_dec is
-        whole on every rank."""
+        """Returns the squared norms of whole gradients from those of this rank's latents; b_dec
+        and W_skip are whole on every rank."""
         if self.ranks.latents == 1:
             return squares
-        split = [name for name in squares if name != "b_dec"]
+        split = [name for name in squares if name not in ("b_dec", "W_skip")]
         totals = self.ranks.total_over_latents(*(squares[name] for name in split))
         return squares | dict(zip(split, totals, strict=True))
 

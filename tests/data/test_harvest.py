@@ -245,7 +245,8 @@ def test_a_harvest_in_steps_is_the_harvest(
 ) -> None:
     config = HarvestConfig(batch=2, shard_tokens=24)  # shards of 4, 4 and 3 contexts
     hook = HOOKS[0]
-    growing, steps = harvest_steps(model, tokens, hook, config, tmp_path / "steps", {})
+    found, steps = harvest_steps(model, tokens, [hook], config, tmp_path / "steps", {})
+    growing = found[hook]
     assert counting.contexts == 0
     assert (growing.d, growing.n_shards) == (WIDTH, 3)
     with pytest.raises(SourceError, match="unfinished harvest"):
@@ -256,7 +257,8 @@ def test_a_harvest_in_steps_is_the_harvest(
     steps.close()  # the rest is left to a later harvest
     with pytest.raises(SourceError, match="unfinished harvest"):
         growing.shard(1)
-    growing, steps = harvest_steps(model, tokens, hook, config, tmp_path / "steps", {})
+    found, steps = harvest_steps(model, tokens, [hook], config, tmp_path / "steps", {})
+    growing = found[hook]
     assert torch.equal(growing.shard(0).x, whole.shard(0).x)
     assert len(list(steps)) == 3
     assert (growing.header, growing.digest) == (whole.header, whole.digest)

@@ -312,7 +312,7 @@ def test_putting_the_activation_back_changes_nothing(
         seen.append(x.shape)
         return x.clone()
 
-    assert torch.equal(lm.losses(ids, None, (f"blocks.1.hook_{kind}", same)), lm.losses(ids))
+    assert torch.equal(lm.losses(ids, None, {f"blocks.1.hook_{kind}": same}), lm.losses(ids))
     assert seen == [(2, CONTEXT, WIDTH)]
 
 
@@ -323,7 +323,7 @@ def test_a_splice_feeds_the_rest_of_the_model(
     lm, ids = loaded[family], some_ids()
     last = f"blocks.{LAYERS - 1}.hook_resid_post"
     new = torch.randn(2, CONTEXT, WIDTH, generator=torch_stream(0, "test splice"))
-    spliced = lm.logits(ids, None, (last, lambda x: new))
+    spliced = lm.logits(ids, None, {last: lambda x: new})
     head = lm.model.get_output_embeddings()
     with torch.no_grad():
         wanted = head(final_norm(lm)(new))
@@ -331,8 +331,8 @@ def test_a_splice_feeds_the_rest_of_the_model(
     wanted = cap * torch.tanh(wanted / cap) if cap else wanted
     torch.testing.assert_close(spliced, wanted, rtol=1e-4, atol=1e-5)
     # the output of block 0 is the input of block 1
-    post = lm.losses(ids, None, ("blocks.0.hook_resid_post", torch.zeros_like))
-    pre = lm.losses(ids, None, ("blocks.1.hook_resid_pre", torch.zeros_like))
+    post = lm.losses(ids, None, {"blocks.0.hook_resid_post": torch.zeros_like})
+    pre = lm.losses(ids, None, {"blocks.1.hook_resid_pre": torch.zeros_like})
     assert torch.equal(post, pre)
     assert not torch.allclose(post, lm.losses(ids))
 
@@ -343,7 +343,7 @@ def test_a_pass_that_starts_at_the_splice_gives_the_same_bits(
     loaded: dict[str, LanguageModel], family: str, kind: str
 ) -> None:
     lm, ids, name = loaded[family], some_ids(), f"blocks.1.hook_{kind}"
-    splice, ran = (name, lambda x: 0.5 * x), []
+    splice, ran = {name: lambda x: 0.5 * x}, []
     wanted = lm.losses(ids, None, splice)
     start = lm.start(ids, None, name)
     assert start is not None and start.blocks == (2 if kind == "resid_post" else 1)
@@ -379,7 +379,7 @@ def test_a_model_that_looks_back_past_the_start_is_seen(
 
 def test_a_splice_of_another_shape_is_an_error(loaded: dict[str, LanguageModel]) -> None:
     with pytest.raises(ValueError, match="must keep the shape"):
-        loaded["neox"].losses(some_ids(), None, ("blocks.0.hook_resid_post", lambda x: x[:1]))
+        loaded["neox"].losses(some_ids(), None, {"blocks.0.hook_resid_post": lambda x: x[:1]})
 
 
 def test_without_a_head_there_is_no_loss(loaded: dict[str, LanguageModel]) -> None:
@@ -394,7 +394,7 @@ def test_the_trained_model_predicts_real_stories(stories: LanguageModel) -> None
     ids, attention, mask = tokenize_texts(texts, stories.tokenizer, context=128)
     counted = mask[:, 1:]
     loss = stories.losses(ids, attention)[counted].mean()
-    splice = ("blocks.2.hook_resid_post", torch.zeros_like)
+    splice = {"blocks.2.hook_resid_post": torch.zeros_like}
     ablated = stories.losses(ids, attention, splice)[counted].mean()
     assert 1.1 < float(loss) < 1.6  # 1.34 nats a token on the whole corpus
     assert float(ablated) > 4
@@ -429,7 +429,7 @@ def test_weights_run_in_the_wanted_dtype(tmp_path: Path) -> None:
     assert (x.dtype, y.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(y.float(), x, rtol=0.1, atol=0.1)
     kinds = []
-    small.losses(ids, None, (name, lambda x: (kinds.append(x.dtype), x)[1]))
+    small.losses(ids, None, {name: lambda x: (kinds.append(x.dtype), x)[1]})
     assert kinds == [torch.float32]
 
 

@@ -134,7 +134,7 @@ def test_a_splice_replaces_what_is_added(tmp_path: Path, family: str, kind: str)
     other = mlp if kind == "hook_attn_out" else attention
     name, seen = f"blocks.1.{kind}", []
     handle = lm.blocks[1].register_forward_hook(lambda m, a, y: seen.append(y))
-    lm.logits(ids(), None, (name, torch.zeros_like))
+    lm.logits(ids(), None, {name: torch.zeros_like})
     handle.remove()
     after = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
     if kind == "hook_mlp_out":  # nothing after it depends on it
@@ -160,7 +160,7 @@ def test_a_norm_may_follow_each_sum(tmp_path: Path, family: str) -> None:
         first, second = block.attention.output.LayerNorm, block.output.LayerNorm
     elif family.startswith("openai"):
         first, second = block.ln_1, block.ln_2
-        spliced = lm.logits(ids(), None, ("blocks.1.hook_resid_post", lambda x: x))
+        spliced = lm.logits(ids(), None, {"blocks.1.hook_resid_post": lambda x: x})
         assert torch.equal(spliced, lm.logits(ids()))
     else:
         first, second = block.sa_layer_norm, block.output_layer_norm

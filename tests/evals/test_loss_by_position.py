@@ -93,7 +93,7 @@ def test_kl_is_that_of_the_two_predictions(model: LanguageModel, source: Any) ->
         return torch.where(shard.mask[..., None], 0.25 * x, x)
 
     clean = model.logits(shard.ids, None).float().log_softmax(-1)
-    after = model.logits(shard.ids, None, (HOOK, quarter)).float().log_softmax(-1)
+    after = model.logits(shard.ids, None, {HOOK: quarter}).float().log_softmax(-1)
     kl = torch.nn.functional.kl_div(after, clean, log_target=True, reduction="none").sum(-1)
     counted = shard.mask[:, 1:]
     assert values(rows)[""]["kl"] == pytest.approx(float(kl[:, :-1][counted].mean()), rel=1e-4)

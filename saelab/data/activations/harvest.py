@@ -109,7 +109,7 @@ def harvest(
     headers = _headers(model, tokens, hook_names, config, identity or {})
     if folder is None:
         return _harvest_in_memory(model, tokens, headers, config)
-    folders = _hook_folders(headers, folder)
+    folders = hook_folders(headers, folder)
     for _ in _fill_folders(model, tokens, headers, config, folders):
         pass
     return {hook: FolderSource.open(f, ahead=config.read_ahead) for hook, f in folders.items()}
@@ -118,22 +118,22 @@ def harvest(
 def harvest_steps(
     model: LanguageModel,
     tokens: Tokens,
-    hook_name: str,
+    hook_names: Sequence[str],
     config: HarvestConfig,
     folder: Place,
     identity: Mapping[str, Any],
-) -> tuple[GrowingSource, Generator[None, None, None]]:
-    """Begins the harvest of one hook point into a folder; the caller runs its steps.
+) -> tuple[dict[str, GrowingSource], Generator[None, None, None]]:
+    """Begins the harvest of hook points into a folder; the caller runs its steps.
 
-    Returns: the source, which other processes may open as well, and the steps; each of them adds a
-        shard, and closing them leaves the rest to a later harvest.
+    Returns: hook name -> source, which other processes may open as well; and the steps, each of
+        which adds a shard to all, and closing them leaves the rest to a later harvest.
     Raises: the errors of `harvest`: here for settings and identity, in the steps for activations.
     """
-    headers = _headers(model, tokens, [hook_name], config, identity)
-    folders = _hook_folders(headers, folder)
+    headers = _headers(model, tokens, hook_names, config, identity)
+    folders = hook_folders(headers, folder)
     steps = _fill_folders(model, tokens, headers, config, folders)
     next(steps, None)
-    return GrowingSource(folders[hook_name], ahead=config.read_ahead), steps
+    return {h: GrowingSource(f, ahead=config.read_ahead) for h, f in folders.items()}, steps
 
 
 def _headers(
@@ -160,7 +160,7 @@ def _headers(
     }
 
 
-def _hook_folders(hooks: Iterable[str], folder: Place) -> dict[str, Place]:
+def hook_folders(hooks: Iterable[str], folder: Place) -> dict[str, Place]:
     """Returns hook -> its subfolder."""
     return {hook: folder / hook.replace("/", "_") for hook in hooks}
 

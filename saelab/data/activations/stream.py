@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from saelab.data.activations.joined import JoinedShard, target_rows
 from saelab.data.activations.store import Source
 from saelab.errors import SettingError
 from saelab.seeding import torch_stream
@@ -40,12 +41,14 @@ class Batch:
         segments: of rows that came in contexts: which run of tokens without a gap each belongs to,
             int64 [N], rising; None for shuffled rows. BOS, padding and the borders of documents do
             not count, so a run lies within one document.
+        y: what is reconstructed, float32 as x, [..., d_out]; None where that is x.
     """
 
     x: Tensor
     positions: Tensor
     mask: Tensor | None = None
     segments: Tensor | None = None
+    y: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -60,12 +63,13 @@ class Batch:
         begins = mask.clone()
         begins[:, 1:] &= ~mask[:, :-1]
         segments = begins.flatten().cumsum(0).view_as(mask) - 1
-        return Batch(self.x, self.positions, None, segments)._select(mask)
+        return Batch(self.x, self.positions, None, segments, y=self.y)._select(mask)
 
     def to(self, device: torch.device) -> Batch:
-        """Returns the batch with x and segments on the device."""
+        """Returns the batch with x, y and segments on the device."""
         segments = None if self.segments is None else self.segments.to(device)
-        return Batch(self.x.to(device), self.positions, self.mask, segments)
+        y = None if self.y is None else self.y.to(device)
+        return Batch(self.x.to(device), self.positions, self.mask, segments, y=y)
 
     def within(self, low: int, high: int) -> Batch:
         """Returns the rows whose token position lies in [low, high)."""
@@ -75,12 +79,14 @@ class Batch:
         """Returns the given rows, without segments, because a slice may cut a context."""
         if rows == slice(0, len(self.x)):
             return self
-        return Batch(self.x[rows], self.positions[rows])
+        y = None if self.y is None else self.y[rows]
+        return Batch(self.x[rows], self.positions[rows], y=y)
 
     def _select(self, keep: Tensor) -> Batch:
         """Returns the vectors of a bool mask, as rows."""
         segments = None if self.segments is None else self.segments[keep]
-        return Batch(self.x[keep], self.positions[keep], None, segments)
+        y = None if self.y is None else self.y[keep]
+        return Batch(self.x[keep], self.positions[keep], None, segments, y=y)
 
     @property
     def starts(self) -> Tensor | None:
@@ -110,7 +116,7 @@ def batches(
     buffer, offset = start.buffer, start.offset
     too_small = 0
     while True:
-        x, positions, mask = _buffer(source, buffer % source.n_shards, layout)
+        x, positions, mask, y = _buffer(source, buffer % source.n_shards, layout)
         count = size if layout == "rows" else max(1, size // x.shape[1])
         too_small = too_small + 1 if len(x) < count else 0
         if too_small == source.n_shards:
@@ -121,19 +127,24 @@ def batches(
             index = order[offset : offset + count]
             offset += count
             batch = Batch(x[index].float(), positions[index], None if mask is None else mask[index])
+            batch.y = None if y is None else y[index].float()
             yield batch, Position(buffer, offset)
         buffer, offset = buffer + 1, 0
 
 
-def _buffer(source: Source, index: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns vectors, positions and mask of a shard; the mask of rows is None."""
+def _buffer(
+    source: Source, index: int, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns vectors, positions, mask and targets of a shard; the mask of rows is None, and the
+    targets are where the vectors are reconstructed."""
     shard = source.shard(index)
     if layout == "rows":
         x, positions = shard.rows()
-        return x, positions, None
+        return x, positions, None, target_rows(shard)
     length = shard.x.shape[1]
     positions = torch.arange(length).expand(shard.x.shape[:2])
-    return shard.x, positions, shard.mask
+    y = shard.y if isinstance(shard, JoinedShard) else None
+    return shard.x, positions, shard.mask, y
 
 
 def steps_in(source: Source, size: int) -> int:

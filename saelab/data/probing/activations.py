@@ -18,6 +18,7 @@ from torch import Tensor
 from saelab.config import digest
 from saelab.data.activations.parallel_passes import group_by_length, run_in_lanes
 from saelab.data.activations.store import check_identity
+from saelab.data.hook_names import describe_hooks
 from saelab.data.language_model import LanguageModel
 from saelab.data.probing.embedded import Entry, entries_digest
 from saelab.data.text.tokens import tokenize_texts
@@ -181,20 +182,22 @@ def _entry_digests(entry: ProbingEntry) -> list[Any]:
 
 def identity(
     model: LanguageModel,
-    hook_name: str,
+    hooks: str | Sequence[str],
     entries: Sequence[Entry],
     context: int,
     dtype: torch.dtype,
     unknown: bool = False,
 ) -> dict[str, Any]:
     """Returns the header of the activations of `harvest_probing`: everything they depend on."""
+    names = (hooks,) if isinstance(hooks, str) else hooks
+    several = {"hook_modules": [model.hook_identity(name) for name in names]}
     mask = {"mask": "BOS, EOS and PAD alone left out"} if unknown else {}
     return mask | {
         "model": model.config.path,
         "model_digest": model.digest,
         "model_dtype": model.config.dtype,
-        "hook_name": hook_name,
-        **model.hook_identity(hook_name),
+        "hook_name": describe_hooks(names),
+        **(model.hook_identity(names[0]) if len(names) == 1 else several),
         "context": context,
         "entries": entries_digest(tuple(entries)),
         "dtype": str(dtype).removeprefix("torch."),
@@ -203,7 +206,7 @@ def identity(
 
 def harvest_probing(
     model: LanguageModel,
-    hook_name: str,
+    hooks: str | Sequence[str],
     entries: Sequence[Entry],
     context: int = 64,
     dtype: torch.dtype = torch.float16,
@@ -213,7 +216,7 @@ def harvest_probing(
 
     Args:
         model: the language model.
-        hook_name: its hook point.
+        hooks: its hook point; the activations of several stand side by side.
         entries: the labelled texts.
         context: positions of a text, BOS included; longer texts are cut.
         dtype: dtype of the stored rows.
@@ -222,12 +225,13 @@ def harvest_probing(
     Raises: SourceError when an activation is not finite in `dtype`, or a text has no counted token.
     """
     texts = [_TokenisedTexts(entry, model, context, unknown) for entry in entries]
-    rows = _harvest_rows(model, hook_name, texts, dtype)
+    names = (hooks,) if isinstance(hooks, str) else tuple(hooks)
+    rows = _harvest_rows(model, names, texts, dtype)
     for entry, x in zip(entries, rows, strict=True):
         if not x.isfinite().all():
             raise SourceError(
-                f"{hook_name} has activations beyond {dtype} on entry {entry.name}: set "
-                "evaluation.probing.definition = 1, which stores float32, or name another hook"
+                f"{describe_hooks(names)} has activations beyond {dtype} on entry {entry.name}: "
+                "set evaluation.probing.definition = 1, which stores float32, or name another hook"
             )
     results = [
         ProbingEntry(
@@ -240,7 +244,7 @@ def harvest_probing(
         )
         for entry, part, x in zip(entries, texts, rows, strict=True)
     ]
-    header = identity(model, hook_name, entries, context, dtype, unknown)
+    header = identity(model, names, entries, context, dtype, unknown)
     return ProbingData(tuple(results), header)
 
 
@@ -282,7 +286,10 @@ class _TokenisedTexts:
 
 
 def _harvest_rows(
-    model: LanguageModel, hook_name: str, parts: Sequence[_TokenisedTexts], dtype: torch.dtype
+    model: LanguageModel,
+    hooks: Sequence[str],
+    parts: Sequence[_TokenisedTexts],
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """Returns the rows of each part; all parts share the passes, which leaves little padding."""
     ids = torch.cat([part.ids for part in parts])
@@ -293,14 +300,15 @@ def _harvest_rows(
     sizes = torch.tensor([len(p.ids) for p in parts], dtype=torch.int64)
     owner = torch.arange(len(parts)).repeat_interleave(sizes)
     lengths = attention.sum(1)
-    d = model.activations(ids[:1, :2], None, [hook_name])[hook_name].shape[-1]
+    d = sum(x.shape[-1] for x in model.activations(ids[:1, :2], None, hooks).values())
     rows = [torch.empty(int(part.offsets[-1]), d, dtype=dtype) for part in parts]
 
     def fill(model: LanguageModel, texts: Tensor) -> int:
         longest = int(lengths[texts].max())
         padded = attention[texts, :longest]
         inputs = ids[texts, :longest], None if padded.all() else padded
-        x = model.activations(*inputs, [hook_name])[hook_name].cpu().to(dtype)
+        captured = model.activations(*inputs, hooks)
+        x = torch.cat([captured[hook].cpu().to(dtype) for hook in hooks], dim=-1)
         for part in owner[texts].unique().tolist():
             counted = mask[texts, :longest] & (owner[texts] == part)[:, None]
             rows[part][places[texts, :longest][counted]] = x[counted]

@@ -324,7 +324,7 @@ class TiedThreshold(Activation):
         return gate(z, thresholds.whole, thresholds.width)
 
     def _jump(self, z: Tensor, t: _Thresholds, rows: int) -> Tensor:
-        curvature = 2 / (rows * self.dims.d_in)
+        curvature = 2 / (rows * self.dims.d_out)
         return _TiedJump.apply(z, t.plain, t.midway, t.width, curvature)  # type: ignore[return-value]
 
     def _at(self, support: Support) -> _Thresholds:

@@ -19,7 +19,7 @@ from saelab.parts.base import Dims, Example, LossTerm, PartConfig, Pass
 
 
 class AuxKConfig(PartConfig):
-    """k: auxiliary latents per row (d_in / 2 when None); dead_after: in rows."""
+    """k: auxiliary latents per row (d_out / 2 when None); dead_after: in rows."""
 
     kind: Literal["auxk"] = "auxk"
     coefficient: PositiveFloat = 1 / 32
@@ -43,7 +43,7 @@ class AuxK(LossTerm):
     def __init__(self, config: AuxKConfig, dims: Dims) -> None:
         super().__init__()
         self.coefficient, self.dead_after = config.coefficient, config.dead_after
-        self.k = config.k or max(1, dims.d_in // 2)
+        self.k = config.k or max(1, dims.d_out // 2)
         self.register_buffer("silent", torch.zeros(dims.n_local, dtype=torch.int64))
 
     def loss(self, p: Pass) -> Tensor:

@@ -1,9 +1,10 @@
 """Sparsity penalties on values: L1 weighted by decoder norms. Conerly et al. 2024.
 
-    coefficient * sum_i f_i |W_dec_i| / sqrt(d_in), mean over rows
+    coefficient * sum_i f_i |W_dec_i| / sqrt(d_out), mean over rows
 
 The decoder norm makes the penalty independent of how a latent's scale is split between its encoder
-and its decoder.
+and its decoder. d_out is the width of what is reconstructed; where that is several hook points,
+|W_dec_i| is the sum of the norms at each (Lindsey et al. 2024).
 """
 
 from __future__ import annotations
@@ -35,5 +36,5 @@ class L1(LossTerm):
         self.coefficient = config.coefficient
 
     def loss(self, p: Pass) -> Tensor:
-        scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.x.shape[1]))
+        scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.target.shape[1]))
         return self.ranks.over_latents(p.code.weighted_sum(p.decoder_norms)) * scale

@@ -1,6 +1,7 @@
-"""Reconstruction loss: |x - x_hat|^2 / d_in, mean over rows, in normalised space.
+"""Reconstruction loss: |x - x_hat|^2 / d, mean over rows, in normalised space.
 
-With inputs scaled so that E|x - mean|^2 = d_in its value is the fraction of variance unexplained.
+With targets scaled so that E|x - mean|^2 = d its value is the fraction of variance unexplained; of
+several hook points, which are scaled one by one, the mean over their channels.
 In the space of an input scaling s it is |s (x - x_hat)|^2 / |s|^2 instead: a control of idea A, for
 training alone. Reported errors are in raw space whatever is trained on.
 """
@@ -40,6 +41,9 @@ class Reconstruction(LossTerm):
         if self.space == "scaled":
             if sae.scaling is None:
                 raise SettingError("space", "scaled", "needs a scaling: set one")
+            if sae.has_target:
+                remedy = "is the space of the input, which is not reconstructed here: use 'raw'"
+                raise SettingError("space", "scaled", remedy)
             sae.scaling.metric()
 
     def loss(self, p: Pass) -> Tensor:

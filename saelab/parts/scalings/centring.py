@@ -42,9 +42,7 @@ class Centring(Scaling):
         return centred - self.mean
 
     def update(self, p: Pass) -> None:
-        mean = p.mean(p.x)
-        if p.sae.config.centre:
-            mean = mean - p.sae.b_dec
+        mean = p.mean(p.x) - p.sae.encoder_centre
         self.mean.lerp_(mean, 1 - self.momentum)
 
     def fold(self) -> tuple[Tensor, Tensor]:

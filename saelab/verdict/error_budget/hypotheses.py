@@ -15,7 +15,8 @@ from saelab.verdict.error_budget.ledger import Hypothesis
 #: Ends the name of a comparison over settings; no arm's name holds a '/'.
 OVER_SETTINGS = "/over settings"
 #: Settings of the base that every arm of a run shares and that its numbers depend on.
-SHARED = {"model", "hook_name", "context", "activations", "layout", "train_text", "eval_text"}
+SHARED = {"model", "hook_name", "target_hook", "context", "activations", "layout"}
+SHARED |= {"train_text", "eval_text"}
 
 
 def hypotheses(run: Run, base: BaseConfig, folders: Mapping[CellSpec, Path]) -> list[Hypothesis]:

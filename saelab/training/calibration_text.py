@@ -5,9 +5,9 @@ that is other text, a language model may have memorised what it was trained on, 
 3% from step to step. So the last step of a training moves the thresholds of all latents alike, by
 the amount after which the SAE has its target L0 on this text (`Activation.raise_thresholds`), as
 the threshold of a BatchTopK is set for inference (Bussmann et al. 2024). Thresholds trade error for
-L0 at about the rate of the frontier where the penalty is on L0, and at 1.7 times that rate where it
-is on L1, which shrinks values; over the 1 or 2% that are closed the difference is .0005 of FVU at
-most (docs/decisions/0015).
+L0 at about the rate of the frontier where the penalty is on L0, and at 1.6 to 2 times that rate
+where it is on L1, which shrinks values; over the 1 or 2% that are closed the difference is .0009 of
+FVU at most (docs/decisions/0015).
 
 Nothing else depends on this text, and no random number is drawn.
 """

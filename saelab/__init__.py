@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from saelab.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from saelab.api import compare, evaluate, load, saebench_result, save, settings, train
+    from saelab.api import (
+        compare,
+        evaluate,
+        fine_tune,
+        load,
+        saebench_result,
+        save,
+        settings,
+        train,
+    )
     from saelab.data.synthetic.chains import SyntheticConfig, generate, truth_of
     from saelab.launch.entry import main
     from saelab.launch.synthetic import Conditions, at_target, train_on
@@ -22,6 +31,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "compare": "saelab.api",
     "evaluate": "saelab.api",
+    "fine_tune": "saelab.api",
     "load": "saelab.api",
     "saebench_result": "saelab.api",
     "save": "saelab.api",
@@ -59,6 +69,7 @@ __all__ = [
     "at_target",
     "compare",
     "evaluate",
+    "fine_tune",
     "generate",
     "load",
     "main",

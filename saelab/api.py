@@ -29,6 +29,7 @@ from saelab.evals import check_names, of_subject
 from saelab.evals.base import Row, Subject
 from saelab.launch.over_settings import launch_over_settings
 from saelab.launch.prepare import prepare
+from saelab.launch.spliced import spliced_model
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE
 from saelab.storage.cache import cache_folder
@@ -42,7 +43,7 @@ from saelab.study.plan import (
     has_levels,
 )
 from saelab.study.task import Launch
-from saelab.training.train import train_one
+from saelab.training.train import Surroundings, train_one
 from saelab.verdict.judge import Comparison
 
 
@@ -92,17 +93,41 @@ def train(base: Base, seed: int = 0, cache: str | Path = ".") -> SAE:
     Returns: the SAE in evaluation mode.
     Raises: CellFailure when the loss is not finite; UsageError for bad input.
     """
-    base = _settings(base)
+    return _train(_settings(base), seed, cache)
+
+
+@standard_torch()
+def fine_tune(
+    sae: SAE | str | Path, base: Base, seed: int = 0, cache: str | Path = ".", format: str = ""
+) -> SAE:
+    """Trains an SAE further, for example a published one on other text or with another loss.
+
+    Size, activation and scaling stay those of the SAE; losses, controllers, constraints, observers
+    and the optimiser are those of `base.sae` and `base.train`, and start anew.
+
+    Args:
+        sae: in evaluation mode, or the folder of one in any format that `load` reads; not changed.
+        base, seed, cache: as for `train`.
+        format: of the folder, as for `load`.
+
+    Returns: another SAE, in evaluation mode.
+    Raises: CellFailure when the loss is not finite; UsageError for bad input, such as activations
+        of another width.
+    """
+    start = sae if isinstance(sae, SAE) else load(sae, format)
+    return _train(_settings(base), seed, cache, start)
+
+
+def _train(base: BaseConfig, seed: int, cache: str | Path, start: SAE | None = None) -> SAE:
     prepared = prepare(base, cache_folder(Path(cache)), base.model.device)
-    return train_one(
-        prepared.train,
-        base.sae,
-        base.train,
-        seed,
+    around = Surroundings(
         layout=base.layout,
         ranks=Ranks(device=torch.device(base.model.device)),
         calibration=prepared.calibration,
-    ).sae
+        start=start,
+        spliced=spliced_model(base, base.model.device),
+    )
+    return train_one(prepared.train, base.sae, base.train, seed, around).sae
 
 
 @standard_torch()

@@ -18,9 +18,15 @@ def train(
     config: Annotated[Path, Argument(help="Base settings, for example configs/embedded.toml.")],
     out_dir: Annotated[Path, Option("--out_dir", "--out-dir", help="Folder for the results.")],
     seeds: Annotated[int, Option(help="Number of seeds.")] = 1,
+    start: Annotated[
+        Path | None, Option(help="Folder of an SAE, in any format: trains it further.")
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Train and evaluate the SAE that a config file describes.
+
+    With --start the size, activation and scaling are those of the given SAE; losses, controllers,
+    constraints, observers and the optimiser are those of the config and start anew.
 
     On CUDA it trains during the harvest (harvest.overlap; not run on a GPU yet).
 
@@ -36,8 +42,8 @@ def train(
 
     base = settings(config, parse_changes(set_))
     plan = {"study": config.stem, "base": str(config), "seeds": seeds, "target_l0": None}
-    if distributed.wants_ranks(base):
-        _train_over_ranks(base, out_dir, config.stem, seeds)
+    if start is not None or distributed.wants_ranks(base):
+        _train_over_ranks(base, out_dir, config.stem, seeds, start)
         return
     launch(
         Launch(
@@ -52,14 +58,19 @@ def train(
     )
 
 
-def _train_over_ranks(base: BaseConfig, out_dir: Path, study: str, seeds: int) -> None:
+def _train_over_ranks(
+    base: BaseConfig, out_dir: Path, study: str, seeds: int, start: Path | None
+) -> None:
+    from saelab import formats
     from saelab.analysis.evaluate import table
     from saelab.errors import SettingError
     from saelab.launch.distributed import train_over_ranks
 
     if seeds != 1:
-        raise SettingError("--seeds", seeds, "several processes train one SAE: leave it out")
-    rows = train_over_ranks(base, out_dir, Path(), study)
+        remedy = "one SAE is trained, by several processes or from --start: leave it out"
+        raise SettingError("--seeds", seeds, remedy)
+    sae = None if start is None else formats.load(start).sae
+    rows = train_over_ranks(base, out_dir, Path(), study, sae)
     if is_first_process():
         say("\n".join(table([row.as_dict() for row in rows])))
 

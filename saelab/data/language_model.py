@@ -292,6 +292,23 @@ class LanguageModel:
 
         Raises: SourceError when the model has no head.
         """
+        return self._logits(ids, attention_mask, splice, start)
+
+    def logits_with_gradient(self, ids: Tensor, splice: Splices) -> Tensor:
+        """Computes `logits` with gradients to what the spliced functions return.
+
+        Raises: SourceError when the model has no head.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._logits(ids, None, splice, None)
+
+    def _logits(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        splice: Splices | None,
+        start: Start | None,
+    ) -> Tensor:
         if not self.has_head:
             kind = type(self.model).__name__
             raise SourceError(
@@ -424,7 +441,8 @@ def load(config: ModelConfig) -> LanguageModel:
     commit = getattr(settings, "_commit_hash", None) or str(config.revision)
     content = folder_digest(folder) if folder.is_dir() else commit
     has_head = model_class is not AutoModel
-    return LanguageModel(model.eval().to(config.device), tokenizer, config, content, has_head)
+    model = model.eval().requires_grad_(False).to(config.device)
+    return LanguageModel(model, tokenizer, config, content, has_head)
 
 
 @dataclass(frozen=True, kw_only=True)

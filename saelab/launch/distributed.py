@@ -15,6 +15,7 @@ for rounding.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,8 +33,10 @@ from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.launch.cell_key import check_ranks, machine
 from saelab.launch.prepare import LaunchData, prepare
+from saelab.launch.spliced import spliced_model
 from saelab.runs.schema import CellId
 from saelab.runtime.counting import count
+from saelab.sae import SAE
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import digest, write_json
 from saelab.storage.cache import cache_folder
@@ -42,8 +45,9 @@ from saelab.study.foreign_code import foreign_code
 from saelab.study.plan import BASELINE, BaseConfig, ParallelConfig
 from saelab.training.cell import TrainingCell
 from saelab.training.curves import write_curves
+from saelab.training.fine_tuning import digest_of
 from saelab.training.resume import remove_checkpoints
-from saelab.training.train import train_one
+from saelab.training.train import Surroundings, train_one
 
 
 def wants_ranks(base: BaseConfig) -> bool:
@@ -55,11 +59,14 @@ def wants_ranks(base: BaseConfig) -> bool:
     return started_by_torchrun() or not alone
 
 
-def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) -> list[Row]:
+def train_over_ranks(
+    base: BaseConfig, out_dir: Path, root: Path, study: str, start: SAE | None = None
+) -> list[Row]:
     """Trains and evaluates one SAE; every process of the job calls it.
 
     Args:
         study: its name decides the seed.
+        start: an SAE that training starts from, on one process.
 
     Returns: the rows of the core evaluation, on every rank.
     Raises: UsageError for bad input, CellFailure when the loss is not finite; on every rank.
@@ -70,13 +77,25 @@ def train_over_ranks(base: BaseConfig, out_dir: Path, root: Path, study: str) ->
         raise SettingError("out_dir", str(out_dir), remedy)
     _check_parts(base)
     split = check_split(base.parallel.data, base.parallel.latents), base.parallel.latents
+    if start is not None and split != (1, 1):
+        remedy = "an SAE is trained further in one process: leave out --start, or torchrun"
+        raise SettingError("--start", "given", remedy)
     seed = study_seeds(study, "explore", 1)[0]
     with join_ranks(*split, base.model.device) as ranks:
         check_ranks(ranks, str(ranks.device))
         cache = cache_folder(root)
         prepared = _prepared(base, cache, ranks)
-        kept = cache / "resume" / _key(base, prepared, seed)
-        cell, name = _train(base, prepared, seed, ranks, kept), CellId(BASELINE, seed, 0.0)
+        kept = cache / "resume" / _key(base, prepared, seed, start)
+        around = Surroundings(
+            layout=base.layout,
+            ranks=ranks,
+            checkpoints=kept,
+            calibration=prepared.calibration,
+            start=start,
+            spliced=spliced_model(base, str(ranks.device)),
+        )
+        cell = train_one(prepared.train, base.sae, base.train, seed, around)
+        name = CellId(BASELINE, seed, 0.0)
         checkpoint.save(cell.sae, out_dir, prepared.provenance | name.as_dict())
         rows = [row.of_cell(name) for row in _evaluated(base, prepared, cell)]
         ranks.on_first(lambda: _write(out_dir, cell, rows))
@@ -106,28 +125,13 @@ def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> LaunchData:
     return prepare(base, cache, device)
 
 
-def _key(base: BaseConfig, prepared: LaunchData, seed: int) -> str:
+def _key(base: BaseConfig, prepared: LaunchData, seed: int, start: SAE | None) -> str:
     """Key of the checkpoints: all that their numbers depend on; the split is not part of it."""
-    settings = [part.model_dump(mode="json") for part in (base.sae, base.train)]
+    settings: list[Any] = [part.model_dump(mode="json") for part in (base.sae, base.train)]
     code = [machine(base.model.device), *foreign_code(base.sae)]
     place = [base.layout, prepared.train.digest, prepared.calibration_digest, "over ranks"]
-    return digest([*settings, seed, *place, *code])
-
-
-def _train(
-    base: BaseConfig, prepared: LaunchData, seed: int, ranks: Ranks, folder: Path
-) -> TrainingCell:
-    """The cell, trained from its last checkpoint on."""
-    return train_one(
-        prepared.train,
-        base.sae,
-        base.train,
-        seed,
-        layout=base.layout,
-        ranks=ranks,
-        calibration=prepared.calibration,
-        checkpoints=folder,
-    )
+    begin = [] if start is None else [digest_of(start)]
+    return digest([*settings, seed, *place, *code, *begin])
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ class WorkerData:
 
     `train_digest` is None while the activations to train on are still being harvested;
     `calibration` is None where L0 is not calibrated on held-out text; `read_ahead` is in bytes, see
-    `HarvestConfig`; `extra` names evaluations, see `EvalConfig`.
+    `HarvestConfig`; `output_hooks` are those whose activations are reconstructed; `extra` names
+    evaluations, see `EvalConfig`.
     """
 
     train: Place | Paths
@@ -40,6 +41,7 @@ class WorkerData:
     why_no_probing: str
     model: ModelConfig | None
     layout: Layout
+    output_hooks: tuple[str, ...]
     loss_contexts: int
     snapshots: int
     k_values: tuple[int, ...]

@@ -157,6 +157,7 @@ def _data(base: BaseConfig, prepared: LaunchData, task: Launch) -> WorkerData:
         why_no_probing=prepared.why_no_probing,
         model=base.model if base.activations is None else None,
         layout=base.layout,
+        output_hooks=base.output_hooks,
         loss_contexts=base.evaluation.loss_contexts,
         snapshots=base.evaluation.snapshots,
         k_values=base.evaluation.probing.k_values,

@@ -73,6 +73,7 @@ from saelab.training.loop import Cell
 from saelab.training.module_cell import ModuleCell
 from saelab.training.resume import ResumableCell, remove_checkpoints, restore_cell
 from saelab.training.sample import initial_sample
+from saelab.training.spliced_model import SplicedModel
 from saelab.training.train import train_members
 
 #: Files of a finished cell besides its weights and latents.
@@ -91,6 +92,7 @@ class Worker:
         self.input_facts = input_facts(self.train)
         self.calibration = _calibration_text(data)
         model = language_model.load(data.model) if data.model else None
+        self.spliced = SplicedModel(model, data.output_hooks) if model else None
         held_out = open_source(data.held_out, data.foreign, "held_out", ahead=data.read_ahead)
         self.evaluation = EvalData(
             CoreData(held_out, model, data.loss_contexts, data.device),
@@ -200,7 +202,9 @@ class Worker:
             assert arm.module is not None
             return ModuleCell(name, arm.module, sae.d_sae, config, self.sample, job.seed)
         snapshots = self.data.snapshots * sent.at_target
-        return Cell(name, sae, config, self.sample, job.seed, snapshots)
+        cell = Cell(name, sae, config, self.sample, job.seed, snapshots)
+        cell.use_model(self.spliced)
+        return cell
 
     def _facts(
         self, cell: TrainingCell, sent: JobCell, rows: list[Row], largest: Tensor | None

@@ -35,6 +35,7 @@ from saelab.parts.losses.matryoshka import MatryoshkaConfig
 from saelab.parts.losses.reconstruction import ReconstructionConfig
 from saelab.parts.losses.similarity import SimilarityConfig
 from saelab.parts.losses.similarity.literal import SimilarityLiteralConfig
+from saelab.parts.losses.spliced import CrossEntropyConfig, KLConfig
 from saelab.parts.observers.lifetimes import LifetimesConfig
 from saelab.parts.observers.resampling import ResamplingConfig
 from saelab.parts.scalings.centring import CentringConfig
@@ -112,6 +113,8 @@ for _seam, _configs in {
         GateL1Config,
         GateReconstructionConfig,
         MatryoshkaConfig,
+        KLConfig,
+        CrossEntropyConfig,
     ),
     "controller": (L0TargetConfig, RampConfig, RoundedKConfig, AnnealedKConfig),
     "constraint": (UnitNormConfig, FrozenConfig),

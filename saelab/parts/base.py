@@ -119,6 +119,8 @@ class Part(nn.Module):
     maximise: ClassVar[bool] = False
     #: Needs batches of whole contexts.
     needs_contexts: ClassVar[bool] = False
+    #: Reads `p.spliced`: the language model runs in training, on the batch's contexts.
+    needs_model: ClassVar[bool] = False
     #: Reads `p.z`, which is then stored through the step.
     uses_preactivations: bool = False
     #: Works where each rank has a subset of a batch's rows and of the latents. State per latent

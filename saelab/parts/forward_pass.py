@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,31 @@ from saelab.kernels import Code, row_norms
 if TYPE_CHECKING:
     from saelab.parts.base import Part
     from saelab.sae import SAE
+
+
+class SplicedTokens(Protocol):
+    """The language model on the contexts of a batch, with and without the SAE in it.
+
+    Attributes:
+        ids: tokens, int64 [contexts, positions].
+        mask: bool [contexts, positions]; True at the positions of the batch's rows.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def clean_logits(self) -> Tensor:
+        """Returns the model's own logits, float32 [contexts, positions, vocabulary]."""
+        ...
+
+    def spliced_logits(self, recon: Tensor) -> Tensor:
+        """Returns the logits where reconstructions replace the activations of the batch's rows,
+        with gradients to them.
+
+        Args:
+            recon: raw activation space, [N, d_out].
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +108,8 @@ class Pass:
             after the backward pass, for `update` and observers.
         rate: share of the full learning rate at this step; the loop adds it likewise.
         results: by part, what it has computed on this pass and needs again in its `update`.
+        spliced: the language model on the tokens of the batch; None unless a part declares
+            `needs_model`.
     """
 
     x: Tensor
@@ -118,6 +145,7 @@ class Pass:
     gradient_norms: dict[str, float] = field(default_factory=dict)
     rate: float = 1.0
     results: dict[Part, Any] = field(default_factory=dict)
+    spliced: SplicedTokens | None = None
 
     @cached_property
     def decoder_norms(self) -> Tensor:

@@ -59,6 +59,11 @@ class HookSettings(Frozen):
         return () if self.target_hook is None else _names(self.target_hook)
 
     @property
+    def output_hooks(self) -> tuple[str, ...]:
+        """Hook points whose activations are reconstructed, in the order of their channels."""
+        return self.target_hooks or self.input_hooks
+
+    @property
     def hooks(self) -> tuple[str, ...]:
         """All hook points, each once."""
         return tuple(dict.fromkeys((*self.input_hooks, *self.target_hooks)))

@@ -23,9 +23,11 @@ from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE, SAEConfig
 from saelab.training.calibration_text import CalibrationText
 from saelab.training.cell import TrainingCell
+from saelab.training.fine_tuning import start_from
 from saelab.training.optim import Optimiser, TrainConfig
 from saelab.training.sample import Sample
 from saelab.training.snapshots import Snapshots
+from saelab.training.spliced_model import SplicedModel, spliced_for
 from saelab.training.state import State
 
 #: The most batches, and the most bytes, of one turn of a cell. Our choice: few enough to stay in a
@@ -64,13 +66,33 @@ class Cell(TrainingCell):
         sae = sae_config.build(sample.d_in, steps, seed, ranks, d_out=sample.d_out)
         sae.to(sample.device).initialise(sample.x, seed, sample.y)
         sae.train()
+        self.spliced: SplicedModel | None = None
         decoders = Snapshots(snapshots, train_config.steps, train_config.batch_size)
         super().__init__(name, sae, train_config, sample.device, decoders, ranks)
         self.optimiser = Optimiser(sae, train_config)
         self.fired_at = torch.zeros(sae.local_latents, dtype=torch.int64, device=sample.device)
         self._learned = {n: p for part in sae.parts() for n, p in part.learned().items()}
-        self._began = {name: p.detach().clone() for name, p in self._learned.items()}
+        self._began = self._scalars()
         self._distance: dict[str, float] | None = None
+
+    def _scalars(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self._learned.items()}
+
+    def start_from(self, start: SAE) -> None:
+        """Copies the weights of an SAE whose settings it was built with, before its first step.
+
+        Args:
+            start: in evaluation mode; see `saelab.training.fine_tuning`.
+        """
+        start_from(self.sae, start)
+        self._began = self._scalars()
+
+    def use_model(self, spliced: SplicedModel | None) -> None:
+        """Takes the language model, for losses that ask for it.
+
+        Raises: SettingError when one asks and there is none.
+        """
+        self.spliced = spliced_for(self.sae, self.config, spliced)
 
     def scalar_distance(self) -> dict[str, float]:
         """Returns the distance of each learned scalar (mean over its entries) from its start."""
@@ -135,6 +157,8 @@ class Cell(TrainingCell):
         rows = self._select_rows(batch)
         local = self._rank_rows(rows).to(self.device)
         p = sae(local.x, step, self.config.steps, local.starts, len(rows.x), local.y)
+        if self.spliced is not None:
+            p.spliced = self.spliced.on(sae, local.tokens)
         terms = {name: term.loss(p) for name, term in sae.loss_terms().items()}
         losses = torch.stack(list(terms.values()))
         losses.sum().backward()

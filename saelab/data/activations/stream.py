@@ -30,6 +30,20 @@ class Position:
     offset: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokens of the whole contexts that a batch is of.
+
+    Args:
+        ids: int64 [contexts, positions].
+        mask: bool [contexts, positions]; True where the position counts: in this order the rows of
+            the batch.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+
 @dataclass(eq=False)
 class Batch:
     """One batch of activations.
@@ -42,6 +56,7 @@ class Batch:
             int64 [N], rising; None for shuffled rows. BOS, padding and the borders of documents do
             not count, so a run lies within one document.
         y: what is reconstructed, float32 as x, [..., d_out]; None where that is x.
+        tokens: of whole contexts; None where rows are shuffled or left out, or no ids are stored.
     """
 
     x: Tensor
@@ -49,6 +64,7 @@ class Batch:
     mask: Tensor | None = None
     segments: Tensor | None = None
     y: Tensor | None = None
+    tokens: Tokens | None = None
 
     @property
     def n(self) -> int:
@@ -63,13 +79,16 @@ class Batch:
         begins = mask.clone()
         begins[:, 1:] &= ~mask[:, :-1]
         segments = begins.flatten().cumsum(0).view_as(mask) - 1
-        return Batch(self.x, self.positions, None, segments, y=self.y)._select(mask)
+        rows = Batch(self.x, self.positions, None, segments, y=self.y)._select(mask)
+        rows.tokens = self.tokens
+        return rows
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch with x, y and segments on the device."""
         segments = None if self.segments is None else self.segments.to(device)
         y = None if self.y is None else self.y.to(device)
-        return Batch(self.x.to(device), self.positions, self.mask, segments, y=y)
+        x, positions = self.x.to(device), self.positions
+        return Batch(x, positions, self.mask, segments, y=y, tokens=self.tokens)
 
     def within(self, low: int, high: int) -> Batch:
         """Returns the rows whose token position lies in [low, high)."""
@@ -116,7 +135,7 @@ def batches(
     buffer, offset = start.buffer, start.offset
     too_small = 0
     while True:
-        x, positions, mask, y = _buffer(source, buffer % source.n_shards, layout)
+        x, positions, mask, y, ids = _buffer(source, buffer % source.n_shards, layout)
         count = size if layout == "rows" else max(1, size // x.shape[1])
         too_small = too_small + 1 if len(x) < count else 0
         if too_small == source.n_shards:
@@ -128,23 +147,25 @@ def batches(
             offset += count
             batch = Batch(x[index].float(), positions[index], None if mask is None else mask[index])
             batch.y = None if y is None else y[index].float()
+            if ids is not None and mask is not None:
+                batch.tokens = Tokens(ids[index].long(), mask[index])
             yield batch, Position(buffer, offset)
         buffer, offset = buffer + 1, 0
 
 
 def _buffer(
     source: Source, index: int, layout: Layout
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Returns vectors, positions, mask and targets of a shard; the mask of rows is None, and the
-    targets are where the vectors are reconstructed."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Returns vectors, positions, mask, targets and token ids of a shard; mask and ids of rows are
+    None, and the targets are where the vectors are reconstructed."""
     shard = source.shard(index)
     if layout == "rows":
         x, positions = shard.rows()
-        return x, positions, None, target_rows(shard)
+        return x, positions, None, target_rows(shard), None
     length = shard.x.shape[1]
     positions = torch.arange(length).expand(shard.x.shape[:2])
     y = shard.y if isinstance(shard, JoinedShard) else None
-    return shard.x, positions, shard.mask, y
+    return shard.x, positions, shard.mask, y, shard.ids
 
 
 def steps_in(source: Source, size: int) -> int:

@@ -107,11 +107,13 @@ def train(base: Base, seed: int = 0, cache: str | Path = ".") -> SAE:
 
 @standard_torch()
 def load(path: str | Path, format: str = "") -> SAE:
-    """Loads the SAE in a directory of ours, SAELens or sparsify, in evaluation mode.
+    """Loads the SAE in a directory of ours, of another tool, or of a published layout
+    (docs/formats.md), in evaluation mode; `sae.complete(sae.decode(sae.encode(x)), x)` is its
+    reconstruction.
 
     Args:
-        format: '' recognises the format by its files; 'dictionary_learning' must be named, since
-            its directory holds a pickle.
+        format: '' recognises the format by its files; one that holds a pickle must be named
+            ('dictionary_learning', 'goodfire', 'openai', ...).
 
     Raises: SourceError, SettingError when the directory holds no SAE that can be read.
     """

@@ -132,11 +132,13 @@ def _train(base: BaseConfig, seed: int, cache: str | Path, start: SAE | None = N
 
 @standard_torch()
 def load(path: str | Path, format: str = "") -> SAE:
-    """Loads the SAE in a directory of ours, SAELens or sparsify, in evaluation mode.
+    """Loads the SAE in a directory of ours, of another tool, or of a published layout
+    (docs/formats.md), in evaluation mode; `sae.complete(sae.decode(sae.encode(x)), x)` is its
+    reconstruction.
 
     Args:
-        format: '' recognises the format by its files; 'dictionary_learning' must be named, since
-            its directory holds a pickle.
+        format: '' recognises the format by its files; one that holds a pickle must be named
+            ('dictionary_learning', 'goodfire', 'openai', ...).
 
     Raises: SourceError, SettingError when the directory holds no SAE that can be read.
     """

@@ -26,7 +26,8 @@ def evaluate(
         Path,
         Argument(
             help="A run folder (run_1: every arm at the plan's L0), one of its cells, or the "
-            "directory of an SAE: ours, SAELens, sparsify, dictionary_learning."
+            "directory (or file) of an SAE: ours, SAELens', sparsify's, dictionary_learning's or "
+            "a published one (docs/formats.md)."
         ),
     ],
     config: Annotated[
@@ -46,8 +47,9 @@ def evaluate(
     format: Annotated[
         str,
         Option(
-            help="saelab, saelens and sparsify are recognised by their files. dictionary_learning "
-            "must be named: its ae.pt is a pickle, of which only tensors are read."
+            help="Most formats are recognised by their files; those with pickles must be named, "
+            "and only tensors are unpickled: dictionary_learning, goodfire, deepseek_r1, "
+            "qwen_scope, hook_z, openai."
         ),
     ] = "",
     arm: Arms = None,

@@ -98,7 +98,8 @@ def find(folder: Path, format_name: str = "") -> str:
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         if named:
-            problem = f"is a pickle, which is only read with {_options(named)}"
+            remedy = f"use {_options(named)} (only tensors are read)"
+            raise SourceError(f"{folder} is a pickle, which must be named: {remedy}")
         raise SourceError(f"{folder} {problem}: name the directory of a saved SAE")
     for name, format in TABLE.items():
         if not format.by_name and format.fits(folder):

@@ -40,7 +40,9 @@ def is_text(name: str, whole: str, call: ast.Call) -> bool:
         return bool(keywords & {"text", "universal_newlines"})
     if whole == "os.fdopen":
         return len(call.args) < 2
-    if name == "open" and whole != "os.open" and not whole.endswith("Source.open"):
+    if whole in ("os.open", "archive.open"):  # a descriptor; a member of a zip file, always binary
+        return False
+    if name == "open" and not whole.endswith("Source.open"):
         return not is_binary(call)
     return name in OF_TEXT and name != whole  # the plain names are our own functions
 

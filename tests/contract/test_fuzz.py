@@ -22,6 +22,7 @@ import torch
 from fuzzing import answer, as_json, as_toml, harm, other_json, profile
 from hypothesis import given
 from hypothesis import strategies as st
+from published_saes import BY_NAME as LAYOUTS
 from run_folders import write_run
 from safetensors.torch import save, save_file
 
@@ -322,6 +323,38 @@ def make_saelens(folder: Path) -> None:
     write_json(folder / "cfg.json", fields | {"metadata": described})
 
 
+#: Layout of a published SAE -> the files that are harmed, as `path` of the layout begins them.
+PUBLISHED = {
+    "gemma_scope": ("/params.npz",),
+    "gemma_scope_2": ("/params.safetensors", "/config.json"),
+    "llama_scope": ("/checkpoints/final.safetensors", "/hyperparams.json"),
+    "llama_scope_r1": ("/sae_weights.safetensors", "/config.json"),
+    "openai-topk": ("",),
+}
+PUBLISHED = {
+    name: tuple(str(LAYOUTS[name].path(Path())) + end for end in ends)
+    for name, ends in PUBLISHED.items()
+}
+
+
+def make_published(name: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        LAYOUTS[name].make(folder, 0)
+
+    return make
+
+
+def read_published(name: str) -> Callable[[Path], Any]:
+    layout = LAYOUTS[name]
+    named = layout.format if formats.TABLE[layout.format].by_name else ""
+
+    def read(folder: Path) -> Any:
+        loaded = formats.load(layout.path(folder), named)
+        return _tensors(loaded.sae), loaded.origin
+
+    return read
+
+
 def make_sparsify(folder: Path) -> None:
     w = _weights()
     own = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"]}
@@ -520,6 +553,10 @@ FORMATS: dict[str, Format] = {
     "dictionary_learning": Format(
         make_dictionary_learning, read_format("dictionary_learning"), ("config.json", "ae.pt")
     ),
+    **{
+        name: Format(make_published(name), read_published(name), files)
+        for name, files in PUBLISHED.items()
+    },
     "activations": Format(
         make_activations,
         lambda folder: read_source(ForeignSource.open(folder / "acts")),

@@ -1,6 +1,6 @@
 """Runs with the peers' packages alone: reads what we wrote, and writes what we read.
 
-    python peers_worker.py FOLDER
+    PYTHONPATH=tests/helpers python peers_worker.py FOLDER
 
 FOLDER/ours/<name>/     an export of ours; its rows.safetensors holds x, and answer.safetensors gets
                         what `sae_lens.SAE.load_from_disk` makes of it: f and x_hat

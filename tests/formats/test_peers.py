@@ -28,6 +28,8 @@ from saelab.sae import SAE
 pytestmark = pytest.mark.peers
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("peers_worker.py")
+#: The worker needs the published layouts, which import nothing of saelab.
+HELPERS = ROOT / "tests" / "helpers"
 SECONDS = 600
 
 OURS = {
@@ -91,7 +93,9 @@ def answers(saes: dict[str, SAE], tmp_path_factory: pytest.TempPathFactory) -> P
         capture_output=True,
         text=True,
         timeout=SECONDS,
-        env=kept | offline | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"},
+        env=kept
+        | offline
+        | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPERS)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

@@ -154,7 +154,7 @@ def test_arrays_of_objects_run_no_code(tmp_path: Path) -> None:
         data["W_enc"]
     assert mark.exists()  # so the test would have seen it
     np.savez(file, **arrays | {"W_enc": np.array(["a", "b"])})
-    refuse(layout, tmp_path, "not numbers")
+    refuse(layout, tmp_path, "only numbers are read")
 
 
 def test_damaged_and_swollen_archives_are_refused(tmp_path: Path) -> None:
@@ -164,6 +164,13 @@ def test_damaged_and_swollen_archives_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("zeros.npy", b"\0" * 10**7)
     refuse(layout, tmp_path, "unpacks to")
+    layout.make(tmp_path, 0)
+    with zipfile.ZipFile(file, "a") as archive:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (10**12,)}
+        with archive.open("vast.npy", "w") as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            member.write(bytes(8))
+    refuse(layout, tmp_path, "vast of shape .* has 8 bytes")
     for content in (b"", b"no archive", b"PK\x03\x04"):
         file.write_bytes(content)
         refuse(layout, tmp_path, "can't be read")

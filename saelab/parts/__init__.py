@@ -14,6 +14,7 @@ from saelab.config import setting_error_at_place
 from saelab.errors import SettingError, nearest
 from saelab.parts.activations.batchtopk import BatchTopKConfig
 from saelab.parts.activations.gated import GatedConfig
+from saelab.parts.activations.groupmax import GroupMaxConfig
 from saelab.parts.activations.jumprelu import JumpReLUConfig
 from saelab.parts.activations.relu import ReLUConfig
 from saelab.parts.activations.tied_threshold import TiedThresholdConfig
@@ -32,9 +33,13 @@ from saelab.parts.losses.l0 import L0Config
 from saelab.parts.losses.l1 import L1Config
 from saelab.parts.losses.lp import LpConfig
 from saelab.parts.losses.matryoshka import MatryoshkaConfig
+from saelab.parts.losses.multi_topk import MultiTopKConfig
+from saelab.parts.losses.preactivation import PreactivationConfig
+from saelab.parts.losses.quadratic_l0 import QuadraticL0Config
 from saelab.parts.losses.reconstruction import ReconstructionConfig
 from saelab.parts.losses.similarity import SimilarityConfig
 from saelab.parts.losses.similarity.literal import SimilarityLiteralConfig
+from saelab.parts.losses.tanh import TanhConfig
 from saelab.parts.observers.lifetimes import LifetimesConfig
 from saelab.parts.observers.resampling import ResamplingConfig
 from saelab.parts.scalings.centring import CentringConfig
@@ -99,6 +104,7 @@ for _seam, _configs in {
         JumpReLUConfig,
         TiedThresholdConfig,
         GatedConfig,
+        GroupMaxConfig,
     ),
     "loss": (
         ReconstructionConfig,
@@ -112,6 +118,10 @@ for _seam, _configs in {
         GateL1Config,
         GateReconstructionConfig,
         MatryoshkaConfig,
+        TanhConfig,
+        PreactivationConfig,
+        QuadraticL0Config,
+        MultiTopKConfig,
     ),
     "controller": (L0TargetConfig, RampConfig, RoundedKConfig, AnnealedKConfig),
     "constraint": (UnitNormConfig, FrozenConfig),

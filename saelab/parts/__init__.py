@@ -13,6 +13,7 @@ from torch import nn
 from saelab.config import setting_error_at_place
 from saelab.errors import SettingError, nearest
 from saelab.parts.activations.batchtopk import BatchTopKConfig
+from saelab.parts.activations.feature_choice import FeatureChoiceConfig
 from saelab.parts.activations.gated import GatedConfig
 from saelab.parts.activations.groupmax import GroupMaxConfig
 from saelab.parts.activations.jumprelu import JumpReLUConfig
@@ -34,12 +35,14 @@ from saelab.parts.losses.l1 import L1Config
 from saelab.parts.losses.lp import LpConfig
 from saelab.parts.losses.matryoshka import MatryoshkaConfig
 from saelab.parts.losses.multi_topk import MultiTopKConfig
+from saelab.parts.losses.orthogonality import OrthogonalityConfig
 from saelab.parts.losses.preactivation import PreactivationConfig
 from saelab.parts.losses.quadratic_l0 import QuadraticL0Config
 from saelab.parts.losses.reconstruction import ReconstructionConfig
 from saelab.parts.losses.similarity import SimilarityConfig
 from saelab.parts.losses.similarity.literal import SimilarityLiteralConfig
 from saelab.parts.losses.tanh import TanhConfig
+from saelab.parts.losses.temporal_contrast import TemporalContrastConfig
 from saelab.parts.observers.lifetimes import LifetimesConfig
 from saelab.parts.observers.resampling import ResamplingConfig
 from saelab.parts.scalings.centring import CentringConfig
@@ -105,6 +108,7 @@ for _seam, _configs in {
         TiedThresholdConfig,
         GatedConfig,
         GroupMaxConfig,
+        FeatureChoiceConfig,
     ),
     "loss": (
         ReconstructionConfig,
@@ -122,6 +126,8 @@ for _seam, _configs in {
         PreactivationConfig,
         QuadraticL0Config,
         MultiTopKConfig,
+        OrthogonalityConfig,
+        TemporalContrastConfig,
     ),
     "controller": (L0TargetConfig, RampConfig, RoundedKConfig, AnnealedKConfig),
     "constraint": (UnitNormConfig, FrozenConfig),

@@ -520,7 +520,7 @@ class SAE(nn.Module):
         returned = z if self._z_wanted else None
         if support is None:
             del z
-            pre = encode_all(u, self.W_enc, self.b_enc, self._centre_of_gradient())
+            pre = self.encode_all(u)
             return Code(self._dense(pre, starts), pre, None), returned
         pre = self.encode_at(u, support, z)
         return Code(self.activation.at(pre, support), pre, support), returned
@@ -567,6 +567,14 @@ class SAE(nn.Module):
             z: all pre-activations of the selection, reused in float32 mode.
         """
         return encode_at(u, self.W_enc, self.b_enc, support, z, self._centre_of_gradient())
+
+    def encode_all(self, u: Tensor) -> Tensor:
+        """Computes all pre-activations [N, local latents] with all their gradients.
+
+        Args:
+            u: encoder input of a `Pass`, [N, d_in].
+        """
+        return encode_all(u, self.W_enc, self.b_enc, self._centre_of_gradient())
 
     def _centre_of_gradient(self) -> Tensor | None:
         """Returns b_dec if the encoder input is detached from it, see `encode_at`, else None: the

@@ -13,7 +13,9 @@ from torch import nn
 from saelab.config import setting_error_at_place
 from saelab.errors import SettingError, nearest
 from saelab.parts.activations.batchtopk import BatchTopKConfig
+from saelab.parts.activations.feature_choice import FeatureChoiceConfig
 from saelab.parts.activations.gated import GatedConfig
+from saelab.parts.activations.groupmax import GroupMaxConfig
 from saelab.parts.activations.jumprelu import JumpReLUConfig
 from saelab.parts.activations.relu import ReLUConfig
 from saelab.parts.activations.tied_threshold import TiedThresholdConfig
@@ -32,10 +34,16 @@ from saelab.parts.losses.l0 import L0Config
 from saelab.parts.losses.l1 import L1Config
 from saelab.parts.losses.lp import LpConfig
 from saelab.parts.losses.matryoshka import MatryoshkaConfig
+from saelab.parts.losses.multi_topk import MultiTopKConfig
+from saelab.parts.losses.orthogonality import OrthogonalityConfig
+from saelab.parts.losses.preactivation import PreactivationConfig
+from saelab.parts.losses.quadratic_l0 import QuadraticL0Config
 from saelab.parts.losses.reconstruction import ReconstructionConfig
 from saelab.parts.losses.similarity import SimilarityConfig
 from saelab.parts.losses.similarity.literal import SimilarityLiteralConfig
 from saelab.parts.losses.spliced import CrossEntropyConfig, KLConfig
+from saelab.parts.losses.tanh import TanhConfig
+from saelab.parts.losses.temporal_contrast import TemporalContrastConfig
 from saelab.parts.observers.lifetimes import LifetimesConfig
 from saelab.parts.observers.resampling import ResamplingConfig
 from saelab.parts.scalings.centring import CentringConfig
@@ -100,6 +108,8 @@ for _seam, _configs in {
         JumpReLUConfig,
         TiedThresholdConfig,
         GatedConfig,
+        GroupMaxConfig,
+        FeatureChoiceConfig,
     ),
     "loss": (
         ReconstructionConfig,
@@ -115,6 +125,12 @@ for _seam, _configs in {
         MatryoshkaConfig,
         KLConfig,
         CrossEntropyConfig,
+        TanhConfig,
+        PreactivationConfig,
+        QuadraticL0Config,
+        MultiTopKConfig,
+        OrthogonalityConfig,
+        TemporalContrastConfig,
     ),
     "controller": (L0TargetConfig, RampConfig, RoundedKConfig, AnnealedKConfig),
     "constraint": (UnitNormConfig, FrozenConfig),

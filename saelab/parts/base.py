@@ -301,6 +301,14 @@ class Activation(Part):
             "activation", type(self).__name__, "has no thresholds to penalise: choose jumprelu"
         )
 
+    def learned_thresholds(self) -> Tensor:
+        """The thresholds with their gradients, [n_local].
+
+        Raises: SettingError when none is learned for each latent.
+        """
+        remedy = "learns no threshold of each latent: choose jumprelu"
+        raise SettingError("activation", type(self).__name__, remedy)
+
     def gate_path(self, z: Tensor, support: Support | None) -> Tensor:
         """max(z + b_gate, 0) at the support, or densely, with gradients to z and b_gate.
 

@@ -5,6 +5,9 @@
         df/dt_i   = -(t_i / h) * K((z_i - t_i) / h)
         d1/dt_i   = -(1 / h)   * K((z_i - t_i) / h)
 
+With `to_input` z gets the negative of the threshold's pseudo-derivative besides, as a step that
+depends on z - t alone would give it (Anthropic, January 2025: "to all parameters").
+
 The threshold is kept as its logarithm with a learning rate of its own: at the weights' rate it
 would hardly move in a short run. The support holds a margin of half a bandwidth below the
 threshold, where only the pseudo-derivative is non-zero.
@@ -14,26 +17,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from saelab.kernels import Support, gate, jump, support_above
-from saelab.parts.base import Activation, Dims, Form, PartConfig, Scalar, Stored
+from saelab.parts.base import Activation, Dims, Example, Form, PartConfig, Scalar, Stored
 
 
 class JumpReLUConfig(PartConfig):
-    """threshold: the start; bandwidth: of the kernel; both in normalised units (E|x|^2 = d_in)."""
+    """Settings of the activation.
+
+    Args:
+        threshold: the start, in normalised units (E|x|^2 = d_in).
+        bandwidth: of the kernel, in the same units.
+        to_input: whether the pseudo-derivatives reach the pre-activations too.
+    """
+
+    later: ClassVar[tuple[str, ...]] = ("to_input",)
 
     kind: Literal["jumprelu"] = "jumprelu"
     threshold: PositiveFloat = 0.5
     bandwidth: PositiveFloat = 0.5
+    to_input: bool = False
     lr: NonNegativeFloat | None = 1e-2
 
     def build(self, dims: Dims) -> JumpReLU:
         return JumpReLU(self, dims)
+
+    @classmethod
+    def examples(cls, d_sae: int) -> tuple[Example, ...]:
+        return cls.example(d_sae), Example(cls(to_input=True))
 
     @property
     def logged(self) -> Mapping[str, Scalar]:
@@ -50,7 +66,7 @@ class JumpReLU(Activation):
 
     def __init__(self, config: JumpReLUConfig, dims: Dims) -> None:
         super().__init__()
-        self.bandwidth, self.lr = config.bandwidth, config.lr
+        self.bandwidth, self.lr, self.to_input = config.bandwidth, config.lr, config.to_input
         start = torch.full((dims.n_local,), math.log(config.threshold), dtype=torch.float32)
         self.log_threshold = nn.Parameter(start)
 
@@ -64,7 +80,7 @@ class JumpReLU(Activation):
 
     def dense(self, z: Tensor) -> Tensor:
         threshold = self.threshold.expand_as(z)
-        return jump(z, threshold, self.bandwidth)
+        return jump(z, threshold, self.bandwidth, self.to_input)
 
     def support(self, z: Tensor) -> Support | None:
         margin = self.bandwidth / 2 if self.training else 0.0
@@ -75,12 +91,15 @@ class JumpReLU(Activation):
 
     def at(self, values: Tensor, support: Support) -> Tensor:
         threshold = self._threshold_at(support)
-        return jump(values, threshold, self.bandwidth)
+        return jump(values, threshold, self.bandwidth, self.to_input)
 
     def gate(self, z: Tensor, support: Support | None) -> Tensor:
         """1[z > t] at the support (or densely), with the pseudo-derivative to the threshold."""
         threshold = self._threshold_at(support)
-        return gate(z, threshold.expand_as(z), self.bandwidth)
+        return gate(z, threshold.expand_as(z), self.bandwidth, self.to_input)
+
+    def learned_thresholds(self) -> Tensor:
+        return self.threshold
 
     def stored(self) -> dict[str, tuple[Stored, ...]]:
         """Returns the place of all thresholds, which are scaled together."""

@@ -1,7 +1,8 @@
 """The plain form into which SAEs of other tools are read, and from which ours are written.
 
     z = W_enc (x - b_dec) + b_enc         or W_enc x + b_enc, if the input is not centred
-    f = max(z, 0) 1[z > threshold]        or max(z, 0) at the k largest z of a row
+    f = max(z, 0) 1[z > threshold]        or max(z, 0) at the k largest z of a row, or z at the k
+                                          largest |z|
     x_hat = f W_dec + b_dec               x, x_hat in raw activation space
 
 A format maps its directories to this form; `Plain.build` turns it into an `SAE`, which all
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from saelab.errors import MismatchError, SaelabError, SettingError, SourceError
 from saelab.parts import DEFAULT_LOSSES, activation_of
-from saelab.parts.base import Form
+from saelab.parts.base import Form, Refusal
 from saelab.runtime.counting import count
 from saelab.sae import SAE, SAEConfig
 from saelab.storage.atomic import parse_json
@@ -46,6 +47,7 @@ class Plain:
         centre: whether b_dec is subtracted before the encoder.
         threshold: [d_sae]; None for ReLU, and for TopK, which has a k.
         k: active latents per row.
+        signed: whether these are the k largest |z|, with their signs.
     """
 
     W_enc: Tensor
@@ -55,6 +57,7 @@ class Plain:
     centre: bool = True
     threshold: Tensor | None = None
     k: int | None = None
+    signed: bool = False
 
     @property
     def d_sae(self) -> int:
@@ -69,7 +72,7 @@ class Plain:
     @property
     def form(self) -> Form:
         """The activation."""
-        return Form(threshold=self.threshold, k=self.k)
+        return Form(threshold=self.threshold, k=self.k, signed=self.signed)
 
     @classmethod
     @torch.no_grad()
@@ -79,9 +82,9 @@ class Plain:
         Raises: SettingError when a part of the SAE can't be folded.
         """
         form = sae.activation.export()
-        if form is None:
+        if isinstance(form, Refusal):
             part = type(sae.activation).__name__
-            raise SettingError("activation", part, "has no export(): other tools can't compute it")
+            raise SettingError("activation", part, f"can't be written: it {form.reason}")
         folded, threshold = sae.fold(), form.threshold
         w_enc, b_enc, w_dec, b_dec = (folded[name] for name in MATRICES)
         if form.affine is not None:
@@ -90,7 +93,7 @@ class Plain:
             threshold = None if threshold is None else threshold * gain + shift
         if threshold is not None:
             threshold = threshold.clamp_min(0).expand(sae.d_sae)
-        return cls(w_enc, b_enc, w_dec, b_dec, threshold=threshold, k=form.k)
+        return cls(w_enc, b_enc, w_dec, b_dec, threshold=threshold, k=form.k, signed=form.signed)
 
     @torch.no_grad()
     def build(self) -> SAE:

@@ -12,6 +12,7 @@ from torch import nn
 
 from saelab.config import setting_error_at_place
 from saelab.errors import SettingError, nearest
+from saelab.parts.activations.abs_topk import AbsTopKConfig
 from saelab.parts.activations.batchtopk import BatchTopKConfig
 from saelab.parts.activations.jumprelu import JumpReLUConfig
 from saelab.parts.activations.relu import ReLUConfig
@@ -87,7 +88,14 @@ AROUND_AN_EXAMPLE: dict[str, Any] = {
 
 for _seam, _configs in {
     "scaling": (VarianceScalingConfig, CentringConfig, WhiteningConfig),
-    "activation": (ReLUConfig, TopKConfig, BatchTopKConfig, JumpReLUConfig, TiedThresholdConfig),
+    "activation": (
+        ReLUConfig,
+        TopKConfig,
+        BatchTopKConfig,
+        JumpReLUConfig,
+        AbsTopKConfig,
+        TiedThresholdConfig,
+    ),
     "loss": (
         ReconstructionConfig,
         L1Config,

@@ -101,6 +101,15 @@ class Pass:
         """|W_dec_i| of each latent with its gradient; [d_sae]."""
         return self.norms if self.norms is not None else row_norms(self.sae.W_dec)
 
+    @cached_property
+    def sizes(self) -> Code:
+        """The code with |f| for f, whose gradient is the sign of f, for penalties and energies of
+        its values; where no activation is negative this is the code."""
+        code = self.code
+        if not self.sae.activation.signed:
+            return code
+        return Code(code.values.abs(), code.pre, code.support)
+
     @property
     def n(self) -> int:
         """Rows of the batch, over all ranks."""

@@ -1,6 +1,5 @@
-"""Four published variants as parts, which the package does not have: what a user would write.
+"""Three published variants as parts, which the package does not have: what a user would write.
 
-    abs_topk               k latents by magnitude, with their sign; Zhu et al. 2025, eq. 10
     lp                     a penalty between L1 and L0, p falls; Karvonen et al. 2024, section 3
     gated, gate_l1,        which latents fire and how strongly, as two paths on one encoder, and the
     gate_reconstruction    two loss terms of the first path; Rajamanoharan et al. 2024a, eq. 6-8
@@ -24,108 +23,22 @@ from saelab.errors import SettingError
 from saelab.kernels import (
     Support,
     decode_at,
-    kernels_for,
     mean_square,
     support_above,
-    support_of_topk,
-    topk_over_ranks,
 )
 from saelab.parts.base import (
-    PER_TOKEN,
     Activation,
     Dims,
     Form,
-    L0Rule,
-    Latents,
     LossTerm,
     PartConfig,
     Pass,
     Scalar,
-    check_setting,
     measurement,
-    nearest_k,
 )
 
 if TYPE_CHECKING:
-    from saelab.sae import SAE, SAEConfig
-
-# ---- abs_topk --------------------------------------------------------------------------------
-
-
-class AbsTopKConfig(PartConfig):
-    """k: active latents per row, or the name of the controller that sets it."""
-
-    kind: Literal["abs_topk"] = "abs_topk"
-    k: Latents = 32
-
-    def build(self, dims: Dims) -> AbsTopK:
-        return AbsTopK(self.k, dims)
-
-    @property
-    def logged(self) -> Mapping[str, Scalar]:
-        moves = isinstance(self.k, str)
-        return {"abs_topk.k": measurement("latents per token", PER_TOKEN)} if moves else {}
-
-    @property
-    def target_l0(self) -> float | None:
-        return self.k if isinstance(self.k, int) else None
-
-    @property
-    def l0_setting(self) -> str | None:
-        return self.k if isinstance(self.k, str) else None
-
-    def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
-        return "set" if isinstance(self.k, int) else None
-
-    def at_l0(self, level: float, sae: SAEConfig) -> AbsTopKConfig:
-        return self.patched({"k": nearest_k(level)}) if isinstance(self.k, int) else self
-
-
-class AbsTopK(Activation):
-    """f_i = z_i where |z_i| is among the k largest of its row; no other tool here computes it."""
-
-    exact_k: ClassVar[bool] = True
-    shardable = True
-
-    def __init__(self, k: int | str, dims: Dims) -> None:
-        super().__init__()
-        if isinstance(k, int) and k > dims.d_sae:
-            raise SettingError("activation.k", k, f"must be at most d_sae = {dims.d_sae}")
-        self.setting, self.d_sae = k, dims.d_sae
-        if isinstance(k, str):
-            self.register_buffer("last_k", torch.ones((), dtype=torch.int64))
-
-    @property
-    def k(self) -> int:
-        return self.setting if isinstance(self.setting, int) else int(self.get_buffer("last_k"))
-
-    def check(self, sae: SAE) -> None:
-        if isinstance(self.setting, str):
-            check_setting("activation.k", self.setting, sae)
-            self._follow(sae.settings(0)[self.setting])
-
-    def update(self, p: Pass) -> None:
-        if isinstance(self.setting, str):
-            self._follow(p.settings[self.setting])
-
-    def _follow(self, value: float) -> None:
-        self.get_buffer("last_k").fill_(min(max(1, round(value)), self.d_sae))
-
-    def scalars(self) -> dict[str, float]:
-        return {} if isinstance(self.setting, int) else {"abs_topk.k": float(self.k)}
-
-    def dense(self, z: Tensor) -> Tensor:
-        latents = z.detach().abs().topk(self.k, dim=-1, sorted=False).indices
-        return torch.zeros_like(z).scatter(-1, latents, z.gather(-1, latents))
-
-    def support(self, z: Tensor) -> Support | None:
-        if self.ranks.latents > 1:
-            return topk_over_ranks(z.abs(), self.k, self.ranks)
-        return support_of_topk(kernels_for(z.device).topk(z.abs(), self.k), z.shape[-1])
-
-    def at(self, values: Tensor, support: Support) -> Tensor:
-        return values.clone()
-
+    from saelab.sae import SAE
 
 # ---- lp --------------------------------------------------------------------------------------
 
@@ -430,6 +343,6 @@ class Matryoshka(LossTerm):
 
 #: The variants by seam.
 VARIANTS: dict[str, tuple[type[PartConfig], ...]] = {
-    "activation": (AbsTopKConfig, GatedConfig),
+    "activation": (GatedConfig,),
     "loss": (LpConfig, GateL1Config, GateReconstructionConfig, MatryoshkaConfig),
 }

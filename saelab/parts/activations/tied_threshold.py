@@ -43,6 +43,7 @@ from saelab.parts.base import (
     Example,
     Form,
     Pass,
+    Refusal,
     Scalar,
     Stored,
     log_spread,
@@ -392,14 +393,11 @@ class TiedThreshold(Activation):
         """Replaces the trace by its mean, as with beta = 0."""
         return self.config.patched({"trace": "mean"})
 
-    def export(self) -> Form:
-        """Returns a JumpReLU's form.
-
-        Raises: SettingError when the thresholds move: no standard SAE computes that.
-        """
+    def export(self) -> Form | Refusal:
+        """Returns a JumpReLU's form, where the thresholds don't move."""
         floor = self.floor()
         if floor is None:
-            raise SettingError("activation", "tied_threshold", "follows the context: no export")
+            return Refusal("follows the context, which no standard SAE does")
         return Form(threshold=floor)
 
 

@@ -1,6 +1,6 @@
 """Sparsity penalties on values: L1 weighted by decoder norms. Conerly et al. 2024.
 
-    coefficient * sum_i f_i |W_dec_i| / sqrt(d_in), mean over rows
+    coefficient * sum_i |f_i| |W_dec_i| / sqrt(d_in), mean over rows
 
 The decoder norm makes the penalty independent of how a latent's scale is split between its encoder
 and its decoder.
@@ -36,4 +36,4 @@ class L1(LossTerm):
 
     def loss(self, p: Pass) -> Tensor:
         scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.x.shape[1]))
-        return self.ranks.over_latents(p.code.weighted_sum(p.decoder_norms)) * scale
+        return self.ranks.over_latents(p.sizes.weighted_sum(p.decoder_norms)) * scale

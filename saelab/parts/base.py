@@ -129,7 +129,9 @@ class Part(nn.Module):
     #: Is given the L0 on calibration text, by `calibrate`.
     needs_calibration: bool = False
     #: Names of the parameters and buffers with one entry per latent.
-    per_latent: ClassVar[tuple[str, ...]] = ()
+    per_latent: tuple[str, ...] = ()
+    #: Those of them that a latent keeps when it starts afresh.
+    survives_reset: tuple[str, ...] = ()
     #: Set by the SAE.
     ranks: Ranks = ALONE
     lr: float | None = None

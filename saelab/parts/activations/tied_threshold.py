@@ -163,6 +163,9 @@ class TiedThreshold(Activation):
     def __init__(self, config: TiedThresholdConfig, dims: Dims) -> None:
         super().__init__()
         self.config, self.lr, self.dims = config, config.lr, dims
+        each = ("log_theta", "beta") if config.tying == "per_feature" else ()
+        self.per_latent = ("variance", "rest", *each)
+        self.survives_reset = self.per_latent  # a new latent begins as the average one
         shape = (dims.d_sae,) if config.tying == "per_feature" else ()
 
         def scalar(name: Learnable, value: float, shape: tuple[int, ...] = ()) -> nn.Parameter:

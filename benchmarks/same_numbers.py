@@ -101,6 +101,7 @@ ARMS = {
     "whitening": {"sae.scaling": {"kind": "whitening"}},
     "topk": TOPK,
     "batchtopk": TOPK | {"sae.activation": {"kind": "batchtopk", "k": 16}},
+    "abs_topk": TOPK | {"sae.activation": {"kind": "abs_topk", "k": 16}},
     "jumprelu": JUMPRELU,
     "tied": JUMPRELU | {"sae.activation": {"kind": "tied_threshold",
                                            "learned": ["theta", "beta", "gamma", "rho", "T"]}},

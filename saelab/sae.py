@@ -586,6 +586,11 @@ class SAE(nn.Module):
     # ---- inference, raw activation space -----------------------------------------------------
 
     @property
+    def signed(self) -> bool:
+        """True if codes may be negative."""
+        return self.activation.signed
+
+    @property
     def needs_contexts(self) -> bool:
         """True if a token's code depends on the tokens before it."""
         return self.activation.needs_contexts

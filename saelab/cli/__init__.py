@@ -9,7 +9,7 @@ from functools import partial
 
 import typer
 
-from saelab.cli import drivers, plan, results, run, saes, train
+from saelab.cli import drivers, parts, plan, results, run, saes, train
 from saelab.cli.common import Guarded
 
 #: Plain help, and errors whose last line says what is wrong.
@@ -43,6 +43,7 @@ COMMANDS = (
     (app, "probing", results.probing),
     (app, "eval", saes.evaluate),
     (app, "export", saes.export),
+    (app, "check-part", parts.check_part),
     (app, "saebench", saes.saebench),
     (app, "synthetic", train.synthetic),
     (lm_group, "train", train.language_model),

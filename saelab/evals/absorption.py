@@ -41,6 +41,7 @@ from saelab.data.synthetic.chains import KnownTruth
 from saelab.evals.base import Row, Subject, missing, number
 from saelab.evals.dictionary_matching import DRAWS, random_directions
 from saelab.evals.known_features import coded_rows, decoder_vectors, paired_rows
+from saelab.evals.signed import one_sided
 
 DEFINITION = "absorption/1"
 ABSORPTION = tuple(
@@ -77,7 +78,7 @@ def evaluate_absorption(
     family = _family(truth)
     if not len(family.children):
         return _missing_rows("the true features of these activations have no children")
-    true = truth.directions
+    subject, true = one_sided(subject), truth.directions
     counts = _Counts(decoder_vectors(subject, device), true, family)
     oracle = _Counts(true, true, family)
     seen = active = 0

@@ -1,5 +1,7 @@
 """Largest cosine of each latent's decoder row with another one's.
 
+Where codes are signed a row stands for its negative too, and the cosine counts without its sign.
+
 Rows: decoder.max_cosine, its mean over latents, and with a slice ('cosine=0.35') the share of
 latents whose largest cosine lies in [0.35, 0.40); the lowest bin holds all below it too.
 """
@@ -22,7 +24,9 @@ BINS = 20
 
 def evaluate_decoder(subject: Subject, _: EvalData) -> list[Row]:
     """Computes the rows of one subject."""
-    return decoder_rows(largest_cosines(subject.W_dec) if isinstance(subject, SAE) else None)
+    if not isinstance(subject, SAE):
+        return decoder_rows(None)
+    return decoder_rows(largest_cosines(subject.W_dec, absolute=subject.signed))
 
 
 def decoder_rows(largest: Tensor | None) -> list[Row]:

@@ -168,15 +168,16 @@ def random_directions(n: int, d: int, seed: int, draw: int = 0) -> Tensor:
     )
 
 
-def largest_cosines(rows: Tensor) -> Tensor:
-    """Largest cosine of each row [n, d] with another row, signed; [n]. A row of zeros has 0, and so
-    does a single row."""
+def largest_cosines(rows: Tensor, absolute: bool = False) -> Tensor:
+    """Largest cosine of each row [n, d] with another row, with its sign or in size; [n]. A row of
+    zeros has 0, and so does a single row."""
     rows = normalize(rows.detach(), dim=1)
     largest = rows.new_zeros(len(rows))
     if len(rows) == 1:
         return largest
     for block in _blocks(len(rows)):
         cosine = rows[block] @ rows.T
+        cosine = cosine.abs_() if absolute else cosine
         index = torch.arange(block.start, block.stop, device=rows.device)
         cosine[index - block.start, index] = -2  # below any cosine
         largest[block] = cosine.max(1).values

@@ -39,6 +39,7 @@ from saelab.data.synthetic.chains import KnownTruth
 from saelab.errors import MismatchError
 from saelab.evals.base import Row, Subject, missing, needs_contexts, number
 from saelab.evals.dictionary_matching import DRAWS, assign, random_directions
+from saelab.evals.signed import one_sided
 
 DEFINITION = "truth/2"
 LATENT = ("latent_precision", "latent_recall", "latent_f1")
@@ -71,6 +72,7 @@ def evaluate_truth(
     d = truth.config.d
     if subject.d_in != d:
         raise MismatchError(f"the subject has d_in = {subject.d_in}, the activations have d = {d}")
+    subject = one_sided(subject)
     true = truth.directions
     firings = _Firings(_match(directions(subject, device), true))
     oracle = _Firings(_match_truth(true))

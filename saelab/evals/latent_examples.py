@@ -137,12 +137,12 @@ class _Block:
     code: Tensor
 
     def strongest(self) -> list[Tensor]:
-        """Largest activation in each context, its context and position; [contexts, d_sae] each."""
+        """Largest |code| in each context, its context and position; [contexts, d_sae] each."""
         values, peaks, d_sae = [], [], self.code.shape[1]
         parts = self.code.split(self.mask.sum(1).tolist())
         for mask, code in zip(self.mask, parts, strict=True):
             if len(code):
-                value, row = code.max(0)
+                value, row = code.abs().max(0)
             else:
                 value = torch.zeros(d_sae, dtype=torch.float32)
                 row = torch.zeros(d_sae, dtype=torch.int64)

@@ -1,7 +1,8 @@
 """The plain form into which SAEs of other tools are read, and from which ours are written.
 
     z = W_enc (x - b_dec) + b_enc         or W_enc x + b_enc, if the input is not centred
-    f = max(z, 0) 1[z > threshold]        or max(z, 0) at the k largest z of a row
+    f = max(z, 0) 1[z > threshold]        or max(z, 0) at the k largest z of a row, or z at the k
+                                          largest |z|
     x_hat = f W_dec + b_dec               x, x_hat in raw activation space
 
 A format maps its directories to this form; `Plain.build` turns it into an `SAE`, which all
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from saelab.errors import MismatchError, SaelabError, SettingError, SourceError
 from saelab.parts import DEFAULT_LOSSES, activation_of
-from saelab.parts.base import Form
+from saelab.parts.base import Form, Refusal
 from saelab.row_norm import RowNorm
 from saelab.runtime.counting import count
 from saelab.sae import SAE, SAEConfig
@@ -49,6 +50,7 @@ class Plain:
         k: active latents per row.
         row_norm: normalisation of each row by its own statistics; then x and x_hat of the equation
             are normalised rows, see `saelab.row_norm` and `SAE.complete`.
+        signed: whether these are the k largest |z|, with their signs.
     """
 
     W_enc: Tensor
@@ -59,6 +61,7 @@ class Plain:
     threshold: Tensor | None = None
     k: int | None = None
     row_norm: RowNorm = "none"
+    signed: bool = False
 
     @property
     def d_sae(self) -> int:
@@ -73,7 +76,7 @@ class Plain:
     @property
     def form(self) -> Form:
         """The activation."""
-        return Form(threshold=self.threshold, k=self.k)
+        return Form(threshold=self.threshold, k=self.k, signed=self.signed)
 
     @classmethod
     @torch.no_grad()
@@ -83,9 +86,9 @@ class Plain:
         Raises: SettingError when a part of the SAE can't be folded.
         """
         form = sae.activation.export()
-        if form is None:
+        if isinstance(form, Refusal):
             part = type(sae.activation).__name__
-            raise SettingError("activation", part, "has no export(): other tools can't compute it")
+            raise SettingError("activation", part, f"can't be written: it {form.reason}")
         folded, threshold = sae.fold(), form.threshold
         w_enc, b_enc, w_dec, b_dec = (folded[name] for name in MATRICES)
         if form.affine is not None:
@@ -95,7 +98,7 @@ class Plain:
         if threshold is not None:
             threshold = threshold.clamp_min(0).expand(sae.d_sae)
         folded_sae = cls(w_enc, b_enc, w_dec, b_dec, threshold=threshold, k=form.k)
-        return replace(folded_sae, row_norm=sae.row_norm)
+        return replace(folded_sae, row_norm=sae.row_norm, signed=form.signed)
 
     @torch.no_grad()
     def build(self) -> SAE:

@@ -227,6 +227,10 @@ def _read_topk(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: 
     return replace(_fold_decoder_norms(plain, fields, where), k=k)
 
 
+def _read_abstopk(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
+    return replace(_read_topk(tensors, fields, where), signed=True)
+
+
 def _read_jumprelu(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
     logarithm = "log_threshold" in tensors
     name = "log_threshold" if logarithm else "threshold"
@@ -257,6 +261,7 @@ def _fold_decoder_norms(plain: Plain, fields: Mapping[str, Any], where: Path) ->
 READERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], Path], Plain]] = {
     "standard": _read_standard,
     "topk": _read_topk,
+    "abstopk": _read_abstopk,
     "jumprelu": _read_jumprelu,
     "gated": _read_gated,
     "batchtopk": _read_batchtopk,
@@ -352,7 +357,7 @@ def save(sae: SAE, folder: Path, about: Mapping[str, Any]) -> None:
 
 def _architecture(plain: Plain) -> str:
     if plain.k is not None:
-        return "topk"
+        return "abstopk" if plain.signed else "topk"
     return "standard" if plain.threshold is None else "jumprelu"
 
 

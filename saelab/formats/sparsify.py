@@ -3,7 +3,8 @@
     cfg.json            k, activation, transcode, skip_connection, num_latents, d_in
     sae.safetensors     encoder.weight, W_dec [d_sae, d_in], encoder.bias [d_sae], b_dec [d_in]
 
-    f = max(W_enc (x - b_dec) + b_enc, 0) at the k largest of a row
+    f = max(W_enc (x - b_dec) + b_enc, 0) at the k largest of a row; old versions may say `signed`:
+    then f = W_enc (x - b_dec) + b_enc at the k largest in size
 
 The folder is named after the module whose output is encoded ('layers.3', 'h.3'). The folder above
 may hold the run's config.json with the model's name.
@@ -20,13 +21,12 @@ from saelab.formats.base import Loaded, Origin, Plain, read_config, read_tensors
 FILES = CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 #: Fields that are honoured, and those that are used only in training.
-HONOURED = ("activation", "k", "d_in")
+HONOURED = ("activation", "k", "d_in", "signed")
 TRAINING = ("expansion_factor", "num_latents", "normalize_decoder", "multi_topk")
 #: Field -> why an SAE that uses it is refused; false means that it is not used.
 REFUSED = {
     "transcode": "belongs to a transcoder, which reconstructs other activations than it reads",
     "skip_connection": "adds a linear map of the input, which is not part of the code",
-    "signed": "selects latents by their magnitude, which no part here computes",
 }
 _BLOCK = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)")
 
@@ -41,7 +41,9 @@ def load(folder: Path) -> Loaded:
     _check(where, config)
     tensors = take(read_tensors(folder / WEIGHTS), TENSORS, folder / WEIGHTS)
     w_enc, b_enc, w_dec, b_dec = (tensors[name].float() for name in TENSORS)
-    plain = Plain(w_enc, b_enc, w_dec, b_dec, k=config["k"]).validate(folder / WEIGHTS)
+    signed = config.get("signed", False)
+    plain = Plain(w_enc, b_enc, w_dec, b_dec, k=config["k"], signed=signed)
+    plain = plain.validate(folder / WEIGHTS)
     for name, size in (("d_in", plain.d_in), ("num_latents", plain.d_sae)):
         if config.get(name, size) not in (size, 0):  # 0: d_in times the expansion factor
             raise SettingError(f"{where}: {name}", config[name], f"the weights have {size}")
@@ -63,6 +65,8 @@ def _check(where: Path, config: dict[str, object]) -> None:
     if config.get("activation", "topk") != "topk":
         remedy = "no part here takes the largest latent of each group: only topk is read"
         raise SettingError(f"{where}: activation", config["activation"], remedy)
+    if not isinstance(config.get("signed", False), bool):
+        raise SettingError(f"{where}: signed", config["signed"], "use true or false")
     k = config.get("k")
     if type(k) is not int or k < 1:
         raise SettingError(f"{where}: k", k, "use a whole number of at least 1")

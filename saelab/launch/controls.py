@@ -110,7 +110,7 @@ class LargestEntries:
 
     def encode(self, x: Tensor) -> Tensor:
         f = self.sae.encode(x)
-        return f.where(f >= self.threshold, 0.0)
+        return f.where(f.abs() >= self.threshold, 0.0)
 
     def decode(self, f: Tensor) -> Tensor:
         return self.sae.decode(f)
@@ -148,7 +148,7 @@ def _at_l0(sae: SAE, rows: Tensor, level: float) -> Subject:
     code = sae.encode(rows)
     if float((code != 0).sum()) / len(rows) <= (1 + L0_TOLERANCE) * level:
         return sae
-    entries, kept = code.flatten(), max(1, round(level * len(rows)))
+    entries, kept = code.abs().flatten(), max(1, round(level * len(rows)))
     return LargestEntries(sae, float(entries.kthvalue(len(entries) - kept + 1).values))
 
 

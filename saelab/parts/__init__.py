@@ -12,6 +12,7 @@ from torch import nn
 
 from saelab.config import setting_error_at_place
 from saelab.errors import SettingError, nearest
+from saelab.parts.activations.abs_topk import AbsTopKConfig
 from saelab.parts.activations.batchtopk import BatchTopKConfig
 from saelab.parts.activations.feature_choice import FeatureChoiceConfig
 from saelab.parts.activations.gated import GatedConfig
@@ -20,7 +21,18 @@ from saelab.parts.activations.jumprelu import JumpReLUConfig
 from saelab.parts.activations.relu import ReLUConfig
 from saelab.parts.activations.tied_threshold import TiedThresholdConfig
 from saelab.parts.activations.topk import TopKConfig
-from saelab.parts.base import Form, PartConfig
+from saelab.parts.base import (
+    Activation,
+    Constraint,
+    Controller,
+    Dims,
+    Form,
+    LossTerm,
+    Observer,
+    Part,
+    PartConfig,
+    Scaling,
+)
 from saelab.parts.constraints.frozen import FrozenConfig
 from saelab.parts.constraints.unit_norm import UnitNormConfig
 from saelab.parts.controllers.annealed_k import AnnealedKConfig
@@ -54,10 +66,10 @@ TABLE: dict[str, dict[str, type[PartConfig]]] = {}
 
 
 def register(seam: str, config: type[PartConfig]) -> type[PartConfig]:
-    """Adds a part under its `kind`; verified against its seam, so that a mistake shows at once.
+    """Adds a part under its `kind`; its example is built once, so that a mistake shows at once.
 
-    Raises: SettingError when the seam is unknown, the kind is taken or impossible, or build() is
-        missing.
+    Raises: SettingError when the seam is unknown, the kind is taken or impossible, build() is
+        missing or fails, or what it builds is not a part of the seam.
     """
     if seam not in SEAMS:
         raise SettingError("seam", seam, f"known seams: {', '.join(SEAMS)}{nearest(seam, SEAMS)}")
@@ -69,17 +81,59 @@ def register(seam: str, config: type[PartConfig]) -> type[PartConfig]:
     if "." in kind or hasattr(nn.ModuleDict(), kind):
         raise SettingError("kind", kind, "is a name that torch modules use: choose another name")
     taken = TABLE.setdefault(seam, {}).get(kind)
-    if taken is not None and taken.__qualname__ != config.__qualname__:
+    if taken is not None and _place(taken) != _place(config):
         raise SettingError(
             "kind", kind, f"is already taken by {taken.__name__}: choose another name"
         )
     if config.build is PartConfig.build:
         raise SettingError("kind", kind, f"{config.__name__} needs build(self, dims) -> Part")
+    _build_once(seam, config)
     TABLE[seam][kind] = config
     return config
 
 
-SEAMS = ("scaling", "activation", "loss", "controller", "constraint", "observer")
+def _place(config: type[PartConfig]) -> tuple[str, str]:
+    return config.__module__, config.__qualname__
+
+
+def _build_once(seam: str, config: type[PartConfig]) -> None:
+    """Builds the example of a part.
+
+    Raises: SettingError for what only a mistake in the part can cause. Settings that the part
+        itself refuses are not: a part may have no legal defaults.
+    """
+    kind, wanted = config.model_fields["kind"].default, SEAM_CLASSES[seam]
+    try:
+        part = config.example(WIDTH).part.build(Dims(WIDTH // 8, WIDTH))
+    except SettingError:
+        return
+    except (ArithmeticError, AttributeError, LookupError, NameError, TypeError) as error:
+        remedy = f"{config.__name__} can't be built ({type(error).__name__}: {error}): "
+        raise SettingError("kind", kind, f"{remedy}correct its build or __init__") from error
+    if not isinstance(part, wanted):
+        remedy = f"{config.__name__}.build returns a {type(part).__name__}, which is no "
+        raise SettingError("kind", kind, f"{remedy}{wanted.__name__}: subclass that of the seam")
+    for name, default in (("shardable", bool), ("uses_preactivations", bool)):
+        if not isinstance(getattr(part, name), default):
+            raise SettingError(f"{kind}.{name}", getattr(part, name), "use True or False")
+    tensors = {*dict(part.named_parameters()), *dict(part.named_buffers())}
+    if unknown := {*part.per_latent, *part.survives_reset} - tensors:
+        remedy = f"name parameters or buffers of {type(part).__name__}"
+        raise SettingError(f"{kind}.per_latent", ", ".join(sorted(unknown)), remedy)
+
+
+#: The base class of each seam.
+SEAM_CLASSES: dict[str, type[Part]] = {
+    "scaling": Scaling,
+    "activation": Activation,
+    "loss": LossTerm,
+    "controller": Controller,
+    "constraint": Constraint,
+    "observer": Observer,
+}
+SEAMS = tuple(SEAM_CLASSES)
+#: Latents with which a part's example is built when it is registered.
+WIDTH = 64
 
 #: What an SAE is made of where its settings don't say it.
 DEFAULT_ACTIVATION: PartConfig = ReLUConfig()
@@ -106,6 +160,7 @@ for _seam, _configs in {
         TopKConfig,
         BatchTopKConfig,
         JumpReLUConfig,
+        AbsTopKConfig,
         TiedThresholdConfig,
         GatedConfig,
         GroupMaxConfig,

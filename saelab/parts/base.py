@@ -30,6 +30,7 @@ from torch.nn.functional import softplus
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import SettingError
 from saelab.kernels import Support
+from saelab.parts.forms import Form, Refusal
 from saelab.parts.forward_pass import Dims, Pass
 from saelab.parts.resets import Reset, draw_reset
 from saelab.parts.settings import (
@@ -66,6 +67,7 @@ __all__ = [
     "Part",
     "PartConfig",
     "Pass",
+    "Refusal",
     "Reset",
     "Role",
     "Scalar",
@@ -128,6 +130,8 @@ class Part(nn.Module):
     shardable: bool = False
     #: Names of the parameters and buffers with one entry per latent.
     per_latent: tuple[str, ...] = ()
+    #: Those of them that a latent keeps when it starts afresh.
+    survives_reset: tuple[str, ...] = ()
     #: Set by the SAE.
     ranks: Ranks = ALONE
     lr: float | None = None
@@ -252,6 +256,8 @@ class Activation(Part):
     couples_batch: ClassVar[bool] = False
     #: Every row has the same number of active latents.
     exact_k: ClassVar[bool] = False
+    #: Codes may be negative. Losses and evaluations then take sizes, |f|, where they would take f.
+    signed: ClassVar[bool] = False
     #: Has statistics that `fit` sets before training.
     fitted: ClassVar[bool] = False
 
@@ -325,41 +331,12 @@ class Activation(Part):
         tensors of this one fit; None where there is no such activation."""
         return None
 
-    def export(self) -> Form | None:
-        """The activation in the form that other tools compute; None where it has no such form.
-
-        Raises: SettingError with the reason, where it depends on the settings.
-        """
-        return None
+    def export(self) -> Form | Refusal:
+        """The activation in the form that other tools compute, or the reason why it has none."""
+        return Refusal("has no export(): return its Form there, or a Refusal with the reason")
 
     def load_form(self, form: Form) -> None:
         """Takes over a form's tensors; called on a part that `PartConfig.of_form` configured."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """Activation as other tools know it, a function of one row's pre-activations z:
-
-        f = gain z + shift      where it is above 0 and z above the threshold, else 0
-        f = max(z, 0)           at the k largest z of the row, else 0
-
-    Args:
-        threshold: [d_sae] or 0-dim; None where 0 is the only one.
-        k: active latents per row; then there is nothing else.
-        affine: gain (> 0) and shift, [d_sae] each; None for 1 and 0.
-    """
-
-    threshold: Tensor | None = None
-    k: int | None = None
-    affine: tuple[Tensor, Tensor] | None = None
-
-    def code(self, z: Tensor) -> Tensor:
-        """The code of pre-activations; [n, d_sae] both."""
-        if self.k is not None:
-            values, latents = z.topk(self.k, dim=-1)
-            return torch.zeros_like(z).scatter(-1, latents, torch.relu(values))
-        f = torch.relu(z if self.affine is None else z * self.affine[0] + self.affine[1])
-        return f if self.threshold is None else f * (z > self.threshold)
 
 
 def check_setting(name: str, value: float | str, sae: SAE) -> None:

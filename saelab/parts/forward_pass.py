@@ -167,6 +167,15 @@ class Pass:
         blocks = self.sae.dims.target_blocks
         return [self.share(part.mean()) for part in error.split(blocks, dim=1)]
 
+    @cached_property
+    def sizes(self) -> Code:
+        """The code with |f| for f, whose gradient is the sign of f, for penalties and energies of
+        its values; where no activation is negative this is the code."""
+        code = self.code
+        if not self.sae.activation.signed:
+            return code
+        return Code(code.values.abs(), code.pre, code.support)
+
     @property
     def n(self) -> int:
         """Rows of the batch, over all ranks."""

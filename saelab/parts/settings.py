@@ -18,7 +18,8 @@ from saelab.config import Frozen
 from saelab.errors import SettingError
 
 if TYPE_CHECKING:
-    from saelab.parts.base import Form, Part
+    from saelab.parts.base import Part
+    from saelab.parts.forms import Form
     from saelab.parts.forward_pass import Dims
     from saelab.sae import SAEConfig
 

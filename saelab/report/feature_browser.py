@@ -119,7 +119,7 @@ def _latent(latent: Latent, texts: _Texts) -> dict[str, Any]:
 
 
 def _example(example: Example, largest: float) -> list[Any]:
-    shares = [round(100 * value / largest) for value in example.values]
+    shares = [round(100 * abs(value) / largest) for value in example.values]
     firing = [
         number
         for place, (value, share) in enumerate(zip(example.values, shares, strict=True))

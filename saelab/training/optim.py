@@ -215,9 +215,13 @@ class Optimiser:
 
     @torch.no_grad()
     def clear(self, sae: SAE, latents: Tensor) -> None:
-        """Clears the moments of the given latents and leaves all others bitwise unchanged."""
-        cleared = {id(p) for p in (sae.W_enc, sae.b_enc, sae.W_dec, *sae.activation.parameters())}
+        """Clears the moments of the given latents, of the weights and of every parameter that a
+        part has for each latent, and leaves all others bitwise unchanged."""
+        cleared = {id(p) for p in (sae.W_enc, sae.b_enc, sae.W_dec)}
+        for part in sae.parts():
+            named = part.named_parameters()
+            cleared |= {id(parameter) for name, parameter in named if name in part.per_latent}
         for parameter, state in self.moments().items():
-            if id(parameter) in cleared and parameter.dim() and len(parameter) == sae.local_latents:
+            if id(parameter) in cleared:
                 state["exp_avg"][latents] = 0
                 state["exp_avg_sq"][latents] = 0

@@ -28,8 +28,11 @@ from saelab.evals import EVALUATIONS, evals_help, of_cell, of_seeds, of_subject
 from saelab.evals.base import Row, Subject, Training
 from saelab.evals.core import CoreData
 from saelab.evals.dictionary_matching import random_directions
+from saelab.evals.latent_examples import survey
 from saelab.evals.measure import PROBING, EvalData, evaluate, evaluate_seeds
+from saelab.evals.signed import one_sided
 from saelab.launch.controls import SUBJECTS, Setting
+from saelab.sae import SAE as SAEParts
 from saelab.sae import SAEConfig
 from saelab.seeding import torch_stream
 
@@ -203,6 +206,57 @@ def assert_rows(rows: list[Row]) -> None:
         assert row.value is None or (type(row.value) is float and np.isfinite(row.value)), row
         assert all("=" in part for part in row.slice.split(",") if row.slice), row
         assert (row.arm, row.seed, row.level) == ("", -1, 0.0), row
+
+
+def signed_pair(x: Tensor) -> list[SAEParts]:
+    """An SAE with signed codes, and the same function with half of its latents turned round."""
+    config = SAE.patched({"activation": {"kind": "abs_topk", "k": 8}, "constraints": ()})
+    config = config.patched({"initial_l0": None})
+    pair = [config.build(x.shape[1], 1, 3) for _ in range(2)]
+    for one in pair:
+        one.initialise(x, 3)
+    with torch.no_grad():
+        for weight in (pair[1].W_enc, pair[1].b_enc, pair[1].W_dec):
+            weight[::2] *= -1
+    return [one.eval() for one in pair]
+
+
+@pytest.mark.parametrize("where", DATA)
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_depends_on_the_signs_of_signed_latents(
+    name: str, where: str, model: LanguageModel
+) -> None:
+    """A latent that is turned round computes the same: a place that takes f for |f| shows here."""
+    data = DATA[where](model)
+    one, other = signed_pair(data.core.rows[0])
+    code = one.encode(data.core.rows[0])
+    assert bool((code < 0).any()) and not torch.equal(code, other.encode(data.core.rows[0]))
+    rows, turned = (evaluate(sae, data, [name]) for sae in (one, other))
+    assert [(r.metric, r.slice, r.reason) for r in rows] == [
+        (r.metric, r.slice, r.reason) for r in turned
+    ]
+    for row, again in zip(rows, turned, strict=True):
+        if row.value is not None:
+            assert again.value == pytest.approx(row.value, rel=1e-4, abs=1e-5), row
+
+
+def test_examples_of_signed_latents_are_the_largest_in_size(model: LanguageModel) -> None:
+    data = on_text(model)
+    surveys = [survey(sae, data.core.source) for sae in signed_pair(data.core.rows[0])]
+    torch.testing.assert_close(surveys[0].strongest, surveys[1].strongest)
+    assert torch.equal(surveys[0].peaks[0], surveys[1].peaks[0])
+    sizes = one_sided(signed_pair(data.core.rows[0])[0]).encode(data.core.rows[0])
+    torch.testing.assert_close(surveys[0].strongest[0], sizes.view(-1, 2, D_SAE).amax((0, 1)))
+
+
+def test_a_signed_code_in_two_halves_is_the_same_code(model: LanguageModel) -> None:
+    x = on_text(model).core.rows[0]
+    sae = signed_pair(x)[0]
+    halves = one_sided(sae)
+    f = halves.encode(x)
+    assert f.shape[1] == halves.d_sae == 2 * D_SAE and bool((f >= 0).all())
+    torch.testing.assert_close(halves.decode(f), sae.decode(sae.encode(x)))
+    assert one_sided(Plain(x.shape[1])).d_sae == D_SAE
 
 
 @pytest.mark.parametrize("name", NAMES)

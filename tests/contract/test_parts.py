@@ -1,13 +1,10 @@
 """One battery for every registered part, steered by what the part declares.
 
-A new part is picked up from the table; nothing has to be added here. A published variant that
-the package does not have (`variants.py`) passes through it as well.
+A new part is picked up from the table; nothing has to be added here.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,37 +12,26 @@ import pytest
 import torch
 from ambient import torch_defaults
 from torch import Tensor
-from variants import VARIANTS
 
-from saelab.checks.boundaries import near_a_boundary
-from saelab.checks.examples import FIELDS, Case, cases
-from saelab.data.activations.stream import Batch
+from saelab.checks.battery import Check, checks_of, name_of
+from saelab.checks.examples import Case, cases
+from saelab.checks.trials import (
+    D_IN,
+    D_SAE,
+    ROWS,
+    batch,
+    fresh_cell,
+    rows,
+    sparse_sae,
+    trained_cell,
+)
 from saelab.errors import SettingError, UsageError
-from saelab.formats.base import Plain
-from saelab.parts import SEAMS, TABLE, base, parse_part, register
+from saelab.parts import TABLE, base, parse_part, register
 from saelab.parts.base import Dims, Part, PartConfig, Pass
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
-from saelab.training.loop import Cell
-from saelab.training.optim import TrainConfig
-from saelab.training.state import State
 
-D_IN, D_SAE, ROWS, STEPS = 16, 512, 48, 40
-CLASSES = {
-    "scaling": base.Scaling,
-    "activation": base.Activation,
-    "loss": base.LossTerm,
-    "controller": base.Controller,
-    "constraint": base.Constraint,
-    "observer": base.Observer,
-}
-#: Seam -> kind -> settings of all parts that are tested.
-PARTS = {
-    seam: TABLE[seam]
-    | {config.model_fields["kind"].default: config for config in VARIANTS.get(seam, ())}
-    for seam in SEAMS
-}
-EVERY = cases(D_SAE, table=PARTS)
+EVERY = cases(D_SAE)
 #: Activations with a number of latents per row.
 K_AS_NUMBER = [
     case
@@ -63,31 +49,11 @@ READS_A_SETTING = [
 RESETS = next(one for one in cases(D_SAE, "observer") if one.example.resets)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def variants() -> Iterator[None]:
-    """Registers the variants for this module alone."""
-    for seam, configs in VARIANTS.items():
-        for config in configs:
-            register(seam, config)
-    yield
-    for seam, configs in VARIANTS.items():
-        for config in configs:
-            del TABLE[seam][config.model_fields["kind"].default]
-
-
 def of(seam: str) -> Any:
     return pytest.mark.parametrize("case", [case for case in EVERY if case.seam == seam], ids=str)
 
 
 every_part = pytest.mark.parametrize("case", EVERY, ids=str)
-
-
-def l0_rule(part: PartConfig, config: SAEConfig) -> str | None:
-    return part.l0_rule(config)
-
-
-def at_l0(level: float) -> Any:
-    return lambda part, config: part.at_l0(level, config)
 
 
 def composed(case: Case | str, **changes: Any) -> SAEConfig:
@@ -100,38 +66,6 @@ def composed(case: Case | str, **changes: Any) -> SAEConfig:
 def case_of(seam: str, kind: str) -> Case:
     """The first example of a part."""
     return next(one for one in EVERY if (one.seam, one.kind) == (seam, kind))
-
-
-def data(seed: int, rows: int = ROWS) -> Tensor:
-    """Rows with a mean and with dimensions of unlike variance."""
-    x = torch.randn(rows, D_IN, generator=torch_stream(seed, "contract data"))
-    return 3 * (x * torch.linspace(0.3, 2, D_IN) + torch.linspace(-1, 1, D_IN))
-
-
-def batch(x: Tensor) -> Batch:
-    return Batch(x, torch.arange(len(x)))
-
-
-def cell(config: SAEConfig, seed: int, steps: int = STEPS, snapshots: int = 0) -> Cell:
-    training = TrainConfig(tokens=steps * ROWS, batch_size=ROWS, lr=3e-3)
-    return Cell("cell", config, training, data(seed, 256), seed, snapshots)
-
-
-def copied(state: State) -> State:
-    """As it comes back from a file."""
-    tensors = {name: tensor.detach().clone() for name, tensor in state.tensors.items()}
-    return State(tensors, json.loads(json.dumps(state.plain, allow_nan=False)))
-
-
-def trained(config: SAEConfig, seed: int, steps: int = 3) -> Cell:
-    one = cell(config, seed)
-    for i in range(steps):
-        one.step(batch(data(seed + i + 1)))
-    return one
-
-
-def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -157,15 +91,6 @@ def rows_close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
 
 @every_part
 class TestConfiguration:
-    def test_round_trip_through_json(self, case: Case) -> None:
-        config = case.part
-        again = parse_part(case.seam, json.loads(config.model_dump_json()))
-        assert type(again) is type(config) and again == config
-        whole = composed(case)
-        parsed = SAEConfig.parse(json.loads(whole.model_dump_json()))
-        assert parsed == whole and parsed.digest() == whole.digest()
-        assert getattr(parsed, FIELDS[case.seam]) == getattr(whole, FIELDS[case.seam])
-
     def test_by_name_alone(self, case: Case) -> None:
         """Where no setting is required; the example is one of the table's kinds in any case."""
         config = TABLE[case.seam][case.kind]
@@ -190,29 +115,6 @@ class TestConfiguration:
         with pytest.raises(UsageError, match=f"did you mean '{case.kind}'"):
             parse_part(case.seam, {"kind": case.kind + "s"})
 
-    def test_builds_its_seam(self, case: Case) -> None:
-        part = case.part.build(Dims(D_IN, D_SAE, steps=STEPS, seed=0))
-        assert isinstance(part, CLASSES[case.seam])
-
-    def test_companions_are_all_it_needs(self, case: Case) -> None:
-        sae = composed(case).build(D_IN)
-        assert case.part_of(sae) in sae.parts()
-        assert case.part.companions.items() <= dict(case.example.beside).items()
-
-    def test_what_it_says_of_the_l0_is_what_it_does(self, case: Case) -> None:
-        config = composed(case)
-        part = case.part
-        rule, low, high = (f(part, config) for f in (l0_rule, at_l0(3.0), at_l0(9.0)))
-        assert rule in ("set", "found", None)
-        if rule == "set":
-            assert low != high and all(type(at) is type(part) for at in (low, high))
-            assert {low.target_l0, high.target_l0} in ({3, 9}, {None})
-        if rule == "found":
-            assert low == high == part
-        once = config.at_l0(3.0)
-        if "found" not in once.l0_rules(3.0):  # a schedule's end is set once
-            assert once.at_l0(9.0) == config.at_l0(9.0)
-
 
 def test_a_k_sets_the_l0() -> None:
     """Activations whose example has a number k: a list that is empty would check nothing."""
@@ -223,104 +125,27 @@ def test_a_k_sets_the_l0() -> None:
 # ---- life in a run ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("check", "case"),
+    [
+        pytest.param(check, case, id=f"{case}-{name_of(check)}")
+        for case in EVERY
+        for check in checks_of(case)
+    ],
+)
+def test_battery(check: Check, case: Case, global_random_seed: int) -> None:
+    check(case, global_random_seed)
+
+
 @every_part
 class TestLife:
-    def test_pass_runs(self, case: Case, global_random_seed: int) -> None:
-        sae = cell(composed(case), global_random_seed).sae
-        p = sae(data(global_random_seed), 0, STEPS)
-        assert p.recon.shape == p.x.shape == p.target.shape == (ROWS, D_IN)
-        if any(part.uses_preactivations for part in sae.parts()):
-            assert p.z.shape == (ROWS, D_SAE) and not p.z.requires_grad
-        else:
-            assert p.stored_z is None
-            with pytest.raises(RuntimeError, match="uses_preactivations"):
-                _ = p.z
-        assert p.recon.isfinite().all() and p.code.values.isfinite().all()
-        assert p.code.dense().shape == (ROWS, D_SAE)
-        if p.code.support is not None:
-            p.code.support.check()
-
-    def test_loss_is_scalar_finite_and_pure(self, case: Case, global_random_seed: int) -> None:
-        one = trained(composed(case), global_random_seed)
-        before = snapshot(one.sae)
-        p = one.sae(data(global_random_seed), one.steps_done, STEPS)
-        for term in one.sae.loss_terms().values():
-            first, second = term.loss(p), term.loss(p)
-            assert first.shape == () and bool(first.isfinite())
-            assert torch.equal(first, second)
-        assert same(snapshot(one.sae), before)
-
-    def test_only_update_changes_state_and_only_buffers(
-        self, case: Case, global_random_seed: int
-    ) -> None:
-        one = trained(composed(case), global_random_seed)
-        sae, part = one.sae, case.part_of(one.sae)
-        before, generator = snapshot(sae), torch.get_rng_state()
-        p = sae(data(global_random_seed), one.steps_done, STEPS)
-        part.scalars()
-        sae.settings(one.steps_done)
-        assert same(snapshot(sae), before)
-        with torch.no_grad():
-            part.update(p)
-            if isinstance(part, base.Observer):
-                part.observe(p)
-        own = {id(buffer) for buffer in part.buffers()}
-        for name, tensor in sae.state_dict(keep_vars=True).items():
-            assert id(tensor) in own or torch.equal(
-                tensor.detach().nan_to_num(), before[name].nan_to_num()
-            ), name
-        assert torch.equal(torch.get_rng_state(), generator)
-
-    def test_state_is_saved_and_restored(self, case: Case, global_random_seed: int) -> None:
-        config, x = composed(case), data(global_random_seed)
-        one = trained(config, global_random_seed)
-        fresh = config.build(D_IN, STEPS, global_random_seed)
-        fresh.load_state_dict(snapshot(one.sae))
-        passes = [sae(x, one.steps_done, STEPS) for sae in (one.sae, fresh)]
-        assert torch.equal(passes[0].recon, passes[1].recon)
-        assert passes[0].settings == passes[1].settings
-        losses = [
-            torch.stack([term.loss(p) for term in p.sae.loss_terms().values()]) for p in passes
-        ]
-        assert torch.equal(*losses)
-        with torch.no_grad():
-            for p in passes:
-                case.part_of(p.sae).update(p)
-        assert same(snapshot(one.sae), snapshot(fresh))
-        assert one.sae.scalars() == fresh.scalars()
-        codes = [sae.eval().encode(x) for sae in (one.sae, fresh)]
-        assert torch.equal(*codes)
-
-    def test_a_run_goes_on_from_its_state(self, case: Case, global_random_seed: int) -> None:
-        """Cut anywhere, resets and snapshots included, every bit is that of the whole run."""
-        observer = case if case.example.resets else RESETS
-        observers = [observer.part]
-        if case.seam == "observer" and case.kind != observer.kind:
-            observers.append(case.part)
-        config = composed(case, observers=observers)
-        whole, cut = (cell(config, global_random_seed, snapshots=4) for _ in range(2))
-        for one in (whole, cut):
-            with torch.no_grad():
-                one.sae.b_enc[::7] = -100  # these are dead
-        for i in range(STEPS):
-            if i in (1, STEPS // 2, STEPS - 3):
-                state = copied(cut.state())
-                cut = cell(config, global_random_seed, snapshots=4)
-                cut.restore(state)
-            x = data(global_random_seed + i + 1)
-            assert whole.step(batch(x)) == cut.step(batch(x))
-        states = whole.state(), cut.state()
-        assert same(states[0].tensors, states[1].tensors) and states[0].plain == states[1].plain
-        assert whole.scalar_reach() == cut.scalar_reach()
-        assert whole.log.last(observer.example.resets) > 0
-
     @pytest.mark.parametrize("ambient", [(torch.float64, "meta"), (torch.bfloat16, "cpu")], ids=str)
     def test_torchs_defaults_in_the_process_change_no_bit(
         self, case: Case, ambient: tuple[torch.dtype, str], global_random_seed: int
     ) -> None:
         config = composed(case)
-        one, other = (cell(config, global_random_seed) for _ in range(2))
-        batches = [batch(data(global_random_seed + i + 1)) for i in range(5)]
+        one, other = (fresh_cell(config, global_random_seed) for _ in range(2))
+        batches = [batch(rows(global_random_seed + i + 1)) for i in range(5)]
         for given in batches:
             one.step(given)
         with torch_defaults(*ambient):
@@ -329,111 +154,24 @@ class TestLife:
         states = one.state().tensors, other.state().tensors
         assert all(states[1][name].dtype == states[0][name].dtype for name in states[0])
         assert same(*states)
-        rows, cuts, starts = batches[0].x, torch.tensor([0, 20, ROWS]), torch.arange(ROWS + 1)
+        x, cuts, starts = batches[0].x, torch.tensor([0, 20, ROWS]), torch.arange(ROWS + 1)
 
         def codes(sae: SAE) -> list[Tensor]:
-            code = sae.encode(rows, starts)
-            return [code, sae.decode(code), sae.pooled(rows, cuts, starts)]
+            code = sae.encode(x, starts)
+            return [code, sae.decode(code), sae.pooled(x, cuts, starts)]
 
         wanted, measured = codes(one.sae.eval()), other.sae.eval()
         with torch_defaults(*ambient):
             assert all(map(torch.equal, codes(measured), wanted))
             assert config.build(D_IN).W_enc.dtype == torch.float32
 
-    def test_every_parameter_of_the_part_is_trained(
-        self, case: Case, global_random_seed: int
-    ) -> None:
-        one = cell(composed(case), global_random_seed)
-        known = {id(p) for group in one.optimiser.groups for p in group.parameters}
-        part = case.part_of(one.sae)
-        for parameter in part.parameters():
-            assert (id(parameter) in known) == parameter.requires_grad
-        one.step(batch(data(global_random_seed)))
-        moments = one.optimiser.moments()
-        for parameter in part.parameters():
-            assert not parameter.requires_grad or float(moments[parameter]["step"]) == 1
-            assert parameter.grad is None  # gradients live as long as the step
-
-
-# ---- what it says of itself ------------------------------------------------------------------
-
-
-@every_part
-class TestDeclarations:
-    def test_every_scalar_is_declared(self, case: Case, global_random_seed: int) -> None:
-        one = trained(composed(case), global_random_seed)
-        config, part = case.part, case.part_of(one.sae)
-        assert part.scalars().keys() == config.logged.keys()
-        assert config.logged.keys() <= one.log.columns.keys()
-        assert {*part.learned(), *part.stored()} <= config.logged.keys()
-        for name, scalar in config.logged.items():
-            assert scalar.meaning and scalar.role in base.ROLES, name
-        assert all(config.logged[name].role == "learned" for name in part.learned())
-
-    def test_facts_and_columns(self, case: Case, global_random_seed: int) -> None:
-        one = trained(composed(case), global_random_seed, STEPS)
-        part = case.part_of(one.sae)
-        before = snapshot(one.sae)
-        facts = part.facts(one.log.columns, one.optimiser.travel)
-        assert all(math.isfinite(value) for value in facts.values())
-        columns = part.latent_columns()
-        assert all(column.shape == (D_SAE,) for column in columns.values())
-        if isinstance(part, base.Observer):
-            lives, resets = part.lives(), part.resampled()
-            assert lives is None or lives.survival.shape == lives.at_risk.shape
-            assert resets is None or resets >= 0
-        assert same(snapshot(one.sae), before)
-
 
 # ---- activations -----------------------------------------------------------------------------
-
-
-def sparse_sae(case: Case, seed: int, precision: str = "float32") -> SAE:
-    """An SAE a few steps old whose code is sparse enough for the sparse path."""
-    one = trained(composed(case, precision=precision), seed)
-    with torch.no_grad():
-        one.sae.b_enc.sub_(1.5)
-    if one.sae.activation.couples_batch:  # its statistics must know the new bias
-        with torch.no_grad():
-            for i in range(20):
-                one.sae.activation.update(one.sae(data(seed + i)))
-    return one.sae
-
-
-def gradients(sae: SAE, x: Tensor) -> tuple[Pass, dict[str, Tensor]]:
-    sae.zero_grad()
-    p = sae(x, 5, STEPS)
-    weight = torch.linspace(-1, 1, p.recon.numel()).view(p.recon.shape)
-    ((p.recon * weight).sum() + (p.recon - p.target).square().sum()).backward()
-    return p, {
-        name: parameter.grad.clone()
-        for name, parameter in sae.named_parameters()
-        if parameter.grad is not None
-    }
 
 
 @of("activation")
 @pytest.mark.parametrize("training", [True, False])
 class TestActivation:
-    def test_sparse_path_equals_dense_path(
-        self, case: Case, training: bool, global_random_seed: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        sae, x = sparse_sae(case, global_random_seed).train(training), data(global_random_seed)
-        x = x[~near_a_boundary(sae, x).any(1)]
-        assert len(x) > ROWS // 2
-        sparse, got = gradients(sae, x)
-        assert sparse.code.support is not None, "too dense: the sparse path was not taken"
-        sparse.code.support.check()
-        monkeypatch.setattr(sae.activation, "support", lambda z: None)
-        dense, wanted = gradients(sae, x)
-        assert dense.code.support is None
-        rows_close(sparse.code.dense().detach(), dense.code.values.detach())
-        assert torch.equal(sparse.code.dense() != 0, dense.code.values != 0)
-        rows_close(sparse.recon.detach(), dense.recon.detach())
-        assert got.keys() == wanted.keys()
-        for name, gradient in wanted.items() if training else ():  # evaluation has no gradients
-            rows_close(got[name], gradient)
-
     def test_bfloat16_selects_and_values_are_float32(
         self, case: Case, training: bool, global_random_seed: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -442,7 +180,7 @@ class TestActivation:
         monkeypatch.setattr(
             sae.activation, "support", lambda z: (dtypes.append(z.dtype), select(z))[1]
         )
-        p = sae(data(global_random_seed))
+        p = sae(rows(global_random_seed))
         support = p.code.support
         assert support is not None
         assert dtypes == [torch.bfloat16 if training else torch.float32]
@@ -453,74 +191,6 @@ class TestActivation:
         assert differ < 0.05 if training else differ == 0
         both = (p.code.dense() != 0) & (reference != 0)
         torch.testing.assert_close(p.code.dense()[both], reference[both], rtol=1e-5, atol=1e-5)
-
-    def test_rows_are_independent_unless_declared(
-        self, case: Case, training: bool, global_random_seed: int
-    ) -> None:
-        sae, x = sparse_sae(case, global_random_seed).train(training), data(global_random_seed)
-        if training and sae.activation.couples_batch:
-            other = x.clone()
-            other[5:] *= 10
-            assert not torch.equal(sae(x).code.dense()[:5], sae(other).code.dense()[:5])
-            return
-        whole = sae(x).code.dense().detach()
-        few = sae(x[3:8]).code.dense().detach()
-        keep = ~near_a_boundary(sae, x)[3:8]
-        rows_close(few * keep, whole[3:8] * keep)
-
-    def test_exact_k(self, case: Case, training: bool, global_random_seed: int) -> None:
-        sae = sparse_sae(case, global_random_seed).train(training)
-        p = sae(data(global_random_seed))
-        counts = (p.code.dense() != 0).sum(1)
-        if sae.activation.exact_k:
-            assert p.code.support is not None
-            assert p.code.support.offsets.diff().unique().numel() == 1
-            assert counts.max() <= p.code.support.offsets[1]
-        else:
-            assert counts.unique().numel() > 1
-
-    def test_encode_is_the_dense_path(
-        self, case: Case, training: bool, global_random_seed: int
-    ) -> None:
-        sae, x = sparse_sae(case, global_random_seed), data(global_random_seed)
-        if training:
-            with pytest.raises(RuntimeError, match=r"eval\(\)"):
-                sae.encode(x)
-            return
-        sae.eval()
-        keep = ~near_a_boundary(sae, x).any(1)
-        rows_close(sae.encode(x)[keep], sae(x).code.dense().detach()[keep])
-        rows_close(sae.decode(sae.encode(x))[keep], (sae(x).recon.detach() * sae.scale)[keep])
-
-
-@of("activation")
-def test_an_exported_form_is_the_same_function(case: Case, global_random_seed: int) -> None:
-    sae, x = sparse_sae(case, global_random_seed).eval(), data(global_random_seed)
-    form = sae.activation.export()
-    if form is None:
-        with pytest.raises(SettingError, match=r"has no export\(\)"):
-            Plain.of(sae)
-        return
-    keep = ~near_a_boundary(sae, x).any(1)
-    assert keep.any()
-    z = (sae.encoder_input(x) @ sae.W_enc.T + sae.b_enc).detach()
-    rows_close(form.code(z)[keep], sae.encode(x)[keep])
-    plain = Plain.of(sae)
-    again = plain.build()
-    rows_close(again.encode(x)[keep], sae.encode(x)[keep], 1e-4)
-    rows_close(again.decode(again.encode(x))[keep], sae.decode(sae.encode(x))[keep], 1e-4)
-
-
-@of("activation")
-def test_without_the_context_the_tensors_fit(case: Case) -> None:
-    part = composed(case).build(D_IN).activation
-    config = part.without_context()
-    if config is None:
-        assert not part.needs_contexts
-        return
-    twin = config.build(Dims(D_IN, D_SAE, steps=STEPS))
-    assert not twin.needs_contexts
-    twin.load_state_dict(part.state_dict())
 
 
 # ---- scalings --------------------------------------------------------------------------------
@@ -540,14 +210,14 @@ def agrees_with_folded(sae: SAE, x: Tensor) -> None:
 
 @of("scaling")
 def test_foldable_scaling(case: Case, global_random_seed: int) -> None:
-    sae = trained(composed(case), global_random_seed).sae.eval()
+    sae = trained_cell(composed(case), global_random_seed).sae.eval()
     assert sae.scaling is not None
     if not sae.scaling.foldable:
         with pytest.raises(SettingError, match="cannot be folded"):
             sae.fold()
         return
-    agrees_with_folded(sae, data(global_random_seed))
-    x = data(global_random_seed)
+    agrees_with_folded(sae, rows(global_random_seed))
+    x = rows(global_random_seed)
     rows_close(sae.encode(x)[3:8], sae.encode(x[3:8]))
     centred = x / sae.scale - sae.b_dec.detach()
     gain, shift = sae.scaling.fold()
@@ -568,13 +238,13 @@ def test_folding_at_every_tau_and_tying(
     changes = variance(tau=tau, tying=tying, beta=1.3, theta=0.2, **rest)
     for centre in (True, False):
         config = composed("relu", centre=centre, encoder_bias=centre, **changes)
-        sae = trained(config, global_random_seed).sae.eval()
+        sae = trained_cell(config, global_random_seed).sae.eval()
         assert sae.scaling is not None
         with torch.no_grad():
             for parameter in sae.scaling.parameters():
                 noise = torch_stream(global_random_seed, "scalars")
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
-        agrees_with_folded(sae, data(global_random_seed))
+        agrees_with_folded(sae, rows(global_random_seed))
 
 
 def test_variance_gain_by_hand() -> None:
@@ -590,10 +260,10 @@ def test_variance_gain_by_hand() -> None:
 def test_running_variance_by_hand(global_random_seed: int) -> None:
     """v <- m v + (1 - m) var(batch), after the sample's variance at the start."""
     config = composed("relu", **variance(momentum=0.75))
-    one, x = cell(config, global_random_seed), data(global_random_seed + 1)
+    one, x = fresh_cell(config, global_random_seed), rows(global_random_seed + 1)
     assert one.sae.scaling is not None
     running = one.sae.scaling.get_buffer("variance")
-    start = (data(global_random_seed, 256) / one.sae.scale).var(0, correction=0)
+    start = (rows(global_random_seed, 256) / one.sae.scale).var(0, correction=0)
     torch.testing.assert_close(running, start)
     one.step(batch(x))
     wanted = 0.75 * start + 0.25 * (x / one.sae.scale).var(0, correction=0)
@@ -602,7 +272,7 @@ def test_running_variance_by_hand(global_random_seed: int) -> None:
 
 @pytest.mark.parametrize("theta", [0.0, 0.3])
 def test_start_as_the_same_function(theta: float, global_random_seed: int) -> None:
-    x, sample = data(global_random_seed), data(global_random_seed, 256)
+    x, sample = rows(global_random_seed), rows(global_random_seed, 256)
     plain = composed("relu").build(D_IN)
     scaled = composed("relu", **variance(tau=1, theta=theta)).build(D_IN)
     for sae in (plain, scaled):
@@ -620,7 +290,7 @@ def test_beta_zero_cannot_start_as_the_same_function() -> None:
 
 def test_batch_statistics_couple_rows_and_do_not_fold(global_random_seed: int) -> None:
     config = composed("relu", **variance(statistics="batch"))
-    sae, x = trained(config, global_random_seed).sae.eval(), data(global_random_seed)
+    sae, x = trained_cell(config, global_random_seed).sae.eval(), rows(global_random_seed)
     assert sae.scaling is not None and not sae.scaling.foldable
     with pytest.raises(SettingError, match="cannot be folded"):
         sae.fold()
@@ -660,7 +330,9 @@ class TestRegister:
                 return self.weight * p.recon.square().mean()
 
         register("loss", PowerConfig)
-        one = trained(Case("loss", PowerConfig.example(D_SAE)).settings(D_SAE), global_random_seed)
+        one = trained_cell(
+            Case("loss", PowerConfig.example(D_SAE)).settings(D_SAE), global_random_seed
+        )
         assert one.log.last("loss.power") > 0
         with pytest.raises(SettingError, match="did you mean 'weight'"):
             parse_part("loss", {"kind": "power", "wieght": 1})
@@ -697,6 +369,47 @@ class TestRegister:
             with pytest.raises(SettingError, match=message):
                 register(seam, config)
         register("activation", TABLE["activation"]["relu"])  # a second import is no mistake
+
+    def test_mistakes_in_what_is_built_show_at_once(self, table: None) -> None:
+        from typing import Literal
+
+        class Builds(PartConfig):
+            kind: Literal["mistaken"] = "mistaken"
+
+            def build(self, dims: Dims) -> Part:
+                return made[0](dims)
+
+        class Term(base.LossTerm):
+            def __init__(self, dims: Dims) -> None:
+                super().__init__()
+
+        def misspelt(dims: Dims) -> Part:
+            return Part(dims.d_say)  # type: ignore[attr-defined]
+
+        def sharded(dims: Dims) -> Part:
+            part = Term(dims)
+            part.shardable = "yes"  # type: ignore[assignment]
+            return part
+
+        def nameless(dims: Dims) -> Part:
+            part = Term(dims)
+            part.per_latent = ("silent",)
+            return part
+
+        made: list[Any] = []
+        for make, message in (
+            (misspelt, r"Builds can't be built \(AttributeError: .*d_say.*correct its build"),
+            (Part, "can't be built .TypeError"),
+            (lambda dims: Part(), "returns a Part, which is no LossTerm: subclass"),
+            (sharded, "shardable = 'yes': use True or False"),
+            (nameless, "per_latent = 'silent': name parameters or buffers of Term"),
+        ):
+            made[:] = [make]
+            with pytest.raises(SettingError, match=message):
+                register("loss", Builds)
+            assert "mistaken" not in TABLE["loss"]
+        made[:] = [Term]
+        register("loss", Builds)
 
     def test_wrong_seam_and_shape(self) -> None:
         with pytest.raises(SettingError, match="is no loss"):
@@ -736,25 +449,25 @@ class TestBatchTopK:
     def test_training_selects_k_per_row_on_average(self, global_random_seed: int) -> None:
         for precision in ("float32", "bfloat16"):
             config = composed("batchtopk", precision=precision)
-            p = trained(config, global_random_seed).sae(data(global_random_seed))
+            p = trained_cell(config, global_random_seed).sae(rows(global_random_seed))
             assert p.code.l0 == 32, precision
 
     def test_threshold_is_the_smallest_selected_value(self, global_random_seed: int) -> None:
-        one = cell(composed("batchtopk"), global_random_seed)
-        p = one.sae(data(global_random_seed))
-        one.step(batch(data(global_random_seed)))
+        one = fresh_cell(composed("batchtopk"), global_random_seed)
+        p = one.sae(rows(global_random_seed))
+        one.step(batch(rows(global_random_seed)))
         smallest = p.code.values.detach()[p.code.active].min()
         form = one.sae.activation.export()
-        assert form is not None and form.threshold is not None
+        assert isinstance(form, base.Form) and form.threshold is not None
         torch.testing.assert_close(form.threshold, smallest)
 
 
 class TestUnitNorm:
     def test_rows_stay_on_the_sphere(self, global_random_seed: int) -> None:
-        one = trained(composed(case_of("constraint", "unit_norm")), global_random_seed)
+        one = trained_cell(composed(case_of("constraint", "unit_norm")), global_random_seed)
         norms = torch.linalg.vector_norm(one.sae.W_dec.detach(), dim=1)
         torch.testing.assert_close(norms, torch.ones(D_SAE))
-        p = one.sae(data(global_random_seed))
+        p = one.sae(rows(global_random_seed))
         (p.recon - p.target).square().mean().backward()
         for constraint in one.sae.constraint_parts():
             constraint.on_gradients(one.sae)
@@ -769,9 +482,9 @@ class TestAuxK:
         config = composed(case_of("loss", "auxk")).patched(
             {"losses.1.dead_after": 1, "losses.1.k": 4}
         )
-        sae = cell(config, global_random_seed).sae
+        sae = fresh_cell(config, global_random_seed).sae
         term = sae.loss_terms()["auxk"]
-        p = sae(data(global_random_seed))
+        p = sae(rows(global_random_seed))
         assert float(term.loss(p)) == 0  # nothing is dead yet
         dead = torch.arange(0, D_SAE, 7)
         term.get_buffer("silent")[dead] = 100
@@ -784,7 +497,7 @@ class TestAuxK:
         assert set(sae.W_enc.grad.any(1).nonzero().flatten().tolist()) <= set(dead.tolist())
         with torch.no_grad():
             sae.W_dec.sub_(sae.W_dec.grad, alpha=0.1)
-            after = term.loss(sae(data(global_random_seed)))
+            after = term.loss(sae(rows(global_random_seed)))
         assert float(after) < float(loss.detach())
 
     def test_by_hand(self) -> None:

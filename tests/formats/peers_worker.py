@@ -72,6 +72,7 @@ def saelens(folder: Path, x: torch.Tensor) -> None:
         "topk-rescaled": sae_lens.TopKSAE(
             sae_lens.TopKSAEConfig(**sizes, k=K, rescale_acts_by_decoder_norm=True)
         ),
+        "abstopk": sae_lens.AbsTopKSAE(sae_lens.AbsTopKSAEConfig(**sizes, k=K)),
         "jumprelu": sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(**sizes)),
         "gated": sae_lens.GatedSAE(sae_lens.GatedSAEConfig(**sizes)),
         "topk-layer_norm": sae_lens.TopKSAE(
@@ -158,7 +159,7 @@ def scatter(module: torch.nn.Module) -> None:
 def fields() -> dict[str, list[str]]:
     from sae_lens.registry import get_sae_class, get_sae_training_class
 
-    kinds = ("standard", "topk", "jumprelu", "gated")
+    kinds = ("standard", "topk", "abstopk", "jumprelu", "gated")
     found = {kind: get_sae_class(kind)[1] for kind in kinds}
     trained = (*kinds, "batchtopk", "matryoshka_batchtopk")
     found |= {f"{kind}-training": get_sae_training_class(kind)[1] for kind in trained}

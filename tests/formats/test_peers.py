@@ -41,7 +41,7 @@ OURS = {
 }
 THEIRS = [
     *(f"saelens-{n}" for n in ("standard", "standard-uncentred", "topk", "topk-rescaled")),
-    *(f"saelens-{n}" for n in ("jumprelu", "gated", "topk-trained", "batchtopk")),
+    *(f"saelens-{n}" for n in ("abstopk", "jumprelu", "gated", "topk-trained", "batchtopk")),
     *(f"saelens-{n}" for n in ("jumprelu-trained", "gated-trained")),
     *(f"saelens-{n}" for n in ("topk-layer_norm", "standard-constant_norm")),
     *(f"saelens-{n}-inference" for n in ("topk-trained", "batchtopk", "jumprelu-trained")),
@@ -160,7 +160,7 @@ def test_all_that_they_wrote_is_tried(answers: Path) -> None:
 
 def test_every_field_of_theirs_is_known(answers: Path) -> None:
     found = json.loads((answers / "fields.json").read_text())
-    assert len(found) == 10
+    assert len(found) == 12
     assert {name for names in found.values() for name in names} - {"metadata"} <= set(RULES)
 
 

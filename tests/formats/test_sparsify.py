@@ -60,6 +60,17 @@ def test_a_checkpoint_is_read(dtype: torch.dtype, tmp_path: Path, global_random_
     same(found.sae.decode(f), f @ own["W_dec"] + own["b_dec"])
 
 
+def test_signed_latents_are_the_largest_in_size(tmp_path: Path, global_random_seed: int) -> None:
+    own = weights(global_random_seed)
+    found = formats.load(write(tmp_path / "layers.3", config(signed=True), WEIGHTS, own))
+    x = clear(found.sae, rows(global_random_seed + 1))
+    z = (x - own["b_dec"]) @ own["encoder.weight"].T + own["encoder.bias"]
+    latents = z.abs().topk(config()["k"], dim=1).indices
+    f = torch.zeros_like(z).scatter(1, latents, z.gather(1, latents))
+    assert bool((f < 0).any()) and len(x) > 100
+    same(found.sae.encode(x), f)
+
+
 @pytest.mark.parametrize(
     ("name", "hook"),
     [
@@ -80,7 +91,7 @@ def test_the_folder_names_the_hook(name: str, hook: str, tmp_path: Path) -> None
         ("activation", "groupmax"),
         ("transcode", True),
         ("skip_connection", True),
-        ("signed", True),
+        ("signed", "yes"),
         ("k", 0),
         ("k", True),
         ("num_latents", D_SAE + 1),

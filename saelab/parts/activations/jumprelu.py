@@ -63,6 +63,8 @@ class JumpReLUConfig(PartConfig):
 class JumpReLU(Activation):
     shardable = True
     per_latent = ("log_threshold",)
+    #: It goes on from the threshold that its predecessor had, as every run so far did.
+    survives_reset = ("log_threshold",)
 
     def __init__(self, config: JumpReLUConfig, dims: Dims) -> None:
         super().__init__()

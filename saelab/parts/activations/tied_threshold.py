@@ -43,6 +43,7 @@ from saelab.parts.base import (
     Example,
     Form,
     Pass,
+    Refusal,
     Scalar,
     Stored,
     log_spread,
@@ -162,6 +163,9 @@ class TiedThreshold(Activation):
     def __init__(self, config: TiedThresholdConfig, dims: Dims) -> None:
         super().__init__()
         self.config, self.lr, self.dims = config, config.lr, dims
+        each = ("log_theta", "beta") if config.tying == "per_feature" else ()
+        self.per_latent = ("variance", "rest", *each)
+        self.survives_reset = self.per_latent  # a new latent begins as the average one
         shape = (dims.d_sae,) if config.tying == "per_feature" else ()
 
         def scalar(name: Learnable, value: float, shape: tuple[int, ...] = ()) -> nn.Parameter:
@@ -397,14 +401,11 @@ class TiedThreshold(Activation):
         self.log_theta.add_(by)
         return True
 
-    def export(self) -> Form:
-        """Returns a JumpReLU's form.
-
-        Raises: SettingError when the thresholds move: no standard SAE computes that.
-        """
+    def export(self) -> Form | Refusal:
+        """Returns a JumpReLU's form, where the thresholds don't move."""
         floor = self.floor()
         if floor is None:
-            raise SettingError("activation", "tied_threshold", "follows the context: no export")
+            return Refusal("follows the context, which no standard SAE does")
         return Form(threshold=floor)
 
 

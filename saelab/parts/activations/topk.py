@@ -77,7 +77,7 @@ class TopKConfig(PartConfig):
 
     @classmethod
     def of_form(cls, form: Form) -> TopKConfig | None:
-        return None if form.k is None else cls(k=form.k)
+        return None if form.k is None or form.signed else cls(k=form.k)
 
 
 class TopK(Activation):

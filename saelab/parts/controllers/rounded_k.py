@@ -6,8 +6,8 @@
 
 Over the batch, f is the code, and k is for a penalty on the batch's most active latents. Over rows
 (e of one row, the mean of some rows' numbers) k drives TopK's, and f stands for the rectified
-pre-activations: measured on the selected code, the share would be covered by fewer than k, and k
-would fall to its lower bound.
+pre-activations, or all of them where codes are signed: measured on the selected code, the share
+would be covered by fewer than k, and k would fall to its lower bound.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class RoundedK(Controller):
 
     def _over_rows(self, p: Pass) -> float:
         rows = p.z[:: -(-p.n // SAMPLED_ROWS)]
-        energy = torch.relu(rows.float()).square_() * p.decoder_norms.detach().square()
+        rows = rows.float() if p.sae.activation.signed else torch.relu(rows.float())
+        energy = rows.square() * p.decoder_norms.detach().square()
         return float(smallest_cover(energy, self.config.cover).float().mean())
 
 

@@ -3,7 +3,8 @@
     e = x - x_hat;   e_hat = sum over the k_aux largest pre-activations among dead latents
     coefficient * |e - e_hat|^2 / |e|^2
 
-A latent is dead when it has not fired for `dead_after` rows.
+Where codes are signed, the largest are those in size. A latent is dead when it has not fired for
+`dead_after` rows.
 """
 
 from __future__ import annotations
@@ -52,19 +53,22 @@ class AuxK(LossTerm):
         if not count:
             return p.recon.new_zeros(())
         error = (p.target - p.recon).detach()
-        support = self._chosen(p.z, dead, min(self.k, count))
-        values = torch.relu(p.sae.encode_at(p.u, support))
+        signed = p.sae.activation.signed
+        sizes = p.z[:, dead].abs() if signed else p.z[:, dead]
+        support = self._chosen(sizes, dead, min(self.k, count))
+        values = p.sae.encode_at(p.u, support)
+        values = values if signed else torch.relu(values)
         left = error - self.ranks.over_latents(decode_at(values, p.sae.W_dec, support))
         energy = self.ranks.over_rows(error.square().sum())
         return p.setting(self.coefficient) * (left.square().sum() / energy.clamp_min(1e-12))
 
-    def _chosen(self, z: Tensor, dead: Tensor, k: int) -> Support:
-        """The k largest pre-activations of each row among the dead latents."""
+    def _chosen(self, sizes: Tensor, dead: Tensor, k: int) -> Support:
+        """The k largest of each row's pre-activations of the dead latents, [N, dead]."""
+        latents = len(self.silent)
         if self.ranks.latents == 1:
-            chosen = kernels_for(z.device).topk(z[:, dead], k)
-            return support_of_topk(dead[chosen], z.shape[1])
-        among = topk_over_ranks(z[:, dead], k, self.ranks)
-        return Support(among.offsets, dead[among.latents], z.shape[1])
+            return support_of_topk(dead[kernels_for(sizes.device).topk(sizes, k)], latents)
+        among = topk_over_ranks(sizes, k, self.ranks)
+        return Support(among.offsets, dead[among.latents], latents)
 
     def update(self, p: Pass) -> None:
         fired = p.firings > 0

@@ -1,6 +1,6 @@
 """L1 on the path of a gate, which makes it sparse. Rajamanoharan et al. 2024a (2404.16014), eq. 8.
 
-    coefficient * sum_i max(z_i + b_gate_i, 0) / sqrt(d_in), mean over rows
+    coefficient * sum_i max(z_i + b_gate_i, 0) / sqrt(d_out), mean over rows
 
 The gate's step passes no gradient: this term and `gate_reconstruction` train it.
 """
@@ -61,5 +61,5 @@ class GateL1(LossTerm):
         if self.uses_decoder_norms:
             support, norms = p.code.support, p.decoder_norms
             opened = opened * (norms if support is None else norms[support.latents])
-        scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.x.shape[1]))
+        scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.target.shape[1]))
         return self.ranks.over_latents(opened.sum()) * scale

@@ -1,7 +1,7 @@
 """Sparsity penalties on values: L1, with or without decoder norms.
 
-    coefficient * sum_i f_i |W_dec_i| / sqrt(d_out), mean over rows     Conerly et al. 2024
-    coefficient * sum_i f_i / sqrt(d_out), mean over rows               Bricken et al. 2023
+    coefficient * sum_i |f_i| |W_dec_i| / sqrt(d_out), mean over rows   Conerly et al. 2024
+    coefficient * sum_i |f_i| / sqrt(d_out), mean over rows             Bricken et al. 2023
 
 The decoder norm makes the penalty independent of how a latent's scale is split between its encoder
 and its decoder. Without it the constraint `unit_norm` must keep the decoder's rows at norm 1, or
@@ -63,5 +63,5 @@ class L1(LossTerm):
     def loss(self, p: Pass) -> Tensor:
         scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.target.shape[1]))
         if not self.uses_decoder_norms:
-            return self.ranks.over_latents(p.code.values.sum()) * scale
-        return self.ranks.over_latents(p.code.weighted_sum(p.decoder_norms)) * scale
+            return self.ranks.over_latents(p.sizes.values.sum()) * scale
+        return self.ranks.over_latents(p.sizes.weighted_sum(p.decoder_norms)) * scale

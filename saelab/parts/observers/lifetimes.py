@@ -87,6 +87,8 @@ class LifetimesConfig(PartConfig):
 class Lifetimes(Observer):
     shardable = True
     per_latent = ("birth", "last_fired", "firings", "resamplings", "ended")
+    #: The times of the reset, and the count of resets.
+    survives_reset = ("birth", "last_fired", "resamplings")
     birth: Tensor
     last_fired: Tensor
     firings: Tensor

@@ -146,6 +146,7 @@ class PassTerms:
 
 
 class Similarity(LossTerm):
+    per_latent = ("moments.weight",)
     uses_decoder_norms = True
     products: Tensor
     running: Tensor

@@ -35,6 +35,7 @@ class SimilarityLiteralConfig(PartConfig):
 
 
 class SimilarityLiteral(LossTerm):
+    per_latent = ("moments.weight",)
     norms: Tensor
     gathered: Tensor
 

@@ -1,8 +1,9 @@
-"""A published variant as a part, which the package does not have: what a user would write.
+"""AbsTopK: the k pre-activations of a row that are largest in size, with their signs.
 
-    abs_topk    k latents by magnitude, with their sign; Zhu et al. 2025, eq. 10
+f_i = z_i if |z_i| is among the k largest of its row, else 0; Zhu et al. 2025 (2510.00404), eq. 10
 
-The contract battery runs over it like over the parts of the package.
+A latent fires in both directions of its decoder row. Where k is the name of a setting it follows
+that controller, one step behind; the last k is stored for inference.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ from saelab.parts.base import (
     PER_TOKEN,
     Activation,
     Dims,
+    Example,
+    Form,
     L0Rule,
     Latents,
     PartConfig,
     Pass,
     Scalar,
     check_setting,
+    few,
     measurement,
     nearest_k,
 )
 
 if TYPE_CHECKING:
     from saelab.sae import SAE, SAEConfig
-
-# ---- abs_topk --------------------------------------------------------------------------------
 
 
 class AbsTopKConfig(PartConfig):
@@ -43,6 +45,15 @@ class AbsTopKConfig(PartConfig):
 
     def build(self, dims: Dims) -> AbsTopK:
         return AbsTopK(self.k, dims)
+
+    @classmethod
+    def example(cls, d_sae: int) -> Example:
+        return Example(cls(k=few(d_sae)))
+
+    @classmethod
+    def examples(cls, d_sae: int) -> tuple[Example, ...]:
+        follows = {"controllers": [{"kind": "annealed_k", "start": d_sae // 2, "end": few(d_sae)}]}
+        return cls.example(d_sae), Example(cls(k="k"), follows)
 
     @property
     def logged(self) -> Mapping[str, Scalar]:
@@ -63,11 +74,14 @@ class AbsTopKConfig(PartConfig):
     def at_l0(self, level: float, sae: SAEConfig) -> AbsTopKConfig:
         return self.patched({"k": nearest_k(level)}) if isinstance(self.k, int) else self
 
+    @classmethod
+    def of_form(cls, form: Form) -> AbsTopKConfig | None:
+        return cls(k=form.k) if form.k is not None and form.signed else None
+
 
 class AbsTopK(Activation):
-    """f_i = z_i where |z_i| is among the k largest of its row; no other tool here computes it."""
-
     exact_k: ClassVar[bool] = True
+    signed: ClassVar[bool] = True
     shardable = True
 
     def __init__(self, k: int | str, dims: Dims) -> None:
@@ -109,8 +123,5 @@ class AbsTopK(Activation):
     def at(self, values: Tensor, support: Support) -> Tensor:
         return values.clone()
 
-
-#: The variants by seam.
-VARIANTS: dict[str, tuple[type[PartConfig], ...]] = {
-    "activation": (AbsTopKConfig,),
-}
+    def export(self) -> Form:
+        return Form(k=self.k, signed=True)

@@ -1,0 +1,152 @@
+"""Checks of an activation as a function: its two paths, its rows, its exported form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from saelab.checks.boundaries import near_a_boundary
+from saelab.checks.examples import Case
+from saelab.checks.mistakes import PartMistake, distance, require
+from saelab.checks.trials import D_IN, D_SAE, ROWS, STEPS, rows, sparse_sae
+from saelab.errors import SettingError
+from saelab.formats.base import Plain
+from saelab.parts.base import Activation, Dims, Pass, Refusal
+from saelab.sae import SAE
+
+#: Relative error that two ways of computing the same may have, and that of a folded SAE.
+TOLERANCE, FOLDED = 1e-5, 1e-4
+
+
+def _gradients(sae: SAE, x: Tensor) -> tuple[Pass, dict[str, Tensor]]:
+    sae.zero_grad()
+    p = sae(x, 5, STEPS)
+    weight = torch.linspace(-1, 1, p.recon.numel(), dtype=torch.float32).view(p.recon.shape)
+    ((p.recon * weight).sum() + (p.recon - p.target).square().sum()).backward()
+    parameters = sae.named_parameters()
+    return p, {name: w.grad.clone() for name, w in parameters if w.grad is not None}
+
+
+@contextmanager
+def _dense(sae: SAE) -> Iterator[None]:
+    """Takes the dense path inside the block."""
+    sae.activation.support = lambda z, *starts: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del sae.activation.support
+
+
+def check_paths(case: Case, seed: int) -> None:
+    """The sparse path gives the code, the reconstruction and the gradients of the dense one."""
+    remedy = "let support() choose every pair where dense() is not 0, and at() compute its values"
+    for training in (True, False):
+        sae, x = sparse_sae(case, seed).train(training), rows(seed)
+        x = x[~near_a_boundary(sae, x).any(1)]
+        require(len(x) > ROWS // 2, "most rows are on a boundary", "switch latents less often")
+        sparse, found = _gradients(sae, x)
+        if sparse.code.support is None:
+            what = "the sparse path was not taken: support() returned None"
+            raise PartMistake(what, "return the pairs that may be active (saelab.kernels.Support)")
+        sparse.code.support.check()
+        with _dense(sae):
+            dense, expected = _gradients(sae, x)
+        same = torch.equal(sparse.code.dense() != 0, dense.code.values != 0)
+        require(same, "the two paths choose different latents", remedy)
+        apart = distance(sparse.code.dense(), dense.code.values)
+        apart = max(apart, distance(sparse.recon, dense.recon))
+        require(apart <= TOLERANCE, f"the two paths differ by {apart:.1e}", remedy)
+        require(found.keys() == expected.keys(), "the two paths train other parameters", remedy)
+        for name, gradient in expected.items() if training else ():  # none in evaluation
+            apart = distance(found[name], gradient)
+            what = f"the gradient of {name} differs by {apart:.1e} between the two paths"
+            require(apart <= TOLERANCE, what, remedy)
+
+
+def check_rows(case: Case, seed: int) -> None:
+    """A row's code depends on no other row, unless that is declared; where every row has the same
+    number of active latents, that is declared too."""
+    for training in (True, False):
+        sae, x = sparse_sae(case, seed).train(training), rows(seed)
+        if not (training and sae.activation.couples_batch):
+            whole, few = sae(x).code.dense().detach(), sae(x[3:8]).code.dense().detach()
+            near = near_a_boundary(sae, x)[3:8]
+            apart = distance(few * ~near, whole[3:8] * ~near)
+            remedy = "use stored statistics in evaluation, and declare couples_batch for training"
+            require(apart <= TOLERANCE, "the code of a row depends on other rows", remedy)
+        code = sae(x).code
+        counts = (code.dense() != 0).sum(1)
+        if sae.activation.exact_k:
+            sizes = None if code.support is None else code.support.offsets.diff().unique()
+            right = sizes is not None and sizes.numel() == 1 and bool(counts.max() <= sizes[0])
+            require(right, "rows have other numbers of pairs", "leave exact_k False")
+        else:
+            remedy = "declare exact_k = True"
+            require(counts.unique().numel() > 1, "every row has as many active latents", remedy)
+
+
+def check_encode(case: Case, seed: int) -> None:
+    """`encode` refuses in training, and gives the code of a pass in evaluation."""
+    sae, x = sparse_sae(case, seed), rows(seed)
+    try:
+        sae.train().encode(x)
+    except RuntimeError as error:
+        require("eval()" in str(error), "encode() fails in training", "leave it to the SAE")
+    sae.eval()
+    keep = ~near_a_boundary(sae, x).any(1)
+    apart = distance(sae.encode(x)[keep], sae(x).code.dense()[keep])
+    require(apart <= TOLERANCE, f"encode() differs from a pass by {apart:.1e}", "compare dense()")
+
+
+def check_export(case: Case, seed: int) -> None:
+    """The exported form gives the same values, also far from the data, and comes back as an SAE
+    with the same code; or the export is refused with a reason."""
+    sae, x = sparse_sae(case, seed).eval(), rows(seed)
+    activation = sae.activation
+    what = f"{type(activation).__name__} does not say what it computes"
+    remedy = "write export() and return a Form, or a Refusal with the reason"
+    require(type(activation).export is not Activation.export, what, remedy)
+    form = activation.export()
+    if isinstance(form, Refusal):
+        try:
+            Plain.of(sae)
+        except SettingError as error:
+            require(
+                form.reason in str(error), "the reason is not reported", "report this as a fault"
+            )
+        return
+    remedy = "return the form of its values, or a Refusal"
+    keep = ~near_a_boundary(sae, x).any(1)
+    require(bool(keep.any()), "every row is on a boundary", "switch latents less often")
+    z = (sae.encoder_input(x) @ sae.W_enc.T + sae.b_enc).detach()
+    for name, scale in (("", 1.0), ("large ", 100.0), ("negative ", -1.0)):
+        with torch.no_grad():
+            code, twin = activation.dense(scale * z[keep]), form.code(scale * z[keep])
+        switched = (code != 0) != (twin != 0)
+        require(
+            bool(switched.float().mean() < 1e-3), f"the form fires otherwise on {name}z", remedy
+        )
+        apart = distance(twin * ~switched, code * ~switched)
+        require(apart <= TOLERANCE, f"the form's values on {name}z differ by {apart:.1e}", remedy)
+    again = Plain.of(sae).build()
+    apart = distance(again.encode(x)[keep], sae.encode(x)[keep])
+    require(apart <= FOLDED, f"the exported SAE's code differs by {apart:.1e}", remedy)
+    decoded = again.decode(again.encode(x)), sae.decode(sae.encode(x))
+    apart = distance(decoded[0][keep], decoded[1][keep])
+    require(apart <= FOLDED, f"the exported SAE decodes otherwise by {apart:.1e}", remedy)
+
+
+def check_without_context(case: Case, seed: int) -> None:
+    """The twin that does not follow the context takes the part's tensors."""
+    part = case.settings(D_SAE).build(D_IN).activation
+    config = part.without_context()
+    if config is None:
+        what, remedy = "codes follow the context, and no twin does not", "write without_context()"
+        require(not part.needs_contexts, what, remedy)
+        return
+    twin = config.build(Dims(D_IN, D_SAE, steps=STEPS))
+    require(not twin.needs_contexts, "the twin follows the context too", "fix its settings")
+    twin.load_state_dict(part.state_dict())

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+
 from saelab.parts import AROUND_AN_EXAMPLE, SEAMS, TABLE
-from saelab.parts.base import Example, Part, PartConfig
+from saelab.parts.base import Dims, Example, Part, PartConfig
 from saelab.sae import SAE, SAEConfig
 
 #: Field of the SAE's settings in which the parts of each seam stand.
@@ -86,6 +88,9 @@ def cases(
 ) -> list[Case]:
     """Returns every example of every registered part at a width.
 
+    Parts that need the language model are left out: no trial of a part has one, and tests of their
+    own train them.
+
     Args:
         d_sae: number of latents.
         seams: of the parts; all where none is given.
@@ -97,5 +102,10 @@ def cases(
         for seam in seams or SEAMS
         for config in table[seam].values()
         for i, example in enumerate(config.examples(d_sae))
-        if not (first and i)
+        if not (first and i) and not _needs_model(example.part, d_sae)
     ]
+
+
+def _needs_model(part: PartConfig, d_sae: int) -> bool:
+    with torch.device("meta"):
+        return part.build(Dims(2, d_sae)).needs_model

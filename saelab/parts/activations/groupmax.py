@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saelab.errors import SettingError
 from saelab.kernels import Support, support_of_topk
-from saelab.parts.base import Activation, Dims, Example, L0Rule, PartConfig, few, nearest_k
+from saelab.parts.base import Activation, Dims, Example, L0Rule, PartConfig, Refusal, few, nearest_k
 
 if TYPE_CHECKING:
     from saelab.sae import SAEConfig
@@ -82,3 +82,6 @@ class GroupMax(Activation):
 
     def at(self, values: Tensor, support: Support) -> Tensor:
         return torch.relu(values)
+
+    def export(self) -> Refusal:
+        return Refusal("takes the largest latent of each group, which no standard SAE does")

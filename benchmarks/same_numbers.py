@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,11 +116,36 @@ ARMS = {
 }
 ARMS |= {f"alone {kind}": {"sae.scaling": {"kind": kind}} for kind in TABLE["scaling"]
          if kind not in ("variance", "centring", "whitening")}
-USED = repr(ARMS) + "relu l1 reconstruction resampling l0_target ramp"
+USED = repr(ARMS) + "relu l1 reconstruction resampling l0_target ramp {elsewhere}"
 MISSING = [kind for seam in TABLE.values() for kind in seam if kind not in USED]
 assert not MISSING, f"no arm trains {MISSING}"
 RUNS = {"run_1": Run("Every part", [Arm(name, changes) for name, changes in ARMS.items()])}
 """
+
+#: Parts that came later: a study of their own, since the number of arms decides the words.
+ZOO = (
+    PARTS.split("ARMS = {")[0]
+    + """\
+GATES = [{"kind": "gate_l1"}, {"kind": "gate_reconstruction"}]
+LATER = [{"kind": "matryoshka", "order": "energy"}, {"kind": "multi_topk"},
+         {"kind": "orthogonality", "chunk": 64}, {"kind": "temporal_contrast"}]
+ARMS = {
+    "baseline": {},
+    "gated": {"sae.activation": {"kind": "gated"}, "sae.losses": [RECON, *GATES],
+              "sae.constraints": [UNIT]},
+    "penalties": JUMPRELU | {
+        "sae.losses": [RECON, {"kind": "lp"}, {"kind": "tanh"}, {"kind": "preactivation"}]},
+    "quadratic": JUMPRELU | {"sae.losses": [RECON, {"kind": "quadratic_l0", "target": 16}],
+                             "sae.controllers": []},
+    "groupmax": TOPK | {"sae.activation": {"kind": "groupmax", "k": 16},
+                        "sae.losses": [RECON, *LATER]},
+    "feature choice": TOPK | {"sae.activation": {"kind": "feature_choice", "k": 16},
+                              "sae.losses": [RECON]},
+}
+RUNS = {"run_1": Run("Later parts", [Arm(name, changes) for name, changes in ARMS.items()])}
+"""
+)
+PARTS = PARTS.replace("{elsewhere}", " ".join(re.findall(r'"kind": "(\w+)"', ZOO)))
 
 #: The same study without a target: a fixed penalty sets no L0.
 FIXED = """\
@@ -221,6 +247,7 @@ def record(out: Path) -> None:
         shipped = (ROOT / "experiment.py").read_text(encoding="utf-8")
         small = project(place / "shipped", shipped, "rows", 2)
         every = project(place / "parts", PARTS, "contexts", 2)
+        later = project(place / "later", ZOO, "contexts", 1)
         found: dict[str, Any] = {}
         plans = [
             json.loads(saelab(small, "plan", "check", f"run_{i}", "--json")) for i in range(10)
@@ -228,10 +255,12 @@ def record(out: Path) -> None:
         found["plan check"] = cleaned(plans)
         saelab(small, "run", "run_0", "run_1")
         saelab(every, "run", "run_1")
+        saelab(later, "run", "run_1")
         (every / "fixed.py").write_text(FIXED, encoding="utf-8")
         python(every, "fixed.py")
-        for folder, runs in ((small, ("run_0", "run_1")), (every, ("run_1", "run_2"))):
-            for name in runs:
+        runs = ((small, ("run_0", "run_1")), (every, ("run_1", "run_2")), (later, ("run_1",)))
+        for folder, names in runs:
+            for name in names:
                 for item, known in of_run(folder / name).items():
                     found[f"{folder.name}/{name}/{item}"] = known
                 verdict = json.loads(saelab(folder, "verdict", name, "--json"))

@@ -118,7 +118,7 @@ class Lp(LossTerm):
         self.p.fill_(after)
 
     def _way(self, share: float) -> float:
-        """How far p has moved after a share of the run, from 0 to 1."""
+        """Returns the share of its way that p has gone after a share of the run."""
         c = self.config
         way = min(1.0, max(0.0, (share - c.begin) / (c.until - c.begin)))
         return math.floor(way * c.updates) / c.updates if c.updates else way

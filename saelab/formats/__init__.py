@@ -1,4 +1,4 @@
-"""The formats of saved SAEs. A new format is one file here and one line in `TABLE`.
+"""The formats of saved SAEs. A new format is one file here or in `published` and one line in `TABLE`.
 
 Of files that others wrote only JSON, safetensors and arrays of numbers (npz) are read; a format
 that holds pickles is read only if it is named, and then only tensors are unpickled.
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import SettingError, SourceError, nearest
-from saelab.formats import (
+from saelab.formats import dictionary_learning, own, saelens, sparsify
+from saelab.formats.base import Loaded, Origin, Plain, errors_as_source_error
+from saelab.formats.published import (
     deepseek_r1,
-    dictionary_learning,
     gemma_scope,
     gemma_scope_2,
     goodfire,
@@ -23,13 +24,10 @@ from saelab.formats import (
     llama_scope,
     llama_scope_r1,
     openai,
-    own,
     qwen_scope,
-    saelens,
-    sparsify,
     temporal,
+    transcoders,
 )
-from saelab.formats.base import Loaded, Origin, Plain, errors_as_source_error
 from saelab.sae import SAE
 
 __all__ = ["TABLE", "Format", "Loaded", "Origin", "Plain", "find", "load", "saver"]
@@ -73,6 +71,8 @@ TABLE: dict[str, Format] = {
     "llama_scope": Format(llama_scope.FILES, llama_scope.load),
     "llama_scope_r1": Format(llama_scope_r1.FILES, llama_scope_r1.load),
     "temporal": Format(temporal.FILES, temporal.load),
+    "layer_transcoder": Format((), transcoders.load, pattern=transcoders.PER_LAYER),
+    "cross_layer_transcoder": Format((), transcoders.load, pattern=transcoders.CROSS_LAYER),
     "dictionary_learning": Format(
         dictionary_learning.FILES, dictionary_learning.load, by_name=True
     ),
@@ -94,18 +94,18 @@ def find(folder: Path, format_name: str = "") -> str:
             remedy = f"use one of {', '.join(TABLE)}{nearest(format_name, TABLE)}"
             raise SettingError("format", format_name, remedy)
         return format_name
-    named = [name for name, format in TABLE.items() if format.by_name and format.fits(folder)]
+    fitting = [name for name, format in TABLE.items() if format.fits(folder)]
+    for name in fitting:
+        if not TABLE[name].by_name:
+            return name
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
-        if named:
-            remedy = f"use {_options(named)} (only tensors are read)"
+        if fitting:
+            remedy = f"use {_options(fitting)} (only tensors are read)"
             raise SourceError(f"{folder} is a pickle, which must be named: {remedy}")
         raise SourceError(f"{folder} {problem}: name the directory of a saved SAE")
-    for name, format in TABLE.items():
-        if not format.by_name and format.fits(folder):
-            return name
-    if named:
-        remedy = f"use {_options(named)} to read its pickle (only tensors are read)"
+    if fitting:
+        remedy = f"use {_options(fitting)} to read its pickle (only tensors are read)"
         raise SourceError(f"{folder} holds no sae.json and no SAE of another tool: {remedy}")
     raise SourceError(f"{folder} holds no sae.json and no SAE of another tool{_hint(folder)}")
 

@@ -6,8 +6,9 @@
     f = max(W_enc (x - b_dec) + b_enc, 0) at the k largest of a row; old versions may say `signed`:
     then f = W_enc (x - b_dec) + b_enc at the k largest in size
 
-The folder is named after the module whose output is encoded ('layers.3', 'h.3'). The folder above
-may hold the run's config.json with the model's name.
+The folder is named after the module whose output is encoded ('layers.3', 'h.3'); a run of several
+seeds has folders 'seed0', 'seed1' in it. The run's folder above may hold config.json with the
+model's name.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def load(folder: Path) -> Loaded:
     for name, size in (("d_in", plain.d_in), ("num_latents", plain.d_sae)):
         if config.get(name, size) not in (size, 0):  # 0: d_in times the expansion factor
             raise SettingError(f"{where}: {name}", config[name], f"the weights have {size}")
-    return Loaded(plain.build(), Origin(_model(folder), _hook(folder.resolve().name)), config)
+    place = folder.resolve()
+    place = place.parent if re.fullmatch(r"seed\d+", place.name) else place
+    return Loaded(plain.build(), Origin(_model(place), _hook(place.name)), config)
 
 
 def _check(where: Path, config: dict[str, object]) -> None:
@@ -78,7 +81,7 @@ def _hook(module: str) -> str:
     return f"blocks.{block[1]}.hook_resid_post" if block else module if "." in module else ""
 
 
-def _model(folder: Path) -> str:
+def _model(place: Path) -> str:
     """Returns the model's name from the config.json of the run, '' if there is none."""
-    run = folder.resolve().parent / "config.json"
+    run = place.parent / "config.json"
     return str(read_config(run).get("model") or "") if run.is_file() else ""

@@ -341,6 +341,36 @@ def test_hook_z_compares_its_configuration(tmp_path: Path) -> None:
     refuse(layout, tmp_path, "_cfg.json does not exist")
 
 
+@pytest.mark.parametrize("name", ["layer_3.safetensors", "W_enc_3.safetensors"])
+def test_transcoders_of_one_file_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "repo" / name
+    published.safetensors(file, BY_NAME["hook_z"].draw(0))
+    for path in (file, file.parent):
+        with pytest.raises(SettingError, match="transcoder"):
+            formats.load(path)
+
+
+@pytest.mark.parametrize("name", ["qwen_scope", "gemma_scope"])
+def test_files_in_the_cache_of_the_hub_are_links(name: str, tmp_path: Path) -> None:
+    layout = BY_NAME[name]
+    tensors = layout.make(tmp_path / "download", 0)
+    repo = tmp_path / f"models--{layout.repo.replace('/', '--')}"
+    inner = layout.path(Path()).relative_to(layout.repo)
+    for file in (tmp_path / "download").rglob("*.*"):
+        if not file.is_file():
+            continue
+        link = repo / "snapshots" / "0a1b" / file.relative_to(tmp_path / "download" / layout.repo)
+        link.parent.mkdir(parents=True)
+        blob = repo / "blobs" / "c0ffee"
+        blob.parent.mkdir()
+        file.rename(blob)
+        link.symlink_to(blob)
+    named = layout.format if formats.TABLE[layout.format].by_name else ""
+    loaded = formats.load(repo / "snapshots" / "0a1b" / inner, named)
+    assert (loaded.origin.model, loaded.origin.hook_name) == (layout.model, layout.hook)
+    equal(loaded.sae, layout, tensors, 0)
+
+
 def test_temporal_saes_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "conf.yaml").write_text("sae: {}")
     (tmp_path / "latest_ckpt.safetensors").write_bytes(b"")

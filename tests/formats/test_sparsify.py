@@ -85,6 +85,14 @@ def test_the_folder_names_the_hook(name: str, hook: str, tmp_path: Path) -> None
     assert formats.load(folder).origin.hook_name == hook
 
 
+def test_the_folder_of_a_seed_lies_in_that_of_the_hook(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run" / "layers.3" / "seed1", config(), WEIGHTS, weights(0))
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": "EleutherAI/pythia-70m"}))
+    origin = formats.load(folder).origin
+    assert origin.hook_name == "blocks.3.hook_resid_post"
+    assert origin.model == "EleutherAI/pythia-70m"
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -29,7 +29,7 @@ from saelab.formats.base import (
     take,
 )
 from saelab.formats.npz import read_arrays
-from saelab.formats.published import block_output, last_match, place
+from saelab.formats.published.shared import block_output, last_match, place
 
 FILES = (WEIGHTS,) = ("params.npz",)
 _REPOSITORY = r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)\b"

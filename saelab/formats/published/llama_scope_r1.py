@@ -7,7 +7,7 @@
                                     log_jumprelu_threshold [d_sae], and one number for each of
                                     dataset_average_activation_norm.*
 
-See formats/openmoss.py; threshold = exp(log_jumprelu_threshold), on s x as the weights are.
+See `openmoss`; threshold = exp(log_jumprelu_threshold), on s x as the weights are.
 SAELens' loader names the base model, its list of releases the distilled one, as this reader does:
 the factor of layer 0 in that list (53.5) is not the base model's (58.9).
 """
@@ -26,7 +26,13 @@ from saelab.formats.base import (
     read_tensors,
     shape_errors_as_source_error,
 )
-from saelab.formats.openmoss import check_fields, input_factor, read_layers, refuse_newer, take_one
+from saelab.formats.published.openmoss import (
+    check_fields,
+    input_factor,
+    read_layers,
+    refuse_newer,
+    take_one,
+)
 
 FILES = CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"

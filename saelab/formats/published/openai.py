@@ -30,7 +30,7 @@ from saelab.formats.base import (
     take,
 )
 from saelab.formats.pickles import read_with_settings, the_file
-from saelab.formats.published import last_match
+from saelab.formats.published.shared import last_match
 
 PATTERN = r"(\d+)\.pt"
 NAMES = LinearNames(encoder_bias="latent_bias", decoder_bias="pre_bias")

@@ -6,8 +6,8 @@
         checkpoints/final.safetensors   encoder.weight [d_sae, d_in], encoder.bias [d_sae],
                                         decoder.weight [d_in, d_sae], decoder.bias [d_in]
 
-See formats/openmoss.py. The one threshold is on activations as they are, the weights on s times
-them: threshold = s jump_relu_threshold.
+See `openmoss`. The one threshold is on activations as they are, the weights on s times them:
+threshold = s jump_relu_threshold.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from saelab.formats.base import (
     read_tensors,
     shape_errors_as_source_error,
 )
-from saelab.formats.openmoss import check_fields, input_factor, read_layers
+from saelab.formats.published.openmoss import check_fields, input_factor, read_layers
 
 FILES = CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 MODEL = "meta-llama/Llama-3.1-8B"

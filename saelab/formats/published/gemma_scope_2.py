@@ -30,7 +30,7 @@ from saelab.formats.base import (
     shape_errors_as_source_error,
     take,
 )
-from saelab.formats.published import block_output, last_match, place
+from saelab.formats.published.shared import block_output, last_match, place
 
 CONFIG = "config.json"
 FILES = (WEIGHTS,) = ("params.safetensors",)

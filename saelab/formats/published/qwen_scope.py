@@ -23,7 +23,7 @@ from saelab.formats.base import (
     take,
 )
 from saelab.formats.pickles import read_state_dict, the_file
-from saelab.formats.published import block_output, last_match
+from saelab.formats.published.shared import block_output, last_match
 from saelab.runtime.counting import count
 
 PATTERN = r"layer(\d+)\.sae\.pt"

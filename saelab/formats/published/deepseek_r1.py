@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from saelab.formats.base import LinearNames, Loaded
-from saelab.formats.published import load_linear_file
+from saelab.formats.published.shared import load_linear_file
 
 PATTERN = r"(DeepSeek-R1-.+)-SAE-l(\d+)\.pt"
 NAMES = LinearNames()

@@ -19,6 +19,7 @@ from saelab import formats
 from saelab.analysis.export import without_context
 from saelab.analysis.saebench import result_of
 from saelab.data import language_model
+from saelab.data.activations.joined import widths
 from saelab.data.probing.activations import ProbingData
 from saelab.errors import MismatchError, SettingError
 from saelab.evals import check_names
@@ -30,6 +31,7 @@ from saelab.launch.prepare import prepare
 from saelab.runs.folder import Member, RunFolder, run_cells
 from saelab.runs.schema import CellId
 from saelab.runtime.torch_defaults import one_thread
+from saelab.sae import SAE
 from saelab.storage.atomic import write_json
 from saelab.storage.parquet import write_rows
 from saelab.study.plan import BaseConfig, base_of_run, read_base
@@ -75,7 +77,20 @@ class Bench:
         if subject.d_in != d:
             remedy = f"the activations have {d}: evaluate it where it was trained"
             raise MismatchError(f"the SAE has d_in = {subject.d_in}, {remedy}")
+        if isinstance(subject, SAE):
+            _check_target(subject, widths(self.data.core.source)[1])
         return evaluate(subject, self.data, evals)
+
+
+def _check_target(sae: SAE, targets: tuple[int, ...]) -> None:
+    """Raises: MismatchError where a target of these widths is not what the SAE reconstructs."""
+    if sae.dims.targets != targets:
+        reads, needs = (
+            f"a target of {' + '.join(map(str, each))} channels" if each else "its input as target"
+            for each in (sae.dims.targets, targets)
+        )
+        remedy = "set hook_name and target_hook to those that it was trained with"
+        raise MismatchError(f"the SAE has {reads}, the settings {needs}: {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,8 +117,36 @@ class Subject(Protocol):
         ...
 
     def decode(self, f: torch.Tensor) -> torch.Tensor:
-        """Decodes f [n, d_sae] into a reconstruction [n, d_in]."""
+        """Decodes f [n, d_sae] into a reconstruction [n, d_in], or [n, d_out] of a target."""
         ...
+
+
+def complete(subject: Subject, x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Adds to a decoded code what the subject takes from its input past the code, such as a skip
+    connection.
+
+    Args:
+        x_hat: [n, d_out].
+        x: the rows that were encoded, [n, d_in].
+    """
+    past = getattr(subject, "complete", None)
+    return x_hat if past is None else past(x_hat, x)
+
+
+class SkipAlone:
+    """A subject without its code: what it reconstructs past it."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.d_in, self.d_sae = subject, subject.d_in, 1
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(len(x), 1)
+
+    def decode(self, f: torch.Tensor) -> torch.Tensor:
+        return self.subject.decode(f.new_zeros(1, self.subject.d_sae)).expand(len(f), -1)
+
+    def complete(self, x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return complete(self.subject, x_hat, x)
 
 
 @runtime_checkable
@@ -195,15 +223,3 @@ def needs_contexts(subject: object) -> bool:
     of each run of consecutive tokens, and the number of rows; int64 [m + 1].
     """
     return bool(getattr(subject, "needs_contexts", False))
-
-
-def complete(subject: Subject, x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Adds what a reconstruction takes from the activations themselves, see `SAE.complete`.
-
-    Args:
-        subject: with or without a `complete` of its own; most take nothing.
-        x_hat: what it decodes, [n, d_in].
-        x: the rows that it has encoded, [n, d_in].
-    """
-    added = getattr(subject, "complete", None)
-    return x_hat if added is None else added(x_hat, x)

@@ -43,7 +43,7 @@ def evaluate_snapshots(subject: Subject, data: EvalData, training: Training) -> 
     if snapshots is None:
         reason = "only an SAE made of parts has decoder rows"
         return missing_agreement(reason, (*OF_SNAPSHOTS, *OF_CHANCE))
-    expected = chance_cosines(subject.d_sae, subject.d_in, data.seed)
+    expected = chance_cosines(subject.d_sae, getattr(subject, "d_out", subject.d_in), data.seed)
     tokens, decoders = snapshots.tokens, snapshots.decoders
     rows = snapshot_rows(tokens, decoders, training.settled, expected[0])
     return rows + chance_rows(expected)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from saelab.data.activations.joined import JoinedShard, target_rows, widths
 from saelab.data.activations.store import Source
 from saelab.data.activations.stream import Batch
 from saelab.data.language_model import LanguageModel
@@ -107,14 +108,15 @@ def survey(sae: SAE, source: Source, examples: int = 8) -> Survey:
     power = 0.0
     none = torch.zeros(0, sae.d_sae, dtype=torch.int64)
     best = [torch.zeros(0, sae.d_sae, dtype=torch.float32), none, none]
-    rows = (sae.W_dec * sae.scale).cpu()
+    rows = (sae.W_dec * sae.out_scale).cpu()
     norms = rows.square().sum(1)
     for block in _blocks(sae, source):
         f = block.code
         firings += (f != 0).sum(0).double()
-        error = block.x - f @ rows - (sae.b_dec * sae.scale).cpu()
+        past = sae.complete(sae.b_dec * sae.out_scale, block.x.to(sae.W_dec.device))
+        error = block.target - f @ rows - past.cpu()
         gain += (2 * (f * (error @ rows.T)).sum(0) + f.square().sum(0) * norms).double()
-        power += float((block.x - mean).square().sum(dtype=torch.float64))
+        power += float((block.target - mean).square().sum(dtype=torch.float64))
         best = _keep_largest(best, block.strongest(), examples)
     return Survey(
         tokens=tokens,
@@ -128,12 +130,13 @@ def survey(sae: SAE, source: Source, examples: int = 8) -> Survey:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Consecutive contexts: x [n, d_in] and code [n, d_sae] of their counted rows; `first` is the
-    index of the first context, mask bool [contexts, positions]."""
+    """Consecutive contexts: x [n, d_in], target [n, d_out] and code [n, d_sae] of their counted
+    rows; `first` is the index of the first context, mask bool [contexts, positions]."""
 
     first: int
     mask: Tensor
     x: Tensor
+    target: Tensor
     code: Tensor
 
     def strongest(self) -> list[Tensor]:
@@ -157,14 +160,18 @@ def _blocks(sae: SAE, source: Source) -> Iterator[_Block]:
     first, device = 0, sae.W_dec.device
     for i in range(source.n_shards):
         shard = source.shard(i)
-        for x, mask in zip(shard.x.split(CONTEXTS), shard.mask.split(CONTEXTS), strict=True):
+        whole = shard.y if isinstance(shard, JoinedShard) and shard.y is not None else shard.x
+        parts = (tensor.split(CONTEXTS) for tensor in (shard.x, shard.mask, whole))
+        for x, mask, y in zip(*parts, strict=True):
             positions = torch.arange(mask.shape[1]).expand(mask.shape)
-            batch = Batch(x, positions, mask).rows()
+            batch = Batch(x, positions, mask, y=None if whole is shard.x else y).rows()
             if batch.n:
                 rows = batch.x.float()
+                target = rows if batch.y is None else batch.y.float()
                 starts = (batch.starts,) if sae.needs_contexts else ()
                 codes = [code.dense() for _, code in sae.codes(rows.to(device), *starts)]
-                yield _Block(first, mask, rows, torch.cat(codes).cpu())
+                code = torch.cat(codes).cpu()
+                yield _Block(first=first, mask=mask, x=rows, target=target, code=code)
             first += len(x)
 
 
@@ -176,10 +183,13 @@ def _keep_largest(best: Sequence[Tensor], new: Sequence[Tensor], n: int) -> list
 
 
 def _mean(source: Source) -> tuple[Tensor, int]:
-    """Mean and number of the counted rows."""
-    total, tokens = torch.zeros(source.d, dtype=torch.float64), 0
+    """Mean of what is reconstructed in the counted rows, and their number."""
+    inputs, targets = widths(source)
+    total, tokens = torch.zeros(sum(targets or inputs), dtype=torch.float64), 0
     for i in range(source.n_shards):
-        x, _ = source.shard(i).rows()
+        shard = source.shard(i)
+        y = target_rows(shard)
+        x = shard.rows()[0] if y is None else y
         total += x.sum(0, dtype=torch.float64)
         tokens += len(x)
     return (total / tokens).float(), tokens
@@ -262,8 +272,9 @@ def why_no_lens(sae: SAE, model: LanguageModel | None) -> str:
         return "the activations were made elsewhere, without a model"
     if not model.has_head:
         return "the model has no language-model head"
-    if sae.d_in != model.d_model:
-        return f"the hook has {sae.d_in} dimensions, the residual stream {model.d_model}"
+    width = sae.dims.target_blocks[-1]
+    if width != model.d_model:
+        return f"the hook has {width} dimensions, the residual stream {model.d_model}"
     return ""
 
 
@@ -272,9 +283,9 @@ def lenses(sae: SAE, latents: Sequence[int], model: LanguageModel, n: int = 8) -
     """Computes the logit lens of latents; call `why_no_lens` first.
 
     A row replaces the last block's output, so that exactly the model's final norm and head act on
-    it; the empty row's logits are subtracted.
+    it; the empty row's logits are subtracted. Of several hook points the last one's rows are shown.
     """
-    rows = (sae.W_dec.detach() * sae.scale)[list(latents)]
+    rows = (sae.W_dec.detach() * sae.out_scale)[list(latents), -sae.dims.target_blocks[-1] :]
     hook = f"blocks.{model.n_layers - 1}.hook_resid_post"
 
     def added(directions: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ over all predicted tokens of core's contexts, and over those of a slice:
                                      equal count share a decile, so that deciles differ in size
 
 Splices and ablations are those of `core`, whose passes are used where it ran before: the CE of the
-slices, weighted by their shares, is core's. KL is measured on the first contexts alone, as
-many as fit into `core.STORED_LOG_PROBS` numbers: all of them where positions x vocabulary is small.
+slices, weighted by their shares, is core's. KL is measured on the first contexts alone, as many as
+fit into `core_data.STORED_LOG_PROBS` numbers: all of them where positions x vocabulary is small.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from saelab.evals.base import Row, Subject, missing, number
-from saelab.evals.core import CoreData, TokenLosses
+from saelab.evals.core_data import CoreData, TokenLosses
 from saelab.runtime.counting import count
 
 DEFINITION = "positions/1"

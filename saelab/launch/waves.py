@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from saelab.data.activations.joined import widths
 from saelab.errors import MismatchError
 from saelab.evals import of_control
 from saelab.evals.measure import probing_rows
@@ -194,12 +195,13 @@ def _controls(
     specs: Sequence[CellSpec], content: dict[str, Any], prepared: LaunchData, device: str
 ) -> list[JobCell]:
     """Cells of the control subjects; the one that is trained comes first."""
+    has_target = bool(widths(prepared.held_out)[1])
     first = next(spec for spec in specs if spec.id.arm == BASELINE)
     job_cells = []
     if trained := frozen_control(specs):
         frozen = controls.frozen_spec(trained)
         job_cells.append(JobCell.of(frozen, cell_key(frozen, content, device)))
-    for name in (schema.CHANNELS, *controls.SUBJECTS):
+    for name in (schema.CHANNELS, *controls.subjects(has_target)):
         if name != schema.CHANNELS or prepared.probing is not None:
             key = replace(cell_key(first, content, device), control=schema.control_arm(name))
             job_cells.append(JobCell.of(first, key, control=name))
@@ -394,8 +396,9 @@ def _control(worker: Worker, control: JobCell, cache: Path) -> None:
     if name == schema.CHANNELS:
         rows = probing_rows(None, worker.evaluation, prefix="llm")
     else:
-        setting = controls.Setting(worker.sample.x, control.sae_config, level, control.id.seed)
-        rows = worker.evaluate(controls.SUBJECTS[name](setting), of_control(worker.data.extra))
+        setting = controls.Setting(worker.sample, control.sae_config, level, control.id.seed)
+        made = controls.subjects(worker.sample.y is not None)[name](setting)
+        rows = worker.evaluate(made, of_control(worker.data.extra))
     cell = replace(control.display_id, seed=-1)
     folder = worker.folder(cache, control.key)
     finish(folder, {"rows": [row.of_cell(cell).as_dict() for row in rows]})

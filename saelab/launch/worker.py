@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from saelab.data.probing.activations import ProbingData
 from saelab.errors import CellFailure
 from saelab.evals import of_cell
 from saelab.evals.base import Row, Subject, Training
-from saelab.evals.core import CoreData
+from saelab.evals.core import CoreData, measure_reconstruction
 from saelab.evals.dictionary_matching import largest_cosines
 from saelab.evals.measure import EvalData, evaluate
 from saelab.launch.cell_facts import (
@@ -51,6 +52,7 @@ from saelab.launch.cell_facts import (
 )
 from saelab.launch.cell_key import Key, cell_folder, resume_folder
 from saelab.launch.cell_store import finish
+from saelab.launch.controls import linear_subject
 from saelab.launch.executors import Advance
 from saelab.launch.jobs import Job, JobCell, WorkerData, evaluation_cost
 from saelab.launch.latent_table import FILE, write_latents
@@ -103,6 +105,15 @@ class Worker:
             definition=data.definition,
             missing_entries=data.missing_entries,
         )
+
+    @cached_property
+    def linear_facts(self) -> dict[str, float]:
+        """Share of the target's variance that a linear map of the input explains on held-out text;
+        {} where the input is reconstructed."""
+        if self.sample.y is None:
+            return {}
+        measured = measure_reconstruction(linear_subject(self.sample), self.evaluation.core)
+        return {"linear_explained_variance": 1 - measured.fvu}
 
     @standard_torch()
     def run(self, job: Job, advance: Advance) -> None:
@@ -232,6 +243,7 @@ class Worker:
             "l0_before_settling": None if cell.settled is None else cell.settled.before,
             "raised_thresholds": None if cell.settled is None else cell.settled.amount,
             **self.input_facts,
+            **self.linear_facts,
             "largest_weight": largest_weight(cell.sae),
             **_weights_facts(cell.sae, largest),
             **_curve_facts(cell.log),

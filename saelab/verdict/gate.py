@@ -41,6 +41,7 @@ from saelab.verdict.gate_looks import (
     find_nonfinite_step,
     find_not_finite,
     find_repeated_data,
+    find_worse_than_linear,
     find_zero_weights,
     flag,
     has_diverged,
@@ -70,6 +71,8 @@ class Check:
         remedy: advice to the reader.
         look: (facts, threshold) -> (subject, observation) for each finding; the subject is ''
             for the cell as a whole and a scalar's name otherwise.
+        of_some_kinds: whether absent facts mean that the rule is not about such a cell, rather
+            than that it could not be checked.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Check:
     explanation: str
     remedy: str
     look: Callable[[Facts, float], Hits]
+    of_some_kinds: bool = False
 
     def has_facts(self, facts: Facts) -> bool:
         """Returns whether all facts that the rule needs are present."""
@@ -156,7 +160,7 @@ def gate(facts: Facts, expected: Collection[str] = ()) -> GateResult:
                     )
                 )
     counted: list[Outcome] = [f.outcome for f in findings if not f.expected]
-    left_out = tuple(check.name for check in CHECKS if check.name in unchecked)
+    left_out = tuple(c.name for c in CHECKS if c.name in unchecked and not c.of_some_kinds)
     return GateResult(counted[0] if counted else "ok", tuple(findings), left_out)
 
 
@@ -364,6 +368,13 @@ CHECKS: tuple[Check, ...] = (
         explanation="more latents fire than the input has dimensions",
         remedy="raise the penalty or the threshold",
         look=ratio("l0", "d_in", "L0", "d_in"),
+    ),
+    Check(
+        name="worse_than_linear", outcome="warning", threshold=None,
+        needs=("explained_variance", "linear_explained_variance"),
+        explanation="a linear map of the input, without any latent, explains more of the target",
+        remedy="train longer, at a higher L0 or another rate, or report the map beside it",
+        look=find_worse_than_linear, of_some_kinds=True,
     ),
 )  # fmt: skip
 #: The same, the worst outcomes first.

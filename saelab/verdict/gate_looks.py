@@ -164,6 +164,14 @@ def find_control_band(facts: Facts, _: float) -> Hits:
         yield "", f"probing accuracy {value:.4g} lies in the band of the random controls, {band}"
 
 
+def find_worse_than_linear(facts: Facts, _: float) -> Hits:
+    value, linear = (
+        number(facts, name) for name in ("explained_variance", "linear_explained_variance")
+    )
+    if value is not None and linear is not None and value < linear:
+        yield "", f"explained variance is {value:.4g}, that of the linear map {linear:.4g}"
+
+
 def find_repeated_data(facts: Facts, _: float) -> Hits:
     passes, planned = number(facts, "data_passes"), number(facts, "planned_passes")
     if passes is not None and planned is not None and passes > planned:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saelab.data.language_model import ModelConfig, load
-from saelab.evals import core
+from saelab.evals import core, core_data
 from saelab.evals.base import SparseSubject
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.sae import SAEConfig
@@ -86,7 +86,7 @@ def test_sparse_codes_give_the_numbers_of_dense_ones(
 
 
 def test_the_spliced_loss_is_the_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "CONTEXTS", 4)
+    monkeypatch.setattr(core_data, "CONTEXTS", 4)
     model = load(ModelConfig())
     ids = torch.randint(3, 4096, (6, 16), generator=torch_stream(0, "test core"))
     x = model.activations(ids, None, [HOOK])[HOOK][:, 1:].reshape(-1, model.d_model)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saelab.data.language_model import LanguageModel, ModelConfig, load
-from saelab.evals import core
+from saelab.evals import core_data
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData
 from saelab.evals.loss_by_position import METRICS, _deciles, evaluate_positions
@@ -140,9 +140,9 @@ def test_kl_is_kept_for_as_many_contexts_as_fit(
 ) -> None:
     data = CoreData(source, model)
     vocabulary = model.logits(source.shard(0).ids[:1], None).shape[-1]
-    monkeypatch.setattr(core, "STORED_LOG_PROBS", 2 * (LENGTH - 1) * vocabulary)
+    monkeypatch.setattr(core_data, "STORED_LOG_PROBS", 2 * (LENGTH - 1) * vocabulary)
     assert len(data.clean_log_probs) == 2
-    monkeypatch.setattr(core, "STORED_LOG_PROBS", 1)
+    monkeypatch.setattr(core_data, "STORED_LOG_PROBS", 1)
     assert len(CoreData(source, model).clean_log_probs) == 1
     found = values(evaluate_positions(Half(model.d_model), data))
     assert 0 < found[""]["kl"] < 20 and found[""]["share"] == 1

@@ -107,7 +107,10 @@ def number_or_reason(metric: str, value: float | str, definition: str, slice: st
 
 @runtime_checkable
 class Subject(Protocol):
-    """Any object that can be evaluated. All tensors are in raw activation space, float32."""
+    """Any object that can be evaluated. All tensors are in raw activation space, float32.
+
+    It may have `complete(x_hat, x)`, as `SAE` does: what it adds to a result of `decode`.
+    """
 
     d_in: int
     d_sae: int

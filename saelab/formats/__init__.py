@@ -1,4 +1,4 @@
-"""The formats of saved SAEs. A new one is one file here or in `published`, and one line in `TABLE`.
+"""The formats of saved SAEs. A new one is one file, here or in `published`, and a line in `TABLE`.
 
 Of files that others wrote only JSON, safetensors and arrays of numbers (npz) are read; a format
 that holds pickles is read only if it is named, and then only tensors are unpickled.

@@ -85,6 +85,32 @@ def test_sparse_codes_give_the_numbers_of_dense_ones(
     assert (0 < found["l0", ""] < 10) == (initial_l0 is not None or activation != "relu")
 
 
+class NormedHalves(Halves):
+    """Rows of norm 1 come back whole from the code, and only `complete` knows their length."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(x / x.norm(dim=1, keepdim=True))
+
+    def decode(self, f: Tensor) -> Tensor:
+        return 2 * super().decode(f)
+
+    def complete(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        return x_hat * x.norm(dim=1, keepdim=True)
+
+
+def test_what_is_taken_from_the_rows_counts_in_errors_and_in_the_model() -> None:
+    model = load(ModelConfig())
+    ids = torch.randint(3, 4096, (4, 16), generator=torch_stream(0, "test core"))
+    x = model.activations(ids, None, [HOOK])[HOOK][:, 1:].reshape(-1, model.d_model)
+    data = CoreData(source(x, torch.arange(1, 16).repeat(4), ids), model)
+    found = numbers(NormedHalves(model.d_model), data)
+    assert found["fvu", ""] < 1e-9
+    assert found["ce_spliced", ""] == pytest.approx(found["ce_clean", ""], abs=1e-5)
+    without = NormedHalves(model.d_model)
+    without.complete = lambda x_hat, x: x_hat
+    assert numbers(without, data)["fvu", ""] > 0.1
+
+
 def test_the_spliced_loss_is_the_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core_data, "CONTEXTS", 4)
     model = load(ModelConfig())

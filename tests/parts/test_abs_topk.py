@@ -61,7 +61,7 @@ def fits(case: Case) -> bool:
     try:
         signed(case).build(D_IN)
     except SettingError as refusal:
-        missing = ("thresholds", "gate")  # which a signed code does not have
+        missing = ("threshold", "gate")  # which a signed code does not have
         assert any(word in refusal.remedy for word in missing), str(refusal)
         return False
     return True

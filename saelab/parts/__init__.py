@@ -36,6 +36,7 @@ from saelab.parts.controllers.annealed_k import AnnealedKConfig
 from saelab.parts.controllers.l0_target import L0TargetConfig
 from saelab.parts.controllers.ramp import RampConfig
 from saelab.parts.controllers.rounded_k import RoundedKConfig
+from saelab.parts.controllers.schedule import ScheduleConfig
 from saelab.parts.losses.auxk import AuxKConfig
 from saelab.parts.losses.l0 import L0Config
 from saelab.parts.losses.l1 import L1Config
@@ -158,7 +159,13 @@ for _seam, _configs in {
         SimilarityConfig,
         SimilarityLiteralConfig,
     ),
-    "controller": (L0TargetConfig, RampConfig, RoundedKConfig, AnnealedKConfig),
+    "controller": (
+        L0TargetConfig,
+        RampConfig,
+        ScheduleConfig,
+        RoundedKConfig,
+        AnnealedKConfig,
+    ),
     "constraint": (UnitNormConfig, FrozenConfig),
     "observer": (ResamplingConfig, LifetimesConfig),
 }.items():

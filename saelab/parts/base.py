@@ -358,6 +358,11 @@ class Controller(Part):
 class Constraint(Part):
     """Keeps parameters where they must be."""
 
+    @property
+    def keeps_unit_rows(self) -> bool:
+        """True where the decoder's rows have norm 1 after every step."""
+        return False
+
     def on_gradients(self, sae: SAE) -> None: ...
 
     def on_parameters(self, sae: SAE) -> None: ...

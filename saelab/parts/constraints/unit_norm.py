@@ -41,6 +41,10 @@ class UnitNorm(Constraint):
         super().__init__()
         self.name = "W_dec" if weight == "decoder" else "W_enc"
 
+    @property
+    def keeps_unit_rows(self) -> bool:
+        return self.name == "W_dec"
+
     def on_gradients(self, sae: SAE) -> None:
         weight = getattr(sae, self.name)
         if weight.grad is not None:

@@ -112,6 +112,9 @@ ARMS = {
                        "sae.controllers": [{"kind": "rounded_k"}], "sae.observers": [EVENTS]},
     "annealed": TOPK | {"sae.activation": {"kind": "topk", "k": "k"},
                         "sae.controllers": [{"kind": "annealed_k"}]},
+    "schedule": TOPK | {"sae.activation": {"kind": "batchtopk", "k": "k"},
+                        "sae.controllers": [{"kind": "schedule", "name": "k", "start": 64,
+                                             "end": 16, "until": 0.5, "shape": "geometric"}]},
     "frozen": {"sae.constraints": [{"kind": "frozen"}]},
 }
 ARMS |= {f"alone {kind}": {"sae.scaling": {"kind": kind}} for kind in TABLE["scaling"]

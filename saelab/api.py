@@ -28,8 +28,7 @@ from saelab.errors import SettingError
 from saelab.evals import check_names, of_subject
 from saelab.evals.base import Row, Subject
 from saelab.launch.over_settings import launch_over_settings
-from saelab.launch.prepare import prepare
-from saelab.launch.spliced import spliced_model
+from saelab.launch.prepare import prepare, spliced_model
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE
 from saelab.storage.cache import cache_folder

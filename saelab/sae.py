@@ -233,7 +233,7 @@ class SAEConfig(Frozen):
     def has_user(self, setting: str) -> bool:
         """True where a part takes the value of a controller's setting."""
         others = [part for part in self.all_parts() if part not in self.controllers]
-        return any(value == setting for part in others for _, value in part)
+        return any(setting in part.settings_read.values() for part in others)
 
     @property
     def logged(self) -> dict[str, Scalar]:

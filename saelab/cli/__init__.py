@@ -43,6 +43,7 @@ COMMANDS = (
     (app, "probing", results.probing),
     (app, "eval", saes.evaluate),
     (app, "export", saes.export),
+    (app, "parts", parts.parts),
     (app, "check-part", parts.check_part),
     (app, "saebench", saes.saebench),
     (app, "synthetic", train.synthetic),

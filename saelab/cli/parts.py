@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument
 
-from saelab.cli.common import EXPERIMENT, Json, read_runs, show
+from saelab.cli.common import EXPERIMENT, Json, OwnParts, read_runs, register_parts, show
 
 
 def check_part(
@@ -21,3 +21,19 @@ def check_part(
 
     findings = check_new_parts(file, lambda: read_runs(file))
     show(json_, [finding.as_dict() for finding in findings], (f.line() for f in findings))
+
+
+def parts(
+    name: Annotated[str | None, Argument(help="A part to describe, for example jumprelu.")] = None,
+    experiment: OwnParts = None,
+    json_: Json = False,
+) -> None:
+    """List the parts of an SAE; of one, its equation and source, its settings and its export."""
+    from saelab.checks.list_of_parts import as_dicts, describe, lines_of, lines_of_all
+
+    register_parts(experiment)
+    if name is None:
+        show(json_, as_dicts(), lines_of_all())
+    else:
+        answers = describe(name)
+        show(json_, answers, lines_of(answers))

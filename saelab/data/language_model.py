@@ -273,13 +273,13 @@ class LanguageModel:
             handle.remove()
         return Start(blocks, outputs[0]) if outputs else None
 
-    @torch.inference_mode()
     def logits(
         self,
         ids: Tensor,
         attention_mask: Tensor | None = None,
         splice: Splices | None = None,
         start: Start | None = None,
+        gradient: bool = False,
     ) -> Tensor:
         """Computes the next-token logits [contexts, positions, vocabulary] in the model's dtype.
 
@@ -289,26 +289,10 @@ class LanguageModel:
             splice: what replaces activations, at one or several hook points.
             start: result of `start` for the same contexts and the first of these hook points; the
                 blocks before it are left out. See `starts_agree`.
+            gradient: records the graph back to what spliced functions return.
 
         Raises: SourceError when the model has no head.
         """
-        return self._logits(ids, attention_mask, splice, start)
-
-    def logits_with_gradient(self, ids: Tensor, splice: Splices) -> Tensor:
-        """Computes `logits` with gradients to what the spliced functions return.
-
-        Raises: SourceError when the model has no head.
-        """
-        with torch.inference_mode(False), torch.enable_grad():
-            return self._logits(ids, None, splice, None)
-
-    def _logits(
-        self,
-        ids: Tensor,
-        attention_mask: Tensor | None,
-        splice: Splices | None,
-        start: Start | None,
-    ) -> Tensor:
         if not self.has_head:
             kind = type(self.model).__name__
             raise SourceError(
@@ -320,8 +304,9 @@ class LanguageModel:
             for name, function in (splice or {}).items()
         }
         skipped = [] if start is None else self.blocks[: start.blocks]
-        with run_hooks(hooks), skip_modules(skipped, start.output if start else None):
-            return self.model(**self._inputs(ids, attention_mask)).logits
+        with torch.inference_mode(not gradient), run_hooks(hooks):
+            with skip_modules(skipped, start.output if start else None):
+                return self.model(**self._inputs(ids, attention_mask)).logits
 
     def starts_agree(self, ids: Tensor, attention_mask: Tensor | None, hook_name: str) -> bool:
         """Returns whether leaving out the blocks before a hook point gives the same bits.

@@ -32,8 +32,7 @@ from saelab.errors import SettingError
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.launch.cell_key import check_ranks, machine
-from saelab.launch.prepare import LaunchData, prepare
-from saelab.launch.spliced import spliced_model
+from saelab.launch.prepare import LaunchData, prepare, spliced_model
 from saelab.runs.schema import CellId
 from saelab.runtime.counting import count
 from saelab.sae import SAE

@@ -39,6 +39,7 @@ from saelab.storage.lock import lock_folder
 from saelab.storage.remote import Place, RemoteError, place_of
 from saelab.study.calibration import calibration_tokens, why_not_calibrated
 from saelab.study.plan import BaseConfig, ProbingConfig
+from saelab.training.spliced_model import SplicedModel, needs_model
 from saelab.version import __version__
 
 #: Stored precision of probing activations; the model's own channels are probed from the same.
@@ -303,7 +304,7 @@ def _activations(
 
 
 def _asked_hooks(hooks: Sequence[str], model: LanguageModel) -> dict[str, Any]:
-    """What a harvest's key says of its hook points: of several, the whole set."""
+    """The hook points in a harvest's key: of several, the whole set."""
     if len(hooks) == 1:
         return {"hook_name": hooks[0], **model.hook_identity(hooks[0])}
     return {"hook_names": {hook: model.hook_identity(hook) for hook in sorted(hooks)}}
@@ -421,3 +422,15 @@ def source_path(source: Source) -> Place | Paths:
     if path is None:
         raise SourceError("a launch needs its activations in a folder")
     return path
+
+
+def spliced_model(base: BaseConfig, device: str) -> SplicedModel | None:
+    """Loads the language model where a loss of the settings reads its output.
+
+    Returns: None where none does, or where the activations were made elsewhere.
+    """
+    sae = base.sae.outline(d_out=2 if base.target_hooks else None)
+    if not needs_model(sae) or base.activations is not None:
+        return None
+    model = language_model.load(base.model.patched({"device": device}))
+    return SplicedModel(model, base.output_hooks)

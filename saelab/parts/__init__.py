@@ -39,6 +39,7 @@ from saelab.parts.controllers.annealed_k import AnnealedKConfig
 from saelab.parts.controllers.l0_target import L0TargetConfig
 from saelab.parts.controllers.ramp import RampConfig
 from saelab.parts.controllers.rounded_k import RoundedKConfig
+from saelab.parts.controllers.schedule import ScheduleConfig
 from saelab.parts.losses.auxk import AuxKConfig
 from saelab.parts.losses.gate_l1 import GateL1Config
 from saelab.parts.losses.gate_reconstruction import GateReconstructionConfig
@@ -187,7 +188,13 @@ for _seam, _configs in {
         OrthogonalityConfig,
         TemporalContrastConfig,
     ),
-    "controller": (L0TargetConfig, RampConfig, RoundedKConfig, AnnealedKConfig),
+    "controller": (
+        L0TargetConfig,
+        RampConfig,
+        ScheduleConfig,
+        RoundedKConfig,
+        AnnealedKConfig,
+    ),
     "constraint": (UnitNormConfig, FrozenConfig),
     "observer": (ResamplingConfig, LifetimesConfig),
 }.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -129,6 +129,17 @@ class PartConfig(Frozen):
     def examples(cls, d_sae: int) -> tuple[Example, ...]:
         """Returns `example` and further configurations, with code paths of their own, to check."""
         return (cls.example(d_sae),)
+
+    @property
+    def settings_read(self) -> Mapping[str, str]:
+        """Fields of the part that name a controller's setting, with that name: those that hold a
+        text and may hold a number."""
+        read = {}
+        for name, value in self:
+            kinds = set(get_args(type(self).model_fields[name].annotation))
+            if isinstance(value, str) and str in kinds and kinds & {int, float}:
+                read[name] = value
+        return read
 
     @property
     def logged(self) -> Mapping[str, Scalar]:

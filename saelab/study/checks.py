@@ -23,11 +23,14 @@ def check_settings(settings: BaseConfig) -> None:
     """Raises: SettingError for settings that fit only on their own."""
     check_hooks(settings, settings.activations)
     known = [str(getattr(controller, "name", "")) for controller in settings.sae.controllers]
-    for i, loss in enumerate(settings.sae.losses):
-        name = getattr(loss, "coefficient", None)
-        if isinstance(name, str) and name not in known:
-            remedy = f"no such controller{nearest(name, known)}: add one, or use a number"
-            raise SettingError(f"sae.losses.{i}.coefficient", name, remedy)
+    for place, parts in settings.sae.parts().items():
+        several = isinstance(getattr(settings.sae, place), tuple)
+        for i, part in enumerate(parts):
+            for field, name in part.settings_read.items():
+                if name not in known:
+                    remedy = f"no such controller{nearest(name, known)}: add one, or use a number"
+                    where = f"sae.{place}.{i}" if several else f"sae.{place}"
+                    raise SettingError(f"{where}.{field}", name, remedy)
     low, high = settings.train.positions or (0, 1)
     foreign = settings.activations is not None
     context = high if foreign else settings.context

@@ -50,7 +50,7 @@ class Splice:
         blocks = recon.split(self.widths, dim=1)
         named = zip(self.spliced.hook_names, blocks, strict=True)
         splice = {name: self._replace(block) for name, block in named}
-        return self.spliced.model.logits_with_gradient(self.ids, splice).float()
+        return self.spliced.model.logits(self.ids, splice=splice, gradient=True).float()
 
     def _replace(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
         def replace(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def train_members(
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What a training has besides its data and settings.
+    """Circumstances of a training: all but its data and settings.
 
     Args:
         layout: of the batches: 'rows', or 'contexts' for parts that need whole contexts.

@@ -39,12 +39,7 @@ K_AS_NUMBER = [
     if case.seam == "activation" and isinstance(getattr(case.part, "k", None), int)
 ]
 #: Parts that take the value of a controller's setting, in a field that may hold a number as well.
-READS_A_SETTING = [
-    case
-    for case in EVERY
-    if case.seam != "controller"
-    and isinstance(getattr(case.part, "coefficient", getattr(case.part, "k", None)), str)
-]
+READS_A_SETTING = [case for case in EVERY if case.part.settings_read]
 #: Its observer resets latents in a run as short as these.
 RESETS = next(one for one in cases(D_SAE, "observer") if one.example.resets)
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from published_saes import BY_NAME, LAYOUTS
-from saes import D_SAE, N, clear, rows, same, trained, trained_sae
+from saes import D_IN, D_SAE, N, clear, rows, same, trained, trained_sae
 from safetensors.torch import load_file, save_file
 
 from saelab import formats
 from saelab.checks.examples import cases
 from saelab.formats.saelens_fields import RULES
+from saelab.parts.base import Dims, Form
 from saelab.row_norm import RowNorm
 from saelab.sae import SAE
 
@@ -38,6 +39,7 @@ OURS = {
     )
     for activation in cases(D_SAE, "activation", first=True)
     for scaling in (None, *cases(D_SAE, "scaling", first=True))
+    if isinstance(activation.part.build(Dims(D_IN, D_SAE)).export(), Form)
 }
 THEIRS = [
     *(f"saelens-{n}" for n in ("standard", "standard-uncentred", "topk", "topk-rescaled")),

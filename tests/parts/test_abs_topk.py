@@ -96,7 +96,10 @@ def turnable(sae: SAE) -> list[Tensor]:
 
 
 def test_most_parts_stand_beside_a_signed_code() -> None:
-    assert {case.kind for case in AROUND if not fits(case)} == {"l0"}
+    of_gates = {"loss-gate_l1", "loss-gate_l1-2", "loss-lp-2"}
+    of_gates |= {"loss-gate_reconstruction", "loss-gate_reconstruction-2"}
+    of_thresholds = {"loss-l0", "loss-preactivation", "loss-quadratic_l0", "loss-quadratic_l0-2"}
+    assert {str(case) for case in AROUND if not fits(case)} == of_gates | of_thresholds
 
 
 def test_dead_latents_are_chosen_by_size(global_random_seed: int) -> None:

@@ -15,7 +15,10 @@ from saelab.seeding import torch_stream
 
 D_IN, D_SAE = 24, 160
 KINDS: dict[str, dict[str, Any]] = {
-    str(case): {"activation": case.part, **case.example.beside}
+    str(case): {
+        "activation": case.part,
+        **{name: value for name, value in case.example.beside.items() if name != "losses"},
+    }
     for case in cases(D_SAE, "activation")
 } | {
     "relu": {"activation": "relu"},

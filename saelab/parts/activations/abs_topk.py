@@ -8,108 +8,33 @@ that controller, one step behind; the last k is stored for inference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from saelab.errors import SettingError
 from saelab.kernels import Support, kernels_for, support_of_topk, topk_over_ranks
-from saelab.parts.base import (
-    PER_TOKEN,
-    Activation,
-    Dims,
-    Example,
-    Form,
-    L0Rule,
-    Latents,
-    PartConfig,
-    Pass,
-    Scalar,
-    check_setting,
-    few,
-    measurement,
-    nearest_k,
-)
-
-if TYPE_CHECKING:
-    from saelab.sae import SAE, SAEConfig
+from saelab.parts.base import Dims, Form
+from saelab.parts.following import FollowsK, KConfig
 
 
-class AbsTopKConfig(PartConfig):
+class AbsTopKConfig(KConfig):
     """k: active latents per row, or the name of the controller that sets it."""
 
     kind: Literal["abs_topk"] = "abs_topk"
-    k: Latents = 32
 
     def build(self, dims: Dims) -> AbsTopK:
-        return AbsTopK(self.k, dims)
-
-    @classmethod
-    def example(cls, d_sae: int) -> Example:
-        return Example(cls(k=few(d_sae)))
-
-    @classmethod
-    def examples(cls, d_sae: int) -> tuple[Example, ...]:
-        follows = {"controllers": [{"kind": "annealed_k", "start": d_sae // 2, "end": few(d_sae)}]}
-        return cls.example(d_sae), Example(cls(k="k"), follows)
-
-    @property
-    def logged(self) -> Mapping[str, Scalar]:
-        moves = isinstance(self.k, str)
-        return {"abs_topk.k": measurement("latents per token", PER_TOKEN)} if moves else {}
-
-    @property
-    def target_l0(self) -> float | None:
-        return self.k if isinstance(self.k, int) else None
-
-    @property
-    def l0_setting(self) -> str | None:
-        return self.k if isinstance(self.k, str) else None
-
-    def l0_rule(self, sae: SAEConfig) -> L0Rule | None:
-        return "set" if isinstance(self.k, int) else None
-
-    def at_l0(self, level: float, sae: SAEConfig) -> AbsTopKConfig:
-        return self.patched({"k": nearest_k(level)}) if isinstance(self.k, int) else self
+        return AbsTopK(self, dims)
 
     @classmethod
     def of_form(cls, form: Form) -> AbsTopKConfig | None:
         return cls(k=form.k) if form.k is not None and form.signed else None
 
 
-class AbsTopK(Activation):
+class AbsTopK(FollowsK):
     exact_k: ClassVar[bool] = True
     signed: ClassVar[bool] = True
     shardable = True
-
-    def __init__(self, k: int | str, dims: Dims) -> None:
-        super().__init__()
-        if isinstance(k, int) and k > dims.d_sae:
-            raise SettingError("activation.k", k, f"must be at most d_sae = {dims.d_sae}")
-        self.setting, self.d_sae = k, dims.d_sae
-        if isinstance(k, str):
-            self.register_buffer("last_k", torch.ones((), dtype=torch.int64))
-
-    @property
-    def k(self) -> int:
-        return self.setting if isinstance(self.setting, int) else int(self.get_buffer("last_k"))
-
-    def check(self, sae: SAE) -> None:
-        if isinstance(self.setting, str):
-            check_setting("activation.k", self.setting, sae)
-            self._follow(sae.settings(0)[self.setting])
-
-    def update(self, p: Pass) -> None:
-        if isinstance(self.setting, str):
-            self._follow(p.settings[self.setting])
-
-    def _follow(self, value: float) -> None:
-        self.get_buffer("last_k").fill_(min(max(1, round(value)), self.d_sae))
-
-    def scalars(self) -> dict[str, float]:
-        return {} if isinstance(self.setting, int) else {"abs_topk.k": float(self.k)}
 
     def dense(self, z: Tensor) -> Tensor:
         latents = z.detach().abs().topk(self.k, dim=-1, sorted=False).indices

@@ -9,67 +9,37 @@ The stored threshold makes a token's code independent of its batch.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor
 
-from saelab.errors import SettingError
 from saelab.kernels import Support, kernels_for, support_above
-from saelab.parts.base import (
-    Activation,
-    Dims,
-    Example,
-    Form,
-    L0Rule,
-    PartConfig,
-    Pass,
-    correct_bias,
-    few,
-    nearest_k,
-)
-
-if TYPE_CHECKING:
-    from saelab.sae import SAEConfig
+from saelab.parts.base import Dims, Form, Pass, correct_bias
+from saelab.parts.following import FollowsK, KConfig
 
 
-class BatchTopKConfig(PartConfig):
-    """k: mean active latents per row; momentum: of the threshold's EMA."""
+class BatchTopKConfig(KConfig):
+    """k: mean active latents per row, or the name of the controller that sets it; momentum: of the
+    threshold's EMA."""
 
     kind: Literal["batchtopk"] = "batchtopk"
-    k: PositiveInt = 32
     momentum: float = Field(default=0.99, ge=0, lt=1)
 
     def build(self, dims: Dims) -> BatchTopK:
         return BatchTopK(self, dims)
 
-    @classmethod
-    def example(cls, d_sae: int) -> Example:
-        return Example(cls(k=few(d_sae)))
 
-    @property
-    def target_l0(self) -> float:
-        return self.k
-
-    def l0_rule(self, sae: SAEConfig) -> L0Rule:
-        return "set"
-
-    def at_l0(self, level: float, sae: SAEConfig) -> BatchTopKConfig:
-        return self.patched({"k": nearest_k(level)})
-
-
-class BatchTopK(Activation):
+class BatchTopK(FollowsK):
     couples_batch: ClassVar[bool] = True
     shardable = True
     ema: Tensor
     count: Tensor
 
     def __init__(self, config: BatchTopKConfig, dims: Dims) -> None:
-        super().__init__()
-        if config.k > dims.d_sae:
-            raise SettingError("activation.k", config.k, f"must be at most d_sae = {dims.d_sae}")
-        self.k, self.momentum = config.k, config.momentum
+        super().__init__(config, dims)
+        self.momentum = config.momentum
         self.register_buffer("ema", torch.zeros((), dtype=torch.float32))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
@@ -117,6 +87,7 @@ class BatchTopK(Activation):
         return self.k * int(self.ranks.total_over_rows(rows)[0])
 
     def update(self, p: Pass) -> None:
+        super().update(p)
         active = p.code.values.detach()[p.code.active]
         least = active.min() if active.numel() else active.new_tensor(math.inf)
         least = self.ranks.smallest(least)

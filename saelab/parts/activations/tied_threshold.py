@@ -198,8 +198,7 @@ class TiedThreshold(Activation):
         return not self.is_static
 
     def check(self, sae: SAE) -> None:
-        units = [c for c in sae.config.constraints if c.kind == "unit_norm"]
-        if not any(getattr(c, "weight", "") == "decoder" for c in units):
+        if not any(part.fixes_decoder_norms for part in sae.config.constraints):
             remedy = "free decoder norms undo a tied threshold: add the constraint unit_norm"
             raise SettingError("activation", "tied_threshold", remedy)
 

@@ -62,10 +62,12 @@ class MultiTopK(LossTerm):
     def loss(self, p: Pass) -> Tensor:
         sae = p.sae
         k = min(sae.d_sae, max(1, round(self.multiple * (sae.config.target_l0 or 1))))
+        sizes = p.z.abs() if sae.signed else p.z
         if self.ranks.latents > 1:
-            support = topk_over_ranks(p.z, k, self.ranks)
+            support = topk_over_ranks(sizes, k, self.ranks)
         else:
-            support = support_of_topk(kernels_for(p.z.device).topk(p.z, k), p.z.shape[1])
-        values = torch.relu(sae.encode_at(p.u, support))
+            support = support_of_topk(kernels_for(sizes.device).topk(sizes, k), sizes.shape[1])
+        values = sae.encode_at(p.u, support)
+        values = values if sae.signed else torch.relu(values)
         recon = self.ranks.over_latents(decode_at(values, sae.W_dec, support)) + sae.b_dec
         return p.setting(self.coefficient) * p.share(mean_square(recon, p.target))

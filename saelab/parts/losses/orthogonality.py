@@ -62,7 +62,10 @@ class Orthogonality(LossTerm):
         for latents in self.chunks(p.step):
             inside = latents.to(rows.device)
             some = rows.detach()[inside]
-            cosines = (some @ some.T).fill_diagonal_(-torch.inf)
-            nearest[inside] = inside[cosines.argmax(1)]
-        cosines = torch.linalg.vecdot(rows, rows[nearest]).clamp_min(0)
+            cosines = some @ some.T
+            if p.sae.signed:  # rows of either sign are one direction
+                cosines = cosines.abs()
+            nearest[inside] = inside[cosines.fill_diagonal_(-torch.inf).argmax(1)]
+        cosines = torch.linalg.vecdot(rows, rows[nearest])
+        cosines = cosines if p.sae.signed else cosines.clamp_min(0)
         return p.setting(self.coefficient) * cosines.square().mean()

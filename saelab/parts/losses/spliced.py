@@ -97,5 +97,5 @@ class CrossEntropy(Spliced):
     def compare(self, logits: Tensor, tokens: SplicedTokens) -> Tensor:
         counted = tokens.mask[:, 1:]
         if not bool(counted.any()):
-            return torch.zeros((), device=logits.device)
+            return torch.zeros((), dtype=torch.float32, device=logits.device)
         return cross_entropy(logits[:, :-1][counted], tokens.ids[:, 1:][counted])

@@ -44,7 +44,7 @@ class Tanh(LossTerm):
         self.uses_decoder_norms = config.decoder_norms
 
     def loss(self, p: Pass) -> Tensor:
-        sizes, support = p.code.values * self.steepness, p.code.support
+        sizes, support = p.sizes.values * self.steepness, p.code.support
         if self.uses_decoder_norms:
             norms = p.decoder_norms
             sizes = sizes * (norms if support is None else norms.index_select(0, support.latents))

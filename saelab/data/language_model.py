@@ -304,9 +304,13 @@ class LanguageModel:
             for name, function in (splice or {}).items()
         }
         skipped = [] if start is None else self.blocks[: start.blocks]
-        with torch.inference_mode(not gradient), run_hooks(hooks):
-            with skip_modules(skipped, start.output if start else None):
-                return self.model(**self._inputs(ids, attention_mask)).logits
+        output = start.output if start else None
+        with (
+            torch.inference_mode(not gradient),
+            run_hooks(hooks),
+            skip_modules(skipped, output),
+        ):
+            return self.model(**self._inputs(ids, attention_mask)).logits
 
     def starts_agree(self, ids: Tensor, attention_mask: Tensor | None, hook_name: str) -> bool:
         """Returns whether leaving out the blocks before a hook point gives the same bits.

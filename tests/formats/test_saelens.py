@@ -30,7 +30,7 @@ from saelab.checks.examples import Case, cases
 from saelab.errors import SettingError, SourceError, UsageError
 from saelab.formats.saelens_fields import RULES
 from saelab.parts.activations.relu import ReLU
-from saelab.parts.base import Activation
+from saelab.parts.base import Activation, Refusal
 
 ABOUT = {"model": "m/pythia", "hook_name": "blocks.3.hook_resid_post", "context": 128, "seed": 7}
 WEIGHTS = "sae_weights.safetensors"

@@ -5,6 +5,9 @@
 
     f = max(W_enc (x - b_dec) + b_enc, 0) at the k largest of a row
 
+With `transcode` it reads the input of the module and reconstructs its output: b_dec is then not
+subtracted. `skip_connection` adds W_skip x (tensor W_skip [d_in, d_in]).
+
 The folder is named after the module whose output is encoded ('layers.3', 'h.3'). The folder above
 may hold the run's config.json with the model's name.
 """
@@ -12,22 +15,23 @@ may hold the run's config.json with the model's name.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+from saelab.data.hook_names import describe_hooks
 from saelab.errors import SettingError, nearest
 from saelab.formats.base import Loaded, Origin, Plain, read_config, read_tensors, take
 
 FILES = CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 #: Fields that are honoured, and those that are used only in training.
-HONOURED = ("activation", "k", "d_in")
+HONOURED = ("activation", "k", "d_in", "transcode", "skip_connection")
 TRAINING = ("expansion_factor", "num_latents", "normalize_decoder", "multi_topk")
 #: Field -> why an SAE that uses it is refused; false means that it is not used.
 REFUSED = {
-    "transcode": "belongs to a transcoder, which reconstructs other activations than it reads",
-    "skip_connection": "adds a linear map of the input, which is not part of the code",
     "signed": "selects latents by their magnitude, which no part here computes",
 }
+_MLP = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.mlp")
 _BLOCK = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)")
 
 
@@ -39,13 +43,19 @@ def load(folder: Path) -> Loaded:
     where = folder / CONFIG
     config = read_config(where)
     _check(where, config)
-    tensors = take(read_tensors(folder / WEIGHTS), TENSORS, folder / WEIGHTS)
+    names = (*TENSORS, "W_skip") if config.get("skip_connection") else TENSORS
+    tensors = take(read_tensors(folder / WEIGHTS), names, folder / WEIGHTS)
     w_enc, b_enc, w_dec, b_dec = (tensors[name].float() for name in TENSORS)
-    plain = Plain(w_enc, b_enc, w_dec, b_dec, k=config["k"]).validate(folder / WEIGHTS)
+    plain = Plain(w_enc, b_enc, w_dec, b_dec, k=config["k"])
+    transcode = bool(config.get("transcode"))
+    if transcode:
+        skip = tensors["W_skip"].float() if "W_skip" in tensors else None
+        plain = replace(plain, centre=False, target=True, W_skip=skip)
+    plain = plain.validate(folder / WEIGHTS)
     for name, size in (("d_in", plain.d_in), ("num_latents", plain.d_sae)):
         if config.get(name, size) not in (size, 0):  # 0: d_in times the expansion factor
             raise SettingError(f"{where}: {name}", config[name], f"the weights have {size}")
-    return Loaded(plain.build(), Origin(_model(folder), _hook(folder.resolve().name)), config)
+    return Loaded(plain.build(), Origin(_model(folder), _hooks(folder, transcode)), config)
 
 
 def _check(where: Path, config: dict[str, object]) -> None:
@@ -53,6 +63,9 @@ def _check(where: Path, config: dict[str, object]) -> None:
 
     Raises: SettingError for a field that is refused or unknown, or has a value that is not read.
     """
+    if config.get("skip_connection") and not config.get("transcode"):
+        remedy = "goes past the code to the same activations: it is read with transcode alone"
+        raise SettingError(f"{where}: skip_connection", True, remedy)
     for name, value in config.items():
         if name in REFUSED and value:
             raise SettingError(f"{where}: {name}", value, f"{REFUSED[name]}: it is not read")
@@ -72,6 +85,18 @@ def _hook(module: str) -> str:
     """Converts a module's name to a hook point: the output of a block, or the name itself."""
     block = _BLOCK.fullmatch(module)
     return f"blocks.{block[1]}.hook_resid_post" if block else module if "." in module else ""
+
+
+def _hooks(folder: Path, transcode: bool) -> str:
+    """Returns the hook points that a folder's name stands for."""
+    module = folder.resolve().name
+    if not transcode:
+        return _hook(module)
+    mlp = _MLP.fullmatch(module)
+    if mlp:
+        block = f"blocks.{mlp[1]}"
+        return describe_hooks([f"{block}.mlp.hook_in"], [f"{block}.hook_mlp_out"])
+    return describe_hooks([f"{module}.input"], [module]) if "." in module else ""
 
 
 def _model(folder: Path) -> str:

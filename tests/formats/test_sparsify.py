@@ -78,7 +78,6 @@ def test_the_folder_names_the_hook(name: str, hook: str, tmp_path: Path) -> None
     ("field", "value"),
     [
         ("activation", "groupmax"),
-        ("transcode", True),
         ("skip_connection", True),
         ("signed", True),
         ("k", 0),

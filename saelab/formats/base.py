@@ -10,6 +10,11 @@ evaluations accept. ReLU has no threshold. A gated SAE (Rajamanoharan et al. 202
 too, because its gate and its magnitude share one encoder: with r > 0 and y = W x
 
     f = max(r y + b_mag, 0) 1[y + b_gate > 0]     is     z = r y + b_mag, threshold b_mag - r b_gate
+
+A transcoder reconstructs other activations y than it reads; its b_dec is of y, and nothing is
+subtracted from x:
+
+    z = W_enc x + b_enc,   y_hat = f W_dec + b_dec + W_skip x        W_skip of a skip transcoder
 """
 
 from __future__ import annotations
@@ -42,15 +47,17 @@ class Plain:
     """An SAE in the form of this module's equation.
 
     Args:
-        W_enc, W_dec: float [d_sae, d_in]; row i belongs to latent i.
+        W_enc, W_dec: float [d_sae, d_in] and [d_sae, d_out]; row i belongs to latent i.
         b_enc: [d_sae].
-        b_dec: [d_in].
+        b_dec: [d_out].
         centre: whether b_dec is subtracted before the encoder.
         threshold: [d_sae]; None for ReLU, and for TopK, which has a k.
         k: active latents per row.
         row_norm: normalisation of each row by its own statistics; then x and x_hat of the equation
             are normalised rows, see `saelab.row_norm` and `SAE.complete`.
         signed: whether these are the k largest |z|, with their signs.
+        target: whether other activations than the input are reconstructed; d_out is d_in otherwise.
+        W_skip: [d_out, d_in]; None without a skip connection.
     """
 
     W_enc: Tensor
@@ -62,6 +69,13 @@ class Plain:
     k: int | None = None
     row_norm: RowNorm = "none"
     signed: bool = False
+    target: bool = False
+    W_skip: Tensor | None = None
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed."""
+        return self.W_dec.shape[-1] if self.target else self.d_in
 
     @property
     def d_sae(self) -> int:
@@ -97,8 +111,11 @@ class Plain:
             threshold = None if threshold is None else threshold * gain + shift
         if threshold is not None:
             threshold = threshold.clamp_min(0).expand(sae.d_sae)
-        folded_sae = cls(w_enc, b_enc, w_dec, b_dec, threshold=threshold, k=form.k)
-        return replace(folded_sae, row_norm=sae.row_norm, signed=form.signed)
+        plain = cls(w_enc, b_enc, w_dec, b_dec, threshold=threshold, k=form.k)
+        plain = replace(plain, row_norm=sae.row_norm, signed=form.signed)
+        if not sae.has_target:
+            return plain
+        return replace(plain, centre=False, target=True, W_skip=folded.get("W_skip"))
 
     @torch.no_grad()
     def build(self) -> SAE:
@@ -109,9 +126,10 @@ class Plain:
             activation=activation_of(self.form),
             losses=DEFAULT_LOSSES[:1],
             controllers=(),
+            skip=self.W_skip is not None,
         )
-        sae = config.build(self.d_in)
-        for name in MATRICES:
+        sae = config.build(self.d_in, d_out=self.d_out if self.target else None)
+        for name in (*MATRICES, *(["W_skip"] if self.W_skip is not None else [])):
             getattr(sae, name).copy_(getattr(self, name))
         sae.activation.load_form(self.form)
         sae.row_norm = self.row_norm
@@ -125,8 +143,12 @@ class Plain:
         """
         if self.W_enc.dim() != 2:
             raise SourceError(f"{where}: the encoder is not a matrix: name an SAE's directory")
-        shapes = {"W_enc": (self.d_sae, self.d_in), "W_dec": (self.d_sae, self.d_in)}
-        shapes |= {"b_enc": (self.d_sae,), "b_dec": (self.d_in,), "threshold": (self.d_sae,)}
+        if not self.target and self.W_skip is not None:
+            problem = "it has a skip connection, but reconstructs its input"
+            raise SourceError(f"{where}: {problem}: name a transcoder's directory")
+        shapes = {"W_enc": (self.d_sae, self.d_in), "W_dec": (self.d_sae, self.d_out)}
+        shapes |= {"b_enc": (self.d_sae,), "b_dec": (self.d_out,), "threshold": (self.d_sae,)}
+        shapes["W_skip"] = (self.d_out, self.d_in)
         for name, shape in shapes.items():
             tensor = getattr(self, name)
             if tensor is None:

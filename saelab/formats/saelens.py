@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saelab.errors import SettingError, nearest
+from saelab.formats import saelens_transcoders as transcoders
 from saelab.formats.base import (
     MATRICES,
     Loaded,
@@ -176,18 +177,20 @@ def load(folder: Path) -> Loaded:
     """
     where = folder / CONFIG
     fields, metadata, old = _as_current_form(read_config(where))
-    _check(where, fields, all_known=not old)
-    _check(where, metadata, all_known=False)
+    kind = str(fields.get("architecture", ""))
+    _check(where, transcoders.without_fields(kind, fields), all_known=not old)
+    _check(where, transcoders.without_fields(kind, metadata), all_known=False)
     fields = _with_topk(fields, where)
     architecture = str(fields.get("architecture", "standard"))
     if architecture not in READERS:
-        remedy = f"only autoencoders of these kinds are read: {', '.join(READERS)}"
+        remedy = f"only these kinds are read: {', '.join(READERS)}"
         raise SettingError(f"{where}: architecture", architecture, remedy)
     tensors = _drop_unused_factor(read_tensors(folder / WEIGHTS), folder)
     tensors = _round_to_dtype(tensors, fields, where)
     with shape_errors_as_source_error(folder / WEIGHTS):
         plain = READERS[architecture](tensors, fields, folder / WEIGHTS)
-    plain = replace(plain, centre=_switch(fields, "apply_b_dec_to_input", True, where))
+    if not plain.target:
+        plain = replace(plain, centre=_switch(fields, "apply_b_dec_to_input", True, where))
     plain = plain.validate(folder / WEIGHTS)
     for name, size in (("d_in", plain.d_in), ("d_sae", plain.d_sae)):
         if fields.get(name, size) != size:
@@ -266,6 +269,7 @@ READERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], Path], Pla
     "gated": _read_gated,
     "batchtopk": _read_batchtopk,
     "matryoshka_batchtopk": _read_batchtopk,
+    **dict.fromkeys(transcoders.ARCHITECTURES, transcoders.read),
 }
 
 
@@ -307,7 +311,7 @@ def _has(folder: Path, name: str) -> bool:
 def _origin(metadata: Mapping[str, Any], old: bool) -> Origin:
     return Origin(
         str(metadata.get("model_name") or ""),
-        str(metadata.get("hook_name") or ""),
+        transcoders.hooks(metadata),
         tuple(dict.fromkeys(_peculiarities(metadata, old))),
     )
 
@@ -346,8 +350,11 @@ def save(sae: SAE, folder: Path, about: Mapping[str, Any]) -> None:
 
     Raises: SettingError when a part of the SAE can't be folded.
     """
+    transcoders.check_writable(sae)
     plain = Plain.of(sae).validate(folder)
     tensors = {name: getattr(plain, name) for name in MATRICES} | {"W_enc": plain.W_enc.T}
+    if plain.W_skip is not None:
+        tensors["W_skip"] = plain.W_skip
     if plain.threshold is not None:
         tensors["threshold"] = plain.threshold
     copies = {name: t.detach().float().cpu().clone().contiguous() for name, t in tensors.items()}
@@ -356,6 +363,8 @@ def save(sae: SAE, folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def _architecture(plain: Plain) -> str:
+    if plain.target:
+        return transcoders.architecture(plain)
     if plain.k is not None:
         return "abstopk" if plain.signed else "topk"
     return "standard" if plain.threshold is None else "jumprelu"
@@ -372,6 +381,7 @@ def _config(plain: Plain) -> dict[str, Any]:
         "normalize_activations": next(n for n, k in ROW_NORMS.items() if k == plain.row_norm),
         "reshape_activations": "none",
         **({"k": plain.k, "rescale_acts_by_decoder_norm": False} if plain.k is not None else {}),
+        **transcoders.config(plain),
     }
 
 
@@ -403,7 +413,7 @@ def _metadata(about: Mapping[str, Any]) -> dict[str, Any]:
         "sae_lens_training_version": None,
         "model_name": about.get("model") or None,
         "model_class_name": "HookedTransformer",
-        "hook_name": hook or None,
+        **transcoders.metadata(hook),
         "hook_layer": int(block) if block.isdigit() else None,
         "hook_head_index": None,
         **_training(about),

@@ -80,8 +80,8 @@ RULES: dict[str, Rule] = {
     ),
     **_rules(
         "refused",
-        "belongs to a transcoder, which reconstructs other activations than it reads: only "
-        "autoencoders are read",
+        "belongs to a transcoder, which reconstructs other activations than it reads: set the "
+        "architecture to that of a transcoder, or leave it out",
         *("d_out", "hook_name_out", "hook_layer_out", "hook_head_index_out", "hf_hook_name_out"),
     ),
     **_rules(

@@ -304,7 +304,7 @@ def _activations(
 
 
 def _asked_hooks(hooks: Sequence[str], model: LanguageModel) -> dict[str, Any]:
-    """The hook points in a harvest's key: of several, the whole set."""
+    """Entries of a harvest's key for its hook points: of several, the whole set."""
     if len(hooks) == 1:
         return {"hook_name": hooks[0], **model.hook_identity(hooks[0])}
     return {"hook_names": {hook: model.hook_identity(hook) for hook in sorted(hooks)}}

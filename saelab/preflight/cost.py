@@ -131,7 +131,7 @@ def harvest_bytes(size: Size, base: BaseConfig, tokens: int) -> int:
     live = one_pass * (10 * size.d_model + 2 * size.inner) * 4
     shard = min(tokens, config.shard_tokens) * size.d_model * _itemsize(config.dtype)
     ahead = min(tokens, config.shard_tokens + AHEAD * n * one_pass)
-    shards = 2 if ahead > config.shard_tokens else 1
+    shards = (2 if ahead > config.shard_tokens else 1) * len(base.hooks)
     return n * live + shards * shard + 9 * tokens
 
 
@@ -210,14 +210,17 @@ def launch_needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, grou
     size = language_model.size(base.model)
     d = size.d_model
     harvested = harvest_bytes(size, base, base.train.tokens)
-    probed = 2 * probing_rows(base) * d
-    shard, rows = shard_bytes(base.harvest.shard_tokens, d, base.harvest.dtype)
+    probed = 2 * probing_rows(base) * d * len(base.input_hooks)
+    inputs, hooks = len(base.input_hooks), len(base.hooks)
+    shard, rows = shard_bytes(base.harvest.shard_tokens, hooks * d, base.harvest.dtype)
     if remote_cache() is not None:  # not mapped: read ahead, and a shard of training and held-out
         rows += base.harvest.read_ahead + 4 * shard  # activations each, with its bytes while read
-    job = _job_bytes(specs, d, group, base.evaluation.snapshots)
-    worker = size.weights + probed + rows + sample_bytes(d) + job
-    tokens = (base.train.tokens, base.evaluation.tokens, calibration_tokens(base))
-    stored = sum(bytes_needed(n, base.context, d, base.harvest.dtype) for n in tokens)
+    widest = d * max(inputs, len(base.target_hooks))
+    job = _job_bytes(specs, widest, group, base.evaluation.snapshots)
+    worker = size.weights + probed + rows + sample_bytes(hooks * d) + job
+    tokens = [(base.train.tokens, hooks), (base.evaluation.tokens, hooks)]
+    tokens.append((calibration_tokens(base), inputs))  # which is only read
+    stored = sum(h * bytes_needed(n, base.context, d, base.harvest.dtype) for n, h in tokens)
     return Needs(
         process_bytes() + size.weights + harvested,
         _training_bytes(workers, worker) + size.weights,

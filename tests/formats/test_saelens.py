@@ -444,7 +444,7 @@ def test_old_directories(tmp_path: Path, global_random_seed: int) -> None:
 
 #: Field -> values with which an SAE is refused.
 REFUSED: dict[str, list[Any]] = {
-    "architecture": ["transcoder", "jumprelu_skip_transcoder", "temporal", "matching_pursuit"],
+    "architecture": ["temporal", "matching_pursuit"],
     "normalize_activations": ["sphere"],
     "reshape_activations": ["hook_z"],
     "activation_fn": ["tanh-relu"],

@@ -97,7 +97,6 @@ def test_the_folder_of_a_seed_lies_in_that_of_the_hook(tmp_path: Path) -> None:
     ("field", "value"),
     [
         ("activation", "groupmax"),
-        ("transcode", True),
         ("skip_connection", True),
         ("signed", "yes"),
         ("k", 0),

@@ -19,7 +19,7 @@ from saelab.data.hook_names import describe_hooks, split_hooks
 from saelab.data.language_model import LanguageModel, size
 from saelab.errors import SettingError
 from saelab.launch.prepare import open_source, prepare, source_path
-from saelab.preflight.cost import harvest_flops
+from saelab.preflight.cost import harvest_flops, launch_needs
 from saelab.study import calibration
 from saelab.study.checks import check_settings
 from saelab.study.plan import BaseConfig
@@ -175,6 +175,13 @@ def test_the_harvest_costs_what_the_last_hook_costs(base: BaseConfig) -> None:
     first = base.patched({"hook_name": "blocks.0.hook_resid_post", "target_hook": None})
     later = first.patched({"target_hook": "blocks.2.hook_mlp_out"})
     assert harvest_flops(of_model, later) == pytest.approx(3 * harvest_flops(of_model, first))
+
+
+def test_a_launch_needs_the_space_of_all_hooks(base: BaseConfig) -> None:
+    alone = base.patched({"target_hook": None, "evaluation.calibration_tokens": 0})
+    both = alone.patched({"target_hook": WRITTEN})
+    one, two = (launch_needs(each, [], 1, 1) for each in (alone, both))
+    assert two.disk == 2 * one.disk and two.training > one.training
 
 
 def test_a_target_is_part_of_what_a_comparison_is_about(base: BaseConfig) -> None:

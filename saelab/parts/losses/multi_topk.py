@@ -56,8 +56,8 @@ class MultiTopK(LossTerm):
     def check(self, sae: SAE) -> None:
         super().check(sae)
         if sae.config.target_l0 is None:
-            remedy = "needs an activation with a k, or another part that names an L0"
-            raise SettingError("losses", "multi_topk", remedy)
+            remedy = "multiplies an L0 that no part names: use an activation with a k"
+            raise SettingError("multiple", self.multiple, remedy)
 
     def loss(self, p: Pass) -> Tensor:
         sae = p.sae

@@ -102,6 +102,11 @@ class Pass:
         return self.norms if self.norms is not None else row_norms(self.sae.W_dec)
 
     @property
+    def offset(self) -> Tensor:
+        """What `recon` adds to the decoded code, with its gradient; [d_in]."""
+        return self.sae.b_dec
+
+    @property
     def n(self) -> int:
         """Rows of the batch, over all ranks."""
         return self.x.shape[0] if self.batch_rows is None else self.batch_rows

@@ -61,5 +61,5 @@ class GateL1(LossTerm):
         if self.uses_decoder_norms:
             support, norms = p.code.support, p.decoder_norms
             opened = opened * (norms if support is None else norms[support.latents])
-        scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.x.shape[1]))
+        scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.target.shape[1]))
         return self.ranks.over_latents(opened.sum()) * scale

@@ -104,13 +104,13 @@ class Lp(LossTerm):
         power = float(self.p)
         scale = p.setting(self.coefficient) * float(self.c) / p.n
         total = self.ranks.over_latents(self._sum(self._sizes(p), power))
-        return total * (scale / math.sqrt(p.x.shape[1]) ** power)
+        return total * (scale / math.sqrt(p.target.shape[1]) ** power)
 
     def update(self, p: Pass) -> None:
         c = self.config
         after = c.start + (c.end - c.start) * self._way((p.step + 1) / p.steps)
         if c.keep and after != float(self.p):
-            sizes, width = self._sizes(p), math.sqrt(p.x.shape[1])
+            sizes, width = self._sizes(p), math.sqrt(p.target.shape[1])
             sums = [float(self._sum(sizes, q)) / width**q for q in (float(self.p), after)]
             old, new = self.ranks.total(*sums)
             if old > 0 and new > 0:

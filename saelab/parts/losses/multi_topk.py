@@ -67,5 +67,5 @@ class MultiTopK(LossTerm):
         else:
             support = support_of_topk(kernels_for(p.z.device).topk(p.z, k), p.z.shape[1])
         values = torch.relu(sae.encode_at(p.u, support))
-        recon = self.ranks.over_latents(decode_at(values, sae.W_dec, support)) + sae.b_dec
+        recon = self.ranks.over_latents(decode_at(values, sae.W_dec, support)) + p.offset
         return p.setting(self.coefficient) * p.share(mean_square(recon, p.target))

@@ -54,4 +54,4 @@ class Preactivation(LossTerm):
         pre = p.code.pre if p.code.support is None else p.sae.encode_all(p.u)
         below = torch.relu(p.sae.activation.learned_thresholds() - pre).sum(0)
         total = self.ranks.over_latents(torch.dot(below, p.decoder_norms))
-        return total * (p.setting(self.coefficient) / (p.n * p.x.shape[1]))
+        return total * (p.setting(self.coefficient) / (p.n * p.target.shape[1]))

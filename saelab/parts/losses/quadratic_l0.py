@@ -87,7 +87,7 @@ class QuadraticL0(LossTerm):
 
     def loss(self, p: Pass) -> Tensor:
         gates, support = p.sae.activation.gate(p.code.pre, p.code.support), p.code.support
-        scale = p.setting(self.coefficient) / p.x.shape[1]
+        scale = p.setting(self.coefficient) / p.target.shape[1]
         if self.over == "batch":
             mine = self.ranks.over_latents(gates.sum()) / p.n
             away = self.ranks.over_rows(mine.detach()) / self.target - 1

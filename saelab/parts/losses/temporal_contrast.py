@@ -77,7 +77,7 @@ class TemporalContrast(LossTerm):
         products = now @ before.T / self.temperature
         diagonal = torch.arange(len(later), dtype=torch.int64, device=products.device)
         both = cross_entropy(products, diagonal) + cross_entropy(products.T, diagonal)
-        return both * (p.setting(self.coefficient) / (2 * p.x.shape[1]))
+        return both * (p.setting(self.coefficient) / (2 * p.target.shape[1]))
 
     def _values(self, p: Pass, rows: Tensor) -> Tensor:
         """The code of the given rows and the first latents; a row may occur twice."""

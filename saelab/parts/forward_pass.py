@@ -103,7 +103,7 @@ class Pass:
 
     @property
     def offset(self) -> Tensor:
-        """What `recon` adds to the decoded code, with its gradient; [d_in]."""
+        """Summand that `recon` has besides the decoded code, with its gradient; [d_in]."""
         return self.sae.b_dec
 
     @property

@@ -60,7 +60,7 @@ class L1(LossTerm):
             raise SettingError("decoder_norms", False, remedy)
 
     def loss(self, p: Pass) -> Tensor:
-        scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.x.shape[1]))
+        scale = p.setting(self.coefficient) / (p.n * math.sqrt(p.target.shape[1]))
         if not self.uses_decoder_norms:
             return self.ranks.over_latents(p.code.values.sum()) * scale
         return self.ranks.over_latents(p.code.weighted_sum(p.decoder_norms)) * scale

@@ -492,9 +492,7 @@ class SAE(nn.Module):
         else:
             decode = decode_with_norms if self._norms_wanted else _decode_without_norms
             product, norms = decode(code.values, self.W_dec, code.support)
-        recon = self.ranks.over_latents(product) + self.b_dec
-        if self.W_skip is not None:
-            recon = recon + linear(x - self._centre(), self.W_skip)
+        recon = self.ranks.over_latents(product) + self.offset(x)
         now = self.settings(step)
         return Pass(
             x=x,
@@ -539,6 +537,17 @@ class SAE(nn.Module):
         """Computes the dense code of pre-activations [N, d_sae]."""
         context = (starts,) if self.activation.needs_contexts else ()
         return self.activation.dense(z, *context)
+
+    def offset(self, x: Tensor) -> Tensor:
+        """Returns what is added to the decoded code, in normalised space: b_dec, [d_out], or with a
+        skip connection [N, d_out]; with gradients.
+
+        Args:
+            x: input in normalised space, [N, d_in].
+        """
+        if self.W_skip is None:
+            return self.b_dec
+        return self.b_dec + linear(x - self._centre(), self.W_skip)
 
     def _centre(self) -> Tensor | float:
         if not self.config.centre:

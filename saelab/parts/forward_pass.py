@@ -177,6 +177,12 @@ class Pass:
         return Code(code.values.abs(), code.pre, code.support)
 
     @property
+    def offset(self) -> Tensor:
+        """Summand that `recon` has besides the decoded code, with its gradient; [d_out], or with a
+        skip connection [N, d_out]."""
+        return self.sae.offset(self.x)
+
+    @property
     def n(self) -> int:
         """Rows of the batch, over all ranks."""
         return self.x.shape[0] if self.batch_rows is None else self.batch_rows

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    AfterValidator,
-    NonNegativeFloat,
-    SerializationInfo,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-)
+from pydantic import AfterValidator, NonNegativeFloat
 
 from saelab.config import Frozen
 from saelab.errors import SettingError
@@ -87,23 +81,8 @@ class PartConfig(Frozen):
     are those of a part that logs nothing, needs nothing and sets no L0.
     """
 
-    #: Fields that came after the part. JSON has them where they are not at their defaults, so that
-    #: settings which don't name them keep their digests.
-    later: ClassVar[tuple[str, ...]] = ()
-
     kind: str
     lr: NonNegativeFloat | None = None
-
-    @model_serializer(mode="wrap")
-    def _leave_out_later(
-        self, dump: SerializerFunctionWrapHandler, info: SerializationInfo
-    ) -> dict[str, Any]:
-        data = dump(self)
-        if info.mode == "json":
-            for name in self.later:
-                if getattr(self, name) == type(self).model_fields[name].default:
-                    data.pop(name, None)
-        return data
 
     def build(self, dims: Dims) -> Part:
         """Builds the part.

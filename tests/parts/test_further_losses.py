@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from twins import D_IN, D_SAE, ROWS, Twin, assert_same_loss, relu, rows, small
 
+from saelab.data.activations.stream import Batch
 from saelab.errors import SettingError
 from saelab.parts.losses.orthogonality import Orthogonality
 from saelab.parts.losses.temporal_contrast import TemporalContrast
 from saelab.sae import SAE, SAEConfig
+from saelab.training.loop import Cell
+from saelab.training.optim import TrainConfig
 
 
 def orthogonality(seed: int, **settings: float) -> tuple[SAE, Orthogonality]:
@@ -97,6 +100,20 @@ def test_pairs_are_within_segments(global_random_seed: int) -> None:
     drawn = torch.stack([term.second_rows(STARTS, step) for step in range(300)])
     for column, first, end in zip(drawn.T, STARTS[1:-1], STARTS[2:], strict=True):
         assert column.unique().tolist() == list(range(int(first) + 1, int(end)))
+
+
+def test_contexts_come_with_the_batch(global_random_seed: int) -> None:
+    losses = ["reconstruction", {"kind": "temporal_contrast", "share": 0.5}]
+    data = {"d_sae": D_SAE, "losses": losses, "controllers": [], "precision": "float32"}
+    training = TrainConfig(tokens=3 * ROWS, batch_size=ROWS)
+    x = rows(global_random_seed)
+    cell = Cell("cell", SAEConfig.parse(data), training, x, global_random_seed)
+    segments = torch.arange(ROWS) // 8
+    values = []
+    for given in (segments, segments, None):
+        cell.step(Batch(x, torch.arange(ROWS), segments=given))
+        values.append(cell.log.last("loss.temporal_contrast"))
+    assert values[0] > 0 < values[1] and values[2] == 0
 
 
 def test_without_pairs_there_is_nothing(global_random_seed: int) -> None:

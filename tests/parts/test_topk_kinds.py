@@ -75,6 +75,8 @@ def test_multi_topk_follows_the_level(global_random_seed: int) -> None:
         found.append(one.loss_terms()["multi_topk"].loss(p).detach())
         torch.testing.assert_close(found[-1], wanted.detach())
     assert found[0] != found[1]
-    with pytest.raises(SettingError, match="names an L0"):
+    with pytest.raises(
+        SettingError, match=r"losses.1.multiple = 4: multiplies an L0 that no part names"
+    ):
         data = {"losses": ["reconstruction", "multi_topk"], "controllers": []}
         SAEConfig.parse({"d_sae": 8, **data}).build(4)

@@ -14,11 +14,10 @@ from saelab.sae import ROWS, SAE, SAEConfig
 from saelab.seeding import torch_stream
 
 D_IN, D_SAE = 24, 160
+BESIDE = ("losses", "controllers", "constraints")
 KINDS: dict[str, dict[str, Any]] = {
-    str(case): {
-        "activation": case.part,
-        **{name: value for name, value in case.example.beside.items() if name != "losses"},
-    }
+    str(case): {name: part for name, part in case.settings(D_SAE).parts().items() if name in BESIDE}
+    | {"activation": case.part}
     for case in cases(D_SAE, "activation")
 } | {
     "relu": {"activation": "relu"},

@@ -70,9 +70,9 @@ class Gated(Activation):
         fixed = any(part.fixes_decoder_norms for part in sae.config.constraints)
         if not (fixed or self.config.free_norms):
             remedy = (
-                "needs decoder rows of norm 1: add the constraint 'unit_norm', or set free_norms"
+                "needs decoder rows of norm 1: add the constraint 'unit_norm', or set it to true"
             )
-            raise SettingError("activation", "gated", remedy)
+            raise SettingError("free_norms", False, remedy)
 
     def fit(self, z: Tensor) -> None:
         if self.config.start_l0 is None or bool(self.b_gate.any()):

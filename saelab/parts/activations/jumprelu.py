@@ -36,7 +36,7 @@ class JumpReLUConfig(PartConfig):
         to_input: whether the pseudo-derivatives reach the pre-activations too.
     """
 
-    later: ClassVar[tuple[str, ...]] = ("to_input",)
+    added_later: ClassVar[frozenset[str]] = frozenset({"to_input"})
 
     kind: Literal["jumprelu"] = "jumprelu"
     threshold: PositiveFloat = 0.5

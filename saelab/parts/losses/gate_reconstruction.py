@@ -61,9 +61,9 @@ class GateReconstruction(LossTerm):
     def loss(self, p: Pass) -> Tensor:
         support = p.code.support
         opened = p.sae.activation.gate_path(p.code.pre, support)
-        w_dec, b_dec = p.sae.W_dec, p.sae.b_dec
+        w_dec, offset = p.sae.W_dec, p.offset
         if self.frozen:
-            w_dec, b_dec = w_dec.detach(), b_dec.detach()
+            w_dec, offset = w_dec.detach(), offset.detach()
         product = opened @ w_dec if support is None else decode_at(opened, w_dec, support)
-        recon = self.ranks.over_latents(product) + b_dec
+        recon = self.ranks.over_latents(product) + offset
         return p.setting(self.coefficient) * p.share(mean_square(recon, p.target))

@@ -31,7 +31,7 @@ class L1Config(PartConfig):
         decoder_norms: whether each f_i is multiplied by |W_dec_i|.
     """
 
-    later: ClassVar[tuple[str, ...]] = ("decoder_norms",)
+    added_later: ClassVar[frozenset[str]] = frozenset({"decoder_norms"})
 
     kind: Literal["l1"] = "l1"
     coefficient: float | str = "sparsity"

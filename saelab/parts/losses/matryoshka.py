@@ -144,7 +144,7 @@ class Matryoshka(LossTerm):
         recon = rings.cumsum(1)
         if self.config.detached:
             recon = recon.detach() - rings.detach() + rings
-        error = (recon + p.sae.b_dec - p.target.unsqueeze(1)).square()
+        error = (recon - (p.target - p.offset).unsqueeze(1)).square()
         if self.config.weights:
             error = error * error.new_tensor(self.config.weights)[:, None]
         return p.setting(self.coefficient) * p.share(error.sum() / error[:, 0].numel())

@@ -56,8 +56,8 @@ class MultiTopK(LossTerm):
     def check(self, sae: SAE) -> None:
         super().check(sae)
         if sae.config.target_l0 is None:
-            remedy = "needs an activation with a k, or another part that names an L0"
-            raise SettingError("losses", "multi_topk", remedy)
+            remedy = "multiplies an L0 that no part names: use an activation with a k"
+            raise SettingError("multiple", self.multiple, remedy)
 
     def loss(self, p: Pass) -> Tensor:
         sae = p.sae
@@ -69,5 +69,5 @@ class MultiTopK(LossTerm):
             support = support_of_topk(kernels_for(sizes.device).topk(sizes, k), sizes.shape[1])
         values = sae.encode_at(p.u, support)
         values = values if sae.signed else torch.relu(values)
-        recon = self.ranks.over_latents(decode_at(values, sae.W_dec, support)) + sae.b_dec
+        recon = self.ranks.over_latents(decode_at(values, sae.W_dec, support)) + p.offset
         return p.setting(self.coefficient) * p.share(mean_square(recon, p.target))

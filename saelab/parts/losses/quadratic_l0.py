@@ -83,7 +83,7 @@ class QuadraticL0(LossTerm):
         setting = [part.kind for part in parts if part.l0_rule(sae.config) == "set"]
         if len(setting) > 1:
             remedy = f"only one part can set the L0: leave out all but one of {', '.join(setting)}"
-            raise SettingError("losses", "quadratic_l0", remedy)
+            raise SettingError("target", self.target, remedy)
 
     def loss(self, p: Pass) -> Tensor:
         gates, support = p.sae.activation.gate(p.code.pre, p.code.support), p.code.support

@@ -32,7 +32,7 @@ class ReconstructionConfig(PartConfig):
         tilt: t of the equation; 0 for the mean over rows.
     """
 
-    later: ClassVar[tuple[str, ...]] = ("tilt",)
+    added_later: ClassVar[frozenset[str]] = frozenset({"tilt"})
 
     kind: Literal["reconstruction"] = "reconstruction"
     space: Literal["raw", "scaled"] = "raw"

@@ -40,6 +40,7 @@ OF_ACTIVATIONS: tuple[Check, ...] = (
     functions.check_paths,
     functions.check_rows,
     functions.check_encode,
+    functions.check_thresholds,
     functions.check_export,
     functions.check_without_context,
 )

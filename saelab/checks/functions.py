@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saelab.checks.boundaries import near_a_boundary
 from saelab.checks.examples import Case
-from saelab.checks.mistakes import PartMistake, distance, require
+from saelab.checks.mistakes import PartMistake, differing, distance, require, snapshot
 from saelab.checks.trials import D_IN, D_SAE, ROWS, STEPS, rows, sparse_sae
 from saelab.errors import SettingError
 from saelab.formats.base import Plain
@@ -99,6 +99,26 @@ def check_encode(case: Case, seed: int) -> None:
     keep = ~near_a_boundary(sae, x).any(1)
     apart = distance(sae.encode(x)[keep], sae(x).code.dense()[keep])
     require(apart <= TOLERANCE, f"encode() differs from a pass by {apart:.1e}", "compare dense()")
+
+
+def check_thresholds(case: Case, seed: int) -> None:
+    """Raised thresholds leave fewer latents active, and lowered ones more; nothing moves where no
+    threshold decides how many are."""
+    sae, x = sparse_sae(case, seed).eval(), rows(seed)
+    before, l0 = snapshot(sae), [int((sae.encode(x) != 0).sum())]
+    with torch.no_grad():
+        moved = [sae.raise_thresholds(by) for by in (0.2, -0.4)]
+        l0 += [int((sae.encode(x) != 0).sum())]
+        sae.raise_thresholds(0.4)
+        l0 += [int((sae.encode(x) != 0).sum())]
+    remedy = "move thresholds by `by`, and return whether there are any"
+    require(len({*moved}) == 1, "raise_thresholds() is not of one mind", remedy)
+    if not moved[0]:
+        changed = differing(before, snapshot(sae))
+        require(not changed, f"raise_thresholds() returns False and moves {changed}", remedy)
+        return
+    what = f"with thresholds moved by -.2, 0 and .2 {l0[1]}, {l0[0]} and {l0[2]} pairs fire"
+    require(l0[1] >= l0[0] > l0[2], what, remedy)
 
 
 def check_export(case: Case, seed: int) -> None:

@@ -287,13 +287,18 @@ class Activation(Part):
     def raise_thresholds(self, by: float, bias: Tensor | None) -> bool:
         """Raises the thresholds of all latents alike, so that fewer are active at inference.
 
+        Lowers the encoder's bias unless a subclass has thresholds of its own.
+
         Args:
             by: amount in this activation's own unit; below 0 lowers them.
             bias: of the encoder, [n_local]; None where it has none.
 
         Returns: False where no threshold decides how many are active.
         """
-        return False
+        if bias is None or self.floor() is None:
+            return False
+        bias.sub_(by)
+        return True
 
     def fit(self, z: Tensor) -> None:
         """Sets the statistics from a sample's pre-activations [n, d_sae] before training."""

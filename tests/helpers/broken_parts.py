@@ -302,3 +302,13 @@ class GainNotDeclared(Rectifier):
     def export(self) -> Form | Refusal:
         gain = self.log_gain.detach().exp()
         return Form(affine=(gain, torch.zeros_like(gain)))
+
+
+@caught_by("thresholds", "activation")
+class WrongWay(Rectifier):
+    """Thresholds that fall when they are raised."""
+
+    def raise_thresholds(self, by: float, bias: Tensor | None) -> bool:
+        assert bias is not None
+        bias.add_(by)
+        return True

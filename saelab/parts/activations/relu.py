@@ -39,11 +39,5 @@ class ReLU(Activation):
     def floor(self) -> Tensor:
         return torch.zeros((), dtype=torch.float32, device="cpu")
 
-    def raise_thresholds(self, by: float, bias: Tensor | None) -> bool:
-        if bias is None:
-            return False
-        bias.sub_(by)
-        return True
-
     def export(self) -> Form:
         return Form()

@@ -15,6 +15,7 @@ import torch
 
 from saelab.assets import EMBEDDED_MODEL
 from saelab.config import digest
+from saelab.data.packaged.catalogue import CATALOGUE
 from saelab.errors import SourceError
 from saelab.runtime.counting import count
 from saelab.storage.atomic import parse_json, sha256
@@ -64,14 +65,30 @@ def locate_model(path: str) -> str:
 
 
 def _package_folder(name: str) -> Path:
-    """Returns the folder with the model of an installed package, which is never imported."""
+    """Returns the folder with the model of a package, which is never imported.
+
+    It is a folder with config.json in the installed package, or what was made of its GGUF file.
+    """
+    from saelab.data.packaged.models import cached_model, missing_package
+
+    if name in CATALOGUE:
+        if (made := cached_model(name)) is None:
+            raise SourceError(missing_package(name))
+        return made
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
+    roots = [Path(root) for root in (spec and spec.submodule_search_locations) or ()][:1]
+    folders = [
+        file.parent
+        for root in roots
+        for depth in ("", "*/")
+        for file in root.glob(f"{depth}config.json")
+    ]
+    if not folders and (made := cached_model(name)) is not None:
+        return made
+    if not roots:
         extra = EXTRAS.get(name)
         remedy = f"pip install 'saelab[{extra}]' brings it" if extra else "install it"
         raise SourceError(f"package {name!r} is not installed here: {remedy}, or name a folder")
-    root = Path(spec.submodule_search_locations[0])
-    folders = [file.parent for depth in ("", "*/") for file in root.glob(f"{depth}config.json")]
     if len(folders) != 1:
         count = f"holds {len(folders) or 'no'} models (folders with config.json)"
         raise SourceError(f"package {name!r} {count}, one is needed: name the folder of a model")

@@ -39,7 +39,7 @@ def import_(
     folder says where the weights are from, their SHA-256 and how they were quantised. For
     model.path = 'package:NAME' this is done by itself, in the cache of models.
     """
-    from saelab.data.model_files import PACKAGE, locate_model
+    from saelab.data.model_location import PACKAGE, locate_model
     from saelab.data.packaged.models import describe_source, import_model, model_source
     from saelab.errors import SettingError
 
@@ -51,5 +51,5 @@ def import_(
         folder = out
         if not import_model(name.removeprefix(PACKAGE), out):
             typer.echo("this model is there already", err=True)
-    source = model_source(folder)
-    say(f"{folder}: {describe_source(source)}" if source else str(folder))
+    source = describe_source(model_source(folder))
+    say(f"{folder}: {source}" if source else str(folder))

@@ -23,6 +23,8 @@ from saelab.data.activations.harvest import harvest, harvest_steps
 from saelab.data.activations.store import FolderSource, Shard, Source, reopen
 from saelab.data.devices import check_device
 from saelab.data.language_model import LanguageModel
+from saelab.data.model_location import locate_model
+from saelab.data.packaged.models import model_source
 from saelab.data.probing.activations import ProbingData, harvest_probing, identity
 from saelab.data.probing.embedded import Entry, embedded_entries
 from saelab.data.probing.saebench import describe_missing, saebench_entries
@@ -65,6 +67,7 @@ class LaunchData:
         why_no_probing: the reason when there is none, or when some entries are missing.
         missing_entries: which, with the reason of each.
         provenance: what evaluation rows carry, and `of_probing` what differs in those of probing.
+        model_source: where the model's weights are from, `{}` where its folder does not say.
         steps: make what is missing of `train`, a `GrowingSource` then; none where it is complete.
     """
 
@@ -78,6 +81,7 @@ class LaunchData:
     why_no_calibration: str = ""
     missing_entries: dict[str, str] = field(default_factory=dict)
     of_probing: dict[str, Any] = field(default_factory=dict)
+    model_source: dict[str, Any] = field(default_factory=dict)
 
     def provenance_of(self, definition: str) -> dict[str, Any]:
         """Provenance of a row of a definition: on what it was measured, and the package."""
@@ -145,6 +149,7 @@ def prepare(
         why_no_calibration=why_no_calibration,
         missing_entries=absent,
         of_probing=own,
+        model_source=model_source(Path(locate_model(base.model.path))),
     )
 
 

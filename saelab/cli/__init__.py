@@ -9,7 +9,7 @@ from functools import partial
 
 import typer
 
-from saelab.cli import drivers, parts, plan, results, run, saes, train
+from saelab.cli import drivers, models, parts, plan, results, run, saes, train
 from saelab.cli.common import Guarded
 
 #: Plain help, and errors whose last line says what is wrong.
@@ -21,7 +21,7 @@ app = Group(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-lm_group = Group(help="The embedded language model.")
+lm_group = Group(help="Language models: those of Python packages, and the embedded one.")
 plan_group = Group(help="The plan of a study, before anything is trained.")
 app.add_typer(lm_group, name="lm")
 app.add_typer(plan_group, name="plan")
@@ -47,6 +47,8 @@ COMMANDS = (
     (app, "check-part", parts.check_part),
     (app, "saebench", saes.saebench),
     (app, "synthetic", train.synthetic),
+    (lm_group, "install", models.install),
+    (lm_group, "import", models.import_),
     (lm_group, "train", train.language_model),
 )
 for group, name, command in COMMANDS:

@@ -38,7 +38,6 @@ from saelab.data.model_files import (
     fit_tokenizer,
     folder_digest,
     load_error,
-    locate_model,
     read_settings,
 )
 from saelab.data.model_hooks import (
@@ -48,6 +47,7 @@ from saelab.data.model_hooks import (
     run_hooks,
     skip_modules,
 )
+from saelab.data.model_location import locate_model
 from saelab.data.model_structure import (
     embedding_rows,
     find_blocks,

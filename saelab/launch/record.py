@@ -197,6 +197,7 @@ class Record:
             "deviations": self.deviations,
             "error_levels": {arm: asdict(level) for arm, level in self.levels.items()},
             "base": self.base.model_dump(mode="json"),
+            **({"model_source": source} if (source := self.data.model_source) else {}),
             "data": {
                 "train": self.data.train.header,
                 "held_out": self.data.held_out.header,

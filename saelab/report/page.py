@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from saelab.analysis.latents import Browsed, primary_arms
+from saelab.data.packaged.models import describe_source
 from saelab.errors import SettingError
 from saelab.report import verdict_table
 from saelab.report.feature_browser import pack_cells
@@ -424,6 +425,8 @@ def _provenance(checked: Review, manifest: Mapping[str, Any]) -> Iterator[tuple[
     yield "seeds", ", ".join(map(str, manifest.get("seeds", ())))
     for name, value in checked.provenance.items():
         yield name.replace("_", " "), _plain(value)
+    if model := describe_source(manifest.get("model_source")):
+        yield "model", model
     for part in ("train", "held_out", "calibration"):
         source = (manifest.get("data") or {}).get(part) or {}
         if isinstance(source, str):

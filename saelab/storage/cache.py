@@ -10,6 +10,9 @@ run_i/                         final_info.json, manifest.json, metrics.parquet, 
                                summary.md, cells/<arm>/seed<s>-l0_<level>/
 run_i/metrics.jsonl            written while the launch is going on; alone, it is no complete run
 
+Models of packages lie where all studies find them, under `models/` of the folder that SAELAB_CACHE
+names, else of ~/.cache/saelab ($XDG_CACHE_HOME/saelab).
+
 Where SAELAB_CACHE is a URL (s3://bucket/prefix), activations lie there alone and are read from
 there; probing activations, finished cells and the checkpoints of those in training are copied to it
 when they are made, and from it when another machine has made them. Everything else stays in
@@ -90,6 +93,19 @@ def _obstacle(folder: Path) -> str:
         if place.exists() or place.is_symlink():
             return "" if place.is_dir() else f"{place} is not a folder"
     return ""
+
+
+def models_folder() -> Path:
+    """Returns the folder for models that were made of packages; it need not exist.
+
+    Raises: SettingError when SAELAB_CACHE names no place for a cache.
+    """
+    named = _named_cache()
+    if isinstance(named, Path):
+        return named / "models"
+    caches = os.environ.get("XDG_CACHE_HOME") or ""
+    root = Path(caches) if Path(caches).is_absolute() else Path.home() / ".cache"
+    return root / "saelab" / "models"
 
 
 def remote_cache() -> Remote | None:

@@ -60,15 +60,16 @@ def lock_folder(place: Path, doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def wait_for_lock(place: Path, doing: str) -> Iterator[None]:
+def wait_for_lock(place: Path, doing: str, patience: float = PATIENCE) -> Iterator[None]:
     """Holds the lock of a file or folder that others hold for moments only; waits for them.
 
     Args:
         place, doing: as in `lock_folder`.
+        patience: seconds to wait.
 
     Raises: BusyError naming the holder when that takes too long.
     """
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + patience
     with ExitStack() as held:
         while True:
             try:

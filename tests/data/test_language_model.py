@@ -32,7 +32,8 @@ from transformers import (
 )
 
 from saelab.data.language_model import LanguageModel, ModelConfig, load
-from saelab.data.model_files import EXTRAS, folder_digest
+from saelab.data.model_files import folder_digest
+from saelab.data.model_location import EXTRAS
 from saelab.data.text.corpus import TextConfig, documents
 from saelab.data.text.tokens import tokenize_texts
 from saelab.errors import SettingError, SourceError

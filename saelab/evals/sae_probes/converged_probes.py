@@ -122,7 +122,7 @@ def _batches(problems: Sequence[Problem], k: int) -> Iterable[Sequence[Problem]]
 
 def _solve_batch(problems: Sequence[Problem], k: int) -> list[Result]:
     device = problems[0].train.device
-    lengths = torch.tensor([len(problem.positive) for problem in problems])
+    lengths = torch.tensor([len(p.positive) for p in problems], dtype=torch.int64)
     longest = int(lengths.max())
     z = torch.zeros(len(problems), k, longest, dtype=torch.float64, device=device)
     positive = torch.zeros(len(problems), longest, dtype=torch.bool, device=device)

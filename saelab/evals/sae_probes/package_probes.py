@@ -167,11 +167,11 @@ def folds(y: Array, seed: int) -> Folds:
 def _regression(strength: float, kind: str, seed: int) -> Any:
     """Builds scikit-learn's regression; since version 1.8 the kind of penalty is a ratio."""
     model = sklearn("linear_model").LogisticRegression
-    options: dict[str, Any] = {"C": strength, "random_state": seed, "max_iter": MOST_ITERATIONS}
-    if kind == "l1":
-        by_name = model().penalty == "l2"
-        options |= {"solver": "saga", **({"penalty": "l1"} if by_name else {"l1_ratio": 1.0})}
-    return model(**options)
+    by_ratio = model().penalty != "l2"
+    absolute = {"l1_ratio": 1.0} if by_ratio else {"penalty": "l1"}
+    options: dict[str, dict[str, Any]] = {"l2": {}, "l1": {"solver": "saga", **absolute}}
+    fixed = {"C": strength, "random_state": seed, "max_iter": MOST_ITERATIONS}
+    return model(**fixed, **options[kind])
 
 
 def probe_logistic(sides: Sides, seed: int = SEED, kind: str = "l2") -> Scores:

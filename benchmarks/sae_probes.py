@@ -52,6 +52,7 @@ def main() -> None:
     made.add_argument("--tokens", type=int, default=262_144, help="tokens to train the SAE on")
     made.add_argument("--setting", default="normal", choices=["normal", "scarcity", "imbalance"])
     made.add_argument("--k", default="1,2,4,8,16,32,64,128", help="numbers of latents")
+    made.add_argument("--regularisation", default="l2", choices=["l2", "l1"], help="of the probes")
     made.add_argument("--baselines", default="logistic,knn", help="of logistic, pca, knn, mlp")
     options = made.parse_args()
     if options.quick:
@@ -86,6 +87,7 @@ def _data(options: Namespace, base: BaseConfig, folder: Path) -> LastTokens:
             "path": str(found[0].parent),
             "datasets": names if names in ("short", "all") else names.split(","),
             "settings": [options.setting],
+            "regularisation": options.regularisation,
             "k_values": [int(k) for k in options.k.split(",")],
             "baselines": [name for name in options.baselines.split(",") if name],
         }

@@ -22,16 +22,17 @@ HERE = Path(__file__).parent
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the peers' environment.")
     parser.add_argument("--venv", type=Path, default=HERE / ".peers")
-    folder = parser.parse_args().venv
-    pin = torch_pin()
-    print(f"{folder}: {pin}, then the peers of peers.txt", flush=True)
+    parser.add_argument("--requirements", default="peers.txt", help="a file of this folder")
+    options = parser.parse_args()
+    folder, pin = options.venv, torch_pin()
+    print(f"{folder}: {pin}, then the peers of {options.requirements}", flush=True)
     venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.write(pin + "\n")
         constraints.flush()
         install = [python, "-m", "pip", "install", "--quiet", "-c", constraints.name]
-        for what in (["torch"], ["-r", str(HERE / "peers.txt")]):
+        for what in (["torch"], ["-r", str(HERE / options.requirements)]):
             subprocess.run([*install, *what], check=True)
     subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "-y", "torchvision"], check=True)
 

@@ -27,7 +27,7 @@ from saelab.evals.base import Row, Subject
 from saelab.evals.core import CoreData
 from saelab.evals.measure import EvalData, evaluate
 from saelab.formats import Loaded
-from saelab.launch.prepare import prepare
+from saelab.launch.prepare import prepare, sae_probes_data
 from saelab.runs.folder import Member, RunFolder, run_cells
 from saelab.runs.schema import CellId
 from saelab.runtime.torch_defaults import one_thread
@@ -38,6 +38,8 @@ from saelab.study.plan import BaseConfig, base_of_run, read_base
 
 #: Evaluations that SAEBench's result file is made from.
 FOR_SAEBENCH = ("probing", "model_channels")
+#: Evaluations that need the data sets of sae-probes.
+SAE_PROBES = ("sae_probes", "sae_probes_channels")
 
 
 class Bench:
@@ -52,7 +54,8 @@ class Bench:
     def __init__(self, base: BaseConfig, cache: Path, seed: int = 0) -> None:
         prepared = prepare(base, cache, base.model.device, overlap=True, to_train=False)
         prepared.steps.close()
-        self.base, self.provenance = base, prepared.provenance
+        self.base, self.cache, self.prepared = base, cache, prepared
+        self.provenance = prepared.provenance
         self.provenance_of = prepared.provenance_of
         model = language_model.load(base.model) if base.activations is None else None
         self.data = EvalData(
@@ -63,6 +66,7 @@ class Bench:
             why_no_probing=prepared.why_no_probing,
             definition=base.evaluation.probing.definition,
             missing_entries=prepared.missing_entries,
+            sae_probes=prepared.sae_probes,
         )
 
     @torch.no_grad()
@@ -73,6 +77,8 @@ class Bench:
         Raises: SettingError for an unknown evaluation; MismatchError for another width.
         """
         check_names(evals)
+        if self.data.sae_probes is None and any(name in SAE_PROBES for name in evals):
+            self._add_sae_probes()
         d = self.data.core.source.d
         if subject.d_in != d:
             remedy = f"the activations have {d}: evaluate it where it was trained"
@@ -80,6 +86,13 @@ class Bench:
         if isinstance(subject, SAE):
             _check_target(subject, widths(self.data.core.source)[1])
         return evaluate(subject, self.data, evals)
+
+    def _add_sae_probes(self) -> None:
+        """Opens the data sets of sae-probes, which only an evaluation that names them needs."""
+        model = self.data.core.model
+        if model is not None:
+            self.data.sae_probes = sae_probes_data(self.base, model, self.cache)
+            self.prepared.of_sae_probes = self.data.sae_probes.provenance()
 
 
 def _check_target(sae: SAE, targets: tuple[int, ...]) -> None:

@@ -99,6 +99,21 @@ _ENTRIES = (
         controls=False,
     ),
     Evaluation(
+        "sae_probes",
+        "saelab.evals.measure:sae_probes_rows",
+        at="asked",
+        needs="subject",
+        description="probes on few latents at the last token, on the data sets of sae-probes",
+    ),
+    Evaluation(
+        "sae_probes_channels",
+        "saelab.evals.measure:sae_probes_channel_rows",
+        at="asked",
+        needs="subject",
+        description="the same probes and sae-probes' baselines on the channels of the model",
+        controls=False,
+    ),
+    Evaluation(
         "sensitivity",
         "saelab.evals.measure:sensitivity_rows",
         at="target",

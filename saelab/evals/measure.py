@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from saelab.data.probing.activations import ProbingData
+from saelab.data.probing.last_tokens import LastTokens
 from saelab.data.probing.saebench import Definition
 from saelab.data.synthetic.chains import truth_of
 from saelab.evals import EVALUATIONS, Needs, check_names
@@ -17,6 +18,7 @@ from saelab.evals.known_features import evaluate_truth, missing_truth
 from saelab.evals.latent_lifetimes import survival_rows
 from saelab.evals.loss_by_position import evaluate_positions
 from saelab.evals.probing import DEFINITION, K_VALUES, evaluate_probing, saebench
+from saelab.evals.sae_probes import CHANNELS, DEFINITIONS, LATENTS, evaluate_sae_probes
 from saelab.evals.sensitivity import evaluate_sensitivity
 from saelab.evals.threshold_fit import evaluate_consistency
 from saelab.evals.training_stability import stability
@@ -35,6 +37,7 @@ class EvalData:
         k_values: numbers of latents that probes may use.
         definition: of sparse probing: 2, or 1 for SAEBench's.
         missing_entries: probing entries that can't be had, with the reasons.
+        sae_probes: last tokens of sae-probes' data sets, or None where they were not asked for.
     """
 
     core: CoreData
@@ -45,6 +48,7 @@ class EvalData:
     why_no_probing: str = ""
     definition: Definition = 2
     missing_entries: Mapping[str, str] = field(default_factory=dict)
+    sae_probes: LastTokens | None = None
 
 
 def evaluate(
@@ -113,6 +117,26 @@ def probing_rows(subject: Subject | None, data: EvalData, prefix: str = "sae") -
 def channel_rows(_: Subject | None, data: EvalData) -> list[Row]:
     """Sparse probing of the model's channels, the same for every subject."""
     return probing_rows(None, data, prefix="llm")
+
+
+def sae_probes_rows(subject: Subject | None, data: EvalData) -> list[Row]:
+    """Probing on sae-probes' data sets; None probes the model's channels."""
+    if data.sae_probes is None:
+        name = f"{CHANNELS if subject is None else LATENTS}_top_1_auc"
+        reason = "the last tokens of sae-probes' data sets are not there (evaluation.extra)"
+        return [missing(name, DEFINITIONS[2], reason)]
+    return evaluate_sae_probes(subject, data.sae_probes, data.seed, data.core.device)
+
+
+def sae_probes_channel_rows(_: Subject | None, data: EvalData) -> list[Row]:
+    """Probing of the model's channels on sae-probes' data sets, the same for every subject."""
+    return sae_probes_rows(None, data)
+
+
+def channels_control_rows(data: EvalData) -> list[Row]:
+    """Probing of the model's channels as a control of a launch, on all data sets that are there."""
+    rows = probing_rows(None, data, prefix="llm")
+    return rows if data.sae_probes is None else rows + sae_probes_rows(None, data)
 
 
 def sensitivity_rows(subject: Subject, data: EvalData) -> list[Row]:

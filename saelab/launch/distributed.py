@@ -115,7 +115,8 @@ def _check_parts(base: BaseConfig) -> None:
 def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> LaunchData:
     """Harvested by the first rank, opened by all; without what probing would need."""
     device = str(ranks.device)
-    base = base.patched({"evaluation.probing.entries": "none", "evaluation.probing.tables": ()})
+    without = {"evaluation.probing.entries": "none", "evaluation.probing.tables": ()}
+    base = base.patched({**without, "evaluation.extra": ()})
 
     def harvest() -> None:
         prepare(base, cache, device)

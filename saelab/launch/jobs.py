@@ -13,6 +13,7 @@ from typing import Any
 from saelab.data.activations.joined import Paths
 from saelab.data.activations.stream import Layout
 from saelab.data.language_model import ModelConfig
+from saelab.data.probing.last_tokens import LastTokens
 from saelab.data.probing.saebench import Definition
 from saelab.launch.cell_key import Key
 from saelab.runs.schema import CellId, control_arm
@@ -52,6 +53,7 @@ class WorkerData:
     provenance: dict[str, Any]
     read_ahead: int
     extra: tuple[str, ...] = ()
+    sae_probes: LastTokens | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import SettingError, StudyFailure, nearest
+from saelab.evals.sae_probes import metric_names
 from saelab.launch.collect import collect
 from saelab.launch.executors import LOCAL, executor_name
 from saelab.launch.executors.environment import check_environment
@@ -349,6 +350,8 @@ def _check_primary(primary: str, base: BaseConfig) -> None:
     if base.activations is None and (probing.tables or probing.entries != "none"):
         measured += [f"sae_top_{k}_test_accuracy" for k in probing.k_values]
         measured.append("sae_test_accuracy")
+    if base.activations is None and "sae_probes" in base.evaluation.extra:
+        measured += metric_names(base.evaluation.sae_probes)
     if primary not in measured:
         hint = nearest(primary, measured)
         known = f"use one of {', '.join(measured)} (probing needs evaluation.probing)"

@@ -28,6 +28,7 @@ from saelab.data.model_location import locate_model
 from saelab.data.packaged.models import model_source
 from saelab.data.probing.activations import ProbingData, harvest_probing, identity
 from saelab.data.probing.embedded import Entry, embedded_entries
+from saelab.data.probing.last_tokens import LastTokens, prepare_last_tokens
 from saelab.data.probing.saebench import describe_missing, saebench_entries
 from saelab.data.probing.tables import entries_from_table
 from saelab.data.text.corpus import TextConfig, documents, manifest
@@ -35,6 +36,7 @@ from saelab.data.text.probe_texts import count_shared
 from saelab.data.text.tokens import tokenize
 from saelab.errors import DamageError, SettingError, ShortTextError, SourceError
 from saelab.evals.measure import PROBING
+from saelab.evals.sae_probes import DEFINITIONS as SAE_PROBES
 from saelab.runtime.counting import count
 from saelab.runtime.main_guard import refuse_unguarded_script
 from saelab.storage.cache import activations_folder, fetch, share
@@ -71,6 +73,8 @@ class LaunchData:
         missing_entries: which, with the reason of each.
         provenance: what evaluation rows carry, and `of_probing` what differs in those of probing.
         model_source: where the model's weights are from, `{}` where its folder does not say.
+        sae_probes: last tokens of sae-probes' data sets, None where they are not asked for; and
+            `of_sae_probes` what differs in the provenance of their rows.
         steps: make what is missing of `train`, a `GrowingSource` then; none where it is complete.
     """
 
@@ -85,10 +89,13 @@ class LaunchData:
     missing_entries: dict[str, str] = field(default_factory=dict)
     of_probing: dict[str, Any] = field(default_factory=dict)
     model_source: dict[str, Any] = field(default_factory=dict)
+    sae_probes: LastTokens | None = None
+    of_sae_probes: dict[str, Any] = field(default_factory=dict)
 
     def provenance_of(self, definition: str) -> dict[str, Any]:
         """Provenance of a row of a definition: on what it was measured, and the package."""
         own = self.of_probing if definition in PROBING.values() else {}
+        own = self.of_sae_probes if definition in SAE_PROBES.values() else own
         return self.provenance | own | {"saelab": __version__}
 
     @property
@@ -123,6 +130,7 @@ def prepare(
     held_out, _ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
     calibration, why_no_calibration = _calibration(base, model, cache) if to_train else (None, "")
     probing, absent = _probing(base, model, cache)
+    last_tokens = sae_probes_data(base, model, cache) if base.evaluation.asks_sae_probes else None
     train, steps = _activations(
         base, base.train_text, base.train.tokens, model, cache, in_steps=overlap
     )
@@ -153,6 +161,8 @@ def prepare(
         missing_entries=absent,
         of_probing=own,
         model_source=model_source(Path(locate_model(base.model.path))),
+        sae_probes=last_tokens,
+        of_sae_probes=last_tokens.provenance() if last_tokens else {},
     )
 
 
@@ -399,6 +409,14 @@ def _probing(
             made.save(folder)
             share(cache, folder)
     return folder, absent
+
+
+def sae_probes_data(base: BaseConfig, model: LanguageModel, cache: Path) -> LastTokens:
+    """Returns the last tokens of sae-probes' data sets; harvests what is not in the cache.
+
+    Raises: as `prepare_last_tokens`.
+    """
+    return prepare_last_tokens(base.evaluation.sae_probes, model, base.hook_name, cache)
 
 
 def _of_probing(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from saelab.data.activations.joined import widths
 from saelab.errors import MismatchError
 from saelab.evals import of_control
-from saelab.evals.measure import probing_rows
+from saelab.evals.measure import channels_control_rows
 from saelab.launch import controls, progress_lines
 from saelab.launch.cell_key import (
     Key,
@@ -169,12 +169,15 @@ def _data(base: BaseConfig, prepared: LaunchData, task: Launch) -> WorkerData:
         provenance=prepared.provenance,
         read_ahead=base.harvest.read_ahead,
         extra=base.evaluation.extra,
+        sae_probes=prepared.sae_probes,
     )
 
 
 def _data_content(base: BaseConfig, prepared: LaunchData, data: WorkerData) -> dict[str, Any]:
     """All that a cell's numbers depend on besides its settings and training activations."""
-    extra = {"extra": sorted(data.extra)} if data.extra else {}  # keys without it stay as they were
+    extra: dict[str, Any] = {"extra": sorted(data.extra)} if data.extra else {}  # else as before
+    if data.sae_probes is not None:
+        extra["sae_probes"] = data.sae_probes.content()
     return extra | {
         "held_out": prepared.held_out.digest,
         "calibration": prepared.calibration_digest,
@@ -202,7 +205,7 @@ def _controls(
         frozen = controls.frozen_spec(trained)
         job_cells.append(JobCell.of(frozen, cell_key(frozen, content, device)))
     for name in (schema.CHANNELS, *controls.subjects(has_target)):
-        if name != schema.CHANNELS or prepared.probing is not None:
+        if name != schema.CHANNELS or prepared.probing or prepared.sae_probes:
             key = replace(cell_key(first, content, device), control=schema.control_arm(name))
             job_cells.append(JobCell.of(first, key, control=name))
     return job_cells
@@ -394,7 +397,7 @@ def _control(worker: Worker, control: JobCell, cache: Path) -> None:
     """Evaluates a control subject that needs no training and writes its rows into the cache."""
     name, level = control.control, control.id.level
     if name == schema.CHANNELS:
-        rows = probing_rows(None, worker.evaluation, prefix="llm")
+        rows = channels_control_rows(worker.evaluation)
     else:
         setting = controls.Setting(worker.sample, control.sae_config, level, control.id.seed)
         made = controls.subjects(worker.sample.y is not None)[name](setting)

@@ -104,6 +104,7 @@ class Worker:
             why_no_probing=data.why_no_probing,
             definition=data.definition,
             missing_entries=data.missing_entries,
+            sae_probes=data.sae_probes,
         )
 
     @cached_property

@@ -18,6 +18,7 @@ from saelab.config import Frozen, read_toml
 from saelab.data.activations.harvest import HarvestConfig
 from saelab.data.activations.stream import Layout
 from saelab.data.language_model import ModelConfig
+from saelab.data.probing.sae_probes import SaeProbesConfig
 from saelab.data.probing.saebench import Definition, SourceConfig
 from saelab.data.text.corpus import TextConfig
 from saelab.errors import SettingError, nearest
@@ -92,6 +93,7 @@ class EvalConfig(Frozen):
         extra: names of evaluations that a launch runs only when asked; cells at the plan's L0 get
             them, and the controls.
         probing: sparse probing.
+        sae_probes: the same on the data sets of sae-probes, where `extra` names it.
     """
 
     tokens: PositiveInt = 65_024
@@ -100,6 +102,12 @@ class EvalConfig(Frozen):
     snapshots: int = Field(default=10, ge=0, le=1000)
     extra: tuple[str, ...] = ()
     probing: ProbingConfig = ProbingConfig()
+    sae_probes: SaeProbesConfig = SaeProbesConfig()
+
+    @property
+    def asks_sae_probes(self) -> bool:
+        """Says whether a launch needs the data sets of sae-probes."""
+        return any(name.startswith("sae_probes") for name in self.extra)
 
     def model_post_init(self, _: Any) -> None:
         check_extra(self.extra)

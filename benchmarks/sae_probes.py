@@ -93,7 +93,7 @@ def _data(options: Namespace, base: BaseConfig, folder: Path) -> LastTokens:
         }
     )
     model = language_model.load(base.model)
-    return prepare_last_tokens(config, model, base.hook_name, folder)
+    return prepare_last_tokens(config, model, base.input_hooks[0], folder)
 
 
 # ---------------------------------------------------------------- the package

@@ -414,9 +414,12 @@ def _probing(
 def sae_probes_data(base: BaseConfig, model: LanguageModel, cache: Path) -> LastTokens:
     """Returns the last tokens of sae-probes' data sets; harvests what is not in the cache.
 
-    Raises: as `prepare_last_tokens`.
+    Raises: as `prepare_last_tokens`; SettingError where SAEs read several hook points.
     """
-    return prepare_last_tokens(base.evaluation.sae_probes, model, base.hook_name, cache)
+    if len(base.input_hooks) > 1:
+        remedy = "stores one hook point, and hook_name has several: leave it out"
+        raise SettingError("evaluation.extra", "sae_probes", remedy)
+    return prepare_last_tokens(base.evaluation.sae_probes, model, base.input_hooks[0], cache)
 
 
 def _of_probing(folder: Path) -> dict[str, Any]:

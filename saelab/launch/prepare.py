@@ -416,10 +416,11 @@ def sae_probes_data(base: BaseConfig, model: LanguageModel, cache: Path) -> Last
 
     Raises: as `prepare_last_tokens`; SettingError where SAEs read several hook points.
     """
-    if len(base.input_hooks) > 1:
+    first, *others = base.input_hooks
+    if others:
         remedy = "stores one hook point, and hook_name has several: leave it out"
         raise SettingError("evaluation.extra", "sae_probes", remedy)
-    return prepare_last_tokens(base.evaluation.sae_probes, model, base.input_hooks[0], cache)
+    return prepare_last_tokens(base.evaluation.sae_probes, model, first, cache)
 
 
 def _of_probing(folder: Path) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def check_thresholds(case: Case, seed: int) -> None:
         changed = differing(before, snapshot(sae))
         require(not changed, f"raise_thresholds() returns False and moves {changed}", remedy)
         return
-    what = f"with thresholds moved by -.2, 0 and .2 {l0[1]}, {l0[0]} and {l0[2]} pairs fire"
+    what = f"pairs that fire with thresholds moved by -.2, 0, .2: {l0[1]}, {l0[0]}, {l0[2]}"
     require(l0[1] >= l0[0] > l0[2], what, remedy)
 
 

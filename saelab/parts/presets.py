@@ -70,6 +70,7 @@ def fields_of(name: str) -> dict[str, Any]:
         "controllers": [_plain(part) for part in preset.controllers],
         "constraints": [_plain(part) for part in preset.constraints],
         "observers": [_plain(part) for part in preset.observers],
+        **preset.weights,
     }
 
 

@@ -25,6 +25,7 @@ class Preset:
         activation: its settings, or the kind alone.
         losses: next to the reconstruction, whose settings may stand among them.
         controllers, constraints, observers: settings, or kinds.
+        weights: `encoder_bias`, `centre` and `tied` of the SAE, where they are not its defaults.
         deviations: sentences about what differs from the source.
         open: names of further settings of its parts that stand next to the preset.
     """
@@ -36,6 +37,7 @@ class Preset:
     controllers: tuple[str, ...] = ()
     constraints: tuple[str, ...] = UNIT_NORM
     observers: tuple[str, ...] = ()
+    weights: Mapping[str, bool] = field(default_factory=dict)
     deviations: tuple[str, ...] = ()
     open: frozenset[str] = field(default_factory=frozenset)
 

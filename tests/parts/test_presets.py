@@ -16,6 +16,7 @@ from saelab.errors import SettingError
 from saelab.launch.cell_key import cell_key
 from saelab.parts.activations.topk import TopKConfig
 from saelab.parts.presets import FIELDS, PRESETS, expand, fields_of, matches, name_of
+from saelab.parts.published import Preset
 from saelab.sae import SAEConfig
 from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run, cells
 
@@ -169,6 +170,22 @@ def test_a_patch_keeps_the_l0_and_replaces_the_rest() -> None:
         {"preset": "topk", "d_sae": 64, "precision": "float32", "activation": {"k": 20}}
     )
     assert topk.patched({"preset": "bricken"}) == base
+
+
+def test_weights_of_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    tied = Preset(
+        source="a test, 2026",
+        equation="f = max(W_dec x, 0)",
+        activation="relu",
+        weights={"tied": True, "encoder_bias": False},
+    )
+    monkeypatch.setitem(PRESETS, "tied", tied)
+    sae = SAEConfig.parse({"preset": "tied", "tied": True})
+    assert sae.tied and not sae.encoder_bias and sae.centre and name_of(sae) == "tied"
+    assert sae == SAEConfig.parse(printed("tied"))
+    assert sae.patched({"preset": "standard"}) == SAEConfig()
+    with pytest.raises(SettingError, match="tied = False: is fixed by the preset 'tied'"):
+        SAEConfig.parse({"preset": "tied", "tied": False})
 
 
 def test_names() -> None:

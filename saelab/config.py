@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
@@ -36,6 +37,21 @@ MOST = 2**53
 MOST_FLOAT = 3e38
 
 
+@dataclass(frozen=True)
+class Macro:
+    """A name that stands for several settings: they hold what it stands for, and never the name.
+
+    Args:
+        apply: settings, value of the name -> settings with what it stands for.
+        refusal: value of the name; path of another changed setting from the same settings on;
+            True where that is changed after it; True where that is appended to a list ->
+            the remedy, or None where both can be changed together.
+    """
+
+    apply: Callable[[Any, Any], Any]
+    refusal: Callable[[Any, Sequence[str], bool, bool], str | None]
+
+
 class Frozen(BaseModel):
     """Base of all settings: immutable, without extra fields; defaults are validated too."""
 
@@ -45,6 +61,8 @@ class Frozen(BaseModel):
     #: Fields that JSON leaves out while they have their default: those that came after studies had
     #: been registered, whose digests and cell keys hold for it.
     added_later: ClassVar[frozenset[str]] = frozenset()
+    #: Names that `patched` takes besides the fields.
+    macros: ClassVar[Mapping[str, Macro]] = {}
 
     @model_serializer(mode="wrap")
     def _without_later_defaults(
@@ -89,11 +107,12 @@ class Frozen(BaseModel):
         Args:
             changes: dotted name -> new value, as in {"sae.d_sae": 512}. None removes an optional
                 part; a dict replaces the part as a whole; a name that ends in "+" appends to a
-                list: {"sae.losses+": {"kind": "auxk"}}.
+                list: {"sae.losses+": {"kind": "auxk"}}. A name of `macros` stands for several.
 
         Raises: SettingError for a name that does not exist or a value that is refused.
         """
         data = self.model_dump()
+        macros = self._macros_in(changes)
         for name, value in changes.items():
             append = name.endswith("+")
             *parents, last = name.removesuffix("+").split(".")
@@ -107,25 +126,65 @@ class Frozen(BaseModel):
                     child = list(child)
                     node[int(key) if isinstance(node, list) else key] = child
                 node = child
-            old = _child(node, last, name, value)
+            if name in macros:
+                cls = type(_at(self, tuple(parents)))
+                node.update(_apply(cls, node, macros[name], name, value).model_dump())
+                continue
+            old = _child(node, last, name, value, self._macros_at(parents))
             if append and not isinstance(old, (list, tuple)):
                 raise SettingError(name, value, "is not a list to append to: leave out the '+'")
             new = [*old, value] if append else value
             node[int(last) if isinstance(node, list) else last] = new
         return type(self).parse(data)
 
+    def _macros_in(self, changes: Mapping[str, Any]) -> dict[str, Macro]:
+        """Returns the names among the changes that are macros.
+
+        Raises: SettingError for another change that can't stand next to one of them.
+        """
+        macros = {}
+        for name in changes:
+            *parents, last = name.split(".")
+            if last in (of_settings := self._macros_at(parents)):
+                macros[name] = of_settings[last]
+        order = list(changes)
+        for name, macro in macros.items():
+            parents = name.split(".")[:-1]
+            for other in order:
+                path = other.removesuffix("+").split(".")
+                below = path[len(parents) :]
+                if other == name or path[: len(parents)] != parents or not below:
+                    continue
+                after = order.index(other) > order.index(name)
+                remedy = macro.refusal(changes[name], below, after, other.endswith("+"))
+                if remedy:
+                    raise SettingError(other, changes[other], remedy)
+        return macros
+
+    def _macros_at(self, path: Sequence[str]) -> Mapping[str, Macro]:
+        return getattr(type(_at(self, tuple(path))), "macros", {})
+
     def digest(self) -> str:
         """Returns a 16-character content hash of all settings."""
         return digest(self.model_dump(mode="json"))
 
 
-def _child(node: Any, key: str, name: str, value: Any) -> Any:
+def _apply(cls: type[Frozen], data: Any, macro: Macro, name: str, value: Any) -> Frozen:
+    """Returns the settings at a place, as they are in `data` by now, after a macro."""
+    try:
+        return macro.apply(cls.parse(data), value)
+    except SettingError as error:
+        parent = name.rpartition(".")[0]
+        raise SettingError(_name(parent, (error.setting,)), error.value, error.remedy) from None
+
+
+def _child(node: Any, key: str, name: str, value: Any, also: Iterable[str] = ()) -> Any:
     if isinstance(node, list):
         if key.isdigit() and int(key) < len(node):
             return node[int(key)]
         raise SettingError(name, value, f"this list has {len(node)} entries, counted from 0")
     if key not in node:
-        raise SettingError(name, value, f"no such setting{nearest(key, node)}")
+        raise SettingError(name, value, f"no such setting{nearest(key, [*node, *also])}")
     return node[key]
 
 
@@ -214,7 +273,7 @@ def _fields(cls: type[BaseModel], path: list[str]) -> list[str]:
     def visit(kind: Any, rest: list[str]) -> None:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if not rest:
-                names.extend(kind.model_fields)
+                names.extend([*kind.model_fields, *getattr(kind, "macros", ())])
             elif rest[0] in kind.model_fields:
                 visit(kind.model_fields[rest[0]].annotation, rest[1:])
             elif "kind" in kind.model_fields and rest[0] in get_args(

@@ -28,15 +28,15 @@ call every method together. The code of a training pass covers the latents of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast, final
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from saelab.config import Frozen
+from saelab.config import Frozen, Macro, setting_error_at_place
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.distributed.sharded_file import Shards
 from saelab.errors import SettingError, naming_setting
@@ -80,6 +80,7 @@ from saelab.parts.base import (
     Scalar,
     Scaling,
 )
+from saelab.parts.presets import PRESET, expand
 from saelab.row_norm import RowNorm, normalise_rows, restore_rows
 from saelab.seeding import torch_stream
 
@@ -115,9 +116,12 @@ class SAEConfig(Frozen):
         precision: of the GEMM that selects active latents; values are float32 in any case.
         skip: with a target, adds a linear map of the input to the reconstruction.
         decoder_start: with a target, 'random' unit rows or 'zeros'.
+
+    The name of a published SAE under `preset` stands for its parts (`saelab.parts.presets`).
     """
 
     added_later: ClassVar[frozenset[str]] = frozenset({"skip", "decoder_start"})
+    macros: ClassVar[Mapping[str, Macro]] = {"preset": PRESET}
 
     d_sae: int = Field(default=1536, gt=0, le=MOST_LATENTS)
     activation: ActivationField = DEFAULT_ACTIVATION
@@ -133,6 +137,16 @@ class SAEConfig(Frozen):
     precision: Precision = "auto"
     skip: bool = False
     decoder_start: Literal["random", "zeros"] = "random"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_parts_of_preset(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "preset" not in data:
+            return data
+        try:
+            return expand(data)
+        except SettingError as error:
+            raise setting_error_at_place(error) from None
 
     def build(
         self,

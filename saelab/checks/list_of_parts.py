@@ -1,8 +1,9 @@
-"""The parts that are registered, for people: equation and source, settings, export, ranks."""
+"""Registered parts and presets, for people: equation and source, settings, export, ranks."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,11 @@ from saelab.checks.examples import Case, cases
 from saelab.checks.trials import D_IN, D_SAE
 from saelab.errors import SettingError, nearest
 from saelab.parts.base import Activation, PartConfig, Refusal
+from saelab.parts.presets import FIELDS, PRESETS, fields_of
+from saelab.sae import SAEConfig
+
+#: Stands in the column of seams for a name of several parts.
+PRESET = "preset"
 
 
 def about(config: type[PartConfig]) -> str:
@@ -19,25 +25,55 @@ def about(config: type[PartConfig]) -> str:
 
 
 def as_dicts() -> list[dict[str, str]]:
-    """Returns every registered part: seam, kind, and the first line of what is said about it."""
-    return [
+    """Returns every registered part and every preset: seam, kind, and one line about it."""
+    parts = [
         {"seam": case.seam, "kind": case.kind, "about": about(type(case.part)).split("\n")[0]}
         for case in cases(D_SAE, first=True)
     ]
+    presets = [
+        {"seam": PRESET, "kind": name, "about": preset.source} for name, preset in PRESETS.items()
+    ]
+    return parts + presets
 
 
 def describe(kind: str) -> list[dict[str, Any]]:
-    """Describes the parts of a kind; there may be one of each seam.
+    """Describes the preset of a name and the parts of a kind; there may be one of each seam.
 
-    Raises: SettingError for a kind that is not registered.
+    Raises: SettingError for a name that is neither.
     """
     every = cases(D_SAE, first=True)
     chosen = [case for case in every if case.kind == kind]
-    if not chosen:
-        kinds = [case.kind for case in every]
-        remedy = f"is no part{nearest(kind, kinds)}: `saelab parts` lists all"
+    if not chosen and kind not in PRESETS:
+        kinds = [*(case.kind for case in every), *PRESETS]
+        remedy = f"is no part and no preset{nearest(kind, kinds)}: `saelab parts` lists all"
         raise SettingError("NAME", kind, remedy)
-    return [_describe(case) for case in chosen]
+    presets = [_describe_preset(kind)] if kind in PRESETS else []
+    return presets + [_describe(case) for case in chosen]
+
+
+def _describe_preset(name: str) -> dict[str, Any]:
+    preset = PRESETS[name]
+    # lists always stand there: without them an SAE has controllers of its own
+    settings = {field: value for field, value in fields_of(name).items() if value != FIELDS[field]}
+    sae = SAEConfig.parse({PRESET: name}).build(D_IN)
+    return {
+        "seam": PRESET,
+        "kind": name,
+        "about": f"{preset.source}\n{preset.equation}",
+        "settings": settings,
+        "deviations": list(preset.deviations),
+        "several processes": _yes(all(part.shardable for part in sae.parts())),
+        "export": _export(sae.activation),
+    }
+
+
+def _yes(answer: bool) -> str:
+    return "yes" if answer else "no"
+
+
+def _export(activation: Activation) -> str:
+    form = activation.export()
+    return f"no: it {form.reason}" if isinstance(form, Refusal) else "yes"
 
 
 def _describe(case: Case) -> dict[str, Any]:
@@ -53,16 +89,15 @@ def _describe(case: Case) -> dict[str, Any]:
             if name != "kind"
         },
         "companions": dict(case.part.companions),
-        "several processes": "yes" if part.shardable else "no",
+        "several processes": _yes(part.shardable),
     }
     if isinstance(part, Activation):
-        form = part.export()
-        answer["export"] = f"no: it {form.reason}" if isinstance(form, Refusal) else "yes"
+        answer["export"] = _export(part)
     return answer
 
 
 def lines_of_all() -> Iterator[str]:
-    """Yields one line for each part."""
+    """Yields one line for each part and preset."""
     for part in as_dicts():
         yield f"{part['seam']:11} {part['kind']:20} {part['about']}"
 
@@ -72,9 +107,28 @@ def lines_of(answers: list[dict[str, Any]]) -> Iterator[str]:
     for answer in answers:
         yield f"{answer['seam']} {answer['kind']}"
         yield answer["about"]
-        yield "settings: " + ", ".join(f"{n} = {v}" for n, v in answer["settings"].items())
-        if answer["companions"]:
+        if answer["seam"] == PRESET:
+            yield from _lines_of_preset(answer)
+        else:
+            yield "settings: " + ", ".join(f"{n} = {v}" for n, v in answer["settings"].items())
+        if answer.get("companions"):
             yield f"must stand beside it: {answer['companions']}"
         yield f"on several processes: {answer['several processes']}"
         if "export" in answer:
             yield f"written for other tools: {answer['export']}"
+
+
+def _lines_of_preset(answer: dict[str, Any]) -> Iterator[str]:
+    yield f'under [sae], `preset = "{answer["kind"]}"` stands for'
+    for field, value in answer["settings"].items():
+        yield f"    {field} = {_toml(value)}"
+    yield from (f"differs from its source: {sentence}" for sentence in answer["deviations"])
+
+
+def _toml(value: Any) -> str:
+    """Returns plain data as a value of TOML on one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_toml(item)}" for name, item in value.items()) + " }"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)

@@ -1,4 +1,4 @@
-"""`saelab parts`: every registered part, and what is said of one."""
+"""`saelab parts`: every registered part and every preset, and what is said of one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from saelab.checks.examples import cases
 from saelab.checks.list_of_parts import describe
 from saelab.cli import app
+from saelab.parts.presets import PRESETS
 from saelab.sae import SAEConfig
 
 
@@ -22,6 +23,7 @@ def answer(*words: str) -> str:
 def test_every_part_is_listed_with_a_line_about_it() -> None:
     listed = json.loads(answer("--json"))
     every = [(case.seam, case.kind) for case in cases(64, first=True)]
+    every += [("preset", name) for name in PRESETS]
     assert [(part["seam"], part["kind"]) for part in listed] == every
     assert all(len(part["about"]) > 10 for part in listed)
     assert len(answer().splitlines()) == len(every)
@@ -36,7 +38,17 @@ def test_one_part() -> None:
 
 @pytest.mark.parametrize("kind", sorted({case.kind for case in cases(64)}))
 def test_each_can_be_described(kind: str) -> None:
-    assert all(part["about"] and "lr" in part["settings"] for part in describe(kind))
+    parts = [part for part in describe(kind) if part["seam"] != "preset"]
+    assert parts and all(part["about"] and "lr" in part["settings"] for part in parts)
+
+
+def test_a_preset_says_what_it_stands_for() -> None:
+    text = answer("gated")
+    assert text.startswith("preset gated\nRajamanoharan et al. 2024a (2404.16014)")
+    assert 'constraints = [{ kind = "unit_norm" }]' in text
+    assert "differs from its source: b_enc is a third bias" in text
+    assert "activation gated" in text  # the part of this name is described as well
+    assert "losses" in json.loads(answer("bricken", "--json"))[0]["settings"]
 
 
 def test_an_unknown_name_is_one_sentence() -> None:

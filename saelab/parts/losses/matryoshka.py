@@ -5,11 +5,12 @@
 It stands beside `reconstruction`, which is the term of the whole width, and over any activation.
 
 `sampled` draws the widths anew at each step, P(width > w) falling with the root of w (Nabeshima
-2024; repository noanabeshima/matryoshka-saes), where the mean over prefixes is the coefficient
-1 / (sampled + 1) here and that of `reconstruction`. `order = "energy"` counts the prefixes along
-the latents sorted by a running mean of f_i^2 |W_dec_i|^2, as there; latents stay where they are and
-the order is held here. `detached` fits each ring between two widths to what the prefix within it,
-held constant, leaves over (2026 synthetic sweeps; as we understand them, no code was reachable).
+2024; repository noanabeshima/matryoshka-saes). There the mean over prefixes and the whole is taken,
+here their sum, so that a penalty's coefficient is sampled + 1 times theirs. `order = "energy"`
+counts the prefixes along the latents sorted by a running mean of f_i^2 |W_dec_i|^2, as there;
+latents stay where they are and the order is held here. `detached` fits each ring between two widths
+to what the prefix within it, held constant, leaves over (2026 synthetic sweeps; as we understand
+them, no code was reachable).
 
 On a sparse code each row has one bag of pairs for every ring of latents between two widths: the
 reconstructions of the prefixes are running sums over the rings.

@@ -11,6 +11,9 @@ from saelab.checks.trials import D_IN, D_SAE
 from saelab.errors import SettingError, nearest
 from saelab.parts.base import Activation, PartConfig, Refusal
 
+#: How a part works on several processes, by what it declares.
+SHARDABLE = {True: "yes", False: "no", "rows": "yes, with parallel.latents = 1"}
+
 
 def about(config: type[PartConfig]) -> str:
     """Returns the docstring of the module that defines a part: equation and source."""
@@ -53,7 +56,7 @@ def _describe(case: Case) -> dict[str, Any]:
             if name != "kind"
         },
         "companions": dict(case.part.companions),
-        "several processes": "yes" if part.shardable else "no",
+        "several processes": SHARDABLE[part.shardable],
     }
     if isinstance(part, Activation):
         form = part.export()

@@ -302,6 +302,7 @@ class SAE(nn.Module):
     def check_parts(self) -> None:
         """Raises: SettingError for settings or parts that do not fit together."""
         _check_target(self.config, self.has_target)
+        _check_start(self.config)
         if self.activation.uses_weights:
             _check_without_preactivations(self)
         for place, part in zip(_places(self.config), self.parts(), strict=True):
@@ -858,13 +859,17 @@ def _check_target(config: SAEConfig, has_target: bool) -> None:
                 raise SettingError(name, value, remedy)
 
 
+def _check_start(config: SAEConfig) -> None:
+    """Raises: SettingError for a start at an L0 that the activation has no bias for."""
+    if config.initial_l0 is not None and not config.activation.takes_initial_l0:
+        remedy = f"sets b_enc, which does not decide the L0 of {config.activation.kind}: "
+        raise SettingError("initial_l0", config.initial_l0, f"{remedy}leave it out")
+
+
 def _check_without_preactivations(sae: SAE) -> None:
     """Raises: SettingError for what reads pre-activations, which an activation that `uses_weights`
     does not have."""
     kind = sae.config.activation.kind
-    if sae.config.initial_l0 is not None:
-        remedy = f"sets the bias by the pre-activations, but {kind} has none: leave it out"
-        raise SettingError("initial_l0", sae.config.initial_l0, remedy)
     for part in sae.parts():
         if part.uses_preactivations:
             remedy = f"reads pre-activations, but the activation {kind} has none: leave it out"

@@ -27,12 +27,13 @@ class Weights:
 
     @cached_property
     def gram(self) -> Tensor:
-        """Inner products of the decoder's rows, without gradient; [d_sae, d_sae]."""
-        rows = self.W_dec.detach()
+        """Inner products of the encoder's rows, without gradient; [d_sae, d_sae]. They are those of
+        the decoder's rows where the two are tied."""
+        rows = self.W_enc.detach()
         return torch.mm(rows, rows.t())
 
     def uses_gram(self, n_rows: int, steps: int) -> bool:
         """Says whether `gram` saves more than it costs: it takes d_sae^2 d_in multiplications, and
         saves one product of the rows with the decoder, n_rows d_sae d_in, at each step."""
-        d_sae = len(self.W_dec)
+        d_sae = len(self.W_enc)
         return d_sae <= min(MOST_IN_GRAM, n_rows * steps)

@@ -61,15 +61,19 @@ class MatchingPursuitConfig(KConfig):
     def companions(self) -> Mapping[str, Any]:
         return {"tied": True, "encoder_bias": False, "constraints": [{"kind": "unit_norm"}]}
 
+    @property
+    def takes_initial_l0(self) -> bool:
+        return False
+
     @classmethod
     def example(cls, d_sae: int) -> Example:
-        part = cls(k=20)
+        part = cls(k=min(20, d_sae))
         return Example(part, part.companions)
 
     @classmethod
     def examples(cls, d_sae: int) -> tuple[Example, ...]:
-        stopping, distinct = cls(k=20, repeats="stop", residual_threshold=0.3), cls(k=4)
-        distinct, follower = distinct.patched({"repeats": "exclude"}), cls(k="k")
+        stopping = cls(k=min(20, d_sae), repeats="stop", residual_threshold=0.3)
+        distinct, follower = cls(k=4, repeats="exclude"), cls(k="k")
         annealed = {"controllers": [{"kind": "annealed_k", "start": 20, "end": 16}]}
         return (
             cls.example(d_sae),
@@ -109,7 +113,7 @@ class MatchingPursuit(FollowsK):
 
     def encode(self, u: Tensor, weights: Weights) -> Code:
         latents, going = self._choose(u.detach(), weights)
-        values: Tensor = _Values.apply(u, weights.W_dec, latents, going)  # type: ignore[assignment]
+        values: Tensor = _Values.apply(u, weights.W_enc, latents, going)  # type: ignore[assignment]
         if self.exact_k:
             k = latents.shape[1]
             offsets = torch.arange(0, len(u) * k + 1, k, device=u.device)
@@ -122,7 +126,7 @@ class MatchingPursuit(FollowsK):
         """Returns the latent of each step, int64 [N, k], and where a row's pursuit still goes on,
         bool [N, k]."""
         gram = weights.gram if weights.uses_gram(len(u), self.k) else None
-        blocks = [self._choose_block(rows, weights.W_dec, gram) for rows in row_blocks(u)]
+        blocks = [self._choose_block(rows, weights.W_enc, gram) for rows in row_blocks(u)]
         latents, going = zip(*blocks, strict=True)
         return torch.cat(latents), torch.cat(going)
 

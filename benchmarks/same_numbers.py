@@ -147,6 +147,9 @@ ARMS = {
     "feature choice": TOPK | {"sae.activation": {"kind": "feature_choice", "k": 16},
                               "sae.losses": [RECON]},
     "matching pursuit": PURSUIT | {"sae.activation": {"kind": "matching_pursuit", "k": 16}},
+    "orthogonal pursuit": PURSUIT | {
+        "sae.activation": {"kind": "orthogonal_matching_pursuit", "k": 16}},
+    "ista": {"sae.activation": {"kind": "ista", "steps": 2, "step_size": 0.05}},
 }
 RUNS = {"run_1": Run("Later parts", [Arm(name, changes) for name, changes in ARMS.items()])}
 """

@@ -17,8 +17,12 @@ from saelab.parts.activations.batchtopk import BatchTopKConfig
 from saelab.parts.activations.feature_choice import FeatureChoiceConfig
 from saelab.parts.activations.gated import GatedConfig
 from saelab.parts.activations.groupmax import GroupMaxConfig
+from saelab.parts.activations.ista import ISTAConfig
 from saelab.parts.activations.jumprelu import JumpReLUConfig
 from saelab.parts.activations.matching_pursuit import MatchingPursuitConfig
+from saelab.parts.activations.orthogonal_matching_pursuit import (
+    OrthogonalMatchingPursuitConfig,
+)
 from saelab.parts.activations.relu import ReLUConfig
 from saelab.parts.activations.tied_threshold import TiedThresholdConfig
 from saelab.parts.activations.topk import TopKConfig
@@ -170,6 +174,8 @@ for _seam, _configs in {
         GroupMaxConfig,
         FeatureChoiceConfig,
         MatchingPursuitConfig,
+        OrthogonalMatchingPursuitConfig,
+        ISTAConfig,
     ),
     "loss": (
         ReconstructionConfig,

@@ -168,7 +168,8 @@ class TestAgreement:
         assert_agree(2, 2, SHARDABLE, 8)
 
     def test_parts_that_need_all_latents_on_every_rank(self) -> None:
-        assert {case.kind for case in BY_ROWS} >= {"matching_pursuit"}
+        pursuits = {"matching_pursuit", "orthogonal_matching_pursuit"}
+        assert {case.kind for case in BY_ROWS} >= {*pursuits, "ista"}
         assert_agree(2, 1, [str(case) for case in BY_ROWS], 8)
 
     def test_cases_reach_what_they_are_for(self) -> None:

@@ -132,6 +132,8 @@ ZOO = (
 GATES = [{"kind": "gate_l1"}, {"kind": "gate_reconstruction"}]
 LATER = [{"kind": "matryoshka", "order": "energy"}, {"kind": "multi_topk"},
          {"kind": "orthogonality", "chunk": 64}, {"kind": "temporal_contrast"}]
+PURSUIT = {"sae.tied": True, "sae.encoder_bias": False, "sae.losses": [RECON],
+           "sae.controllers": [], "sae.constraints": [UNIT]}
 ARMS = {
     "baseline": {},
     "gated": {"sae.activation": {"kind": "gated"}, "sae.losses": [RECON, *GATES],
@@ -144,6 +146,10 @@ ARMS = {
                         "sae.losses": [RECON, *LATER]},
     "feature choice": TOPK | {"sae.activation": {"kind": "feature_choice", "k": 16},
                               "sae.losses": [RECON]},
+    "matching pursuit": PURSUIT | {"sae.activation": {"kind": "matching_pursuit", "k": 16}},
+    "orthogonal pursuit": PURSUIT | {
+        "sae.activation": {"kind": "orthogonal_matching_pursuit", "k": 16}},
+    "ista": {"sae.activation": {"kind": "ista", "steps": 2, "step_size": 0.05}},
 }
 RUNS = {"run_1": Run("Later parts", [Arm(name, changes) for name, changes in ARMS.items()])}
 """

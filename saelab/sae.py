@@ -79,6 +79,7 @@ from saelab.parts.base import (
     Reset,
     Scalar,
     Scaling,
+    Weights,
 )
 from saelab.parts.presets import PRESET, expand
 from saelab.row_norm import RowNorm, normalise_rows, restore_rows
@@ -315,6 +316,9 @@ class SAE(nn.Module):
     def check_parts(self) -> None:
         """Raises: SettingError for settings or parts that do not fit together."""
         _check_target(self.config, self.has_target)
+        _check_start(self.config)
+        if self.activation.uses_weights:
+            _check_without_preactivations(self)
         for place, part in zip(_places(self.config), self.parts(), strict=True):
             _check_shardable(part, self.ranks)
             with naming_setting(place):
@@ -526,6 +530,8 @@ class SAE(nn.Module):
 
     def _code(self, u: Tensor, starts: Tensor | None) -> tuple[Code, Tensor | None]:
         """Computes the code with its gradients, and all pre-activations if a part reads them."""
+        if self.activation.uses_weights:
+            return self.activation.encode(u, self.weights()), None
         dtype = selection_dtype(self.config.precision, u.device) if self.training else u.dtype
         z = preactivations(u, self.W_enc, self.b_enc, dtype)
         support = self._support(z, starts)
@@ -546,6 +552,10 @@ class SAE(nn.Module):
             return support
         (dense,) = self.ranks.total(support is None)  # ranks that communicate must take one path
         return None if dense else support
+
+    def weights(self) -> Weights:
+        """Returns the matrices as an activation that `uses_weights` sees them."""
+        return Weights(self.W_enc, self.b_enc, self.W_dec)
 
     def _dense(self, z: Tensor, starts: Tensor | None) -> Tensor:
         """Computes the dense code of pre-activations [N, d_sae]."""
@@ -576,9 +586,11 @@ class SAE(nn.Module):
 
     def _encoder_input(self, x: Tensor) -> Tensor:
         """Computes u of the module's equation; it is detached if there is no scaling, because
-        `encode_at` computes the gradient of b_dec at less cost."""
+        `encode_at` computes the gradient of b_dec at less cost. An activation that `uses_weights`
+        does not call that, so it gets u with its gradient."""
         if self.scaling is None:
-            return (x - self._centre()).detach()
+            centred = x - self._centre()
+            return centred if self.activation.uses_weights else centred.detach()
         return self.ranks.spread(self.scaling.apply(x - self._centre()))
 
     def encode_at(self, u: Tensor, support: Support, z: Tensor | None = None) -> Tensor:
@@ -630,6 +642,8 @@ class SAE(nn.Module):
         self._check_eval()
         if self.ranks.latents > 1:
             return torch.cat([code.dense() for _, code in self.codes(x, starts)])
+        if self.activation.uses_weights:
+            return self.activation.encode(self.encoder_input(x), self.weights()).dense()
         return self._dense(linear(self.encoder_input(x), self.W_enc, self.b_enc), starts)
 
     @torch.no_grad()
@@ -643,7 +657,7 @@ class SAE(nn.Module):
 
         If the selection is in bfloat16, the floors are lowered by more than its largest rounding
         error, so that no active latent is missed; the values are float32. A code that is not sparse
-        is yielded dense.
+        is yielded dense. An activation that `uses_weights` computes everything in float32.
 
         Args:
             x: raw activations [n, d_in].
@@ -651,6 +665,9 @@ class SAE(nn.Module):
         Returns: pairs of a slice of x's rows and their code.
         """
         self._check_eval()
+        if self.activation.uses_weights:
+            yield from self._codes_from_weights(self.encoder_input(x))
+            return
         floor = self.activation.floor()
         dtype = selection_dtype(self.config.precision, x.device)
         if floor is None:
@@ -670,6 +687,12 @@ class SAE(nn.Module):
             code = self._code_at(u, support, block_starts)
             split = self.ranks.latents > 1
             yield rows, gather_code(code, self.d_sae, self.ranks) if split else code
+
+    def _codes_from_weights(self, u: Tensor) -> Iterator[tuple[slice, Code]]:
+        """Yields the codes of an activation that `uses_weights`, in blocks of ROWS rows."""
+        weights = self.weights()
+        for rows, _ in self._row_blocks(len(u), None):
+            yield rows, self.activation.encode(u[rows], weights)
 
     def _row_blocks(self, n: int, starts: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
         """Yields the rows that are encoded at once, and the `starts` of the segments in them."""
@@ -850,7 +873,27 @@ def _check_target(config: SAEConfig, has_target: bool) -> None:
                 raise SettingError(name, value, remedy)
 
 
+def _check_start(config: SAEConfig) -> None:
+    """Raises: SettingError for a start at an L0 that the activation has no bias for."""
+    if config.initial_l0 is not None and not config.activation.takes_initial_l0:
+        remedy = f"sets b_enc, which does not decide the L0 of {config.activation.kind}: "
+        raise SettingError("initial_l0", config.initial_l0, f"{remedy}leave it out")
+
+
+def _check_without_preactivations(sae: SAE) -> None:
+    """Raises: SettingError for what reads pre-activations, which an activation that `uses_weights`
+    does not have."""
+    kind = sae.config.activation.kind
+    for part in sae.parts():
+        if part.uses_preactivations:
+            remedy = f"reads pre-activations, but the activation {kind} has none: leave it out"
+            raise SettingError("part", type(part).__name__, remedy)
+
+
 def _check_shardable(part: Part, ranks: Ranks) -> None:
+    if part.shardable == "rows" and ranks.latents > 1:
+        remedy = "needs all latents on every rank: set parallel.latents to 1, or leave it out"
+        raise SettingError("part", type(part).__name__, remedy)
     if not ranks.alone and not part.shardable:
         remedy = "works on one rank only: leave it out, or start one process"
         raise SettingError("part", type(part).__name__, remedy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,19 +17,28 @@ DIRECTIONS = 32
 
 @torch.no_grad()
 def near_a_boundary(sae: SAE, x: Tensor, by: float = 1e-5) -> Tensor:
-    """Returns the pairs whose code appears or disappears when pre-activations move a little.
+    """Returns the pairs whose code appears or disappears when pre-activations move a little, or the
+    encoder's input where the activation `uses_weights`.
 
     Args:
-        sae: in training or evaluation mode, whose activation sees nothing but pre-activations.
+        sae: in training or evaluation mode.
         x: raw activations, [n, d_in].
-        by: how far every pre-activation moves, either way.
+        by: how far every pre-activation, or entry of the input, moves, either way.
 
     Returns: bool [n, d_sae].
     """
-    z = sae.encoder_input(x) @ sae.W_enc.T + sae.b_enc
-    on = sae.activation.dense(z) != 0
+    start, code = sae.encoder_input(x), _code_of_input(sae)
+    if not sae.activation.uses_weights:
+        start, code = start @ sae.W_enc.T + sae.b_enc, sae.activation.dense
+    on = code(start) != 0
     near = torch.zeros_like(on)
     for i in range(DIRECTIONS):
-        sign = torch.randn(z.shape, generator=torch_stream(i, "near"), dtype=z.dtype).sign()
-        near |= (sae.activation.dense(z + by * sign) != 0) != on
+        sign = torch.randn(start.shape, generator=torch_stream(i, "near"), dtype=start.dtype).sign()
+        near |= (code(start + by * sign) != 0) != on
     return near
+
+
+def _code_of_input(sae: SAE) -> Callable[[Tensor], Tensor]:
+    """Returns the function from the encoder's input to the dense code."""
+    weights = sae.weights()
+    return lambda u: sae.activation.encode(u, weights).dense()

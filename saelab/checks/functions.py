@@ -16,9 +16,12 @@ from saelab.errors import SettingError
 from saelab.formats.base import Plain
 from saelab.parts.base import Activation, Dims, Pass, Refusal
 from saelab.sae import SAE
+from saelab.seeding import torch_stream
 
 #: Relative error that two ways of computing the same may have, and that of a folded SAE.
 TOLERANCE, FOLDED = 1e-5, 1e-4
+#: Step of a central difference in float64, and relative error of the derivative from it.
+STEP, DERIVATIVE = 1e-6, 1e-4
 
 
 def _gradients(sae: SAE, x: Tensor) -> tuple[Pass, dict[str, Tensor]]:
@@ -41,8 +44,12 @@ def _dense(sae: SAE) -> Iterator[None]:
 
 
 def check_paths(case: Case, seed: int) -> None:
-    """The sparse path gives the code, the reconstruction and the gradients of the dense one."""
+    """The sparse path gives the code, the reconstruction and the gradients of the dense one; where
+    an activation has one path that `uses_weights`, its gradients are those of differences."""
     remedy = "let support() choose every pair where dense() is not 0, and at() compute its values"
+    if case.settings(D_SAE).build(D_IN).activation.uses_weights:
+        _check_derivative(case, seed)
+        return
     for training in (True, False):
         sae, x = sparse_sae(case, seed).train(training), rows(seed)
         x = x[~near_a_boundary(sae, x).any(1)]
@@ -64,6 +71,39 @@ def check_paths(case: Case, seed: int) -> None:
             apart = distance(found[name], gradient)
             what = f"the gradient of {name} differs by {apart:.1e} between the two paths"
             require(apart <= TOLERANCE, what, remedy)
+
+
+def _loss_of(sae: SAE, x: Tensor) -> Tensor:
+    p = sae(x, 5, STEPS)
+    weight = torch.linspace(-1, 1, p.recon.numel(), dtype=p.recon.dtype).view(p.recon.shape)
+    return (p.recon * weight).sum() + p.code.values.square().sum()
+
+
+def _check_derivative(case: Case, seed: int) -> None:
+    """Holds the gradient against central differences, in float64, along random directions."""
+    sae, x = sparse_sae(case, seed).double().train(), rows(seed).double()
+    x = x[~near_a_boundary(sae, x, 1e-4).any(1)]
+    require(len(x) > 0, "every row is on a boundary", "switch latents less often")
+    sae.zero_grad()
+    _loss_of(sae, x).backward()
+    trained = {n: w for n, w in sae.named_parameters() if w.requires_grad}
+    remedy = "let encode() pass gradients to u and all weights that it reads"
+    for name, w in trained.items():
+        require(w.grad is not None, f"{name} gets no gradient", remedy)
+        stream = torch_stream(seed, f"derivative {name}")
+        direction = torch.randn(w.shape, generator=stream, dtype=w.dtype)
+        losses = []
+        for by in (STEP, -STEP):
+            with torch.no_grad():
+                before = w.clone()
+                w.add_(direction, alpha=by)
+                losses.append(float(_loss_of(sae, x)))
+                w.copy_(before)
+        expected = (losses[0] - losses[1]) / (2 * STEP)
+        computed = float((w.grad * direction).sum()) if w.grad is not None else 0.0
+        apart = abs(computed - expected) / max(abs(expected), 1e-3 * abs(losses[0]))
+        what = f"the gradient of {name} differs by {apart:.1e} from differences of the loss"
+        require(apart <= DERIVATIVE, what, remedy)
 
 
 def check_rows(case: Case, seed: int) -> None:
@@ -141,6 +181,9 @@ def check_export(case: Case, seed: int) -> None:
     remedy = "return the form of its values, or a Refusal"
     keep = ~near_a_boundary(sae, x).any(1)
     require(bool(keep.any()), "every row is on a boundary", "switch latents less often")
+    if activation.uses_weights:
+        _check_exported_rows(sae, x[keep])
+        return
     z = (sae.encoder_input(x) @ sae.W_enc.T + sae.b_enc).detach()
     for name, scale in (("", 1.0), ("large ", 100.0), ("negative ", -1.0)):
         with torch.no_grad():
@@ -156,6 +199,17 @@ def check_export(case: Case, seed: int) -> None:
     require(apart <= FOLDED, f"the exported SAE's code differs by {apart:.1e}", remedy)
     decoded = again.decode(again.encode(x)), sae.decode(sae.encode(x))
     apart = distance(decoded[0][keep], decoded[1][keep])
+    require(apart <= FOLDED, f"the exported SAE decodes otherwise by {apart:.1e}", remedy)
+
+
+def _check_exported_rows(sae: SAE, x: Tensor) -> None:
+    """Compares the exported SAE on rows: its reconstruction, and its code, which may be in raw
+    units, that is `scale` times as large."""
+    again, remedy = Plain.of(sae).build(), "return the form of its values, or a Refusal"
+    f, found = sae.encode(x), again.encode(x)
+    apart = min(distance(found, f), distance(found, f * sae.scale))
+    require(apart <= FOLDED, f"the exported SAE's code differs by {apart:.1e}", remedy)
+    apart = distance(again.decode(found), sae.decode(f))
     require(apart <= FOLDED, f"the exported SAE decodes otherwise by {apart:.1e}", remedy)
 
 

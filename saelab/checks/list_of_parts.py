@@ -17,6 +17,11 @@ from saelab.sae import SAEConfig
 #: Stands in the column of seams for a name of several parts.
 PRESET = "preset"
 
+#: How a part works on several processes, by what it declares.
+SHARDABLE = {False: "no", "rows": "yes, with parallel.latents = 1", True: "yes"}
+#: The same, from what restricts an SAE most.
+ORDER = list(SHARDABLE)
+
 
 def about(config: type[PartConfig]) -> str:
     """Returns the docstring of the module that defines a part: equation and source."""
@@ -62,13 +67,9 @@ def _describe_preset(name: str) -> dict[str, Any]:
         "about": f"{preset.source}\n{preset.equation}",
         "settings": settings,
         "deviations": list(preset.deviations),
-        "several processes": _yes(all(part.shardable for part in sae.parts())),
+        "several processes": SHARDABLE[min((p.shardable for p in sae.parts()), key=ORDER.index)],
         "export": _export(sae.activation),
     }
-
-
-def _yes(answer: bool) -> str:
-    return "yes" if answer else "no"
 
 
 def _export(activation: Activation) -> str:
@@ -89,7 +90,7 @@ def _describe(case: Case) -> dict[str, Any]:
             if name != "kind"
         },
         "companions": dict(case.part.companions),
-        "several processes": _yes(part.shardable),
+        "several processes": SHARDABLE[part.shardable],
     }
     if isinstance(part, Activation):
         answer["export"] = _export(part)

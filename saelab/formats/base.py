@@ -11,6 +11,10 @@ too, because its gate and its magnitude share one encoder: with r > 0 and y = W 
 
     f = max(r y + b_mag, 0) 1[y + b_gate > 0]     is     z = r y + b_mag, threshold b_mag - r b_gate
 
+A matching pursuit has no encoder: f is that of (x - b_dec) over the rows of W_dec; W_enc equals
+W_dec, and b_enc is 0. Its code is in the units of x, while an SAE that was trained here has that of
+rows divided by c (`saelab.sae`): the plain form's code is c times as large, its x_hat the same.
+
 A transcoder reconstructs other activations y than it reads; its b_dec is of y, and nothing is
 subtracted from x:
 
@@ -30,7 +34,7 @@ from torch import Tensor
 
 from saelab.errors import MismatchError, SaelabError, SettingError, SourceError
 from saelab.parts import DEFAULT_LOSSES, activation_of
-from saelab.parts.base import Form, Refusal
+from saelab.parts.base import Form, Pursuit, Refusal
 from saelab.row_norm import RowNorm
 from saelab.runtime.counting import count
 from saelab.sae import SAE, SAEConfig
@@ -58,6 +62,7 @@ class Plain:
         signed: whether these are the k largest |z|, with their signs.
         target: whether other activations than the input are reconstructed; d_out is d_in otherwise.
         W_skip: [d_out, d_in]; None without a skip connection.
+        pursuit: steps of a matching pursuit; None for an SAE with an encoder.
     """
 
     W_enc: Tensor
@@ -71,6 +76,7 @@ class Plain:
     signed: bool = False
     target: bool = False
     W_skip: Tensor | None = None
+    pursuit: Pursuit | None = None
 
     @property
     def d_out(self) -> int:
@@ -90,7 +96,7 @@ class Plain:
     @property
     def form(self) -> Form:
         """The activation."""
-        return Form(threshold=self.threshold, k=self.k, signed=self.signed)
+        return Form(threshold=self.threshold, k=self.k, signed=self.signed, pursuit=self.pursuit)
 
     @classmethod
     @torch.no_grad()
@@ -103,6 +109,8 @@ class Plain:
         if isinstance(form, Refusal):
             part = type(sae.activation).__name__
             raise SettingError("activation", part, f"can't be written: it {form.reason}")
+        if form.pursuit is not None:
+            return cls._of_pursuit(sae, form.pursuit)
         folded, threshold = sae.fold(), form.threshold
         w_enc, b_enc, w_dec, b_dec = (folded[name] for name in MATRICES)
         if form.affine is not None:
@@ -117,6 +125,14 @@ class Plain:
             return plain
         return replace(plain, centre=False, target=True, W_skip=folded.get("W_skip"))
 
+    @classmethod
+    def _of_pursuit(cls, sae: SAE, pursuit: Pursuit) -> Plain:
+        """Converts a matching pursuit, see this module's equation."""
+        threshold = pursuit.residual_threshold * float(sae.scale)
+        rows, b_enc = sae.W_dec.clone(), torch.zeros_like(sae.b_enc)
+        plain = cls(rows, b_enc, rows, sae.b_dec * sae.scale, row_norm=sae.row_norm)
+        return replace(plain, pursuit=replace(pursuit, residual_threshold=threshold))
+
     @torch.no_grad()
     def build(self) -> SAE:
         """Builds the SAE, float32, in evaluation mode."""
@@ -127,6 +143,8 @@ class Plain:
             losses=DEFAULT_LOSSES[:1],
             controllers=(),
             skip=self.W_skip is not None,
+            tied=self.pursuit is not None,
+            encoder_bias=self.pursuit is None,
         )
         sae = config.build(self.d_in, d_out=self.d_out if self.target else None)
         for name in (*MATRICES, *(["W_skip"] if self.W_skip is not None else [])):

@@ -7,6 +7,7 @@
         jumprelu               b_enc, threshold [d_sae] (log_threshold in older checkpoints)
         gated                  b_gate, b_mag, r_mag [d_sae]
         batchtopk              b_enc, topk_threshold (one number; a training checkpoint)
+        matching_pursuit       none of these, and no W_enc
 
     activation_scaler.json, activation_whitening.safetensors    of a training checkpoint
 
@@ -48,6 +49,7 @@ from saelab.formats.saelens_fields import (
     SCALER,
     WHITENING,
 )
+from saelab.parts.base import Pursuit
 from saelab.row_norm import RowNorm
 from saelab.sae import SAE
 from saelab.storage.atomic import write_atomically, write_json
@@ -63,6 +65,8 @@ ROW_NORMS: dict[str, RowNorm] = {
     "layer_norm": "layer_norm",
     "constant_norm_rescale": "norm",
 }
+#: That of a matching pursuit whose cfg.json does not name it.
+RESIDUAL_THRESHOLD = 1e-2
 DTYPES = {"float32", "float64", "float16", "bfloat16"}
 
 
@@ -189,7 +193,7 @@ def load(folder: Path) -> Loaded:
     tensors = _round_to_dtype(tensors, fields, where)
     with shape_errors_as_source_error(folder / WEIGHTS):
         plain = READERS[architecture](tensors, fields, folder / WEIGHTS)
-    if not plain.target:
+    if not plain.target and plain.pursuit is None:
         plain = replace(plain, centre=_switch(fields, "apply_b_dec_to_input", True, where))
     plain = plain.validate(folder / WEIGHTS)
     for name, size in (("d_in", plain.d_in), ("d_sae", plain.d_sae)):
@@ -255,6 +259,28 @@ def _read_gated(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where:
     return plain.with_gate(tensors["r_mag"].exp(), tensors["b_gate"], tensors["b_mag"])
 
 
+def _read_pursuit(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], where: Path) -> Plain:
+    tensors, config = take(tensors, ("W_dec", "b_dec"), where), where.parent / CONFIG
+    kind = fields.get("normalize_activations", "none")
+    if kind not in ROW_NORMS:
+        remedy = "can't be folded into a matching pursuit, which has no encoder: train without it"
+        raise SettingError(f"{config}: normalize_activations", kind, remedy)
+    centred = _switch(fields, "apply_b_dec_to_input", True, config)
+    w_dec, b_dec = tensors["W_dec"], tensors["b_dec"] * centred  # not added where not subtracted
+    steps = fields.get("max_iterations")
+    steps = w_dec.shape[1] if steps is None else steps
+    if type(steps) is not int or steps < 1:
+        remedy = "use a whole number of at least 1, or null for d_in"
+        raise SettingError(f"{config}: max_iterations", steps, remedy)
+    threshold = fields.get("residual_threshold", RESIDUAL_THRESHOLD)
+    if type(threshold) not in (int, float) or not 0 <= threshold < math.inf:
+        remedy = "use a number of at least 0"
+        raise SettingError(f"{config}: residual_threshold", threshold, remedy)
+    stops = _switch(fields, "stop_on_duplicate_support", True, config)
+    plain = Plain(w_dec, w_dec.new_zeros(len(w_dec)), w_dec, b_dec)
+    return replace(plain, pursuit=Pursuit(steps, float(threshold), stops))
+
+
 def _fold_decoder_norms(plain: Plain, fields: Mapping[str, Any], where: Path) -> Plain:
     name = "rescale_acts_by_decoder_norm"
     return plain.with_unit_decoder() if _switch(fields, name, False, where) else plain
@@ -269,6 +295,7 @@ READERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], Path], Pla
     "gated": _read_gated,
     "batchtopk": _read_batchtopk,
     "matryoshka_batchtopk": _read_batchtopk,
+    "matching_pursuit": _read_pursuit,
     **dict.fromkeys(transcoders.ARCHITECTURES, transcoders.read),
 }
 
@@ -353,6 +380,8 @@ def save(sae: SAE, folder: Path, about: Mapping[str, Any]) -> None:
     transcoders.check_writable(sae)
     plain = Plain.of(sae).validate(folder)
     tensors = {name: getattr(plain, name) for name in MATRICES} | {"W_enc": plain.W_enc.T}
+    if plain.pursuit is not None:
+        tensors = {name: tensors[name] for name in ("W_dec", "b_dec")}
     if plain.W_skip is not None:
         tensors["W_skip"] = plain.W_skip
     if plain.threshold is not None:
@@ -365,6 +394,8 @@ def save(sae: SAE, folder: Path, about: Mapping[str, Any]) -> None:
 def _architecture(plain: Plain) -> str:
     if plain.target:
         return transcoders.architecture(plain)
+    if plain.pursuit is not None:
+        return "matching_pursuit"
     if plain.k is not None:
         return "abstopk" if plain.signed else "topk"
     return "standard" if plain.threshold is None else "jumprelu"
@@ -381,7 +412,19 @@ def _config(plain: Plain) -> dict[str, Any]:
         "normalize_activations": next(n for n, k in ROW_NORMS.items() if k == plain.row_norm),
         "reshape_activations": "none",
         **({"k": plain.k, "rescale_acts_by_decoder_norm": False} if plain.k is not None else {}),
+        **_pursuit_fields(plain.pursuit),
         **transcoders.config(plain),
+    }
+
+
+def _pursuit_fields(pursuit: Pursuit | None) -> dict[str, Any]:
+    """Returns the fields of a matching pursuit alone; {} for any other SAE."""
+    if pursuit is None:
+        return {}
+    return {
+        "max_iterations": pursuit.steps,
+        "residual_threshold": pursuit.residual_threshold,
+        "stop_on_duplicate_support": pursuit.stops_at_repeats,
     }
 
 

@@ -42,6 +42,11 @@ RULES: dict[str, Rule] = {
     **_rules("honoured", "compared with the shapes of the weights", "d_in", "d_sae"),
     **_rules("honoured", "weights are rounded to it; arithmetic is float32 here", "dtype"),
     **_rules("honoured", "active latents per row of a topk SAE", "k"),
+    **_rules(
+        "honoured",
+        "of a matching pursuit: its steps, and where it ends",
+        *("max_iterations", "residual_threshold", "stop_on_duplicate_support"),
+    ),
     **_rules("honoured", "whether b_dec is subtracted before the encoder", "apply_b_dec_to_input"),
     **_rules(
         "honoured",

@@ -207,7 +207,7 @@ def _pca(of: Setting) -> Subject:
 
 def _untrained(of: Setting) -> Subject:
     config, level = of.sae, of.level or of.sae.target_l0
-    if level:
+    if level and config.activation.takes_initial_l0:
         config = config.patched({"initial_l0": level})
     sample = of.rows
     sae = config.build(sample.d_in, 1, of.seed, d_out=sample.d_out)

@@ -17,7 +17,12 @@ from saelab.parts.activations.batchtopk import BatchTopKConfig
 from saelab.parts.activations.feature_choice import FeatureChoiceConfig
 from saelab.parts.activations.gated import GatedConfig
 from saelab.parts.activations.groupmax import GroupMaxConfig
+from saelab.parts.activations.ista import ISTAConfig
 from saelab.parts.activations.jumprelu import JumpReLUConfig
+from saelab.parts.activations.matching_pursuit import MatchingPursuitConfig
+from saelab.parts.activations.orthogonal_matching_pursuit import (
+    OrthogonalMatchingPursuitConfig,
+)
 from saelab.parts.activations.relu import ReLUConfig
 from saelab.parts.activations.tied_threshold import TiedThresholdConfig
 from saelab.parts.activations.topk import TopKConfig
@@ -114,9 +119,11 @@ def _build_once(seam: str, config: type[PartConfig]) -> None:
     if not isinstance(part, wanted):
         remedy = f"{config.__name__}.build returns a {type(part).__name__}, which is no "
         raise SettingError("kind", kind, f"{remedy}{wanted.__name__}: subclass that of the seam")
-    for name, default in (("shardable", bool), ("uses_preactivations", bool)):
-        if not isinstance(getattr(part, name), default):
-            raise SettingError(f"{kind}.{name}", getattr(part, name), "use True or False")
+    for name, further in (("shardable", "rows"), ("uses_preactivations", None)):
+        value = getattr(part, name)
+        if not isinstance(value, bool) and value != further:
+            words = "use True or False" + (f' or "{further}"' if further else "")
+            raise SettingError(f"{kind}.{name}", value, words)
     tensors = {*dict(part.named_parameters()), *dict(part.named_buffers())}
     if unknown := {*part.per_latent, *part.survives_reset} - tensors:
         remedy = f"name parameters or buffers of {type(part).__name__}"
@@ -166,6 +173,9 @@ for _seam, _configs in {
         GatedConfig,
         GroupMaxConfig,
         FeatureChoiceConfig,
+        MatchingPursuitConfig,
+        OrthogonalMatchingPursuitConfig,
+        ISTAConfig,
     ),
     "loss": (
         ReconstructionConfig,

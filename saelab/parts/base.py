@@ -29,8 +29,8 @@ from torch.nn.functional import softplus
 
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import SettingError
-from saelab.kernels import Support
-from saelab.parts.forms import Form, Refusal
+from saelab.kernels import Code, Support
+from saelab.parts.forms import Form, Pursuit, Refusal
 from saelab.parts.forward_pass import Dims, Pass
 from saelab.parts.resets import Reset, draw_reset
 from saelab.parts.settings import (
@@ -46,6 +46,7 @@ from saelab.parts.settings import (
     measurement,
     nearest_k,
 )
+from saelab.parts.weights import Weights
 
 if TYPE_CHECKING:
     from saelab.sae import SAE
@@ -67,12 +68,14 @@ __all__ = [
     "Part",
     "PartConfig",
     "Pass",
+    "Pursuit",
     "Refusal",
     "Reset",
     "Role",
     "Scalar",
     "Scaling",
     "Stored",
+    "Weights",
     "check_setting",
     "correct_bias",
     "draw_reset",
@@ -126,8 +129,9 @@ class Part(nn.Module):
     #: Reads `p.z`, which is then stored through the step.
     uses_preactivations: bool = False
     #: Works where each rank has a subset of a batch's rows and of the latents. State per latent
-    #: then has length `Dims.n_local`, and sums over rows or latents go over all ranks.
-    shardable: bool = False
+    #: then has length `Dims.n_local`, and sums over rows or latents go over all ranks. "rows": only
+    #: where each rank has all latents.
+    shardable: bool | Literal["rows"] = False
     #: Names of the parameters and buffers with one entry per latent.
     per_latent: tuple[str, ...] = ()
     #: Those of them that a latent keeps when it starts afresh.
@@ -260,6 +264,9 @@ class Activation(Part):
     signed: ClassVar[bool] = False
     #: Has statistics that `fit` sets before training.
     fitted: ClassVar[bool] = False
+    #: The code is no function of pre-activations: `encode` computes it from the encoder's input and
+    #: the weights, in place of `dense`, `support` and `at`. Nothing may read pre-activations then.
+    uses_weights: ClassVar[bool] = False
 
     def dense(self, z: Tensor) -> Tensor:
         """[N, d_sae] -> [N, d_sae] with gradients."""
@@ -272,6 +279,17 @@ class Activation(Part):
     def at(self, values: Tensor, support: Support) -> Tensor:
         """Gathered pre-activations [nnz] -> code values [nnz] with gradients."""
         raise TypeError(f"{type(self).__name__} has no at()")
+
+    def encode(self, u: Tensor, weights: Weights) -> Code:
+        """Computes the code with gradients to u and the weights; called where it `uses_weights`.
+
+        Args:
+            u: encoder input, float32 [N, d_in].
+            weights: the SAE's parameters themselves.
+
+        Returns: the code, whose `pre` nothing reads.
+        """
+        raise TypeError(f"{type(self).__name__} has no encode()")
 
     def floor(self) -> Tensor | None:
         """Value that active pre-activations exceed at inference: [d_sae] or 0-dim.

@@ -9,6 +9,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Pursuit:
+    """Matching pursuit over the decoder's rows (`saelab.parts.activations.matching_pursuit`).
+
+    Args:
+        steps: the most of a row.
+        residual_threshold: a row's pursuit ends when its residual is shorter; 0 never ends it.
+        stops_at_repeats: whether it ends when a latent is chosen again.
+    """
+
+    steps: int
+    residual_threshold: float = 0.0
+    stops_at_repeats: bool = False
+
+
+@dataclass(frozen=True)
 class Form:
     """Activation as other tools know it, a function of one row's pre-activations z:
 
@@ -16,11 +31,14 @@ class Form:
         f = max(z, 0)           at the k largest z of the row, else 0
         f = z                   at the k largest |z| of the row, else 0, where it is signed
 
+    or a pursuit of the centred input over the decoder's rows, which has no pre-activations.
+
     Args:
         threshold: [d_sae] or 0-dim; None where 0 is the only one.
         k: active latents per row; then there is nothing else but `signed`.
         affine: gain (> 0) and shift, [d_sae] each; None for 1 and 0.
         signed: whether the k are the largest in size and keep their signs.
+        pursuit: steps of a matching pursuit; then there is nothing else.
 
     Raises: ValueError for settings that do not go together.
     """
@@ -29,8 +47,12 @@ class Form:
     k: int | None = None
     affine: tuple[Tensor, Tensor] | None = None
     signed: bool = False
+    pursuit: Pursuit | None = None
 
     def __post_init__(self) -> None:
+        of_z = self.threshold is not None or self.k is not None or self.affine is not None
+        if self.pursuit is not None and of_z:
+            raise ValueError("a pursuit has no pre-activations, and so no threshold and no k")
         if self.k is not None and not (self.threshold is None and self.affine is None):
             raise ValueError("a form with a k has no threshold and no affine map")
         if self.signed and self.k is None:
@@ -39,7 +61,12 @@ class Form:
             raise ValueError("the gains of a form must be positive")
 
     def code(self, z: Tensor) -> Tensor:
-        """The code of pre-activations; [n, d_sae] both."""
+        """The code of pre-activations; [n, d_sae] both.
+
+        Raises: ValueError for a pursuit, which has none.
+        """
+        if self.pursuit is not None:
+            raise ValueError("a pursuit has no pre-activations: build the SAE and encode rows")
         if self.signed:
             latents = z.abs().topk(self.k or 0, dim=-1).indices
             return torch.zeros_like(z).scatter(-1, latents, z.gather(-1, latents))

@@ -167,6 +167,11 @@ class PartConfig(Frozen):
         """The coefficient that a sparsity penalty ends with, where the settings fix it."""
         return None
 
+    @property
+    def takes_initial_l0(self) -> bool:
+        """True where an SAE with this activation may start at a named L0, by its bias."""
+        return True
+
     # ---- what it does to an SAE ----------------------------------------------------------------
 
     @property

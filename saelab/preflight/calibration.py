@@ -191,7 +191,8 @@ def _step_seconds(base: BaseConfig, n: int, d: int, width: int, steps: int = STE
     source = MemorySource([Shard(rows, torch.ones(rows.shape[:2], dtype=torch.bool))], {})
     activation = base.sae.activation
     initial_l0 = min(active_latents(base.sae), width / 4)
-    if activation.target_l0 is not None or activation.l0_setting is not None:
+    has_k = activation.target_l0 is not None or activation.l0_setting is not None
+    if has_k or not activation.takes_initial_l0:
         initial_l0 = None
     config = base.sae.patched({"d_sae": width, "initial_l0": initial_l0})
     settings = base.train.patched({"batch_size": n, "tokens": n * steps})

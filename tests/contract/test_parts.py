@@ -171,6 +171,13 @@ class TestActivation:
         self, case: Case, training: bool, global_random_seed: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         sae = sparse_sae(case, global_random_seed, "bfloat16").train(training)
+        if sae.activation.uses_weights:
+            exact = sparse_sae(case, global_random_seed, "float32").train(training)
+            codes = [one(rows(global_random_seed)).code for one in (sae, exact)]
+            assert torch.equal(codes[0].dense(), codes[1].dense())
+            blocks = [code.dense() for _, code in sae.eval().codes(rows(global_random_seed))]
+            assert torch.equal(torch.cat(blocks), exact.eval().encode(rows(global_random_seed)))
+            return
         select, dtypes = sae.activation.support, []
         monkeypatch.setattr(
             sae.activation, "support", lambda z: (dtypes.append(z.dtype), select(z))[1]

@@ -9,7 +9,9 @@ import torch
 from pairs import pair_source
 
 from saelab.data.activations.stream import batches
+from saelab.errors import SettingError
 from saelab.parts import SEAMS, TABLE, parse_part
+from saelab.parts.base import Dims
 from saelab.sae import SAEConfig
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
@@ -45,7 +47,12 @@ def composed(seam: str, kind: str) -> SAEConfig:
 def test_the_part_trains_with_a_target(seam: str, kind: str) -> None:
     source = pair_source(*WIDTHS)
     training = TrainConfig(tokens=STEPS * SIZE, batch_size=SIZE, lr=3e-3)
-    cell = Cell("cell", composed(seam, kind), training, initial_sample(source), 1)
+    config = composed(seam, kind)
+    if config.activation.build(Dims(16, D_SAE)).uses_weights:  # compares input and decoder rows
+        with pytest.raises(SettingError, match="target_hook"):
+            config.build(16, d_out=15)
+        return
+    cell = Cell("cell", config, training, initial_sample(source), 1)
     sae = cell.sae
     layout = "contexts" if sae.needs_contexts else "rows"
     moved = {"W_enc", "W_dec", "b_dec"}

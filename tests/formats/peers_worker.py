@@ -81,6 +81,9 @@ def saelens(folder: Path, x: torch.Tensor) -> None:
         "standard-constant_norm": sae_lens.StandardSAE(
             sae_lens.StandardSAEConfig(**sizes, normalize_activations="constant_norm_rescale")
         ),
+        "matching_pursuit": sae_lens.MatchingPursuitSAE(
+            sae_lens.MatchingPursuitSAEConfig(**sizes, max_iterations=K)
+        ),
     }
     training = {
         "topk-trained": sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(**sizes, k=K)),
@@ -95,6 +98,8 @@ def saelens(folder: Path, x: torch.Tensor) -> None:
     whole = {}
     for name, sae in (inference | training).items():
         scatter(sae)
+        if name == "matching_pursuit":  # with longer rows the residual grows
+            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
         sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = "gpt2", "blocks.3.hook_resid_post"
         sae.save_model(folder / f"saelens-{name}")
         if name in training:
@@ -159,7 +164,7 @@ def scatter(module: torch.nn.Module) -> None:
 def fields() -> dict[str, list[str]]:
     from sae_lens.registry import get_sae_class, get_sae_training_class
 
-    kinds = ("standard", "topk", "abstopk", "jumprelu", "gated")
+    kinds = ("standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit")
     found = {kind: get_sae_class(kind)[1] for kind in kinds}
     trained = (*kinds, "batchtopk", "matryoshka_batchtopk")
     found |= {f"{kind}-training": get_sae_training_class(kind)[1] for kind in trained}

@@ -57,16 +57,16 @@ def same(found: Tensor, wanted: Tensor) -> None:
     assert float((found - wanted).abs().max()) <= TOLERANCE * float(wanted.abs().max())
 
 
-def same_function(a: SAE, b: SAE, x: Tensor) -> None:
-    """Code and reconstruction, along the dense path and the sparse one."""
+def same_function(a: SAE, b: SAE, x: Tensor, unit: float = 1.0) -> None:
+    """Code and reconstruction, along the dense path and the sparse one; b's code times `unit`."""
     x = clear(b, x)
     assert len(x) > N // 2
     f = b.encode(x)
     assert bool((f > 0).any())
-    same(a.encode(x), f)
+    same(a.encode(x), f * unit)
     same(a.decode(a.encode(x)), b.decode(f))
     for part, code in a.codes(x):
-        same(code.dense(), f[part])
+        same(code.dense(), f[part] * unit)
         same(a.decode_code(code), b.decode(f[part]))
 
 

@@ -30,7 +30,7 @@ from saelab.checks.examples import Case, cases
 from saelab.errors import SettingError, SourceError, UsageError
 from saelab.formats.saelens_fields import RULES
 from saelab.parts.activations.relu import ReLU
-from saelab.parts.base import Activation, Refusal
+from saelab.parts.base import Activation, Dims, Refusal
 
 ABOUT = {"model": "m/pythia", "hook_name": "blocks.3.hook_resid_post", "context": 128, "seed": 7}
 WEIGHTS = "sae_weights.safetensors"
@@ -50,13 +50,18 @@ def test_every_part_comes_back(
     case: Case, scaling: Case | None, tmp_path: Path, global_random_seed: int
 ) -> None:
     config = case.settings(D_SAE, scaling=scaling and scaling.part)
+    if scaling and config.activation.build(Dims(D_IN, D_SAE)).uses_weights:
+        with pytest.raises(SettingError, match="subtracts decoder rows"):
+            config.build(D_IN)
+        return
     sae = trained_sae(config, global_random_seed)
     form = sae.activation.export()
     if isinstance(form, Refusal):
         with pytest.raises(SettingError, match=re.escape(form.reason)):
             exported(sae, tmp_path)
         return
-    same_function(exported(sae, tmp_path), sae, rows(global_random_seed + 1))
+    unit = 1.0 if form.pursuit is None else float(sae.scale)
+    same_function(exported(sae, tmp_path), sae, rows(global_random_seed + 1), unit)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +449,7 @@ def test_old_directories(tmp_path: Path, global_random_seed: int) -> None:
 
 #: Field -> values with which an SAE is refused.
 REFUSED: dict[str, list[Any]] = {
-    "architecture": ["temporal", "matching_pursuit"],
+    "architecture": ["temporal"],
     "normalize_activations": ["sphere"],
     "reshape_activations": ["hook_z"],
     "activation_fn": ["tanh-relu"],
@@ -472,10 +477,17 @@ DIFFERENCES: dict[str, tuple[Any, str]] = {
 }
 #: Honoured and tested above.
 HONOURED = {"apply_b_dec_to_input", "rescale_acts_by_decoder_norm"}
+#: Fields of a matching pursuit alone -> values with which one is refused.
+OF_PURSUITS: dict[str, list[Any]] = {
+    "max_iterations": [0, 2.5],
+    "residual_threshold": [-1.0, "small"],
+    "stop_on_duplicate_support": ["yes"],
+    "normalize_activations": ["expected_average_only_in", "covariance_whitening"],
+}
 
 
 def test_the_table_and_these_tests_name_the_same_fields() -> None:
-    tested = set(REFUSED) | set(DIFFERENCES) | HONOURED
+    tested = set(REFUSED) | set(DIFFERENCES) | HONOURED | set(OF_PURSUITS)
     assert {name for name, rule in RULES.items() if rule.kind != "nothing"} == tested
 
 
@@ -490,6 +502,15 @@ def test_a_field_that_cannot_be_honoured_is_refused(name: str, value: Any, tmp_p
         formats.load(tmp_path)
     inner = next(iter(value)) if isinstance(value, dict) else name
     assert inner in told.value.setting and len(told.value.remedy) > 10
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n in OF_PURSUITS for v in OF_PURSUITS[n]])
+def test_a_field_of_a_pursuit_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    tensors = random_weights(0, "W_dec", "b_dec")
+    write(tmp_path, config("matching_pursuit", **{name: value}), WEIGHTS, tensors)
+    with pytest.raises(SettingError) as refused:
+        formats.load(tmp_path)
+    assert name in refused.value.setting and len(refused.value.remedy) > 10
 
 
 @pytest.mark.parametrize("name", list(DIFFERENCES))

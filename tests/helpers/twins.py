@@ -41,7 +41,8 @@ class Twin:
         self.w = {name: p.detach().double().requires_grad_() for name, p in named}
         self.x = x.double() / sae.scale.double()
         self.buffers = {name: b.detach().clone() for name, b in sae.named_buffers()}
-        self.W_dec, self.b_dec = self.w["W_dec"], self.w["b_dec"]
+        self.W_dec = self.w["W_enc" if sae.config.tied else "W_dec"]
+        self.b_dec = self.w["b_dec"]
         self.z = (self.x - self.b_dec) @ self.w["W_enc"].T + self.w["b_enc"]
         self.norms = self.W_dec.norm(dim=1)
 

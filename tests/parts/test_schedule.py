@@ -56,12 +56,15 @@ FOLLOWERS = [
 def test_k_follows_a_schedule(kind: str, global_random_seed: int) -> None:
     course = {"kind": "schedule", "name": "k", "start": 64, "end": 8, "until": 0.5}
     parts = {"activation": {"kind": kind, "k": "k"}, "controllers": [course]}
+    parts |= TABLE["activation"][kind].parse({}).companions
     config = SAEConfig.parse({"d_sae": D_SAE, "losses": ["reconstruction"], **parts})
     cell = fresh_cell(config, global_random_seed)
     for i in range(STEPS):
         cell.step(batch(rows(global_random_seed + i)))
     l0 = cell.log.columns["l0"]
-    assert l0[0] == pytest.approx(61, abs=2) and l0[-1] == 8
+    if not cell.sae.activation.uses_weights:  # k steps of a pursuit may choose a latent again
+        assert l0[0] == pytest.approx(61, abs=2) and l0[-1] == 8
+    assert 15 < l0[0] <= 64 and 7 < l0[-1] <= 8
     assert cell.log.last(f"{kind}.k") == 8 and config.l0_rules(8) == {"found"}
 
 

@@ -17,7 +17,8 @@ D_IN, D_SAE = 24, 160
 BESIDE = ("losses", "controllers", "constraints")
 KINDS: dict[str, dict[str, Any]] = {
     str(case): {name: part for name, part in case.settings(D_SAE).parts().items() if name in BESIDE}
-    | {"activation": case.part}
+    | {"activation": case.part, "initial_l0": 6 if case.part.takes_initial_l0 else None}
+    | {name: getattr(case.settings(D_SAE), name) for name in ("tied", "encoder_bias")}
     for case in cases(D_SAE, "activation")
 } | {
     "relu": {"activation": "relu"},

@@ -21,7 +21,8 @@ class ReLUConfig(PartConfig):
 
     @classmethod
     def of_form(cls, form: Form) -> ReLUConfig | None:
-        return cls() if form.threshold is None and form.k is None and form.affine is None else None
+        other = (form.threshold, form.k, form.affine, form.pursuit)
+        return cls() if all(part is None for part in other) else None
 
 
 class ReLU(Activation):

@@ -17,6 +17,8 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).parent
+#: Installed without what it requires: torchvision, timm and OpenCV, none of which its SAEs need.
+ALONE = "overcomplete==0.3.0"
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
         constraints.write(pin + "\n")
         constraints.flush()
         install = [python, "-m", "pip", "install", "--quiet", "-c", constraints.name]
-        for what in (["torch"], ["-r", str(HERE / "peers.txt")]):
+        for what in (["torch"], ["-r", str(HERE / "peers.txt")], ["--no-deps", ALONE]):
             subprocess.run([*install, *what], check=True)
     subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "-y", "torchvision"], check=True)
 

@@ -338,14 +338,16 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def differences(name: str, difference: str, records: Path) -> tuple[Tensor, Tensor]:
+def differences(
+    name: str, difference: str, records: Path, ours: Case | None = None
+) -> tuple[Tensor, Tensor]:
     """Differences of each step between ours and the peer's: of losses, relative, and of weights."""
-    case = CASES[name]
-    theirs, ours = load_file(records / name / "record.safetensors"), train_ours(case, difference)
+    case = ours or CASES[name]
+    theirs, trained = load_file(records / name / "record.safetensors"), train_ours(case, difference)
     wanted = theirs.pop("loss") * case.scale
-    assert set(theirs) <= set(ours)
-    weights = [(ours[n] - w).abs().flatten(1).amax(1) for n, w in theirs.items()]
-    return (ours["loss"] - wanted).abs() / wanted, torch.stack(weights).amax(0)
+    assert set(theirs) <= set(trained)
+    weights = [(trained[n] - w).abs().flatten(1).amax(1) for n, w in theirs.items()]
+    return (trained["loss"] - wanted).abs() / wanted, torch.stack(weights).amax(0)
 
 
 @pytest.mark.parametrize("name", [*SAME, *NAMED])
@@ -376,6 +378,13 @@ def test_saelens_rescaled_topk_is_another_parametrisation(records: Path) -> None
     loss, weights = differences("saelens-topk-rescaled", "", records)
     assert float(loss[0]) <= TOLERANCE
     assert float(weights[-1]) > DIFFERENT
+
+
+def test_saelens_trains_the_decoder_by_the_gates_term(records: Path) -> None:
+    """With decoder and b_dec constant in that term, as in the paper's eq. 8, it is not the same."""
+    frozen = saelens(**FREE_GATED, losses=[gate_l1(decoder_norms=True), "gate_reconstruction"])
+    loss, weights = differences("saelens-gated", "", records, frozen)
+    assert min(float(loss.max()), float(weights.max())) > DIFFERENT
 
 
 def test_the_penalty_follows_the_mean_of_ten_batches_in_dictionary_learning(records: Path) -> None:

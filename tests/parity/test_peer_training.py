@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -33,16 +33,19 @@ from trainers_worker import (
     THRESHOLD,
     WIDTHS,
     WINDOW,
+    Head,
     K,
+    tokens,
 )
 
-from saelab.data.activations.stream import Batch
+from saelab.data.activations.stream import Batch, Tokens
 from saelab.parts.activations.jumprelu import JumpReLU
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
 from saelab.training.sample import Sample
+from saelab.training.spliced_model import SplicedModel
 
 pytestmark = pytest.mark.peers
 WORKER = Path(__file__).with_name("trainers_worker.py")
@@ -96,6 +99,7 @@ class Case:
         free: whether rows of the decoder start at unlike norms.
         small: whether a quarter of the latents starts too small to fire.
         target: whether y is reconstructed instead of x.
+        spliced: whether the loss is that of a language model, instead of `reconstruction`.
     """
 
     ours: dict[str, Any] = field(default_factory=dict)
@@ -106,6 +110,7 @@ class Case:
     free: bool = False
     small: bool = False
     target: bool = False
+    spliced: bool = False
 
 
 def saelens(difference: str = "", small: bool = False, **ours: Any) -> Case:
@@ -158,6 +163,8 @@ SAME: dict[str, Case] = {
     "dictionary_learning-batchtopk": dictionary_learning(**BATCHTOPK),
     "dictionary_learning-matryoshka": dictionary_learning(**BATCHTOPK, losses=[MATRYOSHKA]),
     "sparsify-topk": sparsify(),
+    "sparsify-kl": replace(sparsify(losses=["kl"]), spliced=True),
+    "sparsify-ce": replace(sparsify(losses=["cross_entropy"]), spliced=True),
     "sparsify-transcode": sparsify(target=True),
     "sparsify-transcode-skip": sparsify(target=True, skip=True),
 }
@@ -290,12 +297,24 @@ def begin(sae: SAE, case: Case) -> None:
             weight.copy_(given[name])
 
 
+class TinyModel:
+    """The language model of sparsify's runs, as a splice calls ours."""
+
+    x: Tensor
+
+    def __init__(self) -> None:
+        self.model = Head(D_IN).requires_grad_(False)
+
+    def logits(self, ids: Tensor, splice: Any = None, gradient: bool = False) -> Tensor:
+        return self.model(splice["layer"](self.x) if splice else self.x)
+
+
 def train_ours(case: Case, difference: str) -> dict[str, Tensor]:
     """What a run of ours was at each step, as a worker records it."""
     with pytest.MonkeyPatch.context() as patch:
         for config, build in PARTS.get(difference, {}).items():
             patch.setattr(config, "build", build)
-        losses = ["reconstruction", *case.ours.get("losses", [])]
+        losses = [*([] if case.spliced else ["reconstruction"]), *case.ours.get("losses", [])]
         settings = {"d_sae": D_SAE, "precision": "float32", "controllers": []}
         training = TrainConfig(
             tokens=STEPS * ROWS,
@@ -312,11 +331,16 @@ def train_ours(case: Case, difference: str) -> dict[str, Tensor]:
         config = SAEConfig.parse(settings | case.ours | {"losses": losses})
         cell = Cell("parity", config, training, sample, seed=0)
     begin(cell.sae, case)
+    model = TinyModel()
+    cell.use_model(SplicedModel(cast(Any, model), ["layer"]) if case.spliced else None)
     found, path = [], []
     for i in range(STEPS):
-        target = y[i] if case.target else None
-        positions = torch.zeros(ROWS, dtype=torch.int64)
-        found.append(cell.step(Batch(x[i], positions, y=target))["loss"])
+        positions = torch.arange(ROWS)
+        batch = Batch(x[i], positions, y=y[i] if case.target else None)
+        if case.spliced:
+            ids, model.x = tokens(ROWS * i + positions)[None], x[i][None]
+            batch = Batch(model.x, positions[None], tokens=Tokens(ids, torch.ones_like(ids).bool()))
+        found.append(cell.step(batch)["loss"])
         path.append({name: w.detach().clone() for name, w in weights(cell.sae).items()})
         if isinstance(cell.sae.activation, JumpReLU):
             path[-1]["threshold"] = cell.sae.activation.threshold.detach().clone()

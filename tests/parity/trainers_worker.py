@@ -35,6 +35,8 @@ EPSILON = 1e-8
 LR, K, WIDTHS = 3e-3, 4, (4, 12)
 L1, L0, THRESHOLD, BANDWIDTH, TARGET = 0.3, 0.05, 0.4, 0.4, 5.0
 PREACTIVATION = 0.1
+#: Of the language model of sparsify's runs.
+VOCABULARY = 20
 #: Steps of silence after which a latent is dead.
 WINDOW = 3
 #: Steps of training at which p moves, and its last value.
@@ -236,10 +238,29 @@ def outcome(call: Callable[[], object]) -> str:
 # ---- sparsify -----------------------------------------------------------------------------------
 
 
+class Head(nn.Module):
+    """Logits of the next token from the activations so far, [contexts, positions, d_in]."""
+
+    def __init__(self, d_in: int) -> None:
+        super().__init__()
+        stream = torch.Generator().manual_seed(1)
+        self.inner = nn.Parameter(torch.randn(d_in, 16, generator=stream))
+        self.outer = nn.Parameter(torch.randn(16, VOCABULARY, generator=stream))
+
+    def forward(self, x: Tensor) -> Tensor:
+        earlier = x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+        return torch.tanh((x + earlier) @ self.inner) @ self.outer
+
+
+def tokens(ids: Tensor) -> Tensor:
+    return 7 * ids % VOCABULARY
+
+
 class Model(nn.Module):
     """A language model of one layer, whose activations are the rows of the batches.
 
-    Token i of the text has the i-th row; the layer maps each row of x to that of y.
+    Id i of the text has the i-th row; the layer maps each row of x to that of y. `outputs` are the
+    logits of all calls.
     """
 
     class Layer(nn.Module):
@@ -254,6 +275,7 @@ class Model(nn.Module):
         super().__init__()
         self.x, self.layers = x.flatten(0, 1), nn.ModuleList([self.Layer(y.flatten(0, 1))])
         self.config = types.SimpleNamespace(num_hidden_layers=1)
+        self.head, self.outputs = Head(x.shape[2]), list[Tensor]()
         self.device = torch.device("cpu")
         self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
 
@@ -261,12 +283,24 @@ class Model(nn.Module):
     def base_model(self) -> Model:
         return self
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
         self.layers[0].ids = input_ids
-        return self.layers[0](self.x[input_ids])
+        logits = self.head(self.layers[0](self.x[input_ids]))
+        self.outputs.append(logits)
+        return types.SimpleNamespace(logits=logits, loss=self.next_token(input_ids, logits))
+
+    def next_token(self, ids: Tensor, logits: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens(ids)[0, 1:])
+
+    def loss(self, kind: str) -> Tensor:
+        """The last step's loss; sparsify's `kl` without the entropy of the clean logits."""
+        clean, spliced = (logits.log_softmax(-1) for logits in self.outputs[-2:])
+        if kind == "kl":
+            return (clean.exp() * (clean - spliced)).sum(-1).mean()
+        return self.next_token(self.layers[0].ids, self.outputs[-1])
 
 
-def sparsify(auxk: float = 0.0, **settings: Any) -> Run:
+def sparsify(auxk: float = 0.0, loss: str = "fvu", **settings: Any) -> Run:
     def run(start: Start, x: Tensor, y: Tensor) -> Record:
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
         from sparsify.config import SparseCoderConfig, TrainConfig
@@ -284,13 +318,15 @@ def sparsify(auxk: float = 0.0, **settings: Any) -> Run:
                 lr=LR,
                 lr_warmup_steps=0,
                 auxk_alpha=auxk,
+                loss_fn=loss,  # type: ignore
                 dead_feature_threshold=WINDOW * rows,
                 finetune="given weights",  # leaves the biases as they are at the first step
                 log_to_wandb=False,
                 save_dir=folder,
             )
             texts: Any = [{"input_ids": row} for row in ids]
-            trainer = Trainer(config, texts, Model(x, y if transcodes else x))  # type: ignore
+            model = Model(x, y if transcodes else x)
+            trainer = Trainer(config, texts, model)  # type: ignore
             (sae,) = trainer.saes.values()
             pairs = {"W_enc": (sae.encoder.weight, False), "b_enc": (sae.encoder.bias, False)}
             pairs |= {"W_dec": (sae.W_dec, False), "b_dec": (sae.b_dec, False)}
@@ -305,13 +341,19 @@ def sparsify(auxk: float = 0.0, **settings: Any) -> Run:
                 return found if transcodes else found | {"W_dec": unit}
 
             record = Record(weights)
-            sae.register_forward_hook(
-                lambda module, inputs, out: record.loss(
-                    out.fvu + auxk * out.auxk_loss + out.multi_topk_fvu / 8
-                )
-            )
+
+            def watch(module: object, inputs: object, out: Any) -> None:
+                if loss == "fvu":
+                    record.loss(out.fvu + auxk * out.auxk_loss + out.multi_topk_fvu / 8)
+
+            def after(*_: object) -> None:
+                if loss != "fvu":
+                    record.loss(model.loss(loss))
+                record.step()
+
+            sae.register_forward_hook(watch)
             scale_epsilon(trainer.optimizers[0], 1)
-            trainer.optimizers[0].register_step_post_hook(record.step)
+            trainer.optimizers[0].register_step_post_hook(after)
             trainer.fit()
         return record
 
@@ -472,6 +514,8 @@ RUNS: dict[str, Run] = {
     "sparsify-groupmax": sparsify(activation="groupmax"),
     "sparsify-multi_topk": sparsify(multi_topk=True),
     "sparsify-topk-auxk": sparsify(auxk=1 / 32),
+    "sparsify-kl": sparsify(loss="kl"),
+    "sparsify-ce": sparsify(loss="ce"),
     "sparsify-transcode": sparsify(transcode=True),
     "sparsify-transcode-skip": sparsify(transcode=True, skip_connection=True),
     "overcomplete-topk-free": overcomplete("TopKSAE", "identity", top_k=K),

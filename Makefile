@@ -8,7 +8,7 @@
 # make test-browser   tests of report.html in a browser (installs Playwright and Chromium)
 # make test-tracking  tests of the experiment trackers (installs 100 MB)
 # make test-clusters  tests of the executors for many machines (installs Ray and submitit)
-# make test-peers     tests against the tools that benchmarks/ compares with
+# make test-peers     tests against other tools: their files, and fifty steps of their trainers
 # make peers          the environment of these tools
 # make bench          every benchmark in full (about half an hour); BENCH=--quick for a smoke run
 # make clean          removes the environments and what was built
@@ -81,7 +81,7 @@ check: setup
 
 peers: benchmarks/.peers/.ready
 
-benchmarks/.peers/.ready: benchmarks/peers.txt constraints.txt
+benchmarks/.peers/.ready: benchmarks/peers.txt benchmarks/peers.py constraints.txt
 	$(PYTHON) benchmarks/peers.py
 	touch $@
 

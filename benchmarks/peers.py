@@ -17,12 +17,16 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).parent
+#: Installed without what it requires: torchvision, timm and OpenCV, none of which its SAEs need.
+ALONE = "overcomplete==0.3.0"
+#: The environment that it belongs to.
+PEERS = "peers.txt"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the peers' environment.")
     parser.add_argument("--venv", type=Path, default=HERE / ".peers")
-    parser.add_argument("--requirements", default="peers.txt", help="a file of this folder")
+    parser.add_argument("--requirements", default=PEERS, help="a file of this folder")
     options = parser.parse_args()
     folder, pin = options.venv, torch_pin()
     print(f"{folder}: {pin}, then the peers of {options.requirements}", flush=True)
@@ -32,7 +36,9 @@ def main() -> None:
         constraints.write(pin + "\n")
         constraints.flush()
         install = [python, "-m", "pip", "install", "--quiet", "-c", constraints.name]
-        for what in (["torch"], ["-r", str(HERE / options.requirements)]):
+        wanted = [["torch"], ["-r", str(HERE / options.requirements)]]
+        wanted += [["--no-deps", ALONE]] if options.requirements == PEERS else []
+        for what in wanted:
             subprocess.run([*install, *what], check=True)
     subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "-y", "torchvision"], check=True)
 

@@ -8,13 +8,12 @@ or SAELAB_PEERS names a python that has sae-lens, eai-sparsify and dictionary-le
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from peers import peers_python, run_worker
 from published_saes import BY_NAME, LAYOUTS
 from saes import D_IN, D_SAE, N, clear, rows, same, trained, trained_sae
 from safetensors.torch import load_file, save_file
@@ -28,11 +27,7 @@ from saelab.row_norm import RowNorm
 from saelab.sae import SAE, SAEConfig
 
 pytestmark = pytest.mark.peers
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("peers_worker.py")
-#: The worker needs the published layouts, which import nothing of saelab.
-HELPERS = ROOT / "tests" / "helpers"
-SECONDS = 600
 
 
 def fits(config: SAEConfig) -> bool:
@@ -68,15 +63,6 @@ THEIRS = [
 ROW_NORMS: dict[str, RowNorm] = {"topk-layer_norm": "layer_norm", "topk-norm": "norm"}
 
 
-def peers_python() -> Path:
-    """Skips, with the reason, where there is none."""
-    named = os.environ.get("SAELAB_PEERS")
-    python = Path(named) if named else ROOT / "benchmarks" / ".peers" / "bin" / "python"
-    if not python.is_file():
-        pytest.skip(f"no peers: {python} is no python; run make test-peers, or set SAELAB_PEERS")
-    return python
-
-
 @pytest.fixture(scope="module")
 def saes() -> dict[str, SAE]:
     saes = {name: trained_sae(config) for name, config in OURS.items()}
@@ -89,25 +75,15 @@ def saes() -> dict[str, SAE]:
 @pytest.fixture(scope="module")
 def answers(saes: dict[str, SAE], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that the peers computed, in one process of theirs."""
-    python, folder = peers_python(), tmp_path_factory.mktemp("peers")
+    peers_python()
+    folder = tmp_path_factory.mktemp("peers")
     x = rows(1)
     for name, sae in saes.items():
         place = folder / "ours" / name
         formats.saver("saelens")(sae, place, {"model": "gpt2"})
         save_file({"x": clear(sae, x)}, place / "rows.safetensors")
     save_file({"x": x}, folder / "rows.safetensors")
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
-    done = subprocess.run(
-        [str(python), str(WORKER), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env=kept
-        | offline
-        | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPERS)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_worker(WORKER, folder)
     return folder
 
 

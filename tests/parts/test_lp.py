@@ -10,6 +10,7 @@ from torch import Tensor
 from twins import D_IN, ROWS, Twin, assert_same_loss, relu, rows, small
 
 from saelab.errors import SettingError
+from saelab.parts.activations.gated import Gated
 from saelab.parts.losses.lp import Lp
 from saelab.sae import SAE, SAEConfig
 
@@ -68,6 +69,36 @@ def test_p_falls(updates: int, at_half: float, global_random_seed: int) -> None:
             term(sae).update(sae(rows(global_random_seed), step, 100))
             assert wanted is None or float(term(sae).p) == pytest.approx(wanted)
     assert float(term(sae).c) == 1
+
+
+@pytest.mark.parametrize(("step", "wanted"), [(28, 0.8), (29, 0.6), (38, 0.6), (39, 0.4)])
+def test_p_moves_at_its_steps_in_spite_of_rounding(step: int, wanted: float) -> None:
+    """Between 0.2 and 1 of 50 steps in 4 updates: after the steps 20, 30, 40 and 50."""
+    lp = {"kind": "lp", "coefficient": 0.1, "begin": 0.2, "updates": 4, "keep": False}
+    sae = small(0, losses=["reconstruction", lp])
+    with torch.no_grad():
+        term(sae).update(sae(rows(0), step, 50))
+    assert float(term(sae).p) == pytest.approx(wanted)
+
+
+def test_the_penalty_is_kept_as_the_loss_had_it(global_random_seed: int) -> None:
+    """The parameters move between the loss and the update of its factor."""
+    lp = {"kind": "lp", "coefficient": 0.1, "begin": 0.0, "of": "gate", "decoder_norms": False}
+    losses = ["reconstruction", lp, "gate_reconstruction"]
+    factors = []
+    for moved in (False, True):
+        sae = small(
+            global_random_seed, activation="gated", constraints=["unit_norm"], losses=losses
+        )
+        p = sae(rows(global_random_seed), 30, 100)
+        term(sae).loss(p)
+        with torch.no_grad():
+            if moved:
+                assert isinstance(sae.activation, Gated)
+                sae.activation.b_gate.add_(0.5)
+            term(sae).update(p)
+        factors.append(float(term(sae).c))
+    assert factors[0] == factors[1] != 1
 
 
 def test_the_penalty_stays_when_p_moves(global_random_seed: int) -> None:

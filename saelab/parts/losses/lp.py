@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Smallest size that is raised to a power.
 SMALLEST = 1e-12
+#: Share of an update by which its step may be missed through rounding.
+ROUNDING = 1e-9
 
 
 class LpConfig(PartConfig):
@@ -103,14 +105,18 @@ class Lp(LossTerm):
     def loss(self, p: Pass) -> Tensor:
         power = float(self.p)
         scale = p.setting(self.coefficient) * float(self.c) / p.n
-        total = self.ranks.over_latents(self._sum(self._sizes(p), power))
+        sizes = self._sizes(p)
+        p.results[self] = sizes.detach()
+        total = self.ranks.over_latents(self._sum(sizes, power))
         return total * (scale / math.sqrt(p.target.shape[1]) ** power)
 
     def update(self, p: Pass) -> None:
         c = self.config
         after = c.start + (c.end - c.start) * self._way((p.step + 1) / p.steps)
         if c.keep and after != float(self.p):
-            sizes, width = self._sizes(p), math.sqrt(p.target.shape[1])
+            # those of the loss: by now the parameters have moved
+            sizes = p.results[self] if self in p.results else self._sizes(p)
+            width = math.sqrt(p.target.shape[1])
             sums = [float(self._sum(sizes, q)) / width**q for q in (float(self.p), after)]
             old, new = self.ranks.total(*sums)
             if old > 0 and new > 0:
@@ -121,7 +127,7 @@ class Lp(LossTerm):
         """Returns the share of its way that p has gone after a share of the run."""
         c = self.config
         way = min(1.0, max(0.0, (share - c.begin) / (c.until - c.begin)))
-        return math.floor(way * c.updates) / c.updates if c.updates else way
+        return math.floor(way * c.updates + ROUNDING) / c.updates if c.updates else way
 
     def _sizes(self, p: Pass) -> Tensor:
         """Sizes of the pairs that fire: at 0 the gradient has a pole."""

@@ -132,8 +132,8 @@ ZOO = (
 GATES = [{"kind": "gate_l1"}, {"kind": "gate_reconstruction"}]
 LATER = [{"kind": "matryoshka", "order": "energy"}, {"kind": "multi_topk"},
          {"kind": "orthogonality", "chunk": 64}, {"kind": "temporal_contrast"}]
-PURSUIT = {"sae.tied": True, "sae.encoder_bias": False, "sae.losses": [RECON],
-           "sae.controllers": [], "sae.constraints": [UNIT]}
+PURSUIT = {"sae.tied": True, "sae.encoder_bias": False, "sae.initial_l0": None,
+           "sae.losses": [RECON], "sae.controllers": [], "sae.constraints": [UNIT]}
 ARMS = {
     "baseline": {},
     "gated": {"sae.activation": {"kind": "gated"}, "sae.losses": [RECON, *GATES],
@@ -149,7 +149,8 @@ ARMS = {
     "matching pursuit": PURSUIT | {"sae.activation": {"kind": "matching_pursuit", "k": 16}},
     "orthogonal pursuit": PURSUIT | {
         "sae.activation": {"kind": "orthogonal_matching_pursuit", "k": 16}},
-    "ista": {"sae.activation": {"kind": "ista", "steps": 2, "step_size": 0.05}},
+    "ista": {"sae.initial_l0": None,
+             "sae.activation": {"kind": "ista", "steps": 2, "step_size": 0.05}},
 }
 RUNS = {"run_1": Run("Later parts", [Arm(name, changes) for name, changes in ARMS.items()])}
 """

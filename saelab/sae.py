@@ -883,7 +883,10 @@ def _check_start(config: SAEConfig) -> None:
 def _check_without_preactivations(sae: SAE) -> None:
     """Raises: SettingError for what reads pre-activations, which an activation that `uses_weights`
     does not have."""
-    kind = sae.config.activation.kind
+    kind, l0 = sae.config.activation.kind, sae.config.initial_l0
+    if l0 is not None and sae.activation.initial_floor() is None:
+        remedy = f"sets b_enc by the pre-activations, but {kind} has none: leave it out"
+        raise SettingError("initial_l0", l0, remedy)
     for part in sae.parts():
         if part.uses_preactivations:
             remedy = f"reads pre-activations, but the activation {kind} has none: leave it out"

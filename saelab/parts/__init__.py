@@ -5,6 +5,7 @@ A part written outside the package (in experiment.py) is added with `register`.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
@@ -87,7 +88,7 @@ def register(seam: str, config: type[PartConfig]) -> type[PartConfig]:
     if "." in kind or hasattr(nn.ModuleDict(), kind):
         raise SettingError("kind", kind, "is a name that torch modules use: choose another name")
     taken = TABLE.setdefault(seam, {}).get(kind)
-    if taken is not None and _place(taken) != _place(config):
+    if taken is not None and not _same_part(taken, config):
         raise SettingError(
             "kind", kind, f"is already taken by {taken.__name__}: choose another name"
         )
@@ -98,8 +99,12 @@ def register(seam: str, config: type[PartConfig]) -> type[PartConfig]:
     return config
 
 
-def _place(config: type[PartConfig]) -> tuple[str, str]:
-    return config.__module__, config.__qualname__
+def _same_part(one: type[PartConfig], other: type[PartConfig]) -> bool:
+    """Returns whether two classes are of one definition: a file may be run and imported."""
+    names = {cls.__qualname__ for cls in (one, other)}
+    files = {getattr(sys.modules.get(cls.__module__), "__file__", None) for cls in (one, other)}
+    modules = {cls.__module__ for cls in (one, other)}
+    return len(names) == 1 and (len(modules) == 1 or len(files) == 1)
 
 
 def _build_once(seam: str, config: type[PartConfig]) -> None:

@@ -42,6 +42,8 @@ class Preset:
     open: frozenset[str] = field(default_factory=frozenset)
 
 
+#: Weights of a pursuit: the dictionary is all there is.
+PURSUIT: dict[str, bool] = {"tied": True, "encoder_bias": False}
 DEAD_AFTER = (
     "AuxK counts 50,000 rows until a latent is dead; the paper's 10 million tokens are `dead_after`"
 )
@@ -264,5 +266,32 @@ PRESETS: dict[str, Preset] = {
             DEAD_AFTER,
             ADAM,
         ),
+    ),
+    "matching_pursuit": Preset(
+        source="Costa et al. 2025 (2506.03093)",
+        equation=(
+            "r = x - b_dec;   k times: i = argmax <r, d_i>, v = max(<r, d_i>, 0), f_i += v, r -= v d_i"
+        ),
+        activation="matching_pursuit",
+        weights=PURSUIT,
+        deviations=(ADAM,),
+        open=frozenset({"repeats", "residual_threshold"}),
+    ),
+    "orthogonal_matching_pursuit": Preset(
+        source="Pati et al. 1993",
+        equation="k times: i = argmax |<r, d_i>|, f = least squares of x - b_dec on all chosen d",
+        activation="orthogonal_matching_pursuit",
+        weights=PURSUIT,
+        deviations=("codes have signs", ADAM),
+    ),
+    "ista": Preset(
+        source="after Gregor and LeCun 2010",
+        equation="f_0 = max(z, 0);   f = max(f + eta (W_enc (x - b_dec - f W_dec) + b_enc), 0)",
+        activation="ista",
+        losses=("l1",),
+        controllers=L0_TARGET,
+        constraints=(),
+        deviations=("starts at the SAE's own code instead of 0",),
+        open=frozenset({"steps", "step_size"}),
     ),
 }

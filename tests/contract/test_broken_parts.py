@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broken_parts import BROKEN, Rectifier, Term, case_of, config_of
+from broken_parts import BROKEN, FromWeights, Rectifier, Term, case_of, config_of
 from projects import as_if_fresh
 from typer.testing import CliRunner
 
 from saelab.checks.battery import name_of, run_battery
 from saelab.cli import app
+from saelab.errors import SettingError
 from saelab.parts import TABLE, register
 
 
@@ -40,13 +41,24 @@ def test_each_mistake_is_caught(seam: str, check: str, part: type[Any]) -> None:
     assert len(named.mistake) > 30 and ": " in named.mistake
 
 
-@pytest.mark.parametrize(("seam", "part"), [("loss", Term), ("activation", Rectifier)])
+PLAIN: list[tuple[str, type[Any]]] = [("loss", Term), ("activation", Rectifier)]
+PLAIN.append(("activation", FromWeights))
+
+
+@pytest.mark.parametrize(("seam", "part"), PLAIN)
 def test_the_parts_that_they_are_made_of_pass(seam: str, part: type[Any]) -> None:
     register(seam, config_of(part))
     findings = list(run_battery(case_of(seam, part)))
     assert not [finding.line() for finding in findings if finding.mistake]
     assert {finding.check for finding in findings} >= {name for name in ("forget", "resume")}
     assert len(findings) > (17 if seam == "activation" else 12)
+
+
+def test_a_start_that_has_no_effect_is_refused() -> None:
+    register("activation", config_of(FromWeights))
+    config = case_of("activation", FromWeights).settings(64, initial_l0=4)
+    with pytest.raises(SettingError, match="initial_l0 = 4.*leave it out"):
+        config.build(8)
 
 
 FILE = """

@@ -424,7 +424,7 @@ class TestCommand:
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "4")
         assert "does not split 4 processes" in self.refused("parallel.latents=3")
-        assert "several processes train one SAE" in self.refused(seeds=2)
+        assert "one SAE is trained, by several processes" in self.refused(seeds=2)
         assert "there are only 1,536 latents" in self.refused("parallel.latents=2000")
 
     def test_a_part_that_is_not_shardable(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ def test_every_shipped_config_is_possible(config: Path) -> None:
     from saelab.study.plan import read_base
 
     base = read_base(config)
-    base.sae.build(2)
+    base.sae.build(2, d_out=2 if base.target_hooks else None)
     assert base.eval_text != base.train_text
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.checks.examples import Case
-from saelab.kernels import Support, support_above
+from saelab.kernels import Code, Support, support_above
 from saelab.parts.base import (
     Activation,
     Dims,
@@ -21,6 +21,7 @@ from saelab.parts.base import (
     PartConfig,
     Pass,
     Refusal,
+    Weights,
 )
 
 #: Seam, name of the check, class of the part.
@@ -312,3 +313,43 @@ class WrongWay(Rectifier):
         assert bias is not None
         bias.add_(by)
         return True
+
+
+class FromWeights(Activation):
+    """The code of a rectifier, computed from the weights."""
+
+    uses_weights = True
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+
+    def encode(self, u: Tensor, weights: Weights) -> Code:
+        f = torch.relu(u @ weights.W_enc.T + weights.b_enc)
+        return Code(f, f, None)
+
+    def export(self) -> Form | Refusal:
+        return Form()
+
+
+@caught_by("paths", "activation")
+class NoGradientOfTheCentre(FromWeights):
+    """An input that is detached, so that b_dec misses the encoder's share of its gradient."""
+
+    def encode(self, u: Tensor, weights: Weights) -> Code:
+        return super().encode(u.detach(), weights)
+
+
+@caught_by("rows", "activation")
+class CoupledByWeights(FromWeights):
+    """A code from the weights that depends on the batch."""
+
+    def encode(self, u: Tensor, weights: Weights) -> Code:
+        return super().encode(u / (1 + u.detach().abs().amax()), weights)
+
+
+@caught_by("export", "activation")
+class WrongFormOfWeights(FromWeights):
+    """A form with other values than the code from the weights."""
+
+    def encode(self, u: Tensor, weights: Weights) -> Code:
+        return super().encode(1.1 * u, weights)

@@ -269,9 +269,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "matching_pursuit": Preset(
         source="Costa et al. 2025 (2506.03093)",
-        equation=(
-            "r = x - b_dec;   k times: i = argmax <r, d_i>, v = max(<r, d_i>, 0), f_i += v, r -= v d_i"
-        ),
+        equation=("k times: i = argmax <r, d_i>, v = max(<r, d_i>, 0), f_i += v, r -= v d_i"),
         activation="matching_pursuit",
         weights=PURSUIT,
         deviations=(ADAM,),

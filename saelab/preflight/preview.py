@@ -366,8 +366,10 @@ def _defaults(part: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of a part's settings, as plain data."""
     for kinds in TABLE.values():
         config = kinds.get(part["kind"])
-        names = None if config is None else set(config.model_fields)
-        if names is not None and names - config.added_later <= set(part) <= names:
+        if config is None:
+            continue
+        names = set(config.model_fields)
+        if names - config.added_later <= set(part) <= names:
             fields = config.model_fields.items()
             usual = {name: field.default for name, field in fields if not field.is_required()}
             return json.loads(json.dumps(usual, default=str))

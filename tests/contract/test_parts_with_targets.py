@@ -31,7 +31,8 @@ def test_the_part_trains_with_a_target(case: Case) -> None:
     sae = cell.sae
     layout = "contexts" if sae.needs_contexts else "rows"
     moved = {"W_enc", "W_dec", "b_dec"}
-    frozen = {"W_dec"} if case.kind == "frozen" else set()
+    weight = {"decoder": "W_dec", "encoder": "W_enc"}.get(getattr(case.part, "weight", ""), "")
+    frozen = {weight} if case.kind == "frozen" else set()
     before = {name: getattr(sae, name).detach().clone() for name in moved}
     assert not train([cell], batches(source, 1, SIZE, layout))
     assert cell.log.length == STEPS

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
@@ -96,6 +96,7 @@ class EvalConfig(Frozen):
         sae_probes: the same on the data sets of sae-probes, where `extra` names it.
     """
 
+    added_later: ClassVar[frozenset[str]] = frozenset({"sae_probes"})
     tokens: PositiveInt = 65_024
     calibration_tokens: int | None = Field(default=None, ge=0)
     loss_contexts: PositiveInt = 128

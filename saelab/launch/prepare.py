@@ -322,6 +322,7 @@ def _activations(
     if not held_out:
         found = replace(found, documents=None)
     extras = {"asked_tokens": tokens, "corpus": asked["corpus"], "key": key}
+    extras |= {"after": after} if after else {}
     if in_steps:
         growing, steps = harvest_steps(model, found, hooks, base.harvest, folder, extras)
         return side_by_side(growing), steps

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import BeforeValidator, PydanticUserError, SerializeAsAny
 from torch import nn
 
 from saelab.config import setting_error_at_place
@@ -116,7 +116,7 @@ def _build_once(seam: str, config: type[PartConfig]) -> None:
     kind, wanted = config.model_fields["kind"].default, SEAM_CLASSES[seam]
     try:
         part = config.example(WIDTH).part.build(Dims(WIDTH // 8, WIDTH))
-    except SettingError:
+    except (SettingError, PydanticUserError):  # of a class whose file is still being read
         return
     except (ArithmeticError, AttributeError, LookupError, NameError, TypeError) as error:
         remedy = f"{config.__name__} can't be built ({type(error).__name__}: {error}): "

@@ -228,7 +228,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _along_frontier(cell: Ended, cells: Sequence[Ended]) -> float:
-    """How the FVU changes on the arm's frontier of that seed, as it was before any thresholds were
+    """Change of the FVU on the arm's frontier of that seed, as it was before any thresholds were
     moved, from the cell's L0 before to that after; NaN where the arm has one level."""
     same = [other for other in cells if (other.arm, other.seed) == (cell.arm, cell.seed)]
     points = sorted((math.log(other.l0[0]), other.fvu[0]) for other in same)

@@ -18,7 +18,7 @@ from saelab.distributed.ranks import ALONE, Ranks
 from saelab.errors import DamageError, SourceError
 from saelab.parts.base import Dims
 from saelab.row_norm import RowNorm
-from saelab.sae import SAE, SAEConfig, Widths
+from saelab.sae import SAE, SAEConfig, Widths, computes
 from saelab.storage.atomic import read_json, read_sealed, sha256, write_sealed
 from saelab.storage.safetensors_file import read_shapes
 from saelab.storage.validation import Loose, validate
@@ -111,28 +111,23 @@ def _check_shapes(config: SAEConfig, widths: tuple[Widths, Widths | None], file:
     if config.tied:
         del expected["W_enc"]
     for name in sorted({*actual, *expected}):
-        if actual.get(name) != expected.get(name) and not _serves_training_alone(name):
+        if actual.get(name) != expected.get(name) and computes(name):
             problem = f"{name} is {actual.get(name)}, not {expected.get(name)}"
             raise DamageError(f"{file} does not fit its configuration ({problem}): {REMEDY}")
 
 
-def _serves_training_alone(name: str) -> bool:
-    """True for state that no code depends on. Another version's may have other shapes, and an SAE
-    that is loaded does without it."""
-    return name.split(".")[0] in ("losses", "controllers", "constraints", "observers")
-
-
 def _with_training_state(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the stored tensors; training state that does not fit this version's is replaced.
+    """Returns the stored tensors; training state that does not fit this version's is replaced: an
+    SAE that is loaded does without it.
 
     Args:
         tensors: as stored.
         own: of an SAE that was built anew.
     """
-    training = {name: tensor for name, tensor in own.items() if _serves_training_alone(name)}
+    training = {name: tensor for name, tensor in own.items() if not computes(name)}
     fitting = {
         name: tensor
         for name, tensor in tensors.items()
-        if not _serves_training_alone(name) or (name in own and tensor.shape == own[name].shape)
+        if computes(name) or (name in own and tensor.shape == own[name].shape)
     }
     return training | fitting

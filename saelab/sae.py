@@ -262,6 +262,12 @@ class SAEConfig(Frozen):
         return {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
 
 
+def computes(name: str) -> bool:
+    """Returns True for a tensor of a state dict that code or reconstruction depend on, and False
+    for one that serves training alone."""
+    return name.split(".")[0] not in ("losses", "controllers", "constraints", "observers")
+
+
 @final
 class SAE(nn.Module):
     """A sparse autoencoder that is composed of parts; see this module's equations.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from saelab.errors import SettingError
+from saelab.parts.base import Dims
+from saelab.parts.following import FollowsK, KConfig
 
 if TYPE_CHECKING:
     from saelab.sae import SAE
@@ -33,23 +36,50 @@ def check_decoder_space(kind: str, sae: SAE) -> None:
         raise SettingError("centre", False, remedy)
 
 
-def check_no_encoder(kind: str, free_norms: bool, sae: SAE) -> None:
-    """Checks that an SAE whose encoder is its decoder has no other, and has rows of norm 1.
+class TiedPursuitConfig(KConfig):
+    """Settings that pursuits share: k, and `free_norms`, which allows decoder rows of any norm."""
 
-    Args:
-        free_norms: whether rows of other norms are allowed.
+    free_norms: bool = False
 
-    Raises: SettingError where it is not so.
-    """
-    check_decoder_space(kind, sae)
-    if not sae.config.tied:
-        raise SettingError("tied", False, f"{kind} has no encoder but the decoder: set it to true")
-    if sae.config.encoder_bias:
-        raise SettingError("encoder_bias", True, f"{kind} does not use it: set it to false")
-    fixed = any(part.fixes_decoder_norms for part in sae.config.constraints)
-    if not (fixed or free_norms):
-        remedy = "needs decoder rows of norm 1: add the constraint 'unit_norm', or set it to true"
-        raise SettingError("free_norms", False, remedy)
+    @property
+    def companions(self) -> Mapping[str, Any]:
+        return {"tied": True, "encoder_bias": False, "constraints": [{"kind": "unit_norm"}]}
+
+    @property
+    def takes_initial_l0(self) -> bool:
+        return False
+
+
+class TiedPursuit(FollowsK):
+    """A pursuit: its encoder is the decoder, and it has no bias."""
+
+    uses_weights: ClassVar[bool] = True
+    shardable = "rows"
+
+    def __init__(self, config: TiedPursuitConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        self.kind, self.free_norms = config.kind, config.free_norms
+
+    def check(self, sae: SAE) -> None:
+        """Checks that the SAE has no other encoder, and decoder rows of norm 1.
+
+        Raises: SettingError where it is not so.
+        """
+        check_decoder_space(self.kind, sae)
+        if not sae.config.tied:
+            remedy = f"{self.kind} has no encoder but the decoder: set it to true"
+            raise SettingError("tied", False, remedy)
+        if sae.config.encoder_bias:
+            raise SettingError(
+                "encoder_bias", True, f"{self.kind} does not use it: set it to false"
+            )
+        fixed = any(part.fixes_decoder_norms for part in sae.config.constraints)
+        if not (fixed or self.free_norms):
+            remedy = (
+                "needs decoder rows of norm 1: add the constraint 'unit_norm', or set it to true"
+            )
+            raise SettingError("free_norms", False, remedy)
+        super().check(sae)
 
 
 def row_blocks(u: Tensor) -> list[Tensor]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import SettingError
-from saelab.sae import SAE, SAEConfig
+from saelab.sae import SAE, SAEConfig, computes
 from saelab.storage.atomic import digest
 
 #: Settings that decide what the SAE computes; the start has them.
@@ -39,7 +39,7 @@ def fine_tuning_settings(start: SAE, training: SAEConfig) -> SAEConfig:
 
 def digest_of(sae: SAE) -> str:
     """Returns the digest of all that an SAE computes with."""
-    computing = {n: t.contiguous() for n, t in sae.cpu().state_dict().items() if _computes(n)}
+    computing = {n: t.contiguous() for n, t in sae.cpu().state_dict().items() if computes(n)}
     content = hashlib.sha256(safetensors.torch.save(computing)).hexdigest()
     return digest([sae.config.model_dump(mode="json"), sae.row_norm, content])
 
@@ -62,18 +62,13 @@ def start_from(sae: SAE, start: SAE) -> None:
             remedy = f"the activations have {ours}: take the hook that the SAE was trained on"
             raise SettingError(name, theirs, remedy)
     scales = sae.scale.clone(), sae.out_scale.clone()
-    stored = {n: t for n, t in start.state_dict().items() if _computes(n)}
+    stored = {n: t for n, t in start.state_dict().items() if computes(n)}
     sae.load_state_dict(sae.state_dict() | stored)
     sae.row_norm = start.row_norm
     raw = sae.scaling is None and bool((sae.scale == 1).all())
     if raw and not sae.config.tied and start.row_norm == "none":
         _to_training_units(sae, *scales)
     sae.check_parts()
-
-
-def _computes(name: str) -> bool:
-    """True for a tensor that code or reconstruction depend on."""
-    return name.split(".")[0] not in ("losses", "controllers", "constraints", "observers")
 
 
 def _to_training_units(sae: SAE, scale: Tensor, out_scale: Tensor) -> None:

@@ -310,7 +310,7 @@ class TinyModel:
 
 
 def train_ours(case: Case, difference: str) -> dict[str, Tensor]:
-    """What a run of ours was at each step, as a worker records it."""
+    """Record of our run, in the form in which the worker records a run of a peer."""
     with pytest.MonkeyPatch.context() as patch:
         for config, build in PARTS.get(difference, {}).items():
             patch.setattr(config, "build", build)

@@ -46,7 +46,7 @@ Start = dict[str, Tensor]
 
 
 class Record:
-    """What a run was at each step: its loss, and its weights after the step."""
+    """Record of a run: the loss of each step, and the weights after it."""
 
     def __init__(self, weights: Callable[[], Start]) -> None:
         self.weights, self.losses, self.path = weights, list[float](), list[Start]()
@@ -204,7 +204,7 @@ def dictionary_learning(
 
 
 def faults(x: Tensor) -> dict[str, str]:
-    """What dictionary_learning's annealing does with the defaults of p, and its resampling."""
+    """Runs dictionary_learning's annealing with its default values of p, and its resampling."""
     found = {}
     sizes = {"activation_dim": x.shape[2], "dict_size": 32, "steps": 10**6, "warmup_steps": 0}
     annealing = {"anneal_start": 1, "anneal_end": 10, "sparsity_warmup_steps": None}

@@ -77,7 +77,7 @@ def test_orthogonal_pursuit_leaves_less_than_the_plain_one(global_random_seed: i
 
 
 def test_more_latents_than_dimensions(global_random_seed: int) -> None:
-    """What the chosen latents explain already stays at 0, and gradients are finite."""
+    """A latent that the chosen ones explain already stays at 0, and gradients are finite."""
     sae = orthogonal(global_random_seed, D_IN + 4)
     p = sae(rows(global_random_seed))
     counts = (p.code.dense() != 0).sum(1)

@@ -18,7 +18,6 @@ units, `scale` times ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -27,16 +26,15 @@ from torch import Tensor
 
 from saelab.kernels import Code, Support
 from saelab.parts.base import Dims, Example, Form, Pursuit, Refusal, Weights
-from saelab.parts.following import FollowsK, KConfig
-from saelab.parts.iterative import check_no_encoder, row_blocks
+from saelab.parts.iterative import TiedPursuit, TiedPursuitConfig, row_blocks
 
 if TYPE_CHECKING:
-    from saelab.sae import SAE
+    pass
 
 Repeats = Literal["allow", "stop", "exclude"]
 
 
-class MatchingPursuitConfig(KConfig):
+class MatchingPursuitConfig(TiedPursuitConfig):
     """Settings of the activation.
 
     Args:
@@ -52,18 +50,9 @@ class MatchingPursuitConfig(KConfig):
     k_means: ClassVar[str] = "steps per token, of matching pursuit"
     repeats: Repeats = "allow"
     residual_threshold: NonNegativeFloat = 0.0
-    free_norms: bool = False
 
     def build(self, dims: Dims) -> MatchingPursuit:
         return MatchingPursuit(self, dims)
-
-    @property
-    def companions(self) -> Mapping[str, Any]:
-        return {"tied": True, "encoder_bias": False, "constraints": [{"kind": "unit_norm"}]}
-
-    @property
-    def takes_initial_l0(self) -> bool:
-        return False
 
     @classmethod
     def example(cls, d_sae: int) -> Example:
@@ -95,10 +84,7 @@ class MatchingPursuitConfig(KConfig):
         )
 
 
-class MatchingPursuit(FollowsK):
-    uses_weights: ClassVar[bool] = True
-    shardable = "rows"
-
+class MatchingPursuit(TiedPursuit):
     def __init__(self, config: MatchingPursuitConfig, dims: Dims) -> None:
         super().__init__(config, dims)
         self.config = config
@@ -106,10 +92,6 @@ class MatchingPursuit(FollowsK):
     @property
     def exact_k(self) -> bool:  # type: ignore[override]
         return self.config.repeats == "exclude" and self.config.residual_threshold == 0
-
-    def check(self, sae: SAE) -> None:
-        check_no_encoder(self.config.kind, self.config.free_norms, sae)
-        super().check(sae)
 
     def encode(self, u: Tensor, weights: Weights) -> Code:
         latents, going = self._choose(u.detach(), weights)

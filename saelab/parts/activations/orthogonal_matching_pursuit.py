@@ -19,19 +19,17 @@ and no gradient of the code; SAELens has none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from saelab.kernels import Code, decode_at, encode_at, support_of_topk
 from saelab.parts.base import Dims, Example, Refusal, Weights
-from saelab.parts.following import FollowsK, KConfig
-from saelab.parts.iterative import ROWS_AT_ONCE, check_no_encoder, row_blocks
+from saelab.parts.iterative import ROWS_AT_ONCE, TiedPursuit, TiedPursuitConfig, row_blocks
 
 if TYPE_CHECKING:
-    from saelab.sae import SAE
+    pass
 
 #: Share of a latent's squared length that must be left over from the chosen ones to fit it too.
 LEFT_OVER = 1e-4
@@ -39,7 +37,7 @@ LEFT_OVER = 1e-4
 TINY = 1e-30
 
 
-class OrthogonalMatchingPursuitConfig(KConfig):
+class OrthogonalMatchingPursuitConfig(TiedPursuitConfig):
     """Settings of the activation.
 
     Args:
@@ -49,18 +47,9 @@ class OrthogonalMatchingPursuitConfig(KConfig):
 
     kind: Literal["orthogonal_matching_pursuit"] = "orthogonal_matching_pursuit"
     k_means: ClassVar[str] = "latents per token, of orthogonal matching pursuit"
-    free_norms: bool = False
 
     def build(self, dims: Dims) -> OrthogonalMatchingPursuit:
         return OrthogonalMatchingPursuit(self, dims)
-
-    @property
-    def companions(self) -> Mapping[str, Any]:
-        return {"tied": True, "encoder_bias": False, "constraints": [{"kind": "unit_norm"}]}
-
-    @property
-    def takes_initial_l0(self) -> bool:
-        return False
 
     @classmethod
     def example(cls, d_sae: int) -> Example:
@@ -78,19 +67,9 @@ class OrthogonalMatchingPursuitConfig(KConfig):
         )
 
 
-class OrthogonalMatchingPursuit(FollowsK):
-    uses_weights: ClassVar[bool] = True
+class OrthogonalMatchingPursuit(TiedPursuit):
     exact_k: ClassVar[bool] = True
     signed: ClassVar[bool] = True
-    shardable = "rows"
-
-    def __init__(self, config: OrthogonalMatchingPursuitConfig, dims: Dims) -> None:
-        super().__init__(config, dims)
-        self.config = config
-
-    def check(self, sae: SAE) -> None:
-        check_no_encoder(self.config.kind, self.config.free_norms, sae)
-        super().check(sae)
 
     def encode(self, u: Tensor, weights: Weights) -> Code:
         w = weights.W_enc

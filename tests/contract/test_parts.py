@@ -87,7 +87,7 @@ def rows_close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
 @every_part
 class TestConfiguration:
     def test_by_name_alone(self, case: Case) -> None:
-        """Its kind alone names a part that has no required settings; its example is of that kind."""
+        """Its kind alone names a part without required settings; its example is of that kind."""
         config = TABLE[case.seam][case.kind]
         assert type(case.part) is config
         if not any(field.is_required() for field in config.model_fields.values()):

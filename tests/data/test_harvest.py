@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers import models as tokenizer_models
+from tiny_models import tiny_neox
 from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from saelab.data.activations.harvest import HarvestConfig, bytes_needed, harvest, harvest_steps
 from saelab.data.activations.store import FolderSource, MemorySource
@@ -35,23 +33,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    settings = GPTNeoXConfig(
-        vocab_size=20,
-        hidden_size=WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-    )
-    with torch.random.fork_rng():
-        network = GPTNeoXForCausalLM(settings).eval()
-    stream = torch_stream(0, "test weights")
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=stream))
-    words = Tokenizer(tokenizer_models.WordLevel({f"w{i}": i for i in range(20)}, "w0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w1")
-    return LanguageModel(network, tokenizer, ModelConfig(path="tiny"), "0123", has_head=True)
+    return tiny_neox(WIDTH, 16, 0.3)
 
 
 @pytest.fixture(scope="module")

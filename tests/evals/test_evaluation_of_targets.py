@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_neox
 from torch import Tensor
 
 from saelab.data.activations.harvest import HarvestConfig, harvest
@@ -31,27 +32,7 @@ LAYERS, HIDDEN = 3, 8
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    from tokenizers import Tokenizer
-    from tokenizers import models as tokenizer_models
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
-
-    settings = GPTNeoXConfig(
-        vocab_size=20,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=16,
-    )
-    with torch.random.fork_rng():
-        network = GPTNeoXForCausalLM(settings).eval()
-    stream = torch_stream(0, "test weights")
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=stream))
-    words = Tokenizer(tokenizer_models.WordLevel({f"w{i}": i for i in range(20)}, "w0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w1")
-    return LanguageModel(network, tokenizer, ModelConfig(path="tiny"), "0123", has_head=True)
+    return tiny_neox(HIDDEN, 12, 0.4, LAYERS)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from tokenizers import models as tokenizer_models
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from saelab.data.language_model import LanguageModel, ModelConfig
 from saelab.seeding import torch_stream
 
 VOCABULARY, WIDTH, LAYERS, CONTEXT = 64, 16, 3, 24
@@ -57,3 +58,24 @@ def save_tokenizer(folder: Path, words: int = VOCABULARY, pad: str = "<pad>") ->
 
 def llama(**settings: Any) -> PreTrainedModel:
     return built("LlamaConfig", "LlamaForCausalLM", **{**GROUPED, **settings})
+
+
+def tiny_neox(width: int, inner: int, spread: float, layers: int = 3) -> LanguageModel:
+    """A GPT-NeoX of 20 words, with weights of this spread; its BOS is w0, its EOS w1."""
+    settings = transformers.GPTNeoXConfig(
+        vocab_size=20,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=inner,
+        max_position_embeddings=16,
+    )
+    with torch.random.fork_rng():
+        network = transformers.GPTNeoXForCausalLM(settings).eval()
+    stream = torch_stream(0, "test weights")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=stream))
+    words = Tokenizer(tokenizer_models.WordLevel({f"w{i}": i for i in range(20)}, "w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w1")
+    return LanguageModel(network, tokenizer, ModelConfig(path="tiny"), "0123", has_head=True)

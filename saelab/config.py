@@ -25,12 +25,14 @@ from pydantic_core import PydanticCustomError
 
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.storage.atomic import digest
-from saelab.storage.small_files import check_depth, read_small_text
+from saelab.storage.small_files import check_depth, is_unicode, read_small_text
 
 #: Type of pydantic's errors that hold a SettingError.
 AT_PLACE = "setting_at_place"
 #: Remedy for a text with the one character that no name of a file or a module can contain.
 NUL_REMEDY = "a text can't hold the character NUL: leave it out"
+#: Remedy for a text with half a surrogate pair, which no file in UTF-8 can hold.
+SURROGATE_REMEDY = "a text can't hold half a character (a surrogate): write the whole one"
 #: Whole numbers of settings are below this, so that each is a float and a tensor's size.
 MOST = 2**53
 #: Other numbers are below this, so that each is finite in float32, which SAEs compute with.
@@ -87,8 +89,8 @@ class Frozen(BaseModel):
         """
         leaves = list(_leaves(data))
         for path, value in leaves:
-            if isinstance(value, str) and "\0" in value:
-                raise SettingError(_name(where, path), value, NUL_REMEDY)
+            if isinstance(value, str) and (remedy := _text_remedy(value)):
+                raise SettingError(_name(where, path), value, remedy)
             most = MOST if isinstance(value, int) else MOST_FLOAT
             if isinstance(value, (int, float)) and most <= abs(value) != math.inf:
                 raise SettingError(_name(where, path), value, f"use a number below {most:g}")
@@ -186,6 +188,13 @@ def _child(node: Any, key: str, name: str, value: Any, also: Iterable[str] = ())
     if key not in node:
         raise SettingError(name, value, f"no such setting{nearest(key, [*node, *also])}")
     return node[key]
+
+
+def _text_remedy(text: str) -> str:
+    """Returns what to do about a text that can't be stored, '' for any other."""
+    if "\0" in text:
+        return NUL_REMEDY
+    return "" if is_unicode(text) else SURROGATE_REMEDY
 
 
 def _leaves(data: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:

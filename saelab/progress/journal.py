@@ -15,6 +15,7 @@ from typing import Any
 
 from saelab.storage.atomic import explain_write_errors
 from saelab.storage.links import open_plain
+from saelab.storage.small_files import check_characters
 
 JOURNAL_FILE = "metrics.jsonl"
 
@@ -83,7 +84,8 @@ class Tail:
         for text in whole:
             try:
                 line = json.loads(text)
-            except ValueError:
+                check_characters(line, text)
+            except (ValueError, RecursionError):
                 continue
             if isinstance(line, dict):
                 yield line

@@ -25,6 +25,7 @@ from saelab.errors import DamageError, SaelabError, SourceError
 from saelab.storage.remote import Place, Remote
 from saelab.storage.small_files import (
     NOT_FOLLOWED,
+    check_characters,
     check_depth,
     check_regular,
     read_small_file,
@@ -262,6 +263,7 @@ def read_lines(
         where = f"{path}:{number}"
         try:
             data = json.loads(text)
+            check_characters(data, text)
         except (ValueError, RecursionError) as error:
             raise DamageError(f"{where} is damaged ({error}): {LINE_REMEDY}") from None
         yield where, data
@@ -295,6 +297,7 @@ def parse_json(path: Place) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     check_depth(data)
+    check_characters(data, content)
     return data
 
 

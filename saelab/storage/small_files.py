@@ -7,6 +7,7 @@ refused; only a regular file is read, up to a limit; text is UTF-8 whatever the 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Mapping
@@ -68,3 +69,25 @@ def check_depth(data: Any) -> None:
         if not level:
             return
     raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep")
+
+
+def is_unicode(text: str) -> bool:
+    """Says whether UTF-8 can hold a text: it has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_characters(data: Any, content: bytes) -> None:
+    r"""Refuses data with half a surrogate pair, which JSON can write as "\ud800".
+
+    Args:
+        data: as parsed from JSON.
+        content: the JSON, which has such a half only as an escape.
+
+    Raises: ValueError.
+    """
+    if b"\\u" in content and not is_unicode(json.dumps(data, ensure_ascii=False)):
+        raise ValueError("it holds half a character (a surrogate)")

@@ -26,13 +26,14 @@ from saelab.data import language_model
 from saelab.data.activations.foreign import ForeignSource
 from saelab.data.language_model import ModelConfig
 from saelab.errors import DamageError, SaelabError, SettingError, SourceError
+from saelab.progress.journal import Tail
 from saelab.report.figures.common import draw_run
 from saelab.report.figures.style import legend_name
 from saelab.report.run_data import load
 from saelab.runs.folder import run_cells
 from saelab.runtime.safe_text import markdown, visible
 from saelab.sae import SAEConfig
-from saelab.storage.atomic import read_json, write_json, write_sealed
+from saelab.storage.atomic import read_json, read_lines, write_json, write_sealed
 from saelab.storage.parquet import read_rows
 from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run, cells
 
@@ -295,3 +296,27 @@ def test_pictures_show_hostile_names_as_they_are(tmp_path: Path) -> None:
 
     for file in tmp_path.glob("*.svg"):
         ElementTree.parse(file)  # is well-formed
+
+
+# ---------------------------------------------------------------- half characters
+
+
+HALF = json.dumps({"name": "\ud800"}).encode()  # as an escape, which UTF-8 itself can't hold
+
+
+def test_json_with_half_a_character_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_bytes(HALF)
+    with pytest.raises(DamageError, match=r"half a character \(a surrogate\)\): delete it"):
+        read_json(file)
+    file.write_bytes(HALF + b"\n{}\n")
+    with pytest.raises(DamageError, match=r"results.json:1 is damaged .*surrogate"):
+        list(read_lines(file))
+    file.write_bytes(json.dumps({"name": "\U0001f600 \\ud800"}).encode())  # a whole one
+    assert read_json(file) == {"name": "\U0001f600 \\ud800"}
+
+
+def test_what_watches_a_run_leaves_out_lines_that_no_tool_writes(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(HALF + b"\n" + b"[" * 100_000 + b"\n" + b'{"step": 1}\n')
+    assert list(Tail(file).lines()) == [{"step": 1}]

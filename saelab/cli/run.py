@@ -51,9 +51,11 @@ def tune(
     json_: Json = False,
     experiment: RunTable = EXPERIMENT,
 ) -> None:
-    """Try three learning rates for baseline and primary arm each, for the confirming run.
+    """Try three learning rates for each arm that is to be tuned.
 
-    The trials use seeds that no verdict uses; the best rate of each arm is written to tuned.json.
+    Tuned are the baseline and the primary arm of the confirming run, and all arms of a run with
+    tuned = True. The trials use seeds that no verdict uses; the best rate of each arm is written
+    to tuned.json.
     """
     from saelab.launch.entry import tune_one
 

@@ -14,7 +14,7 @@ from saelab.runtime import exhaustion
 from saelab.runtime.signals import exit_on_signal
 
 with exit_on_signal():  # torch is loaded here, which takes seconds
-    from saelab.study.plan import BASELINE, Confirmation, Run, find_run, read_base, read_plan
+    from saelab.study.plan import Confirmation, Run, find_run, read_base, read_plan
     from saelab.study.registry import attempt
 
 if TYPE_CHECKING:
@@ -110,19 +110,20 @@ def train_all(
 
 
 def tune_one(runs: Mapping[str, Run], experiment: Path, name: str) -> dict[str, Any]:
-    """Tries learning rates for the baseline and the primary arms of a run, on seeds of their own.
+    """Tries learning rates for arms of a run, on seeds of their own.
 
-    Returns: what it wrote into tuned.json, which a `Confirmation` then uses.
+    All arms of a `tuned` run are tried; of any other run, the baseline and the primary arms.
+
+    Returns: what it wrote into tuned.json, which a `Confirmation` and a `tuned` run then use.
     Raises: as a launch.
     """
-    from saelab.launch.confirmation import keep_best, trial_plan, trials
     from saelab.launch.launch import launch
     from saelab.runs.folder import RunFolder
+    from saelab.study.tuning import arms_to_tune, keep_best, trial_plan, trials
 
-    task = task_of(runs, experiment, Path(name), True, experiment.parent / "plan.toml")
-    arms = [arm for arm in task.run.arms if arm.against == BASELINE]
-    names = [arm.name for arm in arms if arm.name == BASELINE or arm.primary]
-    names = [each for each in names if each != f"{BASELINE} tuned"]
+    plan_file = experiment.parent / "plan.toml"
+    task = task_of(runs, experiment, Path(name), True, plan_file, at_best_rates=False)
+    arms, names = arms_to_tune(task.run)
     folder = task.root / ".saelab" / "tuning" / name
     trying = replace(
         task,
@@ -142,9 +143,12 @@ def check_one(runs: Mapping[str, Run], experiment: Path, name: str) -> RunCheck:
     Raises: as the launch would for what is impossible.
     """
     from saelab.launch.over_settings import check_over_settings
+    from saelab.study.tuning import is_run_tuned
 
     plan_file = experiment.parent / "plan.toml"
-    return check_over_settings(task_of(runs, experiment, Path(name), True, plan_file))
+    tuned = is_run_tuned(plan_file.parent, name)
+    task = task_of(runs, experiment, Path(name), True, plan_file, at_best_rates=tuned)
+    return check_over_settings(task)
 
 
 def task_of(
@@ -153,18 +157,26 @@ def task_of(
     out_dir: Path,
     force: bool,
     plan_file: Path,
+    at_best_rates: bool = True,
 ) -> Launch:
     """Reads what the run table and plan.toml say about one run.
 
-    Raises: SettingError when the table has no such run, SourceError for a missing file.
+    Args:
+        at_best_rates: a `tuned` run has its arms at the rates of tuned.json.
+
+    Raises: SettingError when the table has no such run, or for an arm of a `tuned` run that is not
+        tuned; SourceError for a missing file.
     """
     from saelab.launch.confirmation import resolve_confirmation
     from saelab.study.task import Launch
+    from saelab.study.tuning import with_best_rates
 
     plan, root = read_plan(plan_file), plan_file.parent
     base, run = read_base(root / plan.base), find_run(runs, out_dir.name)
     if isinstance(run, Confirmation):
         run = resolve_confirmation(run, runs, root, base, out_dir.name)
+    elif at_best_rates:
+        run = with_best_rates(run, base, root, out_dir.name)
     return Launch(
         name=out_dir.name,
         run=run,

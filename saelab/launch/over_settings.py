@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from saelab.errors import StudyFailure, naming_setting
-from saelab.launch.confirmation import declare_twins
 from saelab.launch.launch import check_launch, check_open, launch
 from saelab.preflight.preview import RunCheck
 from saelab.runs.folder import INFO, MANIFEST
@@ -29,6 +28,7 @@ from saelab.storage.links import refuse_links
 from saelab.storage.lock import lock_folder
 from saelab.study.setting_bases import setting_bases
 from saelab.study.task import Launch
+from saelab.study.tuning import declare_twins
 from saelab.verdict.judge import Comparison
 
 

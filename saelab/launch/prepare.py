@@ -43,7 +43,8 @@ from saelab.storage.cache import activations_folder, fetch, share
 from saelab.storage.lock import lock_folder
 from saelab.storage.remote import Place, RemoteError, place_of
 from saelab.study.calibration import calibration_tokens, why_not_calibrated
-from saelab.study.plan import BaseConfig, ProbingConfig
+from saelab.study.evaluation import ProbingConfig
+from saelab.study.plan import BaseConfig
 from saelab.training.spliced_model import SplicedModel, needs_model
 from saelab.version import __version__
 

@@ -64,3 +64,11 @@ def check_latents(arm: str, sae: SAEConfig) -> None:
     for name, l0 in (("target L0", sae.target_l0), ("sae.initial_l0", sae.initial_l0)):
         if l0 is not None and l0 > sae.d_sae:
             raise SettingError(f"{arm}: {name}", l0, f"must be at most d_sae = {sae.d_sae}")
+
+
+def off_target(l0: float, target: float, tolerance: float) -> str:
+    """Describes an L0 outside the tolerance (a relative distance from the target); '' inside."""
+    off = abs(l0 / target - 1)
+    if off <= tolerance + 1e-9:
+        return ""
+    return f"{l0:.4g}, {off:.1%} from the target {target:g} (tolerance {tolerance:.0%})"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
@@ -18,11 +18,8 @@ from saelab.config import Frozen, read_toml
 from saelab.data.activations.harvest import HarvestConfig
 from saelab.data.activations.stream import Layout
 from saelab.data.language_model import ModelConfig
-from saelab.data.probing.sae_probes import SaeProbesConfig
-from saelab.data.probing.saebench import Definition, SourceConfig
 from saelab.data.text.corpus import TextConfig
 from saelab.errors import SettingError, nearest
-from saelab.evals import check_extra
 from saelab.parts import HOW_TO_SET_L0
 from saelab.runs.folder import MANIFEST, RunFolder
 from saelab.runs.schema import CONTROL, TWIN, CellId, Level, control_arm, level_of
@@ -30,6 +27,7 @@ from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
 from saelab.storage.validation import is_name
 from saelab.study.checks import check_latents, check_layout, check_settings, naming_arm
+from saelab.study.evaluation import EvalConfig
 from saelab.study.hooks import HookSettings
 from saelab.study.settings import MOST_SETTINGS, SettingConfig
 from saelab.training.optim import TrainConfig
@@ -41,77 +39,10 @@ NO_TARGET = "set target_l0 = 'none' in the plan"
 PREVIEWED = 0.4375
 
 
-class TableConfig(Frozen):
-    """A local table of labelled texts for probing: a folder with train and test files."""
-
-    name: str
-    path: str
-    text_column: str = "text"
-    label_column: str = "label"
-
-
-class ProbingConfig(Frozen):
-    """Sparse probing inside runs.
-
-    Args:
-        definition: 2, or 1 for SAEBench 0.6.0's way of drawing and probing, faults included, for
-            comparison with published numbers.
-        entries: 'embedded' (cut from the standard library), 'saebench' (its eight data sets) or
-            'none'; `tables` are added.
-        sources: for 'saebench', name of an entry -> where its texts lie, if not on the hub.
-        train_size, test_size: texts per class; SAEBench's are 2000 and 500.
-        context: tokens per text, BOS included; SAEBench's is 128.
-        k_values: numbers of latents that probes may use.
-    """
-
-    definition: Definition = 2
-    entries: Literal["embedded", "saebench", "none"] = "embedded"
-    sources: dict[str, SourceConfig] = Field(default_factory=dict)
-    tables: tuple[TableConfig, ...] = ()
-    train_size: PositiveInt = 500
-    test_size: PositiveInt = 250
-    context: PositiveInt = 64
-    k_values: tuple[PositiveInt, ...] = (1, 2, 5, 10, 20, 50)
-
-
 #: Seeds at most: each is a cell of every arm, and the list of cells is made first. Our choice.
 MOST_SEEDS = 1000
 #: Smallest level of a verdict. Our choice: below it two pairs detect no effect of any size.
 LEAST_ALPHA = 1e-4
-
-
-class EvalConfig(Frozen):
-    """Evaluation of the cells of a launch.
-
-    Args:
-        tokens: held-out tokens for reconstruction.
-        calibration_tokens: further held-out tokens, which no metric reads, for the calibration of
-            L0 in training (`saelab.study.calibration`); None: as many as `tokens`, 0: none.
-        loss_contexts: contexts for loss recovered.
-        snapshots: decoders saved over the training of each cell at the plan's L0, evenly spaced in
-            log tokens (0: none).
-        extra: names of evaluations that a launch runs only when asked; cells at the plan's L0 get
-            them, and the controls.
-        probing: sparse probing.
-        sae_probes: the same on the data sets of sae-probes, where `extra` names it.
-    """
-
-    added_later: ClassVar[frozenset[str]] = frozenset({"sae_probes"})
-    tokens: PositiveInt = 65_024
-    calibration_tokens: int | None = Field(default=None, ge=0)
-    loss_contexts: PositiveInt = 128
-    snapshots: int = Field(default=10, ge=0, le=1000)
-    extra: tuple[str, ...] = ()
-    probing: ProbingConfig = ProbingConfig()
-    sae_probes: SaeProbesConfig = SaeProbesConfig()
-
-    @property
-    def asks_sae_probes(self) -> bool:
-        """Says whether a launch needs the data sets of sae-probes."""
-        return any(name.startswith("sae_probes") for name in self.extra)
-
-    def model_post_init(self, _: Any) -> None:
-        check_extra(self.extra)
 
 
 class ParallelConfig(Frozen):
@@ -249,11 +180,19 @@ Found = FromArm
 
 @dataclass(frozen=True)
 class Run:
-    """One launch: a title, its arms, and changes to the base that hold for all of them."""
+    """One launch.
+
+    Args:
+        title: as it is shown.
+        arms: among them the baseline.
+        changes: of the base, for all arms.
+        tuned: each arm has the learning rate that `saelab tune` found best for it.
+    """
 
     title: str
     arms: tuple[Arm, ...] | list[Arm]
     changes: Mapping[str, Any] = field(default_factory=dict)
+    tuned: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ def _describe_run(run: Run) -> dict[str, Any]:
         "changes": _plain(run.changes),
         "arms": {arm.name: _describe_arm(arm) for arm in run.arms},
     }
+    if run.tuned:
+        described |= {"tuned": True}
     if isinstance(run, Confirmation):
         described |= {"among": list(run.among), "leave": list(run.leave)}
     return described

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from saelab.study.checks import off_target
 from saelab.study.plan import PlanConfig
 
 if TYPE_CHECKING:
@@ -139,14 +140,6 @@ def slope_variance(arm: Matched, baseline: Matched) -> float:
         apart = (arm.distance - baseline.distance) ** 2
         return arm.slope_variance * (apart + (SLOPE_SPREAD * arm.distance) ** 2)
     return arm.slope_variance * arm.distance**2 + baseline.slope_variance * baseline.distance**2
-
-
-def off_target(l0: float, target: float, tolerance: float) -> str:
-    """Describes an L0 outside the tolerance (a relative distance from the target); '' inside."""
-    off = abs(l0 / target - 1)
-    if off <= tolerance + 1e-9:
-        return ""
-    return f"{l0:.4g}, {off:.1%} from the target {target:g} (tolerance {tolerance:.0%})"
 
 
 def slope(arm: ArmResult, metric: str, target: float) -> float | None:

@@ -37,7 +37,6 @@ from saelab.data.probing.activations import ProbingData, ProbingEntry
 from saelab.data.probing.tables import entries_from_table
 from saelab.data.text.corpus import TextConfig, documents
 from saelab.launch.cell_store import finish, is_finished
-from saelab.launch.confirmation import _tuned
 from saelab.launch.latent_table import read_density
 from saelab.launch.seed_pairs import rows_of_seeds
 from saelab.launch.synthetic import read_study as read_synthetic
@@ -57,6 +56,7 @@ from saelab.study.plan import (
     read_plan,
 )
 from saelab.study.registry import attempts, deviations, register
+from saelab.study.tuning import read_tuned
 from saelab.training.curves import read_curve
 from saelab.verdict.review import review, text
 
@@ -575,7 +575,7 @@ FORMATS: dict[str, Format] = {
     "SAEBench": Format(
         make_saebench, lambda folder: comparison_lines(folder / "result.json"), ("result.json",)
     ),
-    "tuned": Format(make_study, _tuned, ("tuned.json",)),
+    "tuned": Format(make_study, read_tuned, ("tuned.json",)),
     "attempts": Format(make_study, read_study, (".saelab/attempts.jsonl",)),
     "registered plan": Format(
         make_study,

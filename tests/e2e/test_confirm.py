@@ -10,10 +10,11 @@ import pytest
 from projects import BASE, Project, cli
 
 from saelab.errors import SettingError
-from saelab.launch.confirmation import FACTORS, candidates
+from saelab.launch.confirmation import candidates
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import read_json
 from saelab.study.plan import Arm, BaseConfig, FromArm, PlanConfig, Run, cells, references
+from saelab.study.tuning import FACTORS
 from saelab.verdict.review import review
 
 PLAN = "study = 'small'\nbase = 'configs/small.toml'\ntarget_l0 = 16\nlevels = []\nseeds = 2\n"

@@ -17,13 +17,12 @@ from saelab.data.activations.harvest import HarvestConfig
 from saelab.errors import SettingError
 from saelab.launch.synthetic import SyntheticStudyConfig
 from saelab.runs.schema import CellId
+from saelab.study.evaluation import EvalConfig, ProbingConfig
 from saelab.study.plan import (
     Arm,
     BaseConfig,
-    EvalConfig,
     ParallelConfig,
     PlanConfig,
-    ProbingConfig,
     Run,
     cells,
 )

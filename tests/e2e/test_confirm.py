@@ -11,6 +11,7 @@ from projects import BASE, Project, cli
 
 from saelab.errors import SettingError
 from saelab.launch.confirmation import candidates
+from saelab.runs.folder import RunFolder
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import read_json
 from saelab.study.plan import Arm, BaseConfig, FromArm, PlanConfig, Run, cells, references
@@ -30,6 +31,7 @@ RUNS = {
         Arm("slower", {"train.lr": 5e-4}, "an eighth"),
     ]),
     "run_2": Run("Broken", [BASE, Arm("broken", {"train.lr": 1e9})]),
+    "run_3": Run("Rates of their own", [BASE, Arm("half", {"train.lr": 2e-3})], tuned=True),
     "run_10": Confirmation("Confirmation", [BASE], leave=("control",)),
 }
 
@@ -44,7 +46,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     made = Project.make(tmp_path_factory.mktemp("confirm") / "p", plan=PLAN, base=base)
     made.write("experiment.py", TABLE)
     ended = cli(made.folder, "plan", "check")
-    assert ended.code == 0 and "run_10: none of run_1, run_2 is finished" in ended.err
+    assert ended.code == 0 and "run_10: none of run_1, run_2, run_3 is finished" in ended.err
     ended = made.call("--out_dir=run_10")
     assert ended.code == 2 and "run one of them first" in ended.last
     for name in ("run_1", "run_2"):
@@ -127,3 +129,20 @@ def test_what_an_arm_is_compared_with_is_checked() -> None:
 def test_what_an_arm_waits_for_is_found_anywhere_in_its_changes() -> None:
     a, b = FromArm("x", "tau"), FromArm("y", "alpha", path=True)
     assert references({"p": [{"q": a}], "r": (b, 1), "s": 2}) == [a, b]
+
+
+def test_a_tuned_run_trains_every_arm_at_its_best_rate(project: Project, tmp_path: Path) -> None:
+    shutil.copytree(project.folder, tmp_path / "p")
+    tuned = Project(tmp_path / "p")
+    ended = tuned.call("--out_dir=run_3")
+    assert ended.code == 2 and "run_3: learning rate of baseline = 'not tuned'" in ended.last
+    assert "run `saelab tune run_3`" in ended.last and not (tuned.folder / "run_3").exists()
+    (check,) = json.loads(cli(tuned.folder, "plan", "check", "run_3", "--json").out)
+    assert [arm["name"] for arm in check["arms"]] == ["baseline", "half"]
+    found = json.loads(cli(tuned.folder, "tune", "run_3", "--json").out)
+    assert tuned.call("--out_dir=run_3").code == 0
+    arms = RunFolder(tuned.folder / "run_3").required("arms")["arms"]
+    for name in ("baseline", "half"):
+        assert arms[name]["changes"] == {"train.lr": found[name]["train.lr"]}
+        assert f"lr {found[name]['train.lr']:g} is the best of" in arms[name]["comment"]
+    assert (tuned.info("run_3")["half"]["means"]["fvu"] or 0) > 0

@@ -32,7 +32,7 @@ from saelab.data.synthetic.trees import ForestConfig, ForestTruth
 from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.evals.known_features import evaluate_truth
-from saelab.launch.synthetic import Conditions, train_on
+from saelab.launch.synthetic.training import Conditions, train_on
 from saelab.sae import SAE, SAEConfig
 from saelab.training.optim import TrainConfig
 

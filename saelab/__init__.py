@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     )
     from saelab.data.synthetic.chains import SyntheticConfig, generate, truth_of
     from saelab.launch.entry import main
-    from saelab.launch.synthetic import Conditions, at_target, train_on
+    from saelab.launch.synthetic.matched import at_target
+    from saelab.launch.synthetic.training import Conditions, train_on
     from saelab.parts import register
     from saelab.sae import SAE, SAEConfig
     from saelab.study.plan import Arm, Confirmation, FromArm, Run
@@ -48,9 +49,9 @@ _PLACES = {
     "SyntheticConfig": "saelab.data.synthetic.chains",
     "generate": "saelab.data.synthetic.chains",
     "truth_of": "saelab.data.synthetic.chains",
-    "at_target": "saelab.launch.synthetic",
-    "Conditions": "saelab.launch.synthetic",
-    "train_on": "saelab.launch.synthetic",
+    "at_target": "saelab.launch.synthetic.matched",
+    "Conditions": "saelab.launch.synthetic.training",
+    "train_on": "saelab.launch.synthetic.training",
 }
 
 #: Names of an experiment.py: the entry loads torch for them, so that a signal that comes meanwhile

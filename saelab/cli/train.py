@@ -85,22 +85,25 @@ def synthetic(
     set_: Set = None,
 ) -> None:
     """Compare SAEs on synthetic activations, whose true features are known."""
-    from saelab.launch import synthetic
+    from saelab.launch.synthetic.study import read_study, run_study, tune
+    from saelab.launch.synthetic.table import study_lines
+    from saelab.launch.synthetic.table import table as make_table
     from saelab.report.figures.synthetic import check_drawable, draw_table
     from saelab.storage.atomic import write_json
 
-    study = synthetic.read_study(config).patched(parse_changes(set_))
+    study = read_study(config).patched(parse_changes(set_))
     if picture is not None:
         check_drawable(study.baseline, list(study.arms))
-    outcomes = synthetic.run_study(study)
-    summary = synthetic.table(study, outcomes)
+    study, trials = tune(study)
+    outcomes = run_study(study)
+    summary = make_table(study, outcomes, trials)
     if out is not None:
         write_json(out, [row.as_dict() for outcome in outcomes for row in outcome.rows])
     if table is not None:
         write_json(table, summary)
     if picture is not None:
         draw_table(summary, picture)
-    say("\n".join(synthetic.study_lines(summary)))
+    say("\n".join(study_lines(summary)))
 
 
 def language_model(

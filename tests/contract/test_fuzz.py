@@ -39,7 +39,7 @@ from saelab.data.text.corpus import TextConfig, documents
 from saelab.launch.cell_store import finish, is_finished
 from saelab.launch.latent_table import read_density
 from saelab.launch.seed_pairs import rows_of_seeds
-from saelab.launch.synthetic import read_study as read_synthetic
+from saelab.launch.synthetic.study import read_study as read_synthetic
 from saelab.preflight.rates import RATES, read_rates
 from saelab.report.run_data import load
 from saelab.runs.folder import RunFolder, run_cells, seal_run

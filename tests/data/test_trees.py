@@ -22,7 +22,7 @@ from saelab.data.synthetic.trees import ForestConfig, ForestTruth, push_apart
 from saelab.errors import SettingError
 from saelab.evals.dictionary_matching import random_directions
 from saelab.evals.known_features import evaluate_truth
-from saelab.launch.synthetic import SyntheticStudyConfig, read_study
+from saelab.launch.synthetic.study import SyntheticStudyConfig, read_study
 
 #: Standard errors within which a mean must lie; a few hundred are looked at.
 SIGMAS = 5.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,14 @@ from saelab.data.activations.stream import batches
 from saelab.data.synthetic.chains import SyntheticConfig, generate
 from saelab.errors import CellFailure, SettingError
 from saelab.evals.base import missing, number
-from saelab.launch.synthetic import (
-    Conditions,
-    Outcome,
-    SyntheticStudyConfig,
-    at_target,
-    differences,
-    read_study,
-    run_study,
-    train_on,
-)
+from saelab.launch.synthetic.matched import at_target, differences
+from saelab.launch.synthetic.study import SyntheticStudyConfig, read_study, run_study, tune
+from saelab.launch.synthetic.table import study_lines, table
+from saelab.launch.synthetic.training import Conditions, Outcome, train_on
 from saelab.report.figures.synthetic import check_drawable
 from saelab.runs.schema import CellId
 from saelab.sae import SAEConfig
+from saelab.seeding import study_seeds
 from saelab.training.loop import Cell, train
 from saelab.training.optim import TrainConfig
 from saelab.training.sample import initial_sample
@@ -285,3 +280,97 @@ def test_shipped_files(file: Path) -> None:
 def test_a_wrong_file_is_one_sentence(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["synthetic", str(tmp_path / "none.toml")])
     assert result.exit_code == 2 and "does not exist" in result.output
+
+
+# ---------------------------------------------------------------- tuned, calibrated, judged
+
+JUDGED = {
+    "study": "judged",
+    "data": DATA,
+    "contexts": 256,
+    "held_out_contexts": 64,
+    "train": {"tokens": 64 * 60, "batch_size": 64, "lr": 5e-3},
+    "arms": {
+        "more": {"preset": "multi_topk", "d_sae": 16},
+        "topk": {"preset": "topk", "d_sae": 16},
+        "slow": {"preset": "topk", "d_sae": 16},
+    },
+    "otherwise": {"slow": {"lr": 1e-6}},
+    "seeds": 3,
+    "target_l0": 3,
+    "levels": [3],
+    "baseline": "topk",
+    "evals": ["core"],
+    "metrics": ["fvu"],
+    "judged": {"fvu": {"direction": "lower", "sesoi": 0.01}},
+}
+
+
+def test_calibration_brings_the_l0_to_the_target() -> None:
+    changes: dict[str, Any] = {"train": TRAIN.patched({"tokens": 25_600}).model_dump()}
+    changes |= {"contexts": 1600, "held_out_contexts": 1024, "seeds": 2, "judged": {}}
+    changes |= {"arms": {"batch": {"preset": "batchtopk", "d_sae": 16}}, "baseline": None}
+    config = SyntheticStudyConfig.parse(JUDGED | changes | {"otherwise": {}})
+    as_trained = run_study(config)
+    calibrated = run_study(config.patched({"calibration_contexts": 1024}))
+    for before, after in zip(as_trained, calibrated, strict=True):
+        off = [abs((outcome.value("l0") or 0) / 3 - 1) for outcome in (before, after)]
+        assert off[1] < 0.02 < off[0]
+
+
+def test_one_level_is_enough_within_the_tolerance() -> None:
+    (outcome, *_) = run_study(SyntheticStudyConfig.parse(JUDGED | {"seeds": 1}))
+    l0, fvu = outcome.value("l0"), outcome.value("fvu")
+    assert l0 is not None
+    (row,) = at_target([outcome], "fvu", l0 * 1.009, 0.01)
+    assert row.value == fvu
+    for tolerance in (0.0, 0.008):
+        (row,) = at_target([outcome], "fvu", l0 * 1.009, tolerance)
+        assert row.value is None and "not extrapolated" in row.reason
+
+
+def test_words_come_from_intervals_that_hold_together() -> None:
+    config = SyntheticStudyConfig.parse(JUDGED)
+    outcomes = run_study(config)
+    made = table(config, outcomes)
+    words = {arm: of_arm["fvu"] for arm, of_arm in made["words"].items()}
+    assert words["slow"]["word"] == "hurts" and words["slow"]["low"] > 0.01
+    assert words["slow"]["level"] == pytest.approx(0.05 / 2)  # two arms, one metric
+    assert words["slow"]["mean"] == pytest.approx(made["differences"]["slow"]["fvu"]["mean"])
+    assert any("slow" in line and "hurts: +" in line for line in study_lines(made))
+
+
+def test_a_lost_cell_takes_the_word_away() -> None:
+    config = SyntheticStudyConfig.parse(JUDGED)
+    outcomes = run_study(config)
+    lost = [replace(o, rows=[]) if o is outcomes[-1] else o for o in outcomes]
+    words = table(config, lost)["words"]
+    assert words["slow"]["fvu"] == {"word": None, "reason": "1 cell without a value"}
+    assert words["more"]["fvu"]["word"] is not None
+
+
+def test_every_arm_is_tuned_on_seeds_of_its_own() -> None:
+    config = SyntheticStudyConfig.parse(JUDGED | {"rates": [1e-6, 5e-3], "otherwise": {}})
+    tuned, trials = tune(config)
+    assert tuned.otherwise == {arm: {"lr": 5e-3} for arm in config.arms} and tuned.rates == ()
+    assert trials["slow"]["1e-06"] > trials["slow"]["0.005"]
+    seeds = {outcome.seed for outcome in run_study(tuned)}
+    assert not seeds & set(study_seeds("judged", "tune", 2))
+    assert tune(tuned) == (tuned, {})
+
+
+def test_an_arm_that_never_reaches_the_target_keeps_its_rate() -> None:
+    arms = {"topk": JUDGED["arms"]["topk"], "dense": {"d_sae": 16, "losses": ["reconstruction"]}}
+    changes = {"arms": arms, "rates": [5e-3, 1e-2], "otherwise": {}, "seeds": 1}
+    tuned, trials = tune(SyntheticStudyConfig.parse(JUDGED | changes))
+    assert trials["dense"] == {"0.005": None, "0.01": None}
+    assert tuned.otherwise["dense"] == {"lr": 5e-3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [({"baseline": None}, "judged"), ({"rates": [1e-3], "judged": {}}, "rates")],
+)
+def test_what_judging_and_tuning_need(changes: dict[str, Any], setting: str) -> None:
+    with pytest.raises(SettingError, match=f"{setting} = .* needs a "):
+        SyntheticStudyConfig.parse(JUDGED | changes)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from saelab.config import Frozen
 from saelab.data.activations.harvest import HarvestConfig
 from saelab.errors import SettingError
-from saelab.launch.synthetic import SyntheticStudyConfig
+from saelab.launch.synthetic.study import SyntheticStudyConfig
 from saelab.runs.schema import CellId
 from saelab.study.evaluation import EvalConfig, ProbingConfig
 from saelab.study.plan import (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saelab.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from saelab.analysis.leave_one_out import LeaveOneOut
     from saelab.api import (
         compare,
         evaluate,
@@ -38,6 +39,7 @@ _PLACES = {
     "save": "saelab.api",
     "settings": "saelab.api",
     "train": "saelab.api",
+    "LeaveOneOut": "saelab.analysis.leave_one_out",
     "register": "saelab.parts",
     "SAE": "saelab.sae",
     "SAEConfig": "saelab.sae",
@@ -64,6 +66,7 @@ __all__ = [
     "Conditions",
     "Confirmation",
     "FromArm",
+    "LeaveOneOut",
     "Run",
     "SAEConfig",
     "SyntheticConfig",

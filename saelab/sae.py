@@ -49,6 +49,7 @@ from saelab.kernels import (
     encode_all,
     encode_at,
     gather_code,
+    pool_codes,
     preactivations,
     select_latents,
     selection_dtype,
@@ -742,15 +743,7 @@ class SAE(nn.Module):
 
         Returns: float32 [m, d_sae].
         """
-        sums = rows.new_zeros(len(cuts) - 1, self.d_sae)
-        ends = cuts.new_tensor([0, len(rows)])
-        starts = torch.cat([cuts, ends]).unique() if starts is None else starts
-        for block, code in self.codes(rows, starts):
-            first = max(0, int(torch.searchsorted(cuts, block.start, right=True)) - 1)
-            last = int(torch.searchsorted(cuts, block.stop))
-            block_cuts = cuts[first : last + 1].clamp(block.start, block.stop) - block.start
-            code.add_to(sums[first:last], block_cuts)
-        return sums
+        return pool_codes(lambda starts: self.codes(rows, starts), rows, cuts, starts, self.d_sae)
 
     @torch.no_grad()
     def decode(self, f: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 
 from saelab import formats
 from saelab.analysis.export import without_context
+from saelab.analysis.leave_one_out import LeaveOneOut
 from saelab.analysis.saebench import result_of
 from saelab.data import language_model
 from saelab.data.activations.joined import widths
@@ -116,6 +117,7 @@ class Choice:
         arms, seeds: of a run, which of the cells at the plan's L0; all by default.
         allow_mismatch: evaluate an SAE on another model or hook than it was trained on.
         without_trace: set beta = 0 in a threshold that follows the context.
+        leave_one_out: threshold of `LeaveOneOut`, which refines the codes; None leaves them.
     """
 
     path: Path
@@ -124,6 +126,7 @@ class Choice:
     seeds: tuple[int, ...] = ()
     allow_mismatch: bool = False
     without_trace: bool = False
+    leave_one_out: float | None = None
 
     @cached_property
     def members(self) -> list[Member]:
@@ -159,6 +162,9 @@ def evaluate_to_files(
     if out is not None and out.suffix not in (".json", ".parquet"):
         raise SettingError("--out", str(out), "name a file that ends in .parquet or .json")
     if saebench_json is not None:
+        if choice.leave_one_out is not None:
+            remedy = "has no place in SAEBench's file: leave out --saebench-json"
+            raise SettingError("--leave-one-out", choice.leave_one_out, remedy)
         if len(choice.members) > 1:
             remedy = "is of one SAE: choose it by --arm and --seed"
             raise SettingError("--saebench-json", str(saebench_json), remedy)
@@ -211,10 +217,12 @@ def evaluate_choice(
         loaded = formats.load(member.folder, choice.format)
         if not choice.allow_mismatch:
             loaded.origin.check(*place)
-        bench = bench or Bench(base, cache, seed)  # after the first checks: a harvest takes long
         mismatch = "; ".join(loaded.origin.differences(*place))
         subject = without_context(loaded.sae) if choice.without_trace else loaded.sae
         subject = subject.to(torch.device(base.model.device))
+        if choice.leave_one_out is not None:
+            subject = LeaveOneOut(subject, choice.leave_one_out)
+        bench = bench or Bench(base, cache, seed)  # after the first checks: a harvest takes long
         columns = {**_identity(member, loaded, choice), "mismatch": mismatch}
         for row in bench.rows(subject, evals):
             values = row.of_cell(member.id).as_dict()
@@ -235,7 +243,8 @@ def _identity(member: Member, loaded: Loaded, choice: Choice) -> dict[str, Any]:
     """Columns that say which SAE it was."""
     kind = formats.find(member.folder, choice.format)
     changed = choice.without_trace and loaded.sae.needs_contexts
-    return {"subject": str(member.folder), "format": kind, "without_trace": changed}
+    columns = {"subject": str(member.folder), "format": kind, "without_trace": changed}
+    return columns | {"leave_one_out": choice.leave_one_out}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -62,6 +62,13 @@ def evaluate(
         ),
     ] = False,
     without_trace: WithoutTrace = False,
+    leave_one_out: Annotated[
+        float | None,
+        Option(
+            help="Set active latents to 0 whose score, given the others, is at most this number "
+            "(0 is usual; docs/zoo.md). The codes are then not those that were trained.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         Option(help="File for all rows with definition and provenance: .parquet or .json."),
@@ -92,6 +99,7 @@ def evaluate(
         seeds=tuple(seed or ()),
         allow_mismatch=allow_mismatch,
         without_trace=without_trace,
+        leave_one_out=leave_one_out,
     )
     changes = parse_changes(set_)
     if definition is not None:

@@ -16,17 +16,18 @@ from saelab.errors import SettingError, SourceError, nearest
 from saelab.formats import dictionary_learning, own, saelens, sparsify
 from saelab.formats.base import Loaded, Origin, Plain, errors_as_source_error
 from saelab.formats.published import (
+    cross_layer_transcoder,
     deepseek_r1,
     gemma_scope,
     gemma_scope_2,
     goodfire,
     hook_z,
+    layer_transcoder,
     llama_scope,
     llama_scope_r1,
     openai,
     qwen_scope,
     temporal,
-    transcoders,
 )
 from saelab.sae import SAE
 
@@ -71,8 +72,13 @@ TABLE: dict[str, Format] = {
     "llama_scope": Format(llama_scope.FILES, llama_scope.load),
     "llama_scope_r1": Format(llama_scope_r1.FILES, llama_scope_r1.load),
     "temporal": Format(temporal.FILES, temporal.load),
-    "layer_transcoder": Format((), transcoders.load, pattern=transcoders.PER_LAYER),
-    "cross_layer_transcoder": Format((), transcoders.load, pattern=transcoders.CROSS_LAYER),
+    "layer_transcoder": Format((), layer_transcoder.load, pattern=layer_transcoder.PATTERN),
+    "cross_layer_transcoder": Format(
+        (), cross_layer_transcoder.load, pattern=cross_layer_transcoder.PATTERN
+    ),
+    "gemma_scope_2_clt": Format(
+        (), cross_layer_transcoder.load_gemma, pattern=cross_layer_transcoder.GEMMA_PATTERN
+    ),
     "dictionary_learning": Format(
         dictionary_learning.FILES, dictionary_learning.load, by_name=True
     ),

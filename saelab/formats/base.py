@@ -62,6 +62,7 @@ class Plain:
         signed: whether these are the k largest |z|, with their signs.
         target: whether other activations than the input are reconstructed; d_out is d_in otherwise.
         W_skip: [d_out, d_in]; None without a skip connection.
+        targets: widths of several targets of one code, whose sum is d_out; () for one target.
         pursuit: steps of a matching pursuit; None for an SAE with an encoder.
     """
 
@@ -76,6 +77,7 @@ class Plain:
     signed: bool = False
     target: bool = False
     W_skip: Tensor | None = None
+    targets: tuple[int, ...] = ()
     pursuit: Pursuit | None = None
 
     @property
@@ -123,7 +125,9 @@ class Plain:
         plain = replace(plain, row_norm=sae.row_norm, signed=form.signed)
         if not sae.has_target:
             return plain
-        return replace(plain, centre=False, target=True, W_skip=folded.get("W_skip"))
+        targets = sae.dims.targets if len(sae.dims.targets) > 1 else ()
+        skip = folded.get("W_skip")
+        return replace(plain, centre=False, target=True, W_skip=skip, targets=targets)
 
     @classmethod
     def _of_pursuit(cls, sae: SAE, pursuit: Pursuit) -> Plain:
@@ -146,7 +150,7 @@ class Plain:
             tied=self.pursuit is not None,
             encoder_bias=self.pursuit is None,
         )
-        sae = config.build(self.d_in, d_out=self.d_out if self.target else None)
+        sae = config.build(self.d_in, d_out=(self.targets or self.d_out) if self.target else None)
         for name in (*MATRICES, *(["W_skip"] if self.W_skip is not None else [])):
             getattr(sae, name).copy_(getattr(self, name))
         sae.activation.load_form(self.form)

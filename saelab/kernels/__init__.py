@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from saelab.kernels.code import Code, Support, most_pairs, support_above, support_of_topk
+from saelab.kernels.code import (
+    Code,
+    Support,
+    most_pairs,
+    pool_codes,
+    support_above,
+    support_of_topk,
+)
 from saelab.kernels.eager import Adaptation, moments, trace
 from saelab.kernels.functions import (
     decode_at,
@@ -44,6 +51,7 @@ __all__ = [
     "mean_square",
     "moments",
     "most_pairs",
+    "pool_codes",
     "preactivations",
     "row_norms",
     "select_latents",

@@ -8,6 +8,7 @@ dense tensor. `values` is an ordinary autograd tensor, so a loss on values needs
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -192,3 +193,31 @@ class Code:
             firings = self.active.float().sum(0).long()
             return firings, int(firings.sum())
         return kernels_for(self.values.device).firings(self.values.detach(), self.support)
+
+
+def pool_codes(
+    codes: Callable[[Tensor], Iterable[tuple[slice, Code]]],
+    rows: Tensor,
+    cuts: Tensor,
+    starts: Tensor | None,
+    d_sae: int,
+) -> Tensor:
+    """Sums the code over segments of rows.
+
+    Args:
+        codes: starts of runs of tokens -> slices of the rows, in order, and their codes.
+        rows: [n, d_in].
+        cuts: int64 [m + 1], rising; segment i has the consecutive rows cuts[i] to cuts[i + 1].
+        starts: int64; None if runs begin at the cuts.
+
+    Returns: float32 [m, d_sae].
+    """
+    sums = rows.new_zeros(len(cuts) - 1, d_sae)
+    ends = cuts.new_tensor([0, len(rows)])
+    starts = torch.cat([cuts, ends]).unique() if starts is None else starts
+    for block, code in codes(starts):
+        first = max(0, int(torch.searchsorted(cuts, block.start, right=True)) - 1)
+        last = int(torch.searchsorted(cuts, block.stop))
+        block_cuts = cuts[first : last + 1].clamp(block.start, block.stop) - block.start
+        code.add_to(sums[first:last], block_cuts)
+    return sums

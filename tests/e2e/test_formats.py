@@ -84,6 +84,26 @@ def test_a_run_gives_its_own_numbers_again(project: Project) -> None:
     }
 
 
+def test_codes_are_refined_on_request(project: Project, tmp_path: Path) -> None:
+    cell = one_cell(project)
+    options = ("eval", str(cell), "--evals", "core", "--json")
+    plain = rows_of(cli(project.folder, *options))
+    refined = rows_of(cli(project.folder, *options, "--leave-one-out", "0"))
+    assert {row["leave_one_out"] for row in plain} == {None}
+    assert {row["leave_one_out"] for row in refined} == {0.0}
+    l0, fewer = (
+        next(row["value"] for row in rows if row["metric"] == "l0" and not row["slice"])
+        for rows in (plain, refined)
+    )
+    assert 0 < fewer < l0
+    out = str(tmp_path / "saebench.json")
+    ended = cli(project.folder, *options, "--leave-one-out", "0", "--saebench-json", out)
+    assert ended.code == 2 and "leave out --saebench-json" in ended.err
+    assert "Traceback" not in ended.err
+    ended = cli(project.folder, *options, "--leave-one-out", "nan")
+    assert ended.code == 2 and "use a finite number" in ended.err
+
+
 def test_probing_rows_name_their_own_texts(project: Project) -> None:
     kept = pq.read_table(project.folder / "run_1" / "metrics.parquet").to_pylist()
     again = rows_of(cli(project.folder, "eval", "run_1", "--json", "--seed", str(kept[0]["seed"])))

@@ -37,6 +37,7 @@ def main(folder: Path) -> None:
         for layout in LAYOUTS:
             published(layout, folder / "published" / layout.name, x)
     (folder / "fields.json").write_text(json.dumps(fields()))
+    (folder / "loaders.json").write_text(json.dumps(loaders()))
 
 
 def answer(folder: Path, encode: Any, decode: Any) -> None:
@@ -171,6 +172,12 @@ def fields() -> dict[str, list[str]]:
     return {name: [f.name for f in dataclasses.fields(kind)] for name, kind in found.items()}
 
 
+def loaders() -> list[str]:
+    from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
+
+    return list(NAMED_PRETRAINED_SAE_LOADERS)
+
+
 # ---- published SAEs, as SAELens' loaders read them -----------------------------------------------
 
 
@@ -184,6 +191,10 @@ def published(layout: Layout, folder: Path, x: torch.Tensor) -> None:
         sae.turn_off_forward_pass_hook_z_reshaping()
     save_file({"x": x}, folder / "rows.safetensors")
     answers = {"f": sae.encode(x), "x_hat": sae(x)}
+    if layout.transposed:
+        answers["as_read"] = answers["x_hat"]
+        sae.W_skip.copy_(sae.W_skip.T.clone())
+        answers["x_hat"] = sae(x)
     save_file({name: t.contiguous() for name, t in answers.items()}, folder / "answer.safetensors")
 
 
@@ -192,7 +203,7 @@ def of_layout(layout: Layout, folder: Path) -> Any:
     overrides = dict(layout.overrides)
     if layout.format == "qwen_scope":
         overrides |= {"d_sae": QWEN_D_SAE, "activation_fn_kwargs": {"k": K}}
-    place = (layout.repo, layout.inner)
+    place = (layout.repo, layout.place or layout.inner)
     return with_loader(layout.loader, folder, place, overrides, layout.factor)
 
 

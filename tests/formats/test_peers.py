@@ -8,6 +8,7 @@ or SAELAB_PEERS names a python that has sae-lens, eai-sparsify and dictionary-le
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,7 +103,24 @@ def test_saelens_computes_what_ours_does(name: str, saes: dict[str, SAE], answer
 
 @pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS])
 def test_published_saes_are_what_saelens_loads(name: str, answers: Path) -> None:
-    compare(answers / "published" / name, BY_NAME[name].path, BY_NAME[name].format)
+    layout = BY_NAME[name]
+    named = layout.format if formats.TABLE[layout.format].by_name else ""
+    compare(answers / "published" / name, layout.path, named, layout.targets)
+
+
+@pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS if layout.transposed])
+def test_saelens_multiplies_with_the_transposed_skip_connection(name: str, answers: Path) -> None:
+    found = load_file(answers / "published" / name / "answer.safetensors")
+    apart = (found["as_read"] - found["x_hat"]).abs().max()
+    assert float(apart) > 0.1 * float(found["x_hat"].abs().max())
+
+
+def test_every_loader_of_theirs_is_in_the_documentation(answers: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    loaders = json.loads((answers / "loaders.json").read_text())
+    assert len(loaders) == 15
+    rows = re.findall(r"^\| `(\w+)` \| ", page.split("## SAELens' loaders")[1], re.MULTILINE)
+    assert sorted(rows) == sorted(loaders)
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -129,8 +147,9 @@ def test_saelens_reads_dictionary_learning_as_ours_does(name: str, answers: Path
     same(sae.decode(f), found["x_hat"][kept])
 
 
-def compare(place: Path, sae_in: Callable[[Path], Path], named: str) -> None:
-    """The SAE that we read in `place` computes what the peers have put there."""
+def compare(place: Path, sae_in: Callable[[Path], Path], named: str, targets: int = 1) -> None:
+    """The SAE that we read in `place` computes what the peers have put there; of several targets
+    they have the sum."""
     sae = formats.load(sae_in(place), named).sae
     x, found = load_file(place / "rows.safetensors")["x"], load_file(place / "answer.safetensors")
     kept = clear(sae, x)
@@ -139,7 +158,8 @@ def compare(place: Path, sae_in: Callable[[Path], Path], named: str) -> None:
     f = found["f"][rows_kept]
     assert 0 < float((f > 0).float().mean()) < 1
     same(sae.encode(x[rows_kept]), f)
-    same(sae.complete(sae.decode(f), x[rows_kept]), found["x_hat"][rows_kept])
+    x_hat = sae.complete(sae.decode(f), x[rows_kept])
+    same(x_hat.unflatten(1, (targets, -1)).sum(1), found["x_hat"][rows_kept])
 
 
 def test_all_that_they_wrote_is_tried(answers: Path) -> None:

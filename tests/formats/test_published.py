@@ -17,13 +17,13 @@ from saes import clear, rows, same
 from test_dictionary_learning import Payload
 
 from saelab import formats
-from saelab.errors import SettingError, SourceError, UsageError
+from saelab.errors import MismatchError, SettingError, SourceError, UsageError
 from saelab.formats import Loaded
 from saelab.sae import SAE
 
 NAMES = [layout.name for layout in LAYOUTS]
-ENCODERS = ("W_enc", "encoder.weight", "encoder_linear.weight")
-BIASES = ("b_enc", "encoder.bias", "encoder_linear.bias", "latent_bias")
+ENCODERS = ("W_enc", "W_enc_2", "encoder.weight", "encoder_linear.weight")
+BIASES = ("b_enc", "b_enc_2", "encoder.bias", "encoder_linear.bias", "latent_bias")
 PICKLES = [name for name in NAMES if formats.TABLE[BY_NAME[name].format].by_name]
 
 
@@ -59,6 +59,7 @@ def test_each_layout_is_its_equation(name: str, tmp_path: Path, global_random_se
     loaded = load(layout, tmp_path)
     assert (loaded.origin.model, loaded.origin.hook_name) == (layout.model, layout.hook)
     assert loaded.about["format"] == layout.format
+    assert bool(loaded.origin.peculiarities) == (layout.targets > 1)
     equal(loaded.sae, layout, tensors, global_random_seed)
 
 
@@ -66,7 +67,12 @@ def test_each_layout_is_its_equation(name: str, tmp_path: Path, global_random_se
 def test_each_is_written_for_saelens_and_read_again(name: str, tmp_path: Path) -> None:
     layout = BY_NAME[name]
     tensors = layout.make(tmp_path, 0)
-    formats.saver("saelens")(load(layout, tmp_path).sae, tmp_path / "out", {})
+    sae = load(layout, tmp_path).sae
+    if layout.targets > 1:
+        with pytest.raises(SettingError, match="no SAE of several hook points"):
+            formats.saver("saelens")(sae, tmp_path / "out", {})
+        return
+    formats.saver("saelens")(sae, tmp_path / "out", {})
     equal(formats.load(tmp_path / "out").sae, layout, tensors, 0)
 
 
@@ -85,7 +91,8 @@ def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
         left = {n: t for n, t in layout.draw(0).items() if n != missing}
         layout.path(tmp_path).parent.mkdir(parents=True, exist_ok=True)
         layout.write(layout.path(tmp_path), left)
-        shown = missing.replace("W_", "w_") if layout.format == "gemma_scope_2" else missing
+        gemma_2 = layout.format.startswith("gemma_scope_2")
+        shown = missing.replace("W_", "w_") if gemma_2 else missing
         refuse(layout, tmp_path, f"lacks '{shown}'")
 
 
@@ -186,9 +193,6 @@ def test_gemma_scope_asks_the_path_for_what_the_file_does_not_say(tmp_path: Path
     layout.write(hub / layout.inner, tensors)
     loaded = formats.load(hub / layout.inner)
     assert (loaded.origin.model, loaded.origin.hook_name) == (layout.model, layout.hook)
-    layout.write(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_0", tensors)
-    with pytest.raises(SettingError, match="gemma-scope-2b-pt-transcoders"):
-        formats.load(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_0")
     layout.write(tmp_path / "mine", tensors)
     with pytest.raises(SourceError, match="only the path says"):
         formats.load(tmp_path / "mine")
@@ -220,11 +224,60 @@ def test_gemma_scope_2_refuses(fields: dict[str, Any], match: str, tmp_path: Pat
     refuse(layout, tmp_path, match)
 
 
-def test_gemma_scope_2_refuses_a_transcoder_by_its_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "gemma-scope-2-270m-pt" / "transcoder_all" / "layer_5_width_16k_l0_big"
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"type": "sae"}, "type = 'sae'"),
+        ({"type": "crosscoder"}, "type = 'crosscoder'"),
+        ({"hf_hook_point_out": None}, "hf_hook_point_out"),
+        ({"affine_connection": True}, "lacks 'affine_skip_connection'"),
+        ({"architecture": "topk"}, "architecture = 'topk'"),
+        ({"width": D_SAE + 1}, "width"),
+    ],
+)
+def test_a_transcoder_of_gemma_scope_2_is_refused(
+    fields: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    layout = BY_NAME["gemma_scope_2-transcoder"]
+    layout.make(tmp_path, 0)
+    config = published.gemma_3_transcoder(4) | fields
+    (layout.path(tmp_path) / "config.json").write_text(json.dumps(config))
+    refuse(layout, tmp_path, match)
+
+
+def test_a_skip_connection_that_config_json_does_not_name_is_refused(tmp_path: Path) -> None:
+    layout = BY_NAME["gemma_scope_2-affine"]
+    layout.make(tmp_path, 0)
+    config = published.gemma_3_transcoder(4, affine_connection=False)
+    (layout.path(tmp_path) / "config.json").write_text(json.dumps(config))
+    refuse(layout, tmp_path, "unknown tensor 'affine_skip_connection'")
+
+
+@pytest.mark.parametrize("kind", ["clt", "crosscoder"])
+def test_gemma_scope_2_refuses_other_kinds_by_their_folder(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "gemma-scope-2-270m-pt" / kind / "layer_5_width_16k_l0_big"
     published.write_gemma_2(None)(folder, BY_NAME["gemma_scope_2"].draw(0))
-    with pytest.raises(SettingError, match="transcoder"):
+    with pytest.raises(SettingError, match=kind):
         formats.load(folder)
+
+
+def test_files_of_layers_that_are_no_cross_layer_transcoder_are_refused(tmp_path: Path) -> None:
+    layout = BY_NAME["gemma_scope_2_clt"]
+    tensors = layout.make(tmp_path, 0)
+    (where := layout.path(tmp_path).with_name("config.json")).write_text('{"type": "crosscoder"}')
+    refuse(layout, tmp_path, "type = 'crosscoder'")
+    where.write_text('{"type": "clt", "architecture": "topk"}')
+    refuse(layout, tmp_path, "architecture = 'topk'")
+    where.unlink()
+    names = {name.lower(): t for name, t in tensors.items()}
+    published.safetensors(layout.path(tmp_path), names)
+    refuse(layout, tmp_path, "writes to layers before 2")
+    published.safetensors(layout.path(tmp_path), names | {"w_dec": names["w_dec"][:, 0]})
+    refuse(layout, tmp_path, r"W_dec has the shape \[24, 5\], not \[d_sae, targets, d_out\]")
+    moved = tmp_path / "mine" / "params_layer_2.safetensors"
+    layout.write(moved, tensors)
+    with pytest.raises(SettingError, match="keep its repository's names"):
+        formats.load(moved)
 
 
 @pytest.mark.parametrize(
@@ -341,13 +394,46 @@ def test_hook_z_compares_its_configuration(tmp_path: Path) -> None:
     refuse(layout, tmp_path, "_cfg.json does not exist")
 
 
-@pytest.mark.parametrize("name", ["layer_3.safetensors", "W_enc_3.safetensors"])
-def test_transcoders_of_one_file_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    file = tmp_path / "repo" / name
-    published.safetensors(file, BY_NAME["hook_z"].draw(0))
-    for path in (file, file.parent):
-        with pytest.raises(SettingError, match="transcoder"):
-            formats.load(path)
+@pytest.mark.parametrize("name", ["layer_transcoder", "cross_layer_transcoder"])
+def test_one_layer_is_read_from_a_folder_and_one_of_several_is_named(
+    name: str, tmp_path: Path
+) -> None:
+    layout = BY_NAME[name]
+    tensors = layout.make(tmp_path, 0)
+    file = layout.path(tmp_path)
+    equal(formats.load(file.parent).sae, layout, tensors, 0)
+    other = file.with_name(file.name.replace("7", "8").replace("2", "3"))
+    other.write_bytes(file.read_bytes())
+    with pytest.raises(SourceError, match=f"several SAEs .*{re.escape(file.name)}"):
+        formats.load(file.parent)
+
+
+def test_a_layer_is_read_by_the_file_of_its_decoder_too(tmp_path: Path) -> None:
+    layout = BY_NAME["cross_layer_transcoder"]
+    tensors = layout.make(tmp_path, 0)
+    decoder = layout.path(tmp_path).with_name("W_dec_2.safetensors")
+    equal(formats.load(decoder).sae, layout, tensors, 0)
+    published.safetensors(decoder, {"W_dec_2": tensors["W_dec_2"][:, 0]})
+    refuse(layout, tmp_path, r"W_dec has the shape \[24, 5\], not \[d_sae, targets, d_out\]")
+    decoder.unlink()
+    refuse(layout, tmp_path, "W_dec_2.safetensors does not exist")
+
+
+def test_one_layer_of_a_cross_layer_transcoder_is_not_evaluated_unasked(tmp_path: Path) -> None:
+    layout = BY_NAME["cross_layer_transcoder"]
+    layout.make(tmp_path, 0)
+    origin = load(layout, tmp_path).origin
+    with pytest.raises(MismatchError, match="outputs are parts of sums over layers"):
+        origin.check(layout.model, layout.hook)
+
+
+def test_a_transcoder_of_another_activation_is_refused(tmp_path: Path) -> None:
+    layout = BY_NAME["layer_transcoder"]
+    tensors = layout.draw(0)
+    published.write_per_layer("activation: topk\n")(layout.path(tmp_path), tensors)
+    refuse(layout, tmp_path, "activation = 'topk'")
+    layout.path(tmp_path).with_name("config.yaml").write_bytes(b"\xff\xfe")
+    refuse(layout, tmp_path, "config.yaml is not text")
 
 
 @pytest.mark.parametrize("name", ["qwen_scope", "gemma_scope"])

@@ -18,6 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 D_IN, D_SAE, K = 6, 24, 3
+#: Width of what transcoders write.
+D_OUT = 5
+#: A layer of a cross-layer transcoder, and the number of layers that it writes to.
+CLT_LAYER, TARGETS = 2, 3
 #: Qwen Scope's width is a multiple of 1024.
 QWEN_D_SAE = 1024
 #: Average norm of Llama Scope's activations, so that s = sqrt(D_IN) / NORM.
@@ -47,6 +51,9 @@ class Layout:
         heads: whether SAELens reshapes the rows of attention heads.
         suffix: distinguishes layouts of one format.
         unit_rows: names of decoders [d_in, d_sae] that get columns of norm 1.
+        place: SAELens' name of the path in the repository, where it has another.
+        targets: number of targets, which SAELens adds up.
+        transposed: whether SAELens multiplies with the transpose of the skip connection.
     """
 
     format: str
@@ -63,6 +70,9 @@ class Layout:
     heads: bool = False
     suffix: str = ""
     unit_rows: tuple[str, ...] = ()
+    place: str = ""
+    targets: int = 1
+    transposed: bool = False
 
     @property
     def name(self) -> str:
@@ -134,6 +144,7 @@ def linear(x: Tensor, t: Tensors, enc: str = "encoder", dec: str = "decoder") ->
 
 GEMMA = {"W_enc": (D_IN, D_SAE), "W_dec": (D_SAE, D_IN), "b_enc": (D_SAE,), "b_dec": (D_IN,)}
 GEMMA |= {"threshold": (D_SAE,)}
+TRANSCODER = GEMMA | {"W_dec": (D_SAE, D_OUT), "b_dec": (D_OUT,)}
 SIZES = {"d_in": D_IN, "d_sae": D_SAE}
 
 
@@ -159,7 +170,7 @@ def gemma_scope(suffix: str, repo: str, inner: str, hook: str, **more: Any) -> L
         "gemma_scope",
         f"google/{repo}",
         inner,
-        GEMMA,
+        TRANSCODER if "transcoders" in repo else GEMMA,
         write_npz,
         model=model,
         hook=hook,
@@ -182,18 +193,17 @@ def write_gemma_2(config: Mapping[str, Any] | None) -> Callable[[Path, Tensors],
 
 
 def gemma_scope_2(suffix: str, inner: str, hook: str, config: Any = None, **more: Any) -> Layout:
+    given = {"shapes": GEMMA, "function": gemma, **more}
     return Layout(
         "gemma_scope_2",
         "google/gemma-scope-2-270m-pt",
         inner,
-        GEMMA,
-        write_gemma_2(config),
-        gemma,
+        write=write_gemma_2(config),
         model="google/gemma-3-270m",
         hook=hook,
         loader="gemma_3",
         suffix=suffix,
-        **more,
+        **given,
     )
 
 
@@ -202,6 +212,85 @@ def gemma_3_config(**fields: Any) -> dict[str, Any]:
     given = {"architecture": "jump_relu", "model_name": "gemma-v3-270m-pt", "type": "sae"}
     given |= {"hf_hook_point_in": point, "hf_hook_point_out": point, "width": D_SAE, "l0": 20}
     return given | {"affine_connection": False, **fields}
+
+
+def gemma_affine(x: Tensor, t: Tensors) -> tuple[Tensor, Tensor]:
+    f, y = gemma(x, t)
+    return f, y + x @ t["affine_skip_connection"]
+
+
+def gemma_3_transcoder(layer: int, **fields: Any) -> dict[str, Any]:
+    """The config.json of a transcoder of an MLP, between the norms around it."""
+    points = {"in": "pre_feedforward_layernorm", "out": "post_feedforward_layernorm"}
+    names = {f"hf_hook_point_{k}": f"model.layers.{layer}.{v}.output" for k, v in points.items()}
+    return gemma_3_config(**names, type="transcoder", **fields)
+
+
+CLT = TRANSCODER | {"W_dec": (D_SAE, CLT_LAYER + TARGETS, D_OUT)}
+
+
+def write_gemma_clt(path: Path, tensors: Tensors) -> None:
+    """A layer's file has all layers as targets; those before it are 0."""
+    given = dict(tensors)
+    if "W_dec" in given:
+        given["W_dec"] = given["W_dec"].clone()
+        given["W_dec"][:, :CLT_LAYER] = 0
+    safetensors(path, {name.lower() if name in GEMMA else name: t for name, t in given.items()})
+
+
+def in_targets(f: Tensor, w_dec: Tensor, first: Tensor) -> Tensor:
+    """What a layer's code adds to each of its targets, and `first` to the first of them."""
+    parts = torch.einsum("nf,fto->nto", f, w_dec)
+    parts[:, 0] += first
+    return parts.flatten(1)
+
+
+def gemma_clt(x: Tensor, t: Tensors) -> tuple[Tensor, Tensor]:
+    f = jump(x @ t["W_enc"] + t["b_enc"], t["threshold"])
+    return f, in_targets(f, t["W_dec"][:, CLT_LAYER:], t["b_dec"])
+
+
+def gemma_clt_affine(x: Tensor, t: Tensors) -> tuple[Tensor, Tensor]:
+    f = jump(x @ t["W_enc"] + t["b_enc"], t["threshold"])
+    skip = x @ t["affine_skip_connection"]
+    return f, in_targets(f, t["W_dec"][:, CLT_LAYER:], t["b_dec"] + skip)
+
+
+# ---- circuit-tracer: one file per layer, and cross-layer transcoders ----------------------------
+
+PER_LAYER = {"W_enc": (D_SAE, D_IN), "b_enc": (D_SAE,), "W_dec": (D_SAE, D_OUT), "b_dec": (D_OUT,)}
+CROSS = {"W_enc_2": (D_SAE, D_IN), "b_enc_2": (D_SAE,), "b_dec_2": (D_OUT,)}
+CROSS |= {"W_dec_2": (D_SAE, TARGETS, D_OUT)}
+
+
+def write_per_layer(config: str) -> Callable[[Path, Tensors], None]:
+    def write(path: Path, tensors: Tensors) -> None:
+        safetensors(path, tensors)
+        sizes = {"d_model": D_IN, "d_feature": D_SAE, "batch_size": 4096}
+        lines = [f"{name}:\n  desc: null\n  value: {size}\n" for name, size in sizes.items()]
+        path.with_name("wandb-config.yaml").write_text("wandb_version: 1\n" + "".join(lines))
+        if config:
+            path.with_name("config.yaml").write_text(config)
+
+    return write
+
+
+def per_layer(x: Tensor, t: Tensors) -> tuple[Tensor, Tensor]:
+    f = relu(x @ t["W_enc"].T + t["b_enc"])
+    return f, f @ t["W_dec"] + t["b_dec"]
+
+
+def write_cross_layer(path: Path, tensors: Tensors) -> None:
+    decoder = {name: t for name, t in tensors.items() if name.startswith("W_dec")}
+    safetensors(path, {name: t for name, t in tensors.items() if name not in decoder})
+    safetensors(path.with_name("W_dec_2.safetensors"), decoder)
+    hooks = "feature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out\n"
+    path.with_name("config.yaml").write_text(f"model_name: 'google/gemma-2-2b'  # a text\n{hooks}")
+
+
+def cross_layer(x: Tensor, t: Tensors) -> tuple[Tensor, Tensor]:
+    f = relu(x @ t["W_enc_2"].T + t["b_enc_2"])
+    return f, in_targets(f, t["W_dec_2"], t["b_dec_2"])
 
 
 # ---- two linear layers --------------------------------------------------------------------------
@@ -297,6 +386,10 @@ def openai_topk(x: Tensor, t: Tensors) -> tuple[Tensor, Tensor]:
 
 TOPK = {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}
 
+MLP_4 = "blocks.4.mlp.hook_in -> blocks.4.hook_mlp_out"
+GEMMA_CLT_HOOKS = (
+    "blocks.2.mlp.hook_in -> blocks.2.hook_mlp_out, blocks.3.hook_mlp_out, blocks.4.hook_mlp_out"
+)
 _GPT2 = "sparse-autoencoder/gpt2-small"
 
 LAYOUTS = [
@@ -338,6 +431,117 @@ LAYOUTS = [
         gemma_3_config(
             hf_hook_point_in="model.layers.5.self_attn.o_proj.input", hf_hook_point_out=None
         ),
+    ),
+    gemma_scope(
+        "-transcoder",
+        "gemma-scope-2b-pt-transcoders",
+        "layer_3/width_16k/average_l0_54",
+        "blocks.3.ln2.hook_normalized -> blocks.3.hook_mlp_out",
+        loader="gemma_2_transcoder",
+        overrides=SIZES | {"d_out": D_OUT},
+    ),
+    gemma_scope_2(
+        "-transcoder",
+        "transcoder_all/layer_4_width_16k_l0_big",
+        MLP_4,
+        gemma_3_transcoder(4),
+        shapes=TRANSCODER,
+    ),
+    gemma_scope_2(
+        "-transcoder-bare", "transcoder/layer_4_width_16k_l0_small", MLP_4, shapes=TRANSCODER
+    ),
+    gemma_scope_2(
+        "-affine",
+        "transcoder_all/layer_4_width_16k_l0_big_affine",
+        MLP_4,
+        gemma_3_transcoder(4, affine_connection=True),
+        shapes=GEMMA | {"affine_skip_connection": (D_IN, D_IN)},
+        function=gemma_affine,
+        transposed=True,
+    ),
+    gemma_scope_2(
+        "-affine-bare",
+        "transcoder/layer_4_width_16k_l0_small_affine",
+        MLP_4,
+        shapes=GEMMA | {"affine_skip_connection": (D_IN, D_IN)},
+        function=gemma_affine,
+        transposed=True,
+    ),
+    Layout(
+        "gemma_scope_2_clt",
+        "google/gemma-scope-2-270m-pt",
+        f"clt/width_16k_l0_big/params_layer_{CLT_LAYER}.safetensors",
+        CLT,
+        write_gemma_clt,
+        gemma_clt,
+        model="google/gemma-3-270m",
+        hook=GEMMA_CLT_HOOKS,
+        loader="gemma_3",
+        place=f"clt/width_16k_l0_big/params_layer_{CLT_LAYER}",
+        targets=TARGETS,
+    ),
+    Layout(
+        "gemma_scope_2_clt",
+        "google/gemma-scope-2-270m-pt",
+        f"clt/width_16k_l0_big_affine/params_layer_{CLT_LAYER}.safetensors",
+        CLT
+        | {
+            "W_dec": (D_SAE, CLT_LAYER + TARGETS, D_IN),
+            "b_dec": (D_IN,),
+            "affine_skip_connection": (D_IN, D_IN),
+        },
+        write_gemma_clt,
+        gemma_clt_affine,
+        model="google/gemma-3-270m",
+        hook=GEMMA_CLT_HOOKS,
+        loader="gemma_3",
+        suffix="-affine",
+        place=f"clt/width_16k_l0_big_affine/params_layer_{CLT_LAYER}",
+        targets=TARGETS,
+        transposed=True,
+    ),
+    Layout(
+        "layer_transcoder",
+        "mwhanna/qwen3-4b-transcoders",
+        "layer_7.safetensors",
+        PER_LAYER,
+        write_per_layer(
+            'model_name: "Qwen/Qwen3-4B"\nmodel_kind: "transcoder_set"\n'
+            'feature_input_hook: "mlp.hook_in"\nfeature_output_hook: "mlp.hook_out"\n'
+        ),
+        per_layer,
+        model="Qwen/Qwen3-4B",
+        hook="blocks.7.mlp.hook_in -> blocks.7.hook_mlp_out",
+        loader="mwhanna_transcoder",
+        overrides={"d_out": D_OUT},
+    ),
+    Layout(
+        "layer_transcoder",
+        "mwhanna/qwen3-14b-transcoders-lowl0",
+        "layer_7.safetensors",
+        PER_LAYER,
+        write_per_layer(""),
+        per_layer,
+        model="Qwen/Qwen3-14B",
+        hook="blocks.7.mlp.hook_in -> blocks.7.hook_mlp_out",
+        loader="mwhanna_transcoder",
+        overrides={"d_out": D_OUT},
+        suffix="-bare",
+    ),
+    Layout(
+        "cross_layer_transcoder",
+        "mntss/clt-gemma-2-2b-426k",
+        "W_enc_2.safetensors",
+        CROSS,
+        write_cross_layer,
+        cross_layer,
+        model="google/gemma-2-2b",
+        hook="blocks.2.hook_resid_mid -> "
+        "blocks.2.hook_mlp_out, blocks.3.hook_mlp_out, blocks.4.hook_mlp_out",
+        loader="mntss_clt_layer_transcoder",
+        overrides={"d_in": D_IN},
+        place="2",
+        targets=TARGETS,
     ),
     Layout(
         "llama_scope",

@@ -1,4 +1,5 @@
-"""Gemma Scope: SAEs on Gemma 2, as google/gemma-scope-{2b,9b,27b}-{pt,it}-{res,mlp,att} hold them.
+"""Gemma Scope: SAEs and transcoders on Gemma 2, as the repositories
+google/gemma-scope-{2b,9b,27b}-{pt,it}-{res,mlp,att,transcoders} hold them.
 
     layer_{n}/width_{w}/average_l0_{l}/params.npz, embedding/width_4k/average_l0_{l}/params.npz
         W_enc [d_in, d_sae], b_enc, threshold [d_sae], W_dec [d_sae, d_in], b_dec [d_in]
@@ -7,7 +8,8 @@
 
 The SAEs on embeddings were trained on sqrt(d_in) times less: W_enc / sqrt(d_in) and
 W_dec sqrt(d_in), but b_dec as it is (so does SAELens' loader). A transcoder's file has the same
-arrays, so the repository's name in the path decides what it is.
+arrays, so the repository's name in the path decides what it is. Its input is the MLP's after the
+norm and before the norm's gain, says SAELens (TransformerLens' ln2.hook_normalized).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from saelab.data.hook_names import describe_hooks
 from saelab.errors import SettingError, SourceError
 from saelab.formats.base import (
     MATRICES,
@@ -38,14 +41,15 @@ HOOKS = {
     "res": block_output("{n}"),
     "mlp": "blocks.{n}.hook_mlp_out",
     "att": "model.layers.{n}.self_attn.o_proj.input",
+    "transcoders": describe_hooks(["blocks.{n}.ln2.hook_normalized"], ["blocks.{n}.hook_mlp_out"]),
 }
 
 
 def load(folder: Path) -> Loaded:
-    """Loads the directory of one SAE.
+    """Loads the directory of one SAE or transcoder.
 
-    Raises: SourceError when the file is not that of an SAE, or the path does not say whether it is;
-        SettingError for a transcoder, and for a scaling factor that is used.
+    Raises: SourceError when the file is not that of an SAE, or the path does not say which of the
+        two it is; SettingError for a scaling factor that is used.
     """
     where = folder / WEIGHTS
     repository = last_match(_REPOSITORY, folder)
@@ -53,15 +57,12 @@ def load(folder: Path) -> Loaded:
         remedy = "keep the names of its folders (gemma-scope-2b-pt-res/layer_20/...)"
         raise SourceError(f"{where}: only the path says whether it is a transcoder: {remedy}")
     size, tuning, kind = repository.groups()
-    if kind == "transcoders":
-        remedy = "reconstructs other activations than it reads: only autoencoders are read"
-        raise SettingError(f"{where}: repository", repository[0], remedy)
     inner = place(folder)[repository.end() :]
     tensors = _take(read_arrays(where), where)
     with shape_errors_as_source_error(where):
         w_enc, b_enc, w_dec, b_dec = (tensors[name] for name in MATRICES)
         plain = Plain(w_enc.mT, b_enc, w_dec, b_dec, centre=False, threshold=tensors["threshold"])
-        plain = plain.validate(where)
+        plain = replace(plain, target=kind == "transcoders").validate(where)
     if kind == "res" and "embedding" in inner:
         plain = _from_embedding(plain)
     model = f"google/gemma-2-{size}" + "-it" * (tuning == "it")

@@ -46,7 +46,8 @@ def check_fields(config: Mapping[str, Any], where: Path) -> None:
             raise SettingError(f"{where}: {name}", value, remedy)
     source, target = config.get("hook_point_in"), config.get("hook_point_out")
     if target and source and target != source:
-        remedy = "reconstructs other activations than it reads: only autoencoders are read"
+        remedy = "is a transcoder's, whose thresholds follow the scale of its input by one reading "
+        remedy += "and of its output by another: only autoencoders of this layout are read"
         raise SettingError(f"{where}: hook_point_out", target, remedy)
 
 

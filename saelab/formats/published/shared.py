@@ -6,8 +6,10 @@ Repositories say in the names of files and folders what the files themselves do 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from saelab.errors import SourceError
 from saelab.formats.base import LinearNames, Loaded, Origin, shape_errors_as_source_error, take
 from saelab.formats.pickles import read_state_dict, the_file
 
@@ -28,6 +30,26 @@ def last_match(pattern: str, path: Path) -> re.Match[str] | None:
     """Returns the match of a regular expression that is nearest to the end of `place(path)`."""
     matches = list(re.finditer(pattern, place(path)))
     return matches[-1] if matches else None
+
+
+def yaml_texts(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Reads named texts and numbers at the top level of a YAML file, and nothing else of it.
+
+    Returns: the values that are there, without quotes; none without a file.
+    Raises: SourceError when the file is not text.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise SourceError(f"{path} is not text: save it as UTF-8") from None
+    values = {}
+    for name in names:
+        line = rf"""^{re.escape(name)}[ \t]*:[ \t]+("[^"\n]*"|'[^'\n]*'|[^\s#"']+)[ \t]*(?:#.*)?$"""
+        if match := re.search(line, text, re.MULTILINE):
+            values[name] = match[1].strip("\"'")
+    return values
 
 
 def block_output(layer: int | str) -> str:

@@ -4,9 +4,9 @@
     scaled so that E|x - mean|^2 = d: our input scale is then 1 and all sides see the same numbers.
 
 All sides start with the same unit rows W_dec = W_enc and b_dec = mean x. TopK and BatchTopK have
-their k. For ReLU and JumpReLU, the encoder bias of each latent is set so that it fires above its
-1 - L0 / F quantile, and the learning rate is 1e-6, so the codes of all sides have the same L0 and
-keep it. Data and weights are artificial: only the cost matters here.
+their k. For the variants of BY_BIAS, the encoder bias of each latent is set so that it fires above
+its 1 - L0 / F quantile, and the learning rate is 1e-6, so the codes of all sides have the same L0
+and keep it. Data and weights are artificial: only the cost matters here.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from saelab.seeding import torch_stream
 from saelab.training.loop import Cell
 from saelab.training.optim import TrainConfig
 
-VARIANTS = ("topk", "batchtopk", "relu", "jumprelu")
+VARIANTS = ("topk", "batchtopk", "relu", "jumprelu", "gated", "matryoshka")
+#: Variants that extend another one -> that one.
+BASE_OF = {"gated": "jumprelu", "matryoshka": "batchtopk"}
 #: Variants whose sparsity is set by a bias.
-BY_BIAS = ("relu", "jumprelu")
+BY_BIAS = ("relu", "jumprelu", "gated")
 #: So small that weights, and with them the sparsity, stay what they were set to.
 RATE = 1e-6
 N_BATCHES = 4
@@ -74,7 +76,7 @@ class Inputs:
 
 
 def l0_of(variant: str, k: int, d_sae: int) -> int:
-    """Returns k; for ReLU and JumpReLU at most 1% of F."""
+    """Returns k; for variants of BY_BIAS at most 1% of F."""
     return min(k, d_sae // 100) if variant in BY_BIAS else k
 
 
@@ -112,6 +114,12 @@ def sae_config(variant: str, d_sae: int, l0: int, precision: str) -> SAEConfig:
             "losses": [reconstruction, {"kind": "l1"}],
             "controllers": [{"kind": "l0_target", "target": l0}],
         }
+    elif variant in BASE_OF:
+        plain |= {"preset": variant}
+        plain |= {"activation": {"k": l0}} if variant == "matryoshka" else {}
+        plain |= (
+            {"controllers": [{"kind": "l0_target", "target": l0}]} if variant == "gated" else {}
+        )
     else:
         plain |= {
             "activation": {"kind": "jumprelu"},

@@ -151,7 +151,12 @@ def _saelens(
 ) -> Trainer:
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
     from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+    from sae_lens.saes.matryoshka_batchtopk_sae import (
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+    )
     from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -170,6 +175,12 @@ def _saelens(
         sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**size, k=k))
     elif variant == "relu":
         sae = StandardTrainingSAE(StandardTrainingSAEConfig(**size))
+    elif variant == "gated":
+        sae = GatedTrainingSAE(GatedTrainingSAEConfig(**size))
+    elif variant == "matryoshka":
+        widths = [size["d_sae"] // share for share in (16, 8, 4, 2)]
+        config_of = MatryoshkaBatchTopKTrainingSAEConfig
+        sae = MatryoshkaBatchTopKTrainingSAE(config_of(**size, k=k, matryoshka_widths=widths))
     else:
         sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**size))
     with torch.no_grad():
@@ -179,6 +190,9 @@ def _saelens(
         if variant in ("relu", "jumprelu"):
             threshold = float(sae.threshold[0]) if variant == "jumprelu" else 0.0
             sae.b_enc.copy_(_bias(threshold, bool(sae.cfg.apply_b_dec_to_input)))
+        elif variant == "gated":
+            sae.b_gate.copy_(_bias(0.0, bool(sae.cfg.apply_b_dec_to_input)))
+            sae.b_mag.copy_(sae.b_gate)
     config = SAETrainerConfig(
         total_training_samples=10**9,
         train_batch_size_samples=STATE.batches[0].shape[0],
@@ -202,6 +216,7 @@ def _saelens(
 
 def _dictionary_learning(variant: str, k: int) -> Trainer:
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.gdm import GatedSAETrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
     from dictionary_learning.trainers.standard import StandardTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
@@ -221,6 +236,7 @@ def _dictionary_learning(variant: str, k: int) -> Trainer:
         "batchtopk": BatchTopKTrainer,
         "relu": StandardTrainer,
         "jumprelu": JumpReluTrainer,
+        "gated": GatedSAETrainer,
     }
     sparsity = {"k": k} if variant in ("topk", "batchtopk") else {}
     sparsity = {"target_l0": float(k)} if variant == "jumprelu" else sparsity
@@ -236,7 +252,11 @@ def _dictionary_learning(variant: str, k: int) -> Trainer:
             ae.encoder.weight.copy_(rows)
             if variant == "relu":
                 ae.encoder.bias.copy_(_bias(0.0, True))
-        (ae.bias if variant == "relu" else ae.b_dec).copy_(mean)
+            elif variant == "gated":
+                ae.gate_bias.copy_(_bias(0.0, True))
+                ae.mag_bias.copy_(ae.gate_bias)
+        bias = {"relu": "bias", "gated": "decoder_bias"}.get(variant, "b_dec")
+        getattr(ae, bias).copy_(mean)
 
     def active(batch: torch.Tensor) -> float:
         code = ae.encode(batch, use_threshold=False) if "top" in variant else ae.encode(batch)

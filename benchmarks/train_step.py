@@ -28,7 +28,7 @@ from common import (
     target_of,
     timing_table,
 )
-from ours import BY_BIAS, VARIANTS, Runner, Shape, cell, gemm, l0_of, make_inputs
+from ours import BASE_OF, BY_BIAS, VARIANTS, Runner, Shape, cell, gemm, l0_of, make_inputs
 
 from saelab.errors import SettingError
 from saelab.runtime.allocator import keep_freed_memory
@@ -57,7 +57,11 @@ ROSTER: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "batchtopk": [*LENS, *DICTIONARY],
     "relu": [*LENS, *DICTIONARY],
     "jumprelu": [*LENS, *DICTIONARY],
+    "gated": [*LENS, *DICTIONARY],
+    "matryoshka": LENS,
 }
+#: Most times that a variant's step takes of that of the one it extends.
+MOST_OF_BASE = 1.3
 
 
 def main() -> None:
@@ -104,6 +108,10 @@ def measure(shape: Shape, variant: str, peers: Peers | None, folder: Path, quick
         Contestant("encoder GEMM, float32", gemm(inputs, torch.float32), "limit", shape.rows),
     ]
     ours = [Contestant(f"ours, {p}", r, "ours", shape.rows) for p, r in runners.items()]
+    base = BASE_OF.get(variant)
+    if base is not None:
+        runners[base] = Runner(cell(base, inputs, l0, "auto"), inputs)
+        ours.append(Contestant(f"ours, {base}", runners[base], "ours", shape.rows))
     unavailable: dict[str, str] = {}
     theirs: list[Contestant] = []
     if peers is not None:
@@ -128,7 +136,7 @@ def measure(shape: Shape, variant: str, peers: Peers | None, folder: Path, quick
         f"{variant}, {shape}, L0 {l0}",
         timing_table(everyone, ours[0], limits[0]),
         [contestant.plain() for contestant in everyone],
-        _targets(variant, ours[0], limits[0], theirs),
+        _targets(variant, ours, limits[0], theirs),
         unavailable,
     )
 
@@ -154,17 +162,20 @@ def _build(
 
 
 def _targets(
-    variant: str, ours: Contestant, limit: Contestant, theirs: list[Contestant]
+    variant: str, sides: list[Contestant], limit: Contestant, theirs: list[Contestant]
 ) -> list[Target]:
     """Returns the figures of the first target: each peer at its best settings."""
-    found = []
+    found, ours = [], sides[0]
     wanted = {"SAELens": 5.0 if variant in BY_BIAS else 8.0, "dictionary_learning": 5.0}
-    wanted |= {} if variant in BY_BIAS else {"sparsify": 2.5}
+    wanted |= {"sparsify": 2.5} if variant in ("topk", "batchtopk") else {}
     for peer, least in wanted.items():
         best = fastest([c for c in theirs if c.name.startswith(peer)])
         if best is not None:
             found.append(target_of(f"{best.name} / ours", best, ours, least))
-    if variant not in BY_BIAS:
+    if variant in BASE_OF:
+        name = f"ours / {sides[-1].name}"
+        found.append(target_of(name, ours, sides[-1], MOST_OF_BASE, at_least=False))
+    elif variant not in BY_BIAS:
         found.append(target_of("ours / bfloat16 encoder GEMM", ours, limit, 2.0, at_least=False))
     return found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import HOSTILE, HOSTILE_ARM, made_up_cells, open_runs, write_study
+from made_up_studies import HOSTILE, HOSTILE_ARM, made_up_cells, open_runs, write_study
 
 from saelab.report.page import LIMIT, Study, ledger, write
 

@@ -13,8 +13,8 @@ import matplotlib
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from made_up_studies import HOSTILE, HOSTILE_ARM, made_up_cells, open_runs, write_study
 from run_folders import ARMS, write_run
-from studies import HOSTILE, HOSTILE_ARM, made_up_cells, open_runs, write_study
 
 from saelab.errors import SettingError
 from saelab.report import page, verdict_table

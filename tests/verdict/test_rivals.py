@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from made_up_studies import open_runs, write_study
 from run_folders import UNTRAINED
-from studies import open_runs, write_study
 
 from saelab.report.page import Study, render
 from saelab.runs.schema import PLANTED, CellId, control_arm

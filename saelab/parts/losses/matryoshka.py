@@ -18,7 +18,7 @@ reconstructions of the prefixes are running sums over the rings.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
@@ -142,13 +142,10 @@ class Matryoshka(LossTerm):
         support = p.code.support
         parts = self._dense(p, ring) if support is None else self._sparse(p, support, ring)
         rings = self.ranks.over_latents(parts)
-        recon = rings.cumsum(1)
-        if self.config.detached:
-            recon = recon.detach() - rings.detach() + rings
-        error = (recon - (p.target - p.offset).unsqueeze(1)).square()
-        if self.config.weights:
-            error = error * error.new_tensor(self.config.weights)[:, None]
-        return p.setting(self.coefficient) * p.share(error.sum() / error[:, 0].numel())
+        weights = self.config.weights or (1.0,) * rings.shape[1]
+        wanted = p.target - p.offset
+        error: Any = _PrefixErrors.apply(rings, wanted, weights, self.config.detached)
+        return p.setting(self.coefficient) * p.share(error / wanted.numel())
 
     def _sparse(self, p: Pass, support: Support, ring: Tensor) -> Tensor:
         """The share of each ring in the reconstruction; [rows, rings, d_in]."""
@@ -158,8 +155,9 @@ class Matryoshka(LossTerm):
         if bool((bags.diff() < 0).any()):
             bags, order = bags.sort(stable=True)
             inner = inner[order]
-        edges = torch.arange(support.n_rows * rings + 1, dtype=torch.int64, device=bags.device)
-        inside = Support(torch.searchsorted(bags, edges), support.latents[inner], support.d_sae)
+        counts = bags.bincount(minlength=support.n_rows * rings)
+        edges = pad(counts.cumsum(0), (1, 0))
+        inside = Support(edges, support.latents[inner], support.d_sae)
         product = decode_at(p.code.values[inner], p.sae.W_dec, inside)
         return product.view(support.n_rows, rings, -1)
 
@@ -186,6 +184,48 @@ class Matryoshka(LossTerm):
 
     def latent_columns(self) -> dict[str, Tensor]:
         return {"matryoshka.place": self.places()} if self.config.order == "energy" else {}
+
+
+class _PrefixErrors(torch.autograd.Function):
+    """Computes sum over m of w_m |rings_1 + ... + rings_m - wanted|^2, and its gradient in place.
+
+    Autograd would hold and pass over a tensor of all prefixes for every operation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rings: Tensor, wanted: Tensor, weights: tuple[float, ...], detached: bool
+    ) -> Tensor:
+        """Returns the sum, for rings [n, prefixes, d] and wanted [n, d]."""
+        n, prefixes, d = rings.shape
+        errors, total = rings.new_empty(prefixes, n, d), rings.new_zeros(())
+        for i, weight in enumerate(weights):
+            if i == 0:
+                torch.sub(rings[:, 0], wanted, out=errors[0])
+            else:
+                torch.add(errors[i - 1], rings[:, i], out=errors[i])
+            flat = errors[i].view(-1)
+            total += weight * flat.dot(flat)
+        ctx.save_for_backward(errors)
+        ctx.weights, ctx.detached = weights, detached
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        """Returns the gradients: a ring is in its own prefix, and in all wider ones."""
+        (grad,), (errors,) = grads, ctx.saved_tensors
+        prefixes, n, d = errors.shape
+        of_rings = errors.new_empty(n, prefixes, d)
+        for i in reversed(range(prefixes)):
+            factor = 2 * ctx.weights[i] * grad
+            if ctx.detached or i == prefixes - 1:
+                torch.mul(errors[i], factor, out=of_rings[:, i])
+            else:
+                torch.addcmul(of_rings[:, i + 1], errors[i], factor, out=of_rings[:, i])
+        if not ctx.needs_input_grad[1]:
+            return of_rings, None, None, None
+        weights = errors.new_tensor(ctx.weights) * (-2 * grad)
+        return of_rings, torch.einsum("m,mnd->nd", weights, errors), None, None
 
 
 def _places(energy: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.launch.cell_key import check_ranks, machine
 from saelab.launch.prepare import LaunchData, prepare, spliced_model
+from saelab.runs.random_code import complete_losses
 from saelab.runs.schema import CellId
 from saelab.runtime.counting import count
 from saelab.sae import SAE
@@ -147,4 +148,4 @@ def _evaluated(base: BaseConfig, prepared: LaunchData, cell: TrainingCell) -> li
 
 def _write(out_dir: Path, cell: TrainingCell, rows: list[Row]) -> None:
     write_curves(out_dir / "curves.parquet", cell)
-    write_json(out_dir / "metrics.json", [row.as_dict() for row in rows])
+    write_json(out_dir / "metrics.json", complete_losses([row.as_dict() for row in rows]))

@@ -40,6 +40,7 @@ from saelab.progress import clock
 from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
 from saelab.runs.folder import MANIFEST, SEALED, RunFolder
+from saelab.runs.random_code import SHARE
 from saelab.runs.schema import CELLS, SETTINGS, CellId
 from saelab.runtime import exhaustion
 from saelab.runtime.counting import count
@@ -346,7 +347,7 @@ def _check_folder(folder: Path) -> None:
 
 def _check_primary(primary: str, base: BaseConfig) -> None:
     """Raises: SettingError when no evaluation of this launch gives the metric."""
-    probing, measured = base.evaluation.probing, [*CORE, "mse"]
+    probing, measured = base.evaluation.probing, [*CORE, "mse", "ce_rise", SHARE]
     if base.activations is None and (probing.tables or probing.entries != "none"):
         measured += [f"sae_top_{k}_test_accuracy" for k in probing.k_values]
         measured.append("sae_test_accuracy")

@@ -164,6 +164,8 @@ def _launched(
         base.model.device
     )
     ready = PreparedLaunch.of(task, before, overlap)
+    if warning := ready.prepared.warning:
+        print(f"{task.label}: {visible(warning)}", file=sys.stderr)
     if later_arms(task.run):
         early = replace(ready, task=replace(task, run=first_wave(task.run)))
         waiting = {arm.name for arm in later_arms(task.run)}

@@ -55,7 +55,8 @@ class CleanLoss:
             f"{self.clean:.3f} nats per token against {self.unigram:.3f} on the same "
             f"{count(self.tokens, 'held-out token')} (counted on "
             f"{count(self.training_tokens, 'token')} of the training text, add-one smoothed): "
-            "loss recovered means nothing here, so name text that the model knows (train_text, eval_text), or check its weights and tokenizer"
+            "loss recovered means nothing here, so name text that the model knows "
+            "(train_text, eval_text), or check its weights and tokenizer"
         )
 
 

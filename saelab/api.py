@@ -10,6 +10,7 @@ for c in saelab.compare(base, {"A1": {"sae.scaling": {"kind": "variance"}}}, see
 from __future__ import annotations
 
 import inspect
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from saelab.evals import check_names, of_subject
 from saelab.evals.base import Row, Subject
 from saelab.launch.over_settings import launch_over_settings
 from saelab.launch.prepare import prepare, spliced_model
+from saelab.runtime.safe_text import visible
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE
 from saelab.storage.cache import cache_folder
@@ -118,13 +120,15 @@ def fine_tune(
 
 
 def _train(base: BaseConfig, seed: int, cache: str | Path, start: SAE | None = None) -> SAE:
-    prepared = prepare(base, cache_folder(Path(cache)), base.model.device)
+    prepared = prepare(base, cache_folder(Path(cache)), base.model.device, keep_model=True)
+    if prepared.warning:
+        print(visible(prepared.warning), file=sys.stderr)
     around = Surroundings(
         layout=base.layout,
         ranks=Ranks(device=torch.device(base.model.device)),
         calibration=prepared.calibration,
         start=start,
-        spliced=spliced_model(base, base.model.device),
+        spliced=spliced_model(base, base.model.device, prepared.model),
     )
     return train_one(prepared.train, base.sae, base.train, seed, around).sae
 

@@ -59,6 +59,7 @@ from saelab.parts import (
     DEFAULT_ACTIVATION,
     DEFAULT_CONTROLLERS,
     DEFAULT_LOSSES,
+    HOW_TO_SET_L0,
     ActivationField,
     ConstraintField,
     ControllerField,
@@ -222,8 +223,20 @@ class SAEConfig(Frozen):
         named = [part.target_l0 for part in setting if part.target_l0 is not None]
         return float(named[0]) if named else None
 
+    @property
+    def decides_l0(self) -> bool:
+        """True where a part sets the L0, or ends at one of its own."""
+        return any(part.l0_rule(self) for part in self.all_parts())
+
     def at_l0(self, level: float) -> SAEConfig:
-        """The settings with `level` active latents per row, as far as their parts set the L0."""
+        """The settings with `level` active latents per row; as they are where a part's rule ends at
+        an L0 of its own.
+
+        Raises: SettingError where no part sets or finds the L0.
+        """
+        if not self.decides_l0:
+            remedy = f"no part of these settings sets or finds the L0: {HOW_TO_SET_L0}"
+            raise SettingError("level", level, remedy)
         changes: dict[str, Any] = {}
         for field, parts in self.parts().items():
             changed = tuple(part.at_l0(level, self) for part in parts)

@@ -30,6 +30,7 @@ from saelab.evals.measure import EvalData, evaluate
 from saelab.formats import Loaded
 from saelab.launch.prepare import prepare, sae_probes_data
 from saelab.runs.folder import Member, RunFolder, run_cells
+from saelab.runs.random_code import NO_RANDOM_CODE, complete_losses, random_code
 from saelab.runs.schema import CellId
 from saelab.runtime.torch_defaults import one_thread
 from saelab.sae import SAE
@@ -72,8 +73,18 @@ class Bench:
 
     @torch.no_grad()
     @one_thread()
-    def rows(self, subject: Subject, evals: Sequence[str]) -> list[Row]:
+    def rows(
+        self,
+        subject: Subject,
+        evals: Sequence[str],
+        random: Mapping[str, float | None] | str = NO_RANDOM_CODE,
+    ) -> list[Row]:
         """Evaluates a subject.
+
+        Args:
+            subject: an SAE, or any object with encode and decode.
+            evals: names of evaluations.
+            random: losses of a random code on the same contexts, or why there are none.
 
         Raises: SettingError for an unknown evaluation; MismatchError for another width.
         """
@@ -86,7 +97,8 @@ class Bench:
             raise MismatchError(f"the SAE has d_in = {subject.d_in}, {remedy}")
         if isinstance(subject, SAE):
             _check_target(subject, widths(self.data.core.source)[1])
-        return evaluate(subject, self.data, evals)
+        rows = [row.as_dict() for row in evaluate(subject, self.data, evals)]
+        return [Row(**row) for row in complete_losses(rows, random)]
 
     def _add_sae_probes(self) -> None:
         """Opens the data sets of sae-probes, which only an evaluation that names them needs."""
@@ -209,6 +221,8 @@ def evaluate_choice(
     Raises: MismatchError for an SAE of another width, model or hook; what loading raises.
     """
     check_names(evals)
+    run = RunFolder.of(choice.path)
+    random = NO_RANDOM_CODE if run is None else random_code(run.metrics)
     bench = Bench(base, cache, seed) if base.activations is not None else None
     place = (base.model.path, base.hook_text)
     if bench is not None:
@@ -224,7 +238,7 @@ def evaluate_choice(
             subject = LeaveOneOut(subject, choice.leave_one_out)
         bench = bench or Bench(base, cache, seed)  # after the first checks: a harvest takes long
         columns = {**_identity(member, loaded, choice), "mismatch": mismatch}
-        for row in bench.rows(subject, evals):
+        for row in bench.rows(subject, evals, random):
             values = row.of_cell(member.id).as_dict()
             yield values | columns | bench.provenance_of(row.definition)
 

@@ -17,10 +17,11 @@ from saelab.analysis.saebench import CHANNELS, align_right
 from saelab.errors import SourceError
 from saelab.evals.base import check_one_definition
 from saelab.runs.folder import MANIFEST, METRICS, RunFolder
+from saelab.runs.random_code import SHARE, complete_losses
 from saelab.runs.schema import CONTROL
 
 #: Metrics over all data, shown before the accuracies.
-CORE = ("fvu", "l0", "loss_recovered")
+CORE = ("fvu", "l0", "loss_recovered", "ce_rise", SHARE)
 #: Accuracies by what follows the prefix ('sae', 'llm') in their names, as they are shown.
 ACCURACIES = {
     "top_1_test_accuracy": "k = 1",
@@ -39,7 +40,8 @@ def by_entry(folder: Path) -> dict[str, Any]:
     if not run.has(METRICS, MANIFEST):
         raise SourceError(f"{folder} holds no {METRICS}: name the folder of a complete run")
     manifest, level = run.required("target_l0", "base", "data"), run.target_level
-    rows = [r for r in run.metrics if r["arm"].startswith(CONTROL) or r["level"] == level]
+    every = complete_losses(run.metrics)
+    rows = [r for r in every if r["arm"].startswith(CONTROL) or r["level"] == level]
     return {"base": manifest["base"], "data": manifest["data"], "rows": list(_summaries(rows))}
 
 

@@ -65,6 +65,7 @@ def _train_over_ranks(
     from saelab.analysis.evaluate import table
     from saelab.errors import SettingError
     from saelab.launch.distributed import train_over_ranks
+    from saelab.runs.random_code import complete_losses
 
     if seeds != 1:
         remedy = "one SAE is trained, by several processes or from --start: leave it out"
@@ -72,7 +73,7 @@ def _train_over_ranks(
     sae = None if start is None else formats.load(start).sae
     rows = train_over_ranks(base, out_dir, Path(), study, sae)
     if is_first_process():
-        say("\n".join(table([row.as_dict() for row in rows])))
+        say("\n".join(table(complete_losses([row.as_dict() for row in rows]))))
 
 
 def synthetic(

@@ -2,10 +2,12 @@
 
     FVU = sum |x - x_hat|^2 / sum |x - mean(x)|^2       explained variance = 1 - FVU
     loss recovered = (CE_zero - CE_spliced) / (CE_zero - CE_clean)
+    rise of the loss = CE_spliced - CE_clean                          nats per token
 
 CE_spliced runs the language model with the reconstruction in place of the activation, CE_zero with
 zeros (primary), CE_mean with the mean activation (secondary). Only counted positions are replaced:
-BOS and padding keep the model's activation in every condition.
+BOS and padding keep the model's activation in every condition. `saelab.runs.random_code` has the
+share of the way from a random code, whose CE_spliced is of another subject.
 
 SAEBench 0.6.0's formula of explained variance is wrong; this is the one SAELens uses.
 
@@ -55,8 +57,8 @@ def evaluate_core(subject: Subject, data: CoreData) -> list[Row]:
     """Computes all core metrics of one subject.
 
     Returns: rows l0, fvu, explained_variance, mse, cosine, dead_share, loss_recovered,
-        loss_recovered_mean, ce_*; fvu, l0 and dead_share by position, and of positions 0-63 and
-        64-127 as position.<metric>_early and _late; the density histogram.
+        loss_recovered_mean, ce_*, ce_rise; fvu, l0 and dead_share by position, and of positions
+        0-63 and 64-127 as position.<metric>_early and _late; the density histogram.
     """
     data.last_losses = None
     rows = [*_reconstruction_rows(subject, data), *_loss_rows(subject, data)]
@@ -258,6 +260,7 @@ def _loss_rows(subject: Subject, data: CoreData) -> Iterator[Row]:
         "ce_zero",
         "ce_mean",
         "ce_spliced",
+        "ce_rise",
     )
     definition = data.definition
     if data.why_no_loss:
@@ -268,11 +271,14 @@ def _loss_rows(subject: Subject, data: CoreData) -> Iterator[Row]:
     data.last_losses = subject, tokens
     losses["ce_spliced"] = data.mean_loss(tokens.ce)
     yield from (number(name, value, definition) for name, value in losses.items())
+    yield number("ce_rise", losses["ce_spliced"] - losses["ce_clean"], definition)
     for name, ablated in (("loss_recovered", "ce_zero"), ("loss_recovered_mean", "ce_mean")):
         yield number_or_reason(name, _recovered(losses, ablated), definition)
     for hook, alone in data.losses_of_each(subject):
         share = _recovered({"ce_clean": losses["ce_clean"]} | alone, "ce_zero")
         yield number_or_reason("loss_recovered", share, definition, f"hook={hook}")
+        rise = alone["ce_spliced"] - losses["ce_clean"]
+        yield number("ce_rise", rise, definition, f"hook={hook}")
 
 
 def _recovered(losses: Mapping[str, float], ablated: str) -> float | str:

@@ -2,6 +2,7 @@
 
     token.kl               mean over tokens of sum_v P_clean(v) log(P_clean(v) / P_spliced(v)), nats
     token.ce_clean, token.ce_zero, token.ce_spliced         mean cross entropy in nats
+    token.ce_rise          ce_spliced - ce_clean, nats
     token.loss_recovered   (ce_zero - ce_spliced) / (ce_zero - ce_clean)
     token.share            of the tokens that are in the slice
 
@@ -29,7 +30,7 @@ from saelab.evals.core_data import CoreData, TokenLosses
 from saelab.runtime.counting import count
 
 DEFINITION = "positions/1"
-METRICS = ("kl", "ce_clean", "ce_zero", "ce_spliced", "loss_recovered", "share")
+METRICS = ("kl", "ce_clean", "ce_zero", "ce_spliced", "ce_rise", "loss_recovered", "share")
 #: First positions of the slices by position. Our choice: each is four times as long as the one
 #: before, since differences between positions become smaller along the context.
 EDGES = (0, 8, 32, 128, 512, 2048, 8192)
@@ -114,6 +115,7 @@ def _slice_rows(
     yield number("token.ce_clean", clean, DEFINITION, name)
     yield number("token.ce_zero", zero, DEFINITION, name)
     yield number("token.ce_spliced", spliced, DEFINITION, name)
+    yield number("token.ce_rise", spliced - clean, DEFINITION, name)
     if zero > clean:
         recovered = (zero - spliced) / (zero - clean)
         yield number("token.loss_recovered", recovered, DEFINITION, name)

@@ -18,6 +18,7 @@ from saelab.launch.cell_store import finish, is_finished
 from saelab.launch.seed_pairs import compare, rows_of_pairs, rows_of_seeds
 from saelab.launch.waves import PreparedLaunch, other_seeds
 from saelab.runs import schema
+from saelab.runs.random_code import complete_losses
 from saelab.runs.schema import MOVED, MOVED_SPREAD, SCALAR, SCALARS_DEFINITION, UNSIGNED_DEFINITION
 from saelab.runtime.torch_defaults import one_thread
 from saelab.storage.atomic import read_sealed
@@ -70,9 +71,10 @@ def collect(ready: PreparedLaunch, folders: Mapping[CellSpec, Path]) -> Collecte
         rows += [row | spec.id.as_dict() for row in measured]
         facts = cell["facts"] | spreads[spec] | (band if spec.is_at_target(plan) else {})
         gates[spec.id.name] = CellGate(id=spec.id, expected=spec.expected, facts=facts)
+    complete = complete_losses([*rows, *of_controls])
     return Collected(
-        rows=rows + of_controls,
-        controls=of_controls,
+        rows=complete,
+        controls=[row for row in complete if row["arm"].startswith(schema.CONTROL)],
         gates=gates,
         twin=_twin_gates(ready, band),
     )
@@ -153,7 +155,7 @@ def random_band(rows: Sequence[dict[str, Any]], texts: int) -> dict[str, float]:
         rows: of controls.
         texts: test texts of a class.
     """
-    name = schema.control_arm("untrained")
+    name = schema.control_arm(schema.UNTRAINED)
     own = [row for row in rows if (row["arm"], row["metric"]) == (name, PROBED)]
     classes = sum(",class=" in row["slice"] for row in own)
     whole = [row["value"] for row in own if not row["slice"] and row["value"] is not None]

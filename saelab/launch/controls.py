@@ -38,7 +38,7 @@ from saelab import checkpoint
 from saelab.evals.base import Row, Subject, number
 from saelab.evals.core import CoreData, measure_reconstruction
 from saelab.parts import FROZEN_DECODER
-from saelab.runs.schema import FROZEN, PLANTED, CellId, control_arm
+from saelab.runs.schema import FROZEN, PLANTED, UNTRAINED, CellId, control_arm
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 from saelab.study.plan import CellSpec
@@ -232,7 +232,7 @@ SUBJECTS: dict[str, Callable[[Setting], Subject]] = {
     "all zero": _zero,
     "top channels": _top_channels,
     "PCA": _pca,
-    "untrained": _untrained,
+    UNTRAINED: _untrained,
 }
 #: Those of a launch with a target alone: of an SAE the map would be the identity.
 OF_TARGETS: dict[str, Callable[[Setting], Subject]] = {LINEAR: _linear}

@@ -14,6 +14,7 @@ for rounding.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ from saelab.evals.base import Row
 from saelab.evals.core import CoreData, evaluate_core
 from saelab.launch.cell_key import check_ranks, machine
 from saelab.launch.prepare import LaunchData, prepare, spliced_model
+from saelab.runs.random_code import complete_losses
 from saelab.runs.schema import CellId
 from saelab.runtime.counting import count
+from saelab.runtime.safe_text import visible
 from saelab.sae import SAE
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import digest, write_json
@@ -91,7 +94,7 @@ def train_over_ranks(
             checkpoints=kept,
             calibration=prepared.calibration,
             start=start,
-            spliced=spliced_model(base, str(ranks.device)),
+            spliced=spliced_model(base, str(ranks.device), prepared.model),
         )
         cell = train_one(prepared.train, base.sae, base.train, seed, around)
         name = CellId(BASELINE, seed, 0.0)
@@ -122,7 +125,10 @@ def _prepared(base: BaseConfig, cache: Path, ranks: Ranks) -> LaunchData:
         prepare(base, cache, device)
 
     ranks.on_first(harvest)
-    return prepare(base, cache, device)
+    prepared = prepare(base, cache, device, keep_model=True)
+    if ranks.rank == 0 and prepared.warning:
+        print(visible(prepared.warning), file=sys.stderr)
+    return prepared
 
 
 def _key(base: BaseConfig, prepared: LaunchData, seed: int, start: SAE | None) -> str:
@@ -147,4 +153,4 @@ def _evaluated(base: BaseConfig, prepared: LaunchData, cell: TrainingCell) -> li
 
 def _write(out_dir: Path, cell: TrainingCell, rows: list[Row]) -> None:
     write_curves(out_dir / "curves.parquet", cell)
-    write_json(out_dir / "metrics.json", [row.as_dict() for row in rows])
+    write_json(out_dir / "metrics.json", complete_losses([row.as_dict() for row in rows]))

@@ -40,6 +40,7 @@ from saelab.progress import clock
 from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
 from saelab.runs.folder import MANIFEST, SEALED, RunFolder
+from saelab.runs.random_code import SHARE
 from saelab.runs.schema import CELLS, SETTINGS, CellId
 from saelab.runtime import exhaustion
 from saelab.runtime.counting import count
@@ -163,6 +164,8 @@ def _launched(
         base.model.device
     )
     ready = PreparedLaunch.of(task, before, overlap)
+    if warning := ready.prepared.warning:
+        print(f"{task.label}: {visible(warning)}", file=sys.stderr)
     if later_arms(task.run):
         early = replace(ready, task=replace(task, run=first_wave(task.run)))
         waiting = {arm.name for arm in later_arms(task.run)}
@@ -346,7 +349,7 @@ def _check_folder(folder: Path) -> None:
 
 def _check_primary(primary: str, base: BaseConfig) -> None:
     """Raises: SettingError when no evaluation of this launch gives the metric."""
-    probing, measured = base.evaluation.probing, [*CORE, "mse"]
+    probing, measured = base.evaluation.probing, [*CORE, "mse", "ce_rise", SHARE]
     if base.activations is None and (probing.tables or probing.entries != "none"):
         measured += [f"sae_top_{k}_test_accuracy" for k in probing.k_values]
         measured.append("sae_test_accuracy")

@@ -22,6 +22,7 @@ from saelab.data.activations.growing import GrowingSource
 from saelab.data.activations.harvest import harvest, harvest_steps, hook_folders
 from saelab.data.activations.joined import Paths, is_growing, joined
 from saelab.data.activations.store import FolderSource, Shard, Source, reopen
+from saelab.data.clean_loss import CleanLoss, clean_loss
 from saelab.data.devices import check_device
 from saelab.data.language_model import LanguageModel
 from saelab.data.model_location import locate_model
@@ -31,9 +32,8 @@ from saelab.data.probing.embedded import Entry, embedded_entries
 from saelab.data.probing.last_tokens import LastTokens, prepare_last_tokens
 from saelab.data.probing.saebench import describe_missing, saebench_entries
 from saelab.data.probing.tables import entries_from_table
-from saelab.data.text.corpus import TextConfig, documents, manifest
-from saelab.data.text.probe_texts import count_shared
-from saelab.data.text.tokens import tokenize
+from saelab.data.text.corpus import TextConfig, check_texts, manifest
+from saelab.data.text.tokens import Tokens, tokenize
 from saelab.errors import DamageError, SettingError, ShortTextError, SourceError
 from saelab.evals.measure import PROBING
 from saelab.evals.sae_probes import DEFINITIONS as SAE_PROBES
@@ -77,6 +77,8 @@ class LaunchData:
         sae_probes: last tokens of sae-probes' data sets, None where they are not asked for; and
             `of_sae_probes` what differs in the provenance of their rows.
         steps: make what is missing of `train`, a `GrowingSource` then; none where it is complete.
+        clean_loss: of the unchanged model on the held-out text; None where it has none.
+        model: the language model, where it was to be kept and a loss of the settings reads it.
     """
 
     train: Source
@@ -92,6 +94,14 @@ class LaunchData:
     model_source: dict[str, Any] = field(default_factory=dict)
     sae_probes: LastTokens | None = None
     of_sae_probes: dict[str, Any] = field(default_factory=dict)
+    clean_loss: CleanLoss | None = None
+    model: LanguageModel | None = None
+
+    @property
+    def warning(self) -> str:
+        """Says that the model is worse than a unigram model on the text; '' where it is not."""
+        names = self.provenance["model"], self.provenance["text"]
+        return self.clean_loss.warning(*names) if self.clean_loss else ""
 
     def provenance_of(self, definition: str) -> dict[str, Any]:
         """Provenance of a row of a definition: on what it was measured, and the package."""
@@ -111,13 +121,19 @@ class LaunchData:
 
 
 def prepare(
-    base: BaseConfig, cache: Path, device: str, overlap: bool = False, to_train: bool = True
+    base: BaseConfig,
+    cache: Path,
+    device: str,
+    overlap: bool = False,
+    to_train: bool = True,
+    keep_model: bool = False,
 ) -> LaunchData:
     """Harvests what is not in the cache yet.
 
     Args:
         overlap: leaves the training activations to `LaunchData.steps`.
         to_train: whether SAEs are trained on it; else there is no calibration.
+        keep_model: stores the language model in the data where a loss of the settings reads it.
 
     Raises: SourceError, SettingError or MismatchError when a model, text or hook can't be used.
     """
@@ -125,14 +141,14 @@ def prepare(
     check_device(device)
     if base.activations is not None:
         return _foreign(base)
-    _check_texts(base.train_text, base.eval_text)
+    check_texts(base.train_text, base.eval_text)
     model = language_model.load(base.model.patched({"device": device}))
     model.check_context(base.context)
-    held_out, _ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
+    held_out, *_ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
     calibration, why_no_calibration = _calibration(base, model, cache) if to_train else (None, "")
     probing, absent = _probing(base, model, cache)
     last_tokens = sae_probes_data(base, model, cache) if base.evaluation.asks_sae_probes else None
-    train, steps = _activations(
+    train, steps, tokens = _activations(
         base, base.train_text, base.train.tokens, model, cache, in_steps=overlap
     )
     provenance = {
@@ -164,6 +180,8 @@ def prepare(
         model_source=model_source(Path(locate_model(base.model.path))),
         sae_probes=last_tokens,
         of_sae_probes=last_tokens.provenance() if last_tokens else {},
+        clean_loss=clean_loss(model, train, held_out, tokens) if to_train else None,
+        model=model if keep_model and _reads_model(base) else None,
     )
 
 
@@ -173,7 +191,7 @@ def held_out(base: BaseConfig, cache: Path) -> tuple[Source, LanguageModel | Non
         return _foreign(base).held_out, None
     model = language_model.load(base.model)
     model.check_context(base.context)
-    source, _ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
+    source, *_ = _activations(base, base.eval_text, base.evaluation.tokens, model, cache)
     return source, model
 
 
@@ -243,26 +261,6 @@ class ForeignPart:
         return Shard(shard.x[kept], shard.mask[kept])
 
 
-def _check_texts(train: TextConfig, held_out: TextConfig) -> None:
-    """Raises: SettingError when the text of the evaluation is the one that is trained on.
-
-    Two splits of sae_probes share no text by their rule; local files are compared with one by hash.
-    """
-    same = train == held_out
-    if train.kind == held_out.kind == "files" and train.path and held_out.path:
-        places = {Path(text.path or "").expanduser().resolve() for text in (train, held_out)}
-        same = len(places) == 1 and next(documents(train)) == next(documents(held_out))
-    if same:
-        where = held_out.path or held_out.split
-        raise SettingError("eval_text", where, "is trained on: name another text or split")
-    if {train.kind, held_out.kind} == {"sae_probes", "files"}:
-        shared = count_shared(documents(train), documents(held_out))
-        if shared:
-            where = held_out.path or held_out.split
-            remedy = f"{count(shared, 'document')} of it are in the training text: leave them out"
-            raise SettingError("eval_text", where, remedy)
-
-
 def _activations(
     base: BaseConfig,
     text: TextConfig,
@@ -271,8 +269,9 @@ def _activations(
     cache: Path,
     in_steps: bool = False,
     after: int = 0,
-) -> tuple[Source, Generator[None, None, None]]:
-    """The activations of all hook points, and the steps that they still need.
+) -> tuple[Source, Generator[None, None, None], Tokens | None]:
+    """The activations of all hook points, the steps that they still need, and the tokens of the
+    text where these were not stored yet.
 
     Args:
         after: tokens whose contexts are left out at the beginning of the text; these activations
@@ -309,7 +308,7 @@ def _activations(
 
     complete = {hook: source for hook, source in stored.items() if source is not None}
     if len(complete) == len(hooks):
-        return side_by_side(complete), no_steps()
+        return side_by_side(complete), no_steps(), None
     place = folder / "tokens"
     found = tokenize(
         text,
@@ -326,8 +325,9 @@ def _activations(
     extras |= {"after": after} if after else {}
     if in_steps:
         growing, steps = harvest_steps(model, found, hooks, base.harvest, folder, extras)
-        return side_by_side(growing), steps
-    return side_by_side(harvest(model, found, hooks, base.harvest, folder, extras)), no_steps()
+        return side_by_side(growing), steps, found
+    done = harvest(model, found, hooks, base.harvest, folder, extras)
+    return side_by_side(done), no_steps(), found
 
 
 def _asked_hooks(hooks: Sequence[str], model: LanguageModel) -> dict[str, Any]:
@@ -463,13 +463,23 @@ def source_path(source: Source) -> Place | Paths:
     return path
 
 
-def spliced_model(base: BaseConfig, device: str) -> SplicedModel | None:
-    """Loads the language model where a loss of the settings reads its output.
+def _reads_model(base: BaseConfig) -> bool:
+    """Returns True if a loss of the settings reads the model's output, and there is a model."""
+    sae = base.sae.outline(d_out=2 if base.target_hooks else None)
+    return needs_model(sae) and base.activations is None
+
+
+def spliced_model(
+    base: BaseConfig, device: str, model: LanguageModel | None = None
+) -> SplicedModel | None:
+    """Returns the language model where a loss of the settings reads its output.
+
+    Args:
+        model: as `prepare` has kept it; None loads it.
 
     Returns: None where none does, or where the activations were made elsewhere.
     """
-    sae = base.sae.outline(d_out=2 if base.target_hooks else None)
-    if not needs_model(sae) or base.activations is not None:
+    if not _reads_model(base):
         return None
-    model = language_model.load(base.model.patched({"device": device}))
+    model = model or language_model.load(base.model.patched({"device": device}))
     return SplicedModel(model, base.output_hooks)

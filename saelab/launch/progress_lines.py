@@ -31,6 +31,7 @@ POINTS = 100
 LOGGED = {"loss": "loss", "reconstruction": "loss.reconstruction", "l0": "l0", "dead": "dead"}
 #: And when it is evaluated: name -> metric.
 MEASURED = {"fvu": "fvu", "l0": "l0", "dead": "dead_share", "loss_recovered": "loss_recovered"}
+MEASURED["ce_rise"] = "ce_rise"
 #: Characters kept of a reason, so that a line stays short.
 REASON = 500
 

@@ -197,6 +197,7 @@ class Record:
             "deviations": self.deviations,
             "error_levels": {arm: asdict(level) for arm, level in self.levels.items()},
             "base": self.base.model_dump(mode="json"),
+            **({"clean_loss": asdict(loss)} if (loss := self.data.clean_loss) else {}),
             **({"model_source": source} if (source := self.data.model_source) else {}),
             "data": {
                 "train": self.data.train.header,

@@ -196,7 +196,7 @@ def apply(sae: SAEConfig, name: Any) -> SAEConfig:
     kept = {field: value for field, value in sae if field not in FIELDS}
     new = type(sae).parse(kept | fields_of(check_name(name)))
     level = sae.settled_l0
-    return new if level is None else new.at_l0(level)
+    return new.at_l0(level) if level is not None and new.decides_l0 else new
 
 
 def refusal(name: Any, path: Sequence[str], after: bool, appends: bool) -> str | None:

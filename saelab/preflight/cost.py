@@ -40,6 +40,7 @@ from saelab.data.language_model import Size
 from saelab.evals import core, probing
 from saelab.evals.dictionary_matching import matching_bytes
 from saelab.preflight.rates import Rates
+from saelab.preflight.sae_probes_cost import sae_probes_cost
 from saelab.sae import SAEConfig
 from saelab.storage.cache import remote_cache
 from saelab.study.calibration import calibration_tokens
@@ -217,14 +218,16 @@ def launch_needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, grou
         rows += base.harvest.read_ahead + 4 * shard  # activations each, with its bytes while read
     widest = d * max(inputs, len(base.target_hooks))
     job = _job_bytes(specs, widest, group, base.evaluation.snapshots)
+    last, widest_sae = sae_probes_cost(base), max((spec.sae.d_sae for spec in specs), default=0)
     worker = size.weights + probed + rows + sample_bytes(hooks * d) + job
+    worker += last.memory(d, widest_sae)
     tokens = [(base.train.tokens, hooks), (base.evaluation.tokens, hooks)]
     tokens.append((calibration_tokens(base), inputs))  # which is only read
     stored = sum(h * bytes_needed(n, base.context, d, base.harvest.dtype) for n, h in tokens)
     return Needs(
         process_bytes() + size.weights + harvested,
         _training_bytes(workers, worker) + size.weights,
-        stored + probed,
+        stored + probed + last.disk(d),
         harvested if base.harvest.overlaps(base.model.device) else 0,
     )
 

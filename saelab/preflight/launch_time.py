@@ -6,7 +6,7 @@ probing, controls.
     control   evaluation; the one with a frozen decoder is trained as well
     evaluation, at the target L0
               encode(held-out rows) + 4 passes of the loss's contexts + encode(probing rows)
-              + probes x classes
+              + probes x classes + fits of `sae_probes` where it is asked for
     evaluation of a further level
               encode(held-out rows) + 2.4 passes
 
@@ -34,6 +34,7 @@ from saelab.preflight.cost import (
     step_seconds,
 )
 from saelab.preflight.rates import Rates, thread_rates
+from saelab.preflight.sae_probes_cost import sae_probes_cost
 from saelab.study.calibration import calibration_tokens
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec, frozen_control
 from saelab.training.calibration_text import MOST_ROWS
@@ -92,8 +93,10 @@ class Measured:
         """Seconds to encode the probing texts and solve the probes."""
         if self.size is None:
             return 0.0
-        encoded = encode_seconds(rates, probing_rows(self.base), self.d_in, width)
-        return encoded + PROBE_SECONDS * probing_classes(self.base)
+        last = sae_probes_cost(self.base)
+        rows = probing_rows(self.base) + last.texts
+        encoded = encode_seconds(rates, rows, self.d_in, width)
+        return encoded + PROBE_SECONDS * probing_classes(self.base) + last.fit_seconds
 
     def cell_seconds(self, spec: CellSpec) -> float:
         """Seconds to train and evaluate a cell on one thread."""
@@ -111,7 +114,9 @@ class Measured:
         rates, width = thread_rates(first.sae.precision), first.sae.d_sae
         others = WIDE_CONTROLS * self.evaluation_seconds(rates, width)
         others += NARROW_CONTROLS * self.evaluation_seconds(rates, self.d_in)
-        others += PROBE_SECONDS * probing_classes(self.base) if self.size else 0.0
+        if self.size:
+            fits = sae_probes_cost(self.base).fit_seconds
+            others += PROBE_SECONDS * probing_classes(self.base) + fits
         frozen = frozen_control(specs)
         return [*([self.cell_seconds(frozen)] if frozen else []), others]
 
@@ -145,7 +150,7 @@ def preparation_seconds(base: BaseConfig) -> float:
     if base.activations is not None:
         return 0.0
     tokens = base.train.tokens + base.evaluation.tokens + calibration_tokens(base)
-    tokens += probing_rows(base)
+    tokens += probing_rows(base) + sae_probes_cost(base).tokens
     rates = thread_rates()
     return harvest_seconds(language_model.size(base.model), base, tokens, rates) / (
         torch.get_num_threads()

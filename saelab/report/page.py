@@ -297,6 +297,7 @@ def _run(
         "others": [row for row in rows if primary and row["arm"] not in primary],
         "secondary": [_secondary(d) for d in checked.differences],
         "heads": list(COLUMNS.values()),
+        "losses": checked.losses.line() if checked.losses else "",
         "numbers": list(_numbers(run, comments)),
         "controls": list(_controls(run)),
         "rivals": rivals_sentence(checked.rivals),

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from saelab.runs.folder import RunFolder
+from saelab.runs.random_code import complete_losses
 from saelab.runs.schema import CONTROL
 from saelab.runtime.safe_text import visible
 
@@ -209,7 +210,7 @@ def _values_from_info(info: Info, level: float) -> dict[tuple[str, str], list[Va
 
 def _read_values(run: RunFolder) -> dict[tuple[str, str], list[Value]]:
     values: dict[tuple[str, str], list[Value]] = defaultdict(list)
-    for row in run.metrics:
+    for row in complete_losses(run.metrics):
         if ",class=" not in row["slice"]:
             value, cell = row["value"], (row["arm"], row["seed"], row["level"])
             number = None if value is None or not math.isfinite(value) else value

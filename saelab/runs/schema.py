@@ -25,6 +25,8 @@ SETTINGS = "settings"
 #: What the name of every control subject begins with.
 CONTROL = "control:"
 CHANNELS, FROZEN, PLANTED = "model channels", "frozen decoder", "planted effect"
+#: The baseline at its initialisation: a random code at the target L0.
+UNTRAINED = "untrained"
 #: The baseline at fresh seeds under another name (A/A twin).
 TWIN = "twin"
 #: The level of a cell that is left at its own L0, in words.

@@ -337,7 +337,7 @@ def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore"
         places = [(level_of(plan.target_l0), seed) for seed in seeds[:count]]
         places += [(level, seed) for level in further for seed in seeds[: plan.seeds_levels]]
         for level, seed in places:
-            sae = settings.sae.at_l0(level) if level else settings.sae
+            sae = settings.sae.at_l0(level) if level and settings.sae.decides_l0 else settings.sae
             check_layout(arm.name, sae, settings.layout, "sae", bool(settings.target_hook))
             check_latents(arm.name, sae)
             specs.append(

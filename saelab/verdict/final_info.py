@@ -16,6 +16,7 @@ from typing import Any
 from saelab import stats
 from saelab.evals.base import ALWAYS_NAMED
 from saelab.parts.base import ROLES, Scalar
+from saelab.runs.random_code import SHARE
 from saelab.study.plan import BASELINE, BaseConfig, PlanConfig
 from saelab.verdict.across_settings import AcrossSettings
 from saelab.verdict.arms import ArmResult
@@ -32,7 +33,9 @@ CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_sha
 #: how sensitive the SAE is to them.
 MAKE_CODE = ("activation", "scaling")
 #: Secondary metrics whose paired difference is shown, without a word.
-SECONDARY = ("loss_recovered", "sae_top_5_test_accuracy")
+SECONDARY = ("loss_recovered", "ce_rise", SHARE, "sae_top_5_test_accuracy")
+#: Those of them that `means` has no room for: the same difference in other units.
+OTHER_UNITS = ("ce_rise", SHARE)
 
 
 def judge_run(
@@ -123,6 +126,8 @@ def final_info(
     for decision in decisions:
         verdicts[decision.comparison.arm] |= decision.means()
     for difference in differences:
+        if difference.metric in OTHER_UNITS:
+            continue
         verdicts[difference.arm] |= {
             f"diff.{difference.metric}": difference.mean_diff,
             f"diff.{difference.metric}.low": difference.low,
@@ -164,13 +169,14 @@ def metric_order(settings: Collection[BaseConfig]) -> list[str]:
     scalars = reported_scalars(settings)
     later = [name for name in reported_scalars(settings, MAKE_CODE) if name not in ALWAYS_NAMED]
     return [
-        *("fvu", "l0", "loss_recovered", "dead_share"),
+        *("fvu", "l0", "loss_recovered", "ce_rise", SHARE, "dead_share"),
         *("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy"),
         *scalars,
         "final_loss",
-        *("position.fvu_early", "position.fvu_late", "convergence.steps"),
+        *("position.fvu_early", "position.fvu_late"),
         *_course(ALWAYS_NAMED),
-        *("spikes", "stability.rise"),
+        "convergence.steps",
+        *("ce_spliced", "ce_clean", "ce_zero", "spikes", "stability.rise"),
         *("consistency.temperature", "consistency.r2"),
         *_course(name for name in later if scalars[name].role == "learned"),
         *("consistency.seeds", "consistency.chance", "consistency.half_life"),

@@ -54,6 +54,7 @@ RATIOS: dict[str, tuple[_Terms, _Terms, float]] = {
         1.0,
     ),
     "ce_spliced": ({"ce_spliced": 1}, {"loss_tokens": 1}, 1.0),
+    "ce_rise": ({"ce_spliced": 1, "ce_clean": -1}, {"loss_tokens": 1}, 1.0),
 }
 
 

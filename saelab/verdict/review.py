@@ -21,6 +21,7 @@ from typing import Any
 
 from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.runs.folder import GATE, INFO, MANIFEST, METRICS, REMEDY, RunFolder
+from saelab.runs.random_code import complete_losses
 from saelab.runs.schema import CONTROL, PROVENANCE, CellId, level_of
 from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
@@ -35,6 +36,7 @@ from saelab.verdict.error_budget.ledger import Budget
 from saelab.verdict.final_info import judge_run
 from saelab.verdict.gate import ORDER, Outcome
 from saelab.verdict.judge import COVERS, Comparison, Difference
+from saelab.verdict.losses_in_nats import HEADS, Losses, losses_of_run
 from saelab.verdict.over_texts import OverTexts, over_texts
 from saelab.verdict.rivals import Rival, find_rivals, rivals_sentence
 from saelab.verdict.summary import align_columns, span_text
@@ -78,6 +80,7 @@ class Review:
         across: every arm over all settings; () for a plan without further settings.
         twin, planted: the verdicts on the baseline at other seeds and on an effect of known size;
             None where the run has none.
+        losses: of the language model, in nats; None where it has none.
     """
 
     run: str
@@ -97,6 +100,7 @@ class Review:
     across: tuple[AcrossSettings, ...] = ()
     twin: Comparison | None = None
     planted: Planted | None = None
+    losses: Losses | None = None
 
     @cached_property
     def plan_hash(self) -> str:
@@ -124,6 +128,7 @@ class Review:
             **({"across": [asdict(one) for one in self.across]} if self.across else {}),
             "twin": asdict(self.twin) if self.twin else None,
             "planted": asdict(self.planted) if self.planted else None,
+            "losses": asdict(self.losses) if self.losses else None,
         }
 
 
@@ -187,6 +192,7 @@ def review_run(run: RunFolder) -> Review:
         across=tuple(judged.across),
         twin=judged.twin,
         planted=judged.planted,
+        losses=judged.losses,
     )
 
 
@@ -211,6 +217,7 @@ class Judged:
         rivals: controls that are as good as an arm on the primary metric, or better.
         over_texts: interval over documents of each comparison, in their order.
         across: every arm over all settings; [] for a plan without further settings.
+        losses: of the language model, in nats; None where it has none.
     """
 
     plan: PlanConfig
@@ -224,6 +231,7 @@ class Judged:
     rivals: list[Rival]
     over_texts: list[OverTexts]
     across: list[AcrossSettings]
+    losses: Losses | None = None
 
 
 def judge_files(run: RunFolder) -> Judged:
@@ -239,12 +247,14 @@ def judge_files(run: RunFolder) -> Judged:
     _check_named(manifest, gates, run.folder)
     if manifest.get("cells", gates).keys() != gates.keys():
         raise DamageError(f"{run.folder} has a {GATE} of other cells than {MANIFEST}: {REMEDY}")
-    arms = _arms(manifest["arms"], gates, run.metrics, level_of(plan.target_l0))
+    rows = complete_losses(run.metrics)
+    arms = _arms(manifest["arms"], gates, rows, level_of(plan.target_l0))
     exploratory = manifest["purpose"] != "confirm"
     levels = {arm: each["level"] for arm, each in manifest.get("error_levels", {}).items()}
     comparisons, differences = judge_run(arms, plan, exploratory, levels)
+    losses = losses_of_run(rows, arms)
     twin = list(_cell_gates(manifest.get("twin", {})).values())
-    controls = [row for row in run.metrics if row["arm"].startswith(CONTROL)]
+    controls = [row for row in rows if row["arm"].startswith(CONTROL)]
     return Judged(
         plan=plan,
         exploratory=exploratory,
@@ -257,6 +267,7 @@ def judge_files(run: RunFolder) -> Judged:
         rivals=find_rivals(arms, controls, plan),
         over_texts=over_texts(comparisons, arms, run.documents),
         across=_judge_settings(run, comparisons, plan, levels),
+        losses=losses,
     )
 
 
@@ -398,6 +409,9 @@ def text(found: Review) -> str:
         ]
     else:
         parts += ["", f"There is one arm, {BASELINE}, and nothing to compare it with."]
+    if found.losses:
+        table = align_columns([HEADS, *found.losses.lines()])
+        parts += ["", found.losses.line(), "", table]
     checks = [twin_line(found.twin)] if found.twin else []
     checks += [planted_line(found.planted)] if found.planted else []
     parts += ["", *checks] if checks else []

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from saelab import stats
 from saelab.runs import schema
+from saelab.runs.random_code import SHARE
 from saelab.runtime.counting import count
 from saelab.runtime.safe_text import markdown
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import Attempt, plan_hash
 from saelab.verdict.agreement import agreement_text, coverage_text
 from saelab.verdict.judge import COVERS, Comparison
+from saelab.verdict.losses_in_nats import HEADS, Losses, losses_of_run
 from saelab.verdict.rivals import Rival, control_values, rivals_sentence
 from saelab.verdict.twin import Planted, planted_line, twin_line
 
@@ -28,6 +30,9 @@ COLUMNS = {
     "fvu": "FVU",
     "l0": "L0",
     "loss_recovered": "loss recovered",
+    "ce_spliced": "loss (nats)",
+    "ce_rise": "rise (nats)",
+    SHARE: "from random",
     "sae_top_1_test_accuracy": "probe k=1",
     "sae_top_5_test_accuracy": "probe k=5",
     "sae_test_accuracy": "probe full",
@@ -61,8 +66,9 @@ def table(
     for name, values in control_values(rows).items():
         cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in COLUMNS]
         lines.append([name, "", *cells, *([""] if verdict else [])])
-    loud = rivals_sentence(rivals)
-    return align_columns(lines) + (f"\n\n{loud}" if loud else "")
+    losses, loud = losses_of_run(rows), rivals_sentence(rivals)
+    below = [*([losses.line()] if losses else []), *([loud] if loud else [])]
+    return "\n\n".join([align_columns(lines), *below])
 
 
 def align_columns(lines: Sequence[Sequence[str]]) -> str:
@@ -140,6 +146,8 @@ def summary_text(
     else:
         lines[-2:] = [f"There is one arm, {BASELINE}, and nothing to compare it with.", ""]
         lines += [f"- {COLUMNS[name]}: {value}" for name, value in _mean_values(arms[BASELINE])]
+    if losses := losses_of_run(rows, arms):
+        lines += ["", "**Losses.**", "", *_loss_lines(losses)]
     if budget:
         lines += ["", f"**Error budget.** {budget.line().partition(': ')[2]}."]
     lines += ["", "**Gate.**", "", *_gate_lines(arms)]
@@ -196,7 +204,7 @@ def control_lines(
 ) -> list[str]:
     """Markdown table of the control subjects, the A/A twin's word, and whether the planted effect
     was found."""
-    shown = ("fvu", "l0", "loss_recovered", "sae_top_5_test_accuracy")
+    shown = ("fvu", "l0", "loss_recovered", "ce_rise", SHARE, "sae_top_5_test_accuracy")
     heads = " | ".join(COLUMNS[metric] for metric in shown)
     lines = [f"| control | {heads} |", "|---" * (len(shown) + 1) + "|"]
     by_control = control_values(rows)
@@ -207,6 +215,14 @@ def control_lines(
     n = len({row["seed"] for row in turned if row["metric"] == "fvu"})
     of_twin = ["", f"{markdown(twin_line(twin))}."] if twin else []
     return [*lines, *of_twin, *_planted_lines(planted, n)] if by_control else []
+
+
+def _loss_lines(losses: Losses) -> list[str]:
+    """Markdown table of the losses of the arms, and the losses that they share."""
+    table = [HEADS, ("---",) * len(HEADS), *losses.lines()]
+    rows = [f"| {' | '.join(markdown(cell) for cell in row)} |" for row in table]
+    line = losses.line()
+    return [f"{markdown(line[0].upper() + line[1:])}.", "", *rows]
 
 
 def agreement_lines(arms: Mapping[str, ArmResult]) -> list[str]:

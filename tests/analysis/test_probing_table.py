@@ -78,7 +78,7 @@ def test_what_is_printed(run: Path, tmp_path: Path) -> None:
     assert ended.exit_code == 0
     assert json.loads(table.read_text()) == by_entry(run)
     lines = [line.split() for line in ended.output.splitlines()]
-    assert ["baseline", "0.1000", "±0.0000", "-", "-"] in lines
+    assert ["baseline", "0.1000", "±0.0000", "-", "-", "-", "-"] in lines
     assert ["baseline", "k", "=", "1", "-", "0.7500", f"±{HALF:.4f}"] in lines
     assert ["control:model", "channels", "k", "=", "1", "-", "0.6250"] in lines
     assert "loss_recovered: no head" in ended.output

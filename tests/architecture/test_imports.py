@@ -203,6 +203,7 @@ OF_LAUNCH = {
     "saelab.preflight.cost": "seconds and bytes that are printed, and compared with limits",
     "saelab.preflight.launch_time": "seconds that are printed, and compared with limits",
     "saelab.preflight.rates": "speed of this machine, from which seconds are estimated",
+    "saelab.preflight.sae_probes_cost": "the same of one evaluation",
     "saelab.preflight.preview": "refuses a launch; settings of cells are in their keys",
     "saelab.progress.journal": "lines of metrics.jsonl",
     "saelab.progress.run": "sends them to the journal and the view",

@@ -12,9 +12,8 @@ import pytest
 from pyarrow import csv
 
 from saelab.data.text import probe_texts
-from saelab.data.text.corpus import TextConfig, documents, manifest
+from saelab.data.text.corpus import TextConfig, check_texts, documents, manifest
 from saelab.errors import SettingError, SourceError
-from saelab.launch.prepare import _check_texts
 
 LONG = "a text that is long enough to be a document of its own " * 3
 HELD_OUT = "94_ai_gen"
@@ -74,11 +73,11 @@ def test_held_out_files_that_hold_a_training_text_are_refused_at_launch(
     file = tmp_path / "held_out.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in ("new", "other")))
     own = TextConfig(kind="files", path=str(file))
-    _check_texts(TRAIN, own)
+    check_texts(TRAIN, own)
     file.write_text("\n".join(json.dumps({"text": t}) for t in ("new", f"{LONG}   three", "x")))
     with pytest.raises(SettingError, match=r"eval_text = .*1 document of it are|is in the train"):
-        _check_texts(TRAIN, own)
-    _check_texts(EVAL, own)
+        check_texts(TRAIN, own)
+    check_texts(EVAL, own)
 
 
 def test_another_split_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import runpy
@@ -25,18 +26,22 @@ WITH_ENTRIES = BASE.replace('entries = "none"', "train_size = 30, test_size = 16
 #: Seeds, and with them cells, of each arm at the target L0 and at the further one.
 SEEDS = {"baseline": (3, 1), "rate": (3, 1), "scaled": (2, 0)}
 PROBED = tuple(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50))
+TRIED = ("frozen decoder", "twin", *SUBJECTS)
 CONTROLS = ("model channels", "frozen decoder", "twin", "planted effect", *SUBJECTS)
 DEFINITIONS = (
     "planted/1",
     "last_logged/1",
     "last_logged_absolute/1",
-    *("core/1", "sparse_probing/2"),
+    *("core/1", "core/random/1", "sparse_probing/2"),
     *("sensitivity/1", "consistency/1", "convergence/1"),
     *("positions/1", "truth/2", "absorption/1"),
     *("agreement/1", "decoder/1", "survival/1", "stability/1"),
 )
 FIRST = ("fvu", "l0", "loss_recovered", "dead_share", *PROBED[:1], PROBED[2], "sae_test_accuracy")
+#: The same in nats, and its share of the way from the random code, which stand next to it.
+NEXT = ("ce_rise", "loss_recovered_random")
 CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_share")
+LOSSES = ("ce_clean", "ce_zero", "ce_spliced")
 #: Pictures that are drawn of the launch; tests/report draws every one.
 DRAWN = ("loss", "frontier", "probing", "density", "verdict")
 
@@ -88,7 +93,9 @@ def test_means_hold_metrics_verdict_gate_and_settings(launched: Launched) -> Non
     settings = ("training_steps", "tokens", "final_loss", "layer", "dict_size", "learning_rate")
     for arm, group in info.items():
         assert {"gate", "sparsity_penalty", *settings, *FIRST} <= set(group["means"])
-        assert {*CORE, *PROBED, "sae_test_accuracy"} <= set(group["final_info_dict"])
+        of_seeds = {*CORE, *NEXT, *LOSSES, *PROBED, "sae_test_accuracy"}
+        assert of_seeds <= set(group["final_info_dict"])
+        assert set(NEXT) <= set(group["means"])
         verdict = [f"diff.fvu{end}" for end in ("", ".low", ".high")] + ["verdict.fvu"]
         assert (set(verdict) <= set(group["means"])) == (arm != "baseline")
     averaged = {metric for group in info.values() for metric in group["means"]}
@@ -116,6 +123,52 @@ def test_means_and_errors_are_those_of_the_seeds(launched: Launched) -> None:
                 assert group["means"][metric] == pytest.approx(mean, abs=1e-12)
             if not metric.startswith("consistency.seeds"):  # pairs of seeds, by the jackknife
                 assert group["stderrs"][metric] == pytest.approx(sd / math.sqrt(n), abs=1e-9)
+
+
+def test_losses_in_nats_and_the_share_from_the_random_code_are_everywhere(
+    launched: Launched,
+) -> None:
+    rows = pq.read_table(launched.folder / "metrics.parquet").to_pylist()
+    values = {
+        (row["arm"], row["seed"], row["level"], row["metric"]): row["value"]
+        for row in rows
+        if not row["slice"]
+    }
+    random = next(v for k, v in values.items() if k[0] == "control:untrained" and "_spl" in k[3])
+    cells = {key[:3] for key in values if key[3] == "loss_recovered"}
+    assert {cell[0] for cell in cells} == {*SEEDS, *(f"control:{name}" for name in TRIED)}
+    for cell in cells:
+        clean, spliced = values[*cell, "ce_clean"], values[*cell, "ce_spliced"]
+        assert values[*cell, "ce_random"] == random
+        assert values[*cell, "ce_rise"] == pytest.approx(spliced - clean, abs=1e-9)
+        share = (random - spliced) / (random - clean)
+        assert values[*cell, "loss_recovered_random"] == pytest.approx(share, abs=1e-9)
+    shown = ("rise (nats)", "from random", f"with the random code (untrained) {random:.4g}")
+    for text in (launched.ended.out, (launched.folder / "summary.md").read_text("utf-8")):
+        assert all(part in text for part in shown)
+    verdict = cli(launched.project.folder, "verdict", "run_1").out
+    assert shown[2] in verdict and "from the random code" in verdict
+    (judged,) = json.loads(cli(launched.project.folder, "verdict", "run_1", "--json").out)
+    rises = {arm: of_arm["ce_rise"] for arm, of_arm in judged["losses"]["arms"].items()}
+    assert rises == {
+        arm: group["means"]["ce_rise"] for arm, group in launched.project.info().items()
+    }
+    page = launched.project.folder / "report.html"
+    assert cli(launched.project.folder, "report", "run_1", "--out", str(page)).code == 0
+    assert all(part in page.read_text("utf-8") for part in shown)
+
+
+def test_saelab_eval_takes_the_random_code_of_the_run(launched: Launched, tmp_path: Path) -> None:
+    cell = next((launched.folder / "cells" / "baseline").glob("seed*-l0_16"))
+    ended = cli(launched.project.folder, "eval", str(cell), "--evals", "core", "--json")
+    rows = {row["metric"]: row for row in json.loads(ended.out) if not row["slice"]}
+    stored = launched.project.info()["baseline"]["final_info_dict"]["loss_recovered_random"]
+    share = rows["loss_recovered_random"]["value"]
+    assert any(share == pytest.approx(value, abs=1e-5) for value in stored)
+    shorter = ("--set", "evaluation.loss_contexts=2")
+    other = cli(launched.project.folder, "eval", str(cell), "--evals", "core", "--json", *shorter)
+    (row,) = (r for r in json.loads(other.out) if r["metric"] == "loss_recovered_random")
+    assert row["value"] is None and "with another model, text or hook" in row["reason"]
 
 
 def test_the_difference_is_between_the_means_of_all_seeds(launched: Launched) -> None:

@@ -119,7 +119,7 @@ def test_all_token_steps_are_counted_and_the_state_follows(told) -> None:
         state.fold({"time": 1.0, **line})
     assert not state.cells and (len(state.finished), state.failed) == (2, 1)
     done, failed = state.finished
-    expected = {"fvu": 0.25, "l0": 6.0, "dead": None, "loss_recovered": None}
+    expected = {"fvu": 0.25, "l0": 6.0, "dead": None, "loss_recovered": None, "ce_rise": None}
     assert done.values == expected and done.step == STEPS
     assert "loss nan" in failed.failure
 

@@ -98,6 +98,20 @@ def test_what_is_not_measured_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert preparation_seconds(base.patched({"activations": "folder"})) == 0
 
 
+def test_sae_probes_takes_time_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_time, "thread_rates", lambda precision="auto": rates())
+    base = BaseConfig()
+    asked = base.patched({"evaluation.extra": ["sae_probes"]})
+    before, after = (
+        Measured.of(one, 192, 32).evaluation_seconds(rates(), 1536) for one in (base, asked)
+    )
+    fits = 47 * 3 * 8 * 0.009  # data sets, draws, numbers of latents
+    assert after - before == pytest.approx(fits + encode_seconds(rates(), 134_938, 192, 1536))
+    assert preparation_seconds(asked) > preparation_seconds(base)
+    slower = asked.patched({"evaluation.sae_probes.definition": 1})
+    assert Measured.of(slower, 192, 32).evaluation_seconds(rates(), 1536) > after
+
+
 def test_a_harvest_runs_every_position_of_its_contexts() -> None:
     base, device = BaseConfig(context=128), rates(model_efficiency=0.5)
     embedded = size(base.model)

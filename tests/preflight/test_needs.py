@@ -49,6 +49,18 @@ def test_needs_grow_with_what_is_asked_for() -> None:
     assert "GB of memory" in small.line() and "GB of disk" in small.line()
 
 
+def test_the_data_sets_of_sae_probes_take_memory_and_disk() -> None:
+    plain = launch_needs(BASE, specs(), 2, GROUP)
+    probed = BASE.patched({"evaluation.extra": ["sae_probes"]})
+    asked = launch_needs(probed, specs(), 2, GROUP)
+    assert asked.disk - plain.disk == 4 * 134_938 * 192  # one float32 row a text
+    rows = 8 * 5000 * (192 + BASE.sae.d_sae)
+    problems = 4 * min(2**26, 47 * 3 * 2 * 1024 * 128)
+    assert asked.training - plain.training == 2 * (rows + problems)
+    every = probed.patched({"evaluation.sae_probes.datasets": "all"})
+    assert launch_needs(every, specs(), 2, GROUP).disk > asked.disk
+
+
 def test_both_phases_count_where_they_are_at_work_together() -> None:
     apart = launch_needs(BASE, specs(), 2, GROUP)
     together = launch_needs(BASE.patched({"harvest.overlap": True}), specs(), 2, GROUP)

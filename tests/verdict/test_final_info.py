@@ -16,13 +16,14 @@ ARMS: list[dict[str, Any]] = [
     {"sae.scaling": {"kind": "variance", "temperature": "learned_schedule"}},
 ]
 ORDER = (
-    *("fvu", "l0", "loss_recovered", "dead_share"),
+    *("fvu", "l0", "loss_recovered", "ce_rise", "loss_recovered_random", "dead_share"),
     *("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy"),
     *("beta", "theta", "tau", "rho", "alpha", "k", "threshold", "sparsity", "penalty_share"),
     "final_loss",
-    *("position.fvu_early", "position.fvu_late", "convergence.steps"),
+    *("position.fvu_early", "position.fvu_late"),
     *("convergence.beta", "sensitivity.beta", "convergence.theta", "sensitivity.theta"),
-    *("convergence.tau", "sensitivity.tau", "spikes", "stability.rise"),
+    *("convergence.tau", "sensitivity.tau", "convergence.steps"),
+    *("ce_spliced", "ce_clean", "ce_zero", "spikes", "stability.rise"),
     *("consistency.temperature", "consistency.r2"),
     *("convergence.rho", "sensitivity.rho"),
     *("consistency.seeds", "consistency.chance", "consistency.half_life"),

@@ -15,6 +15,7 @@ from saelab.data.hub import silence_loggers
 from saelab.data.text import probe_texts, stdlib
 from saelab.data.text.characters import whole_characters
 from saelab.errors import SettingError, SourceError, UnreachableError, nearest
+from saelab.runtime.counting import count
 from saelab.storage.atomic import sha256
 from saelab.storage.parquet import stream_rows
 
@@ -324,3 +325,23 @@ def _dataset_error(config: TextConfig, error: Exception) -> SourceError:
         f"data set {config.path} (name {config.name!r}, split {config.split!r}) can't be read "
         f"({reason}): check its name and split, or name local files where there is no network"
     )
+
+
+def check_texts(train: TextConfig, held_out: TextConfig) -> None:
+    """Raises: SettingError when the text of the evaluation is the one that is trained on.
+
+    Two splits of sae_probes share no text by their rule; local files are compared with one by hash.
+    """
+    same = train == held_out
+    if train.kind == held_out.kind == "files" and train.path and held_out.path:
+        places = {Path(text.path or "").expanduser().resolve() for text in (train, held_out)}
+        same = len(places) == 1 and next(documents(train)) == next(documents(held_out))
+    if same:
+        where = held_out.path or held_out.split
+        raise SettingError("eval_text", where, "is trained on: name another text or split")
+    if {train.kind, held_out.kind} == {"sae_probes", "files"}:
+        shared = probe_texts.count_shared(documents(train), documents(held_out))
+        if shared:
+            where = held_out.path or held_out.split
+            remedy = f"{count(shared, 'document')} of it are in the training text: leave them out"
+            raise SettingError("eval_text", where, remedy)

@@ -108,7 +108,7 @@ def train_on(
     training, layout, device = conditions.training, conditions.layout, conditions.device
     trainings = {arm: conditions.otherwise.get(arm, training) for arm in arms}
     places = [
-        (arm, level, config.at_l0(level) if level else config)
+        (arm, level, config.at_l0(level) if level and config.decides_l0 else config)
         for level in conditions.levels or (level_of(None),)
         for arm, config in arms.items()
     ]

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 #: Metrics that are called by another name in texts.
-NAMES = {"fvu": "FVU", "l0": "L0", "mse": "MSE"}
+NAMES = {
+    **{"fvu": "FVU", "l0": "L0", "mse": "MSE"},
+    "ce_rise": "rise of the loss (nats)",
+    "loss_recovered_random": "loss recovered from the random code",
+}
 #: Share of training after which differences from the baseline set their axis; early ones are large.
 SETTLED = 0.2
 

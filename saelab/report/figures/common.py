@@ -1,7 +1,7 @@
 """Pictures of a study, drawn from its run folders alone; plot.py calls `draw`.
 
     loss             reconstruction loss and L0 over training
-    frontier         FVU and loss recovered against L0
+    frontier         FVU, loss recovered and the rise of the loss, against L0
     probing          sparse probing accuracy by k, next to the model's own channels
     probing_entries  the same at k = 5, entry by entry
     density          how often latents fire

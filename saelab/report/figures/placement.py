@@ -84,6 +84,10 @@ def placement(run: Run) -> Figure | str:
             f"{SCALES[metric][0]}, share of the way to the baseline: {', '.join(shares)}."
             if shares
             else "",
+            "The rise of the loss in nats and the share of the way from the random code give the"
+            " same places as loss recovered."
+            if "loss_recovered" in panels
+            else "",
         ],
         [],
     )

@@ -217,11 +217,15 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "matryoshka_detached": Preset(
-        source="the 2026 synthetic sweeps",
+        source="Chanin 2026 (repository chanind/claude-auto-research-synthsaebench)",
         equation="matryoshka, where each ring of latents fits what the prefix within it leaves",
         activation="batchtopk",
         losses=({"kind": "matryoshka", "detached": True}, "auxk"),
-        deviations=("built as we understand the sweeps: no equation was reachable", ADAM),
+        deviations=(
+            "its order by frequency, decreasing k, tilted errors and refined code are parts of "
+            "their own and not in the preset",
+            ADAM,
+        ),
         open=SHARES,
     ),
     "tilted": Preset(

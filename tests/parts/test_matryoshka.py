@@ -52,7 +52,7 @@ def test_against_autograd(case: str, activation: str, global_random_seed: int) -
         for i, (width, weight) in enumerate(zip(widths, weights, strict=True)):
             from_ = widths[i - 1] if i else 0
             on = ((places >= from_) & (places < width)).double()
-            before = (inner - t.b_dec).detach() + t.b_dec if case == "detached" else inner
+            before = inner.detach() if case == "detached" and i else inner
             inner = before + (f * on) @ t.W_dec
             total = total + weight * (inner - t.x).square().mean()
         return CASES[case].get("coefficient", 1.0) * total

@@ -9,8 +9,8 @@ It stands beside `reconstruction`, which is the term of the whole width, and ove
 here their sum, so that a penalty's coefficient is sampled + 1 times theirs. `order = "energy"`
 counts the prefixes along the latents sorted by a running mean of f_i^2 |W_dec_i|^2, as there;
 latents stay where they are and the order is held here. `detached` fits each ring between two widths
-to what the prefix within it, held constant, leaves over (2026 synthetic sweeps; as we understand
-them, no code was reachable).
+to what the prefix within it, held constant with its b_dec, leaves over (Chanin 2026; repository
+chanind/claude-auto-research-synthsaebench).
 
 On a sparse code each row has one bag of pairs for every ring of latents between two widths: the
 reconstructions of the prefixes are running sums over the rings.
@@ -224,6 +224,8 @@ class _PrefixErrors(torch.autograd.Function):
                 torch.addcmul(of_rings[:, i + 1], errors[i], factor, out=of_rings[:, i])
         if not ctx.needs_input_grad[1]:
             return of_rings, None, None, None
+        if ctx.detached:  # the offset is part of what is held constant, but for the first prefix
+            return of_rings, -of_rings[:, 0], None, None
         weights = errors.new_tensor(ctx.weights) * (-2 * grad)
         return of_rings, torch.einsum("m,mnd->nd", weights, errors), None, None
 

@@ -1,7 +1,7 @@
 """SmolLM2, a known language model of 135 million parameters: do TopK, idea A and idea B help there?
 
-`python experiment.py --out_dir=run_1` in this folder, or `make demo-smollm2` at the root, which also
-installs the model and the data sets. docs/real_models.md has what it costs and what it leaves out.
+`python experiment.py --out_dir=run_1` in this folder, or `make demo-smollm2` at the root, which
+also installs the model and the data sets. docs/real_models.md says what it costs and leaves out.
 """
 
 import torch

@@ -7,6 +7,7 @@ probing, controls.
     evaluation, at the target L0
               encode(held-out rows) + 4 passes of the loss's contexts + encode(probing rows)
               + probes x classes
+              + encode(texts of sae-probes) + their probes, where `evaluation.extra` names them
     evaluation of a further level
               encode(held-out rows) + 2.4 passes
 
@@ -17,6 +18,7 @@ compared with the harvest, logits and their softmax count as passes).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,9 @@ import torch
 
 from saelab.data import language_model
 from saelab.data.language_model import Size
+from saelab.data.probing.row_selection import conditions
+from saelab.data.probing.sae_probes import SaeProbesConfig, choose_datasets, find_folder
+from saelab.errors import SettingError, SourceError
 from saelab.preflight.cost import (
     CODE_BYTES,
     active_latents,
@@ -45,6 +50,9 @@ START_SECONDS = 10.0
 PASSES, PASSES_OF_LEVEL = 4.0, 2.4
 #: Seconds of the probes of one class, over all numbers of latents.
 PROBE_SECONDS = 0.03
+#: Seconds of one probe of sae-probes' definition 2, over its strengths, and characters of a token
+#: of these texts. Measured on SmolLM2's short data sets.
+SAE_PROBE_SECONDS, TOKEN_CHARACTERS = 0.014, 3.5
 #: Controls that are evaluated without being trained: those with latents of the baseline's number,
 #: those with one for each channel, and the model's channels, which are probed alone.
 WIDE_CONTROLS, NARROW_CONTROLS = 2, 2
@@ -76,7 +84,19 @@ class Measured:
         encoded = encode_seconds(rates, self.base.evaluation.tokens, self.d_in, width)
         passes = PASSES if at_target else PASSES_OF_LEVEL
         probing = self.probing_seconds(rates, width) if at_target else 0.0
+        if at_target and self.size is not None:
+            probing += self.sae_probes_seconds(rates, width)
         return encoded + passes * self.pass_seconds() + probing
+
+    def sae_probes_seconds(self, rates: Rates, width: int) -> float:
+        """Seconds to encode the texts of sae-probes and solve their probes; 0 unless asked for."""
+        if not self.base.evaluation.asks_sae_probes:
+            return 0.0
+        config = self.base.evaluation.sae_probes
+        sets, texts, _ = last_tokens(config)
+        probes = sets * len(list(conditions(config.settings))) * len(config.k_values)
+        probes *= config.draws if config.definition == 2 else 1
+        return encode_seconds(rates, texts, self.d_in, width) + SAE_PROBE_SECONDS * probes
 
     def pass_seconds(self) -> float:
         """Seconds of the model from the hook to its logits on the contexts of the loss."""
@@ -140,6 +160,19 @@ def training_seconds(
     return START_SECONDS + max([sum(jobs) / max(1, at_once), *jobs])
 
 
+@functools.cache
+def last_tokens(config: SaeProbesConfig) -> tuple[int, int, int]:
+    """Counts data sets of sae-probes, their texts and, about, their tokens; zeros where they can't
+    be read, which the launch itself refuses."""
+    try:
+        chosen = choose_datasets(config, find_folder(config.path))
+    except (SettingError, SourceError):
+        return 0, 0, 0
+    characters = sum(len(text) for each in chosen for text in each.texts)
+    texts = sum(len(each.texts) for each in chosen)
+    return len(chosen), texts, round(characters / TOKEN_CHARACTERS)
+
+
 def preparation_seconds(base: BaseConfig) -> float:
     """Seconds to harvest the activations to train and evaluate on, and those of probing texts, on
     all threads."""
@@ -147,6 +180,8 @@ def preparation_seconds(base: BaseConfig) -> float:
         return 0.0
     tokens = base.train.tokens + base.evaluation.tokens + calibration_tokens(base)
     tokens += probing_rows(base)
+    if base.evaluation.asks_sae_probes:
+        tokens += last_tokens(base.evaluation.sae_probes)[2]
     rates = model_rates(base.model.dtype)
     return harvest_seconds(language_model.size(base.model), base, tokens, rates) / (
         torch.get_num_threads()

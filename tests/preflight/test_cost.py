@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_probes_folders import made_folder
 
 from saelab.data.language_model import ModelConfig, size
 from saelab.preflight import launch_time
@@ -131,6 +132,33 @@ def test_a_language_model_is_as_fast_as_a_gemm_in_its_own_dtype(
     assert preparation_seconds(base) == pytest.approx(2 * preparation_seconds(fast))
     passes = [Measured.of(one, 192, 32).pass_seconds() for one in (base, fast)]
     assert passes[0] == pytest.approx(2 * passes[1])
+
+
+def test_the_data_sets_of_sae_probes_are_in_the_stated_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launch_time, "thread_rates", lambda precision="auto": rates())
+    monkeypatch.setattr(launch_time, "model_rates", lambda dtype: rates())
+    data = made_folder(tmp_path / "data", {"1_a": 160, "2_b": 170})
+    base = BaseConfig()
+    asked = base.patched(
+        {
+            "evaluation.extra": ["sae_probes"],
+            "evaluation.sae_probes": {"path": str(data), "k_values": [1, 2], "draws": 5},
+        }
+    )
+    sets, texts, tokens = launch_time.last_tokens(asked.evaluation.sae_probes)
+    assert (sets, texts) == (2, 330) and tokens > texts
+    passed = harvest_seconds(size(base.model), base, tokens, rates()) / torch.get_num_threads()
+    assert preparation_seconds(asked) - preparation_seconds(base) == pytest.approx(passed)
+    more, less = (Measured.of(one, 192, 32) for one in (asked, base))
+    added = more.evaluation_seconds(rates(), 1536) - less.evaluation_seconds(rates(), 1536)
+    probes = launch_time.SAE_PROBE_SECONDS * 2 * 2 * 5
+    assert added == pytest.approx(probes + encode_seconds(rates(), texts, 192, 1536))
+    of_level = (one.evaluation_seconds(rates(), 1536, at_target=False) for one in (more, less))
+    assert len(set(of_level)) == 1
+    absent = asked.patched({"evaluation.sae_probes.path": str(tmp_path / "absent")})
+    assert preparation_seconds(absent) == preparation_seconds(base)
 
 
 def test_a_model_at_hand_is_asked_itself() -> None:

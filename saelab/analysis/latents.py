@@ -7,7 +7,7 @@ harvested again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,11 @@ from saelab.study.plan import base_of_run
 
 #: Tokens shown before and after the strongest one. Our choice: two or three lines of code.
 BEFORE, AFTER = 16, 8
+#: Sign of a decoder for bytes that are no character, and what is shown in its place.
+UNDECODED, PART = "\ufffd", "⟨part⟩"
+#: Tokens that can hold parts of one character: UTF-8 has up to four bytes, and a token may end one
+#: character and begin the next. Our choice: enough for emojis in a row.
+MOST_PARTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +110,53 @@ class HeldOut:
         return "" if len(self._ids) and self.model is not None else FOREIGN_REASON
 
     def token(self, token: int) -> str:
-        """Decodes a token, with its leading space."""
+        """Decodes a token, with its leading space; `PART` for bytes that are no character."""
+        text = self._decode([token])
+        return PART if UNDECODED in text else text
+
+    def words(self, context: int) -> list[str]:
+        """Decodes each token of a context, so that all of them together are its text.
+
+        A character that is split over several tokens, as emojis often are, is given whole to the
+        last of them and the others get ''.
+        """
+        if context not in self._words:
+            self._words[context] = join_characters(self.ids(context), self._decode)
+        return self._words[context]
+
+    @cached_property
+    def _words(self) -> dict[int, list[str]]:
+        return {}
+
+    def _decode(self, tokens: Sequence[int]) -> str:
         assert self.model is not None
         tokenizer = self.model.tokenizer
-        piece = str(tokenizer.convert_ids_to_tokens(token))
-        if piece.startswith("▁"):  # sentencepiece; decoding one token alone loses the space
-            return piece.replace("▁", " ")
-        return str(tokenizer.decode([token]))
+        if len(tokens) == 1:
+            piece = str(tokenizer.convert_ids_to_tokens(tokens[0]))
+            if piece.startswith("▁"):  # sentencepiece; decoding one token alone loses the space
+                return piece.replace("▁", " ")
+        return str(tokenizer.decode(list(tokens)))
+
+
+def join_characters(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """Decodes tokens one by one, and together where one alone holds only a part of a character.
+
+    Args:
+        decode: tokens -> text, with U+FFFD for bytes that are no character.
+
+    Returns: a text for each token; `PART` where no tokens that follow complete the character.
+    """
+    words: list[str] = []
+    while len(words) < len(tokens):
+        start = len(words)
+        for stop in range(start + 1, min(start + MOST_PARTS, len(tokens)) + 1):
+            text = decode(tokens[start:stop])
+            if UNDECODED not in text:
+                words += [""] * (stop - start - 1) + [text]
+                break
+        else:
+            words.append(PART)
+    return words
 
 
 def primary_arms(run: RunFolder) -> list[str]:

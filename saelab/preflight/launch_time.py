@@ -33,7 +33,7 @@ from saelab.preflight.cost import (
     probing_rows,
     step_seconds,
 )
-from saelab.preflight.rates import Rates, thread_rates
+from saelab.preflight.rates import Rates, model_rates, thread_rates
 from saelab.preflight.sae_probes_cost import sae_probes_cost
 from saelab.study.calibration import calibration_tokens
 from saelab.study.plan import BASELINE, BaseConfig, CellSpec, frozen_control
@@ -77,9 +77,9 @@ class Measured:
         encoded = encode_seconds(rates, self.base.evaluation.tokens, self.d_in, width)
         passes = PASSES if at_target else PASSES_OF_LEVEL
         probing = self.probing_seconds(rates, width) if at_target else 0.0
-        return encoded + passes * self.pass_seconds(rates) + probing
+        return encoded + passes * self.pass_seconds() + probing
 
-    def pass_seconds(self, rates: Rates) -> float:
+    def pass_seconds(self) -> float:
         """Seconds of the model from the hook to its logits on the contexts of the loss."""
         if self.size is None:
             return 0.0
@@ -87,7 +87,8 @@ class Measured:
         whole = base.patched({"hook_name": f"blocks.{size.blocks - 1}.hook_resid_post"})
         after = harvest_flops(size, whole) - harvest_flops(size, base)
         logits = 2 * size.vocabulary * size.d_model
-        return base.evaluation.loss_contexts * base.context * (after + logits) / rates.model
+        rate = model_rates(base.model.dtype).model
+        return base.evaluation.loss_contexts * base.context * (after + logits) / rate
 
     def probing_seconds(self, rates: Rates, width: int) -> float:
         """Seconds to encode the probing texts and solve the probes."""
@@ -151,7 +152,7 @@ def preparation_seconds(base: BaseConfig) -> float:
         return 0.0
     tokens = base.train.tokens + base.evaluation.tokens + calibration_tokens(base)
     tokens += probing_rows(base) + sae_probes_cost(base).tokens
-    rates = thread_rates()
+    rates = model_rates(base.model.dtype)
     return harvest_seconds(language_model.size(base.model), base, tokens, rates) / (
         torch.get_num_threads()
     )

@@ -21,18 +21,22 @@ class _Texts:
     """Tokens of one held-out text: distinct strings, and the pieces that are shown."""
 
     def __init__(self, data: HeldOut) -> None:
-        self.data, self.strings, self._number = data, [], {}
+        self.data = data
+        self._number: dict[str, int] = {}
         self._spans: dict[int, list[tuple[int, int]]] = {}
 
-    strings: list[str]
-    _number: dict[int, int]
+    @property
+    def strings(self) -> list[str]:
+        """Distinct strings, in the order of their numbers."""
+        return list(self._number)
 
-    def number(self, token: int) -> int:
+    def number(self, text: str) -> int:
+        """Index into `strings` of a token's text, which is added where it is new."""
+        return self._number.setdefault(text, len(self._number))
+
+    def number_token(self, token: int) -> int:
         """Index into `strings` of a token, given its id in the model's vocabulary."""
-        if token not in self._number:
-            self._number[token] = len(self.strings)
-            self.strings.append(self.data.token(token))
-        return self._number[token]
+        return self.number(self.data.token(token))
 
     def show(self, example: Example) -> None:
         span = (example.start, example.start + len(example.values))
@@ -42,10 +46,10 @@ class _Texts:
         """Context -> [start, token numbers] of pieces that do not touch."""
         pieces: dict[str, list[Any]] = {}
         for context, spans in sorted(self._spans.items()):
-            ids = self.data.ids(context)
-            if ids:
+            words = self.data.words(context) if self.data.ids(context) else []
+            if words:
                 pieces[str(context)] = [
-                    [start, [self.number(token) for token in ids[start:stop]]]
+                    [start, [self.number(word) for word in words[start:stop]]]
                     for start, stop in _join_spans(spans)
                 ]
         return pieces
@@ -133,7 +137,7 @@ def _example(example: Example, largest: float) -> list[Any]:
 def _lens(lens: Lens, texts: _Texts) -> dict[str, Any]:
     return {
         name: [
-            [texts.number(token), round(value, 2)]
+            [texts.number_token(token), round(value, 2)]
             for token, value in tokens
             if math.isfinite(value)
         ]

@@ -122,6 +122,9 @@ class MadeUpText:
     def ids(self, context: int) -> list[int]:
         return [(context + position) % 16 for position in range(64)]
 
+    def words(self, context: int) -> list[str]:
+        return [self.WORDS[token] for token in self.ids(context)]
+
     def token(self, token: int) -> str:
         return self.WORDS[token]
 

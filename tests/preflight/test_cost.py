@@ -22,7 +22,7 @@ from saelab.preflight.launch_time import (
     preparation_seconds,
     training_seconds,
 )
-from saelab.preflight.rates import RATES, Rates, size_of, thread_rates
+from saelab.preflight.rates import RATES, Rates, model_rates, size_of, thread_rates
 from saelab.study.calibration import calibration_tokens
 from saelab.study.plan import Arm, BaseConfig, PlanConfig, Run, cells, read_base
 from saelab.training.calibration_text import MOST_ROWS
@@ -61,6 +61,7 @@ def test_a_launch_is_cells_evaluations_and_controls_on_the_threads_of_this_machi
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launch_time, "thread_rates", lambda precision="auto": rates())
+    monkeypatch.setattr(launch_time, "model_rates", lambda dtype: rates())
     base = BaseConfig()
     specs = cells(PlanConfig(study="test"), base, Run("test", [Arm("baseline")]))
     levels = sorted({spec.id.level for spec in specs})
@@ -87,6 +88,7 @@ def test_a_launch_is_cells_evaluations_and_controls_on_the_threads_of_this_machi
 
 def test_what_is_not_measured_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_time, "thread_rates", lambda precision="auto": rates())
+    monkeypatch.setattr(launch_time, "model_rates", lambda dtype: rates())
     base = BaseConfig()
     unprobed = base.patched({"evaluation.probing.entries": "none"})
     with_probes, without = (
@@ -100,12 +102,13 @@ def test_what_is_not_measured_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_sae_probes_takes_time_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_time, "thread_rates", lambda precision="auto": rates())
+    monkeypatch.setattr(launch_time, "model_rates", lambda dtype: rates())
     base = BaseConfig()
     asked = base.patched({"evaluation.extra": ["sae_probes"]})
     before, after = (
         Measured.of(one, 192, 32).evaluation_seconds(rates(), 1536) for one in (base, asked)
     )
-    fits = 47 * 3 * 8 * 0.009  # data sets, draws, numbers of latents
+    fits = 47 * 3 * 8 * 0.014  # data sets, draws, numbers of latents
     assert after - before == pytest.approx(fits + encode_seconds(rates(), 134_938, 192, 1536))
     assert preparation_seconds(asked) > preparation_seconds(base)
     slower = asked.patched({"evaluation.sae_probes.definition": 1})
@@ -127,6 +130,22 @@ def test_rates_of_a_thread_are_measured_once_and_leave_the_threads_alone() -> No
     assert measured is thread_rates("float32")
     assert 1e8 < measured.matrix < 1e14 and 1e8 < measured.memory < 1e13
     assert measured.model < measured.matrix
+
+
+def test_a_language_model_is_as_fast_as_a_gemm_in_its_own_dtype(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for dtype, share in (("float32", 0.95), ("bfloat16", 0.75)):
+        measured = model_rates(dtype)
+        assert measured is thread_rates(dtype)
+        assert measured.model == pytest.approx(share * measured.matrix)
+    by_dtype = {"float32": rates(), "bfloat16": rates(peak_flops=2e12)}
+    monkeypatch.setattr(launch_time, "model_rates", by_dtype.__getitem__)
+    base = BaseConfig()
+    fast = base.patched({"model.dtype": "bfloat16"})
+    assert preparation_seconds(base) == pytest.approx(2 * preparation_seconds(fast))
+    passes = [Measured.of(one, 192, 32).pass_seconds() for one in (base, fast)]
+    assert passes[0] == pytest.approx(2 * passes[1])
 
 
 def test_a_model_at_hand_is_asked_itself() -> None:

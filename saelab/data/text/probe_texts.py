@@ -45,7 +45,9 @@ _BINARY = "Binary Classification"
 
 
 def texts(split: str) -> Iterator[str]:
-    """Yields the texts of a split, each once, data set by data set.
+    """Yields the texts of a split, each once, in the order of their hashes.
+
+    That mixes the data sets: so many tokens of a split are as varied as the whole of it.
 
     Raises: SettingError for another split; SourceError when the package is missing or damaged.
     """
@@ -56,18 +58,17 @@ def texts(split: str) -> Iterator[str]:
     long = _long_sets(tuple(files.items()))
     side = [name for name in files if name in long and (name in HELD_OUT) == (split == "held_out")]
     seen = {text_hash(text) for name in files.keys() - set(side) for text in _prompts(files[name])}
+    found: dict[bytes, str] = {}
     for name in side:
         for text in _prompts(files[name]):
-            key = text_hash(text)
-            if key not in seen:
-                seen.add(key)
-                yield text
+            found.setdefault(text_hash(text), text)
+    yield from (found[key] for key in sorted(found.keys() - seen))
 
 
 def manifest(split: str) -> dict[str, Any]:
     """Returns the identity of a split: package, rule of the split, and a hash of every file."""
     files = {name: sha256(file) for name, file in data_sets().items()}
-    rule = {"held_out": sorted(HELD_OUT), "long": LONG}
+    rule = {"held_out": sorted(HELD_OUT), "long": LONG, "order": "hash"}
     return {"corpus": f"{PACKAGE} texts", "split": split, "rule": rule, "files": files}
 
 

@@ -1,0 +1,508 @@
+"""An SAE inside a transformers model: reads its code, edits it, and puts the result in place of the
+activation.
+
+    error=False    y is replaced by x_hat(f'), f' the edited code: without an edit the splice of the
+                   evaluation (`saelab.evals.splices`), bit for bit
+    error=True     y is replaced by y + x_hat(f') - x_hat(f): without an edit y itself, bit for bit,
+                   because the difference is computed as (f' - f) W_dec
+
+y is the activation x that the SAE reads or, of a transcoder, that at its target's hook point.
+Tokens that evaluations do not count (special ones and padding) stay as they are.
+
+Gradients go through the SAE: to its code, and through it to what comes before in the model. The
+error y - x_hat(f) is a constant in them, as in Marks et al. 2024 (sparse feature circuits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saelab import formats
+from saelab.analysis.code_edits import (
+    Edit,
+    Positions,
+    check_latent,
+    check_value,
+    parse_positions,
+)
+from saelab.analysis.code_gradient import (
+    code_with_gradient,
+    difference,
+    frozen_twin,
+    reconstruction,
+    with_value,
+)
+from saelab.data import language_model
+from saelab.data.hook_names import split_hooks
+from saelab.data.language_model import LanguageModel, ModelConfig
+from saelab.data.model_hooks import keep_shape_and_dtype, run_hooks
+from saelab.data.text.tokens import counted_positions, decode_token, tokenize_texts
+from saelab.errors import MismatchError, SettingError
+from saelab.evals.core_data import reconstruct
+from saelab.evals.splices import splice_counted
+from saelab.sae import SAE
+
+#: The longest text of a model that says no limit.
+LONGEST = 1 << 16
+
+
+@dataclass(frozen=True, eq=False)
+class TextCode:
+    """Code of one text.
+
+    Args:
+        tokens: its tokens as text, the first one being that which begins a context.
+        ids: int64 [positions].
+        code: float32 [positions, d_sae]; 0 at special tokens, which are not read.
+    """
+
+    tokens: list[str]
+    ids: Tensor
+    code: Tensor
+
+
+@dataclass(eq=False)
+class _Pass:
+    """State of one forward pass.
+
+    Args:
+        mask: where a position counts, bool [contexts, positions], on the CPU.
+        first: position in the text of its first column; above 0 where a cache holds the others.
+        made: rows that replace those of each target, or are added to them; None before they are
+            computed.
+    """
+
+    mask: Tensor
+    first: int
+    made: tuple[_Replacement, ...] | None = None
+    code: Tensor | None = None
+
+    def positions(self) -> Tensor:
+        """Positions of the counted rows, int64 [n]."""
+        columns = torch.arange(self.first, self.first + self.mask.shape[1])
+        return columns.expand(self.mask.shape)[self.mask]
+
+
+@dataclass(frozen=True, eq=False)
+class _Replacement:
+    """Rows [n, d]: `value` in place of the activation or, with the error, added to it; the
+    gradient is that of `graph`, where there is one."""
+
+    value: Tensor
+    graph: Tensor | None
+    added: bool
+
+    def at(self, y: Tensor, starts: Tensor) -> Tensor:
+        """Replaces the counted rows y [n, d]."""
+        value = y + self.value if self.added else self.value
+        return value if self.graph is None else with_value(value, self.graph)
+
+
+class Attached:
+    """An SAE in a model; see this module. Made by `attach`.
+
+    Args:
+        model: with hook points.
+        sae: as given.
+        hook: hook point that is read.
+        targets: hook points that are replaced.
+        error: whether the error of the reconstruction stays in the model.
+    """
+
+    def __init__(
+        self, model: LanguageModel, sae: SAE, hook: str, targets: Sequence[str], error: bool
+    ) -> None:
+        self.model, self.sae, self.hook, self.targets = model, sae, hook, tuple(targets)
+        self.error, self.record = error, False
+        self.edits: list[Edit] = []
+        self._twin = frozen_twin(sae, model.device)
+        self._pass: _Pass | None = None
+
+    def __repr__(self) -> str:
+        place = " -> ".join(dict.fromkeys((self.hook, ", ".join(self.targets))))
+        kind = "with" if self.error else "without"
+        return f"Attached({place}, {self.sae.d_sae} latents, {kind} error, {len(self.edits)} edits)"
+
+    # ---- edits -------------------------------------------------------------------------------
+
+    def scale(self, latent: int, by: float, positions: Positions = None) -> Attached:
+        """Multiplies a latent at positions (all by default); returns itself."""
+        return self._edit("scale", latent, by, positions)
+
+    def ablate(self, latent: int, positions: Positions = None) -> Attached:
+        """Sets a latent to 0 at positions (all by default); returns itself."""
+        return self._edit("set", latent, 0.0, positions)
+
+    def set(self, latent: int, value: float, positions: Positions = None) -> Attached:
+        """Sets a latent to a value, in the unit of the code; returns itself."""
+        return self._edit("set", latent, value, positions)
+
+    def add(self, latent: int, value: float, positions: Positions = None) -> Attached:
+        """Adds a value to a latent, in the unit of the code, also where it is not active; returns
+        itself."""
+        return self._edit("add", latent, value, positions)
+
+    def clear(self) -> Attached:
+        """Removes all edits; returns itself."""
+        self.edits.clear()
+        return self
+
+    def _edit(self, kind: Any, latent: int, value: float, positions: Positions) -> Attached:
+        edit = Edit(
+            latent=check_latent(latent, self.sae.d_sae),
+            kind=kind,
+            value=check_value(value),
+            positions=parse_positions(positions),
+        )
+        self.edits.append(edit)
+        return self
+
+    # ---- text --------------------------------------------------------------------------------
+
+    def encode_text(self, text: str) -> Tensor:
+        """Returns the token ids of a text, int64 [1, positions], after the token that begins a
+        context."""
+        longest = (self.model.max_context or LONGEST) + 1
+        ids, attention, _ = tokenize_texts([text], self._tokenizer, longest)
+        return ids[:, : int(attention.sum())].to(self.model.device)
+
+    def codes(self, text: str) -> TextCode:
+        """Computes the code of a text, before edits of this SAE."""
+        ids = self.encode_text(text)
+        with torch.no_grad(), self._recording():
+            self.model.model.base_model(input_ids=ids)
+            code = self.code
+        return self._of_text(ids, code)
+
+    def attribution(self, text: str, metric: Callable[[Tensor], Tensor]) -> TextCode:
+        """Attributes a metric of the logits to latents: f_i * d metric / d f_i, a first-order
+        estimate of what the metric loses without the latent at that position.
+
+        Args:
+            text: one text.
+            metric: logits [positions, vocabulary] -> 0-dim tensor.
+        """
+        ids = self.encode_text(text)
+        with torch.enable_grad(), self._recording():
+            value = metric(self.model.logits(ids, gradient=True)[0])
+            if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
+                remedy = "return one number computed from the logits, such as logits[-1, 7]"
+                raise SettingError("metric", type(value).__name__, remedy)
+            state = self._state
+            assert state.code is not None
+            (gradient,) = torch.autograd.grad(value, state.code, allow_unused=True)
+            gradient = torch.zeros_like(state.code) if gradient is None else gradient
+            scores = self._at_positions(state, (state.code * gradient).detach())
+        return self._of_text(ids, scores)
+
+    def generate(self, prompt: str, tokens: int = 40, cache: bool = True) -> str:
+        """Continues a prompt by the most likely tokens; returns the text with the prompt.
+
+        Args:
+            tokens: at most so many new ones.
+            cache: stores keys and values, so that each step computes only the new position.
+        """
+        ids = self.encode_text(prompt)
+        return generate_text(self.model, ids, tokens, cache and not self.sae.needs_contexts)
+
+    @property
+    def code(self) -> Tensor:
+        """Code before edits of the last pass with `record` set, float32 [contexts, positions,
+        d_sae]; 0 at positions that do not count."""
+        state = self._state
+        if state.code is None:
+            raise SettingError("record", self.record, "set it to True before the model runs")
+        return self._at_positions(state, state.code)
+
+    @property
+    def _tokenizer(self) -> Any:
+        if isinstance(self.model.tokenizer, _NoTokenizer):
+            remedy = "a text needs one: give attach(..., tokenizer=...), or run the model on ids"
+            raise SettingError("tokenizer", None, remedy)
+        return self.model.tokenizer
+
+    @property
+    def _state(self) -> _Pass:
+        if self._pass is None:
+            raise SettingError("record", self.record, "run the model first, inside the with block")
+        return self._pass
+
+    def _of_text(self, ids: Tensor, code: Tensor) -> TextCode:
+        row = ids[0].cpu()
+        tokens = [decode_token(self._tokenizer, int(i)) for i in row]
+        return TextCode(tokens, row, code[0].cpu())
+
+    @staticmethod
+    def _at_positions(state: _Pass, rows: Tensor) -> Tensor:
+        """Returns rows [n, d] at their places, [contexts, positions, d]."""
+        out = rows.new_zeros(*state.mask.shape, rows.shape[1])
+        return out.index_put((state.mask.to(rows.device),), rows)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        before, self.record = self.record, True
+        try:
+            yield
+        finally:
+            self.record = before
+
+    # ---- hooks -------------------------------------------------------------------------------
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Puts the SAE into the model within the block."""
+        point = self.model.hook_point
+        functions = {point(self.hook): self._at_hook}
+        if self.sae.has_target:
+            parts = enumerate(self.targets)
+            functions |= {point(name): partial(self._at_target, i) for i, name in parts}
+        begin = self.model.model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        try:
+            with run_hooks(functions):
+                yield
+        finally:
+            begin.remove()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Reads what the pass is about from the model's inputs."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if ids is None else ids
+        if given is None:
+            raise SettingError("input_ids", None, "run the model on token ids or embeddings")
+        past = kwargs.get("past_key_values")
+        first = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
+        if first and self.sae.needs_contexts:
+            remedy = "the code depends on the tokens before, which a cache of keys leaves out: "
+            raise SettingError("use_cache", True, f"{remedy}generate with use_cache=False")
+        mask = torch.ones(given.shape[:2], dtype=torch.bool)
+        if ids is not None and not isinstance(self.model.tokenizer, _NoTokenizer):
+            mask = counted_positions(ids, self.model.tokenizer)
+        attention = kwargs.get("attention_mask")
+        if isinstance(attention, Tensor) and attention.dim() == 2:
+            mask = mask & attention[:, -mask.shape[1] :].bool().cpu()
+        self._pass = _Pass(mask, first)
+
+    def _at_hook(self, x: Tensor) -> Tensor | None:
+        """Computes the code of the activation; replaces it unless there is a target."""
+        state = self._state
+        with_gradient = torch.is_grad_enabled() and (x.requires_grad or self.record)
+        idle = self.error and not (self.edits or self.record or with_gradient)
+        if idle or not state.mask.any():
+            state.made = ()
+            return None
+
+        def instead(rows: Tensor, starts: Tensor) -> Tensor:
+            if rows.shape[1] != self.sae.d_in:
+                raise _wrong_width(self.hook, self.sae.d_in, rows.shape[1])
+            state.made = self._made(state, rows, starts, with_gradient)
+            return rows if self.sae.has_target else state.made[0].at(rows, starts)
+
+        new = keep_shape_and_dtype(splice_counted(instead, state.mask), state.mask.shape)(x)
+        return None if self.sae.has_target else new
+
+    def _at_target(self, i: int, y: Tensor) -> Tensor | None:
+        state = self._state
+        if state.made is None:
+            remedy = f"the model reaches it before {self.hook}: name a target after it"
+            raise SettingError("target", self.targets[i], remedy)
+        if not state.made:
+            return None
+        splice = splice_counted(state.made[i].at, state.mask)
+        return keep_shape_and_dtype(splice, state.mask.shape)(y)
+
+    def _made(
+        self, state: _Pass, rows: Tensor, starts: Tensor, with_gradient: bool
+    ) -> tuple[_Replacement, ...]:
+        """Computes what happens to the rows of each target."""
+        sae, edits = self._twin, self.edits
+        parts = list(reconstruct(sae, rows.detach(), starts))
+        codes = [(block, code) for block, _, code in parts]
+        f: Tensor | None = None
+        if with_gradient:
+            f = code_with_gradient(sae, rows, codes, starts)
+            f = f if f.requires_grad else f.requires_grad_()
+        elif edits or self.record:
+            f = torch.cat([code.dense() for _, code in codes])
+        state.code = f if self.record else None
+        changed = f
+        positions = state.positions().to(rows.device)
+        for edit in edits:
+            assert changed is not None
+            changed = edit.apply(changed, positions)
+        with torch.no_grad():
+            if self.error:
+                value = rows.new_zeros(len(rows), sae.d_out)
+                if edits and f is not None and changed is not None:
+                    value = difference(sae, changed - f, rows)
+            elif edits and changed is not None:
+                value = reconstruction(sae, changed, rows)
+            else:
+                value = torch.cat([x_hat for _, x_hat, _ in parts])
+        graph = None
+        if with_gradient and changed is not None:
+            graph = reconstruction(sae, changed, rows)
+        widths = sae.dims.target_blocks
+        values = value.split(widths, dim=1)
+        graphs = [None] * len(widths) if graph is None else graph.split(widths, dim=1)
+        made = zip(values, graphs, strict=True)
+        return tuple(_Replacement(one, path, self.error) for one, path in made)
+
+
+#: SAEs that are in a model now.
+_ACTIVE: list[Attached] = []
+
+
+@dataclass(frozen=True)
+class _NoTokenizer:
+    """Stand-in for the tokenizer of a model that is given without one."""
+
+    all_special_ids: list[int] = field(default_factory=list)
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return f"token {token}"
+
+
+@contextmanager
+def attach(
+    model: Any,
+    sae: SAE | str | Path,
+    hook: str | None = None,
+    *,
+    target: str | Sequence[str] | None = None,
+    error: bool = True,
+    tokenizer: Any = None,
+) -> Iterator[Attached]:
+    """Puts an SAE into a language model within a `with` block, and removes it at its end.
+
+    with saelab.attach(model, sae, "blocks.2.hook_resid_post", tokenizer=tokenizer) as inside:
+        print(inside.codes("def add(a, b):").code.shape)
+        inside.add(7, 4.0)               # or scale, ablate, set; positions=... for some
+        print(inside.generate("def add("))    # or the model's own generate and forward
+
+    Blocks may be nested, also on one hook point: the first one reads and replaces first.
+
+    Args:
+        model: a transformers model; or what `saelab.settings` has as model.path ('embedded', a
+            folder, a name on the hub), which is then loaded.
+        sae: an SAE, or the folder of one in any format that `saelab.load` recognises.
+        hook: hook point that is read; by default that which the SAE's folder names.
+        target: of a transcoder, the hook point or points that it reconstructs.
+        error: keeps the reconstruction's error in the model, so that only edits change anything;
+            False replaces the activation by the reconstruction.
+        tokenizer: of a transformers model: texts need it, and its special tokens are left alone.
+
+    Raises: SettingError for an unknown hook point or block, and a target that is missing or in
+        excess; MismatchError where the SAE and the activations differ in width.
+    """
+    if isinstance(sae, (str, Path)):
+        loaded = formats.load(Path(sae))
+        inputs, outputs = split_hooks(loaded.origin.hook_name)
+        hook = hook if hook is not None else ", ".join(inputs) or None
+        target = target if target is not None else outputs or None
+        sae = loaded.sae
+    whole = as_language_model(model, tokenizer)
+    attached = Attached(whole, sae, *_checked_places(whole, sae, hook, target), error)
+    with attached.hooked():
+        _ACTIVE.append(attached)
+        try:
+            yield attached
+        finally:
+            _ACTIVE.remove(attached)
+
+
+def as_language_model(model: Any, tokenizer: Any = None) -> LanguageModel:
+    """Returns a model with hook points from any form that `attach` takes.
+
+    Raises: SettingError for anything else; SourceError for a model that does not run on text.
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    if isinstance(model, (str, Path)):
+        return language_model.load(ModelConfig(path=str(model)))
+    active = next((one.model for one in _ACTIVE if one.model.model is model), None)
+    if active is not None:  # whose hooks would disturb the trial of another
+        return active
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_input_embeddings"):
+        remedy = "give a transformers model, or a path such as 'embedded'"
+        raise SettingError("model", type(model).__name__, remedy)
+    given: Any = model
+    training = given.training
+    try:
+        return LanguageModel(
+            given.eval(),
+            _NoTokenizer() if tokenizer is None else tokenizer,
+            ModelConfig(path=given.config.name_or_path or type(given).__name__),
+            digest="",
+            has_head=given.can_generate(),
+        )
+    finally:
+        given.train(training)
+
+
+def _checked_places(
+    model: LanguageModel, sae: SAE, hook: str | None, target: str | Sequence[str] | None
+) -> tuple[str, tuple[str, ...]]:
+    """Returns the hook points that are read and replaced; raises as `attach`."""
+    if len(sae.dims.input_blocks) > 1:
+        remedy = "the SAE reads all of them at once, but one activation is replaced before the "
+        remedy += "next is reached: attach an SAE or a transcoder of one input"
+        raise SettingError("hook", len(sae.dims.input_blocks), remedy)
+    if hook is None:
+        raise SettingError("hook", None, "name the hook point, such as blocks.2.hook_resid_post")
+    targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
+    if sae.has_target and len(targets) != len(sae.dims.targets):
+        remedy = f"the SAE is a transcoder with {len(sae.dims.targets)} of them: name as many"
+        raise SettingError("target", target, remedy)
+    if targets and not sae.has_target:
+        raise SettingError("target", target, "the SAE reconstructs its input: leave it out")
+    places = targets or (hook,)
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    widths = {name: x.shape[2] for name, x in model.activations(ids, None, (hook, *places)).items()}
+    if widths[hook] != sae.d_in:
+        raise _wrong_width(hook, sae.d_in, widths[hook])
+    for name, width in zip(places, sae.dims.target_blocks, strict=True):
+        if widths[name] != width:
+            raise _wrong_width(name, width, widths[name])
+    return hook, places
+
+
+def _wrong_width(hook: str, width: int, actual: int) -> MismatchError:
+    remedy = "attach it at the hook point that it was trained on"
+    return MismatchError(
+        f"the SAE has {width} channels, but the activations at {hook} have {actual}: {remedy}"
+    )
+
+
+@torch.no_grad()
+def generate_text(model: LanguageModel, ids: Tensor, tokens: int, cache: bool = True) -> str:
+    """Continues ids [1, positions] by the most likely tokens; returns the text after the first id.
+
+    Raises: SettingError where the model has no head, or takes fewer positions.
+    """
+    if not model.has_head:
+        kind = type(model.model).__name__
+        raise SettingError("model", kind, "has no language-model head: name a causal model")
+    if tokens < 1:
+        raise SettingError("tokens", tokens, "generate at least 1 token")
+    longest = model.max_context
+    if longest is not None and ids.shape[1] + tokens > longest:
+        most = f"the model takes {longest} positions and the prompt has {ids.shape[1]}"
+        raise SettingError("tokens", tokens, f"{most}: lower it, or shorten the prompt")
+    generate: Any = model.model.generate
+    out = generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        use_cache=cache,
+        pad_token_id=model.tokenizer.pad_token_id or 0,
+    )
+    return str(model.tokenizer.decode(out[0, 1:], skip_special_tokens=True))

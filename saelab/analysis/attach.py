@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,21 @@ from saelab.analysis.code_gradient import (
     reconstruction,
     with_value,
 )
-from saelab.data import language_model
+from saelab.analysis.host_model import (
+    NoTokenizer,
+    as_language_model,
+    check_places,
+    generate_text,
+    wrong_width,
+)
 from saelab.data.hook_names import split_hooks
-from saelab.data.language_model import LanguageModel, ModelConfig
+from saelab.data.language_model import LanguageModel
 from saelab.data.model_hooks import keep_shape_and_dtype, run_hooks
 from saelab.data.text.tokens import counted_positions, decode_token, tokenize_texts
-from saelab.errors import MismatchError, SettingError
+from saelab.errors import SettingError
 from saelab.evals.core_data import reconstruct
 from saelab.evals.splices import splice_counted
+from saelab.runtime.counting import count
 from saelab.sae import SAE
 
 #: The longest text of a model that says no limit.
@@ -128,8 +135,8 @@ class Attached:
 
     def __repr__(self) -> str:
         place = " -> ".join(dict.fromkeys((self.hook, ", ".join(self.targets))))
-        kind = "with" if self.error else "without"
-        return f"Attached({place}, {self.sae.d_sae} latents, {kind} error, {len(self.edits)} edits)"
+        size, edits = count(self.sae.d_sae, "latent"), count(len(self.edits), "edit")
+        return f"Attached({place}, {size}, {edits}, error={self.error})"
 
     # ---- edits -------------------------------------------------------------------------------
 
@@ -224,7 +231,7 @@ class Attached:
 
     @property
     def _tokenizer(self) -> Any:
-        if isinstance(self.model.tokenizer, _NoTokenizer):
+        if isinstance(self.model.tokenizer, NoTokenizer):
             remedy = "a text needs one: give attach(..., tokenizer=...), or run the model on ids"
             raise SettingError("tokenizer", None, remedy)
         return self.model.tokenizer
@@ -278,12 +285,13 @@ class Attached:
         if given is None:
             raise SettingError("input_ids", None, "run the model on token ids or embeddings")
         past = kwargs.get("past_key_values")
-        first = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
+        length = getattr(past, "get_seq_length", None)
+        first = int(length()) if length is not None else 0
         if first and self.sae.needs_contexts:
             remedy = "the code depends on the tokens before, which a cache of keys leaves out: "
             raise SettingError("use_cache", True, f"{remedy}generate with use_cache=False")
         mask = torch.ones(given.shape[:2], dtype=torch.bool)
-        if ids is not None and not isinstance(self.model.tokenizer, _NoTokenizer):
+        if ids is not None and not isinstance(self.model.tokenizer, NoTokenizer):
             mask = counted_positions(ids, self.model.tokenizer)
         attention = kwargs.get("attention_mask")
         if isinstance(attention, Tensor) and attention.dim() == 2:
@@ -301,7 +309,7 @@ class Attached:
 
         def instead(rows: Tensor, starts: Tensor) -> Tensor:
             if rows.shape[1] != self.sae.d_in:
-                raise _wrong_width(self.hook, self.sae.d_in, rows.shape[1])
+                raise wrong_width(self.hook, self.sae.d_in, rows.shape[1])
             state.made = self._made(state, rows, starts, with_gradient)
             return rows if self.sae.has_target else state.made[0].at(rows, starts)
 
@@ -322,52 +330,41 @@ class Attached:
         self, state: _Pass, rows: Tensor, starts: Tensor, with_gradient: bool
     ) -> tuple[_Replacement, ...]:
         """Computes what happens to the rows of each target."""
-        sae, edits = self._twin, self.edits
+        sae = self._twin
         parts = list(reconstruct(sae, rows.detach(), starts))
         codes = [(block, code) for block, _, code in parts]
         f: Tensor | None = None
         if with_gradient:
             f = code_with_gradient(sae, rows, codes, starts)
             f = f if f.requires_grad else f.requires_grad_()
-        elif edits or self.record:
+        elif self.edits or self.record:
             f = torch.cat([code.dense() for _, code in codes])
         state.code = f if self.record else None
-        changed = f
-        positions = state.positions().to(rows.device)
-        for edit in edits:
-            assert changed is not None
-            changed = edit.apply(changed, positions)
+        changed = None if f is None else self._edited(f, state.positions().to(rows.device))
         with torch.no_grad():
-            if self.error:
-                value = rows.new_zeros(len(rows), sae.d_out)
-                if edits and f is not None and changed is not None:
-                    value = difference(sae, changed - f, rows)
-            elif edits and changed is not None:
-                value = reconstruction(sae, changed, rows)
+            if not self.edits or f is None or changed is None:
+                x_hat = torch.cat([x_hat for _, x_hat, _ in parts])
+                value = torch.zeros_like(x_hat) if self.error else x_hat
+            elif self.error:
+                value = difference(sae, changed - f, rows)
             else:
-                value = torch.cat([x_hat for _, x_hat, _ in parts])
-        graph = None
-        if with_gradient and changed is not None:
-            graph = reconstruction(sae, changed, rows)
+                value = reconstruction(sae, changed, rows)
         widths = sae.dims.target_blocks
-        values = value.split(widths, dim=1)
-        graphs = [None] * len(widths) if graph is None else graph.split(widths, dim=1)
-        made = zip(values, graphs, strict=True)
-        return tuple(_Replacement(one, path, self.error) for one, path in made)
+        graphs: Sequence[Tensor | None] = [None] * len(widths)
+        if with_gradient and changed is not None:
+            graphs = reconstruction(sae, changed, rows).split(widths, dim=1)
+        made = zip(value.split(widths, dim=1), graphs, strict=True)
+        return tuple(_Replacement(one, graph, self.error) for one, graph in made)
+
+    def _edited(self, f: Tensor, positions: Tensor) -> Tensor:
+        """Applies the edits to the code [n, d_sae] of rows at these positions."""
+        for edit in self.edits:
+            f = edit.apply(f, positions)
+        return f
 
 
 #: SAEs that are in a model now.
 _ACTIVE: list[Attached] = []
-
-
-@dataclass(frozen=True)
-class _NoTokenizer:
-    """Stand-in for the tokenizer of a model that is given without one."""
-
-    all_special_ids: list[int] = field(default_factory=list)
-
-    def convert_ids_to_tokens(self, token: int) -> str:
-        return f"token {token}"
 
 
 @contextmanager
@@ -408,101 +405,11 @@ def attach(
         hook = hook if hook is not None else ", ".join(inputs) or None
         target = target if target is not None else outputs or None
         sae = loaded.sae
-    whole = as_language_model(model, tokenizer)
-    attached = Attached(whole, sae, *_checked_places(whole, sae, hook, target), error)
+    whole = as_language_model(model, tokenizer, [one.model for one in _ACTIVE])
+    attached = Attached(whole, sae, *check_places(whole, sae, hook, target), error)
     with attached.hooked():
         _ACTIVE.append(attached)
         try:
             yield attached
         finally:
             _ACTIVE.remove(attached)
-
-
-def as_language_model(model: Any, tokenizer: Any = None) -> LanguageModel:
-    """Returns a model with hook points from any form that `attach` takes.
-
-    Raises: SettingError for anything else; SourceError for a model that does not run on text.
-    """
-    if isinstance(model, LanguageModel):
-        return model
-    if isinstance(model, (str, Path)):
-        return language_model.load(ModelConfig(path=str(model)))
-    active = next((one.model for one in _ACTIVE if one.model.model is model), None)
-    if active is not None:  # whose hooks would disturb the trial of another
-        return active
-    if not isinstance(model, nn.Module) or not hasattr(model, "get_input_embeddings"):
-        remedy = "give a transformers model, or a path such as 'embedded'"
-        raise SettingError("model", type(model).__name__, remedy)
-    given: Any = model
-    training = given.training
-    try:
-        return LanguageModel(
-            given.eval(),
-            _NoTokenizer() if tokenizer is None else tokenizer,
-            ModelConfig(path=given.config.name_or_path or type(given).__name__),
-            digest="",
-            has_head=given.can_generate(),
-        )
-    finally:
-        given.train(training)
-
-
-def _checked_places(
-    model: LanguageModel, sae: SAE, hook: str | None, target: str | Sequence[str] | None
-) -> tuple[str, tuple[str, ...]]:
-    """Returns the hook points that are read and replaced; raises as `attach`."""
-    if len(sae.dims.input_blocks) > 1:
-        remedy = "the SAE reads all of them at once, but one activation is replaced before the "
-        remedy += "next is reached: attach an SAE or a transcoder of one input"
-        raise SettingError("hook", len(sae.dims.input_blocks), remedy)
-    if hook is None:
-        raise SettingError("hook", None, "name the hook point, such as blocks.2.hook_resid_post")
-    targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
-    if sae.has_target and len(targets) != len(sae.dims.targets):
-        remedy = f"the SAE is a transcoder with {len(sae.dims.targets)} of them: name as many"
-        raise SettingError("target", target, remedy)
-    if targets and not sae.has_target:
-        raise SettingError("target", target, "the SAE reconstructs its input: leave it out")
-    places = targets or (hook,)
-    ids = torch.zeros(1, 2, dtype=torch.int64)
-    widths = {name: x.shape[2] for name, x in model.activations(ids, None, (hook, *places)).items()}
-    if widths[hook] != sae.d_in:
-        raise _wrong_width(hook, sae.d_in, widths[hook])
-    for name, width in zip(places, sae.dims.target_blocks, strict=True):
-        if widths[name] != width:
-            raise _wrong_width(name, width, widths[name])
-    return hook, places
-
-
-def _wrong_width(hook: str, width: int, actual: int) -> MismatchError:
-    remedy = "attach it at the hook point that it was trained on"
-    return MismatchError(
-        f"the SAE has {width} channels, but the activations at {hook} have {actual}: {remedy}"
-    )
-
-
-@torch.no_grad()
-def generate_text(model: LanguageModel, ids: Tensor, tokens: int, cache: bool = True) -> str:
-    """Continues ids [1, positions] by the most likely tokens; returns the text after the first id.
-
-    Raises: SettingError where the model has no head, or takes fewer positions.
-    """
-    if not model.has_head:
-        kind = type(model.model).__name__
-        raise SettingError("model", kind, "has no language-model head: name a causal model")
-    if tokens < 1:
-        raise SettingError("tokens", tokens, "generate at least 1 token")
-    longest = model.max_context
-    if longest is not None and ids.shape[1] + tokens > longest:
-        most = f"the model takes {longest} positions and the prompt has {ids.shape[1]}"
-        raise SettingError("tokens", tokens, f"{most}: lower it, or shorten the prompt")
-    generate: Any = model.model.generate
-    out = generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=False,
-        use_cache=cache,
-        pad_token_id=model.tokenizer.pad_token_id or 0,
-    )
-    return str(model.tokenizer.decode(out[0, 1:], skip_special_tokens=True))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import SettingError
+from saelab.runtime.counting import count
 
 #: Positions of a text, counted from 0: one, a slice, several, or None for all.
 Positions = int | slice | Iterable[int] | None
@@ -61,7 +62,7 @@ class Edit:
 def check_latent(latent: int, d_sae: int) -> int:
     """Returns the latent; raises SettingError unless it is one of d_sae."""
     if isinstance(latent, bool) or not isinstance(latent, int) or not 0 <= latent < d_sae:
-        remedy = f"the SAE has {d_sae} latents, counted from 0: the last is {d_sae - 1}"
+        remedy = f"the SAE has {count(d_sae, 'latent')}, counted from 0: the last is {d_sae - 1}"
         raise SettingError("latent", latent, remedy)
     return latent
 

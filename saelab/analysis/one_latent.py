@@ -21,6 +21,7 @@ from saelab.evals import latent_examples
 from saelab.evals.latent_examples import Example
 from saelab.launch.prepare import held_out
 from saelab.runs.folder import run_cells
+from saelab.runtime.counting import count
 from saelab.sae import SAE
 from saelab.study.plan import BaseConfig
 
@@ -71,7 +72,7 @@ class LatentView:
     def lines(self) -> Iterator[str]:
         """Yields lines for a terminal."""
         data = self.as_dict()
-        yield f"latent {data['latent']} of {self.d_sae}, on {self.tokens:,} held-out tokens"
+        yield f"latent {data['latent']} of {self.d_sae}, on {count(self.tokens, 'held-out token')}"
         yield (
             f"density {data['density']:.3g}   share of the loss {data['loss_share']:.3g}   "
             f"largest value {data['largest']:.4g}"
@@ -79,7 +80,7 @@ class LatentView:
         near = ", ".join(f"{i} ({cosine:.2f})" for i, cosine in data["neighbours"])
         yield f"nearest decoder rows (cosine)  {near or 'none: it is the only latent'}"
         for name in ("raised", "lowered"):
-            shown = ", ".join(f"{_shown(t)!r} {value:+.2f}" for t, value in data[name])
+            shown = ", ".join(f"{_on_one_line(t)!r} {value:+.2f}" for t, value in data[name])
             yield f"tokens {name}  {shown or self.why_no_lens}"
         yield "contexts, the strongest first" if data["contexts"] else "it never fires there"
         for context in data["contexts"]:
@@ -137,7 +138,8 @@ def saved_sae(path: Path, config: Path | None = None, format: str = "") -> tuple
     cells = run_cells(path)
     if cells is not None:
         example = f", such as {cells[0].folder}" if cells else ""
-        remedy = f"is a run with {len(cells)} SAEs: name the folder of one of its cells{example}"
+        size = count(len(cells), "SAE")
+        remedy = f"is a run with {size}: name the folder of one of its cells{example}"
         raise SettingError("SAE", str(path), remedy)
     loaded = formats.load(path, format)
     base, _ = settings_of(path, config)
@@ -220,13 +222,13 @@ def steer(
     return Steered(prompt=prompt, latent=latent, by=by, plain=plain, steered=steered)
 
 
-def _shown(token: str) -> str:
+def _on_one_line(token: str) -> str:
     return token.replace("\r", "").replace("\n", LINE_BREAK)
 
 
 def _marked(context: dict[str, Any]) -> str:
     """Returns the text of a context on one line, with the strongest token between » and «."""
-    tokens = [_shown(token) for token in context["tokens"]]
+    tokens = [_on_one_line(token) for token in context["tokens"]]
     if tokens:
         tokens[context["peak"]] = f"»{tokens[context['peak']]}«"
     return "".join(tokens)

@@ -377,7 +377,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hook": None}, SettingError, "name the hook point"),
     ({"sae": sae_of(8)}, MismatchError, "has 8 channels, but the activations at .* have 16"),
     ({"target": OUT_OF_MLP}, SettingError, "reconstructs its input: leave it out"),
-    ({"sae": sae_of(WIDTH, d_out=WIDTH)}, SettingError, "is a transcoder with 1 of them"),
+    ({"sae": sae_of(WIDTH, d_out=WIDTH)}, SettingError, "is a transcoder of 1 target"),
     ({"model": 3}, SettingError, "give a transformers model"),
 ]
 

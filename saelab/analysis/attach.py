@@ -45,6 +45,7 @@ from saelab.analysis.host_model import (
     as_language_model,
     check_places,
     generate_text,
+    modules_around,
     wrong_width,
 )
 from saelab.data.hook_names import split_hooks
@@ -85,12 +86,21 @@ class _Pass:
         first: position in the text of its first column; above 0 where a cache holds the others.
         made: rows that replace those of each target, or are added to them; None before they are
             computed.
+        ids: token ids, int64 [contexts, positions]; None for embeddings.
+        code: before edits, [n, d_sae]; None where it is not recorded.
     """
 
     mask: Tensor
     first: int
+    ids: Tensor | None
     made: tuple[_Replacement, ...] | None = None
     code: Tensor | None = None
+
+    def goes_on(self, ids: Tensor | None, given: Tensor) -> bool:
+        """Returns True where a part of the model that gets ids, or embeddings, belongs to this
+        pass: the hook is not reached yet, and the ids are the same."""
+        same = ids is None or ids is self.ids
+        return self.made is None and same and given.shape[:2] == self.mask.shape
 
     def positions(self) -> Tensor:
         """Positions of the counted rows, int64 [n]."""
@@ -132,6 +142,7 @@ class Attached:
         self.edits: list[Edit] = []
         self._twin = frozen_twin(sae, model.device)
         self._pass: _Pass | None = None
+        self._inside = False
 
     def __repr__(self) -> str:
         place = " -> ".join(dict.fromkeys((self.hook, ", ".join(self.targets))))
@@ -177,6 +188,9 @@ class Attached:
     def encode_text(self, text: str) -> Tensor:
         """Returns the token ids of a text, int64 [1, positions], after the token that begins a
         context."""
+        if not self._inside:
+            remedy = "has ended, and the SAE is out of the model: use it inside its with block"
+            raise SettingError("attach", self.hook, remedy)
         longest = (self.model.max_context or LONGEST) + 1
         ids, attention, _ = tokenize_texts([text], self._tokenizer, longest)
         return ids[:, : int(attention.sum())].to(self.model.device)
@@ -200,6 +214,8 @@ class Attached:
         ids = self.encode_text(text)
         with torch.enable_grad(), self._recording():
             value = metric(self.model.logits(ids, gradient=True)[0])
+            if not self._state.mask.any():
+                raise SettingError("text", text, "has no token that counts: give another")
             if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
                 remedy = "return one number computed from the logits, such as logits[-1, 7]"
                 raise SettingError("metric", type(value).__name__, remedy)
@@ -271,38 +287,52 @@ class Attached:
         if self.sae.has_target:
             parts = enumerate(self.targets)
             functions |= {point(name): partial(self._at_target, i) for i, name in parts}
-        begin = self.model.model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        begin = [
+            module.register_forward_pre_hook(self._begin, with_kwargs=True)
+            for module in modules_around(self.model)
+        ]
         try:
             with run_hooks(functions):
+                self._inside = True
                 yield
         finally:
-            begin.remove()
+            self._inside = False
+            for handle in begin:
+                handle.remove()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Reads what the pass is about from the model's inputs."""
+        """Reads what the pass is about from the inputs of the model, or of a part of it that runs
+        within that pass or by itself."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs.get("inputs_embeds") if ids is None else ids
         if given is None:
-            raise SettingError("input_ids", None, "run the model on token ids or embeddings")
-        past = kwargs.get("past_key_values")
-        length = getattr(past, "get_seq_length", None)
+            return
+        within = self._pass
+        if within is not None and module is not self.model.model and within.goes_on(ids, given):
+            return
+        attention = kwargs.get("attention_mask")
+        padded = isinstance(attention, Tensor) and attention.dim() == 2
+        length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)
         first = int(length()) if length is not None else 0
+        if padded:  # of all positions, also of those that a cache of another kind holds
+            first = max(first, attention.shape[1] - given.shape[1])
         if first and self.sae.needs_contexts:
             remedy = "the code depends on the tokens before, which a cache of keys leaves out: "
             raise SettingError("use_cache", True, f"{remedy}generate with use_cache=False")
         mask = torch.ones(given.shape[:2], dtype=torch.bool)
         if ids is not None and not isinstance(self.model.tokenizer, NoTokenizer):
             mask = counted_positions(ids, self.model.tokenizer)
-        attention = kwargs.get("attention_mask")
-        if isinstance(attention, Tensor) and attention.dim() == 2:
+        if padded:
             mask = mask & attention[:, -mask.shape[1] :].bool().cpu()
-        self._pass = _Pass(mask, first)
+        self._pass = _Pass(mask, first, ids)
 
     def _at_hook(self, x: Tensor) -> Tensor | None:
         """Computes the code of the activation; replaces it unless there is a target."""
         state = self._state
         with_gradient = torch.is_grad_enabled() and (x.requires_grad or self.record)
         idle = self.error and not (self.edits or self.record or with_gradient)
+        if not state.mask.any() and self.record:
+            state.code = x.new_zeros(0, self.sae.d_sae, dtype=torch.float32)
         if idle or not state.mask.any():
             state.made = ()
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from saelab.data import language_model
 from saelab.data.language_model import LanguageModel, ModelConfig
+from saelab.data.model_structure import path_of
 from saelab.errors import MismatchError, SettingError
 from saelab.runtime.counting import count
 from saelab.sae import SAE
@@ -43,13 +45,15 @@ def as_language_model(
         return language_model.load(ModelConfig(path=str(model)))
     same = next((one for one in active if one.model is model), None)
     if same is not None:
-        return same
+        twin = copy.copy(same)
+        twin.tokenizer = same.tokenizer if tokenizer is None else tokenizer
+        return twin
     if not isinstance(model, nn.Module) or not hasattr(model, "get_input_embeddings"):
         remedy = "give a transformers model, or a path such as 'embedded'"
         raise SettingError("model", type(model).__name__, remedy)
     given: Any = model
     given_tokenizer: Any = NoTokenizer() if tokenizer is None else tokenizer
-    training = given.training
+    training = [module for module in given.modules() if module.training]
     try:
         return LanguageModel(
             given.eval(),
@@ -59,7 +63,15 @@ def as_language_model(
             has_head=given.can_generate(),
         )
     finally:
-        given.train(training)
+        for module in training:
+            module.training = True
+
+
+def modules_around(model: LanguageModel) -> list[nn.Module]:
+    """Returns the modules that hold the blocks, the whole model first: a pass goes through some of
+    them, and which ones depends on the model's code and on what is called."""
+    path = path_of(model.model, model.blocks).split(".")[:-1]
+    return [model.model.get_submodule(".".join(path[:n])) for n in range(len(path) + 1)]
 
 
 def check_places(
@@ -74,9 +86,8 @@ def check_places(
         raise SettingError("hook", None, "name the hook point, such as blocks.2.hook_resid_post")
     targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
     if sae.has_target and len(targets) != len(sae.dims.targets):
-        remedy = (
-            f"the SAE is a transcoder of {count(len(sae.dims.targets), 'target')}: name as many"
-        )
+        number = count(len(sae.dims.targets), "target")
+        remedy = f"the SAE is a transcoder of {number}: name as many"
         raise SettingError("target", target, remedy)
     if targets and not sae.has_target:
         raise SettingError("target", target, "the SAE reconstructs its input: leave it out")
@@ -92,6 +103,7 @@ def check_places(
 
 
 def wrong_width(hook: str, width: int, actual: int) -> MismatchError:
+    """Returns the error of an SAE whose width is not that of the activations."""
     problem = f"the SAE has {count(width, 'channel')}, but the activations at {hook} have {actual}"
     return MismatchError(f"{problem}: attach it at the hook point that it was trained on")
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, WIDTH, llama, save_tokenizer
+from tiny_models import (
+    GROUPED,
+    IDS,
+    SIZES,
+    VOCABULARY,
+    WIDTH,
+    built,
+    llama,
+    save_tokenizer,
+)
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -19,6 +28,7 @@ from saelab.data.language_model import LanguageModel, ModelConfig, load
 from saelab.data.text.tokens import counted_positions
 from saelab.errors import MismatchError, SettingError
 from saelab.evals.core_data import CoreData, reconstruct
+from saelab.evals.splices import splice_counted
 from saelab.sae import SAE, SAEConfig
 from saelab.seeding import torch_stream
 
@@ -293,7 +303,7 @@ def test_a_code_that_follows_the_context_refuses_the_cache(
 
 @pytest.mark.parametrize("kind", ["topk", "relu", "jumprelu", "scaled"])
 def test_gradients_go_through_the_sae(tokenizer: Any, kind: str) -> None:
-    """To the embeddings as finite differences in float64-like steps say; weights get none."""
+    """To the embeddings, as finite differences measure it; weights of the SAE get none."""
     model, sae = llama().requires_grad_(False), sae_of(WIDTH, kind)
     embeds = model.get_input_embeddings()(random_ids(1, 6)).detach()
     direction = torch.randn(embeds.shape, generator=torch_stream(3, "test attach"))
@@ -414,6 +424,105 @@ def test_a_target_before_the_hook_is_refused(model: PreTrainedModel, tokenizer: 
         pytest.raises(SettingError, match="reaches it before"),
     ):
         logits(model, random_ids())
+
+
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "GPT-2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        IDS | {"n_embd": WIDTH, "n_layer": 3, "n_head": 2, "n_positions": 24},
+    ),
+    "OPT": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        SIZES | {"ffn_dim": 24, "word_embed_proj_dim": WIDTH, "do_layer_norm_before": True},
+    ),
+    "Gemma 3, sliding windows": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        GROUPED
+        | {
+            "head_dim": 8,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "Qwen 3": ("Qwen3Config", "Qwen3ForCausalLM", GROUPED | {"head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_other_families(tokenizer: Any, family: str) -> None:
+    config, name, settings = FAMILIES[family]
+    model, sae, ids = built(config, name, **settings), sae_of(WIDTH), random_ids()
+    clean = logits(model, ids)
+    with saelab.attach(model, sae, HOOK, tokenizer=tokenizer) as inside:
+        assert torch.equal(logits(model, ids), clean)
+        inside.add(7, 6.0, slice(8, None))
+        texts = [inside.generate(TEXT, 10, cache) for cache in (True, False)]
+        assert texts[0] == texts[1]
+    with saelab.attach(model, sae, HOOK, tokenizer=tokenizer, error=False) as inside:
+        mask = counted_positions(ids, tokenizer)
+        splice = splice_counted(
+            lambda x, starts: torch.cat([y for _, y, _ in reconstruct(sae, x, starts)]), mask
+        )
+        replaced = logits(model, ids)
+    assert torch.equal(replaced, inside.model.logits(ids, splice={HOOK: splice}))
+    assert torch.equal(logits(model, ids), clean) and not torch.equal(replaced, clean)
+
+
+def test_a_part_of_the_model_may_run_by_itself(model: PreTrainedModel, tokenizer: Any) -> None:
+    """The counted positions are those of the ids of the pass, whatever ran before; embeddings have
+    no special tokens."""
+    ids, sae = random_ids(), sae_of(WIDTH)
+    other = ids.flip(1)
+    embeds = model.get_input_embeddings()(ids).detach()
+    with saelab.attach(model, sae, HOOK, tokenizer=tokenizer) as inside, torch.no_grad():
+        inside.record = True
+        for run, first in (
+            (lambda: model(ids), False),
+            (lambda: model.base_model(other), True),
+            (lambda: model(input_ids=ids), False),
+            (lambda: model(inputs_embeds=embeds), True),
+            (lambda: model.base_model(input_ids=ids), False),
+            (lambda: model.base_model(inputs_embeds=embeds), True),
+        ):
+            run()
+            assert bool(inside.code[:, 0].any()) is first
+            assert bool(inside.code[:, 1:-1].any())
+
+
+def test_after_its_block_it_says_so(model: PreTrainedModel, tokenizer: Any) -> None:
+    with saelab.attach(model, sae_of(WIDTH), HOOK, tokenizer=tokenizer) as inside:
+        before = inside.codes(TEXT).code
+        assert not inside.codes("").code.any() and len(inside.codes("").code) == 1
+        with pytest.raises(SettingError, match="has no token that counts"):
+            inside.attribution("", lambda logits: logits[-1, 3])
+    assert bool(before.any())
+    for call in (inside.codes, inside.generate):
+        with pytest.raises(SettingError, match="use it inside its with block"):
+            call(TEXT)
+
+
+def test_the_mode_of_each_module_stays(model: PreTrainedModel, tokenizer: Any) -> None:
+    model.train()
+    model.lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    with saelab.attach(model, sae_of(WIDTH).train(), HOOK, tokenizer=tokenizer) as inside:
+        assert inside.sae.training and bool(inside.codes(TEXT).code.any())
+        assert [module.training for module in model.modules()] == modes
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_nested_one_may_bring_the_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
+    sae = sae_of(WIDTH)
+    with (
+        saelab.attach(model, sae, HOOK, error=False) as first,
+        saelab.attach(model, sae, LAST, tokenizer=tokenizer) as second,
+    ):
+        assert second.codes(TEXT).code.shape == (7, D_SAE)
+        with pytest.raises(SettingError, match="tokenizer"):
+            first.codes(TEXT)
 
 
 def test_a_text_needs_a_tokenizer_and_ids_do_not(model: PreTrainedModel) -> None:

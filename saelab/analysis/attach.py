@@ -310,11 +310,14 @@ class Attached:
         within = self._pass
         if within is not None and module is not self.model.model and within.goes_on(ids, given):
             return
-        attention = kwargs.get("attention_mask")
-        padded = isinstance(attention, Tensor) and attention.dim() == 2
+        attended = kwargs.get("attention_mask")
+        plain = isinstance(attended, Tensor) and attended.dim() == 2
+        attention: Tensor | None = attended if plain else None
         length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)
         first = int(length()) if length is not None else 0
-        if padded:  # of all positions, also of those that a cache of another kind holds
+        if (
+            attention is not None
+        ):  # of all positions, also of those that a cache of another kind holds
             first = max(first, attention.shape[1] - given.shape[1])
         if first and self.sae.needs_contexts:
             remedy = "the code depends on the tokens before, which a cache of keys leaves out: "
@@ -322,7 +325,7 @@ class Attached:
         mask = torch.ones(given.shape[:2], dtype=torch.bool)
         if ids is not None and not isinstance(self.model.tokenizer, NoTokenizer):
             mask = counted_positions(ids, self.model.tokenizer)
-        if padded:
+        if attention is not None:
             mask = mask & attention[:, -mask.shape[1] :].bool().cpu()
         self._pass = _Pass(mask, first, ids)
 

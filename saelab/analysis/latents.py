@@ -7,7 +7,7 @@ harvested again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,6 @@ from torch import Tensor
 from saelab import formats
 from saelab.data.activations.store import FOREIGN_REASON, Source
 from saelab.data.language_model import LanguageModel
-from saelab.data.text.tokens import decode_token
 from saelab.errors import SettingError
 from saelab.evals import latent_examples
 from saelab.evals.latent_examples import Example, Lens, Survey
@@ -109,7 +108,11 @@ class HeldOut:
     def token(self, token: int) -> str:
         """Decodes a token, with its leading space."""
         assert self.model is not None
-        return decode_token(self.model.tokenizer, token)
+        tokenizer = self.model.tokenizer
+        piece = str(tokenizer.convert_ids_to_tokens(token))
+        if piece.startswith("▁"):  # sentencepiece; decoding one token alone loses the space
+            return piece.replace("▁", " ")
+        return str(tokenizer.decode([token]))
 
 
 def primary_arms(run: RunFolder) -> list[str]:
@@ -194,8 +197,8 @@ def describe(
     sae: SAE,
     data: HeldOut,
     survey: Survey,
-    picked: Mapping[int, str],
-    lives: Mapping[str, Sequence[int]],
+    picked: dict[int, str],
+    lives: dict[str, list[int]],
 ) -> list[Latent]:
     """Describes latents of an SAE.
 

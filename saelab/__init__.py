@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from saelab.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from saelab.analysis.attach import attach
     from saelab.analysis.leave_one_out import LeaveOneOut
     from saelab.api import (
         compare,
         evaluate,
         fine_tune,
+        latent,
         load,
         saebench_result,
         save,
@@ -31,9 +33,11 @@ if TYPE_CHECKING:
 
 #: Public name -> module that defines it.
 _PLACES = {
+    "attach": "saelab.analysis.attach",
     "compare": "saelab.api",
     "evaluate": "saelab.api",
     "fine_tune": "saelab.api",
+    "latent": "saelab.api",
     "load": "saelab.api",
     "saebench_result": "saelab.api",
     "save": "saelab.api",
@@ -71,10 +75,12 @@ __all__ = [
     "SAEConfig",
     "SyntheticConfig",
     "at_target",
+    "attach",
     "compare",
     "evaluate",
     "fine_tune",
     "generate",
+    "latent",
     "load",
     "main",
     "register",

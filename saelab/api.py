@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from saelab import formats
+from saelab.analysis import one_latent
 from saelab.analysis.evaluate import Bench
 from saelab.analysis.saebench import result_of
 from saelab.config import read_toml
@@ -195,6 +196,37 @@ def evaluate(
 
 _TABLE = "\n        ".join(f"'{one.name}': {one.description}" for one in of_subject())
 evaluate.__doc__ = inspect.cleandoc(evaluate.__doc__ or "").replace("{evals}", _TABLE)
+
+
+@standard_torch()
+def latent(
+    sae: SAE | str | Path,
+    index: int,
+    base: Base | None = None,
+    examples: int = 8,
+    cache: str | Path = ".",
+    format: str = "",
+) -> one_latent.LatentView:
+    """Describes one latent on held-out text: contexts, density, logit lens, nearest latents.
+
+    Args:
+        sae: in evaluation mode, or the folder of one: a cell of a run, or any that `load` reads.
+        index: of the latent, from 0.
+        base: model, hook and text; None takes those of the cell's run.
+        examples: number of contexts.
+        cache: harvested activations are stored in `<cache>/.saelab`.
+        format: of the folder, as for `load`.
+
+    Returns: a view that prints itself; `.as_dict()` is plain data, `.latent` the numbers.
+    Raises: SettingError for a latent that does not exist; MismatchError for another width.
+    """
+    if not isinstance(sae, SAE) and base is None:
+        sae, base = one_latent.saved_sae(Path(sae), None, format)
+    if base is None:
+        raise SettingError("base", None, "name model, hook and text: saelab.settings(...)")
+    subject = sae if isinstance(sae, SAE) else load(sae, format)
+    place = cache_folder(Path(cache))
+    return one_latent.view_latents(subject, [index], _settings(base), place, examples)[0]
 
 
 @standard_torch()

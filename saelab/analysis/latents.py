@@ -20,11 +20,12 @@ from saelab.data.activations.store import FOREIGN_REASON, Source
 from saelab.data.language_model import LanguageModel
 from saelab.errors import SettingError
 from saelab.evals import latent_examples
-from saelab.evals.latent_examples import Example, Lens
+from saelab.evals.latent_examples import Example, Lens, Survey
 from saelab.launch.latent_table import COMMON, FILE
 from saelab.launch.prepare import held_out
 from saelab.runs.folder import GATE, Member, RunFolder
 from saelab.runs.schema import CELLS, CellId
+from saelab.sae import SAE
 from saelab.storage.parquet import column_types, read_columns
 from saelab.study.plan import base_of_run
 
@@ -222,39 +223,56 @@ def _browsed(run: RunFolder, cell: Member, data: HeldOut, n: int, examples: int)
     sae = sae.to(torch.device(base_of_run(run).model.device)).eval()
     survey = latent_examples.survey(sae, data.source, examples)
     picked = latent_examples.pick(survey, n, cell.id.seed)
-    latents = list(picked)
-    texts = latent_examples.examples(sae, data.source, survey, latents, BEFORE, AFTER)
-    near = latent_examples.neighbours(sae, latents)
-    why_no_lens = latent_examples.why_no_lens(sae, data.model)
-    lenses: Sequence[Lens | None] = [None] * len(latents)
-    if not why_no_lens and data.model is not None:
-        lenses = latent_examples.lenses(sae, latents, data.model)
     lives = _lives(run, cell)
     return Browsed(
         run=run.folder.name,
         id=cell.id,
         d_sae=sae.d_sae,
         tokens=survey.tokens,
-        latents=[
-            Latent(
-                index=latent,
-                group=picked[latent],
-                density=float(survey.density[latent]),
-                loss_share=float(survey.loss_share[latent]),
-                largest=float(survey.strongest[0, latent]),
-                examples=texts[latent],
-                lens=lenses[i],
-                neighbours=near[i],
-                life={name: int(column[latent]) for name, column in lives.items()},
-            )
-            for i, latent in enumerate(latents)
-        ],
+        latents=describe(sae, data, survey, picked, lives),
         steps=_steps(run, cell),
-        why_no_lens=why_no_lens,
+        why_no_lens=latent_examples.why_no_lens(sae, data.model),
         why_no_text=data.why_no_text,
         why_no_life="" if lives else "this SAE has no part that records lifetimes",
         texts=data,
     )
+
+
+def describe(
+    sae: SAE,
+    data: HeldOut,
+    survey: Survey,
+    picked: dict[int, str],
+    lives: dict[str, list[int]],
+) -> list[Latent]:
+    """Describes latents of an SAE.
+
+    Args:
+        sae: in evaluation mode.
+        data: that was surveyed.
+        picked: latent -> why it was picked.
+        lives: name of a whole number that parts recorded -> its value for each latent.
+    """
+    latents = list(picked)
+    texts = latent_examples.examples(sae, data.source, survey, latents, BEFORE, AFTER)
+    near = latent_examples.neighbours(sae, latents)
+    lenses: Sequence[Lens | None] = [None] * len(latents)
+    if data.model is not None and not latent_examples.why_no_lens(sae, data.model):
+        lenses = latent_examples.lenses(sae, latents, data.model)
+    return [
+        Latent(
+            index=latent,
+            group=picked[latent],
+            density=float(survey.density[latent]),
+            loss_share=float(survey.loss_share[latent]),
+            largest=float(survey.strongest[0, latent]),
+            examples=texts[latent],
+            lens=lenses[i],
+            neighbours=near[i],
+            life={name: int(column[latent]) for name, column in lives.items()},
+        )
+        for i, latent in enumerate(latents)
+    ]
 
 
 def _lives(run: RunFolder, cell: Member) -> dict[str, list[int]]:

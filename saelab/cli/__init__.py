@@ -9,7 +9,7 @@ from functools import partial
 
 import typer
 
-from saelab.cli import drivers, models, parts, plan, results, run, saes, train
+from saelab.cli import drivers, latents, models, parts, plan, results, run, saes, train
 from saelab.cli.common import Guarded
 
 #: Plain help, and errors whose last line says what is wrong.
@@ -42,6 +42,8 @@ COMMANDS = (
     (app, "difference", results.difference),
     (app, "probing", results.probing),
     (app, "eval", saes.evaluate),
+    (app, "latent", latents.latent),
+    (app, "steer", latents.steer),
     (app, "export", saes.export),
     (app, "parts", parts.parts),
     (app, "check-part", parts.check_part),

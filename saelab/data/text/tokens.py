@@ -352,3 +352,20 @@ def tokenize_texts(
         attention[row, : len(filled)] = True
     mask = attention & (special.is_ordinary(ids) if unknown else special.is_counted(ids))
     return torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(mask)
+
+
+def counted_positions(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Returns where a position counts, that is has no special id; bool, on the CPU, in the shape of
+    ids.
+
+    Raises: SourceError when no special id can begin a context.
+    """
+    return torch.from_numpy(_Ids.from_tokenizer(tokenizer).is_counted(ids.cpu().numpy()))
+
+
+def decode_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Decodes one token id, with its leading space."""
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    if piece.startswith("▁"):  # sentencepiece; decoding one token alone loses the space
+        return piece.replace("▁", " ")
+    return str(tokenizer.decode([token]))

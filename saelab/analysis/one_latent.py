@@ -88,14 +88,14 @@ class LatentView:
 
     def _context(self, example: Example) -> dict[str, Any]:
         stop = example.start + len(example.values)
-        ids = [] if self.why_no_text else self.texts.ids(example.context)[example.start : stop]
+        words = [] if self.why_no_text else self.texts.words(example.context)[example.start : stop]
         peak = example.peak - example.start
         return {
             "context": example.context,
             "start": example.start,
             "peak": peak,
             "value": example.values[peak],
-            "tokens": [self.texts.token(i) for i in ids],
+            "tokens": words,
             "values": list(example.values),
         }
 

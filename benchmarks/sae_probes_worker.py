@@ -3,8 +3,8 @@
     python sae_probes_worker.py REQUEST.json
 
 The request names an SAE in SAELens' format, activations in the package's file format, data sets,
-setting, numbers of latents and a folder for results. The reply on stdout has the seconds of each
-data set. Nothing from saelab is imported here.
+setting, numbers of latents and a folder for results. The reply on stdout has the CPU seconds of
+each data set. Nothing from saelab is imported here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 del sys.path[0]  # the benchmark's own name must not hide that of the package
@@ -45,7 +45,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     }
     seconds = {}
     for name in request["datasets"]:
-        start = perf_counter()
+        start = process_time()
         run_sae_evals(
             sae=sae,
             reg_type=request["regularisation"],
@@ -53,7 +53,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
             datasets=[name],
             **common,
         )
-        seconds[name] = perf_counter() - start
+        seconds[name] = process_time() - start
         for method in request["baselines"]:
             run_baseline_evals(method=method, datasets=[name], **common)
     return {"seconds": seconds}

@@ -262,8 +262,8 @@ class _PackageSolver:
         x = coded.code[torch.from_numpy(split.train).to(coded.code.device)]
         best = order_columns(x, split.train_labels, config.normalisation == "mean")[: max(names)]
         sides = coded.sides(split, best)
-        if config.regularisation == "l2":
-            self._wait(item, sides, names)
+        if (config.regularisation, config.l1_solver) != ("l1", "saga"):
+            self._wait(item, LogisticProbe(sides, tuple(names), config.regularisation), names)
             return
         for k, name in names.items():
             item.add(name, _scores(sides.first_columns(k), lambda s: probe_logistic(s, SEED, "l1")))
@@ -273,13 +273,14 @@ class _PackageSolver:
         for method in self.config.baselines:
             name = f"{CHANNELS}_{method}"
             if method == "logistic" and not isinstance(sides, str):
-                self._wait(item, sides, {sides.x.shape[1]: name})
+                width = sides.x.shape[1]
+                self._wait(item, LogisticProbe(sides, (width,)), {width: name})
             else:
                 item.add(name, _scores(sides, lambda s, m=method: BASELINES[m](s, SEED)))
 
-    def _wait(self, item: Item, sides: Sides, names: dict[int, str]) -> None:
-        self.waiting.append((item, LogisticProbe(sides, tuple(names)), names))
-        self.numbers += sides.x.size + sides.test_x.size
+    def _wait(self, item: Item, probe: LogisticProbe, names: dict[int, str]) -> None:
+        self.waiting.append((item, probe, names))
+        self.numbers += probe.sides.x.size + probe.sides.test_x.size
 
 
 def _package_split(coded: _Coded, condition: Condition, rounded: bool = False) -> Split | str:

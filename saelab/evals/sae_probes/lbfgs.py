@@ -60,11 +60,15 @@ class Regressions:
 
 @dataclass(frozen=True, eq=False)
 class Solutions:
-    """Coefficients float64 [P, k], intercepts float64 [P] and iterations int64 [P]."""
+    """Coefficients float64 [P, k], intercepts float64 [P] and iterations int64 [P].
+
+    `stopped`, bool [P], is True where the limit of iterations ended the fit.
+    """
 
     coefficients: Tensor
     intercepts: Tensor
     iterations: Tensor
+    stopped: Tensor
 
 
 @dataclass(eq=False)
@@ -114,6 +118,7 @@ def fit_regressions(problems: Regressions) -> Solutions:
         torch.zeros(count, width, dtype=torch.float64, device=device),
         torch.zeros(count, dtype=torch.float64, device=device),
         torch.zeros(count, dtype=torch.int64, device=device),
+        torch.zeros(count, dtype=torch.bool, device=device),
     )
     if count:
         _Fit(problems, solutions).run()
@@ -245,6 +250,7 @@ class _Fit:
         self.solutions.coefficients[problem] = point[index, :-1]
         self.solutions.intercepts[problem] = point[index, -1]
         self.solutions.iterations[problem] = state.iterations[index]
+        self.solutions.stopped[problem] = state.iterations[index] >= MOST_ITERATIONS
         state.alive &= ~which
 
     def _forget(self, which: Tensor, gradient: Tensor) -> None:

@@ -1,8 +1,9 @@
-"""The package's logistic probes with an L2 penalty, those of many data sets together.
+"""The package's logistic probes, those of many data sets and numbers of columns together.
 
-Rows, folds, values of C and the choice among them are those of `package_probes`; the fits are those
-of scikit-learn's lbfgs (`lbfgs`), all values of C and folds of a group of data sets at once, then
-the fits to all training rows.
+Rows, folds, values of C and the choice among them are those of `package_probes`. With an L2 penalty
+the fits are those of scikit-learn's lbfgs (`lbfgs`), all values of C and folds of a group of data
+sets at once, then the fits to all training rows. With an L1 penalty they are the minima that its
+saga approaches (`l1_regressions`), one value of C after the other from the smallest.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.evals.sae_probes.l1_regressions import fit_l1_regressions
 from saelab.evals.sae_probes.lbfgs import (
     MEMORY,
-    MOST_ITERATIONS,
     Regressions,
     Solutions,
     fit_regressions,
@@ -42,10 +43,14 @@ BATCH_NUMBERS = 2**25
 
 @dataclass(frozen=True, eq=False)
 class LogisticProbe:
-    """Probes on the first columns of the same rows, one for each of `widths`."""
+    """Probes on the first columns of the same rows, one for each of `widths`.
+
+    `kind` is of the penalty, 'l2' or 'l1'.
+    """
 
     sides: Sides
     widths: tuple[int, ...]
+    kind: str = "l2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +60,7 @@ class _Task:
     place: int
     sides: Sides
     width: int
+    kind: str
     splits: Folds
 
 
@@ -68,7 +74,7 @@ class _Fit:
 
 
 def probe_all(probes: Sequence[LogisticProbe], seed: int = SEED) -> list[dict[int, Scores | str]]:
-    """Fits the probes.
+    """Fits the probes; `seed` is of the folds.
 
     Returns: for each, width -> numbers, or the reason why scikit-learn would refuse the rows.
     """
@@ -76,13 +82,14 @@ def probe_all(probes: Sequence[LogisticProbe], seed: int = SEED) -> list[dict[in
     splits: list[Folds] = []
     for probe, result in zip(probes, results, strict=True):
         reason = _refusal(probe.sides)
-        splits.append([] if reason else folds(probe.sides.y, seed))
-        if not reason and not splits[-1] and len(probe.sides.y) > NO_VALIDATION:
+        validated = not reason and len(probe.sides.y) > NO_VALIDATION
+        splits.append(folds(probe.sides.y, seed) if validated else [])
+        if validated and not splits[-1]:
             reason = NO_FOLD
         if reason:
             result |= dict.fromkeys(probe.widths, reason)
     tasks = [
-        _Task(place, probe.sides, width, splits[place])
+        _Task(place, probe.sides, width, probe.kind, splits[place])
         for place, probe in enumerate(probes)
         for width in probe.widths
         if width not in results[place]
@@ -103,8 +110,8 @@ def _refusal(sides: Sides) -> str:
 def _batches(tasks: Sequence[_Task]) -> Iterator[list[_Task]]:
     """Splits tasks into batches of like sizes, those of the same rows next to each other."""
 
-    def group(task: _Task) -> tuple[int, int]:
-        return max(task.width, NARROW), len(task.sides.y).bit_length()
+    def group(task: _Task) -> tuple[str, int, int]:
+        return task.kind, max(task.width, NARROW), len(task.sides.y).bit_length()
 
     batch: list[_Task] = []
     numbers = 0
@@ -129,15 +136,16 @@ def _solve(tasks: Sequence[_Task]) -> list[Scores]:
         for train, _ in task.splits
         if len(np.unique(task.sides.y[train])) == 2
     ]
-    solved = fit_regressions(rows.regressions(fits))
+    l1 = tasks[0].kind == "l1"
+    solved = _fit_path(rows, fits) if l1 else fit_regressions(rows.regressions(fits))
     chosen, validation = _choose(tasks, fits, solved)
     finals = [_Fit(i, strength, None) for i, strength in enumerate(chosen)]
-    final = fit_regressions(rows.regressions(finals))
+    final = (fit_l1_regressions if l1 else fit_regressions)(rows.regressions(finals))
     counts = np.zeros((2, len(tasks)), dtype=np.int64)
     for group, solutions in ((fits, solved), (finals, final)):
         of = [fit.task for fit in group]
         np.add.at(counts[0], of, 1)
-        np.add.at(counts[1], of, (solutions.iterations >= MOST_ITERATIONS).numpy())
+        np.add.at(counts[1], of, solutions.stopped.numpy())
     results = []
     for i, task in enumerate(tasks):
         sides, solution = task.sides, (final.coefficients[i], final.intercepts[i])
@@ -156,6 +164,22 @@ def _solve(tasks: Sequence[_Task]) -> list[Scores]:
             )
         )
     return results
+
+
+def _fit_path(rows: _Rows, fits: Sequence[_Fit]) -> Solutions:
+    """Fits with an L1 penalty, each from the solution at the next smaller C."""
+    width, count = rows.columns.shape[1], len(fits)
+    w, b = torch.zeros(count, width, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    iterations = torch.zeros(count, dtype=torch.int64)
+    stopped = torch.zeros(count, dtype=torch.bool)
+    last: tuple[Tensor, Tensor] | None = None
+    for strength in sorted({fit.strength for fit in fits}):
+        index = [i for i, fit in enumerate(fits) if fit.strength == strength]
+        solved = fit_l1_regressions(rows.regressions([fits[i] for i in index]), last)
+        last = solved.coefficients, solved.intercepts
+        w[index], b[index] = last
+        iterations[index], stopped[index] = solved.iterations, solved.stopped
+    return Solutions(w, b, iterations, stopped)
 
 
 class _Rows:

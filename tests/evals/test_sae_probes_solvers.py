@@ -164,7 +164,7 @@ def test_l2_probes_are_those_of_scikit_learn(n: int, count: int) -> None:
 
 def test_l1_probes_are_those_of_scikit_learn_where_it_converges() -> None:
     sides = [sides_of(300, 10 + seed, even=True) for seed in range(3)]
-    results = probe_all([LogisticProbe(each, (1, 4, 9), "l1") for each in sides])
+    results = probe_all([LogisticProbe(each, (1, 4, 9), absolute=True) for each in sides])
     for each, result in zip(sides, results, strict=True):
         for width, ours in result.items():
             theirs = probe_logistic(each.first_columns(width), kind="l1")
@@ -172,6 +172,23 @@ def test_l1_probes_are_those_of_scikit_learn_where_it_converges() -> None:
             assert (ours.fits, ours.stopped, theirs.stopped) == (theirs.fits, 0, 0)
             assert ours.auc == pytest.approx(theirs.auc, abs=2e-3)
             assert ours.accuracy == pytest.approx(theirs.accuracy, abs=5.1e-3)  # one row
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_rows_that_are_equal_tie(absolute: bool) -> None:
+    """A latent that is 0 on most rows, and says nothing on the others."""
+    draw = numpy_stream(0, "test", "rare")
+    for _ in range(5):
+        x = (draw.random((723, 9)) < 0.1) * draw.integers(1, 9, (723, 9)).astype(float)
+        y = draw.integers(0, 2, 723)
+        sides = Sides(x[:523], y[:523], x[523:], y[523:])
+        results = probe_all([LogisticProbe(sides, (1, 2, 9), absolute)])
+        for width, ours in results[0].items():
+            kind = "l1" if absolute else "l2"
+            theirs = probe_logistic(sides.first_columns(width), kind=kind)
+            assert not isinstance(ours, str)
+            assert ours.auc == pytest.approx(theirs.auc, abs=1e-12)
+            assert ours.validation_auc == pytest.approx(theirs.validation_auc, abs=1e-12)
 
 
 def test_rows_that_cannot_be_probed_have_reasons() -> None:

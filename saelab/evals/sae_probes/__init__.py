@@ -262,8 +262,9 @@ class _PackageSolver:
         x = coded.code[torch.from_numpy(split.train).to(coded.code.device)]
         best = order_columns(x, split.train_labels, config.normalisation == "mean")[: max(names)]
         sides = coded.sides(split, best)
-        if (config.regularisation, config.l1_solver) != ("l1", "saga"):
-            self._wait(item, LogisticProbe(sides, tuple(names), config.regularisation), names)
+        absolute = config.regularisation != "l2"
+        if not absolute or config.l1_solver == "newton":
+            self._wait(item, LogisticProbe(sides, tuple(names), absolute), names)
             return
         for k, name in names.items():
             item.add(name, _scores(sides.first_columns(k), lambda s: probe_logistic(s, SEED, "l1")))

@@ -8,6 +8,7 @@ saga approaches (`l1_regressions`), one value of C after the other from the smal
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -45,12 +46,12 @@ BATCH_NUMBERS = 2**25
 class LogisticProbe:
     """Probes on the first columns of the same rows, one for each of `widths`.
 
-    `kind` is of the penalty, 'l2' or 'l1'.
+    `absolute` is True for an L1 penalty, False for an L2 penalty.
     """
 
     sides: Sides
     widths: tuple[int, ...]
-    kind: str = "l2"
+    absolute: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class _Task:
     place: int
     sides: Sides
     width: int
-    kind: str
+    absolute: bool
     splits: Folds
 
 
@@ -89,7 +90,13 @@ def probe_all(probes: Sequence[LogisticProbe], seed: int = SEED) -> list[dict[in
         if reason:
             result |= dict.fromkeys(probe.widths, reason)
     tasks = [
-        _Task(place, probe.sides, width, probe.kind, splits[place])
+        _Task(
+            place=place,
+            sides=probe.sides,
+            width=width,
+            absolute=probe.absolute,
+            splits=splits[place],
+        )
         for place, probe in enumerate(probes)
         for width in probe.widths
         if width not in results[place]
@@ -110,8 +117,8 @@ def _refusal(sides: Sides) -> str:
 def _batches(tasks: Sequence[_Task]) -> Iterator[list[_Task]]:
     """Splits tasks into batches of like sizes, those of the same rows next to each other."""
 
-    def group(task: _Task) -> tuple[str, int, int]:
-        return task.kind, max(task.width, NARROW), len(task.sides.y).bit_length()
+    def group(task: _Task) -> tuple[bool, int, int]:
+        return task.absolute, max(task.width, NARROW), len(task.sides.y).bit_length()
 
     batch: list[_Task] = []
     numbers = 0
@@ -136,11 +143,11 @@ def _solve(tasks: Sequence[_Task]) -> list[Scores]:
         for train, _ in task.splits
         if len(np.unique(task.sides.y[train])) == 2
     ]
-    l1 = tasks[0].kind == "l1"
-    solved = _fit_path(rows, fits) if l1 else fit_regressions(rows.regressions(fits))
+    absolute = tasks[0].absolute
+    solved = _fit_path(rows, fits) if absolute else fit_regressions(rows.regressions(fits))
     chosen, validation = _choose(tasks, fits, solved)
     finals = [_Fit(i, strength, None) for i, strength in enumerate(chosen)]
-    final = (fit_l1_regressions if l1 else fit_regressions)(rows.regressions(finals))
+    final = (fit_l1_regressions if absolute else fit_regressions)(rows.regressions(finals))
     counts = np.zeros((2, len(tasks)), dtype=np.int64)
     for group, solutions in ((fits, solved), (finals, final)):
         of = [fit.task for fit in group]
@@ -207,12 +214,12 @@ class _Rows:
             weights[i, rows] = 1 / n
             penalties[i] = 1 / (fit.strength * n)
         return Regressions(
-            self.columns,
-            self.signs,
-            torch.tensor([self.of[fit.task] for fit in fits], dtype=torch.int64),
-            weights,
-            torch.tensor([self.tasks[fit.task].width for fit in fits], dtype=torch.int64),
-            penalties,
+            columns=self.columns,
+            signs=self.signs,
+            of=torch.tensor([self.of[fit.task] for fit in fits], dtype=torch.int64),
+            weights=weights,
+            widths=torch.tensor([self.tasks[fit.task].width for fit in fits], dtype=torch.int64),
+            penalties=penalties,
         )
 
 
@@ -242,10 +249,16 @@ def _choose(
 
 
 def _margins(x: Array, solution: Sequence[Tensor], width: int) -> Array:
+    """Returns the margins by scikit-learn's product: equal rows must tie as they do there."""
     coefficients, intercept = solution
-    return x[:, :width] @ coefficients[:width].numpy() + float(intercept)
+    columns = np.ascontiguousarray(x[:, :width])
+    return (columns @ coefficients[None, :width].numpy().T)[:, 0] + float(intercept)
 
 
 def _odds(margins: Array) -> Array:
-    """Returns probabilities, whose last bits tie where those of scikit-learn do."""
-    return torch.from_numpy(margins).sigmoid().numpy()
+    """Returns probabilities by scikit-learn's function.
+
+    Equal margins have equal ones, which torch's sigmoid does not promise: it computes the last rows
+    of an array in another way than the others.
+    """
+    return importlib.import_module("scipy.special").expit(margins)

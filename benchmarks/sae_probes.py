@@ -54,6 +54,7 @@ def main() -> None:
     made.add_argument("--setting", default="normal", choices=["normal", "scarcity", "imbalance"])
     made.add_argument("--k", default="1,2,4,8,16,32,64,128", help="numbers of latents")
     made.add_argument("--regularisation", default="l2", choices=["l2", "l1"], help="of the probes")
+    made.add_argument("--l1_solver", default="newton", choices=["newton", "saga"], help="ours")
     made.add_argument("--rounding", type=float, default=1e-6, help="of codes, in a second run")
     made.add_argument("--baselines", default="logistic,knn", help="of logistic, pca, knn, mlp")
     options = made.parse_args()
@@ -94,6 +95,7 @@ def _data(options: Namespace, base: BaseConfig, folder: Path) -> LastTokens:
             "datasets": names if names in ("short", "all") else names.split(","),
             "settings": [options.setting],
             "regularisation": options.regularisation,
+            "l1_solver": options.l1_solver,
             "k_values": [int(k) for k in options.k.split(",")],
             "baselines": [name for name in options.baselines.split(",") if name],
         }

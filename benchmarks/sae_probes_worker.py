@@ -3,8 +3,10 @@
     python sae_probes_worker.py REQUEST.json
 
 The request names an SAE in SAELens' format, activations in the package's file format, data sets,
-setting, numbers of latents and a folder for results. The reply on stdout has the seconds of each
-data set. Nothing from saelab is imported here.
+setting, numbers of latents and a folder for results. The reply on stdout has the CPU seconds of
+each data set. With "rounding" the SAE's codes are multiplied by 1 + that, or 1 - that, at random:
+how far the package's numbers then move is the least difference that another program can have.
+Nothing from saelab is imported here.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 del sys.path[0]  # the benchmark's own name must not hide that of the package
@@ -35,6 +37,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(request["threads"])
     sae = SAE.load_from_disk(request["sae"], device="cpu")
+    if request["rounding"]:
+        _round(sae, request["rounding"])
     common = {
         "model_name": request["model_name"],
         "hook_name": request["hook_name"],
@@ -45,7 +49,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     }
     seconds = {}
     for name in request["datasets"]:
-        start = perf_counter()
+        start = process_time()
         run_sae_evals(
             sae=sae,
             reg_type=request["regularisation"],
@@ -53,10 +57,24 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
             datasets=[name],
             **common,
         )
-        seconds[name] = perf_counter() - start
+        seconds[name] = process_time() - start
         for method in request["baselines"]:
             run_baseline_evals(method=method, datasets=[name], **common)
     return {"seconds": seconds}
+
+
+def _round(sae: Any, size: float) -> None:
+    """Changes the last bits of the codes."""
+    import torch
+
+    encode, draw = sae.encode, torch.Generator().manual_seed(0)
+
+    def rounded(x: Any) -> Any:
+        code = encode(x)
+        up = torch.randint(2, code.shape, generator=draw) * 2 - 1
+        return code * (1 + size * up)
+
+    sae.encode = rounded
 
 
 if __name__ == "__main__":

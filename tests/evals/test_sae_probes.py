@@ -308,6 +308,20 @@ def test_fits_that_stop_early_are_counted() -> None:
     assert value(rows, "sae_probes_unconverged") > 0
 
 
+def test_minima_with_an_l1_penalty_are_asked_for() -> None:
+    asked = {"definition": 1, "regularisation": "l1", "k_values": [3, 20]}
+    fast = made(entry("1_a", 400, 1), **asked, l1_solver="newton")
+    slow = made(entry("1_a", 400, 1), **asked)
+    assert "l1_solver" not in slow.config.model_dump(mode="json")  # keys of stored cells
+    assert slow.content() != fast.content()
+    rows, theirs = evaluate_sae_probes(Relu(), fast), evaluate_sae_probes(Relu(), slow)
+    for k in (3, 20):
+        auc = f"sae_probes_top_{k}_auc"
+        assert value(rows, auc) == pytest.approx(value(theirs, auc), abs=0.01)
+    assert rows != theirs
+    assert value(rows, "sae_probes_unconverged") == 0
+
+
 def test_folds_have_both_classes() -> None:
     y = np.array([0, 0, 0, 1, 1, 1, 0, 1])
     pairs = folds(y, 42)

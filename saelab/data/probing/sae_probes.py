@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -53,11 +53,15 @@ class SaeProbesConfig(Frozen):
             texts of another kind).
         k_values: numbers of latents that probes may use.
         regularisation: of definition 1: 'l2' or 'l1'.
+        l1_solver: of definition 1: 'saga', which often stops before the minimum and gives the
+            package's numbers, or 'newton', which finds the minimum in a small part of the time.
         normalisation: of definition 1, before latents are ordered by their mean difference: 'mean'
             (divided by the mean non-zero size) or 'none'.
         baselines: probes on the model's channels, for `sae_probes_channels`.
         draws: of training and test rows in definition 2; definition 1 has the package's one.
     """
+
+    added_later: ClassVar[frozenset[str]] = frozenset({"l1_solver"})
 
     definition: Literal[1, 2] = 2
     path: str | None = None
@@ -65,6 +69,7 @@ class SaeProbesConfig(Frozen):
     settings: tuple[Setting, ...] = Field(default=("normal",), min_length=1)
     k_values: tuple[PositiveInt, ...] = Field(default=(1, 2, 4, 8, 16, 32, 64, 128), min_length=1)
     regularisation: Literal["l2", "l1"] = "l2"
+    l1_solver: Literal["saga", "newton"] = "saga"
     normalisation: Literal["mean", "none"] = "mean"
     baselines: tuple[Baseline, ...] = ("logistic",)
     draws: PositiveInt = 3

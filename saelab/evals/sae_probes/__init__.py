@@ -36,14 +36,15 @@ from saelab.data.probing.row_selection import Condition, Draw, Split, conditions
 from saelab.data.probing.sae_probes import SaeProbesConfig
 from saelab.evals.base import Row, Subject, missing, needs_contexts, number
 from saelab.evals.sae_probes.converged_probes import Problem, Rows, build_problem, solve
+from saelab.evals.sae_probes.logistic_probes import LogisticProbe, probe_all
 from saelab.evals.sae_probes.package_probes import (
     BASELINES,
     SEED,
-    Scores,
     Sides,
     order_columns,
     probe_logistic,
 )
+from saelab.evals.sae_probes.scores import Scores
 from saelab.progress import progress
 from saelab.seeding import numpy_stream
 
@@ -62,14 +63,14 @@ MOST_NUMBERS = 2**26
 Values = dict[str, float | str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Item:
     """Values of the probes on one draw of rows.
 
     Args:
         condition, dataset, draw: which rows.
         values: by metric.
-        fits, stopped: fits by scikit-learn, and those that ended at the limit of iterations.
+        fits, stopped: fits of definition 1, and those that ended at the limit of iterations.
     """
 
     condition: Condition
@@ -79,6 +80,13 @@ class Item:
     _: KW_ONLY
     fits: int = 0
     stopped: int = 0
+
+    def add(self, name: str, scores: Scores | str) -> None:
+        """Adds the numbers of one probe of definition 1, or the reason why there are none."""
+        self.values.update(_values(name, scores, KINDS[1]))
+        if not isinstance(scores, str):
+            self.fits += scores.fits
+            self.stopped += scores.stopped
 
 
 def metric_names(config: SaeProbesConfig, channels: bool = False) -> list[str]:
@@ -120,13 +128,11 @@ def evaluate_sae_probes(
         reason = "its code depends on the tokens before, and only a text's last token is stored"
         return [missing(name, definition, reason) for name in metric_names(config)]
     items: list[Item] = []
-    solver = _Solver(config, seed, channels)
+    first = config.definition == 1
+    solver = _PackageSolver(config, channels) if first else _Solver(config, seed, channels)
     with progress("sae_probes", len(data.names), "data sets") as bar:
         for coded in _encode_all(subject, data, device):
-            if config.definition == 1:
-                items += _package_items(coded, config, channels)
-            else:
-                items += solver.add(coded)
+            items += solver.add(coded)
             bar.advance()
         items += solver.finish()
     return _build_rows(items, config, channels)
@@ -208,44 +214,79 @@ def _splits(
 # ---------------------------------------------------------------- definition 1
 
 
-def _package_items(coded: _Coded, config: SaeProbesConfig, channels: bool) -> Iterator[Item]:
-    for condition in _conditions(coded, config):
-        values, counts = _top_values(coded, _package_split(coded, condition), config, channels)
-        if channels:
-            split = _package_split(coded, condition, rounded=True)
-            for method in config.baselines:
-                sides = split if isinstance(split, str) else coded.sides(split)
-                new = _scores(sides, lambda s, m=method: BASELINES[m](s, SEED))
-                values |= _values(f"{CHANNELS}_{method}", new, KINDS[1])
-                counts = _added(counts, new)
-        fits, stopped = counts
-        yield Item(condition, coded.name, 0, values, fits=fits, stopped=stopped)
+class _PackageSolver:
+    """Collects the probes of definition 1; those with an L2 penalty are solved together.
+
+    Args:
+        config: settings.
+        channels: the columns are the model's channels, for which there are baselines too.
+    """
+
+    def __init__(self, config: SaeProbesConfig, channels: bool) -> None:
+        self.config, self.channels = config, channels
+        self.items: list[Item] = []
+        self.waiting: list[tuple[Item, LogisticProbe, dict[int, str]]] = []
+        self.numbers = 0
+
+    def add(self, coded: _Coded) -> list[Item]:
+        """Adds a data set; returns the items that have been finished."""
+        for condition in _conditions(coded, self.config):
+            item = Item(condition, coded.name, 0, {})
+            self.items.append(item)
+            self._add_latents(item, coded, _package_split(coded, condition))
+            if self.channels:
+                self._add_baselines(item, coded, _package_split(coded, condition, rounded=True))
+        return self.finish() if 2 * self.numbers > MOST_NUMBERS else []
+
+    def finish(self) -> list[Item]:
+        """Solves what waits; returns the items."""
+        results = probe_all([probe for _, probe, _ in self.waiting], SEED)
+        for (item, _, names), result in zip(self.waiting, results, strict=True):
+            for width, name in names.items():
+                item.add(name, result[width])
+        items = self.items
+        self.items, self.waiting, self.numbers = [], [], 0
+        return items
+
+    def _add_latents(self, item: Item, coded: _Coded, split: Split | str) -> None:
+        config, names = self.config, {}
+        for k in config.k_values:
+            name = f"{CHANNELS if self.channels else LATENTS}_top_{k}"
+            reason = split if isinstance(split, str) else _too_many(k, coded.code)
+            if reason:
+                item.add(name, reason)
+            else:
+                names[k] = name
+        if isinstance(split, str) or not names:
+            return
+        x = coded.code[torch.from_numpy(split.train).to(coded.code.device)]
+        best = order_columns(x, split.train_labels, config.normalisation == "mean")[: max(names)]
+        sides = coded.sides(split, best)
+        absolute = config.regularisation != "l2"
+        if not absolute or config.l1_solver == "newton":
+            self._wait(item, LogisticProbe(sides, tuple(names), absolute), names)
+            return
+        for k, name in names.items():
+            item.add(name, _scores(sides.first_columns(k), lambda s: probe_logistic(s, SEED, "l1")))
+
+    def _add_baselines(self, item: Item, coded: _Coded, split: Split | str) -> None:
+        sides = split if isinstance(split, str) else coded.sides(split)
+        for method in self.config.baselines:
+            name = f"{CHANNELS}_{method}"
+            if method == "logistic" and not isinstance(sides, str):
+                width = sides.x.shape[1]
+                self._wait(item, LogisticProbe(sides, (width,)), {width: name})
+            else:
+                item.add(name, _scores(sides, lambda s, m=method: BASELINES[m](s, SEED)))
+
+    def _wait(self, item: Item, probe: LogisticProbe, names: dict[int, str]) -> None:
+        self.waiting.append((item, probe, names))
+        self.numbers += probe.sides.x.size + probe.sides.test_x.size
 
 
 def _package_split(coded: _Coded, condition: Condition, rounded: bool = False) -> Split | str:
     """Draws the package's rows, from numpy's generator at its seed."""
     return select_rows(coded.labels, condition, lambda _: np.random.RandomState(SEED), rounded)
-
-
-def _top_values(
-    coded: _Coded, split: Split | str, config: SaeProbesConfig, channels: bool
-) -> tuple[Values, tuple[int, int]]:
-    """Fits the k-sparse probes; returns their values, and how many fits were made and stopped."""
-    values: Values = {}
-    counts, most = (0, 0), max(config.k_values)
-    sides: Sides | str = split if isinstance(split, str) else ""
-    if not isinstance(split, str):
-        x = coded.code[torch.from_numpy(split.train).to(coded.code.device)]
-        best = order_columns(x, split.train_labels, config.normalisation == "mean")[:most]
-        sides = coded.sides(split, best)
-    for k in config.k_values:
-        chosen = _too_many(k, coded.code) or sides
-        if isinstance(chosen, Sides):
-            chosen = chosen.first_columns(k)
-        new = _scores(chosen, lambda s: probe_logistic(s, SEED, config.regularisation))
-        values |= _values(f"{CHANNELS if channels else LATENTS}_top_{k}", new, KINDS[1])
-        counts = _added(counts, new)
-    return values, counts
 
 
 def _too_many(k: int, code: Tensor) -> str:
@@ -269,12 +310,6 @@ def _values(name: str, scores: Scores | str, kinds: Sequence[str]) -> Values:
         f"{name}_{kind}": scores if isinstance(scores, str) else float(getattr(scores, kind))
         for kind in kinds
     }
-
-
-def _added(counts: tuple[int, int], scores: Scores | str) -> tuple[int, int]:
-    if isinstance(scores, str):
-        return counts
-    return counts[0] + scores.fits, counts[1] + scores.stopped
 
 
 # ---------------------------------------------------------------- definition 2

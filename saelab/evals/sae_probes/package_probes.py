@@ -33,12 +33,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.evals.sae_probes.scores import Array, Scores, area, weighted_f1
+
 #: The package's seed: of rows, folds and solvers.
 SEED = 42
 #: Values of C, and the limit of iterations.
 STRENGTHS, MOST_ITERATIONS = np.logspace(5, -5, 10), 1000
 #: Rows up to which no validation, pairs and folds are used; folds; validation rows at most.
 NO_VALIDATION, PAIRS, FOLDED, FOLDS, MOST_VALIDATION = 3, 12, 127, 6, 100
+#: Why there is no probe.
+NO_FOLD = "no fold has both classes among its validation rows"
+ONE_CLASS = "the training rows have one class, two are needed"
 #: Principal components and neighbours at most, and how many numbers of them are tried.
 MOST_TRIED, TRIED = 100, 10
 #: Added to the divisors of columns, so that none is 0.
@@ -47,27 +52,7 @@ TINY = 1e-6
 LAYERS = [(width,) * depth for depth in (1, 2, 3) for width in (16, 32, 64)]
 RATES, DECAYS = np.logspace(-4, -2, 5), np.logspace(-5, -2, 5)
 
-Array = np.ndarray
 Folds = Sequence[tuple[Array, Array]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Numbers of one probe on the test rows.
-
-    Args:
-        accuracy, f1, auc: on the test rows; F1 is the mean over classes weighted by their rows.
-        validation_auc: mean over the folds, for the setting that was chosen.
-        fits: regressions and networks that were fitted.
-        stopped: those that ended at the limit of iterations.
-    """
-
-    accuracy: float
-    f1: float
-    auc: float
-    validation_auc: float
-    fits: int = 0
-    stopped: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +99,10 @@ class Fits:
         return model
 
     def scores(self, model: Any, test_x: Array, test_y: Array, validation_auc: float) -> Scores:
-        metrics, predicted = sklearn("metrics"), model.predict(test_x)
+        predicted = model.predict(test_x)
         return Scores(
-            accuracy=float(metrics.accuracy_score(test_y, predicted)),
-            f1=float(metrics.f1_score(test_y, predicted, average="weighted")),
+            accuracy=float(np.mean(predicted == test_y)),
+            f1=weighted_f1(test_y, predicted),
             auc=area(test_y, model.predict_proba(test_x)[:, 1]),
             validation_auc=float(validation_auc),
             fits=self.fits,
@@ -141,13 +126,6 @@ def order_columns(x: Tensor, y: Array, normalised: bool) -> Tensor:
         columns = columns / (sizes + TINY)
     difference = columns[positive].mean(0) - columns[~positive].mean(0)
     return difference.abs().argsort(descending=True)
-
-
-def area(y: Array, scores: Array) -> float:
-    """Returns the area under the ROC curve; NaN where all rows have one class."""
-    if len(np.unique(y)) < 2:
-        return float("nan")
-    return float(sklearn("metrics").roc_auc_score(y, scores))
 
 
 def folds(y: Array, seed: int) -> Folds:
@@ -194,15 +172,19 @@ def probe_logistic(sides: Sides, seed: int = SEED, kind: str = "l2") -> Scores:
                 continue
             model = fits.fit(_regression(strength, kind, seed), x[train], y[train])
             areas.append(area(y[held], model.predict_proba(x[held])[:, 1]))
-        means.append(_mean(areas))
+        means.append(mean_of_areas(areas))
     best = int(np.argmax(means))
     model = fits.fit(_regression(STRENGTHS[best], kind, seed), x[order], y[order])
     return fits.scores(model, sides.test_x, sides.test_y, np.max(means))
 
 
-def _mean(areas: Sequence[float]) -> float:
+def mean_of_areas(areas: Sequence[float]) -> float:
+    """Returns the mean.
+
+    Raises: ValueError when there is none.
+    """
     if not areas:
-        raise ValueError("no fold has both classes among its validation rows")
+        raise ValueError(NO_FOLD)
     return float(np.mean(areas))
 
 
@@ -226,7 +208,7 @@ def probe_pca(sides: Sides, seed: int = SEED) -> Scores:
             columns = x[:, :components]
             model = fits.fit(_regression(1.0, "l2", seed), columns[train], y[train])
             areas.append(area(y[held], model.predict_proba(columns[held])[:, 1]))
-        return _mean(areas)
+        return mean_of_areas(areas)
 
     components, validation = _best(_tried(most), mean_area)
     model = fits.fit(_regression(1.0, "l2", seed), x[:, :components], y)
@@ -253,7 +235,7 @@ def probe_knn(sides: Sides, seed: int = SEED) -> Scores:
         for train, held in splits:
             model = nearest(n_neighbors=neighbours).fit(x[train], y[train])
             areas.append(area(y[held], model.predict_proba(x[held])[:, -1]))
-        return _mean(areas)
+        return mean_of_areas(areas)
 
     neighbours, validation = _best(_tried(min(len(y) - 1, MOST_TRIED, fewest)), mean_area)
     model = nearest(n_neighbors=neighbours).fit(x, y)
@@ -281,7 +263,7 @@ def probe_mlp(sides: Sides, seed: int = SEED) -> Scores:
     for train, held in folds(y, seed):
         model = fits.fit(network(**fixed), x[train], y[train])
         areas.append(area(y[held], model.predict_proba(x[held])[:, 1]))
-    validation = _mean(areas)
+    validation = mean_of_areas(areas)
     model = fits.fit(network(**fixed), x, y)
     return fits.scores(model, sides.test_x, sides.test_y, validation)
 

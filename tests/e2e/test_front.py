@@ -164,7 +164,7 @@ def test_the_api_does_what_the_readme_shows(tmp_path: Path) -> None:
         other = saelab.evaluate(saelab.train(base, seed=1), base)
         assert scores["fvu"] == again["fvu"] != other["fvu"]
         assert scores["explained_variance"] == pytest.approx(1 - scores["fvu"])
-        assert {row.definition for row in scores.rows} == {"core/1"}
+        assert {row.definition for row in scores.rows} == {"core/1", "core/random/1"}
         arms = {"A1": {"sae.scaling": {"kind": "variance", "tau": 0.5}}}
         (c,) = saelab.compare(base, arms, seeds=2, target_l0=16, out_dir="kept")
         assert c.arm == "A1" and c.low is not None and c.high is not None

@@ -267,7 +267,9 @@ class TestPlan:
         sae = BaseConfig().sae.patched(
             {"controllers": [], "losses": ["reconstruction", {"kind": "l1", "coefficient": 0.1}]}
         )
-        assert sae.at_l0(7) is sae and not sae.l0_rules(7)
+        assert not sae.decides_l0 and not sae.l0_rules(7)
+        with pytest.raises(SettingError, match="level = 7: no part of these settings sets"):
+            sae.at_l0(7)
 
     @pytest.mark.parametrize(
         ("arms", "text"),

@@ -23,9 +23,9 @@ def verdict(
     if simulate:
         _simulate(simulations, json_)
         return
-    from saelab.verdict.review import complete_runs, counted, review_all, text
+    from saelab.verdict.review import chosen_runs, counted, review_all, text
 
-    reviews = review_all(folders or complete_runs(Path()))
+    reviews = review_all(chosen_runs(folders))
     texts = [*map(text, reviews), *filter(None, [counted(reviews)])]
     show(json_, [review.as_dict() for review in reviews], texts, "\n\n")
 
@@ -107,10 +107,10 @@ def report(
     from saelab.report.page import Study, ledger, write
     from saelab.runs.folder import RunFolder
     from saelab.storage.cache import cache_folder
-    from saelab.verdict.review import complete_runs
+    from saelab.verdict.review import chosen_runs
 
     register_parts(experiment)
-    runs = [RunFolder(folder) for folder in folders or complete_runs(Path())]
+    runs = [RunFolder(folder) for folder in chosen_runs(folders)]
     chosen = chosen_cells(runs, features or (), cells)
     why_not = "none was asked for" if not (cells or features) else "the runs keep no cells"
     browsed = list(browse(chosen, latents, 8, cache_folder(Path())))

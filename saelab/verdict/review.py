@@ -143,6 +143,19 @@ def complete_runs(root: Path) -> list[Path]:
     return sorted(found, key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)] or [0])
 
 
+def chosen_runs(folders: Sequence[Path] | None) -> list[Path]:
+    """Returns the run folders that a command names; without any, all complete runs here.
+
+    `run_*` of a shell also names the pictures run_1_verdict.png and so on: next to folders, files
+    are left out.
+
+    Raises: SourceError when none is named and none is here.
+    """
+    if not folders:
+        return complete_runs(Path())
+    return [folder for folder in folders if not folder.is_file()] or list(folders)
+
+
 def review_all(folders: Sequence[Path]) -> list[Review]:
     """The verdicts of runs that may be shown together.
 

@@ -17,7 +17,7 @@ from saelab.analysis.difference import difference
 from saelab.errors import SettingError, SourceError
 from saelab.launch.controls import SUBJECTS
 from saelab.storage.atomic import read_json, write_json, write_sealed
-from saelab.verdict.review import complete_runs
+from saelab.verdict.review import chosen_runs, complete_runs
 from saelab.verdict.simulation import promises
 from saelab.verdict.simulation.comparisons import family_rows, null_rows
 from saelab.verdict.simulation.rows import Row
@@ -337,3 +337,16 @@ def test_a_broken_promise_ends_the_simulation_with_an_error(
     monkeypatch.setattr(promises, "row_groups", lambda: [rows])
     ended = cli(tmp_path, "verdict", "--simulate", "--simulations", "500")
     assert ended.code == 1 and "72 BROKEN" in ended.out
+
+
+def test_pictures_that_a_shell_names_with_the_runs_are_left_out(
+    project: Project, tmp_path: Path
+) -> None:
+    picture = tmp_path / "run_1_verdict.png"
+    picture.write_bytes(b"a picture")
+    run = project.folder / "run_1"
+    assert chosen_runs([run, picture]) == [run]
+    ended = cli(project.folder, "verdict", str(run), str(picture))
+    assert ended.code == 0 and ended.out.startswith("run_1:")
+    ended = cli(project.folder, "verdict", str(picture))
+    assert ended.code == 2 and "run_1_verdict.png" in ended.last

@@ -18,6 +18,7 @@ from torch import Tensor
 from saelab import formats
 from saelab.data.activations.store import FOREIGN_REASON, Source
 from saelab.data.language_model import LanguageModel
+from saelab.data.text.tokens import decode_token
 from saelab.errors import SettingError
 from saelab.evals import latent_examples
 from saelab.evals.latent_examples import Example, Lens, Survey
@@ -133,9 +134,7 @@ class HeldOut:
         assert self.model is not None
         tokenizer = self.model.tokenizer
         if len(tokens) == 1:
-            piece = str(tokenizer.convert_ids_to_tokens(tokens[0]))
-            if piece.startswith("▁"):  # sentencepiece; decoding one token alone loses the space
-                return piece.replace("▁", " ")
+            return decode_token(tokenizer, tokens[0])
         return str(tokenizer.decode(list(tokens)))
 
 

@@ -239,7 +239,7 @@ def write_gemma_clt(path: Path, tensors: Tensors) -> None:
 
 
 def in_targets(f: Tensor, w_dec: Tensor, first: Tensor) -> Tensor:
-    """What a layer's code adds to each of its targets, and `first` to the first of them."""
+    """Returns the layer's contribution to each of its targets, with `first` added to the first."""
     parts = torch.einsum("nf,fto->nto", f, w_dec)
     parts[:, 0] += first
     return parts.flatten(1)

@@ -92,13 +92,8 @@ def load_gemma(path: Path) -> Loaded:
         remedy = "only clt is read of files of this name: keep its repository's names"
         raise SettingError(f"{file}: type", kind or None, remedy)
     affine = config.get("affine_connection", bool(folder) and "affine" in folder[2])
-    skip = (gemma_scope_2.AFFINE,) if affine else ()
-    tensors = take(floats(read_tensors(file)), (*gemma_scope_2.TENSORS, *skip), file)
+    plain = gemma_scope_2.read_plain(file, bool(affine))
     with shape_errors_as_source_error(file):
-        w_enc, b_enc, w_dec, b_dec, threshold = (tensors[t] for t in gemma_scope_2.TENSORS)
-        plain = Plain(w_enc.mT, b_enc, w_dec, b_dec, centre=False, threshold=threshold)
-        if affine:
-            plain = replace(plain, W_skip=tensors[gemma_scope_2.AFFINE].mT)
         plain = _one_layer(plain, file, n).validate(file)
     name = gemma_scope_2.model({"model_name": gemma_scope_2.model_of_path(file), **config})
     return _loaded(plain, n, name, ("mlp.hook_in", "hook_mlp_out"), config)

@@ -67,19 +67,30 @@ def load(folder: Path) -> Loaded:
     where, weights = folder / CONFIG, folder / WEIGHTS
     config = read_config(where) if where.is_file() else _from_path(folder)
     is_transcoder = _check(config, folder, where)
-    names = (*TENSORS, AFFINE) if config.get("affine_connection") else TENSORS
-    tensors = take(floats(read_tensors(weights)), names, weights)
+    plain = read_plain(weights, bool(config.get("affine_connection")))
     with shape_errors_as_source_error(weights):
-        w_enc, b_enc, w_dec, b_dec, threshold = (tensors[name] for name in TENSORS)
-        plain = Plain(w_enc.mT, b_enc, w_dec, b_dec, centre=False, threshold=threshold)
-        skip = tensors[AFFINE].mT if AFFINE in tensors else None
-        plain = replace(plain, target=is_transcoder, W_skip=skip).validate(weights)
+        plain = replace(plain, target=is_transcoder).validate(weights)
     width = config.get("width")
     if type(width) is int and width != plain.d_sae:
         raise SettingError(f"{where}: width", width, f"the weights have {plain.d_sae}")
     hooks = [_hook(config, "hf_hook_point_in")]
     targets = [_hook(config, "hf_hook_point_out")] if is_transcoder else []
     return Loaded(plain.build(), Origin(model(config), describe_hooks(hooks, targets)), config)
+
+
+def read_plain(file: Path, affine: bool) -> Plain:
+    """Reads the tensors of an SAE, a transcoder or a layer, which the caller validates.
+
+    Args:
+        affine: whether the file holds a skip connection.
+
+    Raises: SourceError when a tensor is missing, unknown or no matrix, or the file can't be read.
+    """
+    tensors = take(floats(read_tensors(file)), (*TENSORS, AFFINE) if affine else TENSORS, file)
+    w_enc, b_enc, w_dec, b_dec, threshold = (tensors[name] for name in TENSORS)
+    with shape_errors_as_source_error(file):
+        plain = Plain(w_enc.mT, b_enc, w_dec, b_dec, centre=False, threshold=threshold)
+        return replace(plain, W_skip=tensors[AFFINE].mT) if affine else plain
 
 
 def _from_path(folder: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from saelab.evals.core import CoreData
 from saelab.evals.measure import EvalData, evaluate
 from saelab.formats import Loaded
 from saelab.launch.prepare import prepare, sae_probes_data
-from saelab.runs.folder import Member, RunFolder, run_cells
+from saelab.runs.folder import METRICS, Member, RunFolder, run_cells
 from saelab.runs.random_code import NO_RANDOM_CODE, complete_losses, random_code
 from saelab.runs.schema import CellId
 from saelab.runtime.torch_defaults import one_thread
@@ -222,7 +222,7 @@ def evaluate_choice(
     """
     check_names(evals)
     run = RunFolder.of(choice.path)
-    random = NO_RANDOM_CODE if run is None else random_code(run.metrics)
+    random = NO_RANDOM_CODE if run is None else random_code(run.with_files(METRICS).metrics)
     bench = Bench(base, cache, seed) if base.activations is not None else None
     place = (base.model.path, base.hook_text)
     if bench is not None:

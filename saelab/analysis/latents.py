@@ -284,5 +284,6 @@ def _lives(run: RunFolder, cell: Member) -> dict[str, list[int]]:
 
 
 def _steps(run: RunFolder, cell: Member) -> int | None:
-    facts = run.gates.get(cell.id.name, {}).get("facts", {}) if run.has(GATE) else {}
+    gates = run.gates if run.with_files(GATE).has(GATE) else {}
+    facts = gates.get(cell.id.name, {}).get("facts", {})
     return int(facts["steps"]) if facts.get("steps") else None

@@ -214,6 +214,16 @@ class RunFolder:
         """Returns True if all the named files are there."""
         return all((self.folder / name).is_file() for name in names)
 
+    def with_files(self, *names: str) -> RunFolder:
+        """Returns this folder, for whoever would say something else without the files.
+
+        Raises: DamageError for one that the run wrote and that is gone.
+        """
+        for name in names:
+            if name in self._sums and not self.has(name):
+                raise DamageError(f"{self.folder / name} is missing: {REMEDY}")
+        return self
+
     def file(self, name: str) -> Path:
         """Path of a file that is as it was written, or that the manifest has no checksum of.
 
@@ -252,9 +262,7 @@ class RunFolder:
 
         Raises: DamageError when the run had the file, which is a reason for other words.
         """
-        if DOCUMENTS in self._sums and not self.has(DOCUMENTS):
-            raise DamageError(f"{self.folder / DOCUMENTS} is missing: {REMEDY}")
-        return self._rows(DOCUMENTS, DOCUMENT_COLUMNS)
+        return self.with_files(DOCUMENTS)._rows(DOCUMENTS, DOCUMENT_COLUMNS)
 
     def _rows(self, name: str, columns: Mapping[str, Kind]) -> list[dict[str, Any]]:
         path = self.file(name)

@@ -90,11 +90,21 @@ def test_a_damaged_run_is_named_by_all_that_read_it(
     assert not list(project.folder.glob("run_1_*.png"))
 
 
-def test_a_missing_table_of_documents_is_named(tmp_path: Path, finished: Project) -> None:
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        ("documents.parquet", ("verdict", "run_1")),
+        ("gate.json", ("report", "run_1")),
+        ("metrics.parquet", ("eval", "run_1", "--arm", "baseline", "--evals", "core")),
+    ],
+)
+def test_a_missing_file_is_named_where_another_answer_would_be_given_without_it(
+    tmp_path: Path, finished: Project, name: str, command: tuple[str, ...]
+) -> None:
     project = finished.copied(tmp_path / "project")
-    (project.folder / "run_1" / "documents.parquet").unlink()
-    ended = cli(project.folder, "verdict", "run_1")
-    assert ended.code == 1 and "documents.parquet is missing" in ended.last, ended.err
+    (project.folder / "run_1" / name).unlink()
+    ended = cli(project.folder, *command)
+    assert ended.code == 1 and f"{name} is missing" in ended.last, ended.err
 
 
 @pytest.mark.parametrize("name", ["gate.json", "cells/baseline/*/latents.parquet"])

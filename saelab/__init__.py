@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saelab.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from saelab.analysis.frames import to_pandas
     from saelab.analysis.leave_one_out import LeaveOneOut
     from saelab.api import (
         compare,
@@ -40,6 +41,7 @@ _PLACES = {
     "settings": "saelab.api",
     "train": "saelab.api",
     "LeaveOneOut": "saelab.analysis.leave_one_out",
+    "to_pandas": "saelab.analysis.frames",
     "register": "saelab.parts",
     "SAE": "saelab.sae",
     "SAEConfig": "saelab.sae",
@@ -81,10 +83,18 @@ __all__ = [
     "saebench_result",
     "save",
     "settings",
+    "to_pandas",
     "train",
     "train_on",
     "truth_of",
 ]
+
+
+def __dir__() -> list[str]:
+    """Returns the public names, for `dir`, `help` and completion."""
+    return sorted(
+        [*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"]
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,7 @@ from saelab.preflight.preview import RunCheck, check, check_limit
 from saelab.progress import clock
 from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
-from saelab.runs.folder import MANIFEST, SEALED, RunFolder
+from saelab.runs.folder import MANIFEST, SEALED, SUMMARY, RunFolder
 from saelab.runs.schema import CELLS, SETTINGS, CellId
 from saelab.runtime import exhaustion
 from saelab.runtime.counting import count
@@ -112,7 +112,7 @@ def _launch(task: Launch) -> list[Comparison]:
     before = check_launch(task)
     base = before.base
     cache = cache_folder(task.root)
-    for line in [before.needs.line(), *before.warnings]:
+    for line in [*([] if task.quiet else [before.needs.line()]), *before.warnings]:
         print(f"{task.label}: {visible(line)}", file=sys.stderr)
     task = _within_memory(task, before)
     if base.activations is None and not has_activations(cache):
@@ -123,14 +123,9 @@ def _launch(task: Launch) -> list[Comparison]:
     about = {"run": task.label, "title": task.run.title, "study": task.plan.study}
     with launch_progress(task.out_dir, about, base.tracker):
         outcome = _launched(task, before, deviations, start)
-    judged = outcome.judged
-    print(visible(outcome.table, keep="\n"))
-    taken = clock(time.monotonic() - start)
-    print(f"\n{task.out_dir}: {count(len(judged.gates), 'cell')} in {taken}")
-    print(visible(_place_text(task, [gate.id for gate in judged.gates.values()])))
-    for line in lines_to_print(outcome.decisions, task.run.arms):
-        print(line)
-    return judged.comparisons
+    if not task.quiet:
+        _print_outcome(task, outcome, time.monotonic() - start)
+    return outcome.judged.comparisons
 
 
 @dataclass(frozen=True)
@@ -142,6 +137,16 @@ class _Outcome:
     decisions: list[Decision]
 
 
+def _print_outcome(task: Launch, outcome: _Outcome, seconds: float) -> None:
+    judged = outcome.judged
+    print(visible(outcome.table, keep="\n"))
+    print(f"\n{task.out_dir}: {count(len(judged.gates), 'cell')} in {clock(seconds)}")
+    print(visible(_place_text(task, [gate.id for gate in judged.gates.values()])))
+    print(visible(_next_text(task, judged)))
+    for line in lines_to_print(outcome.decisions, task.run.arms):
+        print(line)
+
+
 def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
     """Says where the trained SAEs of a launch lie."""
     folder = task.out_dir / CELLS
@@ -149,6 +154,20 @@ def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
         return f"the trained SAE is in {folder / ids[0].folder}"
     example = folder / ids[0].folder
     return f"the trained SAEs are in {folder}, such as {example}"
+
+
+def _next_text(task: Launch, judged: Judged) -> str:
+    """Says what is to be read first, and which commands go on from there."""
+    summary = task.out_dir / SUMMARY
+    if task.judged:
+        folder = task.out_dir
+        return (
+            f"read {summary}; next: `saelab report {folder}` (one page with figures), "
+            f"`python plot.py` (pictures), `saelab verdict {folder}` (the verdict again)"
+        )
+    first = next(iter(judged.gates.values())).id
+    example = task.out_dir / CELLS / first.folder
+    return f"read {summary}; next: `saelab.load({str(example)!r})` in Python, `saelab export`"
 
 
 def _launched(

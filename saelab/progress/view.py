@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +14,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from saelab.progress.bar import clock, is_terminal
+from saelab.progress.bar import Output, clock, is_terminal
 from saelab.progress.state import TRAIN, CellState, State
 from saelab.runtime.counting import count
 
 #: Rows of each kind, and redraws per second. Our choice.
 STAGES, RUNNING, FINISHED, REDRAWS = 2, 5, 2, 2
+#: Columns of the view in a notebook. Our choice: those of a cell of usual width.
+COLUMNS = 110
 #: Columns of a cell: value -> heading.
 VALUES = {
     "loss": "loss",
@@ -87,6 +91,26 @@ def _cell_row(cell: CellState) -> list[str]:
     numbers = [cell.values.get(name) for name in VALUES]
     texts = ["" if number is None else f"{number:.4g}" for number in numbers]
     return [cell.arm, str(cell.seed), cell.id.level_text.removeprefix("L0 "), stage, *texts]
+
+
+class NotebookView:
+    """View of a launch in a notebook: the table that a terminal shows, as text.
+
+    Args:
+        render: returns the view, for rich.
+    """
+
+    def __init__(self, render: Callable[[], RenderableType]) -> None:
+        self._render, self._output = render, Output()
+
+    def update(self, force: bool = False) -> None:
+        """Shows the current view, unless the last update was a moment ago."""
+        self._output.show(self._text, lambda: f"<pre>{html.escape(self._text())}</pre>", force)
+
+    def _text(self) -> str:
+        stream = io.StringIO()
+        Console(file=stream, width=COLUMNS, color_system=None).print(self._render())
+        return stream.getvalue()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
@@ -69,6 +69,8 @@ class BaseConfig(HookSettings):
         tracker: where losses are shown beside metrics.jsonl: 'none', 'tensorboard', 'wandb' or
             'trackio' (extra `tracking`), all offline. No cell depends on it.
     """
+
+    always_shown: ClassVar[frozenset[str]] = frozenset({"hook_name", "model", "sae", "train"})
 
     model: ModelConfig = ModelConfig()
     context: PositiveInt = 128

@@ -31,6 +31,7 @@ class Launch:
         seeds: of the baseline and the primary arms where they have more than the plan says, since
             a decision asked for more; None for the plan's number.
         seed_set: name of a further set of seeds of the study, '' for its first.
+        quiet: whether only warnings and progress are printed.
         planned: comparisons of the study where neither the plan nor the run table says how many.
         table: all runs of the study, this one among them.
         setting: name of the one of the plan's further settings that `base` is of; '' for its own.
@@ -53,6 +54,7 @@ class Launch:
     seeds: int | None = None
     seed_set: str = ""
     planned: int | None = None
+    quiet: bool = False
 
     @property
     def label(self) -> str:

@@ -1,5 +1,6 @@
 # make setup          the virtual environment .venv with this package and its tools
 # make demo           run_1 on the embedded model, and its pictures
+# make demo-quick     three arms of it in about 90 seconds: marked as quick, and no part of the study
 # make test           the fast tests
 # make test-slow      the slow tests
 # make check          ruff and pyright
@@ -14,7 +15,7 @@
 # make clean          removes the environments and what was built
 #
 # Every target except `peers` and `clean` runs `make setup` first.
-.PHONY: setup demo test test-slow test-triton test-store test-browser test-tracking test-clusters \
+.PHONY: setup demo demo-quick test test-slow test-triton test-store test-browser test-tracking test-clusters \
 	test-peers check clusters peers bench clean
 
 PYTHON ?= python3
@@ -38,6 +39,12 @@ demo: setup
 	else $(BIN)/python experiment.py --out_dir=$(RUN); fi
 	$(BIN)/python plot.py
 	@echo "results: $(RUN)/summary.md and $(RUN)/final_info.json; pictures: $(RUN)_*.png in this folder"
+
+demo-quick: setup
+	$(BIN)/python -m saelab run $(RUN) --quick
+	cd quick && ../$(BIN)/python ../plot.py
+	$(BIN)/python -m saelab report quick/$(RUN) --out quick/$(RUN).html --cells 1 --latents 50
+	@echo "a quick form, no result: quick/$(RUN)/summary.md; pictures: quick/$(RUN)_*.png; page: quick/$(RUN).html"
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow" -n 2

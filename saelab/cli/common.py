@@ -26,6 +26,20 @@ Set = Annotated[
     list[str] | None,
     Option("--set", help="Change one setting: --set train.lr=1e-3. May be repeated."),
 ]
+Tokens = Annotated[
+    int | None, Option("--tokens", help="Tokens that each SAE trains on (train.tokens).")
+]
+SeedsOfArms = Annotated[
+    int | None, Option("--seeds", help="Seeds of every arm, in place of the plan's numbers.")
+]
+Quick = Annotated[
+    bool,
+    Option(
+        "--quick",
+        help="Three arms in about 90 seconds: few tokens and seeds, in the folder quick/. Marked "
+        "in every output, and no part of the study.",
+    ),
+]
 Arms = Annotated[
     list[str] | None,
     Option("--arm", help="Only this arm of a run. May be repeated; all arms by default."),

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from saelab.cli.common import EXPERIMENT, Json, RunTable, messages_on_stderr, read_runs, show
+from saelab.cli.common import (
+    EXPERIMENT,
+    Json,
+    Quick,
+    RunTable,
+    SeedsOfArms,
+    Set,
+    Tokens,
+    messages_on_stderr,
+    parse_changes,
+    read_runs,
+    show,
+)
 
 
 def run(
@@ -28,21 +40,33 @@ def run(
             "default the one that SAELAB_EXECUTOR names, else local."
         ),
     ] = "",
+    quick: Quick = False,
+    seeds: SeedsOfArms = None,
+    tokens: Tokens = None,
+    set_: Set = None,
     json_: Json = False,
     experiment: RunTable = EXPERIMENT,
 ) -> None:
-    """Train, evaluate and judge all arms of a run (as `python experiment.py --out_dir=NAME`)."""
+    """Train, evaluate and judge all arms of a run (as `python experiment.py --out_dir=NAME`).
+
+    saelab run run_1 --quick
+
+    Options that change the plan or the base settings are shown as deviations from what the study
+    has registered.
+    """
     from saelab.launch.entry import run_one, train_all
+    from saelab.study.launch_options import LaunchOptions
     from saelab.verdict.review import review
 
+    options = LaunchOptions(seeds=seeds, tokens=tokens, changes=parse_changes(set_), quick=quick)
     runs, file = read_runs(experiment)
     folders = [Path(name) for name in names]
     with messages_on_stderr(json_):
-        train_all(runs, file, folders, force, executor)
+        train_all(runs, file, folders, force, executor, options)
         for folder in folders:
-            run_one(runs, file, folder, force, executor=executor)
+            run_one(runs, file, folder, force, executor=executor, options=options)
     if json_:
-        verdicts = [review(folder).as_dict() for folder in folders]
+        verdicts = [review(options.place(folder)).as_dict() for folder in folders]
         show(json_, verdicts[0] if len(verdicts) == 1 else verdicts, ())
 
 

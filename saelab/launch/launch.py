@@ -51,6 +51,7 @@ from saelab.storage.cache import cache_folder, has_activations
 from saelab.storage.links import refuse_links
 from saelab.storage.lock import lock_folder
 from saelab.study.checks import naming_arm
+from saelab.study.launch_options import MARK, QUICK
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,
@@ -64,6 +65,7 @@ from saelab.study.plan import (
     resolve,
     resolve_with_placeholders,
 )
+from saelab.study.registry import deviations as list_deviations
 from saelab.study.registry import register
 from saelab.study.task import GROUP, Launch
 from saelab.training.curves import read_curve
@@ -85,7 +87,7 @@ from saelab.verdict.error_budget.ledger import (
     next_level,
     record_results,
 )
-from saelab.verdict.final_info import CORE, add_budget, final_info
+from saelab.verdict.final_info import CORE, add_budget, final_info, mark
 from saelab.verdict.gate import check_expected
 from saelab.verdict.judge import Comparison
 from saelab.verdict.review import Judged, judge_files
@@ -119,7 +121,7 @@ def _launch(task: Launch) -> list[Comparison]:
         before.check_limit()
     deviations: tuple[str, ...] = ()
     if task.judged:
-        deviations = register(task.root, task.plan, task.base, task.table, task.setting)
+        deviations = _register(task)
     about = {"run": task.label, "title": task.run.title, "study": task.plan.study}
     with launch_progress(task.out_dir, about, base.tracker):
         outcome = _launched(task, before, deviations, start)
@@ -135,6 +137,14 @@ class _Outcome:
     judged: Judged
     table: str
     decisions: list[Decision]
+
+
+def _register(task: Launch) -> tuple[str, ...]:
+    """Registers plan and base settings as their files say, and returns what deviates from what is
+    registered; options of the command line that changed them do too."""
+    plan, base = task.planned_as or task.plan, task.based_on or task.base
+    register(task.root, plan, base, task.table, task.setting)
+    return list_deviations(task.root, task.plan, task.base, task.table, task.setting)
 
 
 def _print_outcome(task: Launch, outcome: _Outcome, seconds: float) -> None:
@@ -159,6 +169,11 @@ def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
 def _next_text(task: Launch, judged: Judged) -> str:
     """Says what is to be read first, and which commands go on from there."""
     summary = task.out_dir / SUMMARY
+    if task.purpose == QUICK:
+        return (
+            f"{MARK}: few tokens, seeds and arms; read {summary}; next: `saelab report "
+            f"{task.out_dir} --out {task.out_dir}.html`, `saelab run {task.entry}` (the run itself)"
+        )
     if task.judged:
         folder = task.out_dir
         return (
@@ -224,6 +239,8 @@ def _launched(
         decisions,
     )
     add_budget(info, left)
+    if task.purpose == QUICK:
+        mark(info, QUICK, MARK)
     record.write_verdict(judged, info, collected.rows, time.monotonic() - start, left)
     _check_baseline(task, judged.arms)
     shown = table(info, judged.comparisons, task.plan, collected.controls, judged.rivals)

@@ -326,7 +326,7 @@ def _job(ready: PreparedLaunch, members: list[JobCell]) -> Job:
         data=ready.data,
         cache=ready.cache,
         experiment=ready.task.experiment,
-        run=ready.task.name,
+        run=ready.task.entry,
         code=ready.code,
         modules=ready.modules,
     )

@@ -36,6 +36,7 @@ from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.storage.remote import place_of
 from saelab.study.calibration import calibration_tokens, describe_calibration
+from saelab.study.launch_options import QUICK
 from saelab.study.plan import (
     BASELINE,
     PREVIEWED,
@@ -164,7 +165,7 @@ class RunCheck:
     def warnings(self) -> list[str]:
         """Problems to know before it starts; a tuning is judged by no test."""
         plan = self.task.plan
-        if self.task.purpose == "tune":
+        if self.task.purpose in ("tune", QUICK):
             return []
         texts = [f"the plan deviates from the registered one: {text}" for text in self.deviations]
         texts += [f"left out on purpose: {text}" for text in plan.exclusions]

@@ -113,7 +113,8 @@ class SAEConfig(Frozen):
 
     Args:
         d_sae: number of latents.
-        activation, scaling, losses, controllers, constraints, observers: the parts.
+        activation, scaling, losses, controllers, constraints, observers: the parts,
+            see `saelab parts`.
         encoder_bias: whether b_enc exists (idea A's literal form has none).
         centre: whether b_dec is subtracted before the encoder.
         tied: whether the encoder is the decoder's transpose, one matrix for both.

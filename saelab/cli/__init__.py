@@ -9,12 +9,9 @@ from functools import partial
 
 import typer
 
-from saelab.cli import drivers, models, parts, plan, results, run, saes, train
-from saelab.cli.common import Guarded, Listing, Version
+from saelab.cli import drivers, models, parts, plan, results, run, saes, settings, train
+from saelab.cli.common import MOST_COLUMNS, Guarded, Listing, Version
 
-#: Help and tables use at most this many columns of a wide terminal. Our choice: lines above it are
-#: hard to read.
-MOST_COLUMNS = 160
 #: Plain help, and errors whose last line says what is wrong.
 Group = partial(typer.Typer, no_args_is_help=True, rich_markup_mode=None, cls=Listing)
 app = Group(
@@ -46,6 +43,7 @@ COMMANDS = (
     (app, "probing", results.probing),
     (app, "eval", saes.evaluate),
     (app, "export", saes.export),
+    (app, "settings", settings.settings),
     (app, "parts", parts.parts),
     (app, "check-part", parts.check_part),
     (app, "saebench", saes.saebench),

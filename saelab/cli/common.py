@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 #: The file with the run table.
 EXPERIMENT = Path("experiment.py")
+#: Help and tables use at most this many columns of a wide terminal. Our choice: lines above it are
+#: hard to read.
+MOST_COLUMNS = 160
 RunTable = Annotated[Path, Option("--experiment", help="File with the run table.")]
 OwnParts = Annotated[
     Path | None,

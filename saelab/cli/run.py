@@ -20,6 +20,7 @@ from saelab.cli.common import (
     messages_on_stderr,
     parse_changes,
     read_runs,
+    say,
     show,
 )
 
@@ -105,11 +106,18 @@ def template(
     train: Annotated[
         bool, Option("--train", help="Train run_0 there now, as `saelab run run_0` would.")
     ] = False,
+    minimal: Annotated[
+        bool,
+        Option("--minimal", help="Only run table, plan and base settings: one arm, one question."),
+    ] = False,
 ) -> None:
     """Write a folder for a study: run table, plan, pictures, and what an autonomous driver reads.
 
     Without an option it copies run_0 from this folder, if there is one.
     """
+    if minimal:
+        _template_minimal(folder, run_0, train)
+        return
     from saelab.launch.entry import run_one
     from saelab.launch.template import BASELINE_RUN, write_template
 
@@ -122,6 +130,20 @@ def template(
         run_one(runs, file, folder / BASELINE_RUN)
     elif run_0 is None:
         typer.echo(f"{folder} has no run_0 yet: python experiment.py --out_dir=run_0 makes it")
+
+
+def _template_minimal(folder: Path, run_0: Path | None, train: bool) -> None:
+    from saelab.errors import SettingError
+    from saelab.launch.template import write_minimal
+
+    if train or run_0 is not None:
+        option = "--train" if train else "--run-0"
+        raise SettingError(option, train or str(run_0), "--minimal has no run_0: leave it out")
+    write_minimal(folder)
+    say(
+        f"{folder}: experiment.py (arms), plan.toml (how they are judged), configs/embedded.toml; "
+        f"next: `cd {folder}`, `saelab plan check`, `saelab run run_1 --quick`"
+    )
 
 
 def watch(

@@ -58,6 +58,9 @@ def check(
     show(json_, [preview.as_dict() for preview in previews], map(check_text, previews), "\n\n")
     for preview in previews:
         preview.check_limit()
+    if previews and not json_:
+        option = " --quick" if quick else ""
+        say(f"\nnext: `saelab run {' '.join(names or ['NAME'])}{option}`")
 
 
 def cost(

@@ -87,7 +87,8 @@ def tune(
     runs, file = read_runs(experiment)
     with messages_on_stderr(json_):
         tuned = tune_one(runs, file, name)
-    show(json_, tuned, _tuned_lines(tuned))
+    lines = [*_tuned_lines(tuned), f"written to tuned.json; next: `saelab run {name}`"]
+    show(json_, tuned, lines)
 
 
 def _tuned_lines(tuned: Mapping[str, Any]) -> Iterator[str]:

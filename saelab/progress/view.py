@@ -52,7 +52,7 @@ def _head(state: State, now: float) -> Text:
         facts.append(f"{state.rate:,.0f} tokens/s")
     if state.outcome:
         facts.append(f"{state.outcome}{f': {state.reason}' if state.reason else ''}")
-    return Text("  ".join(facts), style="bold", no_wrap=True, overflow="ellipsis")
+    return Text("  ".join(facts), style="bold", overflow="fold")
 
 
 def _stages(state: State) -> Table:
@@ -60,7 +60,7 @@ def _stages(state: State) -> Table:
     for stage in list(state.stages.values())[-STAGES:]:
         left = "?" if stage.left is None else clock(stage.left)
         bar = ProgressBar(total=1.0, completed=stage.share, width=24)
-        amount = f"{stage.done:,.0f}/{stage.total:,.0f} {stage.unit}"
+        amount = Text(f"{stage.done:,.0f}/{stage.total:,.0f} {stage.unit}", overflow="fold")
         table.add_row(stage.name, bar, f"{stage.share:4.0%}", amount, f"{left} left")
     return table
 
@@ -71,8 +71,9 @@ def _cells(state: State) -> Iterator[Table | Text]:
     if not running and not finished:
         return
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
-    for heading in ("arm", "seed", "at L0", "stage"):
-        table.add_column(heading, no_wrap=True)
+    # on a narrow terminal a text goes on below; nothing is cut
+    for heading, least in (("arm", 8), ("seed", 6), ("at L0", 5), ("stage", 6)):
+        table.add_column(heading, overflow="fold", min_width=least)
     for heading in VALUES.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in running:

@@ -15,7 +15,8 @@ from saelab.runtime import exhaustion
 from saelab.runtime.signals import exit_on_signal
 
 with exit_on_signal():  # torch is loaded here, which takes seconds
-    from saelab.study.launch_options import QUICK, LaunchOptions, quick_name
+    from saelab.runs.schema import QUICK
+    from saelab.study.launch_options import LaunchOptions, quick_name
     from saelab.study.plan import Confirmation, Run, find_run, read_base, read_plan
     from saelab.study.registry import attempt
 

@@ -40,7 +40,7 @@ from saelab.progress import clock
 from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
 from saelab.runs.folder import MANIFEST, SEALED, SUMMARY, RunFolder
-from saelab.runs.schema import CELLS, SETTINGS, CellId
+from saelab.runs.schema import CELLS, MARK, QUICK, SETTINGS, CellId
 from saelab.runtime import exhaustion
 from saelab.runtime.counting import count
 from saelab.runtime.main_guard import refuse_unguarded_script
@@ -51,7 +51,6 @@ from saelab.storage.cache import cache_folder, has_activations
 from saelab.storage.links import refuse_links
 from saelab.storage.lock import lock_folder
 from saelab.study.checks import naming_arm
-from saelab.study.launch_options import MARK, QUICK
 from saelab.study.plan import (
     BASELINE,
     BaseConfig,

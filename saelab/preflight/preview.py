@@ -31,12 +31,11 @@ from saelab.preflight.launch_time import (
 )
 from saelab.progress import clock
 from saelab.runs.folder import MANIFEST, RunFolder
-from saelab.runs.schema import level_of
+from saelab.runs.schema import QUICK, level_of
 from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.storage.remote import place_of
 from saelab.study.calibration import calibration_tokens, describe_calibration
-from saelab.study.launch_options import QUICK
 from saelab.study.plan import (
     BASELINE,
     PREVIEWED,

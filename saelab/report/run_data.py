@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from saelab.runs.folder import RunFolder
-from saelab.runs.schema import CONTROL
+from saelab.runs.schema import CONTROL, MARK, QUICK
 from saelab.runtime.safe_text import visible
-from saelab.study.launch_options import MARK, QUICK
 
 if TYPE_CHECKING:
     from saelab.verdict.across_settings import AcrossSettings

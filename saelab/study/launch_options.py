@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import SettingError
+from saelab.runs.schema import MARK, QUICK
 from saelab.study.plan import BASELINE, Arm, BaseConfig, Confirmation, PlanConfig, Run, references
 
-#: The purpose of a quick form, which is its stream of seeds too, and the folder that it lies in.
-QUICK = "quick"
 #: Sizes of the quick form. Our choice: 90 seconds on two idle cores for the embedded model.
 ARMS, SEEDS, TOKENS, HELD_OUT, CONTEXTS = 3, 3, 131_072, 16_256, 32
-#: Begins the title of every quick form.
-MARK = "QUICK FORM, no result of the study"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +87,7 @@ class LaunchOptions:
         """Returns the folder of the launch of a run whose own folder is given."""
         return folder.parent / QUICK / folder.name if self.quick else folder
 
-    def _shown(self) -> Any:
+    def _value(self) -> Any:
         return dict(self.changes) or self.tokens
 
 

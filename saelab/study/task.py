@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from saelab.runs.schema import SETTINGS
-from saelab.study.launch_options import QUICK
+from saelab.runs.schema import QUICK, SETTINGS
 from saelab.study.plan import BaseConfig, CellSpec, PlanConfig, Run, cells
 
 #: A launch that is expected to take longer is refused: a driver would kill it at 7200 s.

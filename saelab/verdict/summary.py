@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from saelab import stats
 from saelab.runs import schema
+from saelab.runs.schema import QUICK
 from saelab.runtime.counting import count
 from saelab.runtime.safe_text import markdown
-from saelab.study.launch_options import QUICK
 from saelab.study.plan import BASELINE, PlanConfig
 from saelab.study.registry import Attempt, plan_hash
 from saelab.verdict.agreement import agreement_text, coverage_text

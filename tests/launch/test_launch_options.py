@@ -13,9 +13,10 @@ from projects import BASELINE, RATE, SCALED, Project, cli
 from saelab.errors import SettingError
 from saelab.report.figures.common import draw_run
 from saelab.report.run_data import load
+from saelab.runs.schema import MARK
 from saelab.seeding import study_seeds
 from saelab.storage.atomic import read_json
-from saelab.study.launch_options import MARK, LaunchOptions
+from saelab.study.launch_options import LaunchOptions
 from saelab.study.plan import Arm, BaseConfig, Confirmation, FromArm, PlanConfig, Run
 
 THIRD = 'Arm("other", {"train.lr": 1e-3}, "a third")'

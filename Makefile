@@ -1,6 +1,7 @@
 # make setup          the virtual environment .venv with this package and its tools
 # make demo           run_1 on the embedded model, and its pictures
 # make demo-smollm2   the same on SmolLM2 (downloads 140 MB): studies/smollm2
+# make demo-quick     three arms of it in about 90 seconds: marked as quick, and no part of the study
 # make test           the fast tests
 # make test-slow      the slow tests
 # make check          ruff and pyright
@@ -15,8 +16,8 @@
 # make clean          removes the environments and what was built
 #
 # Every target except `peers` and `clean` runs `make setup` first.
-.PHONY: setup demo demo-smollm2 test test-slow test-triton test-store test-browser test-tracking \
-	test-clusters test-peers check clusters peers bench clean
+.PHONY: setup demo demo-quick demo-smollm2 test test-slow test-triton test-store test-browser \
+	test-tracking test-clusters test-peers check clusters peers bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -52,6 +53,12 @@ demo-smollm2: setup
 	cd $(SMOLLM2) && ../../$(BIN)/python plot.py
 	cd $(SMOLLM2) && ../../$(BIN)/saelab report
 	@echo "results: $(SMOLLM2)/$(RUN)/summary.md and $(SMOLLM2)/report.html; pictures: $(SMOLLM2)/$(RUN)_*.png"
+
+demo-quick: setup
+	$(BIN)/python -m saelab run $(RUN) --quick
+	cd quick && ../$(BIN)/python ../plot.py
+	$(BIN)/python -m saelab report quick/$(RUN) --out quick/$(RUN).html --cells 1 --latents 50
+	@echo "a quick form, no result: quick/$(RUN)/summary.md; pictures: quick/$(RUN)_*.png; page: quick/$(RUN).html"
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow" -n 2

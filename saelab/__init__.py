@@ -11,6 +11,7 @@ from saelab.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from saelab.analysis.attach import attach
+    from saelab.analysis.frames import to_pandas
     from saelab.analysis.leave_one_out import LeaveOneOut
     from saelab.api import (
         compare,
@@ -44,6 +45,7 @@ _PLACES = {
     "settings": "saelab.api",
     "train": "saelab.api",
     "LeaveOneOut": "saelab.analysis.leave_one_out",
+    "to_pandas": "saelab.analysis.frames",
     "register": "saelab.parts",
     "SAE": "saelab.sae",
     "SAEConfig": "saelab.sae",
@@ -87,10 +89,18 @@ __all__ = [
     "saebench_result",
     "save",
     "settings",
+    "to_pandas",
     "train",
     "train_on",
     "truth_of",
 ]
+
+
+def __dir__() -> list[str]:
+    """Returns the public names, for `dir`, `help` and completion."""
+    return sorted(
+        [*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"]
+    )
 
 
 def __getattr__(name: str) -> Any:

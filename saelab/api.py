@@ -31,10 +31,12 @@ from saelab.evals import check_names, of_subject
 from saelab.evals.base import Row, Subject
 from saelab.launch.over_settings import launch_over_settings
 from saelab.launch.prepare import prepare, spliced_model
+from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE
 from saelab.storage.cache import cache_folder
+from saelab.study.experiment_file import load_experiment
 from saelab.study.plan import (
     BASELINE,
     Arm,
@@ -48,11 +50,29 @@ from saelab.study.task import Launch
 from saelab.training.train import Surroundings, train_one
 from saelab.verdict.judge import Comparison
 
+#: Metrics that `repr` of scores shows. Our choice: they fit a screen.
+MOST_SHOWN = 24
+
 
 class Scores(dict[str, float]):
     """Metric -> value over all data; `rows` holds every row, slices and missing values included."""
 
     rows: list[Row]
+
+    def __repr__(self) -> str:
+        """Returns a line for each metric, the first ones where there are many."""
+        width = max(map(len, self), default=0)
+        lines = [f"  {name:{width}}  {value:.5g}" for name, value in self.items()]
+        more = f"  and {count(len(lines) - MOST_SHOWN, 'more value')}: saelab.to_pandas(scores)"
+        shown = lines if len(lines) <= MOST_SHOWN + 1 else [*lines[:MOST_SHOWN], more]
+        return "\n".join([f"Scores: {count(len(self), 'value')}", *shown])
+
+
+class Comparisons(list[Comparison]):
+    """The verdict on each arm; `repr` has a line for each."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self)) or "no comparisons"
 
 
 #: What the functions take as settings: `BaseConfig`, the same as plain data, or a TOML file.
@@ -74,13 +94,19 @@ def _settings(base: Base) -> BaseConfig:
     raise SettingError("base", type(base).__name__, remedy)
 
 
-def settings(path: str | Path, changes: Mapping[str, Any] | None = None) -> BaseConfig:
-    """Reads base settings from a TOML file and changes dotted settings.
+def settings(base: Base, changes: Mapping[str, Any] | None = None) -> BaseConfig:
+    """Reads base settings and changes dotted ones.
+
+    Args:
+        base: a TOML file, or settings as a dict or as this function returns them.
+        changes: dotted name -> value, as in {"sae.d_sae": 512}.
 
     Raises: SourceError for a missing file; SettingError for an unknown or impossible setting.
     """
-    path = Path(path)
-    return BaseConfig.parse(read_toml(path), where=path.name).patched(dict(changes or {}))
+    if isinstance(base, (str, Path)):
+        path = Path(base)
+        return BaseConfig.parse(read_toml(path), where=path.name).patched(dict(changes or {}))
+    return _settings(base).patched(dict(changes or {}))
 
 
 @standard_torch()
@@ -135,7 +161,7 @@ def _train(base: BaseConfig, seed: int, cache: str | Path, start: SAE | None = N
 
 
 @standard_torch()
-def load(path: str | Path, format: str = "") -> SAE:
+def load(path: str | Path, format: str = "", experiment: str | Path | None = None) -> SAE:
     """Loads the SAE in a directory of ours, of another tool, or of a published layout
     (docs/formats.md), in evaluation mode; `sae.complete(sae.decode(sae.encode(x)), x)` is its
     reconstruction.
@@ -143,9 +169,12 @@ def load(path: str | Path, format: str = "") -> SAE:
     Args:
         format: '' recognises the format by its files; one that holds a pickle must be named
             ('dictionary_learning', 'goodfire', 'openai', ...).
+        experiment: the experiment.py that registers parts which this SAE has; its code is run.
 
     Raises: SourceError, SettingError when the directory holds no SAE that can be read.
     """
+    if experiment is not None:
+        load_experiment(Path(experiment).resolve())
     return formats.load(path, format).sae
 
 
@@ -153,7 +182,8 @@ def load(path: str | Path, format: str = "") -> SAE:
 def save(
     sae: SAE, folder: str | Path, format: str = "saelens", about: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes an SAE in the format of another tool.
+    """Writes an SAE in the format of another tool ('saelens'), or in our own ('saelab'), as
+    `sae.save(folder)` does.
 
     Args:
         about: metadata to store: model, hook_name, context, dataset and anything else.
@@ -167,7 +197,7 @@ def save(
 def evaluate(
     subject: Subject,
     base: Base,
-    evals: Sequence[str] = ("core", "probing"),
+    evals: Sequence[str] = ("core",),
     seed: int = 0,
     cache: str | Path = ".",
     definition: Definition | None = None,
@@ -255,7 +285,7 @@ def compare(
     study: str = "compare",
     workers: int = 0,
     **plan: Any,
-) -> list[Comparison]:
+) -> Comparisons:
     """Trains arms and the baseline, paired by seed, and returns the verdict on each arm.
 
     Args:
@@ -282,17 +312,17 @@ def compare(
     run = replace(run, arms=[_with_levels(arm, run, rules, resolved) for arm in table])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(out_dir) if out_dir else Path(temporary) / "compare"
-        return launch_over_settings(
-            Launch(
-                name=folder.name,
-                run=run,
-                plan=rules,
-                base=resolved,
-                out_dir=folder,
-                root=Path(),
-                workers=workers,
-            )
+        task = Launch(
+            name=folder.name,
+            run=run,
+            plan=rules,
+            base=resolved,
+            out_dir=folder,
+            root=Path(),
+            workers=workers,
+            quiet=True,
         )
+        return Comparisons(launch_over_settings(task))
 
 
 def _levels_around(target: float | None, base: BaseConfig) -> tuple[float, ...]:

@@ -15,15 +15,13 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from saelab.distributed.ranks import ALONE, Ranks
-from saelab.errors import DamageError, SourceError
-from saelab.parts.base import Dims
+from saelab.errors import DamageError, SettingError, SourceError
 from saelab.row_norm import RowNorm
-from saelab.sae import SAE, SAEConfig, Widths, computes
-from saelab.storage.atomic import read_json, read_sealed, sha256, write_sealed
+from saelab.sae import FORMAT, SAE, SAEConfig, Widths, computes
+from saelab.storage.atomic import read_json, read_sealed, sha256
 from saelab.storage.safetensors_file import read_shapes
 from saelab.storage.validation import Loose, validate
 
-FORMAT = 1
 REMEDY = "train the cell again, or take the folder from where it was copied"
 
 
@@ -39,22 +37,7 @@ class _Record(Loose):
 
 def save(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
     """Writes the SAE; `provenance` is plain JSON data (model, hook_name, context, seed ...)."""
-    tensors: dict[str, Tensor] = dict(sae.state_dict())
-    if sae.config.tied:  # one matrix, stored once
-        del tensors["W_enc"]
-    file = folder / "sae.safetensors"
-    checksum = sae.shards().write(file, tensors)
-    record = {
-        "format": FORMAT,
-        "d_in": sae.d_in,
-        **_blocks(sae.dims),
-        "sae": sae.config.model_dump(mode="json"),
-        "provenance": provenance,
-        "sha256": checksum,
-    }
-    if sae.row_norm != "none":  # of a published SAE that was trained further
-        record["row_norm"] = sae.row_norm
-    sae.ranks.on_first(lambda: write_sealed(folder / "sae.json", record))
+    sae.save(folder, provenance)
 
 
 def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, dict[str, Any]]:
@@ -76,7 +59,7 @@ def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, 
     file = folder / "sae.safetensors"
     if not file.is_file() or sha256(file) != record["sha256"]:
         raise DamageError(f"{file} does not match its checksum: {REMEDY}")
-    config = SAEConfig.parse(record["sae"], where=str(folder / "sae.json"))
+    config = _parse(record["sae"], folder / "sae.json")
     widths = record.get("inputs") or record["d_in"], record.get("targets") or None
     _check_shapes(config, widths, file)
     sae = config.build(widths[0], d_out=widths[1], ranks=ranks)
@@ -89,10 +72,21 @@ def load(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> tuple[SAE, 
     return sae.to(torch.device(device)), record["provenance"]
 
 
-def _blocks(dims: Dims) -> dict[str, list[int]]:
-    """Returns the widths of several hook points of the input, and of those of a target."""
-    blocks = {"inputs": list(dims.inputs), "targets": list(dims.targets)}
-    return {name: widths for name, widths in blocks.items() if widths}
+def _parse(settings: dict[str, Any], file: Path) -> SAEConfig:
+    """Reads the settings of a saved SAE.
+
+    Raises: SettingError, which says how the file of a part that is not of this package is named.
+    """
+    try:
+        return SAEConfig.parse(settings, where=str(file))
+    except SettingError as error:
+        if error.setting.rpartition(".")[2] != "kind":
+            raise
+        remedy = (
+            f"{error.remedy}; if it is a part of a study, name the file that registers it: "
+            "saelab.load(folder, experiment='experiment.py'), or --experiment experiment.py"
+        )
+        raise SettingError(error.setting, error.value, remedy) from None
 
 
 def _check_shapes(config: SAEConfig, widths: tuple[Widths, Widths | None], file: Path) -> None:

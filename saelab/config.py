@@ -37,6 +37,8 @@ SURROGATE_REMEDY = "a text can't hold half a character (a surrogate): write the 
 MOST = 2**53
 #: Other numbers are below this, so that each is finite in float32, which SAEs compute with.
 MOST_FLOAT = 3e38
+#: Columns of the lines of `repr`. Our choice: it fits most terminals.
+LINE = 88
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Frozen(BaseModel):
     #: Fields that JSON leaves out while they have their default: those that came after studies had
     #: been registered, whose digests and cell keys hold for it.
     added_later: ClassVar[frozenset[str]] = frozenset()
+    #: Fields that `repr` shows even where they have their default.
+    always_shown: ClassVar[frozenset[str]] = frozenset()
     #: Names that `patched` takes besides the fields.
     macros: ClassVar[Mapping[str, Macro]] = {}
 
@@ -76,6 +80,20 @@ class Frozen(BaseModel):
                 if getattr(self, name) == type(self).model_fields[name].default:
                     data.pop(name, None)
         return data
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """Yields the fields that are not at their defaults, and those of `always_shown`."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            default = field.get_default(call_default_factory=True, validated_data={})
+            if name in self.always_shown or value != default:
+                yield name, value
+
+    def __repr__(self) -> str:
+        return _laid_out(self)
+
+    def __str__(self) -> str:
+        return _laid_out(self)
 
     @classmethod
     def parse(cls, data: dict[str, Any], where: str = "") -> Self:
@@ -169,6 +187,35 @@ class Frozen(BaseModel):
     def digest(self) -> str:
         """Returns a 16-character content hash of all settings."""
         return digest(self.model_dump(mode="json"))
+
+
+def _laid_out(value: Any, indent: int = 0) -> str:
+    """Returns settings as text: on one line where they fit, else with a line for each field; of
+    settings under names of their own the names alone."""
+    if isinstance(value, Frozen):
+        named = list(value.__repr_args__())
+        before, after = f"{type(value).__name__}(", ")"
+    elif isinstance(value, tuple) and any(isinstance(item, Frozen) for item in value):
+        named, before, after = [("", item) for item in value], "(", ",)" if len(value) == 1 else ")"
+    elif isinstance(value, Mapping) and any(isinstance(item, Frozen) for item in value.values()):
+        texts, before, after = [f"{name!r}: ..." for name in value], "{", "}"
+        return _on_lines(texts, before, after, indent)
+    else:
+        return repr(value)
+    texts = [f"{name}={text}" if name else text for name, text in _texts(named, indent + 4)]
+    return _on_lines(texts, before, after, indent)
+
+
+def _on_lines(texts: Sequence[str], before: str, after: str, indent: int) -> str:
+    line = before + ", ".join(texts) + after
+    if "\n" not in line and len(line) + indent <= LINE:
+        return line
+    space = " " * (indent + 4)
+    return f"{before}\n{space}" + f",\n{space}".join(texts) + f",\n{' ' * indent}{after[-1]}"
+
+
+def _texts(named: Iterable[tuple[str, Any]], indent: int) -> Iterator[tuple[str, str]]:
+    return ((name, _laid_out(value, indent)) for name, value in named)
 
 
 def _apply(cls: type[Frozen], data: Any, macro: Macro, name: str, value: Any) -> Frozen:

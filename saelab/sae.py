@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, final
 
 import torch
@@ -39,7 +40,7 @@ from torch.nn.functional import linear, normalize
 from saelab.config import Frozen, Macro, setting_error_at_place
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.distributed.sharded_file import Shards
-from saelab.errors import SettingError, naming_setting
+from saelab.errors import SettingError, naming_setting, shorten
 from saelab.kernels import (
     Code,
     Precision,
@@ -85,8 +86,12 @@ from saelab.parts.base import (
 )
 from saelab.parts.presets import PRESET, expand
 from saelab.row_norm import RowNorm, normalise_rows, restore_rows
+from saelab.runtime.counting import count
 from saelab.seeding import torch_stream
+from saelab.storage.atomic import write_sealed
 
+#: Version of the format that `SAE.save` writes.
+FORMAT = 1
 #: Width of a hook point, or of each of several.
 Widths = int | Sequence[int]
 #: The most latents of an SAE: twice as many as any published SAE has. Our choice.
@@ -109,7 +114,8 @@ class SAEConfig(Frozen):
 
     Args:
         d_sae: number of latents.
-        activation, scaling, losses, controllers, constraints, observers: the parts.
+        activation, scaling, losses, controllers, constraints, observers: the parts,
+            see `saelab parts`.
         encoder_bias: whether b_enc exists (idea A's literal form has none).
         centre: whether b_dec is subtracted before the encoder.
         tied: whether the encoder is the decoder's transpose, one matrix for both.
@@ -124,6 +130,7 @@ class SAEConfig(Frozen):
     """
 
     added_later: ClassVar[frozenset[str]] = frozenset({"skip", "decoder_start"})
+    always_shown: ClassVar[frozenset[str]] = frozenset({"d_sae", "activation"})
     macros: ClassVar[Mapping[str, Macro]] = {"preset": PRESET}
 
     d_sae: int = Field(default=1536, gt=0, le=MOST_LATENTS)
@@ -330,6 +337,45 @@ class SAE(nn.Module):
             part.ranks = dims.ranks
         if checked:
             self.check_parts()
+
+    def __repr__(self) -> str:
+        """Returns sizes, parts with their settings that are not at their defaults, and the place
+        of the weights."""
+        target = f", target of width {self.dims.d_out}" if self.has_target else ""
+        lines = [
+            f"SAE of {count(self.d_sae, 'latent')} on activations of width {self.d_in}{target}"
+        ]
+        for field, parts in self.config.parts().items():
+            if parts:
+                lines.append(f"  {field}: {', '.join(part.brief() for part in parts)}")
+        numbers = sum(tensor.numel() for tensor in self.parameters())
+        mode = "in training mode" if self.training else "in evaluation mode"
+        lines.append(f"  {numbers:,} parameters, {self.W_enc.dtype} on {self.W_enc.device}, {mode}")
+        return "\n".join(map(shorten, lines))
+
+    def save(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> None:
+        """Writes this SAE in the format of saelab (`saelab.checkpoint`); `saelab.load` reads it.
+
+        Args:
+            folder: made where it is missing; an SAE in it is replaced.
+            about: metadata to store, as plain JSON data: model, hook_name and anything else.
+        """
+        folder, tensors = Path(folder), dict[str, Tensor](self.state_dict())
+        if self.config.tied:  # one matrix, stored once
+            del tensors["W_enc"]
+        checksum = self.shards().write(folder / "sae.safetensors", tensors)
+        blocks = {"inputs": list(self.dims.inputs), "targets": list(self.dims.targets)}
+        record = {
+            "format": FORMAT,
+            "d_in": self.d_in,
+            **{name: widths for name, widths in blocks.items() if widths},
+            "sae": self.config.model_dump(mode="json"),
+            "provenance": dict(about or {}),
+            "sha256": checksum,
+        }
+        if self.row_norm != "none":  # of a published SAE that was trained further
+            record["row_norm"] = self.row_norm
+        self.ranks.on_first(lambda: write_sealed(folder / "sae.json", record))
 
     # ---- composition -------------------------------------------------------------------------
 

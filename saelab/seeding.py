@@ -42,7 +42,7 @@ def study_seeds(study: str, purpose: str, count: int) -> list[int]:
 
     Args:
         study: the study's name.
-        purpose: 'explore', 'confirm', 'tune' or 'twin'; the four sets are disjoint streams.
+        purpose: 'explore', 'confirm', 'tune', 'twin' or 'quick'; the sets are disjoint streams.
         count: number of seeds.
     """
     digest = hashlib.sha256(f"{study}/{purpose}".encode()).digest()

@@ -9,17 +9,17 @@ from functools import partial
 
 import typer
 
-from saelab.cli import drivers, latents, models, parts, plan, results, run, saes, train
-from saelab.cli.common import Guarded
+from saelab.cli import drivers, latents, models, parts, plan, results, run, saes, settings, train
+from saelab.cli.common import MOST_COLUMNS, Guarded, Listing, Version
 
 #: Plain help, and errors whose last line says what is wrong.
-Group = partial(typer.Typer, no_args_is_help=True, rich_markup_mode=None)
+Group = partial(typer.Typer, no_args_is_help=True, rich_markup_mode=None, cls=Listing)
 app = Group(
     cls=Guarded,
     help="Train sparse autoencoder variants side by side and learn whether an idea helps.",
     epilog="Runs on the CPU. The path for CUDA (model.device = 'cuda') has not run on a GPU yet.",
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MOST_COLUMNS},
 )
 lm_group = Group(help="Language models: those of Python packages, and the embedded one.")
 plan_group = Group(help="The plan of a study, before anything is trained.")
@@ -45,6 +45,7 @@ COMMANDS = (
     (app, "latent", latents.latent),
     (app, "steer", latents.steer),
     (app, "export", saes.export),
+    (app, "settings", settings.settings),
     (app, "parts", parts.parts),
     (app, "check-part", parts.check_part),
     (app, "saebench", saes.saebench),
@@ -55,6 +56,11 @@ COMMANDS = (
 )
 for group, name, command in COMMANDS:
     group.command(name)(command)
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    """Holds the options of `saelab` itself."""
 
 
 def main() -> None:

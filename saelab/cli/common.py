@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 #: The file with the run table.
 EXPERIMENT = Path("experiment.py")
+#: Help and tables use at most this many columns of a wide terminal. Our choice: lines above it are
+#: hard to read.
+MOST_COLUMNS = 160
 RunTable = Annotated[Path, Option("--experiment", help="File with the run table.")]
 OwnParts = Annotated[
     Path | None,
@@ -25,6 +28,20 @@ OwnParts = Annotated[
 Set = Annotated[
     list[str] | None,
     Option("--set", help="Change one setting: --set train.lr=1e-3. May be repeated."),
+]
+Tokens = Annotated[
+    int | None, Option("--tokens", help="Tokens that each SAE trains on (train.tokens).")
+]
+SeedsOfArms = Annotated[
+    int | None, Option("--seeds", help="Seeds of every arm, in place of the plan's numbers.")
+]
+Quick = Annotated[
+    bool,
+    Option(
+        "--quick",
+        help="Three arms in about 90 seconds: few tokens and seeds, in the folder quick/. Marked "
+        "in every output, and no part of the study.",
+    ),
 ]
 Arms = Annotated[
     list[str] | None,
@@ -49,7 +66,39 @@ Folders = Annotated[
 Json = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
 
 
-class Guarded(TyperGroup):
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from saelab.version import __version__
+
+        typer.echo(f"saelab {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+]
+
+
+class Listing(TyperGroup):
+    """A group whose help shows the first sentence of each command in full."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        names = [name for name in self.list_commands(ctx)]
+        commands = [(name, self.get_command(ctx, name)) for name in names]
+        rows = [(name, _first_sentence(c.help or "")) for name, c in commands if c and not c.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _first_sentence(text: str) -> str:
+    """Returns the first paragraph of a help text up to its first full stop."""
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    end = paragraph.find(". ")
+    return paragraph if end < 0 else paragraph[: end + 1]
+
+
+class Guarded(Listing):
     """A group whose commands end as `cli_errors` says."""
 
     def invoke(self, ctx: Any) -> Any:

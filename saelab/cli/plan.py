@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from saelab.cli.common import EXPERIMENT, Json, RunTable, Set, parse_changes, read_runs, say, show
+from saelab.cli.common import (
+    EXPERIMENT,
+    Json,
+    Quick,
+    RunTable,
+    SeedsOfArms,
+    Set,
+    Tokens,
+    parse_changes,
+    read_runs,
+    say,
+    show,
+)
 
 if TYPE_CHECKING:
     from saelab.study.plan import BaseConfig
@@ -17,6 +29,10 @@ def check(
     names: Annotated[
         list[str] | None, Argument(help="Runs of the table; all of them by default.")
     ] = None,
+    quick: Quick = False,
+    seeds: SeedsOfArms = None,
+    tokens: Tokens = None,
+    set_: Set = None,
     json_: Json = False,
     experiment: RunTable = EXPERIMENT,
 ) -> None:
@@ -24,13 +40,17 @@ def check(
     from saelab.errors import SourceError
     from saelab.launch.entry import check_one
     from saelab.preflight.preview import check_text
+    from saelab.study.launch_options import LaunchOptions
     from saelab.study.plan import Confirmation
 
+    options = LaunchOptions(seeds=seeds, tokens=tokens, changes=parse_changes(set_), quick=quick)
     runs, file = read_runs(experiment)
     previews = []
     for name in names or runs:
+        if quick and not names and isinstance(runs[name], Confirmation):
+            continue  # it has no quick form
         try:
-            previews.append(check_one(runs, file, name))
+            previews.append(check_one(runs, file, name, options))
         except SourceError as error:  # a confirmation whose earlier runs are not there yet
             if names or not isinstance(runs[name], Confirmation):
                 raise
@@ -38,6 +58,9 @@ def check(
     show(json_, [preview.as_dict() for preview in previews], map(check_text, previews), "\n\n")
     for preview in previews:
         preview.check_limit()
+    if previews and not json_:
+        option = " --quick" if quick else ""
+        say(f"\nnext: `saelab run {' '.join(names or ['NAME'])}{option}`")
 
 
 def cost(

@@ -9,7 +9,20 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from saelab.cli.common import EXPERIMENT, Json, RunTable, messages_on_stderr, read_runs, show
+from saelab.cli.common import (
+    EXPERIMENT,
+    Json,
+    Quick,
+    RunTable,
+    SeedsOfArms,
+    Set,
+    Tokens,
+    messages_on_stderr,
+    parse_changes,
+    read_runs,
+    say,
+    show,
+)
 
 
 def run(
@@ -28,21 +41,33 @@ def run(
             "default the one that SAELAB_EXECUTOR names, else local."
         ),
     ] = "",
+    quick: Quick = False,
+    seeds: SeedsOfArms = None,
+    tokens: Tokens = None,
+    set_: Set = None,
     json_: Json = False,
     experiment: RunTable = EXPERIMENT,
 ) -> None:
-    """Train, evaluate and judge all arms of a run (as `python experiment.py --out_dir=NAME`)."""
+    """Train, evaluate and judge all arms of a run (as `python experiment.py --out_dir=NAME`).
+
+    saelab run run_1 --quick
+
+    Options that change the plan or the base settings are shown as deviations from what the study
+    has registered.
+    """
     from saelab.launch.entry import run_one, train_all
+    from saelab.study.launch_options import LaunchOptions
     from saelab.verdict.review import review
 
+    options = LaunchOptions(seeds=seeds, tokens=tokens, changes=parse_changes(set_), quick=quick)
     runs, file = read_runs(experiment)
     folders = [Path(name) for name in names]
     with messages_on_stderr(json_):
-        train_all(runs, file, folders, force, executor)
+        train_all(runs, file, folders, force, executor, options)
         for folder in folders:
-            run_one(runs, file, folder, force, executor=executor)
+            run_one(runs, file, folder, force, executor=executor, options=options)
     if json_:
-        verdicts = [review(folder).as_dict() for folder in folders]
+        verdicts = [review(options.place(folder)).as_dict() for folder in folders]
         show(json_, verdicts[0] if len(verdicts) == 1 else verdicts, ())
 
 
@@ -62,7 +87,8 @@ def tune(
     runs, file = read_runs(experiment)
     with messages_on_stderr(json_):
         tuned = tune_one(runs, file, name)
-    show(json_, tuned, _tuned_lines(tuned))
+    lines = [*_tuned_lines(tuned), f"written to tuned.json; next: `saelab run {name}`"]
+    show(json_, tuned, lines)
 
 
 def _tuned_lines(tuned: Mapping[str, Any]) -> Iterator[str]:
@@ -81,11 +107,18 @@ def template(
     train: Annotated[
         bool, Option("--train", help="Train run_0 there now, as `saelab run run_0` would.")
     ] = False,
+    minimal: Annotated[
+        bool,
+        Option("--minimal", help="Only run table, plan and base settings: one arm, one question."),
+    ] = False,
 ) -> None:
     """Write a folder for a study: run table, plan, pictures, and what an autonomous driver reads.
 
     Without an option it copies run_0 from this folder, if there is one.
     """
+    if minimal:
+        _template_minimal(folder, run_0, train)
+        return
     from saelab.launch.entry import run_one
     from saelab.launch.template import BASELINE_RUN, write_template
 
@@ -98,6 +131,20 @@ def template(
         run_one(runs, file, folder / BASELINE_RUN)
     elif run_0 is None:
         typer.echo(f"{folder} has no run_0 yet: python experiment.py --out_dir=run_0 makes it")
+
+
+def _template_minimal(folder: Path, run_0: Path | None, train: bool) -> None:
+    from saelab.errors import SettingError
+    from saelab.launch.template import write_minimal
+
+    if train or run_0 is not None:
+        option = "--train" if train else "--run-0"
+        raise SettingError(option, train or str(run_0), "--minimal has no run_0: leave it out")
+    write_minimal(folder)
+    say(
+        f"{folder}: experiment.py (arms), plan.toml (how they are judged), configs/embedded.toml; "
+        f"next: `cd {folder}`, `saelab plan check`, `saelab run run_1 --quick`"
+    )
 
 
 def watch(

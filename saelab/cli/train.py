@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from saelab.cli.common import Set, is_first_process, parse_changes, say
+from saelab.cli.common import Set, Tokens, is_first_process, parse_changes, say
 
 if TYPE_CHECKING:
     from saelab.study.plan import BaseConfig
@@ -18,6 +18,12 @@ def train(
     config: Annotated[Path, Argument(help="Base settings, for example configs/embedded.toml.")],
     out_dir: Annotated[Path, Option("--out_dir", "--out-dir", help="Folder for the results.")],
     seeds: Annotated[int, Option(help="Number of seeds.")] = 1,
+    seed: Annotated[
+        int | None,
+        Option(min=0, help="This seed alone; by default seeds follow from the config's name."),
+    ] = None,
+    tokens: Tokens = None,
+    force: Annotated[bool, Option("--force", help="Replace a complete folder.")] = False,
     start: Annotated[
         Path | None, Option(help="Folder of an SAE, in any format: trains it further.")
     ] = None,
@@ -35,14 +41,22 @@ def train(
     torchrun --nproc-per-node 4 -m saelab train CONFIG --out_dir DIR --set parallel.latents=4
     """
     from saelab.api import settings
+    from saelab.errors import SettingError
     from saelab.launch import distributed
     from saelab.launch.launch import launch
     from saelab.study.plan import BASELINE, Arm, PlanConfig, Run
     from saelab.study.task import Launch
 
-    base = settings(config, parse_changes(set_))
+    if seed is not None and seeds != 1:
+        raise SettingError("--seeds", seeds, "--seed names the only one: leave one of them out")
+    of_tokens = {} if tokens is None else {"train.tokens": tokens}
+    base = settings(config, of_tokens | parse_changes(set_))
     plan = {"study": config.stem, "base": str(config), "seeds": seeds, "target_l0": None}
     if start is not None or distributed.wants_ranks(base):
+        if seed is not None or force:
+            option = "--force" if seed is None else "--seed"
+            remedy = "is of a training in one process without --start: leave it out"
+            raise SettingError(option, force if seed is None else seed, remedy)
         _train_over_ranks(base, out_dir, config.stem, seeds, start)
         return
     launch(
@@ -54,6 +68,8 @@ def train(
             out_dir=out_dir,
             root=Path(),
             limit=float("inf"),
+            force=force,
+            fixed_seeds=() if seed is None else (seed,),
         )
     )
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,8 @@ class ModelConfig(Frozen):
         revision: branch, tag or commit on the hub.
         device: 'cpu', 'cuda', 'cuda:1' ... (nothing has run on a GPU yet).
     """
+
+    always_shown: ClassVar[frozenset[str]] = frozenset({"path"})
 
     path: str = "embedded"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

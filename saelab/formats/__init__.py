@@ -64,7 +64,7 @@ class Format:
 
 
 TABLE: dict[str, Format] = {
-    "saelab": Format(own.FILES, own.load),
+    "saelab": Format(own.FILES, own.load, own.save),
     "saelens": Format(saelens.FILES, saelens.load, saelens.save),
     "sparsify": Format(sparsify.FILES, sparsify.load),
     "gemma_scope": Format(gemma_scope.FILES, gemma_scope.load),

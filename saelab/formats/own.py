@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from saelab import checkpoint
 from saelab.errors import SourceError
 from saelab.formats.base import MATRICES, Loaded, Origin
+from saelab.sae import SAE
 
 FILES = ("sae.json", "sae.safetensors")
 
@@ -23,3 +26,8 @@ def load(folder: Path) -> Loaded:
             raise SourceError(f"{folder}: {name} holds a value that is not finite: train it again")
     origin = Origin(str(about.get("model") or ""), str(about.get("hook_name") or ""))
     return Loaded(sae, origin, about)
+
+
+def save(sae: SAE, folder: Path, about: Mapping[str, Any]) -> None:
+    """Writes an SAE with all its state, see `SAE.save`."""
+    sae.save(folder, about)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from saelab.runtime import exhaustion
 from saelab.runtime.signals import exit_on_signal
 
 with exit_on_signal():  # torch is loaded here, which takes seconds
+    from saelab.runs.schema import QUICK
+    from saelab.study.launch_options import LaunchOptions, quick_name
     from saelab.study.plan import Confirmation, Run, find_run, read_base, read_plan
     from saelab.study.registry import attempt
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from saelab.preflight.preview import RunCheck
     from saelab.study.task import Launch
 
+#: No choice besides what the run table and plan.toml say.
+DEFAULTS = LaunchOptions()
 #: The run whose seeds are used nowhere else.
 CONFIRMING = "run_10"
 USAGE = "usage: python experiment.py --out_dir=run_1     (no other argument)"
@@ -68,18 +73,20 @@ def run_one(
     force: bool = False,
     plan_file: Path | None = None,
     executor: str = "",
+    options: LaunchOptions = DEFAULTS,
 ) -> None:
     """One launch of the run that the last part of `out_dir` names."""
     plan_file = plan_file or experiment.parent / "plan.toml"
-    task = task_of(runs, experiment, out_dir, force, plan_file)
+    task = task_of(runs, experiment, out_dir, force, plan_file, options=options)
     start(replace(task, executor=executor))
 
 
 def start(task: Launch) -> None:
-    """One launch in every setting of its plan, which is written down as an attempt."""
+    """One launch in every setting of its plan, which is written down as an attempt unless it is a
+    quick form."""
     from saelab.launch.over_settings import launch_over_settings
 
-    with attempt(task.root, task.name):
+    with attempt(task.root, task.name) if task.judged else nullcontext():
         launch_over_settings(task)
 
 
@@ -89,6 +96,7 @@ def train_all(
     folders: Sequence[Path],
     force: bool = False,
     executor: str = "",
+    options: LaunchOptions = DEFAULTS,
 ) -> None:
     """Trains the cells of several runs together, each once; `run_one` then judges each of them.
 
@@ -101,8 +109,8 @@ def train_all(
 
     plan_file, tasks = experiment.parent / "plan.toml", []
     for folder in folders:
-        if not isinstance(find_run(runs, folder.name), Confirmation):
-            task = task_of(runs, experiment, folder, force, plan_file)
+        if options.quick or not isinstance(find_run(runs, folder.name), Confirmation):
+            task = task_of(runs, experiment, folder, force, plan_file, options=options)
             check_open(task)
             tasks.append(replace(task, executor=executor))
     if len(tasks) > 1:
@@ -137,7 +145,9 @@ def tune_one(runs: Mapping[str, Run], experiment: Path, name: str) -> dict[str, 
     return keep_best(task.root, name, task.run, task.base, task.plan, info, names)
 
 
-def check_one(runs: Mapping[str, Run], experiment: Path, name: str) -> RunCheck:
+def check_one(
+    runs: Mapping[str, Run], experiment: Path, name: str, options: LaunchOptions = DEFAULTS
+) -> RunCheck:
     """Describes what a run will be, before anything is trained.
 
     Raises: as the launch would for what is impossible.
@@ -147,7 +157,7 @@ def check_one(runs: Mapping[str, Run], experiment: Path, name: str) -> RunCheck:
 
     plan_file = experiment.parent / "plan.toml"
     tuned = is_run_tuned(plan_file.parent, name)
-    task = task_of(runs, experiment, Path(name), True, plan_file, at_best_rates=tuned)
+    task = task_of(runs, experiment, Path(name), True, plan_file, tuned, options)
     return check_over_settings(task)
 
 
@@ -158,11 +168,13 @@ def task_of(
     force: bool,
     plan_file: Path,
     at_best_rates: bool = True,
+    options: LaunchOptions = DEFAULTS,
 ) -> Launch:
     """Reads what the run table and plan.toml say about one run.
 
     Args:
         at_best_rates: a `tuned` run has its arms at the rates of tuned.json.
+        options: what the command line changes.
 
     Raises: SettingError when the table has no such run, or for an arm of a `tuned` run that is not
         tuned; SourceError for a missing file.
@@ -171,21 +183,26 @@ def task_of(
     from saelab.study.task import Launch
     from saelab.study.tuning import with_best_rates
 
-    plan, root = read_plan(plan_file), plan_file.parent
-    base, run = read_base(root / plan.base), find_run(runs, out_dir.name)
+    planned_as, root = read_plan(plan_file), plan_file.parent
+    based_on, run = read_base(root / planned_as.base), find_run(runs, out_dir.name)
+    run = options.change_run(run, out_dir.name)
+    plan, base = options.change_plan(planned_as), options.change_base(based_on, planned_as)
     if isinstance(run, Confirmation):
         run = resolve_confirmation(run, runs, root, base, out_dir.name)
-    elif at_best_rates:
+    elif at_best_rates and not options.quick:
         run = with_best_rates(run, base, root, out_dir.name)
+    purpose = "confirm" if out_dir.name == CONFIRMING else "explore"
     return Launch(
-        name=out_dir.name,
+        name=quick_name(out_dir.name) if options.quick else out_dir.name,
         run=run,
         plan=plan,
         base=base,
-        out_dir=out_dir,
+        out_dir=options.place(out_dir),
         root=root,
         experiment=experiment,
-        purpose="confirm" if out_dir.name == CONFIRMING else "explore",
-        force=force,
+        purpose=QUICK if options.quick else purpose,
+        force=force or options.quick,  # it is there to be looked at, and made again
         table=runs,
+        planned_as=planned_as if options != DEFAULTS else None,
+        based_on=based_on if options != DEFAULTS else None,
     )

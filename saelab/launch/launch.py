@@ -39,9 +39,9 @@ from saelab.preflight.preview import RunCheck, check, check_limit
 from saelab.progress import clock
 from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.trackers import open_tracker
-from saelab.runs.folder import MANIFEST, SEALED, RunFolder
+from saelab.runs.folder import MANIFEST, SEALED, SUMMARY, RunFolder
 from saelab.runs.random_code import SHARE
-from saelab.runs.schema import CELLS, SETTINGS, CellId
+from saelab.runs.schema import CELLS, MARK, QUICK, SETTINGS, CellId
 from saelab.runtime import exhaustion
 from saelab.runtime.counting import count
 from saelab.runtime.main_guard import refuse_unguarded_script
@@ -65,6 +65,7 @@ from saelab.study.plan import (
     resolve,
     resolve_with_placeholders,
 )
+from saelab.study.registry import deviations as list_deviations
 from saelab.study.registry import register
 from saelab.study.task import GROUP, Launch
 from saelab.training.curves import read_curve
@@ -86,7 +87,7 @@ from saelab.verdict.error_budget.ledger import (
     next_level,
     record_results,
 )
-from saelab.verdict.final_info import CORE, add_budget, final_info
+from saelab.verdict.final_info import CORE, add_budget, final_info, mark
 from saelab.verdict.gate import check_expected
 from saelab.verdict.judge import Comparison
 from saelab.verdict.review import Judged, judge_files
@@ -113,25 +114,20 @@ def _launch(task: Launch) -> list[Comparison]:
     before = check_launch(task)
     base = before.base
     cache = cache_folder(task.root)
-    for line in [before.needs.line(), *before.warnings]:
+    for line in [*([] if task.quiet else [before.needs.line()]), *before.warnings]:
         print(f"{task.label}: {visible(line)}", file=sys.stderr)
     task = _within_memory(task, before)
     if base.activations is None and not has_activations(cache):
         before.check_limit()
     deviations: tuple[str, ...] = ()
     if task.judged:
-        deviations = register(task.root, task.plan, task.base, task.table, task.setting)
+        deviations = _register(task)
     about = {"run": task.label, "title": task.run.title, "study": task.plan.study}
     with launch_progress(task.out_dir, about, base.tracker):
         outcome = _launched(task, before, deviations, start)
-    judged = outcome.judged
-    print(visible(outcome.table, keep="\n"))
-    taken = clock(time.monotonic() - start)
-    print(f"\n{task.out_dir}: {count(len(judged.gates), 'cell')} in {taken}")
-    print(visible(_place_text(task, [gate.id for gate in judged.gates.values()])))
-    for line in lines_to_print(outcome.decisions, task.run.arms):
-        print(line)
-    return judged.comparisons
+    if not task.quiet:
+        _print_outcome(task, outcome, time.monotonic() - start)
+    return outcome.judged.comparisons
 
 
 @dataclass(frozen=True)
@@ -143,6 +139,24 @@ class _Outcome:
     decisions: list[Decision]
 
 
+def _register(task: Launch) -> tuple[str, ...]:
+    """Registers plan and base settings as their files say, and returns what deviates from what is
+    registered; options of the command line that changed them do too."""
+    plan, base = task.planned_as or task.plan, task.based_on or task.base
+    register(task.root, plan, base, task.table, task.setting)
+    return list_deviations(task.root, task.plan, task.base, task.table, task.setting)
+
+
+def _print_outcome(task: Launch, outcome: _Outcome, seconds: float) -> None:
+    judged = outcome.judged
+    print(visible(outcome.table, keep="\n"))
+    print(f"\n{task.out_dir}: {count(len(judged.gates), 'cell')} in {clock(seconds)}")
+    print(visible(_place_text(task, [gate.id for gate in judged.gates.values()])))
+    print(visible(_next_text(task, judged)))
+    for line in lines_to_print(outcome.decisions, task.run.arms):
+        print(line)
+
+
 def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
     """Says where the trained SAEs of a launch lie."""
     folder = task.out_dir / CELLS
@@ -150,6 +164,25 @@ def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
         return f"the trained SAE is in {folder / ids[0].folder}"
     example = folder / ids[0].folder
     return f"the trained SAEs are in {folder}, such as {example}"
+
+
+def _next_text(task: Launch, judged: Judged) -> str:
+    """Says what is to be read first, and which commands go on from there."""
+    summary = task.out_dir / SUMMARY
+    if task.purpose == QUICK:
+        return (
+            f"{MARK}: few tokens, seeds and arms; read {summary}; next: `saelab report "
+            f"{task.out_dir} --out {task.out_dir}.html`, `saelab run {task.entry}` (the run itself)"
+        )
+    if task.judged:
+        folder = task.out_dir
+        return (
+            f"read {summary}; next: `saelab report {folder}` (one page with figures), "
+            f"`python plot.py` (pictures), `saelab verdict {folder}` (the verdict again)"
+        )
+    first = next(iter(judged.gates.values())).id
+    example = task.out_dir / CELLS / first.folder
+    return f"read {summary}; next: `saelab.load({str(example)!r})` in Python, `saelab export`"
 
 
 def _launched(
@@ -208,6 +241,8 @@ def _launched(
         decisions,
     )
     add_budget(info, left)
+    if task.purpose == QUICK:
+        mark(info, QUICK, MARK)
     record.write_verdict(judged, info, collected.rows, time.monotonic() - start, left)
     _check_baseline(task, judged.arms)
     shown = table(info, judged.comparisons, task.plan, collected.controls, judged.rivals)

@@ -80,6 +80,7 @@ def setting_launches(task: Launch) -> list[Launch]:
             setting=name,
             base=base,
             run=declare_twins(task.run, base) if task.purpose == "confirm" else task.run,
+            based_on=None,
             out_dir=task.out_dir / SETTINGS / name,
             force=True,  # what an earlier attempt left is made anew from the cache
         )

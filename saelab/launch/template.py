@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from saelab import assets
@@ -44,9 +45,29 @@ FILES = {
     "v2_ideas.json": "ai_scientist_v2/sae_variants.json",
     "v2_node.py.txt": "ai_scientist_v2/sae_variants.py",
 }
+#: The same for a study with nothing but its question.
+MINIMAL = {
+    "minimal_experiment.py.txt": "experiment.py",
+    "minimal_plan.toml": "plan.toml",
+    "embedded.toml": "configs/embedded.toml",
+}
+#: Stands in a file for the name of the folder, as a text in quotation marks.
+NAME = '"{NAME}"'
 #: Stands in a file for the absolute path of the folder, as a text in quotation marks.
 STUDY = '"{STUDY}"'
 BASELINE_RUN = "run_0"
+
+
+def write_minimal(folder: Path) -> None:
+    """Fills a new folder with the three files that a study needs.
+
+    Args:
+        folder: made where it is missing, empty otherwise.
+
+    Raises: SettingError for a folder that holds something.
+    """
+    _check_empty(folder)
+    _write_files(folder, MINIMAL)
 
 
 def write_template(folder: Path, run_0: Path | None = None) -> None:
@@ -59,19 +80,29 @@ def write_template(folder: Path, run_0: Path | None = None) -> None:
     Raises: SettingError for a folder that holds something; MismatchError for a run_0 of another
         plan or base; SourceError for one that is not complete.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingError("folder", str(folder), "is there and not empty: name another")
+    _check_empty(folder)
     if run_0 is not None:
         _check_baseline(run_0)
-    for name, place in FILES.items():
-        text = (SOURCE / name).read_text(encoding="utf-8")
-        write_text(folder / place, text.replace(STUDY, json.dumps(str(folder.resolve()))))
+    _write_files(folder, FILES)
     ideas = json.loads((SOURCE / "ideas.json").read_text(encoding="utf-8"))
     seeds = [{name: value for name, value in idea.items() if name != "novel"} for idea in ideas]
     write_json(folder / "seed_ideas.json", seeds)
     if run_0 is not None:
         shutil.copytree(run_0, folder / BASELINE_RUN)
         register(folder, read_plan(folder / "plan.toml"))
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingError("folder", str(folder), "is there and not empty: name another")
+
+
+def _write_files(folder: Path, files: Mapping[str, str]) -> None:
+    whole = folder.resolve()
+    for name, place in files.items():
+        text = (SOURCE / name).read_text(encoding="utf-8")
+        text = text.replace(STUDY, json.dumps(str(whole))).replace(NAME, json.dumps(whole.name))
+        write_text(folder / place, text)
 
 
 def _check_baseline(run_0: Path) -> None:

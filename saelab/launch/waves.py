@@ -292,12 +292,13 @@ def _run(task: Launch, waves: Sequence[_Wave], workers: int, logs: Path) -> None
     seconds = [
         training_seconds([*w.specs, *w.twins], w.measured, at_once, w.controls) for w in waves
     ]
-    print(
-        f"{task.label}: {count(sum(len(wave.specs) for wave in waves), 'cell')} to train "
-        f"({sum(wave.cached for wave in waves)} in the cache), {count(workers, 'worker')}, "
-        f"about {clock(sum(seconds))}",
-        file=sys.stderr,
-    )
+    if not task.quiet:
+        print(
+            f"{task.label}: {count(sum(len(wave.specs) for wave in waves), 'cell')} to train "
+            f"({sum(wave.cached for wave in waves)} in the cache), {count(workers, 'worker')}, "
+            f"about {clock(sum(seconds))}",
+            file=sys.stderr,
+        )
     tokens = sum(wave.tokens for wave in waves) or 1.0
     bar = progress(f"{task.label}: train and evaluate", tokens, "tokens")
     with ExitStack() as harvests:
@@ -325,7 +326,7 @@ def _job(ready: PreparedLaunch, members: list[JobCell]) -> Job:
         data=ready.data,
         cache=ready.cache,
         experiment=ready.task.experiment,
-        run=ready.task.name,
+        run=ready.task.entry,
         code=ready.code,
         modules=ready.modules,
     )

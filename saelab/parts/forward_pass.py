@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saelab.distributed.ranks import ALONE, Ranks
 from saelab.kernels import Code, row_norms
+from saelab.runtime.counting import count
 
 if TYPE_CHECKING:
     from saelab.parts.base import Part
@@ -125,6 +126,21 @@ class Pass:
     norms: Tensor | None = None
     stored_z: Tensor | None = None
     batch_rows: int | None = None
+
+    @torch.no_grad()
+    def __repr__(self) -> str:
+        """Returns sizes, L0 and the fraction of variance unexplained, in normalised space."""
+        rows, active = self.x.shape[0], int(self.code.values.count_nonzero())
+        error = (self.recon - self.target).square().sum()
+        variance = (self.target - self.target.mean(0)).square().sum()
+        sizes = (
+            f"{count(rows, 'row')} of width {self.x.shape[1]}, {count(self.sae.d_sae, 'latent')}"
+        )
+        return (
+            f"Pass(step {self.step} of {self.steps}: {sizes}, "
+            f"L0 {active / max(rows, 1):.4g}, FVU {float(error / variance):.4g}, "
+            f"settings {self.settings})"
+        )
 
     @property
     def z(self) -> Tensor:

@@ -84,6 +84,11 @@ class PartConfig(Frozen):
     kind: str
     lr: NonNegativeFloat | None = None
 
+    def brief(self) -> str:
+        """Returns the kind, and the settings that are not at their defaults: 'topk(k=16)'."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.__repr_args__())
+        return f"{self.kind}({settings})" if settings else self.kind
+
     def build(self, dims: Dims) -> Part:
         """Builds the part.
 

@@ -31,7 +31,7 @@ from saelab.preflight.launch_time import (
 )
 from saelab.progress import clock
 from saelab.runs.folder import MANIFEST, RunFolder
-from saelab.runs.schema import level_of
+from saelab.runs.schema import QUICK, level_of
 from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.storage.remote import place_of
@@ -164,7 +164,7 @@ class RunCheck:
     def warnings(self) -> list[str]:
         """Problems to know before it starts; a tuning is judged by no test."""
         plan = self.task.plan
-        if self.task.purpose == "tune":
+        if self.task.purpose in ("tune", QUICK):
             return []
         texts = [f"the plan deviates from the registered one: {text}" for text in self.deviations]
         texts += [f"left out on purpose: {text}" for text in plan.exclusions]

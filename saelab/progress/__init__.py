@@ -1,6 +1,6 @@
 """Progress of jobs: bars for any long work, and one journal of a launch that all views read.
 
-bar.py        a bar on a terminal, plain lines elsewhere
+bar.py        a bar on a terminal or in a notebook, plain lines elsewhere
 journal.py    metrics.jsonl: written line by line, read while it grows (docs/progress.md)
 state.py      lines -> state of a run
 view.py       state of a run -> table on the terminal

@@ -1,21 +1,25 @@
-"""Progress display of a long job: a live bar on a terminal, plain lines elsewhere.
+"""Progress display of a long job: a live bar on a terminal or in a notebook, plain lines elsewhere.
 
 Everything goes to stderr, so that a table on stdout can be piped. `SAELAB_PROGRESS=off` shows
-nothing.
+nothing. In a notebook a bar is one output that is replaced, through IPython alone (no widgets).
 """
 
 from __future__ import annotations
 
+import html
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from saelab.runtime.variables import is_set_to
 
 #: Seconds between two plain lines when stderr is not a terminal. Our choice: a log stays short.
 PLAIN_INTERVAL = 15.0
+#: Seconds between two updates in a notebook. Our choice: each is a message to the browser.
+NOTEBOOK_INTERVAL = 0.25
 
 
 class Progress:
@@ -83,6 +87,58 @@ class LiveProgress(Progress):
         self._bar.stop()
 
 
+def in_notebook() -> bool:
+    """Returns True in a process that a notebook's kernel runs (Jupyter, VS Code, Colab)."""
+    module = sys.modules.get("IPython")
+    get_ipython = getattr(module, "get_ipython", None)
+    shell = get_ipython() if get_ipython is not None else None
+    return shell is not None and getattr(shell, "kernel", None) is not None
+
+
+class Output:
+    """One output of a notebook's cell, whose content is replaced."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._last = 0.0
+
+    def show(self, text: Callable[[], str], html_text: Callable[[], str], force: bool) -> None:
+        """Replaces the content, unless the last update was a moment ago."""
+        now = time.monotonic()
+        if self._handle is not None and not force and now - self._last < NOTEBOOK_INTERVAL:
+            return
+        self._last = now
+        data = {"text/plain": text(), "text/html": html_text()}
+        if self._handle is None:
+            from IPython.display import display  # type: ignore[import-not-found]
+
+            self._handle = display(data, raw=True, display_id=True)
+        else:
+            self._handle.update(data, raw=True)
+
+
+class NotebookProgress(Progress):
+    """Bar in a notebook."""
+
+    def __init__(self, title: str, total: float, unit: str = "") -> None:
+        super().__init__(title, total, unit)
+        self._output = Output()
+        self._draw(force=True)
+
+    def _show(self) -> None:
+        self._draw(force=False)
+
+    def close(self) -> None:
+        self._draw(force=True)
+
+    def _draw(self, force: bool) -> None:
+        self._output.show(self.line, self._bar, force)
+
+    def _bar(self) -> str:
+        share = min(self.done / self.total, 1.0)
+        return f'<progress value="{share:.4f}"></progress> {html.escape(self.line())}'
+
+
 class Silent(Progress):
     """Counter that shows nothing."""
 
@@ -90,12 +146,14 @@ class Silent(Progress):
 
 
 def display_mode() -> str:
-    """Returns how progress is shown: 'off', 'live' on a terminal, or 'plain'.
+    """Returns how progress is shown: 'off', 'live' on a terminal, 'notebook', or 'plain'.
 
     Raises: SettingError when SAELAB_PROGRESS has another value than 'off'.
     """
     if is_set_to("SAELAB_PROGRESS", "off"):
         return "off"
+    if in_notebook():
+        return "notebook"
     return "live" if is_terminal(sys.stderr) else "plain"
 
 
@@ -119,11 +177,21 @@ def redirect_bars(maker: Maker) -> Iterator[None]:
         _makers.remove(maker)
 
 
+def _maker(mode: str) -> Maker:
+    """Returns the constructor of a bar that stands alone."""
+    by_mode: dict[str, Maker] = {
+        "off": Silent,
+        "live": LiveProgress,
+        "notebook": NotebookProgress,
+        "plain": Progress,
+    }
+    return by_mode[mode]
+
+
 @contextmanager
 def progress(title: str, total: float, unit: str = "") -> Iterator[Progress]:
     """Opens a progress display for `total` units of work and closes it in any case."""
-    by_mode: dict[str, Maker] = {"off": Silent, "live": LiveProgress, "plain": Progress}
-    bar = (_makers[-1] if _makers else by_mode[display_mode()])(title, total, unit)
+    bar = (_makers[-1] if _makers else _maker(display_mode()))(title, total, unit)
     try:
         yield bar
     finally:

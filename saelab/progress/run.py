@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saelab.errors import UsageError
 from saelab.progress.bar import Progress, display_mode, redirect_bars
@@ -30,6 +30,9 @@ from saelab.progress.state import CELLS, END, LAUNCH, State
 from saelab.progress.trackers import Tracker, open_tracker
 from saelab.runs.schema import CellId
 from saelab.storage.atomic import WriteError
+
+if TYPE_CHECKING:
+    from saelab.progress.view import NotebookView
 
 #: Seconds between two lines of a stage in the journal. Our choice: a line is 130 bytes, so two
 #: hours are half a megabyte.
@@ -50,6 +53,7 @@ class RunProgress:
         self._new = not folder.exists()
         self._journal: Journal | None = Journal(folder / JOURNAL_FILE)
         self._tracker: Tracker | None = tracker
+        self.notebook: NotebookView | None = None
         self._lock = threading.RLock()
         pid = os.getpid()
         process = {
@@ -114,6 +118,8 @@ class RunProgress:
                 self.log(line)
             else:
                 self.state.fold(_with_time(line))
+            if self.notebook is not None:
+                self.notebook.update(force=ended)
 
     def render(self) -> Any:
         """Returns the current view, for rich."""
@@ -215,6 +221,10 @@ def _activate(run: RunProgress) -> Iterator[None]:
             from saelab.progress.view import live
 
             stack.enter_context(live(run.render))
+        elif display_mode() == "notebook":
+            from saelab.progress.view import NotebookView
+
+            run.notebook = NotebookView(run.render)
         yield
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +14,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from saelab.progress.bar import clock, is_terminal
+from saelab.progress.bar import Output, clock, is_terminal
 from saelab.progress.state import TRAIN, CellState, State
 from saelab.runtime.counting import count
 
 #: Rows of each kind, and redraws per second. Our choice.
 STAGES, RUNNING, FINISHED, REDRAWS = 2, 5, 2, 2
+#: Columns of the view in a notebook. Our choice: those of a cell of usual width.
+COLUMNS = 110
 #: Columns of a cell: value -> heading.
 VALUES = {
     "loss": "loss",
@@ -48,7 +52,7 @@ def _head(state: State, now: float) -> Text:
         facts.append(f"{state.rate:,.0f} tokens/s")
     if state.outcome:
         facts.append(f"{state.outcome}{f': {state.reason}' if state.reason else ''}")
-    return Text("  ".join(facts), style="bold", no_wrap=True, overflow="ellipsis")
+    return Text("  ".join(facts), style="bold", overflow="fold")
 
 
 def _stages(state: State) -> Table:
@@ -56,7 +60,7 @@ def _stages(state: State) -> Table:
     for stage in list(state.stages.values())[-STAGES:]:
         left = "?" if stage.left is None else clock(stage.left)
         bar = ProgressBar(total=1.0, completed=stage.share, width=24)
-        amount = f"{stage.done:,.0f}/{stage.total:,.0f} {stage.unit}"
+        amount = Text(f"{stage.done:,.0f}/{stage.total:,.0f} {stage.unit}", overflow="fold")
         table.add_row(stage.name, bar, f"{stage.share:4.0%}", amount, f"{left} left")
     return table
 
@@ -67,8 +71,9 @@ def _cells(state: State) -> Iterator[Table | Text]:
     if not running and not finished:
         return
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
-    for heading in ("arm", "seed", "at L0", "stage"):
-        table.add_column(heading, no_wrap=True)
+    # on a narrow terminal a text goes on below; nothing is cut
+    for heading, least in (("arm", 8), ("seed", 6), ("at L0", 5), ("stage", 6)):
+        table.add_column(heading, overflow="fold", min_width=least)
     for heading in VALUES.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in running:
@@ -87,6 +92,26 @@ def _cell_row(cell: CellState) -> list[str]:
     numbers = [cell.values.get(name) for name in VALUES]
     texts = ["" if number is None else f"{number:.4g}" for number in numbers]
     return [cell.arm, str(cell.seed), cell.id.level_text.removeprefix("L0 "), stage, *texts]
+
+
+class NotebookView:
+    """View of a launch in a notebook: the table that a terminal shows, as text.
+
+    Args:
+        render: returns the view, for rich.
+    """
+
+    def __init__(self, render: Callable[[], RenderableType]) -> None:
+        self._render, self._output = render, Output()
+
+    def update(self, force: bool = False) -> None:
+        """Shows the current view, unless the last update was a moment ago."""
+        self._output.show(self._text, lambda: f"<pre>{html.escape(self._text())}</pre>", force)
+
+    def _text(self) -> str:
+        stream = io.StringIO()
+        Console(file=stream, width=COLUMNS, color_system=None).print(self._render())
+        return stream.getvalue()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import numpy as np
 
 from saelab.runs.folder import RunFolder
 from saelab.runs.random_code import complete_losses
-from saelab.runs.schema import CONTROL
+from saelab.runs.schema import CONTROL, MARK, QUICK
 from saelab.runtime.safe_text import visible
 
 if TYPE_CHECKING:
@@ -184,6 +184,8 @@ def run_data(
         if c.arm in info:
             info[c.arm] = info[c.arm] | {"means": info[c.arm].get("means", {}) | c.means()}
     values = _read_values(run) or _values_from_info(info, run.target_level)
+    if title and manifest.get("purpose") == QUICK:
+        title = f"{MARK}: {title}"
     data = Run(name, title or manifest.get("title", name), info, manifest=manifest, values=values)
     return replace(data, curves=_read_curves(run, data.target_l0), across=across)
 

@@ -22,6 +22,10 @@ from saelab.storage.parquet import Kind
 CELLS = "cells"
 #: Folder of a run's further settings inside a run folder: each is a run folder of its own.
 SETTINGS = "settings"
+#: Purpose of the quick form of a run, which names its stream of seeds and its folder too.
+QUICK = "quick"
+#: Beginning of the title of every quick form.
+MARK = "QUICK FORM, no result of the study"
 #: What the name of every control subject begins with.
 CONTROL = "control:"
 CHANNELS, FROZEN, PLANTED = "model channels", "frozen decoder", "planted effect"

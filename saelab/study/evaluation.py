@@ -13,7 +13,13 @@ from saelab.evals import check_extra
 
 
 class TableConfig(Frozen):
-    """A local table of labelled texts for probing: a folder with train and test files."""
+    """A local table of labelled texts for probing.
+
+    Args:
+        name: as it is shown.
+        path: a folder with train and test files, .parquet or .jsonl.
+        text_column, label_column: columns with the texts and with their labels.
+    """
 
     name: str
     path: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
@@ -69,6 +69,8 @@ class BaseConfig(HookSettings):
         tracker: where losses are shown beside metrics.jsonl: 'none', 'tensorboard', 'wandb' or
             'trackio' (extra `tracking`), all offline. No cell depends on it.
     """
+
+    always_shown: ClassVar[frozenset[str]] = frozenset({"hook_name", "model", "sae", "train"})
 
     model: ModelConfig = ModelConfig()
     context: PositiveInt = 128
@@ -313,17 +315,27 @@ def arm_settings(base: BaseConfig, run: Run, arm: Arm) -> BaseConfig:
     return settings
 
 
-def cells(plan: PlanConfig, base: BaseConfig, run: Run, purpose: str = "explore") -> list[CellSpec]:
+def cells(
+    plan: PlanConfig,
+    base: BaseConfig,
+    run: Run,
+    purpose: str = "explore",
+    fixed_seeds: Sequence[int] = (),
+) -> list[CellSpec]:
     """All cells of a run.
 
     The baseline and the primary arm have `plan.seeds` seeds at the target L0 and `seeds_levels`
     seeds at each further level; the other arms `seeds_other` seeds at the target.
 
+    Args:
+        purpose: name of the stream of seeds.
+        fixed_seeds: in place of those of the study, as many as the plan says.
+
     Raises: SettingError for a run without baseline, equal arms, impossible settings, or an arm
         whose L0 would not be that of its cells.
     """
     _check_arms(run)
-    seeds = study_seeds(plan.study, purpose, plan.seeds)
+    seeds = list(fixed_seeds) or study_seeds(plan.study, purpose, plan.seeds)
     specs: list[CellSpec] = []
     digests: dict[str, str] = {}
     for arm in run.arms:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, cast
+from typing import Annotated, ClassVar, cast
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -36,6 +36,8 @@ class TrainConfig(Frozen):
         grad_clip: largest norm of the weights' gradient.
         positions: train on token positions [low, high) only.
     """
+
+    always_shown: ClassVar[frozenset[str]] = frozenset({"tokens", "lr"})
 
     tokens: PositiveInt = 524_288
     batch_size: PositiveInt = 512

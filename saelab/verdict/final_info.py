@@ -142,7 +142,7 @@ def final_info(
     }
     measured = {m for arm in arms.values() for values in arm.values.values() for m in values}
     metrics = [metric for metric in metric_order(settings.values()) if metric in measured]
-    room = max(0, MOST_MEANS - 1 - max(map(len, others.values())))  # one for `add_budget`
+    room = max(0, MOST_MEANS - 1 - max(map(len, others.values())))  # one for `add_budget` or `mark`
     shown = _with_ends(metrics, {metric for arm in arms.values() for metric in arm.pairs})[:room]
     return {name: _group(arm, metrics, shown, others[name]) for name, arm in arms.items()}
 
@@ -158,6 +158,12 @@ def add_budget(info: dict[str, dict[str, Any]], budget: Budget | None) -> None:
     for group in info.values():
         if budget is not None and "level" in group["means"]:
             group["means"]["budget_left"] = round(budget.left, 6)
+
+
+def mark(info: dict[str, dict[str, Any]], name: str, sentence: str) -> None:
+    """Adds a sentence about the whole run to the `means` of every arm."""
+    for group in info.values():
+        group["means"][name] = sentence
 
 
 def metric_order(settings: Collection[BaseConfig]) -> list[str]:

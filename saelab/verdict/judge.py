@@ -110,6 +110,16 @@ class Comparison:
     exploratory: bool
     against: str = "baseline"
 
+    def __repr__(self) -> str:
+        """Returns arm, word and interval on one line."""
+        if self.mean_diff is None or self.low is None or self.high is None:
+            numbers = self.reason or "no difference could be measured"
+        else:
+            interval = f"{1 - self.level:.4g} interval {self.low:+.4g} to {self.high:+.4g}"
+            numbers = f"{self.metric} differs by {self.mean_diff:+.4g} ({interval})"
+        cells = f"{count(self.n, 'cell')} and {self.n_baseline}, smallest effect {self.sesoi:g}"
+        return f"Comparison({self.arm} against {self.against}: {self.word}; {numbers}; {cells})"
+
     def means(self) -> dict[str, float | str | None]:
         """Entries of `final_info.json` that hold this comparison."""
         return {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from saelab import stats
 from saelab.runs import schema
 from saelab.runs.random_code import SHARE
+from saelab.runs.schema import QUICK
 from saelab.runtime.counting import count
 from saelab.runtime.safe_text import markdown
 from saelab.study.plan import BASELINE, PlanConfig
@@ -119,7 +120,7 @@ def summary_text(
         "",
         f"**Question.** {_question(plan, bool(comparisons))}",
         "",
-        f"**Plan.** {plan_hash(plan)}, {_registration_text(deviations)}",
+        f"**Plan.** {plan_hash(plan)}, {_registration_text(task, deviations)}",
         *(f"- deviation: {markdown(text)}" for text in deviations),
         *(f"- left out on purpose: {markdown(text)}" for text in plan.exclusions),
         "",
@@ -263,7 +264,9 @@ def _planted_lines(planted: Planted | None, n: int) -> list[str]:
     return ["", f"{markdown(line[0].upper() + line[1:])}."]
 
 
-def _registration_text(deviations: Sequence[str]) -> str:
+def _registration_text(task: Launch, deviations: Sequence[str]) -> str:
+    if task.purpose == QUICK:
+        return "registered nowhere: a quick form is no part of the study."
     return "changed since the first run of the study:" if deviations else "as registered."
 
 

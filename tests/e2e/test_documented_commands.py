@@ -130,7 +130,7 @@ def carry_out(project: Project, command: str) -> Ended:
         words += ["--simulations", "300"]  # of 20,000, which take minutes
     if words[:2] == ["saelab", "template"]:  # in a folder without a run_0 of another plan
         elsewhere = project.folder.with_name("elsewhere")
-        elsewhere.mkdir()
+        elsewhere.mkdir(exist_ok=True)
         return cli(elsewhere, *words[1:])
     for option in ("--out", "--out_dir"):  # of a command that ran before
         if option in words and (folder := project.folder / words[words.index(option) + 1]).is_dir():

@@ -36,8 +36,8 @@ def stages(folder: Path) -> list[str]:
     return [line["stage"] for line in read(folder)]
 
 
-def shown(state: State) -> str:
-    console = Console(width=120, file=open(os.devnull, "w"), record=True)  # noqa: SIM115, PTH123
+def shown(state: State, width: int = 120) -> str:
+    console = Console(width=width, file=open(os.devnull, "w"), record=True)  # noqa: SIM115, PTH123
     console.print(view(state))
     return console.export_text()
 
@@ -47,6 +47,19 @@ def state_of(*lines: dict) -> State:
     for i, line in enumerate(lines):
         state.fold({"time": 100.0 + i, **line})
     return state
+
+
+@pytest.mark.parametrize("width", [76, 80, 120, 200])
+def test_no_column_is_cut(width: int) -> None:
+    """Texts go on below on a narrow terminal; the width of a wide one is used."""
+    long = {"arm": "baseline with a long name", "seed": 1_017_997_229}
+    values = {"loss": 1234.5, "reconstruction": 0.00012345, "fvu": 0.23456, "l0": 32.123}
+    cells = {"stage": "train and evaluate", "done": 1e6, "total": 2e6, "unit": "tokens"}
+    text = shown(state_of(cells, TRAINING | long | {"values": values | {"dead": 0.1234}}), width)
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    for number in ("1234", "0.0001234", "0.2346", "32.12", "0.1234"):
+        assert number in text
+    assert ("baseline with a long name  1017997229" in text) == (width >= 120)
 
 
 # ---------------------------------------------------------------- journal

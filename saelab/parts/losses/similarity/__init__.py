@@ -92,6 +92,7 @@ class SimilarityConfig(PartConfig):
         warmup, window: shares of the run before and of the reference window; below 1 together.
         momentum: of all EMAs.
         k: latents in S_act; a number or a controller's name; at most `k_max`.
+        k_max: the most latents in S_act.
         form: of S_w: the row maximum or the mean.
         chunk, chunks: decoder rows compared with each other, and how many such chunks a step uses
             (None: all).

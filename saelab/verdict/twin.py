@@ -123,18 +123,31 @@ def planted_line(planted: Planted) -> str:
 def counted_line(twins: Sequence[Comparison | None], planted: Sequence[Planted | None]) -> str:
     """Counts the words of the twins and of the planted effects of several runs; '' without any.
 
-    'A/A twin: 10 runs: 9 equivalent, 1 cannot tell yet; planted effect: 10 of 10 "hurts", 9 of 10
-    intervals hold the expected change'
+    Runs of one study share the cells of one twin where their baselines are equal. Such a twin is
+    evidence once, so that twins with other numbers are counted, not runs:
+
+    'A/A twin: 10 runs with 3 different twins: 2 equivalent, 1 cannot tell yet; planted effect: 3 of
+    3 "hurts", 2 of 3 intervals hold the expected change'
     """
+    there = [twin for twin in twins if twin is not None]
+    effects = {_numbers(one.comparison): one for one in planted if one is not None}.values()
     parts = []
-    if words := Counter(twin.word for twin in twins if twin is not None):
-        each = ", ".join(f"{n} {word}" for word, n in words.most_common())
-        parts.append(f"A/A twin: {count(words.total(), 'run')}: {each}")
-    if there := [one for one in planted if one is not None]:
-        hurts = sum(one.comparison.word == "hurts" for one in there)
-        holds = sum(one.holds for one in there)
+    if there:
+        different = {_numbers(twin): twin.word for twin in there}
+        words = Counter(different.values()).most_common()
+        n = count(len(different), "different twin")
+        each = ", ".join(f"{n} {word}" for word, n in words)
+        parts.append(f"A/A twin: {count(len(there), 'run')} with {n}: {each}")
+    if effects:
+        hurts = sum(one.comparison.word == "hurts" for one in effects)
+        holds = sum(one.holds for one in effects)
         parts.append(
-            f"planted effect: {hurts} of {len(there)} 'hurts', {holds} of {len(there)} intervals "
-            "hold the expected change"
+            f"planted effect: {hurts} of {len(effects)} 'hurts', {holds} of {len(effects)} "
+            "intervals hold the expected change"
         )
     return "; ".join(parts)
+
+
+def _numbers(comparison: Comparison) -> tuple[object, ...]:
+    """What two comparisons of the same cells share; of other cells, it differs."""
+    return comparison.word, comparison.mean_diff, comparison.low, comparison.high, comparison.p

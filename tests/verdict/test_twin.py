@@ -88,8 +88,13 @@ def test_words_are_counted_over_runs(judged: list) -> None:
     twins, planted = zip(*judged[:3], strict=True)
     held = sum(one.holds for one in planted)
     line = counted_line([*twins, None], planted)
-    assert line.startswith("A/A twin: 3 runs: 3 equivalent; planted effect: 3 of 3 'hurts', ")
+    start = (
+        "A/A twin: 3 runs with 3 different twins: 3 equivalent; planted effect: 3 of 3 'hurts', "
+    )
+    assert line.startswith(start)
     assert line.endswith(f"{held} of 3 intervals hold the expected change")
+    again = counted_line([*twins, *twins], [*planted, *planted])
+    assert again == line.replace("3 runs", "6 runs")
     assert counted_line([None], [None]) == ""
 
 

@@ -40,7 +40,7 @@ PEERS = HERE / ".peers"
 #: Packages whose versions decide a timing.
 OUR_PACKAGES = ("torch", "numpy", "scikit-learn", "transformers", "safetensors")
 #: CPU flags that decide which GEMMs are fast.
-FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16")
 
 os.environ.setdefault("SAELAB_PROGRESS", "off")
 
@@ -63,7 +63,13 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a benchmark's main; an error that the user can fix ends with one sentence."""
+    """Says which processor is measured and calls a benchmark's main.
+
+    An error that the user can fix ends with one sentence.
+    """
+    here = machine(0)
+    features = ", ".join(here["features"]) or "none that matter here"
+    print(f"processor: {here['cpu']}, {here['cores']} cores; features: {features}", flush=True)
     try:
         main()
     except SaelabError as error:
@@ -188,7 +194,12 @@ def ratio(slow: Sequence[Sequence[float]], fast: Sequence[Sequence[float]]) -> R
 def fastest(contestants: Sequence[Contestant], side: str = "peer") -> Contestant | None:
     """Returns the contestant of a side with the smallest median; None if the side has none."""
     members = [c for c in contestants if c.side == side]
-    return min(members, key=lambda c: quartiles(c.samples)[1], default=None)
+    return fastest_of(members) if members else None
+
+
+def fastest_of(contestants: Sequence[Contestant]) -> Contestant:
+    """Returns the contestant with the smallest median of at least one."""
+    return min(contestants, key=lambda c: quartiles(c.samples)[1])
 
 
 @dataclass(frozen=True)
@@ -358,7 +369,7 @@ def machine(threads: int) -> dict[str, Any]:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     fields = {name.strip(): value.strip() for name, value in fields.items()}
-    flags = fields.get("flags", "").split()
+    flags = fields.get("flags", fields.get("Features", "")).split()  # Arm has the second
     return {
         "cpu": fields.get("model name", platform.processor() or "unknown"),
         "cores": os.cpu_count(),

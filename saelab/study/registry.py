@@ -213,8 +213,16 @@ def attempt(root: Path, run: str) -> Iterator[int]:
         reason = (said + str(error)).splitlines()[-1] if str(error) else type(error).__name__
         raise
     finally:
-        seconds = round(time.monotonic() - start, 1)
+        seconds, reason = round(time.monotonic() - start, 1), _without_places(reason, root)
         append_line(file, _line(end=number, outcome=outcome, reason=reason, seconds=seconds))
+
+
+def _without_places(reason: str, root: Path) -> str:
+    """The reason with paths as seen from the study's folder: summaries and reports are shared."""
+    for place, short in ((root.resolve(), ""), (Path.home(), "~/")):
+        if place != Path("/"):
+            reason = reason.replace(f"{place}/", short)
+    return reason
 
 
 def attempts(root: Path) -> list[Attempt]:

@@ -111,6 +111,24 @@ def test_nothing_is_wider_than_the_screen(opened: Any) -> None:
     assert opened.evaluate("document.body.scrollWidth <= innerWidth")
 
 
+def test_no_word_lies_on_the_sentence_next_to_it(opened: Any) -> None:
+    """Each answer is tried with every word that the page counts at its top."""
+    overlap = """([answer, words]) => words.filter(word => {
+        answer.querySelector(".badge").innerHTML = word
+        const [badge, sentence] = [".badge", ".said"].map(
+            name => answer.querySelector(name).getBoundingClientRect())
+        return badge.right > sentence.left && badge.bottom > sentence.top
+    })"""
+    words = opened.locator(".counts .badge").evaluate_all("all => all.map(one => one.innerHTML)")
+    assert len(words) == 5
+    for details in opened.locator("#answers details").all():
+        details.evaluate("node => { node.open = true; }")
+    answers = opened.locator(".answer:has(.said)").element_handles()
+    assert len(answers) > 3
+    for answer in answers:
+        assert opened.evaluate(overlap, [answer, words]) == []
+
+
 def test_verdicts_scroll_by_keyboard_and_say_what_their_words_mean(opened: Any) -> None:
     box = opened.get_by_role("region", name="Verdicts of run_0")
     box.scroll_into_view_if_needed()

@@ -73,6 +73,15 @@ def test_the_ledger_says_how_each_attempt_ended(tmp_path: Path) -> None:
     assert "refused" in found[1].line() and "must be positive" in found[1].line()
 
 
+def test_the_ledger_names_no_place_of_the_disk(tmp_path: Path) -> None:
+    """Its reasons stand in summaries and reports, which are shared."""
+    error = StudyFailure(f"see {tmp_path}/.saelab/logs, and {Path.home()}/texts is missing")
+    with pytest.raises(StudyFailure), attempt(tmp_path, "run_1"):
+        raise error
+    (one,) = attempts(tmp_path)
+    assert one.reason == "see .saelab/logs, and ~/texts is missing"
+
+
 def killed(folder: Path) -> None:
     with attempt(folder, "run_3"):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -115,10 +115,13 @@ def keep_best(
 ) -> dict[str, Any]:
     """Writes each arm's best rate and all its trials into tuned.json.
 
+    An arm of which no trial has a number at the plan's L0 stays at its own rate, and every trial is
+    listed with its reason: its verdict is then refused, and the other arms have theirs.
+
     Args:
         info: final_info.json of the trials.
 
-    Raises: SettingError when no trial of an arm has a number at the plan's L0.
+    Raises: SettingError for such a baseline, with which nothing can be compared.
     """  # fmt: skip
     found: dict[str, Any] = {"plan_hash": plan_hash(plan), "primary": plan.primary}
     for arm in (arm for arm in run.arms if arm.name in names):
@@ -138,29 +141,27 @@ def _best_rate(
         rate: the arm's own, that each factor multiplies.
         tried: factor -> its trial in final_info.json.
 
-    Raises: SettingError when no trial has a number at the plan's L0.
+    Raises: SettingError for a baseline of which no trial has a number at the plan's L0.
     """
     sign = 1 if plan.direction == "lower" else -1
     values = {f: known["means"].get(plan.primary) for f, known in tried.items()}
-    there = {f: value for f, value in values.items() if value is not None}
-    off = {f: text for f in there if (text := _off_target(tried[f], plan))}
+    off = {f: text for f in tried if (text := _why_not(tried[f], plan))}
     left_out = {f"{f * rate:g}": text for f, text in off.items()}
-    if not there:
-        raise SettingError("arm", arm, "no learning rate gives a valid cell: fix the arm")
-    if off.keys() == there.keys():
+    if arm == BASELINE and off.keys() == tried.keys():
         each = "; ".join(f"{one}: {text}" for one, text in left_out.items())
-        remedy = f"no learning rate keeps the plan's L0 ({each}): calibrate the arm"
+        remedy = f"no learning rate gives valid cells at the plan's L0 ({each}): fix the arm"
         raise SettingError("arm", arm, remedy)
-    best = min(there.keys() - off.keys(), key=lambda f: (sign * there[f], f != 1, f))
+    there = {f: values[f] for f in tried.keys() - off.keys()}
+    best = min(there, key=lambda f: (sign * there[f], f != 1, f), default=1.0)
     by_rate = {f"{f * rate:g}": value for f, value in values.items()}
     return {"train.lr": best * rate, "trials": by_rate, "left_out": left_out}
 
 
-def _off_target(known: Mapping[str, Any], plan: PlanConfig) -> str:
-    """Why an arm of final_info.json is not at the plan's L0; '' where it is, or the plan has none.
-
-    One cell is enough, as it is for the verdict.
-    """
+def _why_not(known: Mapping[str, Any], plan: PlanConfig) -> str:
+    """Why a trial in final_info.json can't win: it has no number, or is not at the plan's L0, for
+    which one cell is enough, as it is for the verdict. '' where it can."""
+    if known["means"].get(plan.primary) is None:
+        return "no valid cell"
     target = plan.target_l0
     if target is None:
         return ""
@@ -223,5 +224,7 @@ def _at_best_rate(
             f"{name}: learning rate of {arm.name}", own, f"was not tried ({TUNED}): {remedy}"
         )
     best = f"lr {rate:g} is the best of {', '.join(tried)}"
+    if len(entry.get("left_out", {})) == len(tried):
+        best = f"no lr of {', '.join(tried)} gives valid cells at the plan's L0"
     comment = f"{arm.comment}; {best}" if arm.comment else best
     return replace(arm, comment=comment, changes=dict(arm.changes) | {"train.lr": rate})

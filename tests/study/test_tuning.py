@@ -61,14 +61,32 @@ def test_without_a_target_every_trial_may_win(tmp_path: Path) -> None:
     assert best(tmp_path, plan, [[9.0, 9.0], [16.0, 16.0], [30.0, 30.0]])["train.lr"] == 8e-3
 
 
-def test_where_all_trials_miss_nothing_is_written(tmp_path: Path) -> None:
-    off = info([[20.0, 20.0], [16.0, 18.0], [12.0, 12.0]])
-    with pytest.raises(SettingError, match="no learning rate keeps the plan's L0") as caught:
-        keep_best(tmp_path, "run_10", RUN, BASE, PLAN, off, ["baseline"])
+OFF = [[20.0, 20.0], [16.0, 18.0], [12.0, 12.0]]
+
+
+def test_where_all_trials_of_the_baseline_miss_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="no learning rate gives valid cells at the") as caught:
+        keep_best(tmp_path, "run_10", RUN, BASE, PLAN, info(OFF), ["baseline"])
     assert "0.004: L0 18, 12.5%" in str(caught.value) and not (tmp_path / "tuned.json").exists()
     none = info([[16.0], [16.0], [16.0]], (None, None, None))
-    with pytest.raises(SettingError, match="no learning rate gives a valid cell"):
+    with pytest.raises(SettingError, match="0.004: no valid cell"):
         keep_best(tmp_path, "run_10", RUN, BASE, PLAN, none, ["baseline"])
+
+
+def test_another_arm_whose_trials_all_miss_stays_at_its_own_rate_and_says_so(
+    tmp_path: Path,
+) -> None:
+    """So that one arm does not cost the others their tuning."""
+    run = Run("Rates", [Arm("baseline"), Arm("a", {"sae.d_sae": 8})], tuned=True)
+    good = info([[16.0], [16.0], [16.0]])
+    names = {trial("baseline", factor): trial("a", factor) for factor in FACTORS}
+    missed = {names[name]: trial_ for name, trial_ in info(OFF).items()}
+    keep_best(tmp_path, "run_0", run, BASE, PLAN, good | missed, ["baseline", "a"])
+    tuned = with_best_rates(run, BASE, tmp_path, "run_0")
+    assert arm_settings(BASE, tuned, tuned.arms[0]).train.lr == 8e-3
+    assert arm_settings(BASE, tuned, tuned.arms[1]).train.lr == 4e-3
+    assert tuned.arms[1].comment.startswith("no lr of 0.002, 0.004, 0.008 gives valid cells")
+    assert len(read_tuned(tmp_path)["run_0"]["a"]["left_out"]) == 3
 
 
 # ---------------------------------------------------------------- runs at the tuned rates

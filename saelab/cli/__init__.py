@@ -9,7 +9,19 @@ from functools import partial
 
 import typer
 
-from saelab.cli import drivers, latents, models, parts, plan, results, run, saes, settings, train
+from saelab.cli import (
+    drivers,
+    latents,
+    models,
+    parts,
+    plan,
+    results,
+    run,
+    saes,
+    settings,
+    sweep,
+    train,
+)
 from saelab.cli.common import MOST_COLUMNS, Guarded, Listing, Version
 
 #: Plain help, and errors whose last line says what is wrong.
@@ -39,6 +51,7 @@ COMMANDS = (
     (app, "watch", run.watch),
     (app, "attempts", run.attempts),
     (app, "train", train.train),
+    (app, "sweep", sweep.sweep),
     (app, "difference", results.difference),
     (app, "probing", results.probing),
     (app, "eval", saes.evaluate),

@@ -8,7 +8,7 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,18 +143,33 @@ def _best_rate(
 
     Raises: SettingError for a baseline of which no trial has a number at the plan's L0.
     """
-    sign = 1 if plan.direction == "lower" else -1
-    values = {f: known["means"].get(plan.primary) for f, known in tried.items()}
-    off = {f: text for f in tried if (text := _why_not(tried[f], plan))}
-    left_out = {f"{f * rate:g}": text for f, text in off.items()}
-    if arm == BASELINE and off.keys() == tried.keys():
+    names = {f"{f * rate:g}": f for f in tried}
+    by_name = {name: tried[f] for name, f in names.items()}
+    best, left_out = choose_best(by_name, plan, lambda name: (names[name] != 1, names[name]))
+    if best is None and arm == BASELINE:
         each = "; ".join(f"{one}: {text}" for one, text in left_out.items())
         remedy = f"no learning rate gives valid cells at the plan's L0 ({each}): fix the arm"
         raise SettingError("arm", arm, remedy)
-    there = {f: values[f] for f in tried.keys() - off.keys()}
-    best = min(there, key=lambda f: (sign * there[f], f != 1, f), default=1.0)
-    by_rate = {f"{f * rate:g}": value for f, value in values.items()}
-    return {"train.lr": best * rate, "trials": by_rate, "left_out": left_out}
+    factor = 1.0 if best is None else names[best]
+    by_rate = {name: tried[f]["means"].get(plan.primary) for name, f in names.items()}
+    return {"train.lr": factor * rate, "trials": by_rate, "left_out": left_out}
+
+
+def choose_best(
+    tried: Mapping[str, Mapping[str, Any]], plan: PlanConfig, order: Callable[[str], Any]
+) -> tuple[str | None, dict[str, str]]:
+    """Returns the trial with the best number of those at the plan's L0, and why others can't win.
+
+    Args:
+        tried: name -> its entry in final_info.json.
+        order: which of two trials with equal numbers is first.
+    """
+    left_out = {name: text for name in tried if (text := _why_not(tried[name], plan))}
+    sign = 1 if plan.direction == "lower" else -1
+    numbers = {
+        n: sign * one["means"][plan.primary] for n, one in tried.items() if n not in left_out
+    }
+    return min(numbers, key=lambda n: (numbers[n], order(n)), default=None), left_out
 
 
 def _why_not(known: Mapping[str, Any], plan: PlanConfig) -> str:

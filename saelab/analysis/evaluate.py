@@ -142,8 +142,7 @@ class Choice:
 
     @cached_property
     def members(self) -> list[Member]:
-        """The cells of a run folder; the directory alone, as a cell without name, otherwise. An SAE
-        on the hub is named with its commit, so that each time the same is read."""
+        """The cells of a run folder; the directory alone, as a cell without name, otherwise."""
         cells = run_cells(self.path, self.arms, self.seeds)
         if cells is not None:
             return cells

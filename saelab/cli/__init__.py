@@ -9,7 +9,7 @@ from functools import partial
 
 import typer
 
-from saelab.cli import drivers, latents, models, parts, plan, results, run, saes, train
+from saelab.cli import drivers, latents, models, parts, plan, results, run, saes, sharing, train
 from saelab.cli.common import Guarded
 
 #: Plain help, and errors whose last line says what is wrong.
@@ -45,6 +45,8 @@ COMMANDS = (
     (app, "latent", latents.latent),
     (app, "steer", latents.steer),
     (app, "export", saes.export),
+    (app, "push", sharing.push),
+    (app, "pull", sharing.pull),
     (app, "parts", parts.parts),
     (app, "check-part", parts.check_part),
     (app, "saebench", saes.saebench),

@@ -195,14 +195,15 @@ def _load_from_hub(reference: Reference, format_name: str) -> Loaded:
 
 
 def pinned(path: Path, format_name: str = "") -> Path:
-    """Returns a path as it is; a name on the hub with its commit and the exact place of the SAE.
+    """Returns a path as it is; a name on the hub with its commit and the exact place of the SAE,
+    which is downloaded, so that each time the same is read.
 
-    Raises: as `fetch.pin`.
+    Raises: as `fetch.fetch`.
     """
     if not is_reference(path):
         return path
     check_name(format_name)
-    return Path(str(fetch.pin(parse(path), TABLE, format_name)))
+    return Path(str(fetch.fetch(parse(path), TABLE, format_name).reference))
 
 
 def saver(format_name: str) -> Save:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from local_hub import Hub, Repository, serve
+from local_hub import Hub, Repository, forbid_network, serve_to_this_process, use
 from published_saes import BY_NAME, LAYOUTS, Layout
 from test_published import equal
 
@@ -28,26 +28,8 @@ RES = "google/gemma-scope-2b-pt-res"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serve() as running:
-        use(running.url, tmp_path / "cache", monkeypatch)
+    with serve_to_this_process(tmp_path / "cache", monkeypatch) as running:
         yield running
-
-
-def use(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes huggingface_hub speak to this hub, with a cache and without a token."""
-    constants = "huggingface_hub.constants"
-    monkeypatch.setattr(f"{constants}.ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(f"{constants}.HF_TOKEN_PATH", str(cache / "token"))
-    monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(f"{constants}.HF_HUB_DISABLE_XET", True)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-
-
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def put(hub: Hub, layout: Layout, root: Path, seed: int = 0, branch: str = "main") -> str:
@@ -121,7 +103,7 @@ def test_canonical_is_the_l0_nearest_to_100(
     loaded = formats.load(f"hub:{release}:{id}")
     assert loaded.about["hub"] == f"hub:{RES}@{commit}:layer_20/width_16k/average_l0_136"
     assert torch.equal(loaded.sae.W_dec, GEMMA.draw(2)["W_dec"])
-    offline(monkeypatch)
+    forbid_network(monkeypatch)
     with pytest.raises(SourceError, match="name its path"):  # the cache does not have the others
         formats.load(f"hub:{release}:{id}")
 
@@ -169,8 +151,7 @@ def test_a_changed_file_is_read_anew_and_a_revision_stays(hub: Hub, tmp_path: Pa
 def test_a_commit_in_the_cache_asks_nobody(hub: Hub, tmp_path: Path) -> None:
     put(hub, GEMMA, tmp_path / "site")
     pinned = formats.pinned(Path(f"hub:{GEMMA.repo}:{GEMMA.inner}"))
-    assert not hub.downloads()
-    formats.load(pinned)
+    assert hub.downloads()
     hub.requests.clear()
     formats.load(pinned)
     assert not hub.requests
@@ -184,7 +165,7 @@ def test_offline_reads_what_is_cached(
     name = f"hub:{GEMMA.repo}:{GEMMA.inner}"
     sae = formats.load(name).sae
     hub.requests.clear()
-    offline(monkeypatch)
+    forbid_network(monkeypatch)
     assert torch.equal(formats.load(name).sae.W_dec, sae.W_dec)
     assert not hub.requests
     for missing in (
@@ -217,7 +198,7 @@ def test_weights_without_the_files_next_to_them_are_never_in_the_cache(
         formats.load(name)
     assert [Path(path).name for path in calls] == ["", "config.json", "params.safetensors"]
     monkeypatch.setattr(client, "hub_errors", real)
-    offline(monkeypatch)
+    forbid_network(monkeypatch)
     with pytest.raises(SourceError, match="not in the cache"):
         formats.load(name)
 

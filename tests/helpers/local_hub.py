@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 Files = dict[str, bytes]
 
 
@@ -100,6 +102,32 @@ def serve() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serve_to_this_process(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Runs a hub to which huggingface_hub speaks in this process."""
+    with serve() as hub:
+        use(hub.url, cache, monkeypatch)
+        yield hub
+
+
+def use(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes huggingface_hub speak to this hub, with a cache and without a token."""
+    constants = "huggingface_hub.constants"
+    monkeypatch.setattr(f"{constants}.ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(f"{constants}.HF_TOKEN_PATH", str(cache / "token"))
+    monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(f"{constants}.HF_HUB_DISABLE_XET", True)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def forbid_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does what HF_HUB_OFFLINE=1 does to a new process."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 class _Handler(BaseHTTPRequestHandler):

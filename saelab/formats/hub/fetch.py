@@ -34,15 +34,6 @@ class Fetched:
     place: Path
 
 
-def pin(reference: Reference, table: Mapping[str, Format], format_name: str) -> Reference:
-    """Returns the reference with its commit and the exact path of its SAE.
-
-    Raises: as `client.list_files` and `choose`.
-    """
-    listing, needed = _locate(reference, table, format_name)
-    return _pinned(reference, listing, needed)
-
-
 def fetch(reference: Reference, table: Mapping[str, Format], format_name: str) -> Fetched:
     """Downloads the files of an SAE that are not in the cache yet.
 
@@ -51,11 +42,8 @@ def fetch(reference: Reference, table: Mapping[str, Format], format_name: str) -
     listing, needed = _locate(reference, table, format_name)
     folder = client.download(reference.repo, reference.revision, listing, needed.names)
     place = folder / needed.path
-    return Fetched(_pinned(reference, listing, needed), needed.format, place)
-
-
-def _pinned(reference: Reference, listing: Listing, needed: Needed) -> Reference:
-    return replace(reference, revision=listing.commit, path=needed.path, l0=None)
+    exact = replace(reference, revision=listing.commit, path=needed.path, l0=None)
+    return Fetched(exact, needed.format, place)
 
 
 def _locate(

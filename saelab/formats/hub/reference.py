@@ -64,6 +64,8 @@ def parse(path: str | Path) -> Reference:
         a path that leaves its repository.
     """
     text = _text(path)
+    if not is_reference(text):
+        raise SettingError("SAE", text, FORM)
     head, _, inner = text.removeprefix(PREFIX).partition(":")
     repo, at, revision = head.partition("@")
     if at and (not _REVISION.fullmatch(revision) or ".." in revision):
@@ -71,6 +73,17 @@ def parse(path: str | Path) -> Reference:
     if "/" not in repo:
         return in_release(repo, inner, revision)
     return reference(repo, inner, revision)
+
+
+def repository(path: str | Path) -> str:
+    """Returns 'owner/name' of a name on the hub that is a repository alone.
+
+    Raises: SettingError for a name of another form.
+    """
+    name = _text(path).removeprefix(PREFIX)
+    if "@" in name or ":" in name:
+        raise SettingError("TO", _text(path), "write hub:owner/name, without revision and path")
+    return reference(name).repo
 
 
 def in_release(release: str, sae: str, revision: str = "") -> Reference:

@@ -47,6 +47,7 @@ COMMANDS = (
     (app, "export", saes.export),
     (app, "push", sharing.push),
     (app, "pull", sharing.pull),
+    (app, "neuronpedia", sharing.neuronpedia),
     (app, "parts", parts.parts),
     (app, "check-part", parts.check_part),
     (app, "saebench", saes.saebench),

@@ -1,4 +1,4 @@
-"""Commands that share SAEs: push, pull."""
+"""Commands that share SAEs: push, pull, neuronpedia."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from saelab.cli.common import Arms, OwnParts, Seeds, WithoutTrace, register_parts, say
+from saelab.cli.latents import Config, Format, Sae
 from saelab.runtime.counting import count
 
 
@@ -93,6 +94,45 @@ def pull(
     folder = out or Path(parse(source).repo.rpartition("/")[2])
     pulled = pull(source, folder)
     say(f"{_files(pulled.names)} in {folder}")
+
+
+def neuronpedia(
+    sae: Sae,
+    set_name: Annotated[
+        str,
+        Option(help="Name of the SAE set on Neuronpedia, without the layer: res-16k, for example."),
+    ],
+    out: Annotated[Path, Option(help="New folder.")],
+    config: Config = None,
+    model_id: Annotated[
+        str,
+        Option(help="Neuronpedia's name of the model; the last part of model.path by default."),
+    ] = "",
+    latents: Annotated[
+        int | None, Option(help="So many latents, picked as for the report; all by default.")
+    ] = None,
+    examples: Annotated[int, Option(help="Contexts of each latent.")] = 8,
+    format: Format = "",
+    experiment: OwnParts = None,
+) -> None:
+    """Write the latents of an SAE for an upload to Neuronpedia, as SAEDashboard does.
+
+    saelab neuronpedia run_1/cells/baseline/seed7-l0_32 --set-name res-small --out dashboards
+
+    The files batch-0.json, batch-1.json ... hold contexts, density and logit lens of each latent on
+    held-out text, as the report shows them. Neuronpedia's tools make an upload of such a folder
+    (docs/sharing.md).
+    """
+    from saelab.analysis.one_latent import saved_sae
+    from saelab.analysis.sharing.neuronpedia import place_of, write
+    from saelab.storage.cache import cache_folder
+
+    register_parts(experiment)
+    loaded, base = saved_sae(sae, config, format)
+    place = place_of(base, set_name, model_id)
+    files = write(loaded, base, place, out, cache_folder(Path()), latents, examples)
+    source = f"{place.model}/{place.layer}-{place.set_name}"
+    say(f"{count(len(files), 'file')} in {out}, for neuronpedia.org/{source}")
 
 
 def _files(names: dict[str, int]) -> str:

@@ -7,7 +7,6 @@ verdict.json                          of a run, what `saelab verdict --json` pri
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import tempfile
@@ -19,12 +18,13 @@ from pathlib import Path, PurePosixPath
 from saelab import formats
 from saelab.analysis.export import about, without_context
 from saelab.analysis.sharing.card import README, VERDICT, One, card
+from saelab.analysis.sharing.new_folder import new_folder
 from saelab.analysis.sharing.public_names import check_folder, public, public_data
 from saelab.errors import SettingError, SourceError
 from saelab.formats import saelens
 from saelab.formats.hub import client, reference
 from saelab.runs.folder import Member, RunFolder, run_cells
-from saelab.storage.atomic import explain_write_errors, write_json, write_text
+from saelab.storage.atomic import write_json, write_text
 from saelab.verdict.review import review_run
 
 #: Endings of files that are pulled: what the readers of open formats read, and texts.
@@ -86,7 +86,7 @@ def to_folder(selection: Selection, folder: Path, name: str) -> Pushed:
 
     Raises: SourceError for a folder that is not empty; as `write`.
     """
-    with _fresh(folder) as fresh:
+    with new_folder(folder) as fresh:
         write(selection, fresh, name)
         names = _sizes(fresh)
     return Pushed(names, folder=folder)
@@ -199,7 +199,7 @@ def pull(source: Path, out: Path) -> Pushed:
     if not names:
         endings = ", ".join(PULLED)
         raise SourceError(f"{wanted} holds no file that is pulled ({endings}): name another")
-    with _fresh(out) as fresh:
+    with new_folder(out) as fresh:
         snapshot = client.download(wanted.repo, wanted.revision, listing, names)
         for name in names:
             inner = PurePosixPath(name).relative_to(start)
@@ -208,22 +208,3 @@ def pull(source: Path, out: Path) -> Pushed:
             shutil.copyfile(snapshot / name, target)
         sizes = _sizes(fresh)
     return Pushed(sizes, folder=out)
-
-
-@contextmanager
-def _fresh(out: Path) -> Iterator[Path]:
-    """Yields a folder to fill; it becomes `out` at the end, or is removed after an error.
-
-    Raises: SourceError when `out` is not empty.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SourceError(f"{out} exists and is not empty: name a new folder with --out")
-    fresh = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
-    try:
-        with explain_write_errors(out):
-            fresh.mkdir(parents=True)
-        yield fresh
-        with explain_write_errors(out):
-            fresh.replace(out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)

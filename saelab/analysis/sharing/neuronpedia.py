@@ -10,7 +10,8 @@ The fields are those of SAEDashboard's NeuronpediaDashboardBatch (sae_dashboard/
 neuronpedia_dashboard.py), which its export and Neuronpedia's own convert into the tables of an
 upload. The numbers are those of the report's feature browser: contexts, density and logit lens
 on held-out text. Correlations with neurons and other latents, and histograms, are not measured
-here; their fields are empty lists. In `bin_min` and `bin_contains`, -1 marks the strongest contexts.
+here; their fields are empty lists. In `bin_min` and `bin_contains`, -1 marks the strongest
+contexts.
 """
 
 from __future__ import annotations

@@ -311,6 +311,17 @@ def test_pull_copies_open_files_alone(hub: Hub, project: Project, tmp_path: Path
     assert not (tmp_path / "x").exists() and not (tmp_path.parent / "outside.json").exists()
 
 
+def test_the_report_is_a_folder_for_a_static_host(project: Project, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    options = ("--latents", "4", "--cells", "1")
+    shown = succeeded(cli(project.folder, "report", "run_1", "--folder", str(site), *options))
+    assert list(in_folder(site)) == ["index.html"] and "index.html" in shown
+    page = (site / "index.html").read_text()
+    assert "scaled" in page and USER not in page and str(project.folder.parent.parent) not in page
+    linked = re.findall(r"""(?:src|href)=["']?([^"'>\s]+)""", page)
+    assert all(link.startswith(("#", "data:")) for link in linked), linked
+
+
 # ---- names of places ----------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from local_hub import Hub, forbid_network, serve_to_this_process
-from projects import BASE, BASELINE, SMALLEST, TWO_SEEDS, Ended, Project, cli
+from projects import BASE, BASELINE, SMALLEST, TWO_SEEDS, Ended, Project, cli, run
 
 from saelab import checkpoint, formats
 from saelab.analysis.sharing.public_names import check_folder, public, public_data
@@ -206,7 +206,9 @@ def test_pushes_that_are_refused(
     refused(cli(project.folder, *push), "status 401", "log in with `hf auth login`")
     monkeypatch.setenv("HF_TOKEN", hub.token)
     hub.status = 503
-    refused(cli(project.folder, *push), "status 503")
+    ended = cli(project.folder, *push)
+    refused(ended, "status 503", "try again later")
+    assert "cache" not in ended.last  # which is no way out for a push
     hub.status = 0
     forbid_network(monkeypatch)
     refused(cli(project.folder, *push), "HF_HUB_OFFLINE forbids to push", "--dry-run")
@@ -225,6 +227,27 @@ def test_a_changed_summary_is_not_pushed(hub: Hub, project: Project, tmp_path: P
     ended = cli(copy.folder, "push", "run_1", "hub:me/saes")
     assert ended.code in (1, 2) and "summary.md" in ended.last and "Traceback" not in ended.err
     assert "me/saes" not in hub.repos
+
+
+def test_variables_of_the_hub_in_a_process_of_its_own(
+    hub: Hub, project: Project, tmp_path: Path
+) -> None:
+    """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, as a shell sets them."""
+    hub.lfs_from = 10_000
+    variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": hub.token}
+    variables["HF_HUB_DISABLE_XET"] = "1"
+    cell = str(min((project.folder / "run_1/cells/scaled").iterdir()))
+    ended = process(project, variables, "push", cell, "hub:me/one")
+    assert ended.code == 0 and not ended.err, ended.err  # bars are for terminals
+    assert set(files_on(hub, "me/one")) >= {"README.md", "cfg.json"}
+    closed = variables | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    refused(process(project, closed, "pull", "hub:me/one"), "can't be reached", "check the network")
+    offline = closed | {"HF_HUB_OFFLINE": "1"}
+    refused(process(project, offline, "pull", "hub:me/one"), "not in the cache", "HF_HUB_OFFLINE")
+
+
+def process(project: Project, variables: dict[str, str], *arguments: str) -> Ended:
+    return run(project.folder, "-m", "saelab", *arguments, variables=variables, timeout=120)
 
 
 # ---- and back -----------------------------------------------------------------------------------

@@ -101,8 +101,8 @@ def test_canonical_is_the_l0_nearest_to_100(
         GEMMA.write(folder, GEMMA.draw(number))
     commit = hub.put(RES, site)
     loaded = formats.load(f"hub:{release}:{id}")
-    assert loaded.about["hub"] == f"hub:{RES}@{commit}:layer_20/width_16k/average_l0_136"
-    assert torch.equal(loaded.sae.W_dec, GEMMA.draw(2)["W_dec"])
+    assert loaded.about["hub"] == f"hub:{RES}@{commit}:layer_20/width_16k/average_l0_64"
+    assert torch.equal(loaded.sae.W_dec, GEMMA.draw(1)["W_dec"])
     forbid_network(monkeypatch)
     with pytest.raises(SourceError, match="name its path"):  # the cache does not have the others
         formats.load(f"hub:{release}:{id}")

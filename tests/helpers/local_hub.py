@@ -56,7 +56,7 @@ class Hub:
         status: an answer to every request, such as 503; 0 for the right ones.
         requests: method and path of every request.
         extra_names: further files that listings claim to have.
-        lines: body and headers of everything that was sent to the hub.
+        sent: headers and body of every request.
         lfs_from: size in bytes from which a file is large.
         html: whether every answer is a page for people.
     """
@@ -157,8 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = self.chunks()
-        if self.command in ("POST", "PUT"):
-            self.state.sent.append(body)
+        self.state.sent += [str(self.headers).encode(), body]
         if self.state.status:
             self.reply(self.state.status, {"error": "out of order"})
         elif self.state.html:

@@ -113,7 +113,7 @@ def to_hub(selection: Selection, name: str, private: bool = False) -> Pushed:
         names = _sizes(folder)
         from huggingface_hub import HfApi
 
-        with client.hub_errors(name):
+        with client.hub_errors(name, writes=True):
             api = HfApi()
             api.create_repo(name, private=private or None, exist_ok=True)
             message = selection.command(f"hub:{name}")

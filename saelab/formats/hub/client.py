@@ -6,6 +6,7 @@ the cache stands for the hub: a repository has the files that were downloaded.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,8 +122,16 @@ def _cached_repository(repo: str) -> Path:
 
 
 @contextmanager
-def hub_errors(repo: str, revision: str = "", path: str = "") -> Iterator[None]:
-    """Turns every error of huggingface_hub in the block into one sentence with a remedy."""
+def hub_errors(
+    repo: str, revision: str = "", path: str = "", writes: bool = False
+) -> Iterator[None]:
+    """Turns every error of huggingface_hub in the block into one sentence with a remedy. Its
+    progress bars are shown on a terminal only.
+
+    Args:
+        repo, revision, path: what the block asks for.
+        writes: whether it sends files, for which the cache is no way out.
+    """
     from huggingface_hub import errors
 
     version = f" at {revision}" if revision else ""
@@ -130,7 +139,7 @@ def hub_errors(repo: str, revision: str = "", path: str = "") -> Iterator[None]:
     #: Of httpx or httpx2, by huggingface_hub's version.
     of_transport = cast(type[Exception], errors.HfHubHTTPError.__mro__[1])
     try:
-        with silence_loggers():
+        with silence_loggers(), _bars_on_a_terminal():
             yield
     except SaelabError:
         raise
@@ -148,14 +157,14 @@ def hub_errors(repo: str, revision: str = "", path: str = "") -> Iterator[None]:
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         if is_offline():
             raise not_cached(repo, revision, path) from None
-        raise _unreachable(where, error) from None
+        raise _unreachable(where, error, writes) from None
     except errors.EntryNotFoundError:
         remedy = "name a file or folder of the repository"
         raise SourceError(f"{where} does not exist on the hub: {remedy}") from None
     except errors.HfHubHTTPError as error:
-        raise _refused(where, error) from None
+        raise _refused(where, error, writes) from None
     except (of_transport, ConnectionError, TimeoutError) as error:
-        raise _unreachable(where, error) from None
+        raise _unreachable(where, error, writes) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _odd_answer() from None
 
@@ -166,23 +175,41 @@ def _endpoint() -> str:
     return str(constants.ENDPOINT)
 
 
-def _refused(where: str, error: Any) -> SourceError:
+@contextmanager
+def _bars_on_a_terminal() -> Iterator[None]:
+    from huggingface_hub import utils
+
+    if sys.stderr.isatty() or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
+
+
+def _refused(where: str, error: Any, writes: bool) -> SourceError:
     """Returns the sentence on an answer of the hub that is an error."""
     status = error.response.status_code
     if status in (401, 403):
         remedy = f"{LOG_IN}, with a token that has the right to it"
         return SourceError(f"the hub refuses {where} (status {status}): {remedy}")
     if status >= 500 or status == 429:
-        remedy = f"try again later, or set {OFFLINE}=1 to use what is in the cache"
+        remedy = "try again later" + _or_offline(writes)
         return UnreachableError(f"the hub could not answer for {where} (status {status}): {remedy}")
     reason = (str(error.server_message or "") or str(error)).splitlines()[0][:200]
     remedy = "check the name and your access"
     return SourceError(f"the hub refuses {where} (status {status}, {reason}): {remedy}")
 
 
-def _unreachable(where: str, error: BaseException) -> UnreachableError:
+def _or_offline(writes: bool) -> str:
+    return "" if writes else f", or set {OFFLINE}=1 to use what is in the cache"
+
+
+def _unreachable(where: str, error: BaseException, writes: bool) -> UnreachableError:
     reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-    remedy = f"check the network, or set {OFFLINE}=1 to use what is in the cache"
+    remedy = "check the network" + _or_offline(writes)
     return UnreachableError(
         f"the hub at {_endpoint()} can't be reached for {where} ({reason}): {remedy}"
     )

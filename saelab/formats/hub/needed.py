@@ -137,7 +137,7 @@ def _with_nearest(reference: Reference, names: Collection[str]) -> str:
     numbers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     if not numbers:
         raise NoSAEError(f"{reference} does not exist in its repository: name another SAE of it")
-    return path.replace("*", str(min(numbers, key=lambda number: (abs(number - l0), -number))))
+    return path.replace("*", str(min(numbers, key=lambda number: (abs(number - l0), number))))
 
 
 def _is_in(name: str, folder: str) -> bool:

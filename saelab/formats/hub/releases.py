@@ -110,8 +110,9 @@ def sae_of(release: str, sae: str) -> Stated:
     one = table.get(release) or table[short]
     for entry in one.saes:
         for pattern in (entry.id, entry.path):
-            if (match := _match(pattern, sae)) and "*" not in sae:
-                return _stated(one, entry, match)
+            values = _match(pattern, sae)
+            if values is not None and "*" not in sae:
+                return _stated(one, entry, values)
     forms = " or ".join(entry.id for entry in one.saes)
     raise SettingError("sae_id", sae, f"the SAEs of {one.name} are named {forms}")
 
@@ -121,8 +122,9 @@ def at(repo: str, path: str) -> Stated | None:
     for release in releases().values():
         if release.repo == repo:
             for entry in release.saes:
-                if "*" not in entry.path and (match := _match(entry.path, path)):
-                    return _stated(release, entry, match)
+                values = _match(entry.path, path)
+                if values is not None and "*" not in entry.path:
+                    return _stated(release, entry, values)
     return None
 
 

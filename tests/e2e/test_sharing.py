@@ -128,6 +128,14 @@ def test_nothing_of_this_disk_is_sent(hub: Hub, project: Project) -> None:
     assert "train.txt" in files_on(hub)["README.md"].decode()  # the name alone
 
 
+def test_an_export_names_no_place_either(project: Project, tmp_path: Path) -> None:
+    succeeded(cli(project.folder, "export", "run_1", "--out", str(tmp_path / "out")))
+    for name, content in in_folder(tmp_path / "out").items():
+        assert USER.encode() not in content, name
+    metadata = json.loads(next((tmp_path / "out").rglob("cfg.json")).read_text())["metadata"]
+    assert (metadata["dataset_path"], metadata["saelab"]["text"]) == ("train.txt", "held_out.txt")
+
+
 def test_the_card_carries_the_verdict(hub: Hub, project: Project) -> None:
     succeeded(cli(project.folder, "push", "run_1", "hub:me/saes", "--arm", "scaled"))
     card = files_on(hub)["README.md"].decode()

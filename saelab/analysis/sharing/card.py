@@ -27,6 +27,9 @@ from saelab.version import __version__
 README, VERDICT = "README.md", "verdict.json"
 #: Metrics of each SAE that its row shows -> heading.
 COLUMNS = {"fvu": "FVU", "l0": "L0", "loss_recovered": "loss recovered", "dead_share": "dead"}
+#: Purpose of a run in its manifest -> the word for it; others are shown as they are.
+PURPOSES = {"explore": "exploratory", "confirm": "confirmatory"}
+NO_RUN = "No run belongs to them, and so no verdict."
 #: A name on the hub.
 _HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 #: Where the advice to the run's author begins in summary.md.
@@ -68,7 +71,7 @@ def card(saes: Sequence[One], run: RunFolder | None, name: str, command: str) ->
         _front_matter(model, saes[0].about.get("dataset")),
         f"# {_title(review, name)}",
         _first_sentence(saes, model, hook),
-        *(_verdict_lines(review) if review else ["No run belongs to them, and so no verdict."]),
+        *(_verdict_lines(review, run) if run and review else [NO_RUN]),
         _use(saes, name),
         "## SAEs",
         "\n".join(_table(saes, run)),
@@ -104,9 +107,10 @@ def _first_sentence(saes: Sequence[One], model: str, hook: str) -> str:
     )
 
 
-def _verdict_lines(review: Review) -> list[str]:
+def _verdict_lines(review: Review, run: RunFolder) -> list[str]:
     """Says the word on each arm with its interval, before all else."""
-    kind = "exploratory" if review.exploratory else "confirmatory"
+    purpose = str(run.manifest.get("purpose"))
+    kind = PURPOSES.get(purpose, purpose)
     lines = [f"**Verdict** ({kind}, on {review.plan.primary}, {review.plan.direction} is better):"]
     lines += ["\n".join(f"- {_sentence(c)}" for c in review.comparisons)]
     if not review.comparisons:

@@ -134,7 +134,7 @@ def write(selection: Selection, folder: Path, name: str) -> None:
     for place, path, cell in _places(selection, cells, run):
         loaded = formats.load(path, selection.source)
         sae = without_context(loaded.sae) if selection.without_trace else loaded.sae
-        data = public_data(about(loaded, path, selection.without_trace))
+        data = about(loaded, path, selection.without_trace)
         with _naming(path):
             saelens.save(sae, folder / place, data)
         saes.append(One(place=place, d_in=sae.d_in, d_sae=sae.d_sae, cell=cell, about=data))

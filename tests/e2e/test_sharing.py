@@ -128,6 +128,16 @@ def test_nothing_of_this_disk_is_sent(hub: Hub, project: Project) -> None:
     assert "train.txt" in files_on(hub)["README.md"].decode()  # the name alone
 
 
+def test_what_still_names_a_place_stops_the_push(
+    hub: Hub, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = "# Title\n\nmade in /scratch/zebedee/project\n"
+    monkeypatch.setattr("saelab.analysis.sharing.push.card", lambda *_: card)
+    ended = cli(project.folder, "push", "run_1", "hub:me/saes", "--arm", "scaled")
+    refused(ended, "README.md names a place of this disk", "nothing is sent")
+    assert not hub.requests
+
+
 def test_an_export_names_no_place_either(project: Project, tmp_path: Path) -> None:
     succeeded(cli(project.folder, "export", "run_1", "--out", str(tmp_path / "out")))
     for name, content in in_folder(tmp_path / "out").items():

@@ -179,7 +179,7 @@ def from_pretrained(
         where = reference.reference(release, sae_id, revision)
     else:
         where = reference.in_release(release, sae_id, revision)
-    loaded = formats.load(str(where), format)
+    loaded = formats.load(where, format)
     if base is not None:
         settings = _settings(base)
         model = settings.model.path if settings.activations is None else ""

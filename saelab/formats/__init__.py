@@ -161,11 +161,13 @@ def _hint(folder: Path) -> str:
     return ": name the folder of a saved SAE"
 
 
-def load(folder: str | Path, format_name: str = "") -> Loaded:
+def load(folder: str | Path | Reference, format_name: str = "") -> Loaded:
     """Loads the SAE in a directory, or one on the hub, in evaluation mode.
 
     Raises: as `find`, and as the `load` of its format; for one on the hub as `fetch.fetch`.
     """
+    if isinstance(folder, Reference):
+        return _load_from_hub(folder, format_name)
     if is_reference(folder):
         return _load_from_hub(parse(folder), format_name)
     folder = Path(folder)

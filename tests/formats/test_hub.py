@@ -389,6 +389,22 @@ def test_from_pretrained_checks_the_base(hub: Hub, tmp_path: Path) -> None:
     assert isinstance(api.from_pretrained("gemma-scope-2b-pt-res", GEMMA.inner, base=right), SAE)
 
 
+def test_the_documented_calls_work(hub: Hub, tmp_path: Path) -> None:
+    """The block of Python in docs/sharing.md, on a hub that has these SAEs."""
+    GEMMA.write(tmp_path / "gemma/layer_12/width_16k/average_l0_82", GEMMA.draw(0))
+    hub.put(RES, tmp_path / "gemma")
+    ours = SAEConfig(d_sae=8).build(4).eval()
+    formats.saver("saelens")(ours, tmp_path / "mine/A1/seed7-l0_32", {})
+    hub.put("me/my-saes", tmp_path / "mine")
+    page = (Path(__file__).parents[2] / "docs" / "sharing.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert isinstance(names["sae"], SAE) and names["sae"].d_sae == 8
+    read = {name.rpartition("/")[0] for name in hub.downloads()}
+    assert read == {"layer_12/width_16k/average_l0_82", "A1/seed7-l0_32"}
+
+
 def test_a_repository_without_files(hub: Hub) -> None:
     hub.repos["me/empty"] = Repository()
     hub.repos["me/empty"].commit({})

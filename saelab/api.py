@@ -29,6 +29,7 @@ from saelab.distributed.ranks import Ranks
 from saelab.errors import SettingError
 from saelab.evals import check_names, of_subject
 from saelab.evals.base import Row, Subject
+from saelab.formats.hub import reference
 from saelab.launch.over_settings import launch_over_settings
 from saelab.launch.prepare import prepare, spliced_model
 from saelab.runtime.counting import count
@@ -167,6 +168,7 @@ def load(path: str | Path, format: str = "", experiment: str | Path | None = Non
     reconstruction.
 
     Args:
+        path: a folder, or the name of an SAE on the hub, 'hub:owner/name[@revision][:path]'.
         format: '' recognises the format by its files; one that holds a pickle must be named
             ('dictionary_learning', 'goodfire', 'openai', ...).
         experiment: the experiment.py that registers parts which this SAE has; its code is run.
@@ -176,6 +178,42 @@ def load(path: str | Path, format: str = "", experiment: str | Path | None = Non
     if experiment is not None:
         load_experiment(Path(experiment).resolve())
     return formats.load(path, format).sae
+
+
+@standard_torch()
+def from_pretrained(
+    release: str,
+    sae_id: str = "",
+    *,
+    revision: str = "",
+    format: str = "",
+    base: Base | None = None,
+) -> SAE:
+    """Loads a published SAE by name from the Hugging Face hub, through its cache (docs/sharing.md).
+
+    saelab.from_pretrained("gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
+
+    Args:
+        release: a name in saelab/assets/releases.toml, or 'owner/name' of a repository.
+        sae_id: the SAE in it; of a repository the path of its folder or file.
+        revision: branch, tag or commit; '' for the main branch.
+        format: as for `load`; a pickle must be named.
+        base: if given, settings of the model and hook point that it must have been trained on.
+
+    Returns: the SAE, in evaluation mode.
+    Raises: SettingError for an unknown name; SourceError where the hub does not have it, refuses it
+        or is not reached; MismatchError for an SAE of another model or hook than `base` names.
+    """
+    if "/" in release:
+        where = reference.reference(release, sae_id, revision)
+    else:
+        where = reference.in_release(release, sae_id, revision)
+    loaded = formats.load(where, format)
+    if base is not None:
+        settings = _settings(base)
+        model = settings.model.path if settings.activations is None else ""
+        loaded.origin.check(model, settings.hook_text)
+    return loaded.sae
 
 
 @standard_torch()

@@ -124,7 +124,7 @@ class Choice:
     """The SAEs of a path that are evaluated, and how they are read.
 
     Args:
-        path: a run folder, or the directory of one SAE.
+        path: a run folder, the directory of one SAE, or the name of one on the hub.
         format: of the directory; '' recognises it.
         arms, seeds: of a run, which of the cells at the plan's L0; all by default.
         allow_mismatch: evaluate an SAE on another model or hook than it was trained on.
@@ -144,7 +144,9 @@ class Choice:
     def members(self) -> list[Member]:
         """The cells of a run folder; the directory alone, as a cell without name, otherwise."""
         cells = run_cells(self.path, self.arms, self.seeds)
-        return [Member(self.path, CellId("", -1, 0.0))] if cells is None else cells
+        if cells is not None:
+            return cells
+        return [Member(formats.pinned(self.path, self.format), CellId("", -1, 0.0))]
 
 
 def evaluate_to_files(
@@ -255,9 +257,8 @@ def saebench_file(
 
 def _identity(member: Member, loaded: Loaded, choice: Choice) -> dict[str, Any]:
     """Columns that say which SAE it was."""
-    kind = formats.find(member.folder, choice.format)
     changed = choice.without_trace and loaded.sae.needs_contexts
-    columns = {"subject": str(member.folder), "format": kind, "without_trace": changed}
+    columns = {"subject": str(member.folder), "format": loaded.format, "without_trace": changed}
     return columns | {"leave_one_out": choice.leave_one_out}
 
 

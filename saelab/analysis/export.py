@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from saelab import formats
+from saelab.analysis.sharing.public_names import public_data
 from saelab.errors import SettingError, SourceError, UsageError
 from saelab.formats import Loaded
 from saelab.runs.folder import RunFolder, run_cells
@@ -87,7 +88,8 @@ def export(
 
 
 def about(loaded: Loaded, folder: Path, without_trace: bool = False) -> dict[str, Any]:
-    """Metadata of an SAE: model, hook_name, context and dataset, as far as they are recorded."""
+    """Metadata of an SAE without places of this disk: model, hook_name, context and dataset, as far
+    as they are recorded."""
     run = RunFolder.of(folder)
     base = base_of_run(run) if run else None
     text = base.train_text if base and base.activations is None else None
@@ -96,7 +98,7 @@ def about(loaded: Loaded, folder: Path, without_trace: bool = False) -> dict[str
     named = {"model": model, "hook_name": loaded.origin.hook_name}
     named |= {"dataset": _without_folders(dataset)}
     mark = {"without_trace": True} if without_trace and loaded.sae.needs_contexts else {}
-    return {**loaded.about, **named, **mark}
+    return public_data({**loaded.about, **named, **mark})
 
 
 def _without_folders(name: str) -> str:

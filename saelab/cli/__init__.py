@@ -19,6 +19,7 @@ from saelab.cli import (
     run,
     saes,
     settings,
+    sharing,
     sweep,
     train,
 )
@@ -59,6 +60,9 @@ COMMANDS = (
     (app, "steer", latents.steer),
     (app, "export", saes.export),
     (app, "settings", settings.settings),
+    (app, "push", sharing.push),
+    (app, "pull", sharing.pull),
+    (app, "neuronpedia", sharing.neuronpedia),
     (app, "parts", parts.parts),
     (app, "check-part", parts.check_part),
     (app, "saebench", saes.saebench),

@@ -13,8 +13,8 @@ Sae = Annotated[
     Path,
     Argument(
         metavar="SAE",
-        help="One cell of a run (run_1/cells/baseline/seed7-l0_32), or the directory of an SAE in "
-        "any format (docs/formats.md).",
+        help="One cell of a run (run_1/cells/baseline/seed7-l0_32), the directory of an SAE in any "
+        "format (docs/formats.md), or one on the hub: hub:owner/name[@revision][:path].",
     ),
 ]
 Config = Annotated[

@@ -78,6 +78,10 @@ def probing(
 def report(
     folders: Folders = None,
     out: Annotated[Path, Option(help="File of the page.")] = Path("report.html"),
+    folder: Annotated[
+        Path | None,
+        Option(help="Write the page as FOLDER/index.html instead, for any host of static files."),
+    ] = None,
     features: Annotated[
         list[str] | None,
         Option(
@@ -100,6 +104,8 @@ def report(
 
     saelab report run_1 run_3 --out x.html
 
+    saelab report run_1 --folder site
+
     One file that needs no network. Nothing is trained; the held-out activations for the latents
     are harvested again if they are not cached.
     """
@@ -112,6 +118,7 @@ def report(
     register_parts(experiment)
     runs = [RunFolder(folder) for folder in chosen_runs(folders)]
     chosen = chosen_cells(runs, features or (), cells)
+    out = out if folder is None else folder / "index.html"
     why_not = "none was asked for" if not (cells or features) else "the runs keep no cells"
     browsed = list(browse(chosen, latents, 8, cache_folder(Path())))
     content = write(Study(runs, browsed, "" if browsed else why_not, ledger(runs)), out)

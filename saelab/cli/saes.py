@@ -27,7 +27,8 @@ def evaluate(
         Argument(
             help="A run folder (run_1: every arm at the plan's L0), one of its cells, or the "
             "directory (or file) of an SAE: ours, SAELens', sparsify's, dictionary_learning's or "
-            "a published one (docs/formats.md)."
+            "a published one (docs/formats.md), or one on the hub (docs/sharing.md): "
+            "hub:owner/name[@revision][:path]."
         ),
     ],
     config: Annotated[
@@ -87,6 +88,8 @@ def evaluate(
     saelab eval run_1/cells/baseline/seed7-l0_32 --evals core --json
 
     saelab eval downloaded_sae --config configs/pythia-70m.toml --out rows.parquet
+
+    saelab eval hub:pythia-70m-deduped-res-sm:3-res-sm --config configs/pythia-70m.toml
     """
     from saelab.analysis.evaluate import Choice, evaluate_to_files, table
     from saelab.storage.cache import cache_folder

@@ -15,6 +15,8 @@ from typing import Any
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.formats import dictionary_learning, own, saelens, sparsify
 from saelab.formats.base import Loaded, Origin, Plain, errors_as_source_error
+from saelab.formats.hub import fetch
+from saelab.formats.hub.reference import Reference, is_reference, parse
 from saelab.formats.published import (
     cross_layer_transcoder,
     deepseek_r1,
@@ -31,7 +33,7 @@ from saelab.formats.published import (
 )
 from saelab.sae import SAE
 
-__all__ = ["TABLE", "Format", "Loaded", "Origin", "Plain", "find", "load", "saver"]
+__all__ = ["TABLE", "Format", "Loaded", "Origin", "Plain", "find", "load", "pinned", "saver"]
 
 Save = Callable[[SAE, Path, Mapping[str, Any]], None]
 
@@ -47,6 +49,8 @@ class Format:
         load: reads a directory; raises a UsageError that names the remedy.
         save: writes a directory; None if the format is not written.
         by_name: whether it is read only if it is named, because it holds pickles.
+        also: files next to them that are read where they are there; after a pattern, \\1 is its
+            first group.
     """
 
     files: tuple[str, ...]
@@ -54,6 +58,7 @@ class Format:
     save: Save | None = None
     by_name: bool = False
     pattern: str = ""
+    also: tuple[str, ...] = ()
 
     def fits(self, path: Path) -> bool:
         """Returns whether the path is of this kind, by names alone."""
@@ -65,19 +70,32 @@ class Format:
 
 TABLE: dict[str, Format] = {
     "saelab": Format(own.FILES, own.load, own.save),
-    "saelens": Format(saelens.FILES, saelens.load, saelens.save),
-    "sparsify": Format(sparsify.FILES, sparsify.load),
+    "saelens": Format(
+        saelens.FILES, saelens.load, saelens.save, also=(saelens.SCALER, saelens.WHITENING)
+    ),
+    "sparsify": Format(sparsify.FILES, sparsify.load, also=("../config.json", "../../config.json")),
     "gemma_scope": Format(gemma_scope.FILES, gemma_scope.load),
-    "gemma_scope_2": Format(gemma_scope_2.FILES, gemma_scope_2.load),
+    "gemma_scope_2": Format(gemma_scope_2.FILES, gemma_scope_2.load, also=(gemma_scope_2.CONFIG,)),
     "llama_scope": Format(llama_scope.FILES, llama_scope.load),
     "llama_scope_r1": Format(llama_scope_r1.FILES, llama_scope_r1.load),
     "temporal": Format(temporal.FILES, temporal.load),
-    "layer_transcoder": Format((), layer_transcoder.load, pattern=layer_transcoder.PATTERN),
+    "layer_transcoder": Format(
+        (),
+        layer_transcoder.load,
+        pattern=layer_transcoder.PATTERN,
+        also=(layer_transcoder.CONFIG,),
+    ),
     "cross_layer_transcoder": Format(
-        (), cross_layer_transcoder.load, pattern=cross_layer_transcoder.PATTERN
+        (),
+        cross_layer_transcoder.load,
+        pattern=cross_layer_transcoder.PATTERN,
+        also=(cross_layer_transcoder.CONFIG, *cross_layer_transcoder.BOTH),
     ),
     "gemma_scope_2_clt": Format(
-        (), cross_layer_transcoder.load_gemma, pattern=cross_layer_transcoder.GEMMA_PATTERN
+        (),
+        cross_layer_transcoder.load_gemma,
+        pattern=cross_layer_transcoder.GEMMA_PATTERN,
+        also=(gemma_scope_2.CONFIG,),
     ),
     "dictionary_learning": Format(
         dictionary_learning.FILES, dictionary_learning.load, by_name=True
@@ -85,9 +103,16 @@ TABLE: dict[str, Format] = {
     "goodfire": Format((), goodfire.load, by_name=True, pattern=goodfire.PATTERN),
     "deepseek_r1": Format((), deepseek_r1.load, by_name=True, pattern=deepseek_r1.PATTERN),
     "qwen_scope": Format((), qwen_scope.load, by_name=True, pattern=qwen_scope.PATTERN),
-    "hook_z": Format((), hook_z.load, by_name=True, pattern=hook_z.PATTERN),
+    "hook_z": Format((), hook_z.load, by_name=True, pattern=hook_z.PATTERN, also=(r"\1_cfg.json",)),
     "openai": Format((), openai.load, by_name=True, pattern=openai.PATTERN),
 }
+
+
+def check_name(format_name: str) -> None:
+    """Raises: SettingError for a name that is not '' and not that of a format."""
+    if format_name and format_name not in TABLE:
+        remedy = f"use one of {', '.join(TABLE)}{nearest(format_name, TABLE)}"
+        raise SettingError("format", format_name, remedy)
 
 
 def find(folder: Path, format_name: str = "") -> str:
@@ -95,10 +120,8 @@ def find(folder: Path, format_name: str = "") -> str:
 
     Raises: SettingError for an unknown name; SourceError when the directory holds no SAE.
     """
+    check_name(format_name)
     if format_name:
-        if format_name not in TABLE:
-            remedy = f"use one of {', '.join(TABLE)}{nearest(format_name, TABLE)}"
-            raise SettingError("format", format_name, remedy)
         return format_name
     fitting = [name for name, format in TABLE.items() if format.fits(folder)]
     for name in fitting:
@@ -138,18 +161,51 @@ def _hint(folder: Path) -> str:
     return ": name the folder of a saved SAE"
 
 
-def load(folder: str | Path, format_name: str = "") -> Loaded:
-    """Loads the SAE in a directory, in evaluation mode.
+def load(folder: str | Path | Reference, format_name: str = "") -> Loaded:
+    """Loads the SAE in a directory, or one on the hub, in evaluation mode.
 
-    Raises: as `find`, and as the `load` of its format.
+    Raises: as `find`, and as the `load` of its format; for one on the hub as `fetch.fetch`.
     """
+    if isinstance(folder, Reference):
+        return _load_from_hub(folder, format_name)
+    if is_reference(folder):
+        return _load_from_hub(parse(folder), format_name)
     folder = Path(folder)
     with errors_as_source_error(folder):
-        name = find(folder, format_name)
-        loaded = TABLE[name].load(folder)
+        return _loaded(find(folder, format_name), folder)
+
+
+def _loaded(name: str, path: Path) -> Loaded:
+    loaded = replace(TABLE[name].load(path), format=name)
     if TABLE[name].save is None and name != "saelab":  # `about` is not SAELens metadata
         return replace(loaded, about={**loaded.about, "format": name})
     return loaded
+
+
+def _load_from_hub(reference: Reference, format_name: str) -> Loaded:
+    """Loads an SAE on the hub; its files go to the hub's cache.
+
+    What its release states about it completes what the files say, and contradictions are among the
+    peculiarities of its origin.
+    """
+    check_name(format_name)
+    fetched = fetch.fetch(reference, TABLE, format_name)
+    with errors_as_source_error(Path(str(fetched.reference))):
+        loaded = _loaded(fetched.format, fetched.place)
+    about = {**loaded.about, "hub": str(fetched.reference)}
+    return replace(loaded, about=about, origin=fetch.stated_origin(loaded.origin, fetched))
+
+
+def pinned(path: Path, format_name: str = "") -> Path:
+    """Returns a path as it is; a name on the hub with its commit and the exact place of the SAE,
+    which is downloaded, so that each time the same is read.
+
+    Raises: as `fetch.fetch`.
+    """
+    if not is_reference(path):
+        return path
+    check_name(format_name)
+    return Path(str(fetch.fetch(parse(path), TABLE, format_name).reference))
 
 
 def saver(format_name: str) -> Save:

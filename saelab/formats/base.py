@@ -279,11 +279,13 @@ class Loaded:
         sae: in evaluation mode.
         origin: where it was trained.
         about: its metadata, as plain data.
+        format: the name of its format.
     """
 
     sae: SAE
     origin: Origin
     about: Mapping[str, Any]
+    format: str = ""
 
 
 # ---- reading files that others wrote -----------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_hub import Hub, serve_to_this_process
 from projects import BASE, ROOT, SMALLEST, Ended, Project, cli, run
 
 from saelab.data.text import stdlib
@@ -118,6 +119,16 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return made
 
 
+@pytest.fixture
+def hub(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on loopback with an SAE of the project, and the right to write there."""
+    with serve_to_this_process(tmp_path / "cache", monkeypatch) as running:
+        monkeypatch.setenv("HF_TOKEN", running.token)
+        shutil.copytree(project.folder / "downloaded_sae", tmp_path / "site" / "A1")
+        running.put("me/my-saes", tmp_path / "site")
+        yield running
+
+
 def expanded(folder: Path, word: str) -> list[str]:
     """Returns the names that a shell gives a command for a word."""
     return sorted(file.name for file in folder.glob(word)) if "*" in word else [word]
@@ -156,6 +167,8 @@ def test_a_documented_command_works(
         write_dictionary(project.folder / "ae_folder")
     if "FILE" in command:
         write_result(project.folder)
+    if "hub:" in command:
+        request.getfixturevalue("hub")
     ended = carry_out(project, command)
     if command in REFUSED:
         assert ended.code == 2 and REFUSED[command] in ended.last, ended.err

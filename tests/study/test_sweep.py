@@ -68,7 +68,9 @@ def entry(fvu: float | None, l0: float) -> dict[str, Any]:
 def test_the_best_arm_keeps_the_l0() -> None:
     run = sweep_run({"train.lr": [1e-3, 2e-3, 1e-2]}, BASE)
     names = [arm.name for arm in run.arms]
-    info = dict(zip(names, [entry(0.3, 8), entry(0.2, 8), entry(0.1, 12), entry(None, 8)]))
+    info = dict(
+        zip(names, [entry(0.3, 8), entry(0.2, 8), entry(0.1, 12), entry(None, 8)], strict=True)
+    )
     best, rows = summarise(run, PLAN, info)
     assert best == "lr 0.001"
     assert "50.0% from the target 8" in rows["lr 0.002"]["left_out"]

@@ -46,6 +46,8 @@ from saelab.formats.published.shared import last_match, yaml_texts
 
 PATTERN = r"W_(?:enc|dec)_(\d+)\.safetensors"
 ENCODER = r"W_enc_(\d+)\.safetensors"
+#: The two files of a layer, by its number in `PATTERN`.
+BOTH = (r"W_enc_\1.safetensors", r"W_dec_\1.safetensors")
 CONFIG = "config.yaml"
 INPUT, OUTPUT = "feature_input_hook", "feature_output_hook"
 GEMMA_PATTERN = r"params_layer_(\d+)\.safetensors"

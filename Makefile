@@ -12,12 +12,13 @@
 # make test-clusters  tests of the executors for many machines (installs Ray and submitit)
 # make test-peers     tests against other tools: their files, and fifty steps of their trainers
 # make peers          the environment of these tools
+# make docs           the documentation as a site, site/index.html (an environment of 190 MB, .venv-docs)
 # make bench          every benchmark in full (about half an hour); BENCH=--quick for a smoke run
 # make clean          removes the environments and what was built
 #
-# Every target except `peers` and `clean` runs `make setup` first.
+# Every target except `docs`, `peers` and `clean` runs `make setup` first.
 .PHONY: setup demo demo-quick demo-smollm2 test test-slow test-triton test-store test-browser \
-	test-tracking test-clusters test-peers check clusters peers bench clean
+	test-tracking test-clusters test-peers check clusters docs peers bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -100,6 +101,17 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# An environment of its own, without torch; MkDocs refuses warnings, also links and anchors that lead nowhere.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --clean
+	@echo "the site: site/index.html"
+
+.venv-docs/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade pip -c constraints.txt
+	.venv-docs/bin/python -m pip install --quiet -c constraints.txt --group docs
+	touch $@
+
 peers: benchmarks/.peers/.ready
 
 benchmarks/.peers/.ready: benchmarks/peers.txt benchmarks/peers.py constraints.txt
@@ -113,4 +125,4 @@ bench: setup peers
 	done
 
 clean:
-	rm -rf $(VENV) benchmarks/.peers build dist *.egg-info
+	rm -rf $(VENV) .venv-docs site benchmarks/.peers build dist *.egg-info

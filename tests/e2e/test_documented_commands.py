@@ -30,7 +30,7 @@ WORDS = re.compile(r"(?:saelab )?(?:plan |lm )?[a-z-]+")
 VARIABLE = re.compile(r"[A-Z_]+=")
 #: Placeholders in a documented command -> what stands in for them here.
 STAND_INS = {"PATH": "run_1", "FOLDER": "downloaded_sae", "FILE": "result.json"}
-STAND_INS |= {"CONFIG": "configs/synthetic/small.toml"}
+STAND_INS |= {"CONFIG": "configs/synthetic/small.toml", "run_i": "run_1"}
 #: What ends with 2 in a project where nothing asked for it, and how.
 REFUSED = {"saelab try --seeds 12": "asked for"}
 #: Those that train much, simulate or need a package of an extra.
@@ -46,6 +46,7 @@ SLOW = (
 )
 
 ARMS = ("A1", "A2", "A2 permuted", "adaptive topk", "annealed k", "A", "B", "both")
+ARMS += ("tau 0.1", "tau 1")
 TABLE = """\
 from saelab.launch.entry import main
 from saelab.study.plan import Arm, Confirmation, Run
@@ -174,6 +175,9 @@ def test_a_documented_command_works(
         pytest.importorskip("ray")
     if "dictionary_learning" in command:
         write_dictionary(project.folder / "ae_folder")
+    if "quick/run_1" in command and not (project.folder / "quick" / "run_1").is_dir():
+        ended = cli(project.folder, "run", "run_1", "--quick")
+        assert ended.code == 0, ended.err
     if "FILE" in command:
         write_result(project.folder)
     ended = carry_out(project, command)

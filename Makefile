@@ -101,9 +101,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# An environment of its own, without torch; MkDocs refuses warnings, also links and anchors that lead nowhere.
+# An environment of its own, without torch. MkDocs refuses warnings, also links and anchors that lead
+# nowhere; with --quiet it would not count them.
 docs: .venv-docs/.ready
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --clean
 	@echo "the site: site/index.html"
 
 .venv-docs/.ready: constraints.txt pyproject.toml

@@ -12,13 +12,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 from pymdownx.slugs import slugify
 
+log = get_plugin_logger("site")
 ROOT = Path(__file__).parents[2]
 #: Pages of the repository outside docs/ that the site shows.
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 LINK = re.compile(r"(!?)\[([^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*)\]\(([^()\s]+)\)")
+#: Scripts, pictures and style sheets of other hosts.
+LOADED = re.compile(r'(?:src=|<link rel="stylesheet" href=)"(https?:[^"]+)"')
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.M | re.S)
 
 
@@ -57,6 +61,12 @@ def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str
 
     codes = [match.span() for match in CODE.finditer(markdown) if "\n" in match[0]]
     return LINK.sub(rewritten, markdown)
+
+
+def on_post_page(output: str, *, page: Any, **_: Any) -> None:
+    """Warns of what a page would load from elsewhere; links may lead there."""
+    for loaded in LOADED.findall(output):
+        log.warning("%s loads %s from elsewhere", page.file.src_uri, loaded)
 
 
 def repository_place(src_uri: str) -> str:

@@ -23,7 +23,7 @@ OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md
 LINK = re.compile(r"(!?)\[([^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*)\]\(([^()\s]+)\)")
 #: Scripts, pictures and style sheets of other hosts.
 LOADED = re.compile(r'(?:src=|<link rel="stylesheet" href=)"(https?:[^"]+)"')
-CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.M | re.S)
+FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 
 
 def on_config(config: Any) -> None:
@@ -59,7 +59,7 @@ def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str
         way = posixpath.relpath(on_site, posixpath.dirname(page.file.src_uri) or ".")
         return f"{mark}[{text}]({way}{sign}{anchor})"
 
-    codes = [match.span() for match in CODE.finditer(markdown) if "\n" in match[0]]
+    codes = [match.span() for match in FENCED.finditer(markdown)]
     return LINK.sub(rewritten, markdown)
 
 

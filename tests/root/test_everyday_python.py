@@ -215,13 +215,29 @@ def test_python_calls_print_and_probe_nothing(
         "evaluation": {"tokens": 128},
     }
     scores = saelab.evaluate(saelab.train(base, cache=tmp_path), base, cache=tmp_path)
-    assert {row.definition for row in scores.rows} == {"core/1"}
+    assert {row.definition for row in scores.rows} == {"core/1", "core/random/1"}
     arms = {"A": {"train.lr": 2e-3}}
     made = saelab.compare(
         base, arms, seeds=2, target_l0=4, seeds_levels=0, out_dir=tmp_path / "made"
     )
     assert [c.arm for c in made] == ["A"]
     assert capfd.readouterr().out == ""
+
+
+def test_no_texts_are_read_for_probes_that_were_not_asked_for(tmp_path: Path) -> None:
+    base = {
+        "context": 32,
+        "sae": {"preset": "topk", "d_sae": 64},
+        "train": {"tokens": 512, "batch_size": 128},
+        "evaluation": {"tokens": 256, "loss_contexts": 2, "calibration_tokens": 0},
+    }
+    small = {"evaluation.probing.train_size": 4, "evaluation.probing.test_size": 2}
+    settings = saelab.settings(base, small)
+    sae = saelab.train(settings, cache=tmp_path)
+    saelab.evaluate(sae, settings, cache=tmp_path)
+    assert not (tmp_path / ".saelab" / "probing").exists()
+    scores = saelab.evaluate(sae, settings, evals=["probing"], cache=tmp_path)
+    assert (tmp_path / ".saelab" / "probing").exists() and scores.rows
 
 
 # ---- pandas ----------------------------------------------------------------------------------

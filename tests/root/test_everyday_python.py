@@ -231,13 +231,9 @@ def test_no_texts_are_read_for_probes_that_were_not_asked_for(tmp_path: Path) ->
         "train": {"tokens": 512, "batch_size": 128},
         "evaluation": {"tokens": 256, "loss_contexts": 2, "calibration_tokens": 0},
     }
-    small = {"evaluation.probing.train_size": 4, "evaluation.probing.test_size": 2}
-    settings = saelab.settings(base, small)
-    sae = saelab.train(settings, cache=tmp_path)
-    saelab.evaluate(sae, settings, cache=tmp_path)
-    assert not (tmp_path / ".saelab" / "probing").exists()
-    scores = saelab.evaluate(sae, settings, evals=["probing"], cache=tmp_path)
-    assert (tmp_path / ".saelab" / "probing").exists() and scores.rows
+    saelab.evaluate(saelab.train(base, cache=tmp_path), base, cache=tmp_path)
+    assert saelab.settings(base).evaluation.probing.entries == "embedded"
+    assert "probing" not in {folder.name for folder in (tmp_path / ".saelab").iterdir()}
 
 
 # ---- pandas ----------------------------------------------------------------------------------

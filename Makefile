@@ -10,6 +10,7 @@
 # make test-browser   tests of report.html in a browser (installs Playwright and Chromium)
 # make test-tracking  tests of the experiment trackers (installs 100 MB)
 # make test-clusters  tests of the executors for many machines (installs Ray and submitit)
+# make notebooks      installs what runs docs/notebooks in `make test-slow` (50 MB)
 # make test-peers     tests against other tools: their files, and fifty steps of their trainers
 # make peers          the environment of these tools
 # make docs           the documentation as a site, site/index.html (an environment of 190 MB, .venv-docs)
@@ -18,7 +19,7 @@
 #
 # Every target except `docs`, `peers` and `clean` runs `make setup` first.
 .PHONY: setup demo demo-quick demo-smollm2 test test-slow test-triton test-store test-browser \
-	test-tracking test-clusters test-peers check clusters docs peers bench clean
+	test-tracking test-clusters test-peers check clusters docs notebooks peers bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -92,6 +93,9 @@ clusters: setup
 
 test-clusters: clusters
 	$(BIN)/python -m pytest tests/e2e/test_clusters.py
+
+notebooks: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[notebooks]'
 
 test-peers: setup peers
 	SAELAB_PEERS=benchmarks/.peers/bin/python $(BIN)/python -m pytest -m peers

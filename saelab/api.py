@@ -155,7 +155,8 @@ def _unprobed(base: BaseConfig) -> BaseConfig:
 
 
 def _train(base: BaseConfig, seed: int, cache: str | Path, start: SAE | None = None) -> SAE:
-    prepared = prepare(_unprobed(base), cache_folder(Path(cache)), base.model.device, keep_model=True)
+    place, device = cache_folder(Path(cache)), base.model.device
+    prepared = prepare(_unprobed(base), place, device, keep_model=True)
     if prepared.warning:
         print(visible(prepared.warning), file=sys.stderr)
     around = Surroundings(

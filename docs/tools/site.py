@@ -7,6 +7,7 @@ file of the repository, which the site does not have, becomes its name as code.
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -32,10 +33,30 @@ def on_config(config: Any) -> None:
 
 
 def on_files(files: Files, *, config: Any) -> None:
-    """Adds the pages outside docs/."""
+    """Adds the pages outside docs/, and a page for each notebook."""
     for place in OUTSIDE:
         file = File.generated(config, f"project/{place}", abs_src_path=str(ROOT / place))
         files.append(file)
+    for notebook in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        place = f"notebooks/{notebook.stem}.md"
+        files.append(File.generated(config, place, content=page_of(notebook)))
+
+
+def page_of(notebook: Path) -> str:
+    """Returns the cells of a notebook as Markdown, with the outputs that it is stored with."""
+    pieces = []
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        code = cell["cell_type"] == "code"
+        pieces.append(f"```python\n{source}\n```" if code else source)
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
+                image = "".join(data["image/png"]).replace("\n", "")
+                pieces.append(f'<img alt="" src="data:image/png;base64,{image}">')
+            else:
+                pieces.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
+    return "\n\n".join(pieces)
 
 
 def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str:
@@ -78,4 +99,5 @@ def repository_place(src_uri: str) -> str:
 def site_place(path: str) -> str:
     """Returns the path on the site of a file of the repository."""
     inside = path.removeprefix("docs/")
-    return inside if inside != path else f"project/{path}"
+    page = re.sub(r"^(notebooks/.*)\.ipynb$", r"\1.md", inside)
+    return page if inside != path else f"project/{path}"

@@ -78,6 +78,7 @@ def test_every_page_is_in_the_navigation_once() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = sorted(places(config["nav"]))
     inside = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+    inside |= {f"notebooks/{file.stem}.md" for file in (DOCS / "notebooks").glob("*.ipynb")}
     assert listed == sorted(inside | {f"project/{name}" for name in OUTSIDE})
 
 

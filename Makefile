@@ -10,14 +10,16 @@
 # make test-browser   tests of report.html in a browser (installs Playwright and Chromium)
 # make test-tracking  tests of the experiment trackers (installs 100 MB)
 # make test-clusters  tests of the executors for many machines (installs Ray and submitit)
+# make notebooks      installs what runs docs/notebooks in `make test-slow` (50 MB)
 # make test-peers     tests against other tools: their files, and fifty steps of their trainers
 # make peers          the environment of these tools
+# make docs           the documentation as a site, site/index.html (an environment of 190 MB, .venv-docs)
 # make bench          every benchmark in full (about half an hour); BENCH=--quick for a smoke run
 # make clean          removes the environments and what was built
 #
-# Every target except `peers` and `clean` sets up first what it needs, which takes some minutes once.
+# Every target except `docs`, `peers` and `clean` sets up first what it needs, which takes some minutes once.
 .PHONY: setup demo demo-quick demo-smollm2 test test-slow test-triton test-store test-browser \
-	test-tracking test-clusters test-peers check clusters peers bench clean
+	test-tracking test-clusters test-peers check clusters docs notebooks peers bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -103,6 +105,9 @@ clusters: setup
 test-clusters: clusters
 	$(BIN)/python -m pytest tests/e2e/test_clusters.py
 
+notebooks: setup
+	$(PIP) -e '.[notebooks]'
+
 test-peers: setup peers
 	SAELAB_PEERS=benchmarks/.peers/bin/python $(BIN)/python -m pytest -m peers
 
@@ -110,6 +115,18 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# An environment of its own, without torch. MkDocs refuses warnings, also links and anchors that lead
+# nowhere; with --quiet it would not count them.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --clean
+	@echo "the site: site/index.html"
+
+.venv-docs/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade pip -c constraints.txt
+	.venv-docs/bin/python -m pip install --quiet -c constraints.txt --group docs
+	touch $@
 
 peers: benchmarks/.peers/.ready
 
@@ -124,4 +141,4 @@ bench: setup peers
 	done
 
 clean:
-	rm -rf $(VENV) benchmarks/.peers build dist *.egg-info
+	rm -rf $(VENV) .venv-docs site benchmarks/.peers build dist *.egg-info

@@ -51,6 +51,8 @@ from saelab.study.task import Launch
 from saelab.training.train import Surroundings, train_one
 from saelab.verdict.judge import Comparison
 
+#: Evaluations that read texts of their own.
+PROBES = frozenset({"probing", "model_channels", "sae_probes", "sae_probes_channels"})
 #: Metrics that `repr` of scores shows. Our choice: they fit a screen.
 MOST_SHOWN = 24
 
@@ -147,8 +149,15 @@ def fine_tune(
     return _train(_settings(base), seed, cache, start)
 
 
+def _unprobed(base: BaseConfig) -> BaseConfig:
+    """Returns settings with which no texts are read for probes."""
+    nothing = {"probing.entries": "none", "probing.tables": [], "extra": []}
+    return base.patched({f"evaluation.{name}": value for name, value in nothing.items()})
+
+
 def _train(base: BaseConfig, seed: int, cache: str | Path, start: SAE | None = None) -> SAE:
-    prepared = prepare(base, cache_folder(Path(cache)), base.model.device, keep_model=True)
+    place, device = cache_folder(Path(cache)), base.model.device
+    prepared = prepare(_unprobed(base), place, device, keep_model=True)
     if prepared.warning:
         print(visible(prepared.warning), file=sys.stderr)
     around = Surroundings(
@@ -256,6 +265,8 @@ def evaluate(
     base = _settings(base)
     if definition is not None:
         base = base.patched({"evaluation.probing.definition": definition})
+    if not PROBES.intersection(evals):
+        base = _unprobed(base)
     rows = Bench(base, cache_folder(Path(cache)), seed).rows(subject, evals)
     scores = Scores({r.metric: r.value for r in rows if not r.slice and r.value is not None})
     scores.rows = rows

@@ -33,6 +33,9 @@ BOUNDS = {"gt": "> ", "ge": ">= ", "lt": "< ", "le": "<= "}
 #: An entry of a docstring: 'name, other: meaning'.
 ENTRY = re.compile(r"^ *([a-zA-Z_][\w]*(?:, [\w]+)*): (.*)$")
 
+#: Meanings of settings that the docstrings of some parts leave out.
+GENERAL = {"coefficient": "factor of the loss term."}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -187,7 +190,7 @@ def _number(value: float) -> str:
 def _words(annotation: Any) -> list[str]:
     """Returns the values that an annotation allows by name."""
     if get_origin(annotation) is Literal:
-        return [_toml(word) for word in get_args(annotation)]
+        return [toml_value(word) for word in get_args(annotation)]
     inner = [word for one in get_args(annotation) if one is not Ellipsis for word in _words(one)]
     return list(dict.fromkeys(inner))
 
@@ -220,7 +223,7 @@ def _default_text(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
-    return "not set" if value is None else _toml(_as_data(value))
+    return "not set" if value is None else toml_value(_as_data(value))
 
 
 def _meaning(config: type[Frozen], name: str) -> str:
@@ -228,11 +231,13 @@ def _meaning(config: type[Frozen], name: str) -> str:
     for cls in config.__mro__:
         if isinstance(cls, type) and issubclass(cls, Frozen) and name in cls.model_fields:
             text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
-            if found := _entries(text).get(name):
-                return found
+            meaning = _entries(text).get(name, "see `")
+            if not meaning.startswith("see `"):
+                return meaning
             if match := re.search(rf"`{name}` is ([^.]*)", text):
                 return " ".join(match[1].split())
-    return inspect.cleandoc(config.__doc__ or "").split("\n")[0]
+    first = inspect.cleandoc(config.__doc__ or "").split("\n")[0]
+    return GENERAL.get(name, first) if ENTRY.match(first) else first
 
 
 def _entries(text: str) -> dict[str, str]:
@@ -272,8 +277,8 @@ def _lines(settings: Frozen, prefix: str) -> Iterator[str]:
         elif value is None:
             yield f"# {path} is not set"
         else:
-            line, default = f"{path} = {_toml(_as_data(value))}", _default_text(field)
-            same = default == _toml(_as_data(value))
+            line, default = f"{path} = {toml_value(_as_data(value))}", _default_text(field)
+            same = default == toml_value(_as_data(value))
             yield line if same else f"{line}  # default: {default}"
 
 
@@ -289,12 +294,13 @@ def _as_data(value: Any) -> Any:
     return [_as_data(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Returns plain data as a value of TOML on one line."""
     if isinstance(value, dict):
-        inner = ", ".join(f"{_key(name)} = {_toml(item)}" for name, item in value.items())
+        inner = ", ".join(f"{_key(name)} = {toml_value(item)}" for name, item in value.items())
         return f"{{ {inner} }}" if inner else "{}"
     if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -1,40 +1,53 @@
-"""Every command that README.md and docs/*.md show is run, in one small project that has the files
-and runs that they name. A new command is found by itself."""
+"""Every command that README.md and the pages of docs/ show is run, in one small project that has
+the files and runs that they name, unless its block says that it is not. A new command is found by
+itself."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from code_blocks import BLOCKS, PAGES, commands_of
 from local_hub import Hub, serve_to_this_process
 from projects import BASE, ROOT, SMALLEST, Ended, Project, cli, run
 
 from saelab.data.text import stdlib
 
-FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-FENCE = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.M | re.S)
-#: A line of a block of commands.
-LINE = re.compile(r"^ {4}((?:saelab|python experiment\.py|python plot\.py)(?: .*)?)$")
 INLINE = re.compile(r"`(saelab [^`]+)`")
 #: What follows a command in its line.
 COMMENT = re.compile(r"\s{2,}.*$|\s#.*$")
 #: Names of commands; an inline mention of one without arguments is no command.
 WORDS = re.compile(r"(?:saelab )?(?:plan |lm )?[a-z-]+")
+#: A variable before a command.
+VARIABLE = re.compile(r"[A-Z_]+=")
 #: Placeholders in a documented command -> what stands in for them here.
 STAND_INS = {"PATH": "run_1", "FOLDER": "downloaded_sae", "FILE": "result.json"}
-STAND_INS |= {"CONFIG": "configs/synthetic/small.toml"}
+STAND_INS |= {"CONFIG": "configs/synthetic/small.toml", "run_i": "run_1"}
 #: What ends with 2 in a project where nothing asked for it, and how.
 REFUSED = {"saelab try --seeds 12": "asked for"}
 #: Those that train much, simulate or need a package of an extra.
-SLOW = ("--simulate", "--trials", "saelab tune", "run_10", "--executor", "synthetic", "plot.py")
+SLOW = (
+    "--simulate",
+    "--trials",
+    "saelab tune",
+    "run_10",
+    "--executor",
+    "SAELAB_EXECUTOR",
+    "synthetic",
+    "plot.py",
+)
 
 ARMS = ("A1", "A2", "A2 permuted", "adaptive topk", "annealed k", "A", "B", "both")
+ARMS += ("tau 0.1", "tau 1")
 TABLE = """\
 from saelab.launch.entry import main
 from saelab.study.plan import Arm, Confirmation, Run
@@ -62,11 +75,10 @@ seeds_other = 2
 def commands() -> Iterator[tuple[str, str]]:
     """Yields each documented command once, with the file that it is in first."""
     seen = set()
-    for file in FILES:
+    for file in PAGES:
         text = file.read_text(encoding="utf-8")
-        fenced = [f"    {line}" for block in FENCE.findall(text) for line in block.splitlines()]
-        shown = [*text.splitlines(), *fenced]
-        lines = [match[1] for line in shown if (match := LINE.match(line))]
+        blocks = [one for one in BLOCKS if one.page == file.relative_to(ROOT).as_posix()]
+        lines = [line for one in blocks if not one.reason for line in commands_of(one)]
         inline = [" ".join(match.split()) for match in INLINE.findall(text)]
         for command in [COMMENT.sub("", line) for line in [*lines, *inline]]:
             command = command.strip()
@@ -105,6 +117,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         assert tiny.count(old) == 1
         tiny = tiny.replace(old, new)
     made.write("configs/synthetic/small.toml", tiny)
+    shutil.copyfile(
+        ROOT / "configs/synthetic/absorption.toml", folder / "configs/synthetic/absorption.toml"
+    )
     shutil.copyfile(ROOT / "saelab/assets/template/candidate.py.txt", folder / "candidate.py")
     for i in range(10):
         ended = made.call(f"--out_dir=run_{i}")
@@ -136,6 +151,12 @@ def expanded(folder: Path, word: str) -> list[str]:
 
 def carry_out(project: Project, command: str) -> Ended:
     words = [STAND_INS.get(word, word) for word in shlex.split(command)]
+    variables = list(takewhile(VARIABLE.match, words))
+    with patch.dict(os.environ, dict(one.split("=", 1) for one in variables)):
+        return carry_out_words(project, words[len(variables) :])
+
+
+def carry_out_words(project: Project, words: list[str]) -> Ended:
     words = [name for word in words for name in expanded(project.folder, word)]
     if "--simulate" in words and "--simulations" not in words:
         words += ["--simulations", "300"]  # of 20,000, which take minutes
@@ -165,6 +186,9 @@ def test_a_documented_command_works(
         pytest.importorskip("ray")
     if "dictionary_learning" in command:
         write_dictionary(project.folder / "ae_folder")
+    if "quick/run_1" in command and not (project.folder / "quick" / "run_1").is_dir():
+        ended = cli(project.folder, "run", "run_1", "--quick")
+        assert ended.code == 0, ended.err
     if "FILE" in command:
         write_result(project.folder)
     if "hub:" in command:

@@ -224,6 +224,18 @@ def test_python_calls_print_and_probe_nothing(
     assert capfd.readouterr().out == ""
 
 
+def test_no_texts_are_read_for_probes_that_were_not_asked_for(tmp_path: Path) -> None:
+    base = {
+        "context": 32,
+        "sae": {"preset": "topk", "d_sae": 64},
+        "train": {"tokens": 512, "batch_size": 128},
+        "evaluation": {"tokens": 256, "loss_contexts": 2, "calibration_tokens": 0},
+    }
+    saelab.evaluate(saelab.train(base, cache=tmp_path), base, cache=tmp_path)
+    assert saelab.settings(base).evaluation.probing.entries == "embedded"
+    assert "probing" not in {folder.name for folder in (tmp_path / ".saelab").iterdir()}
+
+
 # ---- pandas ----------------------------------------------------------------------------------
 
 

@@ -177,7 +177,7 @@ def load(path: str | Path, format: str = "", experiment: str | Path | None = Non
     reconstruction.
 
     Args:
-        path: a folder, or the name of an SAE on the hub, 'hub:owner/name[@revision][:path]'.
+        path: a folder, or the name of an SAE on the hub, `hub:owner/name[@revision][:path]`.
         format: '' recognises the format by its files; one that holds a pickle must be named
             ('dictionary_learning', 'goodfire', 'openai', ...).
         experiment: the experiment.py that registers parts which this SAE has; its code is run.

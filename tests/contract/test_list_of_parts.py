@@ -22,10 +22,14 @@ def answer(*words: str) -> str:
 
 def test_every_part_is_listed_with_a_line_about_it() -> None:
     listed = json.loads(answer("--json"))
-    every = [(case.seam, case.kind) for case in cases(64, first=True)]
+    first = cases(64, first=True)
+    every = [(case.seam, case.kind) for case in first]
     every += [("preset", name) for name in PRESETS]
     assert [(part["seam"], part["kind"]) for part in listed] == every
-    assert all(len(part["about"]) > 10 for part in listed)
+    # a part that another test registered in this process may have no docstring
+    own = [(c.seam, c.kind) for c in first if not type(c.part).__module__.startswith("saelab.")]
+    about = {place: part["about"] for place, part in zip(every, listed, strict=True)}
+    assert not [place for place in about if len(about[place]) <= 10 and place not in own]
     assert len(answer().splitlines()) == len(every)
 
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from saelab.errors import SettingError
+from saelab.runtime.counting import count
 from saelab.study.plan import BASELINE, Arm, BaseConfig, PlanConfig, Run, arm_settings
 from saelab.study.tuning import choose_best, declare_twins
 
@@ -44,13 +45,14 @@ def grid(over: Mapping[str, Sequence[Any]], together: bool = False) -> list[Arm]
         raise SettingError("--together", lengths, "give all settings equally many values")
     n = max(lengths.values(), default=0) if together else math.prod(lengths.values())
     if n > MOST_ARMS:
-        raise SettingError("--over", f"{n} arms", f"use at most {MOST_ARMS}: leave values out")
+        remedy = f"use at most {MOST_ARMS}: leave values out"
+        raise SettingError("--over", count(n, "arm"), remedy)
     rows = zip(*over.values(), strict=True) if together else itertools.product(*over.values())
     labels = _labels(list(over))
     arms = []
     for row in rows:
         changes = dict(zip(over, row, strict=True))
-        named = (f"{labels[name]} {_shown(value)}" for name, value in changes.items())
+        named = (f"{labels[name]} {_format_value(value)}" for name, value in changes.items())
         arms.append(Arm(", ".join(named), changes))
     return arms
 
@@ -61,10 +63,10 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
     return {n: end if ends[end := n.rpartition(".")[2]] == 1 else n for n in names}
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, Mapping) and "kind" in value:
         others = {name: part for name, part in value.items() if name != "kind"}
-        inner = ", ".join(f"{name} {_shown(part)}" for name, part in others.items())
+        inner = ", ".join(f"{name} {_format_value(part)}" for name, part in others.items())
         return f"{value['kind']} ({inner})" if inner else str(value["kind"])
     if isinstance(value, bool | str):
         return str(value).lower() if isinstance(value, bool) else value

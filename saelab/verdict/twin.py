@@ -149,5 +149,5 @@ def counted_line(twins: Sequence[Comparison | None], planted: Sequence[Planted |
 
 
 def _numbers(comparison: Comparison) -> tuple[object, ...]:
-    """What two comparisons of the same cells share; of other cells, it differs."""
+    """Numbers that comparisons of the same cells share, and of other cells do not."""
     return comparison.word, comparison.mean_diff, comparison.low, comparison.high, comparison.p

@@ -57,7 +57,8 @@ def test_the_twin_is_trained_once_for_the_study_at_seeds_of_its_own(project: Pro
 def test_words_of_twins_and_planted_effects_are_counted_over_runs(project: Project) -> None:
     text = cli(project.folder, "verdict", "run_1", "run_2").out
     word = project.manifest()["aa_twin"]["word"]
-    assert f"A/A twin: 2 runs: 2 {word}; planted effect: " in text.splitlines()[-1]
+    counted = f"A/A twin: 2 runs with 1 different twin: 1 {word}; planted effect: "
+    assert counted in text.splitlines()[-1]
     (shown, _) = json.loads(cli(project.folder, "verdict", "--json").out)
     assert shown["twin"]["word"] == word and shown["planted"]["expected"] > 0
     assert "A/A twin (the baseline at other seeds): " in cli(project.folder, "verdict", "run_1").out

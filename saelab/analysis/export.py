@@ -8,7 +8,6 @@ error leaves nothing.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,12 @@ from typing import Any
 import torch
 
 from saelab import formats
+from saelab.analysis.sharing.new_folder import new_folder
 from saelab.analysis.sharing.public_names import public_data
 from saelab.errors import SettingError, SourceError, UsageError
 from saelab.formats import Loaded
 from saelab.runs.folder import RunFolder, run_cells
 from saelab.sae import SAE
-from saelab.storage.atomic import explain_write_errors
 from saelab.study.plan import base_of_run
 
 
@@ -64,13 +63,11 @@ def export(
         empty.
     """
     save = formats.saver(to)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SourceError(f"{out} exists and is not empty: name a new folder")
-    cells = run_cells(path, arms, seeds)
-    places = {Path(cell.id.folder): cell.folder for cell in cells} if cells else {Path(): path}
     written: list[Path] = []
     errors: dict[Path, UsageError] = {}
-    with _all_or_nothing(out) as fresh:
+    with new_folder(out) as fresh:
+        cells = run_cells(path, arms, seeds)
+        places = {Path(cell.id.folder): cell.folder for cell in cells} if cells else {Path(): path}
         for place, folder in places.items():
             try:
                 loaded = formats.load(folder, source)
@@ -132,15 +129,3 @@ def _naming(folder: Path, sae: SAE) -> Iterator[None]:
         if follows and error.setting == "activation":
             remedy += "; --without-trace writes it with beta = 0, which is another function"
         raise SettingError(f"{folder}: {error.setting}", error.value, remedy) from None
-
-
-@contextmanager
-def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """Yields a folder to fill; it becomes `out` at the end, or is removed after an error."""
-    fresh = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
-    try:
-        yield fresh
-        with explain_write_errors(out):
-            fresh.replace(out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)

@@ -13,7 +13,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from saelab.study.plan import Run
+    from saelab.study.plan import BaseConfig, Run
 
 #: The file with the run table.
 EXPERIMENT = Path("experiment.py")
@@ -175,8 +175,6 @@ def parse_changes(pairs: list[str] | None) -> dict[str, Any]:
 
     Raises: SettingError for a pair without name or '='.
     """
-    import tomllib
-
     from saelab.errors import SettingError
 
     changes: dict[str, Any] = {}
@@ -184,8 +182,23 @@ def parse_changes(pairs: list[str] | None) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise SettingError("--set", pair, "use NAME=VALUE, for example train.lr=1e-3")
-        try:
-            changes[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            changes[name] = value
+        changes[name] = parse_value(value)
     return changes
+
+
+def parse_value(text: str) -> Any:
+    """Parses a value as TOML; plain words are text."""
+    import tomllib
+
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def changed_settings(config: Path, set_: list[str] | None, tokens: int | None) -> BaseConfig:
+    """Reads base settings and changes what --tokens and --set say; --set is the last."""
+    from saelab.api import settings
+
+    of_tokens = {} if tokens is None else {"train.tokens": tokens}
+    return settings(config, of_tokens | parse_changes(set_))

@@ -9,7 +9,15 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from saelab.cli.common import Json, Set, Tokens, messages_on_stderr, parse_changes, show
+from saelab.cli.common import (
+    Json,
+    Set,
+    Tokens,
+    changed_settings,
+    messages_on_stderr,
+    parse_value,
+    show,
+)
 
 #: What a sweep writes into its folder besides the files of a run.
 FILE = "sweep.json"
@@ -48,7 +56,6 @@ def sweep(
     The best is chosen among the arms that keep the L0, as in tuning, on seeds that no verdict
     uses: what it gains has then to be confirmed by a run.
     """
-    from saelab.api import settings
     from saelab.launch.launch import launch
     from saelab.runs.folder import RunFolder
     from saelab.storage.atomic import write_json
@@ -56,8 +63,7 @@ def sweep(
     from saelab.study.sweep import check_free_of_l0, summarise, sweep_run
     from saelab.study.task import Launch
 
-    of_tokens = {} if tokens is None else {"train.tokens": tokens}
-    base = settings(config, of_tokens | parse_changes(set_))
+    base = changed_settings(config, set_, tokens)
     plan = PlanConfig.parse(
         {"study": config.stem, "base": str(config), "primary": primary, "target_l0": l0}
         | {"direction": "higher" if higher else "lower", "levels": _levels(levels, l0)}
@@ -101,10 +107,10 @@ def _values(over: list[str]) -> dict[str, list[Any]]:
             raise SettingError("--over", pair, "use NAME=VALUE,VALUE, as train.lr=1e-3,2e-3")
         if name in values:
             raise SettingError("--over", name, "is named twice: give all its values at once")
-        whole = parse_changes([pair])[name]
-        parts = [parse_changes([f"{name}={part.strip()}"])[name] for part in text.split(",")]
-        several = isinstance(whole, str) and "," in text
-        values[name] = whole if isinstance(whole, list) else parts if several else [whole]
+        whole = parse_value(text)
+        if isinstance(whole, str):  # of 1e-3,2e-3, which is no TOML; a single word is one value
+            whole = [parse_value(part.strip()) for part in text.split(",")]
+        values[name] = whole if isinstance(whole, list) else [whole]
     return values
 
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from saelab.cli.common import Set, Tokens, is_first_process, parse_changes, say
+from saelab.cli.common import (
+    Set,
+    Tokens,
+    changed_settings,
+    is_first_process,
+    parse_changes,
+    say,
+)
 
 if TYPE_CHECKING:
     from saelab.study.plan import BaseConfig
@@ -40,7 +47,6 @@ def train(
 
     torchrun --nproc-per-node 4 -m saelab train CONFIG --out_dir DIR --set parallel.latents=4
     """
-    from saelab.api import settings
     from saelab.errors import SettingError
     from saelab.launch import distributed
     from saelab.launch.launch import launch
@@ -49,8 +55,7 @@ def train(
 
     if seed is not None and seeds != 1:
         raise SettingError("--seeds", seeds, "--seed names the only one: leave one of them out")
-    of_tokens = {} if tokens is None else {"train.tokens": tokens}
-    base = settings(config, of_tokens | parse_changes(set_))
+    base = changed_settings(config, set_, tokens)
     plan = {"study": config.stem, "base": str(config), "seeds": seeds, "target_l0": None}
     if start is not None or distributed.wants_ranks(base):
         if seed is not None or force:

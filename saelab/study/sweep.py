@@ -111,16 +111,16 @@ def summarise(
     Returns: the best arm, None where no arm can be it; and name -> changes, value of the primary
         metric, L0, and why the arm can't be the best ('' where it can).
     """
-    tried = {arm.name: info[arm.name] for arm in run.arms if arm.name in info}
-    order = [arm.name for arm in run.arms]
-    best, left_out = choose_best(tried, plan, order.index)
+    nothing: Mapping[str, Any] = {"means": {}}  # an arm without any valid cell is not in `info`
+    tried = {arm.name: info.get(arm.name, nothing) for arm in run.arms}
+    best, left_out = choose_best(tried, plan, list(tried).index)
     rows = {}
     for arm in run.arms:
-        means = info[arm.name]["means"] if arm.name in info else {}
+        means = tried[arm.name]["means"]
         rows[arm.name] = {
             "changes": dict(arm.changes),
             plan.primary: means.get(plan.primary),
             "l0": means.get("l0"),
-            "left_out": left_out.get(arm.name, "" if arm.name in info else "no valid cell"),
+            "left_out": left_out.get(arm.name, ""),
         }
     return best, rows

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import typer
 from code_blocks import BLOCKS, COMMANDS, PAGES, Block, commands_of, lines_of
-from projects import BASELINE, ROOT, Project
+from projects import ROOT, Project
 
 import saelab
 from saelab.cli import app
@@ -174,11 +174,8 @@ def test_python_with_an_sae_runs(
 ) -> None:
     """A page's blocks are run one after the other, with a trained cell as `downloaded_sae`. Those
     that train nothing are run by tests/e2e/test_one_latent.py too, which is fast."""
-    project = Project.make_smallest(tmp_path / "project", BASELINE)
-    ended = project.call()
-    assert ended.code == 0, ended.err
-    cell = min((project.folder / "run_1" / "cells" / "baseline").iterdir())
-    shutil.copytree(cell, project.folder / "downloaded_sae")
+    project = Project.finished_baseline(tmp_path / "project")
+    shutil.copytree(project.first_cell(), project.folder / "downloaded_sae")
     shutil.copytree(ROOT / "configs", project.folder / "configs", dirs_exist_ok=True)
     monkeypatch.chdir(project.folder)
     names: dict[str, object] = {}

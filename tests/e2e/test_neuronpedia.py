@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from projects import BASELINE, Project, cli
+from projects import Project, cli
 
 from saelab.analysis.latents import browse, chosen_cells
 from saelab.runs.folder import RunFolder
@@ -84,16 +84,12 @@ def check_batch(batch: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    made = Project.make_smallest(tmp_path_factory.mktemp("neuronpedia") / "project", BASELINE)
-    ended = made.call()
-    assert ended.code == 0, ended.err
-    return made
+    return Project.finished_baseline(tmp_path_factory.mktemp("neuronpedia") / "project")
 
 
 @pytest.fixture(scope="module")
 def cell(project: Project) -> str:
-    folder = min((project.folder / "run_1" / "cells" / "baseline").iterdir())
-    return str(folder.relative_to(project.folder))
+    return str(project.first_cell().relative_to(project.folder))
 
 
 def batches(folder: Path) -> list[dict[str, Any]]:

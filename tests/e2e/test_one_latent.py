@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from projects import BASELINE, Ended, Project, cli
+from projects import Ended, Project, cli
 
 import saelab
 from saelab.analysis.latents import browse, chosen_cells
@@ -24,17 +24,12 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """One finished run of the baseline; no test changes it."""
-    folder = tmp_path_factory.mktemp("latent") / "project"
-    made = Project.make_smallest(folder, BASELINE)
-    ended = made.call()
-    assert ended.code == 0, ended.err
-    return made
+    return Project.finished_baseline(tmp_path_factory.mktemp("latent") / "project")
 
 
 @pytest.fixture(scope="module")
 def cell(project: Project) -> str:
-    folder = min((project.folder / "run_1" / "cells" / "baseline").iterdir())
-    return str(folder.relative_to(project.folder))
+    return str(project.first_cell().relative_to(project.folder))
 
 
 def refused(ended: Ended, *words: str) -> None:

@@ -212,6 +212,18 @@ class Project:
             project.write(name, (folder / name).read_text(encoding="utf-8")[:20_000])
         return project
 
+    @classmethod
+    def finished_baseline(cls, folder: Path) -> Project:
+        """One complete run of the baseline."""
+        project = cls.make_smallest(folder, BASELINE)
+        ended = project.call()
+        assert ended.code == 0, ended.err
+        return project
+
+    def first_cell(self) -> Path:
+        """Folder of the first cell of run_1's baseline."""
+        return min((self.folder / "run_1" / "cells" / "baseline").iterdir())
+
     def copied(self, folder: Path) -> Project:
         """The same in another folder, with all that it has made."""
         shutil.copytree(self.folder, folder)

@@ -31,6 +31,9 @@ from saelab.errors import SettingError
 from saelab.runtime.counting import count
 
 Array = NDArray[np.float64]
+#: Smallest p value that is printed as a number. Our choice: below it the shape of the tails, which
+#: a few seeds say nothing of, decides the number.
+SMALLEST_P = 1e-9
 
 #: Share of the largest difference below which a spread is rounding. Our choice.
 ROUNDING = 1e-9
@@ -198,6 +201,18 @@ def at_l0(levels: Sequence[float | None], values: Sequence[float | None], target
     if target in measured:  # its logarithm may equal the logarithm of a neighbour
         return AtL0(float(means[measured == target][0]))
     return AtL0(float(np.interp(math.log(target), np.log(measured), means)))
+
+
+def format_p(p: float | None, missing: str = "-") -> str:
+    """Returns a p value as text, '< 1e-09' below `SMALLEST_P`."""
+    if p is None:
+        return missing
+    return f"< {SMALLEST_P:g}" if p < SMALLEST_P else f"{p:.3g}"
+
+
+def format_p_sentence(p: float) -> str:
+    """Returns 'p = 0.012' or 'p < 1e-09'."""
+    return f"p {format_p(p)}" if p < SMALLEST_P else f"p = {format_p(p)}"
 
 
 def median(values: Sequence[float] | Array) -> float:

@@ -92,9 +92,13 @@ def tune(
 
 
 def _tuned_lines(tuned: Mapping[str, Any]) -> Iterator[str]:
+    from saelab.study.tuning import describe_edge
+
     for arm, best in tuned.items():
         if isinstance(best, dict):
             yield f"{arm}: train.lr = {best['train.lr']:g} of {best['trials']}"
+            if note := describe_edge(best["train.lr"], [float(rate) for rate in best["trials"]]):
+                yield f"  {note}"
             for rate, reason in best["left_out"].items():
                 yield f"  {rate} is left out: {reason}"
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from saelab import stats
 from saelab.report.figures.axes import NAMES
 from saelab.runtime.counting import count
 from saelab.study.plan import BASELINE, PlanConfig
@@ -159,7 +160,7 @@ def row(
         "over_texts": format_span(texts.low, texts.high),
         "cells": f"{c.n}/{c.n_baseline}",
         "coverage": f"{1 - c.level:.2%}",
-        "p": "–" if c.p is None else f"{c.p:.3g}",
+        "p": stats.format_p(c.p, missing="–"),
         "correlation": "–" if c.correlation is None else f"{c.correlation:.2f}",
         "detectable": "–" if c.detectable is None else f"{c.detectable:.2g}",
         "needed": c.needed_seeds or "–",

@@ -172,6 +172,14 @@ def choose_best(
     return min(numbers, key=lambda n: (numbers[n], order(n)), default=None), left_out
 
 
+def describe_edge(best: float, rates: Sequence[float]) -> str:
+    """Says that the best learning rate lies at an end of those that were tried; '' inside."""
+    if len(rates) < 2 or min(rates) < best < max(rates):
+        return ""
+    size, beyond = ("smallest", "smaller") if best <= min(rates) else ("largest", "larger")
+    return f"{best:g} is the {size} rate tried: a {beyond} one may be better"
+
+
 def _why_not(known: Mapping[str, Any], plan: PlanConfig) -> str:
     """Why a trial in final_info.json can't win: it has no number, or is not at the plan's L0, for
     which one cell is enough, as it is for the verdict. '' where it can."""

@@ -415,7 +415,7 @@ def _too_few(cells: Cells, baseline: Cells, failures: Failures) -> str:
     counts = f"{count(len(cells.healthy), 'healthy cell')} and {len(baseline.healthy)} of the other"
     invalid = cells.invalid + baseline.invalid
     parts = [f"{invalid} excluded as invalid or missing"] if invalid else []
-    parts += [f"{failures} (p = {failures.p:.3g})"] if failures.any else []
+    parts += [f"{failures} ({stats.format_p_sentence(failures.p)})"] if failures.any else []
     why = "".join(f", {part}" for part in parts)
     return f"{counts}{why}: two on each side are needed, so fix those cells or add seeds"
 
@@ -424,13 +424,13 @@ def _reason(c: Comparison, rules: Rules, failures: Failures, cells: Cells, basel
     """Sentence with the numbers behind the word."""
     parts = [_difference_text(c)]
     if c.p is not None:
-        parts.append(f"p = {c.p:.3g} at level {c.level:.2g}")
+        parts.append(f"{stats.format_p_sentence(c.p)} at level {c.level:.2g}")
     if c.word == "equivalent":
         parts.append(f"an effect of {c.sesoi:g} is excluded{_leaning(c, rules)}")
     if c.word == "cannot tell yet":
         parts.append(_open_text(c, failures))
     if failures.any:
-        parts.append(f"{failures} (p = {c.p_failures:.3g})")
+        parts.append(f"{failures} ({stats.format_p_sentence(c.p_failures)})")
     if invalid := cells.invalid + baseline.invalid:
         parts.append(f"{count(invalid, 'cell')} excluded as invalid or missing")
     parts.append(_l0_text(cells.matched, baseline.matched))

@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from saelab import stats
 from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.runs.folder import GATE, INFO, MANIFEST, METRICS, REMEDY, RunFolder
 from saelab.runs.random_code import complete_losses
@@ -439,7 +440,13 @@ def _table(found: Review) -> str:
     heads = ["arm", "metric", "cells", "difference", "over seeds", "over texts", "coverage"]
     lines = [[*heads, "p", "r", "detectable", "seeds to tell", "verdict"]]
     for c, texts in zip(found.comparisons, found.over_texts, strict=True):
-        numbers = [_signed(c.mean_diff), _span(c), _span(texts), f"{1 - c.level:.2%}", _p(c.p)]
+        numbers = [
+            _signed(c.mean_diff),
+            _span(c),
+            _span(texts),
+            f"{1 - c.level:.2%}",
+            stats.format_p(c.p),
+        ]
         numbers += [_plain(c.correlation), _plain(c.detectable)]
         needed = str(c.needed_seeds or "-")
         arm = c.arm if c.against == BASELINE else f"{c.arm} - {c.against}"
@@ -475,10 +482,6 @@ def _signed(value: float | None) -> str:
 
 def _plain(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}"
-
-
-def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
 
 
 def _span(c: Comparison | Difference | OverTexts) -> str:

@@ -233,7 +233,7 @@ def test_a_table_pairs_arms_with_the_baseline(tmp_path: Path) -> None:
     low, high = found["low"], found["high"]
     assert f"{found['mean']:+.4f} [{low:+.4f}, {high:+.4f}]" in result.output
     assert table["differences"]["dense"]["fvu"] == {"n": 0, "mean": None}
-    assert len(table["missing"]) == 6 and "not extrapolated" in table["missing"][0]
+    assert len(table["missing"]) == 3 and "fvu, mcc" in table["missing"][0] and "not extrapolated" in table["missing"][0]
     assert "narrow" not in table["differences"] and len(table["l0"]["narrow"]["4"]) == 3
     assert picture.with_name("drawn.png").read_bytes().startswith(b"\x89PNG")
 
@@ -357,6 +357,9 @@ def test_every_arm_is_tuned_on_seeds_of_its_own() -> None:
     seeds = {outcome.seed for outcome in run_study(tuned)}
     assert not seeds & set(study_seeds("judged", "tune", 2))
     assert tune(tuned) == (tuned, {})
+    lines = list(study_lines(table(tuned, run_study(tuned), trials)))
+    noted = [line for line in lines if line.endswith("rate tried: a larger one may be better)")]
+    assert len(noted) == len(config.arms)
 
 
 def test_an_arm_that_never_reaches_the_target_keeps_its_rate() -> None:
@@ -365,6 +368,8 @@ def test_an_arm_that_never_reaches_the_target_keeps_its_rate() -> None:
     tuned, trials = tune(SyntheticStudyConfig.parse(JUDGED | changes))
     assert trials["dense"] == {"0.005": None, "0.01": None}
     assert tuned.otherwise["dense"] == {"lr": 5e-3}
+    text = "\n".join(study_lines(table(tuned, run_study(tuned), trials)))
+    assert "learning rates of dense: 0.005: missing, 0.01: missing\n" in text
 
 
 @pytest.mark.parametrize(

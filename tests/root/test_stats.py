@@ -220,3 +220,10 @@ def test_pairs_needed() -> None:
     assert equivalence is not None
     assert stats.tost_power(equivalence - 1, 0.5) < 0.8 <= stats.tost_power(equivalence, 0.5)
     assert stats.pairs_needed_equivalence(1.0, 0.0) is None
+
+
+def test_a_p_value_below_what_seeds_support_is_a_bound() -> None:
+    assert stats.format_p(0.0123) == "0.0123" and stats.format_p(None) == "-"
+    assert stats.format_p(1e-186) == stats.format_p(0.0) == "< 1e-09"
+    assert stats.format_p_sentence(1e-9) == "p = 1e-09"
+    assert stats.format_p_sentence(1e-10) == "p < 1e-09"

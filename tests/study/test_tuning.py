@@ -15,6 +15,7 @@ from saelab.study.registration import describe_runs, run_changes
 from saelab.study.tuning import (
     FACTORS,
     arms_to_tune,
+    describe_edge,
     keep_best,
     read_tuned,
     trial,
@@ -54,6 +55,13 @@ def test_a_trial_off_the_target_is_left_out_and_says_so(
     assert found["trials"] == {"0.002": 0.2, "0.004": 0.3, "0.008": 0.1}
     (rate,), (why,) = found["left_out"], found["left_out"].values()
     assert rate == "0.008" and ("not measured" in why or "6.2% from the target 16" in why)
+
+
+def test_a_best_rate_at_an_end_of_those_tried_is_named() -> None:
+    assert describe_edge(2.0, [1.0, 2.0, 4.0]) == ""
+    assert "4 is the largest rate tried: a larger one" in describe_edge(4.0, [4.0, 1.0, 2.0])
+    assert "1 is the smallest rate tried: a smaller one" in describe_edge(1.0, [1.0, 2.0])
+    assert describe_edge(1.0, [1.0]) == ""
 
 
 def test_without_a_target_every_trial_may_win(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from saelab.launch.synthetic.study import SyntheticStudyConfig
 from saelab.launch.synthetic.training import Outcome
 from saelab.runtime.counting import count
 from saelab.sae import SAE
+from saelab.study.tuning import describe_edge
 from saelab.verdict.effect import estimate_by_seed
 from saelab.verdict.judge import Rules, choose_words
 
@@ -59,12 +60,7 @@ def table(
         own = [outcome for outcome in outcomes if outcome.arm == arm]
         mine = {name: [row for row in of if row.arm == arm] for name, of in rows.items()}
         found["values"][arm] = {name: [row.value for row in of] for name, of in mine.items()}
-        found["missing"] += [
-            f"{arm}, seed {row.seed}, {row.metric}: {row.reason}"
-            for of in mine.values()
-            for row in of
-            if row.value is None
-        ]
+        found["missing"] += _missing(arm, [row for of in mine.values() for row in of])
         found["l0"][arm] = {
             f"{level:g}": [o.value("l0") for o in own if o.level == level]
             for level in config.levels
@@ -81,6 +77,18 @@ def table(
         name: stats.mean_stderr(outcome.value(name) for outcome in outcomes)[0] for name in ORACLE
     }
     return found
+
+
+def _missing(arm: str, rows: Sequence[Row]) -> list[str]:
+    """Returns a sentence for each seed and reason, with all metrics that are missing for it."""
+    metrics: dict[tuple[int, str], list[str]] = {}
+    for row in rows:
+        if row.value is None:
+            metrics.setdefault((row.seed, row.reason), []).append(row.metric)
+    return [
+        f"{arm}, seed {seed}, {', '.join(names)}: {reason}"
+        for (seed, reason), names in sorted(metrics.items())
+    ]
 
 
 def _word(
@@ -129,7 +137,7 @@ def study_lines(table: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {arm:24s} {name:12s} {_judged(judged)}"
     for arm, rates in table["trials"].items():
         tried = ", ".join(f"{rate}: {_number(value)}" for rate, value in rates.items())
-        yield f"learning rates of {arm}: {tried}"
+        yield f"learning rates of {arm}: {tried}{_edge(config, arm, rates)}"
     yield from (f"missing: {sentence}" for sentence in table["missing"])
 
 
@@ -168,6 +176,15 @@ def _judged(judged: Mapping[str, Any]) -> str:
         return f"no word: {judged['reason']}"
     ends = f"[{judged['low']:+.4f}, {judged['high']:+.4f}]"
     return f"{judged['word']}: {judged['mean']:+.4f} {ends}"
+
+
+def _edge(config: Mapping[str, Any], arm: str, rates: Mapping[str, float | None]) -> str:
+    """Says that an arm's best rate is the smallest or largest tried; '' where it is not."""
+    if all(value is None for value in rates.values()):
+        return ""
+    best = float(config["otherwise"].get(arm, {}).get("lr", config["train"]["lr"]))
+    note = describe_edge(best, [float(rate) for rate in rates])
+    return f" ({note})" if note else ""
 
 
 def _number(value: float | None) -> str:

@@ -446,6 +446,7 @@ class Size:
         vocabulary: number of tokens of the vocabulary.
         blocks: number of blocks.
         attention: width of all queries of a block together.
+        has_head: whether it predicts tokens.
     """
 
     weights: int
@@ -454,6 +455,7 @@ class Size:
     vocabulary: int
     blocks: int
     attention: int
+    has_head: bool = True
 
 
 def size(config: ModelConfig) -> Size:
@@ -461,6 +463,8 @@ def size(config: ModelConfig) -> Size:
 
     Raises: SourceError when its folder is missing or incomplete, or the hub is not reached.
     """
+    from transformers import AutoModel
+
     with _load_errors_as_sentence(config) as path:
         settings, model_class, _ = read_settings(config.path, path, config.revision)
         with torch.device("meta"):
@@ -477,6 +481,7 @@ def size(config: ModelConfig) -> Size:
         vocabulary=int(text.vocab_size),
         blocks=len(blocks),
         attention=heads * head,
+        has_head=model_class is not AutoModel,
     )
 
 

@@ -29,8 +29,9 @@ from saelab.kernels import Code
 
 #: Of one hook point that is reconstructed itself, and of anything else.
 DEFINITION, OF_TARGETS = "core/1", "core/targets/1"
-#: Contexts per forward pass of the language model.
-CONTEXTS = 32
+#: Most contexts per forward pass of the language model, and most logits. Our choice: 134 MB in
+#: float32, where 32 contexts of 128 tokens are 8.6 GB with Gemma's vocabulary of 262,144.
+CONTEXTS, LOGITS = 32, 1 << 25
 #: Contexts of a quick loss. Our choice.
 QUICK = 8
 #: Log-probabilities of the unchanged model that are stored for the KL divergence, which bounds the
@@ -161,6 +162,12 @@ class CoreData:
         assert shard.ids is not None
         return shard.ids[: self.loss_contexts].long(), shard.mask[: self.loss_contexts]
 
+    @cached_property
+    def batch(self) -> int:
+        """Contexts per forward pass of the language model."""
+        assert self.model is not None
+        return contexts_per_pass(self.contexts[0].shape[1], self.model.vocabulary)
+
     @property
     def why_no_loss(self) -> str:
         """Reason why loss recovered can't be measured; '' when it can."""
@@ -178,8 +185,8 @@ class CoreData:
         ids, _ = self.contexts
         first = min(self.hooks, key=blocks_before)
         if not self.model.starts_agree(ids[:2], None, first):
-            return [None] * len(ids.split(CONTEXTS))
-        return [self.model.start(batch, None, first) for batch in ids.split(CONTEXTS)]
+            return [None] * len(ids.split(self.batch))
+        return [self.model.start(batch, None, first) for batch in ids.split(self.batch)]
 
     def losses_at(
         self, groups: Sequence[Sequence[str]], instead: Instead, with_kl: bool = False
@@ -209,13 +216,13 @@ class CoreData:
         ids, mask = self.contexts
         ce: list[Tensor] = []
         kl: list[Tensor] = [torch.zeros(0, ids.shape[1] - 1, dtype=torch.float32)]
-        batches = zip(ids.split(CONTEXTS), mask.split(CONTEXTS), self.starts, strict=True)
+        batches = zip(ids.split(self.batch), mask.split(self.batch), self.starts, strict=True)
         for i, (batch, counted, start) in enumerate(batches):
             splice = splices(i, counted) if splices else None
             logits = self.model.logits(batch, None, splice, start)
             ce.append(next_token_losses(logits, batch).cpu())
             if with_kl:
-                clean = self.clean_log_probs[i * CONTEXTS : (i + 1) * CONTEXTS]
+                clean = self.clean_log_probs[i * self.batch : (i + 1) * self.batch]
                 pairs = zip(clean, logits, strict=False)
                 kl += [divergence(before, after)[None] for before, after in pairs]
         return TokenLosses(torch.cat(ce), torch.cat(kl))
@@ -228,7 +235,7 @@ class CoreData:
         assert self.model is not None
         ids, _ = self.contexts
         stored: list[Tensor] = []
-        for batch, start in zip(ids.split(CONTEXTS), self.starts, strict=True):
+        for batch, start in zip(ids.split(self.batch), self.starts, strict=True):
             for row in self.model.logits(batch, None, None, start):
                 if stored and (len(stored) + 1) * stored[0].numel() > STORED_LOG_PROBS:
                     return torch.stack(stored)
@@ -290,7 +297,7 @@ class CoreData:
             return torch.cat([x_hat for _, x_hat, _ in reconstruct(subject, x, starts)])
 
         def of_stored(i: int) -> dict[str, Replace]:
-            place = slice(i * CONTEXTS, (i + 1) * CONTEXTS)
+            place = slice(i * self.batch, (i + 1) * self.batch)
             mask = self.contexts[1][place]
             x = self.source.shard(0).x[: self.loss_contexts][place][mask].float()
             y_hat = of(x.to(self.device), run_starts(mask))
@@ -305,6 +312,15 @@ class CoreData:
     def quick(self) -> CoreData:
         """Copy with a loss on `QUICK` contexts, to compare many variants of one subject."""
         return replace(self, loss_contexts=min(QUICK, self.loss_contexts))
+
+
+def contexts_per_pass(positions: int, vocabulary: int | None) -> int:
+    """Returns how many contexts of so many positions the language model takes at once for losses.
+
+    Args:
+        vocabulary: None where it is not known.
+    """
+    return max(1, min(CONTEXTS, LOGITS // (positions * (vocabulary or 1))))
 
 
 def reconstruct(

@@ -10,7 +10,8 @@
     device    (SAE + its codes) / R + sample + language model
     harvest   process + weights + lanes x one pass's tensors + two shards + tokens
     training  process + workers x (process + weights + probing + a shard and the sample
-              + SAEs of a job + snapshots + a matching + what is read ahead of a URL)
+              + SAEs of a job + snapshots + a matching + what is read ahead of a URL
+              + logits of a pass, one context's in float32, and those stored for the KL divergence)
     launch    the larger of harvest and training; their sum (process and weights once) where the
               launch trains alongside its harvest
 
@@ -37,7 +38,7 @@ from saelab.data import language_model
 from saelab.data.activations.harvest import bytes_needed
 from saelab.data.activations.parallel_passes import AHEAD, lane_count
 from saelab.data.language_model import Size
-from saelab.evals import core, probing
+from saelab.evals import core, core_data, probing
 from saelab.evals.dictionary_matching import matching_bytes
 from saelab.preflight.rates import Rates
 from saelab.preflight.sae_probes_cost import sae_probes_cost
@@ -220,7 +221,7 @@ def launch_needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, grou
     job = _job_bytes(specs, widest, group, base.evaluation.snapshots)
     last, widest_sae = sae_probes_cost(base), max((spec.sae.d_sae for spec in specs), default=0)
     worker = size.weights + probed + rows + sample_bytes(hooks * d) + job
-    worker += last.memory(d, widest_sae)
+    worker += last.memory(d, widest_sae) + loss_bytes(size, base)
     tokens = [(base.train.tokens, hooks), (base.evaluation.tokens, hooks)]
     tokens.append((calibration_tokens(base), inputs))  # which is only read
     stored = sum(h * bytes_needed(n, base.context, d, base.harvest.dtype) for n, h in tokens)
@@ -229,6 +230,22 @@ def launch_needs(base: BaseConfig, specs: Sequence[CellSpec], workers: int, grou
         _training_bytes(workers, worker) + size.weights,
         stored + probed + last.disk(d),
         harvested if base.harvest.overlaps(base.model.device) else 0,
+    )
+
+
+def loss_bytes(size: Size, base: BaseConfig) -> int:
+    """Memory of measuring the language model's losses: logits of a pass in the model's dtype, of
+    one context in float32 twice (as they are and as log-probabilities), and what is stored of the
+    unchanged model."""
+    contexts = base.evaluation.loss_contexts
+    if not size.has_head:
+        return 0
+    of_context = base.context * size.vocabulary
+    at_once = min(contexts, core_data.contexts_per_pass(base.context, size.vocabulary))
+    stored = of_context * min(contexts, max(1, core_data.STORED_LOG_PROBS // of_context))
+    starts = contexts * base.context * size.d_model * _itemsize(base.model.dtype)
+    return (
+        at_once * of_context * _itemsize(base.model.dtype) + 4 * (2 * of_context + stored) + starts
     )
 
 

@@ -123,3 +123,28 @@ def test_the_spliced_loss_is_the_whole_models(monkeypatch: pytest.MonkeyPatch) -
     assert all(start is not None and start.blocks == 2 for start in short.starts)
     assert numbers(subject, short) == numbers(subject, whole)
     assert len({short.reference_losses[name] for name in ("ce_clean", "ce_zero", "ce_mean")}) == 3
+
+
+def test_a_pass_has_no_more_logits_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(ModelConfig())
+    ids = torch.randint(3, 4096, (5, 16), generator=torch_stream(0, "test core"))
+    x = model.activations(ids, None, [HOOK])[HOOK][:, 1:].reshape(-1, model.d_model)
+    held_out, subject = source(x, torch.arange(1, 16).repeat(5), ids), Halves(model.d_model)
+    at_once = numbers(subject, CoreData(held_out, model))
+    monkeypatch.setattr(core_data, "LOGITS", 2 * 16 * 4096 + 1)
+    passes: list[tuple[int, ...]] = []
+    logits = model.logits
+
+    def noting(ids: Tensor, *args: Any, **options: Any) -> Tensor:
+        passes.append(tuple(ids.shape))
+        return logits(ids, *args, **options)
+
+    monkeypatch.setattr(model, "logits", noting)
+    assert numbers(subject, CoreData(held_out, model)) == pytest.approx(at_once, abs=1e-5)
+    assert {shape[0] for shape in passes[2:]} == {1, 2}  # the first try whether starts agree
+
+
+def test_contexts_of_a_pass_follow_the_vocabulary() -> None:
+    assert core_data.contexts_per_pass(128, 4096) == core_data.contexts_per_pass(128, None) == 32
+    assert core_data.contexts_per_pass(128, 49_152) == 5
+    assert core_data.contexts_per_pass(2048, 262_144) == 1

@@ -233,7 +233,11 @@ def test_a_table_pairs_arms_with_the_baseline(tmp_path: Path) -> None:
     low, high = found["low"], found["high"]
     assert f"{found['mean']:+.4f} [{low:+.4f}, {high:+.4f}]" in result.output
     assert table["differences"]["dense"]["fvu"] == {"n": 0, "mean": None}
-    assert len(table["missing"]) == 3 and "fvu, mcc" in table["missing"][0] and "not extrapolated" in table["missing"][0]
+    assert (
+        len(table["missing"]) == 3
+        and "fvu, mcc" in table["missing"][0]
+        and "not extrapolated" in table["missing"][0]
+    )
     assert "narrow" not in table["differences"] and len(table["l0"]["narrow"]["4"]) == 3
     assert picture.with_name("drawn.png").read_bytes().startswith(b"\x89PNG")
 

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from saelab.data import language_model
 from saelab.data.activations.harvest import HarvestConfig
 from saelab.data.language_model import ModelConfig, load, size
 from saelab.preflight.cost import harvest_bytes, launch_needs, process_bytes
@@ -49,6 +51,20 @@ def test_needs_grow_with_what_is_asked_for() -> None:
     assert "GB of memory" in small.line() and "GB of disk" in small.line()
 
 
+def test_the_logits_of_a_large_vocabulary_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = size(ModelConfig())
+    plain = launch_needs(BASE, specs(), 2, GROUP)
+    large = replace(small, vocabulary=49_152)
+    monkeypatch.setattr(language_model, "size", lambda _: large)
+    grown = launch_needs(BASE, specs(), 2, GROUP).training - plain.training
+    # 5 contexts a pass instead of 32, one in float32 twice, 2 stored instead of 32
+    of_context = 4 * 128 * 49_152
+    assert grown == 2 * (9 * of_context - (32 + 2 + 32) * 4 * 128 * 4096)
+    monkeypatch.setattr(language_model, "size", lambda _: replace(large, has_head=False))
+    saved = plain.training + grown - launch_needs(BASE, specs(), 2, GROUP).training
+    assert saved > 2 * 9 * of_context
+
+
 def test_the_data_sets_of_sae_probes_take_memory_and_disk() -> None:
     plain = launch_needs(BASE, specs(), 2, GROUP)
     probed = BASE.patched({"evaluation.extra": ["sae_probes"]})
@@ -81,6 +97,7 @@ from pathlib import Path
 torch.set_num_threads(2)
 import saelab.launch.launch
 from saelab.data.activations.harvest import HarvestConfig, harvest
+from saelab.data import language_model
 from saelab.data.language_model import ModelConfig, load
 from saelab.data.text.tokens import Tokens
 folder, contexts, shard_tokens, batch = sys.argv[1], *map(int, sys.argv[2:])

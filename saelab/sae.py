@@ -402,8 +402,11 @@ class SAE(nn.Module):
 
     def settings(self, step: int) -> dict[str, float]:
         """Returns the controllers' values before the given step, by name."""
-        values = (cast(Controller, part) for part in self.controllers.values())
-        return {controller.name: controller.value(step) for controller in values}
+        return {part.name: part.value(step) for part in self.controller_parts()}
+
+    def controller_parts(self) -> list[Controller]:
+        """Returns the controllers."""
+        return [cast(Controller, part) for part in self.controllers.values()]
 
     def constraint_parts(self) -> list[Constraint]:
         """Returns the constraints."""

@@ -389,9 +389,15 @@ class LossTerm(Part):
 
 
 class Controller(Part):
-    """Owns the value of the setting `name`, which other parts refer to by that name."""
+    """Owns the value of the setting `name`, which other parts refer to by that name.
+
+    `follows_text` says that it holds the L0 of training batches by `correction`, which is added to
+    the logarithm of its target and makes held-out text have the target; training sets it.
+    """
 
     name: str
+    follows_text = False
+    correction: float = 0.0
 
     def value(self, step: int) -> float:
         raise TypeError(f"{type(self).__name__} has no value()")

@@ -107,7 +107,15 @@ def size_of(config: ModelConfig, file: Path = RATES) -> Size:
         return language_model.size(config)
     weights = row["parameters"] * getattr(torch, config.dtype).itemsize
     names = ("d_model", "inner", "vocabulary", "blocks", "attention")
-    return Size(weights=weights, **{name: int(row[name]) for name in names})
+    d_model, inner, vocabulary, blocks, attention = (int(row[name]) for name in names)
+    return Size(
+        weights=weights,
+        d_model=d_model,
+        inner=inner,
+        vocabulary=vocabulary,
+        blocks=blocks,
+        attention=attention,
+    )
 
 
 @functools.cache

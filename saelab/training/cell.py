@@ -106,6 +106,12 @@ class TrainingCell(ABC):
         """True once all steps are done."""
         return self.steps_done >= self.config.steps
 
+    def aim_at(self, text: CalibrationText | None) -> None:
+        """Takes the held-out text on which the trained SAE is to have its target L0.
+
+        Changes nothing for a user's own module.
+        """
+
     def settle(self, text: CalibrationText | None) -> None:
         """Takes the last step of the training: brings the L0 to its target on held-out text.
 

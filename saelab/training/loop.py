@@ -21,7 +21,7 @@ from saelab.runtime.counting import count
 from saelab.runtime.signals import defer_signals
 from saelab.runtime.torch_defaults import standard_torch
 from saelab.sae import SAE, SAEConfig
-from saelab.training.calibration_text import CalibrationText
+from saelab.training.calibration_text import FARTHEST, CalibrationText
 from saelab.training.cell import TrainingCell
 from saelab.training.fine_tuning import start_from
 from saelab.training.optim import Optimiser, TrainConfig
@@ -33,6 +33,10 @@ from saelab.training.state import State
 #: The most batches, and the most bytes, of one turn of a cell. Our choice: few enough to stay in a
 #: CPU's cache together with one cell, enough that loading the next cell's weights costs little.
 LONGEST_TURN, TURN_BYTES = 16, 4 << 20
+#: Shares of the run after which the target of training batches is corrected by held-out text, and
+#: share of the steps until then whose L0 is averaged. Our choice: the target has arrived, and the
+#: weights have time to follow.
+AIMS, AVERAGED = (0.5, 0.65, 0.8, 0.9), 0.05
 
 
 @final
@@ -67,6 +71,7 @@ class Cell(TrainingCell):
         sae.to(sample.device).initialise(sample.x, seed, sample.y)
         sae.train()
         self.spliced: SplicedModel | None = None
+        self.calibration: CalibrationText | None = None
         decoders = Snapshots(snapshots, train_config.steps, train_config.batch_size)
         super().__init__(name, sae, train_config, sample.device, decoders, ranks)
         self.optimiser = Optimiser(sae, train_config)
@@ -102,6 +107,23 @@ class Cell(TrainingCell):
             n: float(self.ranks.mean_over_latents((p.detach() - self._began[n]).abs()))
             for n, p in self._learned.items()
         }
+
+    def aim_at(self, text: CalibrationText | None) -> None:
+        self.calibration = text
+
+    def _correct_target(self) -> None:
+        """Corrects the L0 that controllers hold on training batches by that of held-out text, where
+        it is farther from the target than the last step closes."""
+        text, aims = self.calibration, [int(share * self.config.steps) for share in AIMS]
+        if text is None or self.steps_done not in aims:
+            return
+        controllers = [part for part in self.sae.controller_parts() if part.follows_text]
+        if not controllers or (self.steps_done > aims[0] and not controllers[0].correction):
+            return
+        ratio = text.ratio(self.sae, self.log.last("l0", AVERAGED), self.config.tokens)
+        if self.steps_done > aims[0] or abs(ratio - 1) > FARTHEST:
+            for controller in controllers:
+                controller.correction = -math.log(ratio)
 
     def settle(self, text: CalibrationText | None) -> None:
         if text is not None and self.settled is None:
@@ -180,6 +202,7 @@ class Cell(TrainingCell):
         record["dead"] = sae.ranks.total_over_latents(dead)[0] / sae.d_sae
         self.log.append(record | sae.scalars())
         self.steps_done += 1
+        self._correct_target()
         return record
 
     def _block_errors(self, p: Pass) -> dict[str, float]:

@@ -43,10 +43,12 @@ def train_members(
     Args:
         members: the cells, each with its position and its folder for checkpoints.
         layout: 'rows', or 'contexts' for parts that need whole contexts.
-        calibration: text on which the L0 of each is brought to its target at the end.
+        calibration: text on which the L0 of each is brought to its target.
 
     Returns: failures by cell name.
     """
+    for member in members:
+        member.cell.aim_at(calibration)
     size = members[0].cell.config.batch_size
     failures = train_with_checkpoints(
         members, lambda start: batches(source, seed, size, layout, start), on_step

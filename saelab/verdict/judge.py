@@ -430,7 +430,7 @@ def _reason(c: Comparison, rules: Rules, failures: Failures, cells: Cells, basel
     if c.word == "cannot tell yet":
         parts.append(_open_text(c, failures))
     if failures.any:
-        parts.append(f"{failures} ({stats.format_p_sentence(c.p_failures)})")
+        parts.append(f"{failures} ({stats.format_p_sentence(failures.p)})")
     if invalid := cells.invalid + baseline.invalid:
         parts.append(f"{count(invalid, 'cell')} excluded as invalid or missing")
     parts.append(_l0_text(cells.matched, baseline.matched))

@@ -211,3 +211,53 @@ def test_shards_of_a_folder_are_read_as_those_in_memory(tmp_path: Path) -> None:
     for every in (1, 5):
         here, there = (CalibrationText(s).measure_l0(sae, every) for s in (text, stored))
         assert here == there
+
+
+def correction(one: Cell) -> float:
+    (controller,) = one.sae.controller_parts()
+    return controller.correction
+
+
+DENSER = 0.16  # share of active directions, a third more than in the training text
+
+
+@pytest.mark.parametrize("changes", [made for made, _ in SETTLED[:3]], ids=NAMES[:3])
+def test_text_of_another_kind_is_aimed_at_while_training(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration_text, "RATIO_ROWS", 0.2)
+    text, other = (source(part, DENSER, (600,)) for part in ("calibration", "evaluation"))
+    plain, aimed = cell(**changes), cell(**changes)
+    aimed.aim_at(CalibrationText(text))
+    for one in (plain, aimed):
+        trained(one).settle(CalibrationText(text))
+    assert plain.settled is None and l0_on(plain.sae, other) > 1.1 * TARGET
+    assert aimed.settled is not None
+    assert l0_on(aimed.sae, other) == pytest.approx(TARGET, rel=0.02)
+    assert -0.5 < correction(aimed) < -0.1
+
+
+def test_text_of_the_same_kind_changes_no_bit_of_the_training() -> None:
+    plain, aimed = cell(), cell()
+    text = source("calibration", shards=(600,))
+    aimed.aim_at(CalibrationText(text))
+    drawn = torch.get_rng_state()
+    states = [tensors(trained(one)) for one in (plain, aimed)]
+    assert abs(l0_on(aimed.sae, text) / TARGET - 1) < FARTHEST
+    assert not changed(*states) and torch.equal(drawn, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("share", [0.4, 0.55, 0.7])
+def test_a_cell_that_goes_on_aims_as_one_that_was_not_stopped(share: float) -> None:
+    text, stop = CalibrationText(source("calibration", DENSER)), int(share * STEPS)
+    whole, first, second = cell(), cell(), cell()
+    every = [batch for batch, _ in zip(batches(TEXT, SEED, SIZE), range(STEPS), strict=False)]
+    for one in (whole, first, second):
+        one.aim_at(text)
+    train([whole], every)
+    train([first], every[:stop])
+    second.restore(first.state())
+    second.sae.train()
+    train([second], every[stop:])
+    assert second.done and not changed(tensors(whole), tensors(second))
+    assert correction(whole) < -0.1

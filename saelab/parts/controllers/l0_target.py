@@ -8,9 +8,12 @@ A controller of the coefficient's logarithm with a proportional term, two integr
     d_t     = d_{t-1} + drift * e_t / T^2   where |e_t| < NEAR and target_t has arrived
             = FORGET * d_{t-1}              elsewhere
 
-target_t falls geometrically from the first batch's L0 to the target over the first `warmup` share
-of the run: the sparsity warm-up. The controller replaces trial runs for each arm's penalty: every
-arm reaches the same L0 by the same rule (docs/decisions/0002).
+    target_t = target * exp(correction)
+
+The correction is 0 but where held-out text has another L0 than training batches by more than 5%
+(saelab/training/calibration_text.py). target_t falls geometrically from the first batch's L0 to the
+target over the first `warmup` share of the run: the sparsity warm-up. The controller replaces trial
+runs for each arm's penalty: every arm reaches the same L0 by the same rule (docs/decisions/0002).
 
 Why a lead and two integrals: the coefficient that holds an L0 rises while the learning rate falls,
 by 15 to 36% on the embedded model. One integral follows a rise of r per step at a distance,
@@ -116,11 +119,13 @@ class L0TargetConfig(PartConfig):
 
 class L0Target(Controller):
     shardable = True
+    follows_text = True
     state: Tensor
 
     def __init__(self, config: L0TargetConfig, dims: Dims) -> None:
         super().__init__()
         self.config, self.steps, self.name = config, dims.steps, config.name
+        self.correction = 0.0
         # integral term, its drift per step, EMA of log L0, log of the first L0, log of the value
         start = [math.log(config.start), 0.0, math.nan, math.nan, math.log(config.start)]
         self.register_buffer("state", torch.tensor(start, dtype=torch.float64, device="cpu"))
@@ -135,7 +140,8 @@ class L0Target(Controller):
         smooth = now if math.isnan(smooth) else c.smoothing * smooth + (1 - c.smoothing) * now
         first = now if math.isnan(first) else first
         share = min(1.0, (p.step + 1) / max(1.0, c.warmup * self.steps))
-        target = math.log(c.target) + (1 - share) * max(0.0, first - math.log(c.target))
+        target = math.log(c.target) + self.correction
+        target += (1 - share) * max(0.0, first - math.log(c.target))
         error = max(-LARGEST, min(LARGEST, smooth - target))
         if abs(error) < NEAR and share == 1.0:
             drift += c.drift * error / horizon**2

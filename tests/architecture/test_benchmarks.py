@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -17,15 +18,26 @@ from saelab.errors import SettingError
 FILE = Path(__file__).parents[2] / "benchmarks" / "common.py"
 
 
-@pytest.fixture(scope="module")
-def common() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmarks_common", FILE)
+def load(name: str, file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return module
+
+
+@pytest.fixture(scope="module")
+def common() -> Any:
+    yield load("benchmarks_common", FILE)
+    del sys.modules["benchmarks_common"]
+
+
+@pytest.fixture
+def time_shares(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(FILE.parent)
+    yield load("benchmarks_time_shares", FILE.with_name("time_shares.py"))
+    del sys.modules["benchmarks_time_shares"], sys.modules["common"]
 
 
 def contestant(common: ModuleType, name: str, side: str, scale: float) -> Any:
@@ -109,3 +121,25 @@ def test_raw_numbers_are_written_without_places(common: Any, tmp_path: Path) -> 
 def test_peers_that_are_not_there(common: Any, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="make peers"):
         common.Peers(tmp_path, 1)
+
+
+def test_a_sample_belongs_to_the_first_stage_that_a_frame_names(time_shares: Any) -> None:
+    worker = "process 7;run (saelab/launch/worker.py:130)"
+    stacks = [
+        f"{worker};train (saelab/training/loop.py:240);_step (saelab/training/loop.py:170) 5",
+        f"{worker};evaluate (saelab/evals/measure.py:80);rows (saelab/evals/probing/probes.py:9) 3",
+        "process 9;main (experiment.py:3);<module> (<frozen importlib._bootstrap>:1) 2",
+        "process 9;rows (saelab/launch/controls.py:3);codes (saelab/evals/core.py:3) 1",
+        "process 9;elsewhere (a.py:1) 4",
+    ]
+    found = time_shares.count_stages("\n".join(stacks))
+    assert found == {"steps": 5, "probing": 3, "imports": 2, "controls": 1, "elsewhere": 4}
+
+
+def test_stages_name_files_that_exist(time_shares: Any) -> None:
+    root, named = FILE.parents[1] / "saelab", set()
+    for pattern in (p for patterns in time_shares.STAGES.values() for p in patterns):
+        named |= {part for part in re.findall(r"[a-z_]+(?:/[a-z_]+)+(?:\\\.py|/)", pattern)}
+    places = {name.replace("\\", "").removeprefix("saelab/") for name in named}
+    assert len(places) > 12
+    assert not [place for place in places if not (root / place).exists()]

@@ -1,4 +1,4 @@
-"""Writes docs/reference/settings.md and parts.md from the code: `python docs/tools/reference.py`.
+"""Writes the pages of docs/reference (but api.md) from the code: `python docs/tools/reference.py`.
 
 Every example is a value that the code accepts: one of a shipped config where a config has it, one
 written below, or one that is derived from type, range and default.
@@ -13,6 +13,8 @@ from functools import partial
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
+
+import command_pages
 
 from saelab.checks.examples import FIELDS, Case
 from saelab.checks.list_of_parts import PRESET, about, as_dicts, describe
@@ -450,7 +452,11 @@ def as_data(value: Any) -> Any:
     return [as_data(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-PAGES: dict[str, Callable[[], str]] = {"settings.md": settings_page, "parts.md": parts_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "settings.md": settings_page,
+    "parts.md": parts_page,
+    **command_pages.PAGES,
+}
 
 
 def main() -> None:

@@ -85,24 +85,24 @@ def cases(
     *seams: str,
     table: Mapping[str, Mapping[str, type[PartConfig]]] = TABLE,
     first: bool = False,
+    with_model: bool = False,
 ) -> list[Case]:
     """Returns every example of every registered part at a width.
-
-    Parts that need the language model are left out: no trial of a part has one, and tests of their
-    own train them.
 
     Args:
         d_sae: number of latents.
         seams: of the parts; all where none is given.
         table: the parts by seam and kind.
         first: whether only the first example of each part is wanted.
+        with_model: takes parts that need the language model too. No trial of a part has one, and
+            tests of their own train them.
     """
     return [
         Case(seam, example, i)
         for seam in seams or SEAMS
         for config in table[seam].values()
         for i, example in enumerate(config.examples(d_sae))
-        if not (first and i) and not _needs_model(example.part, d_sae)
+        if not (first and i) and (with_model or not _needs_model(example.part, d_sae))
     ]
 
 

@@ -33,7 +33,7 @@ def as_dicts() -> list[dict[str, str]]:
     """Returns every registered part and every preset: seam, kind, and one line about it."""
     parts = [
         {"seam": case.seam, "kind": case.kind, "about": about(type(case.part)).split("\n")[0]}
-        for case in cases(D_SAE, first=True)
+        for case in cases(D_SAE, first=True, with_model=True)
     ]
     presets = [
         {"seam": PRESET, "kind": name, "about": preset.source} for name, preset in PRESETS.items()
@@ -46,7 +46,7 @@ def describe(kind: str) -> list[dict[str, Any]]:
 
     Raises: SettingError for a name that is neither.
     """
-    every = cases(D_SAE, first=True)
+    every = cases(D_SAE, first=True, with_model=True)
     chosen = [case for case in every if case.kind == kind]
     if not chosen and kind not in PRESETS:
         kinds = [*(case.kind for case in every), *PRESETS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -13,6 +14,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from saelab.errors import SaelabError
     from saelab.study.plan import BaseConfig, Run
 
 #: The file with the run table.
@@ -102,14 +104,18 @@ class Guarded(Listing):
     """A group whose commands end as `cli_errors` says."""
 
     def invoke(self, ctx: Any) -> Any:
-        with cli_errors():
+        with cli_errors("--json" in [*ctx._protected_args, *ctx.args]):
             return super().invoke(ctx)
 
 
 @contextmanager
-def cli_errors() -> Iterator[None]:
+def cli_errors(as_json: bool = False) -> Iterator[None]:
     """Ends bad input with one sentence and exit code 2, a failed study with 1, SIGINT with 130 and
-    SIGTERM with 143."""
+    SIGTERM with 143.
+
+    Args:
+        as_json: prints the error as a JSON object on stdout too (`outputs.Failure`).
+    """
     from saelab.errors import SaelabError
     from saelab.runtime import exhaustion
     from saelab.runtime.signals import exit_on_signal
@@ -121,7 +127,22 @@ def cli_errors() -> Iterator[None]:
         except SaelabError as error:
             if is_first_process():
                 typer.echo(str(error), err=True)
+                if as_json:
+                    show(True, {"error": error_data(error)}, ())
             raise typer.Exit(error.exit_code) from None
+
+
+def error_data(error: SaelabError) -> dict[str, Any]:
+    """Returns an error as plain data, see `outputs.Problem`."""
+    setting, value, remedy = (getattr(error, n, None) for n in ("setting", "value", "remedy"))
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "setting": setting,
+        "value": None if setting is None else str(value),
+        "remedy": remedy,
+        "exit_code": error.exit_code,
+    }
 
 
 def is_first_process() -> bool:
@@ -139,13 +160,24 @@ def say(text: str, err: bool = False) -> None:
 
 
 def show(as_json: bool, data: Any, lines: Iterable[str], between: str = "\n") -> None:
-    """Prints the data of a result as JSON, or its lines as text."""
+    """Prints the data of a result as JSON, or its lines as text.
+
+    JSON has no word for a number that is not finite: it is null there.
+    """
     if as_json:
         import json
 
-        typer.echo(json.dumps(data, indent=1))
+        typer.echo(json.dumps(_without_nan(data), indent=1, allow_nan=False))
     elif text := between.join(lines):
         say(text)
+
+
+def _without_nan(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _without_nan(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_without_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def messages_on_stderr(as_json: bool) -> AbstractContextManager[object]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from saelab.cli.common import Set, parse_changes
+from saelab.cli.common import Json, Set, messages_on_stderr, parse_changes, show
 
 
 def try_(
@@ -27,6 +27,7 @@ def try_(
         float, Option(help="Refuse the try if it is expected to take more seconds than this.")
     ] = 7000,
     executor: Annotated[str, Option(help="Where cells are trained, as for `saelab run`.")] = "",
+    json_: Json = False,
 ) -> None:
     """Try one candidate against the baseline; the last line says keep, discard or more-seeds N.
 
@@ -44,6 +45,8 @@ def try_(
     three is 0; that of bad input is 2. Every try, also a repeated one under another name, is
     accounted for in the study's error budget, so what does nothing is not kept by trying often.
     """
+    from dataclasses import asdict
+
     from saelab.drivers.candidate import candidate_of, read_candidate
     from saelab.drivers.tries import Options, try_candidate
 
@@ -53,4 +56,6 @@ def try_(
         candidate = candidate_of(changes, place.resolve(), name)
     else:
         candidate = read_candidate(file)
-    try_candidate(candidate, Options(seeds=seeds, limit=limit, executor=executor))
+    with messages_on_stderr(json_):
+        done = try_candidate(candidate, Options(seeds=seeds, limit=limit, executor=executor))
+    show(json_, asdict(done), ())

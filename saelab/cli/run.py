@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from saelab.cli.common import (
@@ -20,7 +19,6 @@ from saelab.cli.common import (
     messages_on_stderr,
     parse_changes,
     read_runs,
-    say,
     show,
 )
 
@@ -115,13 +113,14 @@ def template(
         bool,
         Option("--minimal", help="Only run table, plan and base settings: one arm, one question."),
     ] = False,
+    json_: Json = False,
 ) -> None:
     """Write a folder for a study: run table, plan, pictures, and what an autonomous driver reads.
 
     Without an option it copies run_0 from this folder, if there is one.
     """
     if minimal:
-        _template_minimal(folder, run_0, train)
+        _template_minimal(folder, run_0, train, json_)
         return
     from saelab.launch.entry import run_one
     from saelab.launch.template import BASELINE_RUN, write_template
@@ -130,14 +129,28 @@ def template(
     if run_0 is None and not train and (here / "final_info.json").is_file():
         run_0 = here
     write_template(folder, run_0)
+    lines = []
     if train:
         runs, file = read_runs(folder / EXPERIMENT)
-        run_one(runs, file, folder / BASELINE_RUN)
+        with messages_on_stderr(json_):
+            run_one(runs, file, folder / BASELINE_RUN)
     elif run_0 is None:
-        typer.echo(f"{folder} has no run_0 yet: python experiment.py --out_dir=run_0 makes it")
+        lines = [f"{folder} has no run_0 yet: python experiment.py --out_dir=run_0 makes it"]
+    show(json_, _template_data(folder), lines)
 
 
-def _template_minimal(folder: Path, run_0: Path | None, train: bool) -> None:
+def _template_data(folder: Path) -> dict[str, Any]:
+    """Returns what --json prints of the folder of a study."""
+    from saelab.launch.template import BASELINE_RUN
+
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.relative_to(folder) for path in files]
+    own = [name.as_posix() for name in names if name.parts[0] not in (BASELINE_RUN, ".saelab")]
+    there = (folder / BASELINE_RUN / "final_info.json").is_file()
+    return {"folder": str(folder), "files": own, "has_baseline": there}
+
+
+def _template_minimal(folder: Path, run_0: Path | None, train: bool, json_: bool) -> None:
     from saelab.errors import SettingError
     from saelab.launch.template import write_minimal
 
@@ -145,10 +158,11 @@ def _template_minimal(folder: Path, run_0: Path | None, train: bool) -> None:
         option = "--train" if train else "--run-0"
         raise SettingError(option, train or str(run_0), "--minimal has no run_0: leave it out")
     write_minimal(folder)
-    say(
+    line = (
         f"{folder}: experiment.py (arms), plan.toml (how they are judged), configs/embedded.toml; "
         f"next: `cd {folder}`, `saelab plan check`, `saelab run run_1 --quick`"
     )
+    show(json_, _template_data(folder), [line])
 
 
 def watch(

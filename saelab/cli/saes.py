@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from saelab.cli.common import (
     Arms,
+    Json,
     OwnParts,
     Seeds,
     Set,
@@ -74,7 +75,7 @@ def evaluate(
         Path | None,
         Option(help="File for all rows with definition and provenance: .parquet or .json."),
     ] = None,
-    json: Annotated[bool, Option("--json", help="Print the rows, not the table.")] = False,
+    json_: Json = False,
     saebench_json: Annotated[
         Path | None, Option(help="Also write SAEBench's result file of the one SAE.")
     ] = None,
@@ -111,7 +112,7 @@ def evaluate(
     rows = evaluate_to_files(
         choice, config, evals.split(","), changes, cache, out=out, saebench_json=saebench_json
     )
-    show(json, rows, table(rows))
+    show(json_, rows, table(rows))
 
 
 def export(
@@ -126,6 +127,7 @@ def export(
     source: Annotated[
         str, Option(help="Format of PATH if it must be named, as --format of eval.")
     ] = "",
+    json_: Json = False,
     experiment: OwnParts = None,
 ) -> None:
     """Write trained SAEs for another tool: the same code and reconstruction from raw activations.
@@ -143,8 +145,8 @@ def export(
 
     register_parts(experiment)
     exported = export(path, out, format, source, arm or (), seed or (), without_trace)
-    for folder in exported.written:
-        say(str(folder))
+    written = [str(folder) for folder in exported.written]
+    show(json_, {"written": written, "refused": list(exported.refused)}, written)
     for sentence in exported.refused:
         say(sentence, err=True)
     if refused := exported.refused:
@@ -166,6 +168,7 @@ def saebench(
     out: Annotated[
         Path | None, Option(help="Write a run's cell as SAEBench's result file.")
     ] = None,
+    json_: Json = False,
 ) -> None:
     """Show a SAEBench sparse probing result, what it is, and ours next to it."""
     from saelab.analysis.saebench import comparison_lines, result_at, run_result
@@ -180,4 +183,6 @@ def saebench(
     elif out is not None:
         raise SettingError("--out", str(out), f"{path} is a result file already: leave it out")
     other = result_at(beside, arm, seed) if beside else None
-    say("\n".join(comparison_lines(path, other)))
+    lines = list(comparison_lines(path, other))
+    data = {"result": result_at(path), "other": other, "written": str(out) if out else None}
+    show(json_, data | {"lines": lines}, lines)

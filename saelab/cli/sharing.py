@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from saelab.cli.common import Arms, OwnParts, Seeds, WithoutTrace, register_parts, say
+from saelab.cli.common import Arms, Json, OwnParts, Seeds, WithoutTrace, register_parts, show
 from saelab.cli.latents import Config, Format, Sae
 from saelab.runtime.counting import count
 
@@ -32,6 +32,7 @@ def push(
     source: Annotated[
         str, Option(help="Format of PATH if it must be named, as --format of eval.")
     ] = "",
+    json_: Json = False,
     experiment: OwnParts = None,
 ) -> None:
     """Share trained SAEs on the Hugging Face hub, with a model card that carries the verdict.
@@ -63,15 +64,16 @@ def push(
         raise SettingError("--out", str(out), "is the folder of --dry-run: leave it out")
     if on_hub and not dry_run:
         pushed = to_hub(selection, name, private)
-        say(f"{_files(pushed.names)} sent to hub:{name}")
-        say(pushed.url)
+        data = {"folder": None, "repository": name, "url": pushed.url, "files": pushed.names}
+        show(json_, data, [f"{_files(pushed.names)} sent to hub:{name}", pushed.url])
         return
     folder = out or (Path(name.rpartition("/")[2]) if on_hub else to)
     pushed = to_folder(selection, folder, name)
-    for file, size in pushed.names.items():
-        say(f"{size:>12,}  {file}")
+    lines = [f"{size:>12,}  {file}" for file, size in pushed.names.items()]
     end = f"not sent to hub:{name}" if on_hub else "not sent"
-    say(f"{_files(pushed.names)} in {folder}, {end}")
+    lines.append(f"{_files(pushed.names)} in {folder}, {end}")
+    data = {"folder": str(folder), "repository": name if on_hub else None, "url": None}
+    show(json_, data | {"files": pushed.names}, lines)
 
 
 def pull(
@@ -81,6 +83,7 @@ def pull(
     out: Annotated[
         Path | None, Option(help="New folder; the name of the repository by default.")
     ] = None,
+    json_: Json = False,
 ) -> None:
     """Copy SAEs from the Hugging Face hub to a folder: safetensors, JSON, npz, YAML and Markdown.
 
@@ -91,9 +94,11 @@ def pull(
     from saelab.analysis.sharing.push import pull
     from saelab.formats.hub.reference import parse
 
-    folder = out or Path(parse(source).repo.rpartition("/")[2])
+    repository = parse(source).repo
+    folder = out or Path(repository.rpartition("/")[2])
     pulled = pull(source, folder)
-    say(f"{_files(pulled.names)} in {folder}")
+    data = {"folder": str(folder), "repository": repository, "url": None, "files": pulled.names}
+    show(json_, data, [f"{_files(pulled.names)} in {folder}"])
 
 
 def neuronpedia(
@@ -113,6 +118,7 @@ def neuronpedia(
     ] = None,
     examples: Annotated[int, Option(help="Contexts of each latent.")] = 8,
     format: Format = "",
+    json_: Json = False,
     experiment: OwnParts = None,
 ) -> None:
     """Write the latents of an SAE for an upload to Neuronpedia, as SAEDashboard does.
@@ -132,7 +138,9 @@ def neuronpedia(
     place = place_of(base, set_name, model_id)
     files = write(loaded, base, place, out, cache_folder(Path()), latents, examples)
     source = f"{place.model}/{place.layer}-{place.set_name}"
-    say(f"{count(len(files), 'file')} in {out}, for neuronpedia.org/{source}")
+    data = {"folder": str(out), "files": [str(file) for file in files], "source": source}
+    line = f"{count(len(files), 'file')} in {out}, for neuronpedia.org/{source}"
+    show(json_, data, [line])
 
 
 def _files(names: dict[str, int]) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from saelab.cli.common import (
+    Json,
     Set,
     Tokens,
     changed_settings,
     is_first_process,
+    messages_on_stderr,
     parse_changes,
-    say,
+    show,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def train(
         Path | None, Option(help="Folder of an SAE, in any format: trains it further.")
     ] = None,
     set_: Set = None,
+    json_: Json = False,
 ) -> None:
     """Train and evaluate the SAE that a config file describes.
 
@@ -62,25 +64,45 @@ def train(
             option = "--force" if seed is None else "--seed"
             remedy = "is of a training in one process without --start: leave it out"
             raise SettingError(option, force if seed is None else seed, remedy)
-        _train_over_ranks(base, out_dir, config.stem, seeds, start)
+        _train_over_ranks(base, out_dir, config.stem, seeds, start, json_)
         return
-    launch(
-        Launch(
-            name=out_dir.name,
-            run=Run(config.stem, [Arm(BASELINE, comment=f"as {config.name} says")]),
-            plan=PlanConfig.parse(plan | {"levels": []}),
-            base=base,
-            out_dir=out_dir,
-            root=Path(),
-            limit=float("inf"),
-            force=force,
-            fixed_seeds=() if seed is None else (seed,),
+    with messages_on_stderr(json_):
+        launch(
+            Launch(
+                name=out_dir.name,
+                run=Run(config.stem, [Arm(BASELINE, comment=f"as {config.name} says")]),
+                plan=PlanConfig.parse(plan | {"levels": []}),
+                base=base,
+                out_dir=out_dir,
+                root=Path(),
+                limit=float("inf"),
+                force=force,
+                fixed_seeds=() if seed is None else (seed,),
+            )
         )
-    )
+    show(json_, _trained(out_dir) if json_ else None, ())
+
+
+def _trained(folder: Path) -> dict[str, Any]:
+    """Returns what --json prints of a finished training."""
+    from saelab.runs.folder import RunFolder
+    from saelab.runs.schema import CELLS
+    from saelab.study.plan import BASELINE
+
+    run = RunFolder(folder)
+    cells = sorted((folder / CELLS / BASELINE).iterdir())
+    reasons = {r["metric"]: r["reason"] for r in run.metrics if r["reason"] and not r["slice"]}
+    means = run.info[BASELINE]["means"]
+    return {
+        "folder": str(folder),
+        "cells": {cell.name: str(cell) for cell in cells},
+        "means": means,
+        "missing": {name: reasons[name] for name, value in means.items() if name in reasons},
+    }
 
 
 def _train_over_ranks(
-    base: BaseConfig, out_dir: Path, study: str, seeds: int, start: Path | None
+    base: BaseConfig, out_dir: Path, study: str, seeds: int, start: Path | None, json_: bool
 ) -> None:
     from saelab import formats
     from saelab.analysis.evaluate import table
@@ -92,9 +114,18 @@ def _train_over_ranks(
         remedy = "one SAE is trained, by several processes or from --start: leave it out"
         raise SettingError("--seeds", seeds, remedy)
     sae = None if start is None else formats.load(start).sae
-    rows = train_over_ranks(base, out_dir, Path(), study, sae)
+    with messages_on_stderr(json_):
+        made = train_over_ranks(base, out_dir, Path(), study, sae)
+    rows = complete_losses([row.as_dict() for row in made])
+    whole = [row for row in rows if not row["slice"]]
+    data = {
+        "folder": str(out_dir),
+        "cells": {out_dir.name: str(out_dir)},
+        "means": {row["metric"]: row["value"] for row in whole},
+        "missing": {row["metric"]: row["reason"] for row in whole if row["reason"]},
+    }
     if is_first_process():
-        say("\n".join(table(complete_losses([row.as_dict() for row in rows]))))
+        show(json_, data, table(rows))
 
 
 def synthetic(
@@ -105,6 +136,7 @@ def synthetic(
         Path | None, Option(help="Differences from the baseline, as <picture>.png and .svg.")
     ] = None,
     set_: Set = None,
+    json_: Json = False,
 ) -> None:
     """Compare SAEs on synthetic activations, whose true features are known."""
     from saelab.launch.synthetic.study import read_study, run_study, tune
@@ -125,7 +157,7 @@ def synthetic(
         write_json(table, summary)
     if picture is not None:
         draw_table(summary, picture)
-    say("\n".join(study_lines(summary)))
+    show(json_, summary, study_lines(summary))
 
 
 def language_model(
@@ -133,6 +165,7 @@ def language_model(
     tokens: Annotated[int, Option(help="Training tokens.")] = 20_000_000,
     threads: Annotated[int | None, Option(help="Threads; all cores by default.")] = None,
     device: Annotated[str, Option(help="'cpu' or 'cuda' (has not run on a GPU yet).")] = "cpu",
+    json_: Json = False,
 ) -> None:
     """Make the embedded language model again from the interpreter's own standard library.
 
@@ -142,5 +175,7 @@ def language_model(
     from saelab.data.language_model_recipe import Recipe
     from saelab.data.language_model_recipe import train as train_model
 
-    for name, loss in train_model(out, Recipe(tokens=tokens), threads, device).items():
-        typer.echo(f"{name:8s} {loss:.4f} nats per held-out token")
+    with messages_on_stderr(json_):
+        losses = train_model(out, Recipe(tokens=tokens), threads, device)
+    lines = [f"{name:8s} {loss:.4f} nats per held-out token" for name, loss in losses.items()]
+    show(json_, {"folder": str(out), "losses": dict(losses)}, lines)

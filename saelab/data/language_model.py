@@ -463,8 +463,6 @@ def size(config: ModelConfig) -> Size:
 
     Raises: SourceError when its folder is missing or incomplete, or the hub is not reached.
     """
-    from transformers import AutoModel
-
     with _load_errors_as_sentence(config) as path:
         settings, model_class, _ = read_settings(config.path, path, config.revision)
         with torch.device("meta"):
@@ -481,7 +479,7 @@ def size(config: ModelConfig) -> Size:
         vocabulary=int(text.vocab_size),
         blocks=len(blocks),
         attention=heads * head,
-        has_head=model_class is not AutoModel,
+        has_head=model_class.__name__ != "AutoModel",
     )
 
 

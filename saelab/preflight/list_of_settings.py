@@ -231,7 +231,7 @@ def _meaning(config: type[Frozen], name: str) -> str:
     for cls in config.__mro__:
         if isinstance(cls, type) and issubclass(cls, Frozen) and name in cls.model_fields:
             text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
-            meaning = _entries(text).get(name, "see `")
+            meaning = entries_of(text).get(name, "see `")
             if not meaning.startswith("see `"):
                 return meaning
             if match := re.search(rf"`{name}` is ([^.]*)", text):
@@ -240,7 +240,7 @@ def _meaning(config: type[Frozen], name: str) -> str:
     return GENERAL.get(name, first) if ENTRY.match(first) else first
 
 
-def _entries(text: str) -> dict[str, str]:
+def entries_of(text: str) -> dict[str, str]:
     """Returns name -> meaning of a docstring."""
     _, of_args, block = text.partition("Args:\n")
     joined: list[str] = []

@@ -24,11 +24,7 @@ from saelab.data.activations.foreign import ForeignSource
 from saelab.errors import SettingError
 from saelab.parts import TABLE
 from saelab.preflight.cost import Needs, launch_needs
-from saelab.preflight.launch_time import (
-    Measured,
-    preparation_seconds,
-    training_seconds,
-)
+from saelab.preflight.launch_time import Measured, preparation_seconds, training_seconds
 from saelab.progress import clock
 from saelab.runs.folder import MANIFEST, RunFolder
 from saelab.runs.schema import QUICK, level_of
@@ -60,7 +56,12 @@ ABSENT = "absent"
 
 @dataclass(frozen=True)
 class Change:
-    """One resolved setting that an arm changes, before and after."""
+    """One resolved setting that an arm changes.
+
+    Args:
+        setting: its dotted name.
+        base, arm: its value in the base settings and in the arm.
+    """
 
     setting: str
     base: Any
@@ -79,8 +80,8 @@ class ArmCheck:
         second_wave: whether it waits for what another arm ends with.
         changes: against the run's base, all of them.
         cells, pairs: cells over all levels, and pairs with the baseline at the target L0.
-        spread: of the difference of two cells of one seed in a finished run, None without one;
-            `spread_of` says where it is from.
+        spread: of the difference of two cells of one seed in a finished run, None without one.
+        spread_of: where it is from.
         sees: smallest effect seen with 80% power, in the metric's unit, or in spreads without one.
     """
 

@@ -18,7 +18,14 @@ LAUNCH, CELLS, END = "launch", "cells", "end"
 
 @dataclass(kw_only=True)
 class Stage:
-    """Stage of the launch: `done` of `total` units after `seconds`."""
+    """Stage of the launch.
+
+    Args:
+        name: harvest, train ...
+        done, total: in units.
+        unit: tokens, SAEs ...
+        seconds: since the stage began.
+    """
 
     name: str
     done: float

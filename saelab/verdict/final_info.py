@@ -34,6 +34,8 @@ CORE = ("fvu", "explained_variance", "l0", "loss_recovered", "cosine", "dead_sha
 MAKE_CODE = ("activation", "scaling")
 #: Secondary metrics whose paired difference is shown, without a word.
 SECONDARY = ("loss_recovered", "ce_rise", SHARE, "sae_top_5_test_accuracy")
+#: The same for metrics that a launch measures when it is asked to: left out where no arm has them.
+ASKED_FOR = ("sae_probes_top_16_auc",)
 #: Those of them that `means` has no room for: the same difference in other units.
 OTHER_UNITS = ("ce_rise", SHARE)
 
@@ -66,7 +68,8 @@ def judge_run(
         )
         cells = cells_at_target(arms, name, plan.primary, plan)
         comparisons += judge(rules, cells[name], {arm: cells[arm] for arm in group}, levels)
-        for metric in SECONDARY:
+        asked = [name for name in ASKED_FOR if any(name in arm.definitions for arm in others)]
+        for metric in (*SECONDARY, *asked):
             if metric != plan.primary:
                 differences += _secondary(arms, name, group, metric, plan)
     order = list(arms)
@@ -177,6 +180,7 @@ def metric_order(settings: Collection[BaseConfig]) -> list[str]:
     return [
         *("fvu", "l0", "loss_recovered", "ce_rise", SHARE, "dead_share"),
         *("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy"),
+        *("sae_probes_top_1_auc", "sae_probes_top_16_auc"),
         *scalars,
         "final_loss",
         *("position.fvu_early", "position.fvu_late"),
@@ -190,6 +194,7 @@ def metric_order(settings: Collection[BaseConfig]) -> list[str]:
         *("lifetime.resamplings", "lifetime.median"),
         *("explained_variance", "cosine", "ce_spliced", "ce_clean", "ce_zero"),
         *(f"sae_top_{k}_test_accuracy" for k in (20, 2, 10, 50)),
+        *(f"sae_probes_top_{k}_auc" for k in (4, 64, 2, 8, 32, 128)),
         *("position.l0_early", "position.l0_late"),
         *("position.dead_share_early", "position.dead_share_late"),
         *("consistency.chance_signed", "decoder.max_cosine", "lifetime.deaths"),

@@ -65,8 +65,9 @@ class Comparison:
         n, n_baseline, n_shared: healthy cells of the arm and of the baseline that entered, and the
             seeds that both have.
         mean_diff, low, high: mean of arm - baseline and its interval, in the metric's unit.
-        se: standard error of that mean, and `se_l0` the part of it that comes from moving cells to
-            the declared L0, which no further cells reduce.
+        se: standard error of that mean.
+        se_l0: the part of it that comes from moving cells to the declared L0, which no further
+            cells reduce.
         level: 1 - coverage of the interval.
         p: two-sided p of no difference in the metric; below `level` it decides.
         correlation: of arm and baseline within a seed.
@@ -135,7 +136,15 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Difference on a secondary metric: mean of arm - baseline with its 95% interval."""
+    """Difference on a secondary metric: mean of arm - baseline with its 95% interval.
+
+    Args:
+        arm, metric: their names.
+        n: cells of the arm that have a number.
+        mean_diff: mean of the arm minus that of the other; None where it can't be had.
+        low, high: ends of the interval; None without one.
+        reason: why it is missing; '' where it is there.
+    """
 
     arm: str
     metric: str

@@ -53,7 +53,15 @@ from saelab.verdict.twin import (
 
 @dataclass(frozen=True, kw_only=True)
 class CellNote:
-    """A cell that the gate has something to say about."""
+    """A cell that the gate has something to say about.
+
+    Args:
+        cell: its arm, seed and level.
+        outcome: of the gate: 'invalid', 'relabelled' ...
+        check: name of the check.
+        expected: whether the run table says that it is expected.
+        sentence: what was measured, the limit, and the remedy.
+    """
 
     cell: str
     outcome: Outcome

@@ -110,6 +110,7 @@ def control_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, flo
             if row["arm"] == name and not row["slice"] and row["value"] is not None:
                 metric = row["metric"]
                 metric = f"sae{metric[3:]}" if metric.startswith("llm_") else metric
+                metric = metric.replace("sae_probes_channels_", "sae_probes_")
                 of_metric.setdefault(metric, []).append(row["value"])
     return {
         name: {metric: sum(values) / len(values) for metric, values in of_metric.items()}

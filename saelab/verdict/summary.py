@@ -37,8 +37,13 @@ COLUMNS = {
     "sae_top_1_test_accuracy": "probe k=1",
     "sae_top_5_test_accuracy": "probe k=5",
     "sae_test_accuracy": "probe full",
+    "sae_probes_top_1_auc": "AUC k=1",
+    "sae_probes_top_16_auc": "AUC k=16",
     "dead_share": "dead",
 }
+
+#: Columns that stand there only where some subject has a number: probing may be left out.
+PROBES = frozenset(name for name, head in COLUMNS.items() if head.startswith(("probe", "AUC")))
 
 #: The metric of pairs of seeds that the summary shows.
 AGREEMENT = "consistency.seeds"
@@ -55,17 +60,22 @@ def table(
     then the controls among the rows, with means alone, and those that are as good as an arm."""
     words = {c.arm: c.word for c in comparisons}
     verdict = [f"verdict on {plan.primary}"] if comparisons else []
-    heads = ["arm" if comparisons else "SAE", "seeds", *COLUMNS.values(), *verdict]
-    lines = [heads]
+    controls = control_values(rows)
+    measured = {name for values in controls.values() for name in values}
+    for group in info.values():
+        numbers = group["final_info_dict"].items()
+        measured |= {name for name, v in numbers if any(x is not None for x in v)}
+    columns = [name for name in COLUMNS if name in measured or name not in PROBES]
+    shown = [COLUMNS[name] for name in columns]
+    lines = [["arm" if comparisons else "SAE", "seeds", *shown, *verdict]]
     for arm, group in info.items():
         seeds = max((len(v) for v in group["final_info_dict"].values()), default=0)
-        cells = [
-            mean_and_half_width(group["final_info_dict"].get(metric, [])) for metric in COLUMNS
-        ]
+        values = group["final_info_dict"]
+        cells = [mean_and_half_width(values.get(metric, [])) for metric in columns]
         name = arm if comparisons else f"as {plan.base} says"
         lines.append([name, str(seeds), *cells, *([words.get(arm, "")] if verdict else [])])
-    for name, values in control_values(rows).items():
-        cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in COLUMNS]
+    for name, means in controls.items():
+        cells = [f"{means[metric]:.4g}" if metric in means else "-" for metric in columns]
         lines.append([name, "", *cells, *([""] if verdict else [])])
     losses, loud = losses_of_run(rows), rivals_sentence(rivals)
     below = [*([losses.line()] if losses else []), *([loud] if loud else [])]
@@ -205,10 +215,19 @@ def control_lines(
 ) -> list[str]:
     """Markdown table of the control subjects, the A/A twin's word, and whether the planted effect
     was found."""
-    shown = ("fvu", "l0", "loss_recovered", "ce_rise", SHARE, "sae_top_5_test_accuracy")
+    by_control = control_values(rows)
+    measured = {name for values in by_control.values() for name in values}
+    probes = ("sae_top_5_test_accuracy", "sae_probes_top_16_auc")
+    shown = [
+        "fvu",
+        "l0",
+        "loss_recovered",
+        "ce_rise",
+        SHARE,
+        *(name for name in probes if name in measured),
+    ]
     heads = " | ".join(COLUMNS[metric] for metric in shown)
     lines = [f"| control | {heads} |", "|---" * (len(shown) + 1) + "|"]
-    by_control = control_values(rows)
     for name, values in by_control.items():
         cells = [f"{values[metric]:.4g}" if metric in values else "-" for metric in shown]
         lines.append(f"| {name.removeprefix(schema.CONTROL)} | {' | '.join(cells)} |")

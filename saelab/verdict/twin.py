@@ -27,7 +27,12 @@ TRUE_OF_A_TWIN: tuple[Word, ...] = ("equivalent", "cannot tell yet")
 
 @dataclass(frozen=True)
 class Planted:
-    """The verdict on the planted effect, and by how much it should worsen FVU."""
+    """The verdict on the planted effect.
+
+    Args:
+        comparison: of the SAEs with the effect and the baseline.
+        expected: by how much the effect should worsen FVU.
+    """
 
     comparison: Comparison
     expected: float

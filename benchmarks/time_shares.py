@@ -14,6 +14,7 @@ general, so that the reconstruction that a control needs counts as control.
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shutil
@@ -39,7 +40,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "harvest": (r"data/activations/harvest\.py", r"data/activations/parallel_passes\.py"),
     "calibration of L0": (r"training/calibration_text\.py",),
     "snapshots": (r"training/snapshots\.py",),
-    "checkpoints": (r"training/resume\.py:.*", r"write_checkpoint"),
+    "checkpoints": (r"write_checkpoint", r"read_checkpoint", r"remove_checkpoints"),
     "steps": (r"training/loop\.py", r"training/module_cell\.py"),
     "batches": (r"data/activations/stream\.py",),
     "controls": (r"launch/controls\.py",),
@@ -57,9 +58,9 @@ def main() -> None:
     made = parser("Where the processor time of a launch goes.")
     made.add_argument("--run", default="run_1", help="the run of experiment.py")
     options = made.parse_args()
-    spy = Path(sys.executable).with_name("py-spy")
-    if not spy.exists():
-        raise SourceError(f"py-spy is not in {spy.parent}: pip install py-spy")
+    spy = shutil.which("py-spy", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    if spy is None:
+        raise SourceError("py-spy is not installed: pip install py-spy")
     with scratch() as folder:
         for name in ("experiment.py", "plan.toml", "plot.py"):
             shutil.copyfile(ROOT / name, folder / name)
@@ -87,13 +88,13 @@ def main() -> None:
     save("time_shares", options, [section.show()], None)
 
 
-def _profile(spy: Path, folder: Path, command: list[str]) -> tuple[str, float, float]:
+def _profile(spy: str, folder: Path, command: list[str]) -> tuple[str, float, float]:
     """Returns the sampled stacks of a command and its children, their processor time, and its time
     by the clock."""
     out = folder / "stacks.txt"
     before, start = _children_seconds(), perf_counter()
     options = ["record", "--subprocesses", "--format", "raw", "--rate", "100", "--output", str(out)]
-    subprocess.run([str(spy), *options, "--", *command], cwd=folder, check=True)
+    subprocess.run([spy, *options, "--", *command], cwd=folder, check=True)
     return out.read_text(encoding="utf-8"), _children_seconds() - before, perf_counter() - start
 
 

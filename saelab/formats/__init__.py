@@ -7,7 +7,7 @@ that holds pickles is read only if it is named, and then only tensors are unpick
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,9 @@ def _options(names: list[str]) -> str:
 
 def _hint(folder: Path) -> str:
     """Ends the message about a directory without an SAE: says what it holds, and the remedy."""
-    children = [child.name for child in sorted(folder.iterdir()) if child.is_dir()]
-    saes = [n for n in children for f in TABLE.values() if f.fits(folder / n)]
-    if saes:
-        return f": name one of the folders in it, such as {saes[0]!r}"
+    inside = next(_folders_with_saes(folder), None)
+    if inside is not None:
+        return f": name one of the folders in it, such as {inside.relative_to(folder).as_posix()!r}"
     files = [f for format in TABLE.values() for f in format.files if (folder / f).is_file()]
     if files:
         formats = [f for f in TABLE.values() if files[0] in f.files]
@@ -159,6 +158,16 @@ def _hint(folder: Path) -> str:
     if any(p.suffix in (".pt", ".pth", ".bin", ".pkl") for p in folder.iterdir()):
         return " (pickles are not read): save it as safetensors"
     return ": name the folder of a saved SAE"
+
+
+def _folders_with_saes(folder: Path, depth: int = 4) -> Iterator[Path]:
+    """Yields the folders inside, as deep as a run has them (cells/ARM/SEED), that hold an SAE."""
+    children = [child for child in sorted(folder.iterdir()) if child.is_dir()]
+    for child in children:
+        if any(format.fits(child) for format in TABLE.values()):
+            yield child
+    for child in children if depth > 1 else ():
+        yield from _folders_with_saes(child, depth - 1)
 
 
 def load(folder: str | Path | Reference, format_name: str = "") -> Loaded:

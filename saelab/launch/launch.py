@@ -182,7 +182,10 @@ def _next_text(task: Launch, judged: Judged) -> str:
         )
     first = next(iter(judged.gates.values())).id
     example = task.out_dir / CELLS / first.folder
-    return f"read {summary}; next: `saelab.load({str(example)!r})` in Python, `saelab export`"
+    return (
+        f"read {summary}; next: `saelab latent {example} 7` (what a latent is active on), "
+        f"`saelab report {task.out_dir}`, `saelab export`, `saelab.load({str(example)!r})` in Python"
+    )
 
 
 def _launched(

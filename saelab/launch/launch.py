@@ -169,23 +169,36 @@ def _place_text(task: Launch, ids: Sequence[CellId]) -> str:
 def _next_text(task: Launch, judged: Judged) -> str:
     """Says what is to be read first, and which commands go on from there."""
     summary = task.out_dir / SUMMARY
+    option = _experiment_option(task)
     if task.purpose == QUICK:
+        report = f"`saelab report {task.out_dir} --out {task.out_dir}.html{option}`"
         return (
-            f"{MARK}: few tokens, seeds and arms; read {summary}; next: `saelab report "
-            f"{task.out_dir} --out {task.out_dir}.html`, `saelab run {task.entry}` (the run itself)"
+            f"{MARK}: few tokens, seeds and arms; read {summary}; next: {report}, "
+            f"`saelab run {task.entry}` (the run itself)"
         )
     if task.judged:
         folder = task.out_dir
         return (
-            f"read {summary}; next: `saelab report {folder}` (one page with figures), "
+            f"read {summary}; next: `saelab report {folder}{option}` (one page with figures), "
             f"`python plot.py` (pictures), `saelab verdict {folder}` (the verdict again)"
         )
     first = next(iter(judged.gates.values())).id
     example = task.out_dir / CELLS / first.folder
+    python = f"`saelab.load({str(example)!r})` in Python"
     return (
         f"read {summary}; next: `saelab latent {example} 7` (what a latent is active on), "
-        f"`saelab report {task.out_dir}`, `saelab export`, `saelab.load({str(example)!r})` in Python"
+        f"`saelab report {task.out_dir}`, `saelab export`, {python}"
     )
+
+
+def _experiment_option(task: Launch) -> str:
+    """Returns the option of commands that load the trained SAEs, where their parts are defined in
+    the study's experiment.py; '' elsewhere."""
+    sae_settings = (arm_settings(task.base, task.run, arm).sae for arm in task.run.arms)
+    modules = {type(part).__module__ for sae in sae_settings for part in sae.all_parts()}
+    if task.experiment is None or all(name.startswith("saelab.") for name in modules):
+        return ""
+    return f" --experiment {task.experiment.name}"
 
 
 def _launched(

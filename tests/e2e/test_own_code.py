@@ -172,6 +172,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project.make(folder, (BASELINE, SQUARE, OWN), LOSS + MODULE, plan=TWO, base=LONGER)
     ended = project.launch(workers=1)
     assert ended.code == 0, ended.err
+    assert "`saelab report run_1 --experiment experiment.py`" in ended.out  # SAEs with its loss
     return project
 
 

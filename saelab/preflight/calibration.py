@@ -146,8 +146,7 @@ def run_trials(base: BaseConfig, rates: Rates) -> list[Compared]:
     """
     if peak_memory() is None:
         raise UsageError(
-            "the memory of a process can't be measured on this system: use plan check without "
-            "--trials"
+            "the memory of a process can't be measured on this system: leave out --trials"
         )
     size, n, l0 = size_of(base.model), base.train.batch_size, active_latents(base.sae)
     d, results = size.d_model, []

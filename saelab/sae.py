@@ -338,6 +338,20 @@ class SAE(nn.Module):
         if checked:
             self.check_parts()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> SAE:
+        """Moves or converts all tensors, as `to`, `cuda` and `double` do; nothing is moved to a
+        device that can't hold them all.
+
+        Raises: SettingError for a device without float64 where a part has a float64 tensor.
+        """
+        if name := next((n for n, b in self.named_buffers() if b.dtype == torch.float64), ""):
+            try:
+                fn(torch.zeros((), dtype=torch.float64))
+            except TypeError as error:
+                reason = f"can't hold {name} of the SAE in float64 ({shorten(str(error))})"
+                raise SettingError("device", "mps", f"{reason}: leave the SAE on 'cpu'") from None
+        return super()._apply(fn, recurse)
+
     def __repr__(self) -> str:
         """Returns sizes, parts with their settings that are not at their defaults, and the place
         of the weights."""

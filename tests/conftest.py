@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from posix_tests import left_out
 
 from saelab.runtime.signals import preserve_handlers
 
@@ -20,6 +21,15 @@ settings.load_profile("saelab")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support is in beta")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return True if left_out(collection_path) else None
+
+
+def pytest_report_header() -> str | None:
+    files = [file for file in Path(__file__).parent.rglob("test_*.py") if left_out(file)]
+    return f"left out, since they need POSIX: {len(files)} files" if files else None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,15 @@ import torch
 
 from saelab.errors import SettingError
 
+#: Devices that settings may name.
+NAMES = "'cpu' or 'cuda'"
+#: Kind of device -> why no study runs on it, and what to name instead.
+REASONS = {
+    "mps": "studies compute sums and thresholds in float64, which MPS does not have",
+    "hip": "torch names the GPUs of a ROCm build like those of CUDA",
+}
+REMEDIES = {"mps": "'cpu'", "hip": "'cuda'"}
+
 
 def check_device(name: str, setting: str = "model.device") -> None:
     """Raises: SettingError for a device that is not supported or that this machine lacks."""
@@ -14,7 +23,8 @@ def check_device(name: str, setting: str = "model.device") -> None:
     except RuntimeError:
         raise SettingError(setting, name, "no such device: use 'cpu' or 'cuda'") from None
     if device.type not in ("cpu", "cuda"):
-        remedy = f"{device.type!r} is not supported: use 'cpu' or 'cuda'"
+        reason = REASONS.get(device.type, f"{device.type!r} is not supported")
+        remedy = f"{reason}: use {REMEDIES.get(device.type, NAMES)}"
         raise SettingError(setting, name, remedy)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and not count:

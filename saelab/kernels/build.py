@@ -22,6 +22,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from saelab.runtime.system import cpu_features, is_private, user_number
 from saelab.storage.atomic import WriteError, sha256, write_atomically, write_text
 from saelab.storage.small_files import read_small_text
 
@@ -39,8 +40,11 @@ class Unavailable(Exception):
 def load_library() -> ctypes.CDLL:
     """Returns the library, which is compiled if no folder has it undamaged.
 
-    Raises: Unavailable when there is no compiler, it fails, or no folder can hold the library.
+    Raises: Unavailable on Windows, when there is no compiler, when it fails, or when no folder can
+        hold the library.
     """
+    if sys.platform == "win32":
+        raise Unavailable("they are not built on Windows")
     compiler = _compiler()
     key = hashlib.sha256(SOURCE.read_bytes())
     key.update(repr((_version(compiler), compiler[1:], FLAGS, _cpu())).encode())
@@ -109,17 +113,8 @@ def _folders() -> list[Path]:
     """Lists the folders for the compiled file: the user's cache and, in case that can't be written,
     a temporary folder that only this user can write."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    temporary = Path(tempfile.gettempdir()) / f"saelab-kernels-{user}"
-    return [cache / "saelab", *([temporary] if _is_private(temporary) else [])]
-
-
-def _is_private(folder: Path) -> bool:
-    """Returns whether no other user could have put anything into the folder."""
-    if not folder.exists():
-        return True
-    status = folder.lstat()
-    return folder.is_dir() and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    temporary = Path(tempfile.gettempdir()) / f"saelab-kernels-{user_number()}"
+    return [cache / "saelab", *([temporary] if is_private(temporary) else [])]
 
 
 def _version(compiler: Sequence[str]) -> str:
@@ -129,11 +124,7 @@ def _version(compiler: Sequence[str]) -> str:
 
 def _cpu() -> str:
     """Describes the CPU as far as -march=native depends on it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"
+    return cpu_features() or f"{platform.machine()} {platform.processor()}"
 
 
 def _output(command: Sequence[str]) -> str:

@@ -5,10 +5,11 @@ The choice never depends on a timing at run time, so the same machine always com
     device   kernels            GEMM that selects ('auto')
     cpu      native, or eager   bfloat16 with AVX512-BF16 or AMX, else float32
     cuda     gpu, or eager      bfloat16
+    others   eager              float32
 
 Nothing in the CUDA row has run on a GPU yet. The kernels in `gpu` (Triton) agree with `eager` in
 Triton's interpreter and compile for sm_80 and sm_90. CUDA uses `eager` if Triton is missing or
-finds no C compiler, or if `SAELAB_KERNELS=eager` asks for it.
+finds no C compiler, if torch is built for ROCm, or if `SAELAB_KERNELS=eager` asks for it.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ def kernels_for(device: torch.device) -> ModuleType:
         kernels, reason = _cuda_kernels()
     elif device.type == "cpu" and native.library() is not None:
         return native
-    else:
+    elif device.type == "cpu":
         kernels, reason = eager, native.unavailable_reason()
+    else:
+        return eager
     if reason and not native.eager_requested():
         _report_fallback(reason)
     return kernels
@@ -53,6 +56,8 @@ def _cuda_kernels() -> tuple[ModuleType, str]:
     `eager` with the reason."""
     if native.eager_requested():
         return eager, "SAELAB_KERNELS=eager asks for them"
+    if torch.version.hip:
+        return eager, "torch is built for ROCm, and the kernels for GPUs are for CUDA"
     try:
         from saelab.kernels import gpu
     except ImportError as error:
@@ -71,15 +76,17 @@ def kernels_name(device: torch.device = CPU) -> str:
     kind = kernels_kind(device)
     if kind != "eager":
         return kind
+    if device.type not in ("cpu", "cuda"):
+        return "eager (the only ones for this device)"
     reason = _cuda_kernels()[1] if device.type == "cuda" else native.unavailable_reason()
-    return f"eager ({reason or 'the only ones for this device'})"
+    return f"eager ({reason})"
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Returns whether bfloat16 GEMMs are faster than float32 ones: on CPUs with AVX512-BF16 or AMX,
-    and on all GPUs."""
+    and on all GPUs that torch names 'cuda'."""
     if device.type != "cpu":
-        return True
+        return device.type == "cuda"
     cpu = torch.cpu
     return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())  # type: ignore[attr-defined]
 

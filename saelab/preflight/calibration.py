@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +26,7 @@ from saelab.data.activations.harvest import bytes_needed, harvest
 from saelab.data.activations.store import MemorySource, Shard
 from saelab.data.activations.stream import batches
 from saelab.data.text.tokens import Tokens
+from saelab.errors import UsageError
 from saelab.preflight.cost import (
     active_latents,
     harvest_bytes,
@@ -38,6 +37,7 @@ from saelab.preflight.cost import (
     step_seconds,
 )
 from saelab.preflight.rates import Rates, best_seconds, size_of, thread_rates
+from saelab.runtime.system import peak_memory
 from saelab.seeding import torch_stream
 from saelab.study.plan import BaseConfig
 from saelab.training.cell import TrainingCell
@@ -141,8 +141,13 @@ def _disk_rate() -> float:
 def run_trials(base: BaseConfig, rates: Rates) -> list[Compared]:
     """Compares the formulas with these rates to what runs on this machine take.
 
-    Raises: SourceError when the model or the text can't be had.
+    Raises: SourceError when the model or the text can't be had; UsageError where the system does
+        not say how much memory a process has used.
     """
+    if peak_memory() is None:
+        raise UsageError(
+            "the memory of a process can't be measured on this system: leave out --trials"
+        )
     size, n, l0 = size_of(base.model), base.train.batch_size, active_latents(base.sae)
     d, results = size.d_model, []
     for tokens in HARVESTS:
@@ -218,8 +223,7 @@ def _run_alone(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 def _work_on_one_thread(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     os.environ["SAELAB_PROGRESS"] = "off"
     torch.set_num_threads(1)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return work(*arguments), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return work(*arguments), peak_memory() or 0
 
 
 def trial_lines(results: Sequence[Compared]) -> list[str]:

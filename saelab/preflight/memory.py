@@ -16,6 +16,7 @@ from typing import NoReturn
 from saelab.errors import SettingError
 from saelab.preflight.cost import launch_needs
 from saelab.runtime.cores import group_folders
+from saelab.runtime.system import address_space_left, memory_table
 from saelab.study.plan import BaseConfig, CellSpec
 
 #: Variable that names how much memory a launch may take.
@@ -67,11 +68,7 @@ def room_here() -> int:
 
 def _free_memory() -> int:
     """Bytes that the machine has free."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux: nothing is known
-        return ENDLESS
-    free = dict(re.findall(r"^(MemAvailable|SwapFree):\s+(\d+) kB", text, re.MULTILINE))
+    free = dict(re.findall(r"^(MemAvailable|SwapFree):\s+(\d+) kB", memory_table(), re.MULTILINE))
     return 1024 * sum(map(int, free.values())) if "MemAvailable" in free else ENDLESS
 
 
@@ -93,10 +90,5 @@ def _cached_bytes(folder: Path) -> int:
 
 def _room_of_process() -> Iterator[int]:
     """Bytes that a limit on address space leaves; a worker has the same one for itself."""
-    with suppress(ImportError, OSError, ValueError, IndexError):
-        import resource
-
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if limit != resource.RLIM_INFINITY:
-            pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
-            yield max(0, limit - pages * resource.getpagesize())
+    if (left := address_space_left()) is not None:
+        yield left

@@ -7,7 +7,6 @@ in a fraction of a second (`thread_rates`): good enough to say how long a launch
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +20,14 @@ from saelab.data import language_model
 from saelab.data.language_model import ModelConfig, Size
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.kernels.table import Precision, selection_dtype
+from saelab.runtime.system import machine_memory
 from saelab.runtime.torch_defaults import one_thread
 
 RATES = EMBEDDED_MODEL.parent / "rates.toml"
 #: Times that a rate is measured; the best counts.
 TIMES = 5
+#: Bytes of memory of a machine that does not say how much it has: no training is too large for it.
+UNKNOWN_MEMORY = 1e15
 #: GEMM [rows, channels] x [channels, latents] and floats of a vector that rates are measured by.
 GEMM, FLOATS = (512, 512, 4096), 2**24
 #: Shares of the GEMM's rate in its dtype that a language model reaches on a processor. Measured on
@@ -143,7 +145,7 @@ def thread_rates(precision: Precision = "auto") -> Rates:
         model_efficiency=MODEL_SHARES[dtype],
         step_efficiency=STEP_SHARE,
         step_seconds=STEP_SECONDS,
-        capacity=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        capacity=machine_memory() or UNKNOWN_MEMORY,
         store=1e9,
     )
 

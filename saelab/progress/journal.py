@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from saelab.runtime.system import read_at
 from saelab.storage.atomic import explain_write_errors
 from saelab.storage.links import open_plain
 from saelab.storage.small_files import check_characters
@@ -51,7 +52,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = open_plain(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         size = os.fstat(file).st_size
-        if size and os.pread(file, 1, size - 1) != b"\n":
+        if size and read_at(file, 1, size - 1) != b"\n":
             os.write(file, b"\n")
         return file
 

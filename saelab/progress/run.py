@@ -29,6 +29,7 @@ from saelab.progress.journal import JOURNAL_FILE, Journal
 from saelab.progress.state import CELLS, END, LAUNCH, State
 from saelab.progress.trackers import Tracker, open_tracker
 from saelab.runs.schema import CellId
+from saelab.runtime.system import process_start_time
 from saelab.storage.atomic import WriteError
 
 if TYPE_CHECKING:
@@ -226,18 +227,6 @@ def _activate(run: RunProgress) -> Iterator[None]:
 
             run.notebook = NotebookView(run.render)
         yield
-
-
-def process_start_time(pid: int) -> str:
-    """Returns the start time of a process, which distinguishes it from a later one of its number.
-
-    It is '' if the process has ended or the system has no /proc.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
 
 
 def _with_time(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ on a finished run too. It ends when the run is complete, or when its process has
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import time
@@ -18,8 +17,8 @@ from typing import Any
 from saelab.errors import SourceError, StudyFailure
 from saelab.progress.bar import PLAIN_INTERVAL, clock, display_mode
 from saelab.progress.journal import JOURNAL_FILE, Tail
-from saelab.progress.run import process_start_time
 from saelab.progress.state import State
+from saelab.runtime.system import process_exists, process_start_time
 
 #: Seconds between two reads of the file.
 POLL_SECONDS = 0.5
@@ -76,13 +75,7 @@ def is_alive(state: State) -> bool:
         return bool(state.pid)
     if state.started:
         return process_start_time(state.pid) == state.started
-    try:
-        os.kill(state.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return process_exists(state.pid)
 
 
 def watch(folder: Path) -> None:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import DamageError, SaelabError, SourceError
+from saelab.runtime.system import (
+    flush_to_disk,
+    kill_process_group,
+    process_exists,
+    replace_file,
+)
 from saelab.storage.remote import Place, Remote
 from saelab.storage.small_files import (
     NOT_FOLLOWED,
@@ -61,11 +66,10 @@ def write_atomically(path: Place, write: Callable[[Path], object]) -> None:
         with explain_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            flush_to_disk(temporary)
             if FAILPOINT in os.environ:
                 _failpoint(path, *os.environ[FAILPOINT].rsplit(":", 2))
-            temporary.replace(path)
+            replace_file(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -80,25 +84,15 @@ def _failpoint(path: Path, trace: str, pattern: str, n: str) -> None:
         file.flush()
         before = Path(trace).read_bytes()[: file.tell()]
     if before.count(b"\n") == int(n):
-        os.kill(0, signal.SIGKILL)  # 0: the process group
+        kill_process_group()
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files that killed processes left in a folder."""
     for temporary in folder.glob(".*.tmp"):
         process = temporary.name.split(".")[-2]
-        if not (process.isdigit() and _alive(int(process))):
+        if not (process.isdigit() and process_exists(int(process))):
             temporary.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # a process of another user
-        return True
-    return True
 
 
 @contextmanager
@@ -141,8 +135,8 @@ def _obstacle(path: Path) -> str:
 
 
 def write_text(path: Place, text: str) -> None:
-    """Writes a text as UTF-8."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Writes a text as UTF-8, with the ends of its lines as they are on every system."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def json_text(data: Any) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from saelab.errors import SourceError
+from saelab.runtime.system import BINARY, NO_LINK
 
 
 def inside(folder: Path, name: str | PurePath) -> Path:
@@ -45,7 +46,7 @@ def open_plain(path: Path, flags: int) -> int:
     Raises: SourceError when the path is a link.
     """
     try:
-        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        return os.open(path, flags | NO_LINK | BINARY, 0o644)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):
             raise _refusal(path) from None

@@ -1,7 +1,8 @@
 """Lock that lets one process at a time write a folder; it ends with the process that holds it.
 
-It is the kernel's lock (`flock`), so a killed holder leaves none behind; the lock file names the
-holder. Nothing is locked if the file system or the platform has no such locks.
+It is the kernel's lock (`flock`; on Windows that of a byte), so a killed holder leaves none behind;
+the lock file names the holder. Nothing is locked if the file system or the platform has no such
+locks.
 """
 
 from __future__ import annotations
@@ -15,13 +16,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from saelab.errors import UsageError
+from saelab.runtime.system import read_at, remove_locked, try_lock
 from saelab.storage.atomic import explain_write_errors
 from saelab.storage.small_files import NOT_FOLLOWED, check_regular
-
-try:
-    import fcntl
-except ImportError:  # not on this platform
-    fcntl = None
 
 #: Seconds that `wait_for_lock` waits. Our choice.
 PATIENCE = 60.0
@@ -52,8 +49,7 @@ def lock_folder(place: Path, doing: str) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # before the release, so that nobody waits for a deleted file
-        os.close(handle)
+        remove_locked(file, handle)
         with suppress(OSError):  # folders that were made only for the lock
             for folder in new_folders:
                 folder.rmdir()
@@ -91,14 +87,13 @@ def _acquire(file: Path, busy: str) -> int:
         handle = check_regular(os.open(file, os.O_RDWR | os.O_CREAT | NOT_FOLLOWED, 0o644), file)
         try:
             if not _try_lock(handle):
-                holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
+                holder = read_at(handle, 200, 0).decode(errors="replace") or "another process"
                 raise BusyError(f"{busy.format(holder)}: wait for it, or name another folder")
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), file.stat()):
                     os.ftruncate(handle, 0)
-                    os.pwrite(
-                        handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0
-                    )
+                    os.lseek(handle, 0, os.SEEK_SET)
+                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
                     return handle
         except BaseException:
             os.close(handle)
@@ -108,14 +103,11 @@ def _acquire(file: Path, busy: str) -> int:
 
 def _try_lock(handle: int) -> bool:
     """Returns whether this process holds the lock now, or no lock exists on this file system."""
-    if fcntl is None:
-        return True
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return try_lock(handle)
     except OSError as error:
         if error.errno in UNSUPPORTED:
             return True
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
         raise
-    return True

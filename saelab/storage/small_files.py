@@ -14,13 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from saelab.runtime.system import BINARY, NO_LINK, NO_WAIT
+
 #: Largest settings file, in bytes. Our choice: the longest of ours has 3 kB.
 MOST_SETTINGS = 2**20
 #: Deepest nesting of data in a file. Our choice: ours are at most 8 levels deep.
 MOST_DEPTH = 50
 #: Flags of `os.open`: a link is refused and a pipe is not waited for.
-NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-READ_AT_ONCE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+NOT_FOLLOWED = NO_LINK | NO_WAIT | BINARY
+READ_AT_ONCE = os.O_RDONLY | NO_WAIT | BINARY
 
 
 def read_small_file(path: Path, most: int) -> bytes:

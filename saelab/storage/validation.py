@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from saelab.errors import DamageError, SaelabError
 from saelab.runtime.safe_text import is_plain
+from saelab.runtime.system import name_problem
 
 #: Longest name that becomes a folder or a file, in bytes; file systems take 255.
 LONGEST_NAME = 200
@@ -25,6 +26,17 @@ def is_name(text: str) -> bool:
     """Returns whether a text can name one entry of a folder, and nothing outside it."""
     inside = text not in ("", ".", "..") and "/" not in text and "\\" not in text
     return inside and is_plain(text) and len(text.encode(errors="replace")) <= LONGEST_NAME
+
+
+def folder_name_problem(text: str) -> str:
+    """Says why a text can't name a folder on this system, as the remedy of an error; '' if it can.
+
+    A name that starts with a dot is left to files that are being written.
+    """
+    if not is_name(text) or text.startswith("."):
+        return "names a folder: may not be empty, hold '/' or control signs or start with '.'"
+    problem = name_problem(text)
+    return f"{problem}: use another name" if problem else ""
 
 
 def _check_name(text: str) -> str:

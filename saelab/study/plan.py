@@ -23,9 +23,10 @@ from saelab.errors import SettingError, nearest
 from saelab.parts import HOW_TO_SET_L0
 from saelab.runs.folder import MANIFEST, RunFolder
 from saelab.runs.schema import CONTROL, TWIN, CellId, Level, control_arm, level_of
+from saelab.runtime.system import same_name
 from saelab.sae import SAEConfig
 from saelab.seeding import study_seeds
-from saelab.storage.validation import is_name
+from saelab.storage.validation import folder_name_problem
 from saelab.study.checks import check_latents, check_layout, check_settings, naming_arm
 from saelab.study.evaluation import EvalConfig
 from saelab.study.hooks import HookSettings
@@ -440,11 +441,13 @@ def _check_arms(run: Run) -> None:
     if BASELINE not in names:
         raise SettingError("arms", names, f"every run trains the baseline: add Arm({BASELINE!r})")
     for name in names:
-        if names.count(name) > 1:
+        if sum(same_name(name, other) for other in names) > 1:
             raise SettingError("arm", name, "occurs twice: names must differ")
         if arms[name].against not in names or arms[name].against == name != BASELINE:
             remedy = f"is no other arm of the run{nearest(arms[name].against, names)}: name one"
             raise SettingError(f"{name}: against", arms[name].against, remedy)
-        if not is_name(name) or name.startswith((".", CONTROL)):
-            remedy = "names a folder: may not be empty, hold '/' or control signs or start with '.'"
-            raise SettingError("arm", name, remedy)
+        problem = folder_name_problem(name)
+        if not problem and name.startswith(CONTROL):
+            problem = f"names a folder: what starts with {CONTROL!r} is a control"
+        if problem:
+            raise SettingError("arm", name, problem)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from saelab.config import Frozen
-from saelab.storage.validation import is_name
+from saelab.storage.validation import folder_name_problem
 
 #: Name of the plan's own base among the settings.
 OF_PLAN = "base"
@@ -27,10 +27,8 @@ MOST_SETTINGS = 15
 def _check_name(name: str) -> str:
     if name == OF_PLAN:
         raise ValueError(f"{OF_PLAN!r} is the plan's own base: use another name")
-    if not is_name(name) or name.startswith("."):
-        raise ValueError(
-            "names a folder: may not be empty, hold '/' or control signs or start with '.'"
-        )
+    if problem := folder_name_problem(name):
+        raise ValueError(problem)
     return name
 
 

@@ -17,10 +17,11 @@ from rich.console import Console
 from saelab.errors import SettingError, SourceError, StudyFailure
 from saelab.progress import bar, progress
 from saelab.progress.journal import JOURNAL_FILE, Journal, Tail
-from saelab.progress.run import launch_progress, log_cells, log_progress, process_start_time
+from saelab.progress.run import launch_progress, log_cells, log_progress
 from saelab.progress.state import State
 from saelab.progress.view import view
 from saelab.progress.watch import WatchedRun, watch
+from saelab.runtime.system import process_start_time
 
 ABOUT = {"run": "run_3", "title": "A run", "study": "small"}
 CELL = {"arm": "baseline", "seed": 5, "level": 16.0, "step": 30, "steps": 120, "tokens": 3840}

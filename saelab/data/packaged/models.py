@@ -28,6 +28,7 @@ from saelab.data.packaged.catalogue import CATALOGUE
 from saelab.data.packaged.gguf_reading import check_library, convert
 from saelab.data.packaged.installed import InstalledFile, install_command, installed_file
 from saelab.errors import DamageError, SettingError, SourceError
+from saelab.runtime.system import link_or_copy_file
 from saelab.storage.atomic import (
     explain_write_errors,
     parse_json,
@@ -206,7 +207,7 @@ def _make(package: str, installed: InstalledFile, folder: Path) -> None:
 def _collect(installed: InstalledFile, target: Path) -> str:
     """Puts the file at `target`, as a link where it is whole, and returns its SHA-256."""
     if len(installed.parts) == 1:
-        target.symlink_to(installed.parts[0].resolve())
+        link_or_copy_file(installed.parts[0].resolve(), target)
         return sha256(target)
     content = hashlib.sha256()
     with target.open("wb") as whole:

@@ -8,13 +8,11 @@ the bits of a result do not depend on the number of workers.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +31,13 @@ from saelab.progress.run import log_progress
 from saelab.runtime import signals
 from saelab.runtime.cores import usable_cores
 from saelab.runtime.main_guard import GUARD, STARTING, UNGUARDED, refuse_unguarded_script
+from saelab.runtime.system import (
+    KILLED,
+    block_keyboard_interrupts,
+    end_with_parent,
+    ignore_keyboard_interrupts,
+    signal_name,
+)
 from saelab.runtime.torch_defaults import one_thread
 
 #: Seconds between two checks of the workers, and between two reports of a worker about its tokens.
@@ -44,7 +49,6 @@ LAST_MESSAGES_SECONDS = 5.0
 GRACE_SECONDS = 30.0
 #: The most workers that may be asked for. Our choice: several times the cores of any machine.
 MOST_WORKERS = 4096
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 #: Exit codes of workers that have not ended by themselves.
 TERMINATED = (None, 0, -signal.SIGTERM, 128 + signal.SIGTERM)
 
@@ -91,7 +95,7 @@ def _run_in_workers(
     """Runs the jobs in the workers of the pool and stops these."""
     try:
         with job_set.bar as bar, _listen_to_workers(receiver, bar):
-            with _block_keyboard_interrupts(), _starting_workers(pool, processes):  # inherited
+            with block_keyboard_interrupts(), _starting_workers(pool, processes):  # inherited
                 for job in job_set.jobs:
                     futures.append(pool.submit(_run_job, job_set.function, job))
             for _ in job_set.local_work:
@@ -128,26 +132,15 @@ def _death(processes: Sequence[BaseProcess], logs: Path) -> SaelabError:
     if code == UNGUARDED:
         return UsageError(GUARD)
     again = "then run the same command again"
-    if code == -signal.SIGKILL:
+    if code == KILLED:
         return StudyFailure(
             f"a worker process was killed, as it happens when memory is used up: see {logs}; free "
             f"memory or lower the number of workers with SAELAB_WORKERS, {again}"
         )
     how = "ended" if code is None else f"ended with exit code {code}"
     if code is not None and code < 0:
-        how = f"was ended by {signal.Signals(-code).name}"
+        how = f"was ended by {signal_name(-code)}"
     return StudyFailure(f"a worker process {how}: its log in {logs} says why; {again}")
-
-
-@contextmanager
-def _block_keyboard_interrupts() -> Iterator[None]:
-    """Blocks SIGINT in this process and in those started within the block: a terminal sends it to
-    all of them, but the parent decides what happens."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(futures: Sequence[Future[None]]) -> None:
@@ -237,10 +230,8 @@ def _initialise(channel: Any, logs: Path, parent: int) -> None:
     global _channel
     _channel = channel
     signal.signal(signal.SIGTERM, _on_terminate)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
+    ignore_keyboard_interrupts()
+    end_with_parent(parent, lambda: _busy)
     log = os.open(logs / f"worker-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 2)
     os.environ["SAELAB_PROGRESS"] = "off"

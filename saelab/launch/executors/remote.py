@@ -7,6 +7,7 @@ worker reads the harvest and writes its cells there, and reports its progress in
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Task:
         """
         if not self.folder.is_dir():
             raise SourceError(
-                f"{self.folder} does not exist on {os.uname().nodename}: the study's folder must "
+                f"{self.folder} does not exist on {platform.node()}: the study's folder must "
                 "lie on a file system that all machines share"
             )
         os.chdir(self.folder)

@@ -16,8 +16,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from projects import BASE, CHARACTERS, SMALLEST, Ended, Project, as_if_fresh, called, cli
 
+from saelab.cli.outputs import schema_of
 from saelab.data.text import stdlib
 from saelab.drivers.ai_scientist_v2 import global_seed
 from saelab.seeding import study_seeds
@@ -100,6 +102,12 @@ def test_a_candidate_is_judged_and_extended(tmp_path: Path) -> None:
     assert [repeated[k] for k in ("effect", "level", "budget_left")] == [
         numbers[k] for k in ("effect", "level", "budget_left")
     ]
+    as_json = cli(project.folder, "try", "--json")
+    assert as_json.code == 0 and "val_fvu" in as_json.err
+    data = json.loads(as_json.out)
+    assert not list(Draft202012Validator(schema_of("try")).iter_errors(data))
+    assert (data["name"], data["decision"]) == ("try_3", f"more-seeds {seeds}")
+    assert data["value"] == numbers["value"]
     refused = cli(project.folder, "try", "--seeds", str(seeds + 1))
     assert refused.code == 2 and f"asked for {seeds}" in refused.last
     more = cli(project.folder, "try", "--seeds", str(seeds))
@@ -109,8 +117,8 @@ def test_a_candidate_is_judged_and_extended(tmp_path: Path) -> None:
     looks = [line["look"] for line in ledger(project, "comparisons.jsonl") if "look" in line]
     assert looks == [1, 2]
     runs = [a["run"] for a in json.loads(cli(project.folder, "attempts", "--json").out)]
-    assert runs == ["try_1", "try_2", "try_3"]
-    plan = read_json(project.folder / "tries/try_3/manifest.json")
+    assert runs == ["try_1", "try_2", "try_3", "try_4"]
+    plan = read_json(project.folder / "tries/try_4/manifest.json")
     assert plan["deviations"] == [] and plan["plan"]["seeds"] == 2 and len(plan["seeds"]) == seeds
 
 

@@ -16,8 +16,8 @@ ABOUT_COMMANDS = f"""\
 {NOTE}
 # Commands
 
-Every command with its arguments, options and defaults; `saelab COMMAND -h` prints the same. What
-commands print with `--json` is in [json.md](json.md).
+Every command with its arguments, options and defaults; the option `-h` of each prints the same.
+Their output with `--json` is in [json.md](json.md).
 
 | exit code | meaning |
 |---|---|

@@ -194,7 +194,8 @@ def _next_text(task: Launch, judged: Judged) -> str:
 def _experiment_option(task: Launch) -> str:
     """Returns the option of commands that load the trained SAEs, where their parts are defined in
     the study's experiment.py; '' elsewhere."""
-    sae_settings = (arm_settings(task.base, task.run, arm).sae for arm in task.run.arms)
+    run = resolve_with_placeholders(task.run)
+    sae_settings = (arm_settings(task.base, run, arm).sae for arm in run.arms)
     modules = {type(part).__module__ for sae in sae_settings for part in sae.all_parts()}
     if task.experiment is None or all(name.startswith("saelab.") for name in modules):
         return ""

@@ -22,7 +22,7 @@ def answer(*words: str) -> str:
 
 def test_every_part_is_listed_with_a_line_about_it() -> None:
     listed = json.loads(answer("--json"))
-    first = cases(64, first=True)
+    first = cases(64, first=True, with_model=True)
     every = [(case.seam, case.kind) for case in first]
     every += [("preset", name) for name in PRESETS]
     assert [(part["seam"], part["kind"]) for part in listed] == every
@@ -40,7 +40,7 @@ def test_one_part() -> None:
     assert "must stand beside it" in answer("scalar_prior")
 
 
-@pytest.mark.parametrize("kind", sorted({case.kind for case in cases(64)}))
+@pytest.mark.parametrize("kind", sorted({case.kind for case in cases(64, with_model=True)}))
 def test_each_can_be_described(kind: str) -> None:
     parts = [part for part in describe(kind) if part["seam"] != "preset"]
     assert parts and all(part["about"] and "lr" in part["settings"] for part in parts)

@@ -50,6 +50,8 @@ def test_every_field_of_base_plan_and_parts_is_listed_once() -> None:
         assert leaves(config) <= listed == set(config.model_fields)
     for seam, kinds in TABLE.items():
         for kind, config in kinds.items():
+            if not config.__module__.startswith("saelab."):
+                continue  # registered by another test of this process
             listed = {name for place, name in names if place == f"{seam} {kind}"}
             assert {"kind"} | listed >= leaves(config)
 

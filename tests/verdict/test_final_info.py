@@ -18,6 +18,7 @@ ARMS: list[dict[str, Any]] = [
 ORDER = (
     *("fvu", "l0", "loss_recovered", "ce_rise", "loss_recovered_random", "dead_share"),
     *("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy"),
+    *("sae_probes_top_1_auc", "sae_probes_top_16_auc"),
     *("beta", "theta", "tau", "rho", "alpha", "k", "threshold", "sparsity", "penalty_share"),
     "final_loss",
     *("position.fvu_early", "position.fvu_late"),
@@ -31,6 +32,8 @@ ORDER = (
     *("explained_variance", "cosine", "ce_spliced", "ce_clean", "ce_zero"),
     *("sae_top_20_test_accuracy", "sae_top_2_test_accuracy"),
     *("sae_top_10_test_accuracy", "sae_top_50_test_accuracy"),
+    *("sae_probes_top_4_auc", "sae_probes_top_64_auc", "sae_probes_top_2_auc"),
+    *("sae_probes_top_8_auc", "sae_probes_top_32_auc", "sae_probes_top_128_auc"),
     *("position.l0_early", "position.l0_late"),
     *("position.dead_share_early", "position.dead_share_late"),
     *("consistency.chance_signed", "decoder.max_cosine", "lifetime.deaths"),

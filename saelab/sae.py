@@ -56,6 +56,7 @@ from saelab.kernels import (
     selection_dtype,
     support_above,
 )
+from saelab.origin import Origin
 from saelab.parts import (
     DEFAULT_ACTIVATION,
     DEFAULT_CONTROLLERS,
@@ -297,6 +298,8 @@ class SAE(nn.Module):
         config: its settings.
         dims: its sizes.
         checked: whether the parts check that they fit together; False only to ask for shapes.
+
+    `origin` is the model and hook point that it was trained on, where these are known.
     """
 
     scale: Tensor
@@ -309,6 +312,7 @@ class SAE(nn.Module):
         self.config, self.d_in, self.d_sae = config, dims.d_in, dims.d_sae
         self.dims, self.ranks = dims, dims.ranks
         self.row_norm: RowNorm = "none"
+        self.origin = Origin()
         self.W_enc = nn.Parameter(torch.zeros(dims.n_local, dims.d_in, dtype=torch.float32))
         self.b_enc = nn.Parameter(
             torch.zeros(dims.n_local, dtype=torch.float32), requires_grad=config.encoder_bias
@@ -365,6 +369,8 @@ class SAE(nn.Module):
         numbers = sum(tensor.numel() for tensor in self.parameters())
         mode = "in training mode" if self.training else "in evaluation mode"
         lines.append(f"  {numbers:,} parameters, {self.W_enc.dtype} on {self.W_enc.device}, {mode}")
+        if str(self.origin):
+            lines.append(f"  trained {self.origin}")
         return "\n".join(map(shorten, lines))
 
     def save(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> None:
@@ -372,7 +378,8 @@ class SAE(nn.Module):
 
         Args:
             folder: made where it is missing; an SAE in it is replaced.
-            about: metadata to store, as plain JSON data: model, hook_name and anything else.
+            about: metadata to store, as plain JSON data; model and hook_name are those of `origin`
+                unless it names others.
         """
         folder, tensors = Path(folder), dict[str, Tensor](self.state_dict())
         if self.config.tied:  # one matrix, stored once
@@ -384,7 +391,7 @@ class SAE(nn.Module):
             "d_in": self.d_in,
             **{name: widths for name, widths in blocks.items() if widths},
             "sae": self.config.model_dump(mode="json"),
-            "provenance": dict(about or {}),
+            "provenance": self.origin.about | dict(about or {}),
             "sha256": checksum,
         }
         if self.row_norm != "none":  # of a published SAE that was trained further

@@ -43,9 +43,11 @@ from saelab.analysis.code_gradient import (
 from saelab.analysis.host_model import (
     NoTokenizer,
     as_language_model,
+    check_origin,
     check_places,
     generate_text,
     modules_around,
+    name_of,
     wrong_width,
 )
 from saelab.data.hook_names import split_hooks
@@ -409,6 +411,7 @@ def attach(
     target: str | Sequence[str] | None = None,
     error: bool = True,
     tokenizer: Any = None,
+    allow_mismatch: bool = False,
 ) -> Iterator[Attached]:
     """Puts an SAE into a language model within a `with` block, and removes it at its end.
 
@@ -423,23 +426,27 @@ def attach(
         model: a transformers model; or what `saelab.settings` has as model.path ('embedded', a
             folder, a name on the hub), which is then loaded.
         sae: an SAE, or the folder of one in any format that `saelab.load` recognises.
-        hook: hook point that is read; by default that which the SAE's folder names.
+        hook: hook point that is read; by default that which the SAE was trained at, where it is
+            known.
         target: of a transcoder, the hook point or points that it reconstructs.
         error: keeps the reconstruction's error in the model, so that only edits change anything;
             False replaces the activation by the reconstruction.
         tokenizer: of a transformers model: texts need it, and its special tokens are left alone.
+        allow_mismatch: takes an SAE of another model or hook point.
 
     Raises: SettingError for an unknown hook point or block, and a target that is missing or in
-        excess; MismatchError where the SAE and the activations differ in width.
+        excess; MismatchError for an SAE of another width, model or hook point.
     """
     if isinstance(sae, (str, Path)):
-        loaded = formats.load(Path(sae))
-        inputs, outputs = split_hooks(loaded.origin.hook_name)
-        hook = hook if hook is not None else ", ".join(inputs) or None
-        target = target if target is not None else outputs or None
-        sae = loaded.sae
+        sae = formats.load(sae).sae
+    inputs, outputs = split_hooks(sae.origin.hook_name)
+    hook = hook if hook is not None else ", ".join(inputs) or None
+    target = target if target is not None else outputs or None
     whole = as_language_model(model, tokenizer, [one.model for one in _ACTIVE])
-    attached = Attached(whole, sae, *check_places(whole, sae, hook, target), error)
+    places = check_places(whole, sae, hook, target)
+    if not allow_mismatch:
+        check_origin(whole, name_of(model), sae, *places)
+    attached = Attached(whole, sae, *places, error)
     with attached.hooked():
         _ACTIVE.append(attached)
         try:

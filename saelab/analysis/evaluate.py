@@ -215,6 +215,17 @@ def settings_of(path: Path, config: Path | None) -> tuple[BaseConfig, int]:
     raise SettingError("--config", None, remedy)
 
 
+def place_of(base: BaseConfig, foreign: Bench | None = None) -> tuple[str, str]:
+    """Returns the model and the hook point of the activations of a base.
+
+    Args:
+        foreign: of activations that were made elsewhere, whose header names the hook point alone.
+    """
+    if foreign is None:
+        return base.model.path, base.hook_text
+    return "", str(foreign.provenance["hook_name"] or "")
+
+
 def evaluate_choice(
     choice: Choice, base: BaseConfig, cache: Path, evals: Sequence[str], seed: int = 0
 ) -> Iterator[dict[str, Any]]:
@@ -226,9 +237,7 @@ def evaluate_choice(
     run = RunFolder.of(choice.path)
     random = NO_RANDOM_CODE if run is None else random_code(run.with_files(METRICS).metrics)
     bench = Bench(base, cache, seed) if base.activations is not None else None
-    place = (base.model.path, base.hook_text)
-    if bench is not None:
-        place = ("", bench.provenance["hook_name"])
+    place = place_of(base, bench)
     for member in choice.members:
         loaded = formats.load(member.folder, choice.format)
         if not choice.allow_mismatch:

@@ -115,6 +115,7 @@ def without_context(sae: SAE) -> SAE:
         sae.dims.input_blocks, d_out=sae.dims.targets or None
     )
     twin.load_state_dict(sae.state_dict())
+    twin.origin = sae.origin
     return twin.eval()
 
 

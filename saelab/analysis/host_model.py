@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.data import language_model
+from saelab.data.hook_names import describe_hooks, split_hooks
 from saelab.data.language_model import LanguageModel, ModelConfig
 from saelab.data.model_structure import path_of
 from saelab.errors import MismatchError, SettingError
@@ -65,6 +66,41 @@ def as_language_model(
     finally:
         for module in training:
             module.training = True
+
+
+def name_of(model: Any) -> str:
+    """Returns the name or folder of a model in any form that `attach` takes; '' where it has none,
+    as one that was built in memory."""
+    if isinstance(model, (str, Path)):
+        return str(model)
+    config = getattr(model, "config", None)
+    return str(getattr(config, "path", "") or getattr(config, "name_or_path", "") or "")
+
+
+def check_origin(
+    model: LanguageModel, name: str, sae: SAE, hook: str, places: Sequence[str]
+) -> None:
+    """Checks that the SAE was trained on this model, and at these hook points by any of their
+    names.
+
+    Raises: MismatchError, which names both sides of every difference.
+    """
+    here = describe_hooks([hook], places if sae.has_target else ())
+    trained = [one for side in split_hooks(sae.origin.hook_name) for one in side]
+    asked = [hook, *places] if sae.has_target else [hook]
+    same = len(trained) == len(asked) and all(
+        _same_place(model, *pair) for pair in zip(trained, asked, strict=True)
+    )
+    sae.origin.check(name, "" if same else here, "set allow_mismatch=True")
+
+
+def _same_place(model: LanguageModel, one: str, other: str) -> bool:
+    """Returns True where two names denote the same side of the same module."""
+    try:
+        points = [model.hook_point(name) for name in (one, other)]
+    except SettingError:  # the model has no such place
+        return False
+    return points[0].module is points[1].module and points[0].side == points[1].side
 
 
 def modules_around(model: LanguageModel) -> list[nn.Module]:

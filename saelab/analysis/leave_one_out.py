@@ -50,7 +50,7 @@ class LeaveOneOut:
             raise SettingError("leave_one_out", threshold, "use a finite number, such as 0")
         self.sae, self.threshold = sae, threshold
         self.d_in, self.d_sae, self.signed = sae.d_in, sae.d_sae, sae.signed
-        self.needs_contexts = sae.needs_contexts
+        self.needs_contexts, self.origin = sae.needs_contexts, sae.origin
 
     @torch.no_grad()
     def encode(self, x: Tensor, starts: Tensor | None = None) -> Tensor:

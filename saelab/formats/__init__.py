@@ -14,7 +14,7 @@ from typing import Any
 
 from saelab.errors import SettingError, SourceError, nearest
 from saelab.formats import dictionary_learning, own, saelens, sparsify
-from saelab.formats.base import Loaded, Origin, Plain, errors_as_source_error
+from saelab.formats.base import Loaded, Plain, errors_as_source_error
 from saelab.formats.hub import fetch
 from saelab.formats.hub.reference import Reference, is_reference, parse
 from saelab.formats.published import (
@@ -31,6 +31,7 @@ from saelab.formats.published import (
     qwen_scope,
     temporal,
 )
+from saelab.origin import Origin
 from saelab.sae import SAE
 
 __all__ = ["TABLE", "Format", "Loaded", "Origin", "Plain", "find", "load", "pinned", "saver"]

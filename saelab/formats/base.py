@@ -26,13 +26,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saelab.errors import MismatchError, SaelabError, SettingError, SourceError
+from saelab.errors import SaelabError, SettingError, SourceError
+from saelab.origin import Origin
 from saelab.parts import DEFAULT_LOSSES, activation_of
 from saelab.parts.base import Form, Pursuit, Refusal
 from saelab.row_norm import RowNorm
@@ -230,53 +231,11 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Model and hook point that an SAE was trained on, as far as its files say; '' if they do not.
-
-    Args:
-        model: name or folder.
-        hook_name: hook point of its activations.
-        peculiarities: differences from all activations that can be harvested here, each as the end
-            of a sentence about the SAE.
-    """
-
-    model: str = ""
-    hook_name: str = ""
-    peculiarities: tuple[str, ...] = ()
-
-    def differences(self, model: str, hook_name: str) -> list[str]:
-        """Lists the differences to the data that the SAE is evaluated on; '' is not compared.
-
-        Models are compared by the last part of their names, in lower case.
-        """
-        differences = []
-        if self.hook_name and hook_name and self.hook_name != hook_name:
-            differences.append(f"was trained at {self.hook_name}, but hook_name = {hook_name}")
-        if self.model and model and _last_part(self.model) != _last_part(model):
-            differences.append(f"was trained on the model {self.model}, but model.path = {model}")
-        return [*differences, *(self.peculiarities if model else ())]
-
-    def check(self, model: str, hook_name: str) -> None:
-        """Checks that the SAE was trained on the data that it is evaluated on.
-
-        Raises: MismatchError, which names both sides of every difference.
-        """
-        differences = self.differences(model, hook_name)
-        if differences:
-            remedy = "evaluate it where it was trained, or use --allow-mismatch"
-            raise MismatchError(f"the SAE {', and '.join(differences)}: {remedy}")
-
-
-def _last_part(name: str) -> str:
-    return PurePosixPath(name.rstrip("/")).name.lower()
-
-
-@dataclass(frozen=True)
 class Loaded:
     """An SAE from a directory.
 
     Args:
-        sae: in evaluation mode.
+        sae: in evaluation mode; it gets the origin.
         origin: where it was trained.
         about: its metadata, as plain data.
         format: the name of its format.
@@ -286,6 +245,9 @@ class Loaded:
     origin: Origin
     about: Mapping[str, Any]
     format: str = ""
+
+    def __post_init__(self) -> None:
+        self.sae.origin = self.origin
 
 
 # ---- reading files that others wrote -----------------------------------------------------------

@@ -29,13 +29,13 @@ from saelab.formats.base import (
     MATRICES,
     LinearNames,
     Loaded,
-    Origin,
     Plain,
     read_config,
     shape_errors_as_source_error,
     take,
 )
 from saelab.formats.pickles import read_state_dict
+from saelab.origin import Origin
 
 FILES = CONFIG, WEIGHTS = "config.json", "ae.pt"
 LINEAR = LinearNames().all[:3]

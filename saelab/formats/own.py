@@ -8,7 +8,8 @@ from typing import Any
 
 from saelab import checkpoint
 from saelab.errors import SourceError
-from saelab.formats.base import MATRICES, Loaded, Origin
+from saelab.formats.base import MATRICES, Loaded
+from saelab.origin import Origin
 from saelab.sae import SAE
 
 FILES = ("sae.json", "sae.safetensors")
@@ -24,8 +25,10 @@ def load(folder: Path) -> Loaded:
     for name in (*MATRICES, "scale"):
         if not bool(getattr(sae, name).isfinite().all()):
             raise SourceError(f"{folder}: {name} holds a value that is not finite: train it again")
-    origin = Origin(str(about.get("model") or ""), str(about.get("hook_name") or ""))
-    return Loaded(sae, origin, about)
+    odd = about.get("peculiarities")
+    peculiarities = tuple(map(str, odd)) if isinstance(odd, list) else ()
+    model, hook = (str(about.get(name) or "") for name in ("model", "hook_name"))
+    return Loaded(sae, Origin(model, hook, peculiarities), about)
 
 
 def save(sae: SAE, folder: Path, about: Mapping[str, Any]) -> None:

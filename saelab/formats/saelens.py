@@ -33,7 +33,6 @@ from saelab.formats import saelens_transcoders as transcoders
 from saelab.formats.base import (
     MATRICES,
     Loaded,
-    Origin,
     Plain,
     read_config,
     read_tensors,
@@ -49,6 +48,7 @@ from saelab.formats.saelens_fields import (
     SCALER,
     WHITENING,
 )
+from saelab.origin import Origin
 from saelab.parts.base import Pursuit
 from saelab.row_norm import RowNorm
 from saelab.sae import SAE

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from saelab.data.hook_names import describe_hooks
 from saelab.errors import SettingError, nearest
-from saelab.formats.base import Loaded, Origin, Plain, read_config, read_tensors, take
+from saelab.formats.base import Loaded, Plain, read_config, read_tensors, take
+from saelab.origin import Origin
 
 FILES = CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")

@@ -26,7 +26,7 @@ LAYERS = [
     {"data"},
     {"kernels"},
     {"parts"},
-    {"sae", "checkpoint", "row_norm"},
+    {"origin", "sae", "checkpoint", "row_norm"},
     {"formats"},
     {"training"},
     {"checks"},

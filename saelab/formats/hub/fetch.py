@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saelab.errors import SourceError
-from saelab.formats.base import Origin
 from saelab.formats.hub import client
 from saelab.formats.hub.client import Listing
 from saelab.formats.hub.needed import Needed, NoSAEError, choose
 from saelab.formats.hub.reference import Reference
 from saelab.formats.hub.releases import at, model_on_hub
+from saelab.origin import Origin
 
 if TYPE_CHECKING:
     from saelab.formats import Format

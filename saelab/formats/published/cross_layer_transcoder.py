@@ -32,7 +32,6 @@ from saelab.data.hook_names import describe_hooks
 from saelab.errors import SettingError, SourceError
 from saelab.formats.base import (
     Loaded,
-    Origin,
     Plain,
     floats,
     read_config,
@@ -43,6 +42,7 @@ from saelab.formats.base import (
 from saelab.formats.pickles import the_file
 from saelab.formats.published import gemma_scope_2
 from saelab.formats.published.shared import last_match, yaml_texts
+from saelab.origin import Origin
 
 PATTERN = r"W_(?:enc|dec)_(\d+)\.safetensors"
 ENCODER = r"W_enc_(\d+)\.safetensors"

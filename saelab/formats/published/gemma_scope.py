@@ -26,13 +26,13 @@ from saelab.errors import SettingError, SourceError
 from saelab.formats.base import (
     MATRICES,
     Loaded,
-    Origin,
     Plain,
     shape_errors_as_source_error,
     take,
 )
 from saelab.formats.npz import read_arrays
 from saelab.formats.published.shared import block_output, last_match, place
+from saelab.origin import Origin
 
 FILES = (WEIGHTS,) = ("params.npz",)
 _REPOSITORY = r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)\b"

@@ -27,7 +27,6 @@ from saelab.data.hook_names import describe_hooks
 from saelab.errors import SettingError
 from saelab.formats.base import (
     Loaded,
-    Origin,
     Plain,
     floats,
     read_config,
@@ -36,6 +35,7 @@ from saelab.formats.base import (
     take,
 )
 from saelab.formats.published.shared import block_output, last_match, place
+from saelab.origin import Origin
 
 CONFIG, TRANSCODER = "config.json", "transcoder"
 FILES = (WEIGHTS,) = ("params.safetensors",)

@@ -18,13 +18,13 @@ from saelab.errors import SettingError
 from saelab.formats.base import (
     MATRICES,
     Loaded,
-    Origin,
     Plain,
     read_config,
     shape_errors_as_source_error,
     take,
 )
 from saelab.formats.pickles import read_state_dict, the_file
+from saelab.origin import Origin
 
 PATTERN = r"(gpt2-small_L\d+_Hcat_z_.+)\.pt"
 MODEL = "openai-community/gpt2"

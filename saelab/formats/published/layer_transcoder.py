@@ -18,7 +18,6 @@ from saelab.errors import SettingError
 from saelab.formats.base import (
     MATRICES,
     Loaded,
-    Origin,
     Plain,
     floats,
     read_tensors,
@@ -27,6 +26,7 @@ from saelab.formats.base import (
 )
 from saelab.formats.pickles import the_file
 from saelab.formats.published.shared import last_match, yaml_texts
+from saelab.origin import Origin
 
 PATTERN = r"layer_(\d+)\.safetensors"
 CONFIG = "config.yaml"

@@ -23,13 +23,13 @@ import torch
 from saelab.errors import SettingError
 from saelab.formats.base import (
     Loaded,
-    Origin,
     floats,
     read_config,
     read_tensors,
     shape_errors_as_source_error,
 )
 from saelab.formats.published.openmoss import check_fields, input_factor, read_layers
+from saelab.origin import Origin
 
 FILES = CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 MODEL = "meta-llama/Llama-3.1-8B"

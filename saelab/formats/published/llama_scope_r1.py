@@ -20,7 +20,6 @@ from pathlib import Path
 from saelab.errors import SettingError
 from saelab.formats.base import (
     Loaded,
-    Origin,
     floats,
     read_config,
     read_tensors,
@@ -33,6 +32,7 @@ from saelab.formats.published.openmoss import (
     refuse_newer,
     take_one,
 )
+from saelab.origin import Origin
 
 FILES = CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"

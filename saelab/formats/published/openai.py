@@ -25,12 +25,12 @@ from saelab.errors import SettingError
 from saelab.formats.base import (
     LinearNames,
     Loaded,
-    Origin,
     shape_errors_as_source_error,
     take,
 )
 from saelab.formats.pickles import read_with_settings, the_file
 from saelab.formats.published.shared import last_match
+from saelab.origin import Origin
 
 PATTERN = r"(\d+)\.pt"
 NAMES = LinearNames(encoder_bias="latent_bias", decoder_bias="pre_bias")

@@ -18,12 +18,12 @@ from saelab.errors import SettingError, SourceError
 from saelab.formats.base import (
     LinearNames,
     Loaded,
-    Origin,
     shape_errors_as_source_error,
     take,
 )
 from saelab.formats.pickles import read_state_dict, the_file
 from saelab.formats.published.shared import block_output, last_match
+from saelab.origin import Origin
 from saelab.runtime.counting import count
 
 PATTERN = r"layer(\d+)\.sae\.pt"

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saelab.errors import SourceError
-from saelab.formats.base import LinearNames, Loaded, Origin, shape_errors_as_source_error, take
+from saelab.formats.base import LinearNames, Loaded, shape_errors_as_source_error, take
 from saelab.formats.pickles import read_state_dict, the_file
+from saelab.origin import Origin
 
 #: Folder of a repository in the cache of huggingface_hub, and the folder of one version below it.
 _HUB = re.compile(r"models--([^/]+)/snapshots/[^/]+")

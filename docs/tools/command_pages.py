@@ -37,6 +37,23 @@ given.
 `saelab schema verdict` that of one command. Fields may be added in later versions; a field that
 changes its meaning is named in CHANGELOG.md.
 
+`verdict` gives a list with one item for each run, also for one; so does `run` where a plan has
+several settings. `check-part` prints its list also where a check fails, with exit code 2. The words
+of a run, and whether they may be cited:
+
+<!-- not run: needs a complete run; tests/e2e/test_json_outputs.py runs it -->
+
+```python
+import json, subprocess
+
+done = subprocess.run(["saelab", "verdict", "run_1", "--json"], capture_output=True, text=True)
+for run in json.loads(done.stdout):
+    for one in run["comparisons"]:
+        print(run["run"], one["arm"], one["word"], one["mean_diff"], one["low"], one["high"])
+    if run["quick"]:
+        print("a quick form: no part of the study")
+```
+
 A command that is refused or fails has the exit code 2 or 1 and prints one object:
 
 """

@@ -28,7 +28,7 @@ from saelab.verdict.twin import Planted
 
 
 class Output(BaseModel):
-    """JSON object with these fields and no others."""
+    """JSON object with these fields and, in this version, no others."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,6 +47,9 @@ class Verdict(Output):
     run: Annotated[str, says("name of the run")]
     title: Annotated[str, says("what the run asks")]
     exploratory: Annotated[bool, says("false for the confirming run")]
+    quick: Annotated[bool, says("whether it is a quick form, which is no part of the study")] = (
+        False
+    )
     sealed: Annotated[bool, says("whether the run's files carry checksums, with which they agree")]
     plan_hash: Annotated[str, says("hash of the plan that it was made under")]
     deviations: Annotated[list[str], says("from the plan that was registered")]
@@ -179,6 +182,18 @@ class PartFinding(Output):
     example: Annotated[str, says("number of its example")]
     check: Annotated[str, says("name of the check")]
     mistake: Annotated[str, says("what is wrong; '' where it passes")]
+    place: Annotated[str, says("file and line where the part raised it; '' where it did not")]
+
+
+class Context(Output):
+    """Tokens around a latent's largest value in one context."""
+
+    context: Annotated[int, says("number of the context in the held-out text")]
+    start: Annotated[int, says("position in it of the first of these tokens")]
+    peak: Annotated[int, says("place of the largest value in `values`")]
+    value: Annotated[float, says("the largest value")]
+    tokens: Annotated[list[str], says("each token as text; [] where there is no text")]
+    values: Annotated[list[float], says("of the latent at each token, 0 where it is not active")]
 
 
 class LatentOutput(Output):
@@ -190,7 +205,7 @@ class LatentOutput(Output):
     density: Annotated[float, says("share of them on which it is active")]
     loss_share: Annotated[float, says("share of the squared error that it takes away")]
     largest: Annotated[float, says("its largest value")]
-    contexts: Annotated[list[dict[str, Any]], says("tokens, values and the place of the largest")]
+    contexts: Annotated[list[Context], says("where it is strongest, the strongest first")]
     raised: Annotated[list[tuple[str, float]], says("tokens whose logits it raises most")]
     lowered: Annotated[list[tuple[str, float]], says("tokens whose logits it lowers most")]
     neighbours: Annotated[list[tuple[int, float]], says("nearest decoder rows and their cosine")]
@@ -400,7 +415,8 @@ OUTPUTS: dict[str, Any] = {
 
 
 def schema_of(command: str) -> dict[str, Any]:
-    """Returns the JSON Schema (draft 2020-12) of what a command prints with --json."""
+    """Returns the JSON Schema (draft 2020-12) of what a command prints with --json. It allows
+    further fields, which later versions may add."""
     return describe(TypeAdapter(OUTPUTS[command]).json_schema())
 
 
@@ -410,7 +426,7 @@ def error_schema() -> dict[str, Any]:
 
 
 def describe(schema: dict[str, Any]) -> dict[str, Any]:
-    """Gives fields of dataclasses the meaning that their docstrings have; closes open objects.
+    """Gives fields of dataclasses the meaning that their docstrings have; opens closed objects.
 
     Args:
         schema: is changed in place.
@@ -421,8 +437,8 @@ def describe(schema: dict[str, Any]) -> dict[str, Any]:
         for name, field in fields.items():
             if name in meanings:
                 field.setdefault("description", meanings[name])
-        if fields:
-            one.setdefault("additionalProperties", False)
+        if one.get("additionalProperties") is False:
+            del one["additionalProperties"]
         if "description" in one:
             one["description"] = one["description"].split("\n")[0]
     return schema

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument
+from typer import Argument, Exit
 
-from saelab.cli.common import EXPERIMENT, Json, OwnParts, read_runs, register_parts, show
+from saelab.cli.common import EXPERIMENT, Json, OwnParts, read_runs, register_parts, say, show
 
 
 def check_part(
@@ -17,10 +17,14 @@ def check_part(
     json_: Json = False,
 ) -> None:
     """Run the checks of all parts on those that an experiment.py defines."""
-    from saelab.checks.battery import check_new_parts
+    from saelab.checks.battery import check_new_parts, lines_of
 
     findings = check_new_parts(file, lambda: read_runs(file))
-    show(json_, [finding.as_dict() for finding in findings], (f.line() for f in findings))
+    failed = sum(bool(finding.mistake) for finding in findings)
+    show(json_, [finding.as_dict() for finding in findings], lines_of(findings))
+    if failed:
+        say(f"{failed} of {len(findings)} checks fail: correct the part", err=True)
+        raise Exit(2)
 
 
 def parts(

@@ -23,7 +23,7 @@ from saelab import stats
 from saelab.errors import DamageError, MismatchError, SourceError
 from saelab.runs.folder import GATE, INFO, MANIFEST, METRICS, REMEDY, RunFolder
 from saelab.runs.random_code import complete_losses
-from saelab.runs.schema import CONTROL, PROVENANCE, CellId, level_of
+from saelab.runs.schema import CONTROL, PROVENANCE, QUICK, CellId, level_of
 from saelab.runtime.counting import count
 from saelab.runtime.safe_text import visible
 from saelab.study.plan import BASELINE, PlanConfig
@@ -77,6 +77,7 @@ class Review:
     Args:
         run, title: of the run.
         exploratory: false for the confirmatory run.
+        quick: whether this is the quick form of a run, which is no part of the study.
         plan: that the run was made under; `deviations` are those from the registered one then.
         comparisons, differences: of the primary metric, and of secondary ones without words.
         cells: what the gate found, worst first.
@@ -110,6 +111,7 @@ class Review:
     twin: Comparison | None = None
     planted: Planted | None = None
     losses: Losses | None = None
+    quick: bool = False
 
     @cached_property
     def plan_hash(self) -> str:
@@ -121,6 +123,7 @@ class Review:
             "run": self.run,
             "title": self.title,
             "exploratory": self.exploratory,
+            "quick": self.quick,
             "sealed": self.sealed,
             "plan_hash": self.plan_hash,
             "deviations": list(self.deviations),
@@ -200,6 +203,7 @@ def review_run(run: RunFolder) -> Review:
         run=manifest["run"],
         title=manifest["title"],
         exploratory=judged.exploratory,
+        quick=manifest["purpose"] == QUICK,
         plan=plan,
         deviations=tuple(manifest.get("deviations", ())),
         comparisons=tuple(judged.comparisons),
@@ -412,6 +416,7 @@ def text(found: Review) -> str:
     """Returns the text that `saelab verdict` prints for one run."""
     plan = found.plan
     kind = "exploratory" if found.exploratory else "confirmatory"
+    kind = "quick form, no part of the study" if found.quick else kind
     heading = (
         f"{found.run}: {found.title} ({kind})\n{plan.primary} ({found.definition}, "
         f"{plan.direction} is better), plan {found.plan_hash}"

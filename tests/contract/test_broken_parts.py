@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from broken_parts import BROKEN, FromWeights, Rectifier, Term, case_of, config_o
 from projects import as_if_fresh
 from typer.testing import CliRunner
 
-from saelab.checks.battery import name_of, run_battery
+from saelab.checks.battery import lines_of, name_of, run_battery
 from saelab.cli import app
 from saelab.errors import SettingError
 from saelab.parts import TABLE, register
@@ -37,7 +38,8 @@ def test_each_mistake_is_caught(seam: str, check: str, part: type[Any]) -> None:
     failed = {finding.check for finding in findings}
     assert check in failed and "settings" not in failed, findings
     named = next(finding for finding in findings if finding.check == check)
-    assert named.line().startswith("FAILS") and "\n" not in named.mistake
+    assert any(line.startswith("FAILS") for line in lines_of(findings))
+    assert "\n" not in named.mistake
     assert len(named.mistake) > 30 and ": " in named.mistake
 
 
@@ -49,7 +51,7 @@ PLAIN.append(("activation", FromWeights))
 def test_the_parts_that_they_are_made_of_pass(seam: str, part: type[Any]) -> None:
     register(seam, config_of(part))
     findings = list(run_battery(case_of(seam, part)))
-    assert not [finding.line() for finding in findings if finding.mistake]
+    assert not [finding for finding in findings if finding.mistake]
     assert {finding.check for finding in findings} >= {name for name in ("forget", "resume")}
     assert len(findings) > (17 if seam == "activation" else 12)
 
@@ -89,7 +91,18 @@ RUNS = {{}}
     ("end", "register", "code", "words"),
     [
         ("", 'saelab.register("loss", MineConfig)', 0, ["ok", "loss-mine", "resume"]),
-        (".sum(1)", 'saelab.register("loss", MineConfig)', 2, ["FAILS  loss-mine  loss"]),
+        (
+            ".sum(1)",
+            'saelab.register("loss", MineConfig)',
+            2,
+            ["FAILS  loss-mine  preactivations, loss,"],
+        ),
+        (
+            ".oops",
+            'saelab.register("loss", MineConfig)',
+            2,
+            ["no attribute 'oops' (experiment.py:17)"],
+        ),
         ("", "", 2, ["registers no part", "saelab.register"]),
     ],
 )
@@ -100,6 +113,19 @@ def test_the_command(end: str, register: str, code: int, words: list[str], tmp_p
         done = CliRunner().invoke(app, ["check-part", str(file)])
     assert done.exit_code == code and "Traceback" not in done.output
     assert all(word in done.output for word in words), done.output
+    assert "\\n" not in done.output and done.output.count(words[-1]) == 1
+
+
+def test_the_command_prints_the_list_where_a_check_fails_too(tmp_path: Path) -> None:
+    with as_if_fresh():
+        file = tmp_path / "experiment.py"
+        file.write_text(FILE.format(end=".oops", register='saelab.register("loss", MineConfig)'))
+        done = CliRunner().invoke(app, ["check-part", str(file), "--json"])
+    rows = json.loads(done.stdout)
+    failed = [row for row in rows if row["mistake"]]
+    assert done.exit_code == 2 and 3 < len(failed) < len(rows)
+    assert {row["place"] for row in failed} == {"experiment.py:17"}
+    assert f"{len(failed)} of {len(rows)} checks fail: correct the part" in done.stderr
 
 
 def test_every_check_has_something_that_it_catches() -> None:

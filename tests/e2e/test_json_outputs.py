@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,9 +36,42 @@ def check(command: str, out: str) -> Any:
     """Checks an output against its schema, and that the schema has a meaning for every field."""
     data, schema = json.loads(out), schema_of(command)
     Draft202012Validator.check_schema(schema)
-    errors = [error.message for error in Draft202012Validator(schema).iter_errors(data)]
+    errors = [error.message for error in Draft202012Validator(closed(schema)).iter_errors(data)]
     assert not errors, errors[:3]
     return data
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without room for fields that it does not name."""
+    shut = copy.deepcopy(schema)
+    for one in [shut, *shut.get("$defs", {}).values()]:
+        if "properties" in one:
+            one.setdefault("additionalProperties", False)
+    return shut
+
+
+def test_the_script_of_the_page_reads_a_run(project: Project) -> None:
+    page = (Path(__file__).parents[2] / "docs/reference/json.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    called = script.replace('["saelab",', '[sys.executable, "-m", "saelab",')
+    assert called != script
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{called}"],
+        cwd=project.folder,
+        capture_output=True,
+        text=True,
+    )
+    (comparison,) = check("verdict", cli(project.folder, "verdict", "run_1", "--json").out)[0][
+        "comparisons"
+    ]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"run_1 {comparison['arm']} {comparison['word']}")
+
+
+def test_later_versions_may_add_fields() -> None:
+    schema = schema_of("latent")
+    assert '"additionalProperties": false' not in json.dumps(schema)
+    assert closed(schema)["additionalProperties"] is False
 
 
 def test_every_command_has_json_and_a_schema() -> None:

@@ -1,4 +1,6 @@
-"""Writes the pages of docs/reference (but api.md) from the code: `python docs/tools/reference.py`.
+"""Writes the pages of docs/reference from the code: `python docs/tools/reference.py`.
+
+Of api.md the signatures at its end alone are written.
 
 Every example is a value that the code accepts: one of a shipped config where a config has it, one
 written below, or one that is derived from type, range and default.
@@ -6,6 +8,7 @@ written below, or one that is derived from type, range and default.
 
 from __future__ import annotations
 
+import inspect
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import command_pages
+from pydantic import BaseModel
 
+import saelab
 from saelab.checks.examples import FIELDS, Case
 from saelab.checks.list_of_parts import PRESET, about, as_dicts, describe
 from saelab.errors import SettingError
@@ -31,6 +36,7 @@ from saelab.study.plan import BaseConfig, PlanConfig
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "reference"
+SIGNATURES = "## Signatures"
 NOTE = "<!-- Written by `python docs/tools/reference.py` from the code: do not edit. -->\n"
 ABOUT_SETTINGS = f"""\
 {NOTE}
@@ -459,10 +465,36 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 
 
+def with_signatures(page: str) -> str:
+    """Returns api.md with the signature of each public name, and the first line of its description,
+    at its end: for those who read the file itself, in which `:::` stands for them."""
+    names = re.findall(r"^::: saelab\.(\w+)$", page, re.MULTILINE)
+    lines = [SIGNATURES, "", "```text"]
+    for name in names:
+        value = getattr(saelab, name)
+        about = (inspect.getdoc(value) or "").split("\n\n")[0]
+        lines += [f"{name}{_signature(value)}", *(f"    {line}" for line in about.split("\n")), ""]
+    return "\n".join([page.partition(SIGNATURES)[0].rstrip("\n"), "", *lines[:-1], "```"]) + "\n"
+
+
+def _signature(value: Any) -> str:
+    """Returns arguments and defaults; those of settings are on their own page."""
+    if isinstance(value, type) and issubclass(value, BaseModel):
+        return "(...)"
+    signature = inspect.signature(value)
+    parameters = [
+        p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()
+    ]
+    plain = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
+    return str(plain).replace("<factory>", "...")
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, page in PAGES.items():
         (FOLDER / name).write_text(page(), encoding="utf-8")
+    api = FOLDER / "api.md"
+    api.write_text(with_signatures(api.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import saelab
 from saelab.checks import functions, life
 from saelab.checks.examples import Case, cases
 from saelab.checks.mistakes import PartMistake
@@ -21,7 +20,7 @@ from saelab.parts import TABLE
 
 Check = Callable[[Case, int], None]
 #: Folder of this package, whose frames are not a part's own.
-PACKAGE = Path(saelab.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 #: Checks of all parts, in the order in which a mistake is easiest to read.
 OF_ALL: tuple[Check, ...] = (
     life.check_settings,

@@ -60,6 +60,7 @@ from saelab.study.plan import (
     ParallelConfig,
     PlanConfig,
     arm_settings,
+    describe_probing,
     first_wave,
     later_arms,
     resolve,
@@ -262,7 +263,8 @@ def _launched(
         mark(info, QUICK, MARK)
     record.write_verdict(judged, info, collected.rows, time.monotonic() - start, left)
     _check_baseline(task, judged.arms)
-    shown = table(info, judged.comparisons, task.plan, collected.controls, judged.rivals)
+    probed = describe_probing(ready.base)
+    shown = table(info, judged.comparisons, task.plan, collected.controls, judged.rivals, probed)
     if judged.across:
         shown += "\n\n" + across_text(judged.across)
     return _Outcome(judged, shown, decisions)

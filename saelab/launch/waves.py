@@ -223,6 +223,8 @@ class _Wave:
         tokens: that its cells, and the control that is trained, are trained on.
         controls: whether control subjects are among the jobs.
         twins: cells of the A/A twin among them.
+        trained_controls: number of controls that are trained: the twin's cells, and the frozen
+            decoder's.
     """
 
     ready: PreparedLaunch
@@ -232,6 +234,7 @@ class _Wave:
     tokens: float
     controls: bool
     twins: list[CellSpec]
+    trained_controls: int
 
     @property
     def measured(self) -> Measured:
@@ -272,6 +275,7 @@ def _wave(ready: PreparedLaunch, taken: Collection[Path] = ()) -> _Wave:
         tokens=sum(config.tokens for config in trainings),
         controls=bool(beside),
         twins=[twin for twin in ready.twins if twin.id in {control.id for control in trained}],
+        trained_controls=len(trained),
     )
 
 
@@ -292,10 +296,13 @@ def _run(task: Launch, waves: Sequence[_Wave], workers: int, logs: Path) -> None
     seconds = [
         training_seconds([*w.specs, *w.twins], w.measured, at_once, w.controls) for w in waves
     ]
+    n_beside = sum(wave.trained_controls for wave in waves)
+    beside = f" and {count(n_beside, 'trained control')}" if n_beside else ""
     if not task.quiet:
         print(
             f"{task.label}: {count(sum(len(wave.specs) for wave in waves), 'cell')} to train "
-            f"({sum(wave.cached for wave in waves)} in the cache), {count(workers, 'worker')}, "
+            f"({sum(wave.cached for wave in waves)} in the cache){beside}, "
+            f"{count(workers, 'worker')}, "
             f"about {clock(sum(seconds))}",
             file=sys.stderr,
         )

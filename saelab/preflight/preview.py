@@ -421,7 +421,7 @@ def check_text(run: RunCheck) -> str:
         f"{count(run.tokens, 'token')}, about "
         f"{clock(run.seconds)} with {count(run.workers, 'worker')} and nothing in the cache",
         f"  {run.needs.line()}",
-        f"  {describe_calibration(run.base)}",
+        f"  {describe_calibration(run.base, [spec.sae for spec in run.specs])}",
     ]
     lines += _setting_lines(run)
     for arm in run.arms:

@@ -224,7 +224,7 @@ def _plans(reviews: Sequence[Review]) -> list[dict[str, Any]]:
             {
                 "hash": one.plan_hash,
                 "runs": [],
-                "question": question(plan),
+                "question": question(plan, bool(one.comparisons)),
                 "rows": _plan_rows(plan),
                 "exclusions": list(plan.exclusions),
                 "deviations": {},
@@ -236,8 +236,10 @@ def _plans(reviews: Sequence[Review]) -> list[dict[str, Any]]:
     return list(plans.values())
 
 
-def question(plan: PlanConfig) -> str:
-    """Question that a plan asks, as one sentence."""
+def question(plan: PlanConfig, compares: bool = True) -> str:
+    """Question that a plan asks, as one sentence; of one arm alone how good it is."""
+    if not compares:
+        return f"How good is the SAE that {plan.base} describes?"
     where = f"at L0 {plan.target_l0:g}" if plan.target_l0 else "at its own L0"
     name = verdict_table.metric_name(plan.primary)
     return (
@@ -396,7 +398,8 @@ def _gate_row(arm: str, check: str, expected: bool, notes: Sequence[CellNote]) -
 
 
 def _missing(run: Run) -> list[str]:
-    """Lists metrics over all data that were not measured at the target, and why."""
+    """Lists metrics over all data that were not measured at the target, one line for each reason
+    and the arms that it holds for."""
     lost: Counter[tuple[str, str, str]] = Counter()
     for metric, slice in run.values:
         if not slice:
@@ -406,7 +409,10 @@ def _missing(run: Run) -> list[str]:
     arms: dict[tuple[str, str], list[str]] = {}
     for (metric, arm, reason), n in lost.items():
         arms.setdefault((metric, reason), []).append(f"{legend_name(arm)} ({n})")
-    return [f"{metric}: {', '.join(names)}: {reason}" for (metric, reason), names in arms.items()]
+    metrics: dict[tuple[str, str], list[str]] = {}
+    for (metric, reason), names in arms.items():
+        metrics.setdefault((reason, ", ".join(names)), []).append(metric)
+    return [f"{reason}: {', '.join(those)} of {of}" for (reason, of), those in metrics.items()]
 
 
 def _source_line(checked: Review, manifest: Mapping[str, Any]) -> str:

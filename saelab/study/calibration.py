@@ -6,6 +6,9 @@ has seen (`saelab.training.calibration_text`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from saelab.sae import SAEConfig
 from saelab.study.plan import BaseConfig
 
 #: Fewest tokens that L0 is calibrated on. Our choice: L0 of 128 contexts has a standard error of
@@ -31,8 +34,15 @@ def why_not_calibrated(base: BaseConfig) -> str:
     return f"it needs {LEAST_TOKENS:,} held-out tokens (evaluation.calibration_tokens)"
 
 
-def describe_calibration(base: BaseConfig) -> str:
-    """Returns one line on what L0 is calibrated on, or why it is not."""
+def describe_calibration(base: BaseConfig, saes: Sequence[SAEConfig]) -> str:
+    """Returns one line on what L0 is calibrated on, or why it is not.
+
+    Args:
+        saes: settings of the arms.
+    """
+    d_out = 2 if base.target_hooks else None
+    if saes and not any(sae.outline(d_out=d_out).raise_thresholds(0.0) for sae in saes):
+        return "L0 is what each activation selects: no threshold is to be calibrated"
     if reason := why_not_calibrated(base):
         return f"L0 is held on training batches and not calibrated on held-out text: {reason}"
     tokens = calibration_tokens(base)

@@ -27,6 +27,10 @@ class TableConfig(Frozen):
     label_column: str = "label"
 
 
+#: The probing texts that come with the package.
+OF_EMBEDDED = "pieces of Python's standard library (package, syntax, comment or docstring)"
+
+
 class ProbingConfig(Frozen):
     """Sparse probing inside runs.
 
@@ -49,6 +53,22 @@ class ProbingConfig(Frozen):
     test_size: PositiveInt = 250
     context: PositiveInt = 64
     k_values: tuple[PositiveInt, ...] = (1, 2, 5, 10, 20, 50)
+
+    def describe(self, model: str) -> str:
+        """Names the texts that probes are trained on, in one line; '' where there are none.
+
+        Args:
+            model: path of the language model, which may not read such texts well.
+        """
+        names = {"embedded": OF_EMBEDDED, "saebench": "SAEBench's data sets", "none": ""}
+        tables = [f"the table {table.name}" for table in self.tables]
+        texts = [name for name in (names[self.entries], *tables) if name]
+        if not texts:
+            return ""
+        line = f"probes (k latents, or all) are trained on {' and '.join(texts)}"
+        if self.entries == "embedded" and model != "embedded":
+            line += ", whatever the model was trained on; evaluation.probing names other texts"
+        return line
 
 
 class EvalConfig(Frozen):

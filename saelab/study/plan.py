@@ -281,6 +281,12 @@ def read_plan(path: Path) -> PlanConfig:
     return PlanConfig.parse(read_toml(path), where=path.name)
 
 
+def describe_probing(base: BaseConfig) -> str:
+    """Names the texts of sparse probing in one line; '' for settings without any."""
+    foreign = base.activations is not None
+    return "" if foreign else base.evaluation.probing.describe(base.model.path)
+
+
 def read_base(path: Path) -> BaseConfig:
     return BaseConfig.parse(read_toml(path), where=path.name)
 

@@ -88,8 +88,7 @@ class Review:
         budget: the study's error budget after this run; None outside a study.
         over_texts: interval over documents of each comparison, in their order.
         across: every arm over all settings; () for a plan without further settings.
-        twin, planted: the verdicts on the baseline at other seeds and on an effect of known size;
-            None where the run has none.
+        twin, planted: verdicts on the baseline at other seeds, on an effect of known size; or None.
         losses: of the language model, in nats; None where it has none.
     """
 
@@ -415,8 +414,8 @@ def counted(reviews: Sequence[Review]) -> str:
 def text(found: Review) -> str:
     """Returns the text that `saelab verdict` prints for one run."""
     plan = found.plan
-    kind = "exploratory" if found.exploratory else "confirmatory"
-    kind = "quick form, no part of the study" if found.quick else kind
+    explored = "quick, no part of the study" if found.quick else "exploratory"
+    kind = explored if found.exploratory else "confirmatory"
     heading = (
         f"{found.run}: {found.title} ({kind})\n{plan.primary} ({found.definition}, "
         f"{plan.direction} is better), plan {found.plan_hash}"

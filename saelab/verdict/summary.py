@@ -11,7 +11,7 @@ from saelab.runs.random_code import SHARE
 from saelab.runs.schema import QUICK
 from saelab.runtime.counting import count
 from saelab.runtime.safe_text import markdown
-from saelab.study.plan import BASELINE, PlanConfig
+from saelab.study.plan import BASELINE, PlanConfig, describe_probing
 from saelab.study.registry import Attempt, plan_hash
 from saelab.verdict.agreement import agreement_text, coverage_text
 from saelab.verdict.judge import COVERS, Comparison
@@ -45,6 +45,13 @@ COLUMNS = {
 #: Columns that stand there only where some subject has a number: probing may be left out.
 PROBES = frozenset(name for name, head in COLUMNS.items() if head.startswith(("probe", "AUC")))
 
+#: Meaning of the columns of losses.
+MEANINGS = (
+    "Loss: with the SAE's reconstruction in place of the activation; rise: above the clean loss; "
+    "loss recovered: share of the way from zeros to clean; from the random code: share of the way "
+    "from an untrained SAE to clean."
+)
+
 #: The metric of pairs of seeds that the summary shows.
 AGREEMENT = "consistency.seeds"
 
@@ -55,9 +62,11 @@ def table(
     plan: PlanConfig,
     rows: Sequence[Mapping[str, Any]] = (),
     rivals: Sequence[Rival] = (),
+    probed: str = "",
 ) -> str:
     """Table of arms x metrics: mean and 95% t interval (half width) over seeds, and the verdict;
-    then the controls among the rows, with means alone, and those that are as good as an arm."""
+    then the controls among the rows, with means alone, a line on what was probed (`probed`), and
+    the controls that are as good as an arm."""
     words = {c.arm: c.word for c in comparisons}
     verdict = [f"verdict on {plan.primary}"] if comparisons else []
     controls = control_values(rows)
@@ -72,13 +81,14 @@ def table(
         seeds = max((len(v) for v in group["final_info_dict"].values()), default=0)
         values = group["final_info_dict"]
         cells = [mean_and_half_width(values.get(metric, [])) for metric in columns]
-        name = arm if comparisons else f"as {plan.base} says"
+        name = arm if comparisons else f"{arm} ({plan.base})"
         lines.append([name, str(seeds), *cells, *([words.get(arm, "")] if verdict else [])])
     for name, means in controls.items():
         cells = [f"{means[metric]:.4g}" if metric in means else "-" for metric in columns]
         lines.append([name, "", *cells, *([""] if verdict else [])])
     losses, loud = losses_of_run(rows), rivals_sentence(rivals)
-    below = [*([losses.line()] if losses else []), *([loud] if loud else [])]
+    below = [*([losses.line()] if losses else []), *([probed] if probed else [])]
+    below += [loud] if loud else []
     return "\n\n".join([align_columns(lines), *below])
 
 
@@ -164,6 +174,8 @@ def summary_text(
     lines += ["", "**Gate.**", "", *_gate_lines(arms)]
     if of_controls:
         lines += ["", "**Controls.**", "", *of_controls]
+    if probed := describe_probing(task.base.patched(dict(task.run.changes))):
+        lines += ["", f"**Probing.** {markdown(probed[0].upper() + probed[1:])}."]
     if agreements := agreement_lines(arms):
         lines += ["", "**Agreement between seeds.**", "", *agreements]
     if earlier:
@@ -242,7 +254,7 @@ def _loss_lines(losses: Losses) -> list[str]:
     table = [HEADS, ("---",) * len(HEADS), *losses.lines()]
     rows = [f"| {' | '.join(markdown(cell) for cell in row)} |" for row in table]
     line = losses.line()
-    return [f"{markdown(line[0].upper() + line[1:])}.", "", *rows]
+    return [f"{markdown(line[0].upper() + line[1:])}. {MEANINGS}", "", *rows]
 
 
 def agreement_lines(arms: Mapping[str, ArmResult]) -> list[str]:

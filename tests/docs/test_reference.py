@@ -89,6 +89,12 @@ def test_a_setting_without_an_example_is_named(writer: Any) -> None:
     assert writer.example_of_file(refused, {"train.lr": -1.0}) == "train.lr = 0.002"
 
 
+def test_the_api_page_ends_with_the_signatures(writer: Any) -> None:
+    text = (REFERENCE / "api.md").read_text(encoding="utf-8")
+    assert text == writer.with_signatures(text)
+    assert "\nattach(model, sae, hook=None, *" in text
+
+
 def test_the_api_page_has_every_public_name() -> None:
     text = (REFERENCE / "api.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^::: saelab\.(\w+)$", text, re.M)) == sorted(saelab.__all__)

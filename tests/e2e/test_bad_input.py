@@ -137,7 +137,7 @@ EDITS: dict[str, tuple[tuple[str, str, str], tuple[str, ...]]] = {
     ),
     "more tokens than there are": (
         (TO_BASE, "2_048", "5_000_000"),
-        ("train.txt", "5,000,000 are wanted", "lower the number of tokens"),
+        ("train.txt", "5,000,000 are wanted", "lower train.tokens or evaluation.tokens to 6,138"),
     ),
     "more evaluation tokens than there are": (
         (TO_BASE, "1_000", "5_000_000"),

@@ -187,8 +187,24 @@ def test_one_cell_is_the_repository_itself(hub: Hub, project: Project, tmp_path:
     }
     assert not hub.requests
     card = (out / "README.md").read_text()
-    assert f"saelab push run_1/cells/scaled/{cell.name}" in card and USER not in card
+    assert f"saelab push run_1/cells/scaled/{cell.name} one" in card and USER not in card
+    assert 'saelab.load("one")' in card and "hub:" not in card
     assert "| (this repository) | scaled |" in card
+
+
+def test_a_single_training_is_named_by_its_command(project: Project, tmp_path: Path) -> None:
+    trained = cli(
+        project.folder, "train", "configs/small.toml", "--out_dir", "alone", "--seeds", "2"
+    )
+    assert trained.code == 0, trained.err
+    succeeded(cli(project.folder, "push", "alone", str(tmp_path / "shared")))
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert (
+        "    saelab train small.toml --out_dir alone --seeds 2\n    saelab push alone shared"
+        in card
+    )
+    place = card.partition('saelab.load("')[2].partition('")')[0]
+    assert place.startswith("shared/baseline/") and (tmp_path / place / "cfg.json").is_file()
 
 
 def test_an_sae_without_a_run_has_no_verdict(hub: Hub, tmp_path: Path) -> None:

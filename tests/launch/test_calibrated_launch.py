@@ -81,7 +81,7 @@ def test_without_calibration_text_the_reason_is_given(
     data = prepare(base.patched(changes), tmp_path / "cache", "cpu")
     assert data.calibration is None and reason in data.why_no_calibration
     if calibration_tokens(base.patched(changes)) == 0:
-        assert reason in describe_calibration(base.patched(changes))
+        assert reason in describe_calibration(base.patched(changes), [])
 
 
 def test_an_evaluation_alone_harvests_none(base: BaseConfig, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_its_harvest_is_counted(base: BaseConfig) -> None:
     without = base.patched({"evaluation.calibration_tokens": 0})
     assert launch_needs(base, [], 1, 4).disk > launch_needs(without, [], 1, 4).disk
     assert preparation_seconds(base) > preparation_seconds(without)
-    assert "2,000 held-out tokens that no metric reads" in describe_calibration(base)
+    assert "2,000 held-out tokens that no metric reads" in describe_calibration(base, [base.sae])
 
 
 def rewritten(source: FolderSource, folder: Path, factor: float) -> FolderSource:

@@ -7,15 +7,16 @@ numbers, with nothing left out but what to try next. No path of this disk is in 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from saelab.analysis.sharing.public_names import public
 from saelab.errors import SourceError
 from saelab.runs.folder import SUMMARY, Member, RunFolder
-from saelab.runs.schema import PROVENANCE
+from saelab.runs.schema import PROVENANCE, QUICK
 from saelab.runtime.counting import count
 from saelab.runtime.safe_text import markdown
 from saelab.study.plan import BASELINE, base_of_run
@@ -60,7 +61,7 @@ def card(saes: Sequence[One], run: RunFolder | None, name: str, command: str) ->
     Args:
         saes: at least one.
         run: that they are of; None for other SAEs, of which there is no verdict.
-        name: 'owner/name' of the repository.
+        name: 'owner/name' of the repository, or the name of a folder that is sent nowhere.
         command: that pushes them.
 
     Raises: SourceError for a run without its summary.
@@ -132,14 +133,15 @@ def _sentence(c: Comparison) -> str:
 
 
 def _use(saes: Sequence[One], name: str) -> str:
-    place = saes[0].place
-    path = f":{place}" if place else ""
+    first = PurePosixPath(name, saes[0].place).as_posix()
+    if _HUB.fullmatch(name):
+        first = ":".join(part for part in (f"hub:{name}", saes[0].place) if part)
     return "\n".join(
         [
             "```python",
             "import saelab",
             "",
-            f'sae = saelab.load("hub:{name}{path}")',
+            f'sae = saelab.load("{first}")',
             "x_hat = sae.complete(sae.decode(sae.encode(x)), x)  # x: rows of activations",
             "```",
         ]
@@ -212,4 +214,16 @@ def _provenance(saes: Sequence[One], run: RunFolder | None, review: Review | Non
 
 
 def _commands(run: RunFolder | None, command: str) -> list[str]:
-    return [*([f"saelab run {run.folder.resolve().name}"] if run else []), command]
+    return [*([_command_of(run)] if run else []), command]
+
+
+def _command_of(run: RunFolder) -> str:
+    """Returns the command that made a run, as far as its manifest says."""
+    name, manifest = run.folder.resolve().name, run.manifest
+    plan, base = manifest.get("plan", {}), str(manifest.get("plan", {}).get("base", ""))
+    if len(manifest.get("arms", ())) == 1 and plan.get("target_l0") is None:  # of saelab train
+        words = ["saelab", "train", Path(base).name, "--out_dir", name]
+        seeds = int(plan.get("seeds", 1))
+        return shlex.join([*words, *(["--seeds", str(seeds)] if seeds > 1 else [])])
+    quick = ["--quick"] if manifest.get("purpose") == QUICK else []
+    return shlex.join(["saelab", "run", name, *quick])

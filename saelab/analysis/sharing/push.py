@@ -82,7 +82,7 @@ def to_folder(selection: Selection, folder: Path, name: str) -> Pushed:
     """Writes the files of a push to a new folder, and sends nothing.
 
     Args:
-        name: 'owner/name' of the repository that the card names.
+        name: 'owner/name' of the repository that the card names, or the name of the folder.
 
     Raises: SourceError for a folder that is not empty; as `write`.
     """
@@ -138,7 +138,7 @@ def write(selection: Selection, folder: Path, name: str) -> None:
         with _naming(path):
             saelens.save(sae, folder / place, data)
         saes.append(One(place=place, d_in=sae.d_in, d_sae=sae.d_sae, cell=cell, about=data))
-    text = card(saes, run, name, selection.command(f"hub:{name}"))
+    text = card(saes, run, name, selection.command(f"hub:{name}" if "/" in name else name))
     write_text(folder / README, text)
     if run is not None:
         write_json(folder / VERDICT, public_data(review_run(run).as_dict()))

@@ -196,7 +196,7 @@ def _fill_contexts(
         if count >= tokens:
             break
     if count < tokens:
-        lower = f"lower the number of tokens to {count:,} or " if count else ""
+        lower = f"lower train.tokens or evaluation.tokens to {count:,}, or " if count else ""
         raise ShortTextError(
             f"{title} has only {count:,} tokens in contexts of {context}, {tokens:,} are wanted: "
             f"{lower}name a larger text"

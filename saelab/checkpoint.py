@@ -83,8 +83,9 @@ def _parse(settings: dict[str, Any], file: Path) -> SAEConfig:
         if error.setting.rpartition(".")[2] != "kind":
             raise
         remedy = (
-            f"{error.remedy}; if it is a part of a study, name the file that registers it: "
-            "saelab.load(folder, experiment='experiment.py'), or --experiment experiment.py"
+            "a part of a study needs the file that registers it: "
+            "saelab.load(folder, experiment='experiment.py'), or --experiment experiment.py; "
+            f"else it is an {error.remedy}"
         )
         raise SettingError(error.setting, error.value, remedy) from None
 

@@ -37,6 +37,7 @@ from saelab.runtime.allocator import keep_freed_memory
 
 K = 32
 SHAPES = (
+    Shape(192, 1536, 512, turns=7, steps=5, settle=2),
     Shape(192, 3072, 256, turns=7, steps=5, settle=2),
     Shape(192, 3072, 2048, turns=7, steps=1, settle=1),
     Shape(2304, 2304, 1024, turns=5),

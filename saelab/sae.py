@@ -28,7 +28,8 @@ call every method together. The code of a training pass covers the latents of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, final
 
@@ -44,6 +45,7 @@ from saelab.errors import SettingError, naming_setting, shorten
 from saelab.kernels import (
     Code,
     Precision,
+    Screen,
     Support,
     decode_at,
     decode_with_norms,
@@ -336,7 +338,9 @@ class SAE(nn.Module):
         self.observers = _build_parts("observers", config.observers, dims)
         one = len(dims.target_blocks) == 1  # the kernel gives the norm of the whole row
         self._norms_wanted = one and any(t.uses_decoder_norms for t in self.loss_terms().values())
-        self._z_wanted = any(part.uses_preactivations for part in self.parts())
+        readers = [part for part in self.parts() if part.uses_preactivations]
+        self._z_may_be_wanted = bool(readers)
+        self._z_wanted = not all(part.reads_them_rarely for part in readers)
         for part in self.parts():
             part.ranks = dims.ranks
         if checked:
@@ -618,20 +622,45 @@ class SAE(nn.Module):
             batch_rows=batch_rows,
         )
 
-    def _code(self, u: Tensor, starts: Tensor | None) -> tuple[Code, Tensor | None]:
-        """Computes the code with its gradients, and all pre-activations if a part reads them."""
+    def _code(
+        self, u: Tensor, starts: Tensor | None
+    ) -> tuple[Code, Tensor | Callable[[], Tensor] | None]:
+        """Computes the code with its gradients, and all pre-activations if a part reads them; if
+        only rarely, perhaps a function that computes them."""
         if self.activation.uses_weights:
             return self.activation.encode(u, self.weights()), None
         dtype = selection_dtype(self.config.precision, u.device) if self.training else u.dtype
+        if self.training and (found := self._screened(u)) is not None:
+            pre = encode_at(u, self.W_enc, self.b_enc, *found, self._centre_of_gradient())
+            code = Code(self.activation.at(pre, found[0]), pre, found[0])
+            lazy = partial(preactivations, u, self.W_enc, self.b_enc, dtype)
+            return code, lazy if self._z_may_be_wanted else None
         z = preactivations(u, self.W_enc, self.b_enc, dtype)
         support = self._support(z, starts)
-        returned = z if self._z_wanted else None
+        returned = z if self._z_may_be_wanted else None
         if support is None:
             del z
             pre = self.encode_all(u)
             return Code(self._dense(pre, starts), pre, None), returned
         pre = self.encode_at(u, support, z)
         return Code(self.activation.at(pre, support), pre, support), returned
+
+    @torch.no_grad()
+    def _screened(self, u: Tensor) -> tuple[Support, Tensor] | None:
+        """Selects pairs by an int8 product and computes their values, [nnz]; None where another
+        selection must do."""
+        rule = self.activation
+        k, floor = rule.selection_k(), rule.selection_floor()
+        if not self.ranks.alone or self._z_wanted or (k is None and floor is None):
+            return None
+        screen = Screen.of(self.W_enc, u, self.config.precision, of_rows=k is not None)
+        if screen is None:
+            return None
+        if k is not None:
+            return screen.selected_topk(u, self.W_enc, self.b_enc, k)
+        assert floor is not None
+        found = screen.selected(u, self.W_enc, self.b_enc, floor)
+        return None if found is None else rule.narrow(*found)
 
     @torch.no_grad()
     def _support(self, z: Tensor, starts: Tensor | None) -> Support | None:
@@ -745,9 +774,10 @@ class SAE(nn.Module):
     def codes(self, x: Tensor, starts: Tensor | None = None) -> Iterator[tuple[slice, Code]]:
         """Yields the code of `encode` without its zeros, in blocks of ROWS rows or whole segments.
 
-        If the selection is in bfloat16, the floors are lowered by more than its largest rounding
-        error, so that no active latent is missed; the values are float32. A code that is not sparse
-        is yielded dense. An activation that `uses_weights` computes everything in float32.
+        If the selection is in int8 or bfloat16, the floors are lowered by more than its largest
+        rounding error, so that no active latent is missed; the values are float32. A code that is
+        not sparse is yielded dense. An activation that `uses_weights` computes everything in
+        float32.
 
         Args:
             x: raw activations [n, d_in].
@@ -765,8 +795,16 @@ class SAE(nn.Module):
         w_enc, b_enc = self.W_enc.to(dtype), self.b_enc.to(dtype)
         norms = torch.linalg.vector_norm(self.W_enc, dim=1)
         inputs = self.encoder_input(x)
+        k = self.activation.selection_k()
+        screen = None
+        if floor is not None or (k is not None and self.ranks.alone):
+            screen = Screen.of(self.W_enc, inputs, self.config.precision, of_rows=floor is None)
         for rows, block_starts in self._row_blocks(len(x), starts):
             u = inputs[rows]
+            found = None if screen is None else self._screened_at_inference(screen, u)
+            if found is not None:
+                yield rows, self._gathered(self._code_at(u, found, block_starts))
+                continue
             z = preactivations(u, w_enc, b_enc, dtype)
             if floor is None or dtype == torch.float32:
                 support = self._support(z, block_starts)
@@ -774,9 +812,20 @@ class SAE(nn.Module):
                 longest = torch.linalg.vector_norm(u, dim=1).max()
                 error = ROUNDING * (norms * longest + self.b_enc.abs() + floor.abs())
                 support = support_above(z, floor - error)
-            code = self._code_at(u, support, block_starts)
-            split = self.ranks.latents > 1
-            yield rows, gather_code(code, self.d_sae, self.ranks) if split else code
+            yield rows, self._gathered(self._code_at(u, support, block_starts))
+
+    def _screened_at_inference(self, screen: Screen, u: Tensor) -> Support | None:
+        """Selects at least the active pairs of a block of rows; None where a screen can't."""
+        floor, k = self.activation.floor(), self.activation.selection_k()
+        if floor is not None:
+            return screen.candidates(u, self.b_enc, floor)
+        assert k is not None
+        found = screen.selected_topk(u, self.W_enc, self.b_enc, k)
+        return None if found is None else found[0]
+
+    def _gathered(self, code: Code) -> Code:
+        """Returns the code of all latents from this rank's."""
+        return gather_code(code, self.d_sae, self.ranks) if self.ranks.latents > 1 else code
 
     def _codes_from_weights(self, u: Tensor) -> Iterator[tuple[slice, Code]]:
         """Yields the codes of an activation that `uses_weights`, in blocks of ROWS rows."""

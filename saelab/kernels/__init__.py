@@ -22,6 +22,7 @@ from saelab.kernels.functions import (
     with_gradient,
 )
 from saelab.kernels.over_ranks import gather_code, select_latents, topk_over_ranks
+from saelab.kernels.screen import Screen
 from saelab.kernels.straight_through import gate, jump
 from saelab.kernels.table import (
     Precision,
@@ -36,6 +37,7 @@ __all__ = [
     "Adaptation",
     "Code",
     "Precision",
+    "Screen",
     "Support",
     "decode_at",
     "decode_with_norms",

@@ -22,6 +22,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from saelab.runtime.system import cpu_features, is_private, user_number
 from saelab.storage.atomic import WriteError, sha256, write_atomically, write_text
 from saelab.storage.small_files import read_small_text
@@ -47,7 +49,7 @@ def load_library() -> ctypes.CDLL:
         raise Unavailable("they are not built on Windows")
     compiler = _compiler()
     key = hashlib.sha256(SOURCE.read_bytes())
-    key.update(repr((_version(compiler), compiler[1:], FLAGS, _cpu())).encode())
+    key.update(repr((_version(compiler), compiler[1:], flags(), _cpu())).encode())
     name = f"saelab-{key.hexdigest()[:16]}.so"
     reason = ""
     for folder in _folders():
@@ -76,7 +78,7 @@ def library_file(file: Path, compiler: Sequence[str]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     checksum.unlink(missing_ok=True)
     write_atomically(
-        file, lambda temporary: _output([*compiler, *FLAGS, str(SOURCE), "-o", str(temporary)])
+        file, lambda temporary: _output([*compiler, *flags(), str(SOURCE), "-o", str(temporary)])
     )
     write_text(checksum, sha256(file) + "\n")
     return file
@@ -88,6 +90,13 @@ def _matches(file: Path, checksum: Path) -> bool:
         return read_small_text(checksum).strip() == sha256(file)
     except (OSError, ValueError):
         return False
+
+
+def flags() -> tuple[str, ...]:
+    """Returns the options of the compiler. Where ATEN_CPU_CAPABILITY=avx2 tells torch to do without
+    AVX512, so does the compiler, as on a processor that has none."""
+    masked = torch.backends.cpu.get_cpu_capability() == "AVX2" and "avx512f" in cpu_features()
+    return (*FLAGS, *(("-mno-avx512f",) if masked else ()))
 
 
 def _compiler() -> list[str]:

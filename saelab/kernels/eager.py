@@ -43,6 +43,98 @@ def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] 
     return torch.searchsorted(flat, first_of_row), flat % mask.shape[1]
 
 
+def quantise(x: Tensor, columns: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Rounds each row of x * columns to whole multiples of its own scale.
+
+    Args:
+        x: float32 [N, d].
+        columns: factors of the columns, float32 [d].
+        limit: the largest multiple.
+
+    Returns: the multiples, int8 [N, d]; and float32 [3, N], of each row the scale, the norm, and
+        the norm of what rounding left out. A row of zeros has the scale 1.
+    """
+    scaled = x * columns
+    most = scaled.abs().amax(1)
+    scale = torch.where(most > 0, most / limit, 1)
+    steps = scaled * (1 / scale)[:, None]
+    q = (steps + torch.copysign(steps.new_tensor(0.5), steps)).trunc().clamp(-limit, limit)
+    left = torch.linalg.vector_norm(scaled - scale[:, None] * q, dim=1)
+    norm = torch.linalg.vector_norm(scaled, dim=1)
+    return q.nan_to_num(0).to(torch.int8), torch.stack([scale, norm, left])
+
+
+def screened(
+    product: Tensor, of_rows: Tensor, of_latents: Tensor, limit: int
+) -> tuple[Tensor, Tensor] | None:
+    """Selects the pairs whose value may reach what is asked, judged by an int8 product.
+
+        product_ni > least_i * per_n - (norm_i * width_n + room_n)
+
+    Args:
+        product: int32 [N, F].
+        of_rows: per, width, room; float32 [3, N].
+        of_latents: least, norm; float32 [2, F].
+        limit: the largest number of pairs.
+
+    Returns: as `above`.
+    """
+    per, width, room = of_rows[:, :, None]
+    least, norm = of_latents
+    return above(product.float() - (least * per - (norm * width + room)), None, limit)
+
+
+def screened_topk(
+    product: Tensor, of_rows: Tensor, of_latents: Tensor, k: int, limit: int
+) -> tuple[Tensor, Tensor] | None:
+    """Selects the pairs that may be among the k largest of their row, judged by an int8 product:
+    those whose upper bound reaches the k-th largest lower bound of the row.
+
+        product_ni * scale_i + bias_i * per_n  -+  scale_i * (norm_i * width_n + room_n)
+
+    Args:
+        product: int32 [N, F].
+        of_rows: per, width, room; float32 [3, N].
+        of_latents: scale, norm, bias; float32 [3, F].
+        limit: the largest number of pairs.
+
+    Returns: as `above`.
+    """
+    per, width, room = of_rows[:, :, None]
+    scale, norm, bias = of_latents
+    middle, margin = product.float() * scale + bias * per, scale * (norm * width + room)
+    cut = (middle - margin).topk(k, dim=1).values[:, -1:]
+    return above(torch.where(middle + margin >= cut, 1.0, 0.0), None, limit)
+
+
+def topk_of_pairs(values: Tensor, support: Support, k: int) -> tuple[Tensor, Tensor]:
+    """Keeps the pairs with the k largest values of each row; ties go to the lower latent.
+
+    Args:
+        values: float32 [nnz], at least k in each row.
+
+    Returns: latents, rising, and values; each [N, k].
+    """
+    dense = values.new_full((support.n_rows * support.d_sae,), -torch.inf)
+    dense = dense.index_put((support.flat,), values).view(support.n_rows, support.d_sae)
+    latents = topk(dense, k)
+    return latents, dense.gather(1, latents)
+
+
+def keep_above(values: Tensor, floor: Tensor, support: Support) -> tuple[Tensor, Tensor, Tensor]:
+    """Keeps the pairs whose value is above the floor of their latent.
+
+    Args:
+        values: float32 [nnz].
+        floor: float32 [F] or 0-dim.
+
+    Returns: offsets [N + 1], latents and values of those that are kept.
+    """
+    kept = values > (floor if floor.dim() == 0 else floor.index_select(0, support.latents))
+    before = torch.cat([support.offsets.new_zeros(1), kept.cumsum(0)])
+    return before[support.offsets], support.latents[kept], values[kept]
+
+
 class Adaptation(NamedTuple):
     """A threshold that adapts along a context; each field [F].
 

@@ -55,6 +55,8 @@ class _EncodeAt(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(u, w_enc)
         ctx.support = support
+        if z is not None and z.dim() == 1:
+            return z
         if z is not None and z.dtype == u.dtype:
             return z.reshape(-1).take(support.flat)
         kernels = kernels_for(u.device)
@@ -136,6 +138,7 @@ def encode_at(
 
     Args:
         z: [N, F]; if it has u's dtype (float32 mode), its entries are used instead of new products.
+            Or the values themselves, [nnz].
         centre: [d], if u is x - centre, detached: the gradient of the centre is then
             -(sum_n g_n) W_enc, one product with W_enc instead of a gather.
     """

@@ -20,11 +20,21 @@
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace {
 
 using i64 = std::int64_t;
-constexpr i64 WIDE = 16;  // floats in a vector register
+// Floats in a vector register: wider types than the processor's are kept in memory by the compiler.
+#if defined(__AVX512F__)
+constexpr i64 WIDE = 16;
+#elif defined(__AVX__)
+constexpr i64 WIDE = 8;
+#else
+constexpr i64 WIDE = 4;
+#endif
 constexpr i64 BLOCK = 64;  // values compared at once
 
 typedef float Vec __attribute__((vector_size(WIDE * sizeof(float)), aligned(4)));
@@ -32,14 +42,23 @@ typedef float Vec __attribute__((vector_size(WIDE * sizeof(float)), aligned(4)))
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 
+typedef float Quarter __attribute__((vector_size(4 * sizeof(float))));
+
+inline float sum_of_four(Quarter q) { return (q[0] + q[2]) + (q[1] + q[3]); }
+
 inline float sum(Vec v) {
+#if defined(__AVX512F__)
     typedef float Half __attribute__((vector_size(8 * sizeof(float))));
-    typedef float Quarter __attribute__((vector_size(4 * sizeof(float))));
     const Half h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    const Quarter q =
-        __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
-    return (q[0] + q[2]) + (q[1] + q[3]);
+    return sum_of_four(__builtin_shufflevector(h, h, 0, 1, 2, 3) +
+                       __builtin_shufflevector(h, h, 4, 5, 6, 7));
+#elif defined(__AVX__)
+    return sum_of_four(__builtin_shufflevector(v, v, 0, 1, 2, 3) +
+                       __builtin_shufflevector(v, v, 4, 5, 6, 7));
+#else
+    return sum_of_four(v);
+#endif
 }
 
 // ---------------------------------------------------------------- gathers
@@ -48,17 +67,21 @@ inline float sum(Vec v) {
 // of d floats is processed in strips, and the rest float by float.
 
 constexpr int WIDEST = 12;
+// Partial sums of a product alone, each of which waits for its own last addition only; beside the
+// sums of a strip there are registers for two.
+constexpr int PARTS = 32 / WIDE, PARTS_BESIDE_SUMS = 2;
+constexpr int WIDEST_ALONE = WIDE == 8 ? 8 : WIDEST;  // 16 registers with AVX2, 32 elsewhere
 
 inline void prefetch(const float* row, int vectors) {
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(row + v * WIDE, 0, 3);
 }
 
 // Calls work(width, start) for each strip of d floats: width vectors from start; 0 means one float.
-template <typename Work>
+template <int Widest = WIDEST, typename Work>
 inline void strips(i64 d, Work work) {
     i64 at = 0;
     while (d - at >= WIDE) {
-        const int width = static_cast<int>(std::min<i64>(WIDEST, (d - at) / WIDE));
+        const int width = static_cast<int>(std::min<i64>(Widest, (d - at) / WIDE));
         work(width, at);
         at += width * WIDE;
     }
@@ -119,13 +142,16 @@ inline void product_strip(const float* a, i64 d, const float* w, const float* va
         const float* row = a + rows[j] * d;
         if (j + 2 < end) prefetch(a + rows[j + 2] * d, V);
         const float value = WithSum ? values[order[j]] : 0.0f;
-        Vec even = {}, odd = {};
+        constexpr int N = WithSum ? PARTS_BESIDE_SUMS : PARTS;
+        Vec parts[N] = {};
         for (int v = 0; v < V; ++v) {
             const Vec x = load(row + v * WIDE);
-            (v % 2 ? odd : even) += own[v] * x;
+            parts[v % N] += own[v] * x;
             if constexpr (WithSum) sums[v] += value * x;
         }
-        products[order[j]] += sum(even + odd);
+        for (int n = N / 2; n > 0; n /= 2)
+            for (int i = 0; i < n; ++i) parts[i] += parts[i + n];
+        products[order[j]] += sum(parts[0]);
     }
     if constexpr (WithSum)
         for (int v = 0; v < V; ++v) store(sum_out + v * WIDE, sums[v]);
@@ -135,7 +161,8 @@ template <bool WithSum>
 void products_of_latent(const float* a, i64 d, const float* w, const float* values,
                         const i64* order, const i64* rows, i64 begin, i64 end, float* products,
                         float share, float* sum_out) {
-    strips(d, [&](int width, i64 at) {
+    constexpr int WIDTH = WithSum ? WIDEST : WIDEST_ALONE;
+    strips<WIDTH>(d, [&](int width, i64 at) {
         if (width == 0) {
             float total = share * w[at];
             for (i64 j = begin; j < end; ++j) {
@@ -145,7 +172,7 @@ void products_of_latent(const float* a, i64 d, const float* w, const float* valu
             }
             if constexpr (WithSum) sum_out[at] = total;
         }
-        with_width(width, [&](auto v) {
+        with_width<WIDTH>(width, [&](auto v) {
             product_strip<v(), WithSum>(a + at, d, w + at, values, order, rows, begin, end,
                                         products, share, WithSum ? sum_out + at : nullptr);
         });
@@ -265,47 +292,106 @@ template <typename T>
 struct Scratch {
     using Key = decltype(key(T{}));
     std::vector<Key> keys, tops, survivors;
-    std::vector<i64> places;
+    std::vector<i64> places, chosen;
+    // What the row before says of this one: a key that about twice k of its keys reach.
+    Key hint = std::numeric_limits<Key>::max();
 };
+
+// Collects places and keys of those that reach `floor`; returns their number.
+template <typename T, typename Key>
+i64 collect(Scratch<T>& s, i64 n, Key floor) {
+    const Key* keys = s.keys.data();
+    Key* survivors = s.survivors.data();
+    i64 *places = s.places.data(), found = 0;
+    scan(
+        n, [&](i64 i) { return keys[i] >= floor; },
+        [&](i64 i) {
+            places[found] = i;
+            survivors[found++] = keys[i];
+        });
+    return found;
+}
+
+// Returns the rank-th largest of n keys, counted from 1, bit by bit: the largest number that so many
+// keys reach. Nothing branches on the keys, whose order no processor can foresee.
+template <typename Key>
+Key ranked(const Key* keys, i64 n, i64 rank) {
+    using Bits = std::make_unsigned_t<Key>;
+    constexpr Bits SIGN = Bits(1) << (8 * sizeof(Key) - 1);
+    Key lowest = keys[0], highest = keys[0];
+    for (i64 i = 1; i < n; ++i) {
+        lowest = std::min(lowest, keys[i]);
+        highest = std::max(highest, keys[i]);
+    }
+    const Bits low = Bits(lowest) ^ SIGN, high = Bits(highest) ^ SIGN;
+    if (low == high) return lowest;
+    const int unequal = 64 - __builtin_clzll(static_cast<std::uint64_t>(low ^ high));
+    Bits found = unequal == 8 * sizeof(Key) ? 0 : Bits(low >> unequal << unequal);
+    for (int bit = unequal - 1; bit >= 0; --bit) {
+        const Bits trial = found | Bits(Bits(1) << bit);
+        const Key least = static_cast<Key>(trial ^ SIGN);
+        std::int32_t reach = 0;
+        for (i64 i = 0; i < n; ++i) reach += keys[i] >= least;
+        found = reach >= rank ? trial : found;
+    }
+    return static_cast<Key>(found ^ SIGN);
+}
+
+// Finds the k-th largest of the n keys of a row, and collects places and keys of at least those that
+// reach it; returns their number.
+template <typename T, typename Key>
+i64 find_cut(Scratch<T>& s, i64 n, i64 k, Key& cut) {
+    const i64 groups = (2 * k + BLOCK - 1) / BLOCK * BLOCK;
+    s.survivors.resize(n), s.places.resize(n);
+    const Key* keys = s.keys.data();
+    i64 found = s.hint == std::numeric_limits<Key>::max() ? 0 : collect(s, n, s.hint);
+    if (found < k) {
+        // The k-th largest of the maxima of strided groups is no larger than the k-th largest value.
+        Key floor = std::numeric_limits<Key>::min();
+        if (groups < n) {
+            s.tops.assign(keys, keys + groups);
+            Key* tops = s.tops.data();
+            i64 start = groups;
+            for (; start + groups <= n; start += groups)
+                for (i64 i = 0; i < groups; ++i) tops[i] = std::max(tops[i], keys[start + i]);
+            for (i64 i = 0; start + i < n; ++i) tops[i] = std::max(tops[i], keys[start + i]);
+            floor = ranked(tops, groups, k);
+        }
+        found = collect(s, n, floor);
+        s.hint = floor;
+    }
+    const Key* survivors = s.survivors.data();
+    if (found > 3 * k) s.hint = ranked(survivors, found, 2 * k);
+    cut = ranked(survivors, found, k);
+    return found;
+}
+
+// Calls keep(j) for the k largest of `found` keys, in their order; ties go to the first.
+template <typename Key, typename Keep>
+void keep_largest(const Key* survivors, i64 found, i64 k, Key cut, Keep keep) {
+    i64 ties = k;
+    for (i64 j = 0; j < found; ++j) ties -= survivors[j] > cut;
+    for (i64 j = 0; j < found; ++j) {
+        const bool tie = survivors[j] == cut;
+        keep(j, (survivors[j] > cut) | (tie & (ties > 0)));
+        ties -= tie;
+    }
+}
 
 // Writes the indices of the k largest of one row in rising order; ties go to the lower index.
 template <typename T>
 void topk_row(const T* z, i64 n, i64 k, i64* out, Scratch<T>& s) {
     using Key = typename Scratch<T>::Key;
-    // The k-th largest of the maxima of strided groups is no larger than the k-th largest value.
-    const i64 groups = (2 * k + BLOCK - 1) / BLOCK * BLOCK;
-    Key floor = std::numeric_limits<Key>::min();
-    s.keys.resize(n);
+    s.keys.resize(n), s.chosen.resize(n + 1);
     for (i64 i = 0; i < n; ++i) s.keys[i] = key(z[i]);
-    const Key* keys = s.keys.data();
-    if (groups < n) {
-        s.tops.assign(keys, keys + groups);
-        Key* tops = s.tops.data();
-        i64 start = groups;
-        for (; start + groups <= n; start += groups)
-            for (i64 i = 0; i < groups; ++i) tops[i] = std::max(tops[i], keys[start + i]);
-        for (i64 i = 0; start + i < n; ++i) tops[i] = std::max(tops[i], keys[start + i]);
-        std::nth_element(tops, tops + k - 1, tops + groups, std::greater<Key>());
-        floor = tops[k - 1];
-    }
-    s.places.clear();
-    s.survivors.clear();
-    scan(
-        n, [&](i64 i) { return keys[i] >= floor; },
-        [&](i64 i) {
-            s.places.push_back(i);
-            s.survivors.push_back(keys[i]);
-        });
-    std::nth_element(s.survivors.begin(), s.survivors.begin() + (k - 1), s.survivors.end(),
-                     std::greater<Key>());
-    const Key cut = s.survivors[k - 1];
-    i64 ties = k;
-    for (i64 place : s.places) ties -= keys[place] > cut;
-    i64 taken = 0;
-    for (i64 place : s.places) {
-        if (keys[place] < cut || (keys[place] == cut && ties-- <= 0)) continue;
-        out[taken++] = place;
-    }
+    Key cut;
+    const i64 found = find_cut(s, n, k, cut);
+    i64 taken = 0, *chosen = s.chosen.data();
+    keep_largest(s.survivors.data(), found, k, cut, [&](i64 j, bool kept) {
+        chosen[taken] = s.places[j];
+        taken += kept;
+    });
+    std::copy_n(chosen, k, out);
 }
 
 // Returns the bit pattern of a positive value, which rises with the value; 0 for anything else.
@@ -386,22 +472,17 @@ inline bool passes(std::uint16_t z, const float* floor, i64 i) { return widen(z)
 inline bool passes(float z) { return z > 0; }
 inline bool passes(std::uint16_t z) { return static_cast<std::int16_t>(z) > 0; }  // same sign
 
-// Writes the latents of rows [first, last) to `latents` as far as there is room. Returns the number
-// of pairs; offsets[n + 1] becomes their number up to and including row n.
-template <typename T>
-i64 above_rows(const T* z, const float* floor, i64 first, i64 last, i64 d_sae, i64 room,
-               i64* offsets, i64* latents) {
+// Writes the latents of rows [first, last) to `latents` as far as there is room; scan_row(n, keep)
+// calls keep(i) for those of row n. Returns the number of pairs; offsets[n + 1] becomes their number
+// up to and including row n.
+template <typename ScanRow>
+i64 select_rows(ScanRow scan_row, i64 first, i64 last, i64 room, i64* offsets, i64* latents) {
     i64 count = 0;
     for (i64 n = first; n < last; ++n) {
-        const T* row = z + n * d_sae;
-        const auto keep = [&](i64 i) {
+        scan_row(n, [&](i64 i) {
             if (count < room) latents[count] = i;
             ++count;
-        };
-        if (floor)
-            scan(d_sae, [&](i64 i) { return passes(row[i], floor, i); }, keep);
-        else
-            scan(d_sae, [&](i64 i) { return passes(row[i]); }, keep);
+        });
         offsets[n + 1] = count;
     }
     return count;
@@ -409,24 +490,23 @@ i64 above_rows(const T* z, const float* floor, i64 first, i64 last, i64 d_sae, i
 
 // Each thread fills its own part of `latents`; the parts are then moved together. Returns the number
 // of pairs; if it exceeds `room`, the latents are undefined.
-template <typename T>
-i64 above(const T* z, const float* floor, i64 rows, i64 d_sae, i64 room, int threads,
-          i64* offsets, i64* latents) {
+template <typename ScanRow>
+i64 select(ScanRow scan_row, i64 rows, i64 room, int threads, i64* offsets, i64* latents) {
     std::vector<i64> counts(threads);
     bool overflow = false;
     offsets[0] = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; ++t) {
         const i64 start = room * t / threads, own = room * (t + 1) / threads - start;
-        counts[t] = above_rows(z, floor, rows * t / threads, rows * (t + 1) / threads, d_sae, own,
-                               offsets, latents + start);
+        counts[t] = select_rows(scan_row, rows * t / threads, rows * (t + 1) / threads, own,
+                                offsets, latents + start);
 #pragma omp critical
         overflow |= counts[t] > own;
     }
     i64 total = 0;
     for (int t = 0; t < threads; ++t) total += counts[t];
     if (total > room) return total;
-    if (overflow) return above_rows(z, floor, 0, rows, d_sae, room, offsets, latents);
+    if (overflow) return select_rows(scan_row, 0, rows, room, offsets, latents);
     total = counts[0];
     for (int t = 1; t < threads; ++t) {
         std::memmove(latents + total, latents + room * t / threads, counts[t] * sizeof(i64));
@@ -434,6 +514,54 @@ i64 above(const T* z, const float* floor, i64 rows, i64 d_sae, i64 room, int thr
         total += counts[t];
     }
     return total;
+}
+
+template <typename T>
+i64 above(const T* z, const float* floor, i64 rows, i64 d_sae, i64 room, int threads,
+          i64* offsets, i64* latents) {
+    const auto scan_row = [=](i64 n, auto keep) {
+        const T* row = z + n * d_sae;
+        if (floor)
+            scan(d_sae, [&](i64 i) { return passes(row[i], floor, i); }, keep);
+        else
+            scan(d_sae, [&](i64 i) { return passes(row[i]); }, keep);
+    };
+    return select(scan_row, rows, room, threads, offsets, latents);
+}
+
+// ---------------------------------------------------------------- int8 products
+
+// Rounds one row to whole multiples of its scale, at most `limit` of them. Also computes the norms of
+// the row and of what rounding leaves out. A row of zeros has the scale 1.
+struct Quantised {
+    float scale, norm, error;
+};
+
+inline float within(float x, float limit) {  // limit where x is NaN
+    const float low = x > -limit ? x : -limit;
+    return low < limit ? low : limit;
+}
+
+inline Quantised quantise_row(const float* __restrict x, const float* __restrict columns, i64 d,
+                              float limit, std::int8_t* __restrict q) {
+    float most = 0, squares = 0, left = 0;
+#pragma omp simd reduction(max : most)
+    for (i64 j = 0; j < d; ++j) {
+        const float size = std::abs(x[j] * columns[j]);
+        most = size > most ? size : most;
+    }
+    const float scale = most > 0 ? most / limit : 1, per = 1 / scale;
+#pragma omp simd reduction(+ : squares, left)
+    for (i64 j = 0; j < d; ++j) {
+        const float value = x[j] * columns[j], exact = value * per;
+        const auto steps =
+            static_cast<std::int32_t>(within(exact + (exact < 0 ? -0.5f : 0.5f), limit));
+        const float lost = value - scale * static_cast<float>(steps);
+        q[j] = static_cast<std::int8_t>(steps);
+        squares += value * value;
+        left += lost * lost;
+    }
+    return {scale, std::sqrt(squares), std::sqrt(left)};
 }
 
 // ---------------------------------------------------------------- adapting thresholds
@@ -706,6 +834,96 @@ i64 traced_float32(const float* z, const float* rules, const i64* starts, const 
                    i64* offsets, i64* latents, float* trace, float* slope) {
     return traced(z, rule_of(rules, d_sae), starts, drivers, segments, d_sae, room, threads,
                   moments, offsets, latents, trace, slope);
+}
+
+void quantise(const float* x, const float* columns, i64 rows, i64 d, float limit, int threads,
+              std::int8_t* q, float* scale, float* norm, float* error) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (i64 n = 0; n < rows; ++n) {
+        const Quantised row = quantise_row(x + n * d, columns, d, limit, q + n * d);
+        scale[n] = row.scale, norm[n] = row.norm, error[n] = row.error;
+    }
+}
+
+i64 screened(const std::int32_t* product, const float* of_rows, const float* of_latents, i64 rows,
+             i64 d_sae, i64 room, int threads, i64* offsets, i64* latents) {
+    const float *least = of_latents, *norm = of_latents + d_sae;
+    const auto scan_row = [=](i64 n, auto keep) {
+        const std::int32_t* row = product + n * d_sae;
+        const float per = of_rows[n], width = of_rows[rows + n], room = of_rows[2 * rows + n];
+        const auto may_pass = [=](i64 i) {
+            return static_cast<float>(row[i]) > least[i] * per - (norm[i] * width + room);
+        };
+        scan(d_sae, may_pass, keep);
+    };
+    return select(scan_row, rows, room, threads, offsets, latents);
+}
+
+// Selects what may be among the k largest of a row: those whose upper bound reaches the k-th largest
+// lower bound. The bounds of a pair are product * scale + bias * per -+ scale * (norm * width + room),
+// in units of the row's scale.
+i64 screened_topk(const std::int32_t* product, const float* of_rows, const float* of_latents,
+                  i64 rows, i64 d_sae, i64 k, i64 room_for, int threads, i64* offsets,
+                  i64* latents) {
+    const float *scale = of_latents, *norm = scale + d_sae, *bias = norm + d_sae;
+    std::vector<Scratch<float>> scratch(threads);
+    const auto scan_row = [&, d_sae, k](i64 n, auto keep) {
+#ifdef _OPENMP
+        Scratch<float>& s = scratch[threads > 1 ? omp_get_thread_num() : 0];
+#else
+        Scratch<float>& s = scratch[0];
+#endif
+        const std::int32_t* row = product + n * d_sae;
+        const float per = of_rows[n], width = of_rows[rows + n], room = of_rows[2 * rows + n];
+        const auto middle = [=](i64 i) {
+            return static_cast<float>(row[i]) * scale[i] + bias[i] * per;
+        };
+        const auto margin = [=](i64 i) { return scale[i] * (norm[i] * width + room); };
+        s.keys.resize(d_sae);
+        std::int32_t* keys = s.keys.data();
+        for (i64 i = 0; i < d_sae; ++i) keys[i] = key(middle(i) - margin(i));
+        std::int32_t cut;
+        find_cut(s, d_sae, k, cut);
+        scan(d_sae, [=](i64 i) { return key(middle(i) + margin(i)) >= cut; }, keep);
+    };
+    return select(scan_row, rows, room_for, threads, offsets, latents);
+}
+
+// Keeps the pairs with the k largest values of each row; ties go to the lower latent.
+void topk_of_pairs(const float* values, const i64* offsets, const i64* latents, i64 rows, i64 k,
+                   i64* latents_out, float* out) {
+    std::vector<std::int32_t> keys;
+    std::vector<i64> chosen;
+    for (i64 n = 0; n < rows; ++n) {
+        const i64 begin = offsets[n], found = offsets[n + 1] - begin;
+        keys.resize(found), chosen.resize(found + 1);
+        for (i64 j = 0; j < found; ++j) keys[j] = key(values[begin + j]);
+        i64 taken = 0;
+        keep_largest(keys.data(), found, k, ranked(keys.data(), found, k), [&](i64 j, bool kept) {
+            chosen[taken] = begin + j;
+            taken += kept;
+        });
+        for (i64 j = 0; j < k; ++j) {
+            latents_out[n * k + j] = latents[chosen[j]];
+            out[n * k + j] = values[chosen[j]];
+        }
+    }
+}
+
+// Keeps the pairs whose value is above the floor of their latent, or the only floor.
+i64 keep_above(const float* values, const float* floor, i64 floors, const i64* offsets,
+               const i64* latents, i64 rows, i64* offsets_out, i64* latents_out, float* out) {
+    i64 kept = 0;
+    offsets_out[0] = 0;
+    for (i64 n = 0; n < rows; ++n) {
+        for (i64 j = offsets[n]; j < offsets[n + 1]; ++j) {
+            latents_out[kept] = latents[j];
+            out[kept] = values[j];
+            kept += values[j] > floor[floors > 1 ? latents[j] : 0];
+        }
+        offsets_out[n + 1] = kept;
+    }
+    return kept;
 }
 
 void topk_bfloat16(const std::uint16_t* z, i64 rows, i64 d_sae, i64 k, int threads, i64* out) {

@@ -39,6 +39,11 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "gram_product": (None, [*[_POINTER] * 3, _I64, _I64, *[_POINTER] * 2]),
     "encode": (None, [*[_POINTER] * 6, _I64, _I64, _INT, _POINTER]),
     "encode_backward": (None, [*[_POINTER] * 5, _I64, _I64, _INT, *[_POINTER] * 2]),
+    "quantise": (None, [_POINTER, _POINTER, _I64, _I64, ctypes.c_float, _INT, *[_POINTER] * 4]),
+    "screened": (_I64, [*[_POINTER] * 3, _I64, _I64, _I64, _INT, _POINTER, _POINTER]),
+    "screened_topk": (_I64, [*[_POINTER] * 3, *[_I64] * 4, _INT, _POINTER, _POINTER]),
+    "topk_of_pairs": (None, [*[_POINTER] * 3, _I64, _I64, *[_POINTER] * 2]),
+    "keep_above": (_I64, [_POINTER, _POINTER, _I64, *[_POINTER] * 2, _I64, *[_POINTER] * 3]),
     "combine": (None, [*[_POINTER] * 4, _I64, _I64, _INT, _POINTER]),
     "combine_by_latent": (None, [*[_POINTER] * 5, _I64, _I64, _I64, _POINTER]),
     "decode_backward": (None, [*[_POINTER] * 7, _I64, _I64, _INT, *[_POINTER] * 2]),
@@ -165,6 +170,102 @@ def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] 
 
     arrays = _scan_with_retry(z, limit, scan)
     return None if arrays is None else (offsets, arrays[0])
+
+
+def quantise(x: Tensor, columns: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Computes `eager.quantise`."""
+    if not _all_float32(x, columns):
+        return eager.quantise(x, columns, limit)
+    x, columns = x.contiguous(), columns.contiguous()
+    q, about = _empty(*x.shape, dtype=torch.int8), _empty(3, x.shape[0])
+    _function("quantise")(
+        x.data_ptr(),
+        columns.data_ptr(),
+        *x.shape,
+        float(limit),
+        torch.get_num_threads(),
+        q.data_ptr(),
+        *(part.data_ptr() for part in about),
+    )
+    return q, about
+
+
+def screened(
+    product: Tensor, of_rows: Tensor, of_latents: Tensor, limit: int
+) -> tuple[Tensor, Tensor] | None:
+    """Computes `eager.screened`."""
+    return _screened("screened", product, of_rows, of_latents, limit)
+
+
+def screened_topk(
+    product: Tensor, of_rows: Tensor, of_latents: Tensor, k: int, limit: int
+) -> tuple[Tensor, Tensor] | None:
+    """Computes `eager.screened_topk`."""
+    return _screened("screened_topk", product, of_rows, of_latents, limit, k)
+
+
+def _screened(
+    name: str, product: Tensor, of_rows: Tensor, of_latents: Tensor, limit: int, *options: int
+) -> tuple[Tensor, Tensor] | None:
+    product, of_rows, of_latents = (t.contiguous() for t in (product, of_rows, of_latents))
+    offsets = _empty(product.shape[0] + 1, dtype=torch.int64)
+
+    def scan(room: int) -> tuple[list[Tensor], int]:
+        latents = _empty(room, dtype=torch.int64)
+        nnz = _function(name)(
+            product.data_ptr(),
+            of_rows.data_ptr(),
+            of_latents.data_ptr(),
+            *product.shape,
+            *options,
+            room,
+            torch.get_num_threads(),
+            offsets.data_ptr(),
+            latents.data_ptr(),
+        )
+        return [latents], nnz
+
+    arrays = _scan_with_retry(product, limit, scan)
+    return None if arrays is None else (offsets, arrays[0])
+
+
+def topk_of_pairs(values: Tensor, support: Support, k: int) -> tuple[Tensor, Tensor]:
+    """Computes `eager.topk_of_pairs`."""
+    if not _all_float32(values):
+        return eager.topk_of_pairs(values, support, k)
+    values = values.contiguous()
+    latents, out = _empty(support.n_rows, k, dtype=torch.int64), _empty(support.n_rows, k)
+    _function("topk_of_pairs")(
+        values.data_ptr(),
+        support.offsets.data_ptr(),
+        support.latents.data_ptr(),
+        support.n_rows,
+        k,
+        latents.data_ptr(),
+        out.data_ptr(),
+    )
+    return latents, out
+
+
+def keep_above(values: Tensor, floor: Tensor, support: Support) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `eager.keep_above`."""
+    if not _all_float32(values, floor):
+        return eager.keep_above(values, floor, support)
+    values, floor = values.contiguous(), floor.contiguous()
+    offsets = _empty(support.n_rows + 1, dtype=torch.int64)
+    latents, out = _empty(support.nnz + 1, dtype=torch.int64), _empty(support.nnz + 1)
+    kept = _function("keep_above")(
+        values.data_ptr(),
+        floor.data_ptr(),
+        floor.numel(),
+        support.offsets.data_ptr(),
+        support.latents.data_ptr(),
+        support.n_rows,
+        offsets.data_ptr(),
+        latents.data_ptr(),
+        out.data_ptr(),
+    )
+    return offsets, latents[:kept], out[:kept]
 
 
 def trace_above(

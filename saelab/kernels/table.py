@@ -3,7 +3,8 @@
 The choice never depends on a timing at run time, so the same machine always computes the same bits.
 
     device   kernels            GEMM that selects ('auto')
-    cpu      native, or eager   bfloat16 with AVX512-BF16 or AMX, else float32
+    cpu      native, or eager   int8 where `screen` can; else bfloat16 with AVX512-BF16 or AMX, or
+                                float32
     cuda     gpu, or eager      bfloat16
     others   eager              float32
 
@@ -87,6 +88,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     and on all GPUs that torch names 'cuda'."""
     if device.type != "cpu":
         return device.type == "cuda"
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # or asked to be so
+        return False
     cpu = torch.cpu
     return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())  # type: ignore[attr-defined]
 

@@ -128,6 +128,8 @@ class Part(nn.Module):
     needs_model: ClassVar[bool] = False
     #: Reads `p.z`, which is then stored through the step.
     uses_preactivations: bool = False
+    #: Reads it in `loss` alone and in few steps, so that it may be computed when it is read.
+    reads_them_rarely: bool = False
     #: Works where each rank has a subset of a batch's rows and of the latents. State per latent
     #: then has length `Dims.n_local`, and sums over rows or latents go over all ranks. "rows": only
     #: where each rank has all latents.
@@ -297,6 +299,26 @@ class Activation(Part):
         None where it depends on the other latents of the row, or on the rows before it.
         """
         return None
+
+    def selection_floor(self) -> Tensor | None:
+        """Value that selected pre-activations exceed in training, like `floor`, or that they can be
+        expected to exceed, if `narrow` checks it; None where none is known."""
+        return None
+
+    def selection_k(self) -> int | None:
+        """Number of latents with the largest pre-activations that are selected in each row; None
+        where another rule selects them."""
+        return None
+
+    def narrow(self, support: Support, values: Tensor) -> tuple[Support, Tensor] | None:
+        """Reduces the pairs above `selection_floor` to those that are selected.
+
+        Args:
+            values: their pre-activations, float32 [nnz].
+
+        Returns: None where some that are selected lie below that floor.
+        """
+        return support, values
 
     def initial_floor(self) -> Tensor | None:
         """The floor before training, for the start of b_enc."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -103,7 +104,8 @@ class Pass:
         starts: int64 [m + 1], where segments of rows that follow each other begin; None for
             shuffled rows.
         norms: of the decoder's rows, where they came with its product; see `decoder_norms`.
-        stored_z: the value of `z`; None unless a part declares `uses_preactivations`.
+        stored_z: the value of `z`, or a function that computes it, for parts that read it rarely;
+            None unless a part declares `uses_preactivations`.
         batch_rows: rows of the whole batch, where x is one rank's part of it.
         gradient_norms: of each weight's gradient before clipping, by name; the loop adds them
             after the backward pass, for `update` and observers.
@@ -124,7 +126,7 @@ class Pass:
     settings: dict[str, float]
     starts: Tensor | None
     norms: Tensor | None = None
-    stored_z: Tensor | None = None
+    stored_z: Tensor | Callable[[], Tensor] | None = None
     batch_rows: int | None = None
 
     @torch.no_grad()
@@ -156,6 +158,8 @@ class Pass:
                 "all pre-activations are stored only where a part declares that it "
                 "reads them: set its uses_preactivations = True"
             )
+        if not isinstance(self.stored_z, Tensor):
+            self.stored_z = self.stored_z()
         return self.stored_z
 
     gradient_norms: dict[str, float] = field(default_factory=dict)

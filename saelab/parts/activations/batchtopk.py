@@ -19,6 +19,10 @@ from saelab.kernels import Support, kernels_for, support_above
 from saelab.parts.base import Dims, Form, Pass, correct_bias
 from saelab.parts.following import FollowsK, KConfig
 
+#: Share of the stored threshold that a batch's cut is expected to exceed. Our choice: cuts of
+#: batches differ by a few percent, and a lower share computes more pairs in vain.
+EXPECTED = 0.95
+
 
 class BatchTopKConfig(KConfig):
     """k: mean active latents per row, or the name of the controller that sets it; momentum: of the
@@ -58,6 +62,20 @@ class BatchTopK(FollowsK):
         else:
             cut = kernels_for(z.device).kth_largest(z, min(self.k * z.shape[0], z.numel()))
         return torch.nextafter(self.ema.new_tensor(cut), self.ema.new_tensor(-1.0)).clamp_min(0)
+
+    def selection_floor(self) -> Tensor | None:
+        """A little less than the cut of the batches before, which is much like this batch's."""
+        return EXPECTED * self.floor() if int(self.count) else None
+
+    def narrow(self, support: Support, values: Tensor) -> tuple[Support, Tensor] | None:
+        most = min(self._most(support.n_rows), support.n_rows * support.d_sae)
+        if len(values) < most:
+            return None
+        kernels = kernels_for(values.device)
+        cut = values.new_tensor(kernels.kth_largest(values, most))
+        below = torch.nextafter(cut, cut.new_tensor(-1.0)).clamp_min(0)
+        offsets, latents, kept = kernels.keep_above(values, below, support)
+        return Support(offsets, latents, support.d_sae), kept
 
     def floor(self) -> Tensor:
         return self.threshold.clamp_min(0)

@@ -101,7 +101,10 @@ class Gated(Activation):
 
     def support(self, z: Tensor) -> Support | None:
         """Pairs whose gate is open; the loss terms need those without a magnitude too."""
-        return support_above(z, -self.b_gate.detach())
+        return support_above(z, self.selection_floor())
+
+    def selection_floor(self) -> Tensor:
+        return -self.b_gate.detach()
 
     def floor(self) -> Tensor:
         return torch.maximum(-self.b_gate, -self.b_mag * (-self.r_mag).exp()).detach()

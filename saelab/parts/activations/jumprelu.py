@@ -85,8 +85,10 @@ class JumpReLU(Activation):
         return jump(z, threshold, self.bandwidth, self.to_input)
 
     def support(self, z: Tensor) -> Support | None:
-        margin = self.bandwidth / 2 if self.training else 0.0
-        return support_above(z, self.floor() - margin)
+        return support_above(z, self.selection_floor() if self.training else self.floor())
+
+    def selection_floor(self) -> Tensor:
+        return self.floor() - self.bandwidth / 2
 
     def floor(self) -> Tensor:
         return self.threshold.detach()

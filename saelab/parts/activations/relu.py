@@ -40,5 +40,8 @@ class ReLU(Activation):
     def floor(self) -> Tensor:
         return torch.zeros((), dtype=torch.float32, device="cpu")
 
+    def selection_floor(self) -> Tensor:
+        return self.floor()
+
     def export(self) -> Form:
         return Form()

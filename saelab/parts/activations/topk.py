@@ -45,6 +45,9 @@ class TopK(FollowsK):
             return topk_over_ranks(z, self.k, self.ranks)
         return support_of_topk(kernels_for(z.device).topk(z, self.k), z.shape[-1])
 
+    def selection_k(self) -> int:
+        return self.k
+
     def at(self, values: Tensor, support: Support) -> Tensor:
         return torch.relu(values)
 

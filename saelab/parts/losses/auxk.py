@@ -37,6 +37,7 @@ class AuxKConfig(PartConfig):
 
 class AuxK(LossTerm):
     uses_preactivations = True
+    reads_them_rarely = True  # where latents are dead
     shardable = True
     per_latent = ("silent",)
     silent: Tensor

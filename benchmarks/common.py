@@ -69,7 +69,10 @@ def run(main: Callable[[], None]) -> None:
     """
     here = machine(0)
     features = ", ".join(here["features"]) or "none that matter here"
-    print(f"processor: {here['cpu']}, {here['cores']} cores; features: {features}", flush=True)
+    masked = f"; masked: {', '.join(here['masked'])}" if here["masked"] else ""
+    print(
+        f"processor: {here['cpu']}, {here['cores']} cores; features: {features}{masked}", flush=True
+    )
     try:
         main()
     except SaelabError as error:
@@ -363,6 +366,10 @@ def _place(value: object) -> object:
     return value
 
 
+#: Variables that make torch, oneDNN, MKL and our kernels do without features of the processor.
+MASKS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
 def machine(threads: int) -> dict[str, Any]:
     """Returns what affects a timing: processor, features, memory, system, current load."""
     info = Path("/proc/cpuinfo")
@@ -374,6 +381,7 @@ def machine(threads: int) -> dict[str, Any]:
         "cpu": fields.get("model name", platform.processor() or "unknown"),
         "cores": os.cpu_count(),
         "features": [feature for feature in FEATURES if feature in flags],
+        "masked": [f"{name}={os.environ[name]}" for name in MASKS if name in os.environ],
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": platform.system(),
         "python": platform.python_version(),

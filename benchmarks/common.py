@@ -40,7 +40,17 @@ PEERS = HERE / ".peers"
 #: Packages whose versions decide a timing.
 OUR_PACKAGES = ("torch", "numpy", "scikit-learn", "transformers", "safetensors")
 #: CPU flags that decide which GEMMs are fast.
-FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16")
+FEATURES = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_tile",
+    "asimd",
+    "bf16",
+)
 
 os.environ.setdefault("SAELAB_PROGRESS", "off")
 

@@ -97,7 +97,7 @@ def test_unknown_words_do_not_count(tmp_path: Path, words) -> None:
 
 def test_too_short_a_text_says_how_many_tokens_there_are(tmp_path: Path, words) -> None:
     config = write_folder(tmp_path / "t", "a b c", "d e f g")
-    with pytest.raises(SourceError, match="only 7 tokens.*1,000 are wanted: lower the number"):
+    with pytest.raises(SourceError, match="only 7 tokens.*1,000 are wanted: lower train.tokens"):
         tokenize(config, words, context=4, tokens=1000)
 
 

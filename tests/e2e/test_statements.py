@@ -37,7 +37,7 @@ def test_one_sae_is_not_called_an_arm_and_its_place_is_said(one: Project) -> Non
     printed = (one.folder / "printed.txt").read_text(encoding="utf-8")
     head, _, first = printed.splitlines()[:3]
     assert head.startswith("SAE ") and "verdict" not in head
-    assert first.startswith("as configs/small.toml says ")
+    assert first.startswith("baseline (configs/small.toml) ")
     place = re.search(r"the trained SAE is in (\S+)", printed)
     assert place and (one.folder / place[1] / "sae.safetensors").is_file()
     assert re.search(r"^out: 1 cell in ", printed, re.M)

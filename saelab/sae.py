@@ -801,7 +801,7 @@ class SAE(nn.Module):
             screen = Screen.of(self.W_enc, inputs, self.config.precision, of_rows=floor is None)
         for rows, block_starts in self._row_blocks(len(x), starts):
             u = inputs[rows]
-            found = None if screen is None else self._screened_at_inference(screen, u)
+            found = None if screen is None else self._screened_at_inference(screen, u, floor, k)
             if found is not None:
                 yield rows, self._gathered(self._code_at(u, found, block_starts))
                 continue
@@ -814,9 +814,11 @@ class SAE(nn.Module):
                 support = support_above(z, floor - error)
             yield rows, self._gathered(self._code_at(u, support, block_starts))
 
-    def _screened_at_inference(self, screen: Screen, u: Tensor) -> Support | None:
-        """Selects at least the active pairs of a block of rows; None where a screen can't."""
-        floor, k = self.activation.floor(), self.activation.selection_k()
+    def _screened_at_inference(
+        self, screen: Screen, u: Tensor, floor: Tensor | None, k: int | None
+    ) -> Support | None:
+        """Selects at least the active pairs of a block of rows, by floors or else the k largest of
+        each; None where a screen can't."""
         if floor is not None:
             return screen.candidates(u, self.b_enc, floor)
         assert k is not None

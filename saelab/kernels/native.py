@@ -153,20 +153,20 @@ def above(z: Tensor, floor: Tensor | None, limit: int) -> tuple[Tensor, Tensor] 
     if z.dtype not in DTYPES or not _all_float32(floor):
         return eager.above(z, floor, limit)
     z, floor = z.contiguous(), None if floor is None else floor.contiguous()
+    function = _function("above", z.dtype)
+    return _select(function, z, limit, z.data_ptr(), _pointer(floor), *z.shape)
+
+
+def _select(
+    function: Any, z: Tensor, limit: int, *arguments: int | None
+) -> tuple[Tensor, Tensor] | None:
+    """Calls a function that selects pairs of z [N, F]; returns as `above`."""
     offsets = _empty(z.shape[0] + 1, dtype=torch.int64)
 
     def scan(room: int) -> tuple[list[Tensor], int]:
         latents = _empty(room, dtype=torch.int64)
-        nnz = _function("above", z.dtype)(
-            z.data_ptr(),
-            _pointer(floor),
-            *z.shape,
-            room,
-            torch.get_num_threads(),
-            offsets.data_ptr(),
-            latents.data_ptr(),
-        )
-        return [latents], nnz
+        threads, out = torch.get_num_threads(), (offsets.data_ptr(), latents.data_ptr())
+        return [latents], function(*arguments, room, threads, *out)
 
     arrays = _scan_with_retry(z, limit, scan)
     return None if arrays is None else (offsets, arrays[0])
@@ -208,25 +208,8 @@ def _screened(
     name: str, product: Tensor, of_rows: Tensor, of_latents: Tensor, limit: int, *options: int
 ) -> tuple[Tensor, Tensor] | None:
     product, of_rows, of_latents = (t.contiguous() for t in (product, of_rows, of_latents))
-    offsets = _empty(product.shape[0] + 1, dtype=torch.int64)
-
-    def scan(room: int) -> tuple[list[Tensor], int]:
-        latents = _empty(room, dtype=torch.int64)
-        nnz = _function(name)(
-            product.data_ptr(),
-            of_rows.data_ptr(),
-            of_latents.data_ptr(),
-            *product.shape,
-            *options,
-            room,
-            torch.get_num_threads(),
-            offsets.data_ptr(),
-            latents.data_ptr(),
-        )
-        return [latents], nnz
-
-    arrays = _scan_with_retry(product, limit, scan)
-    return None if arrays is None else (offsets, arrays[0])
+    pointers = (t.data_ptr() for t in (product, of_rows, of_latents))
+    return _select(_function(name), product, limit, *pointers, *product.shape, *options)
 
 
 def topk_of_pairs(values: Tensor, support: Support, k: int) -> tuple[Tensor, Tensor]:

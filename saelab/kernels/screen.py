@@ -104,21 +104,14 @@ class Screen:
         least = floor - bias - SLACK * (bias.abs() + floor.abs())
         product, of_rows = self._product(u)
         of_latents = torch.stack([least / self.scale, self.norm])
-        if not math.isfinite(float(of_rows.sum() + of_latents.sum())):
-            return None
-        screened = kernels_for(u.device).screened
-        return self._support(screened(product, of_rows, of_latents, most_pairs(product.numel())))
+        return self._screened("screened", product, of_rows, of_latents)
 
     def candidates_for_topk(self, u: Tensor, bias: Tensor, k: int) -> Support | None:
         """Selects every pair that may be among the k largest of its row; None as `candidates`."""
         product, of_rows = self._product(u)
         of_rows[2] += SLACK * of_rows[0] * float((bias.abs() / self.scale).max())
         of_latents = torch.stack([self.scale, self.norm, bias])
-        if not math.isfinite(float(of_rows.sum() + of_latents.sum())):
-            return None
-        screened = kernels_for(u.device).screened_topk
-        most = most_pairs(product.numel())
-        return self._support(screened(product, of_rows, of_latents, k, most))
+        return self._screened("screened_topk", product, of_rows, of_latents, k)
 
     def _product(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the int8 product, int32 [N, F]; and of each row 1 / scale and the two numbers of
@@ -128,7 +121,13 @@ class Screen:
         width, room = error / scale + SLACK * norm / scale, self.error * (norm / scale)
         return product, torch.stack([1 / scale, width, room])
 
-    def _support(self, pairs: tuple[Tensor, Tensor] | None) -> Support | None:
+    def _screened(
+        self, kernel: str, product: Tensor, of_rows: Tensor, of_latents: Tensor, *options: int
+    ) -> Support | None:
+        if not math.isfinite(float(of_rows.sum() + of_latents.sum())):
+            return None
+        select = getattr(kernels_for(product.device), kernel)
+        pairs = select(product, of_rows, of_latents, *options, most_pairs(product.numel()))
         return None if pairs is None else Support(pairs[0], pairs[1], len(self.weights))
 
     @torch.no_grad()

@@ -61,6 +61,10 @@ class BatchTopK(FollowsK):
             return self.ema.new_zeros(())
         else:
             cut = kernels_for(z.device).kth_largest(z, min(self.k * z.shape[0], z.numel()))
+        return self._below(cut)
+
+    def _below(self, cut: float) -> Tensor:
+        """The largest floor that a value at the cut lies above; float32, 0-dim."""
         return torch.nextafter(self.ema.new_tensor(cut), self.ema.new_tensor(-1.0)).clamp_min(0)
 
     def selection_floor(self) -> Tensor | None:
@@ -72,8 +76,7 @@ class BatchTopK(FollowsK):
         if len(values) < most:
             return None
         kernels = kernels_for(values.device)
-        cut = values.new_tensor(kernels.kth_largest(values, most))
-        below = torch.nextafter(cut, cut.new_tensor(-1.0)).clamp_min(0)
+        below = self._below(kernels.kth_largest(values, most))
         offsets, latents, kept = kernels.keep_above(values, below, support)
         return Support(offsets, latents, support.d_sae), kept
 

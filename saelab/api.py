@@ -172,8 +172,7 @@ def _train(base: BaseConfig, seed: int, cache: str | Path, start: SAE | None = N
         spliced=spliced_model(base, base.model.device, prepared.model),
     )
     sae = train_one(prepared.train, base.sae, base.train, seed, around).sae
-    model = "" if base.activations is not None else base.model.path
-    sae.origin = Origin(model, str(prepared.provenance["hook_name"] or ""))
+    sae.origin = Origin(*place_of(base, prepared.provenance))
     return sae
 
 
@@ -226,9 +225,7 @@ def from_pretrained(
         where = reference.in_release(release, sae_id, revision)
     loaded = formats.load(where, format)
     if base is not None:
-        settings = _settings(base)
-        model = settings.model.path if settings.activations is None else ""
-        loaded.origin.check(model, settings.hook_text, "leave base out")
+        loaded.origin.check(*place_of(_settings(base)), "leave base out")
     return loaded.sae
 
 
@@ -279,7 +276,7 @@ def evaluate(
         base = _unprobed(base)
     origin, folder = origin_of(subject), cache_folder(Path(cache))
     bench = Bench(base, folder, seed) if base.activations is not None else None
-    place = place_of(base, bench)
+    place = place_of(base, bench and bench.provenance)
     if not allow_mismatch:
         origin.check(*place, "set allow_mismatch=True")
     bench = bench or Bench(base, folder, seed)  # after the check: a harvest takes long

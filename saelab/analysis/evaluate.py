@@ -215,15 +215,16 @@ def settings_of(path: Path, config: Path | None) -> tuple[BaseConfig, int]:
     raise SettingError("--config", None, remedy)
 
 
-def place_of(base: BaseConfig, foreign: Bench | None = None) -> tuple[str, str]:
-    """Returns the model and the hook point of the activations of a base.
+def place_of(base: BaseConfig, provenance: Mapping[str, Any] | None = None) -> tuple[str, str]:
+    """Returns the model and the hook point of the activations of a base; '' for the model of those
+    that were made elsewhere.
 
     Args:
-        foreign: of activations that were made elsewhere, whose header names the hook point alone.
+        provenance: of the activations, where they are open: a header names the hook point of those
+            that were made elsewhere.
     """
-    if foreign is None:
-        return base.model.path, base.hook_text
-    return "", str(foreign.provenance["hook_name"] or "")
+    hook = base.hook_text if provenance is None else str(provenance["hook_name"] or "")
+    return "" if base.activations is not None else base.model.path, hook
 
 
 def evaluate_choice(
@@ -237,7 +238,7 @@ def evaluate_choice(
     run = RunFolder.of(choice.path)
     random = NO_RANDOM_CODE if run is None else random_code(run.with_files(METRICS).metrics)
     bench = Bench(base, cache, seed) if base.activations is not None else None
-    place = place_of(base, bench)
+    place = place_of(base, bench and bench.provenance)
     for member in choice.members:
         loaded = formats.load(member.folder, choice.format)
         if not choice.allow_mismatch:

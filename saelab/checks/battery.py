@@ -109,11 +109,7 @@ def lines_of(findings: Iterable[Finding]) -> Iterator[str]:
     checks of an example that it stops."""
     together: dict[tuple[str, str, str], list[str]] = {}
     for one in findings:
-        same = (
-            (str(one.case), one.mistake, one.place)
-            if one.mistake
-            else (str(one.case), "", one.check)
-        )
+        same = str(one.case), one.mistake, one.place if one.mistake else one.check
         together.setdefault(same, []).append(one.check)
     for (case, mistake, place), checks in together.items():
         if not mistake:

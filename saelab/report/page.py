@@ -39,7 +39,12 @@ from saelab.study.settings import OF_PLAN
 from saelab.verdict.judge import COVERS, POWER
 from saelab.verdict.review import CellNote, Review, differences_of, group_notes, review_run
 from saelab.verdict.rivals import rivals_sentence
-from saelab.verdict.summary import COLUMNS, mean_and_half_width, too_few_planted
+from saelab.verdict.summary import (
+    COLUMNS,
+    mean_and_half_width,
+    question_of_one,
+    too_few_planted,
+)
 from saelab.verdict.twin import planted_line, twin_line
 from saelab.version import __version__
 
@@ -239,7 +244,7 @@ def _plans(reviews: Sequence[Review]) -> list[dict[str, Any]]:
 def question(plan: PlanConfig, compares: bool = True) -> str:
     """Question that a plan asks, as one sentence; of one arm alone how good it is."""
     if not compares:
-        return f"How good is the SAE that {plan.base} describes?"
+        return question_of_one(plan.base)
     where = f"at L0 {plan.target_l0:g}" if plan.target_l0 else "at its own L0"
     name = verdict_table.metric_name(plan.primary)
     return (

@@ -212,9 +212,14 @@ def _across_lines(across: Sequence[AcrossSettings]) -> list[str]:
     return [*lines, "", "What follows is of the plan's own base alone.", ""]
 
 
+def question_of_one(base: str) -> str:
+    """Question of a run with one arm, whose settings are the base's."""
+    return f"How good is the SAE that {base} describes?"
+
+
 def _question(plan: PlanConfig, compares: bool) -> str:
     if not compares:
-        return f"How good is the SAE that {markdown(plan.base)} describes?"
+        return question_of_one(markdown(plan.base))
     where = f"at L0 {plan.target_l0:g}" if plan.target_l0 else "at its own L0"
     return (
         f"Does an arm change {plan.primary} ({plan.direction} is better) against the baseline "

@@ -10,11 +10,12 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from saelab.analysis.sharing.public_names import public
 from saelab.errors import SourceError
+from saelab.formats.hub.reference import is_reference
 from saelab.runs.folder import SUMMARY, Member, RunFolder
 from saelab.runs.schema import PROVENANCE, QUICK
 from saelab.runtime.counting import count
@@ -55,13 +56,13 @@ class One:
     about: Mapping[str, Any]
 
 
-def card(saes: Sequence[One], run: RunFolder | None, name: str, command: str) -> str:
+def card(saes: Sequence[One], run: RunFolder | None, where: str, command: str) -> str:
     """Returns the text of README.md.
 
     Args:
         saes: at least one.
         run: that they are of; None for other SAEs, of which there is no verdict.
-        name: 'owner/name' of the repository, or the name of a folder that is sent nowhere.
+        where: 'hub:owner/name' of the repository, or the name of a folder that is sent nowhere.
         command: that pushes them.
 
     Raises: SourceError for a run without its summary.
@@ -70,10 +71,10 @@ def card(saes: Sequence[One], run: RunFolder | None, name: str, command: str) ->
     model, hook = (str(saes[0].about.get(key) or "") for key in ("model", "hook_name"))
     parts = [
         _front_matter(model, saes[0].about.get("dataset")),
-        f"# {_title(review, name)}",
+        f"# {_title(review, where)}",
         _first_sentence(saes, model, hook),
         *(_verdict_lines(review, run) if run and review else [NO_RUN]),
-        _use(saes, name),
+        _use(saes, where),
         "## SAEs",
         "\n".join(_table(saes, run)),
         *(_of_run(run) if run else []),
@@ -94,8 +95,8 @@ def _front_matter(model: str, dataset: object) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _title(review: Review | None, name: str) -> str:
-    return markdown(review.title if review else name.rpartition("/")[2])
+def _title(review: Review | None, where: str) -> str:
+    return markdown(review.title if review else where.rpartition("/")[2])
 
 
 def _first_sentence(saes: Sequence[One], model: str, hook: str) -> str:
@@ -132,10 +133,9 @@ def _sentence(c: Comparison) -> str:
     return f"{words}, difference {c.mean_diff:+.4f} ({interval}, {count(c.n, 'cell')})"
 
 
-def _use(saes: Sequence[One], name: str) -> str:
-    first = PurePosixPath(name, saes[0].place).as_posix()
-    if _HUB.fullmatch(name):
-        first = ":".join(part for part in (f"hub:{name}", saes[0].place) if part)
+def _use(saes: Sequence[One], where: str) -> str:
+    between = ":" if is_reference(where) else "/"
+    first = between.join(part for part in (where, saes[0].place) if part)
     return "\n".join(
         [
             "```python",
@@ -220,9 +220,9 @@ def _commands(run: RunFolder | None, command: str) -> list[str]:
 def _command_of(run: RunFolder) -> str:
     """Returns the command that made a run, as far as its manifest says."""
     name, manifest = run.folder.resolve().name, run.manifest
-    plan, base = manifest.get("plan", {}), str(manifest.get("plan", {}).get("base", ""))
+    plan = manifest.get("plan", {})
     if len(manifest.get("arms", ())) == 1 and plan.get("target_l0") is None:  # of saelab train
-        words = ["saelab", "train", Path(base).name, "--out_dir", name]
+        words = ["saelab", "train", Path(str(plan.get("base", ""))).name, "--out_dir", name]
         seeds = int(plan.get("seeds", 1))
         return shlex.join([*words, *(["--seeds", str(seeds)] if seeds > 1 else [])])
     quick = ["--quick"] if manifest.get("purpose") == QUICK else []

@@ -138,7 +138,8 @@ def write(selection: Selection, folder: Path, name: str) -> None:
         with _naming(path):
             saelens.save(sae, folder / place, data)
         saes.append(One(place=place, d_in=sae.d_in, d_sae=sae.d_sae, cell=cell, about=data))
-    text = card(saes, run, name, selection.command(f"hub:{name}" if "/" in name else name))
+    where = f"hub:{name}" if "/" in name else name
+    text = card(saes, run, where, selection.command(where))
     write_text(folder / README, text)
     if run is not None:
         write_json(folder / VERDICT, public_data(review_run(run).as_dict()))
